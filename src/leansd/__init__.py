@@ -1,0 +1,61 @@
+"""leansd: lean Stable Diffusion. The same pictures from the same UNet in less time.
+
+import leansd
+with leansd.inherit(pipe, "balanced") as run:
+    image = pipe("a red apple").images[0]
+print(run.report())
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from leansd.errors import LeansdError
+from leansd.version import __version__
+
+if TYPE_CHECKING:
+    from leansd.anatomy import count_macs, dissect
+    from leansd.loading import load
+    from leansd.plans import Anatomy, Plan, preset
+    from leansd.runtime import Report, inherit, inherit_, release_
+
+# Where each public name lives; it is imported when it is first asked for, so that
+# `import leansd` costs nothing and plans never pull in torch.
+_HOMES = {
+    "Anatomy": "leansd.plans",
+    "Plan": "leansd.plans",
+    "Report": "leansd.runtime",
+    "count_macs": "leansd.anatomy",
+    "dissect": "leansd.anatomy",
+    "inherit": "leansd.runtime",
+    "inherit_": "leansd.runtime",
+    "load": "leansd.loading",
+    "preset": "leansd.plans",
+    "release_": "leansd.runtime",
+}
+
+__all__ = [
+    "Anatomy",
+    "LeansdError",
+    "Plan",
+    "Report",
+    "__version__",
+    "count_macs",
+    "dissect",
+    "inherit",
+    "inherit_",
+    "load",
+    "preset",
+    "release_",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'leansd' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,7 @@
+"""Plans as pure data: addresses, key steps, plans, liveness, presets, drawing. Imports no torch."""
+
+from leansd.plans.anatomy import Anatomy, Selection, Unit
+from leansd.plans.plan import How, Plan, Row
+from leansd.plans.presets import preset
+
+__all__ = ["Anatomy", "How", "Plan", "Row", "Selection", "Unit", "preset"]

@@ -1,0 +1,125 @@
+"""An anatomy as data: the units of a UNet in running order, and what each of them reads.
+
+`leansd.dissect` makes one from a UNet; everything that plans, draws, predicts or operates needs
+only this table, no module and no weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import sha256
+
+from leansd.errors import LeansdError
+from leansd.plans import address
+
+STEM, HEAD = "stem", "head"
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One row of an anatomy: a unit that a plan may inherit and a surgery may drop."""
+
+    at: str
+    """Address, `dn0.l1.attn`."""
+    kind: str
+    """`resnet`, `transformer`, `attention`, `downsampler`, `upsampler` or `conv`."""
+    path: str
+    """Where the module lies in the UNet, `down_blocks.0.attentions.1`."""
+    channels: tuple[int, int]
+    """Channels in (skip included) and out."""
+    scale: int
+    """Latent pixels per pixel of the output, a side: 1 at full size, 2 after one downsampler."""
+    params: int
+    reads: tuple[str, ...]
+    """The units whose outputs this one takes: its input first, then the skip."""
+    macs: int = 0
+    """Multiply-accumulates of one call on one sample; 0 where they were not counted."""
+
+
+class Selection(tuple[Unit, ...]):
+    """Units picked by an address or glob, in running order."""
+
+    def expect(self, count: int) -> Selection:
+        """The selection itself, if it holds exactly `count` units; a `LeansdError` otherwise."""
+        if len(self) != count:
+            found = " ".join(unit.at for unit in self)
+            raise LeansdError(f"expected {count} units, selected {len(self)}: {found}")
+        return self
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        return tuple(unit.at for unit in self)
+
+    @property
+    def params(self) -> int:
+        return sum(unit.params for unit in self)
+
+    @property
+    def macs(self) -> int:
+        return sum(unit.macs for unit in self)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The units of one UNet in running order; with `reads`, also its graph."""
+
+    units: tuple[Unit, ...]
+    name: str = "UNet"
+    params: int = 0
+    """All parameters of the UNet, those outside the units (time embedding, norms) included."""
+    macs: int = 0
+    """All multiply-accumulates of one forward on one sample; 0 where they were not counted."""
+    size: tuple[int, int] | None = None
+    """Latent (height, width) that the MACs were counted at."""
+    tokens: int | None = None
+    """Text tokens that the MACs were counted at."""
+    by_address: dict[str, Unit] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "by_address", {unit.at: unit for unit in self.units})
+
+    def __iter__(self) -> Iterator[Unit]:
+        return iter(self.units)
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def __getitem__(self, at: str) -> Unit:
+        return self.select(at).expect(1)[0]
+
+    @cached_property
+    def addresses(self) -> tuple[str, ...]:
+        return tuple(unit.at for unit in self.units)
+
+    @cached_property
+    def blocks(self) -> tuple[str, ...]:
+        """Addresses of the blocks in running order, the two ends left out."""
+        names = dict.fromkeys(address.get_block(at) for at in self.addresses)
+        return tuple(name for name in names if name not in (STEM, HEAD))
+
+    @cached_property
+    def up_blocks(self) -> int:
+        """How many up blocks there are: 4 in SD 1.x and 2.x, 3 in SDXL."""
+        return sum(block.startswith("up") for block in self.blocks)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Twelve hex digits of the shape of the graph: equal for UNets that take the same plans."""
+        rows = repr([(unit.at, unit.kind, unit.channels, unit.reads) for unit in self.units])
+        return sha256(rows.encode()).hexdigest()[:12]
+
+    def select(self, pattern: str) -> Selection:
+        """The units under an address or glob.
+
+        Raises:
+            LeansdError: it matches nothing.
+        """
+        found = address.select(pattern, self.addresses)
+        return Selection(self.by_address[at] for at in found)
+
+    def __str__(self) -> str:
+        from leansd.plans.drawing import draw_tree
+
+        return draw_tree(self)

@@ -1,0 +1,72 @@
+"""Plans as JSON files: the schema, reading with checks, writing in one piece."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from leansd.errors import LeansdError
+from leansd.plans.plan import How, Plan, Row
+
+VERSION = 1
+
+
+class RowDocument(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    inherit: dict[str, How] = Field(default_factory=dict)
+
+
+class PlanDocument(BaseModel):
+    """The file format. A change that an older reader would misunderstand raises `version`."""
+
+    model_config = ConfigDict(extra="forbid")
+    format: Literal["leansd-plan"] = "leansd-plan"
+    version: int = VERSION
+    name: str = "plan"
+    steps: int = Field(ge=1)
+    rows: list[RowDocument]
+
+
+def write_plan(plan: Plan, path: Path) -> None:
+    """Write `plan` to `path`; the file is either the old one or the whole new one."""
+    rows = [RowDocument(inherit=dict(row.inherit)) for row in plan.rows]
+    document = PlanDocument(name=plan.name, steps=plan.steps, rows=rows)
+    lines = [json.dumps(row.model_dump(exclude_defaults=True)) for row in document.rows]
+    head = json.dumps(document.model_dump(exclude={"rows"}))[1:-1]
+    text = "{" + head + ', "rows": [\n  ' + ",\n  ".join(lines) + "\n]}\n"
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise LeansdError(f"cannot write the plan to {path}: {error.strerror}") from error
+
+
+def read_plan(path: Path) -> Plan:
+    """Read and check a plan file.
+
+    Raises:
+        LeansdError: it is missing, not JSON, not a plan, or from a newer version.
+    """
+    try:
+        document = PlanDocument.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LeansdError(f"cannot read the plan {path}: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise LeansdError(f"{path} is not a plan file: it is not text") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "file"
+        raise LeansdError(f"{path} is not a valid plan file: {place}: {first['msg']}") from None
+    if document.version > VERSION:
+        raise LeansdError(
+            f"{path} has plan format {document.version}, this leansd reads up to {VERSION}; "
+            "upgrade leansd"
+        )
+    if len(document.rows) != document.steps:
+        raise LeansdError(f"{path} says {document.steps} steps and has {len(document.rows)} rows")
+    return Plan(tuple(Row(row.inherit) for row in document.rows), document.name)

@@ -1,0 +1,155 @@
+"""Anatomies and plans as text, and plans as pictures.
+
+A grid has a line a unit and a column a step: `#` computed, `=` reused, `+` residual, `~` forecast,
+`.` idle.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from leansd.plans.address import get_block, get_layer
+from leansd.plans.anatomy import Anatomy, Unit
+from leansd.plans.liveness import compile_plan
+from leansd.plans.plan import Plan
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MARKS = {"compute": "#", "reuse": "=", "residual": "+", "forecast": "~", "idle": "."}
+COLOURS = {
+    "compute": "#2563eb",
+    "reuse": "#f59e0b",
+    "residual": "#a855f7",
+    "forecast": "#10b981",
+    "idle": "#e5e7eb",
+}
+
+
+def list_states(plan: Plan, anatomy: Anatomy) -> dict[str, list[str]]:
+    """For every unit, its state at every step: a key of `MARKS`."""
+    states: dict[str, list[str]] = {unit.at: [] for unit in anatomy}
+    for call in compile_plan(plan, anatomy).calls:
+        for at, row in states.items():
+            if at in call.pattern.computed:
+                row.append("compute")
+            else:
+                row.append(call.pattern.inherited.get(at, "idle"))
+    return states
+
+
+def draw_grid(plan: Plan, anatomy: Anatomy) -> str:
+    """The plan as a grid of units and steps, with the share of multiply-accumulates where known."""
+    states = list_states(plan, anatomy)
+    width = max(len(at) for at in states)
+    lines = [_headline(plan), " " * width + " " + _ruler(plan.steps)]
+    for at, row in states.items():
+        lines.append(f"{at:<{width}} " + "".join(MARKS[state] for state in row))
+    lines.append(" ".join(f"{mark} {state}" for state, mark in MARKS.items()))
+    return "\n".join(lines)
+
+
+def draw_rows(plan: Plan) -> str:
+    """The plan without a UNet: a line for each address or glob it names."""
+    patterns = dict.fromkeys(pattern for row in plan.rows for pattern in row.inherit)
+    width = max((len(pattern) for pattern in patterns), default=8)
+    lines = [_headline(plan)]
+    if patterns:
+        lines.append(" " * width + " " + _ruler(plan.steps))
+    for pattern in patterns:
+        marks = (MARKS[row.inherit.get(pattern, "compute")] for row in plan.rows)
+        lines.append(f"{pattern:<{width}} " + "".join(marks))
+    return "\n".join(lines)
+
+
+def draw_picture(plan: Plan, anatomy: Anatomy) -> Figure:
+    """The plan as a coloured grid of units and steps."""
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    states = list_states(plan, anatomy)
+    codes = {state: code for code, state in enumerate(COLOURS)}
+    cells = [[codes[state] for state in row] for row in states.values()]
+    figure = Figure(
+        figsize=(2.2 + plan.steps * 0.17, 1.3 + len(states) * 0.15), layout="constrained"
+    )
+    axes = figure.add_subplot()
+    axes.imshow(
+        cells,
+        cmap=ListedColormap(list(COLOURS.values())),
+        vmin=0,
+        vmax=len(COLOURS) - 1,
+        aspect="auto",
+    )
+    axes.set_xticks([step + 0.5 for step in range(plan.steps)], minor=True)
+    axes.set_yticks([row + 0.5 for row in range(len(states))], minor=True)
+    axes.grid(which="minor", color="white", linewidth=0.6)
+    axes.tick_params(which="both", length=0, labelsize=7)
+    axes.set_yticks(range(len(states)), list(states))
+    axes.set_xlabel("step", fontsize=8)
+    axes.set_title(_headline(plan), fontsize=9, loc="left")
+    axes.spines[:].set_visible(False)
+    used = {state for row in states.values() for state in row}
+    axes.legend(
+        handles=[Patch(color=COLOURS[state], label=state) for state in COLOURS if state in used],
+        loc="upper left", bbox_to_anchor=(0, -0.06), ncols=5, fontsize=7, frameon=False,
+    )  # fmt: skip
+    return figure
+
+
+def draw_tree(anatomy: Anatomy) -> str:
+    """An anatomy as a tree of blocks, layers and units with parameters and multiply-accumulates."""
+    lines = [
+        _describe(anatomy),
+        f"{'address':<18}{'kind':<13}{'channels':>12}{'scale':>7}{'params':>11}",
+    ]
+    if anatomy.macs:
+        lines[-1] += f"{'MACs':>10}{'share':>8}"
+    for block, members in groupby(anatomy.units, key=lambda unit: get_block(unit.at)):
+        units = list(members)
+        if len(units) > 1 or units[0].at != block:
+            lines.append(_row(block, "", "", "", units, anatomy))
+        for layer, parts in groupby(units, key=lambda unit: get_layer(unit.at)):
+            rows = list(parts)
+            indent = "" if layer == block else "  "
+            if len(rows) > 1:
+                lines.append(_row(indent + layer, "", "", "", rows, anatomy))
+                indent += "  "
+            for unit in rows:
+                channels = f"{unit.channels[0]}>{unit.channels[1]}"
+                lines.append(
+                    _row(indent + unit.at, unit.kind, channels, f"1/{unit.scale}", [unit], anatomy)
+                )
+    return "\n".join(lines)
+
+
+def _describe(anatomy: Anatomy) -> str:
+    units = f"{anatomy.name}: {len(anatomy) - 2} units and 2 ends"
+    params = f"{anatomy.params / 1e6:,.2f} M parameters"
+    if not anatomy.macs or not anatomy.size:
+        return f"{units}, {params}"
+    height, width = anatomy.size
+    macs = f"{anatomy.macs / 1e9:,.3f} GMAC at {height}x{width} latents, {anatomy.tokens} tokens"
+    return f"{units}, {params}\n{macs}"
+
+
+def _row(
+    name: str, kind: str, channels: str, scale: str, units: list[Unit], anatomy: Anatomy
+) -> str:
+    params = sum(unit.params for unit in units)
+    text = f"{name:<18}{kind:<13}{channels:>12}{scale:>7}{params / 1e6:>9,.3f} M"
+    if anatomy.macs:
+        macs = sum(unit.macs for unit in units)
+        text += f"{macs / 1e9:>8,.3f} G{macs / anatomy.macs:>8.1%}"
+    return text
+
+
+def _headline(plan: Plan) -> str:
+    return f"plan {plan.name}: {plan.steps} steps, {len(plan.keys)} in full"
+
+
+def _ruler(steps: int) -> str:
+    """A digit every ten steps: `0         10        20`."""
+    return "".join(f"{step:<10}" for step in range(0, steps, 10))[: max(steps, 10)].rstrip()

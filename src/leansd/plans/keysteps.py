@@ -1,0 +1,108 @@
+"""Key steps: at which steps of a run the whole UNet is computed.
+
+Every function returns the key steps of a run of `steps` steps in rising order; step 0 is always one
+of them. The modes at the time-step level are those of A-SDM (arXiv 2406.00210, feature inheritance)
+and DeepCache (arXiv 2312.00858, non-uniform 1:N).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+from leansd.errors import LeansdError
+
+KeySteps = tuple[int, ...]
+
+
+def uniform(steps: int, interval: int) -> KeySteps:
+    """Every `interval`-th step."""
+    _check_count("interval", interval)
+    return tuple(range(0, steps, interval))
+
+
+def quadratic(steps: int, keys: int, dense: Literal["early", "late"] = "early") -> KeySteps:
+    """`keys` steps whose gaps grow linearly: close together early (or late) in the run."""
+    _check_keys(steps, keys)
+    parts = [index / keys for index in range(keys)]
+    if dense == "early":
+        return _place(steps, keys, [part**2 * steps for part in parts])
+    if dense == "late":
+        return _place(steps, keys, [(1 - (1 - part) ** 2) * steps for part in parts])
+    raise LeansdError(f"key steps can be dense 'early' or 'late', not {dense!r}")
+
+
+def centred_power(steps: int, keys: int, centre: float, power: float = 1.4) -> KeySteps:
+    """`keys` steps that lie closest around step `centre`, the more so the larger `power` is.
+
+    DeepCache's non-uniform schedule with the sign taken care of: evenly spaced values `x` become
+    `centre + sign(x) |x|^power`. `power = 1` is uniform.
+    """
+    _check_keys(steps, keys)
+    if power < 1:
+        raise LeansdError(f"power must be at least 1, not {power}")
+    if not 0 <= centre <= steps:
+        raise LeansdError(f"centre must lie in the run of {steps} steps, not at {centre}")
+    first, last = -(centre ** (1 / power)), (steps - centre) ** (1 / power)
+    values = [first + (last - first) * index / keys for index in range(keys)]
+    return _place(steps, keys, [centre + _signed_power(value, power) for value in values])
+
+
+def staged(steps: int, intervals: Mapping[int, int]) -> KeySteps:
+    """Another interval from each given step on: `{0: 1, 5: 3, 20: 5}`."""
+    if 0 not in intervals:
+        raise LeansdError("staged intervals need one that starts at step 0, as in {0: 2, 10: 4}")
+    for interval in intervals.values():
+        _check_count("interval", interval)
+    keys: list[int] = []
+    starts = sorted(start for start in intervals if start < steps)
+    for start, stop in zip(starts, [*starts[1:], steps], strict=True):
+        keys.extend(range(start, stop, intervals[start]))
+    return tuple(keys)
+
+
+def window(steps: int, keys: Iterable[int], start: int = 0, stop: int | None = None) -> KeySteps:
+    """The given key steps inside `start <= step < stop`; outside, every step is a key step."""
+    stop = steps if stop is None else stop
+    if not 0 <= start <= stop <= steps:
+        raise LeansdError(f"window {start}..{stop} does not lie in a run of {steps} steps")
+    inside = {key for key in keys if start <= key < stop}
+    return tuple(sorted({0} | inside | set(range(start)) | set(range(stop, steps))))
+
+
+def explicit(steps: int, keys: Iterable[int]) -> KeySteps:
+    """Key steps as listed, checked."""
+    chosen = sorted(set(keys))
+    if not chosen or chosen[0] != 0:
+        raise LeansdError(
+            "the first step, 0, must be a key step: there is nothing to inherit before it"
+        )
+    if chosen[-1] >= steps:
+        raise LeansdError(
+            f"key step {chosen[-1]} lies outside a run of {steps} steps (0..{steps - 1})"
+        )
+    return tuple(chosen)
+
+
+def _signed_power(value: float, power: float) -> float:
+    return abs(value) ** power if value >= 0 else -(abs(value) ** power)
+
+
+def _place(steps: int, keys: int, positions: list[float]) -> KeySteps:
+    """Round rising positions to distinct steps from 0 on, moving as little as needed."""
+    placed: list[int] = []
+    for index, position in enumerate(positions):
+        lowest = placed[-1] + 1 if placed else 0
+        highest = steps - (keys - index)
+        placed.append(min(max(round(position), lowest), highest))
+    return (0, *placed[1:])
+
+
+def _check_count(name: str, value: int) -> None:
+    if value < 1:
+        raise LeansdError(f"{name} must be at least 1, not {value}")
+
+
+def _check_keys(steps: int, keys: int) -> None:
+    if not 1 <= keys <= steps:
+        raise LeansdError(f"a run of {steps} steps has 1 to {steps} key steps, not {keys}")

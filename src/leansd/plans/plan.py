@@ -1,0 +1,234 @@
+"""A plan: for every step of a run, what inherits instead of being computed.
+
+A plan is data. It names addresses, not modules, so one plan serves every UNet that has them; what a
+row means for one UNet (what runs, what is read, what nobody needs) follows from `liveness`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal, get_args
+
+from leansd.errors import LeansdError
+from leansd.plans import keysteps
+from leansd.plans.anatomy import Anatomy
+
+How = Literal["reuse", "residual", "forecast"]
+"""How a unit gives an output that it does not compute.
+
+`reuse`     the output it gave when it was last computed.
+`residual`  its present input plus what it added to its input when it was last computed.
+`forecast`  the line through its last two computed outputs, over log-SNR.
+"""
+HOWS: tuple[How, ...] = get_args(How)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one step does: `inherit` maps addresses or globs to how they inherit."""
+
+    inherit: Mapping[str, How] = field(default_factory=dict[str, How])
+
+    @property
+    def is_key(self) -> bool:
+        """Whether the whole UNet is computed."""
+        return not self.inherit
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One row a step of the sampler. Make one with `full`, `every`, `between` or a preset."""
+
+    rows: tuple[Row, ...]
+    name: str = "plan"
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise LeansdError("a plan needs at least one step")
+        if not self.rows[0].is_key:
+            named = next(iter(self.rows[0].inherit))
+            raise LeansdError(f"step 0 cannot inherit {named}: nothing was computed before it")
+        for step, row in enumerate(self.rows):
+            for pattern, how in row.inherit.items():
+                if how not in HOWS:
+                    known = ", ".join(HOWS)
+                    raise LeansdError(
+                        f"step {step}, {pattern}: unknown how {how!r}; there are {known}"
+                    )
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    # -- making ------------------------------------------------------------------------------
+
+    @classmethod
+    def full(cls, steps: int, *, name: str = "full") -> Plan:
+        """Every unit at every step: bit-equal to no plan."""
+        if steps < 1:
+            raise LeansdError(f"a plan needs at least one step, not {steps}")
+        return cls((Row(),) * steps, name)
+
+    @classmethod
+    def every(
+        cls, interval: int, *, cut: str, steps: int, how: How = "reuse", name: str | None = None
+    ) -> Plan:
+        """The whole UNet every `interval`-th step; between, what lies at `cut` inherits."""
+        keys = keysteps.uniform(steps, interval)
+        return cls.between(keys, cut=cut, steps=steps, how=how, name=name or f"every-{interval}")
+
+    @classmethod
+    def between(
+        cls, keys: Iterable[int], *, cut: str, steps: int, how: How = "reuse", name: str = "plan"
+    ) -> Plan:
+        """The whole UNet at key steps (see `leansd.plans.keysteps`); between, `cut` inherits."""
+        chosen = set(keysteps.explicit(steps, keys))
+        others = [step for step in range(steps) if step not in chosen]
+        return cls.full(steps, name=name).inherit(cut, at=others, how=how)
+
+    def inherit(self, *patterns: str, at: int | Iterable[int], how: How = "reuse") -> Plan:
+        """This plan with the addresses or globs `patterns` inheriting at the steps `at` as well.
+
+        A later call overrules an earlier one where both cover a unit.
+        """
+        steps = {at} if isinstance(at, int) else set(at)
+        outside = sorted(step for step in steps if not 0 <= step < self.steps)
+        if outside:
+            raise LeansdError(f"step {outside[0]} lies outside a plan of {self.steps} steps")
+        if 0 in steps and patterns:
+            raise LeansdError(
+                f"step 0 cannot inherit {patterns[0]}: nothing was computed before it"
+            )
+        rows = list(self.rows)
+        for step in steps:
+            kept = {key: value for key, value in rows[step].inherit.items() if key not in patterns}
+            added: dict[str, How] = dict.fromkeys(patterns, how)
+            rows[step] = Row({**kept, **added})
+        return replace(self, rows=tuple(rows))
+
+    def rename(self, name: str) -> Plan:
+        return replace(self, name=name)
+
+    def fit(self, steps: int) -> Plan:
+        """The same plan stretched to another number of steps.
+
+        Key steps keep their density over the run, so that the speed-up stays about the same; every
+        other step does what the nearest such step of this plan did.
+        """
+        if steps == self.steps:
+            return self
+        if steps < 1:
+            raise LeansdError(f"a plan needs at least one step, not {steps}")
+        old_keys = [step for step, row in enumerate(self.rows) if row.is_key]
+        others = [step for step, row in enumerate(self.rows) if not row.is_key]
+        if not others:
+            return Plan.full(steps, name=self.name)
+        scale = steps / self.steps
+        count = min(steps, max(1, round(len(old_keys) * scale)))
+        keys = {
+            min(
+                steps - 1,
+                int(_interpolate([*old_keys, self.steps], len(old_keys) * part / count) * scale),
+            )
+            for part in range(count)
+        }
+        rows = tuple(
+            Row()
+            if step in keys
+            else self.rows[min(others, key=lambda old: abs(old - step / scale))]
+            for step in range(steps)
+        )
+        return replace(self, rows=rows)
+
+    # -- reading -----------------------------------------------------------------------------
+
+    @property
+    def steps(self) -> int:
+        """The step count of the sampler that this plan is for."""
+        return len(self.rows)
+
+    @property
+    def keys(self) -> tuple[int, ...]:
+        """The steps at which the whole UNet is computed."""
+        return tuple(step for step, row in enumerate(self.rows) if row.is_key)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Twelve hex digits of what the plan does; its name does not count."""
+        rows = [dict(sorted(row.inherit.items())) for row in self.rows]
+        return sha256(json.dumps(rows).encode()).hexdigest()[:12]
+
+    def resolve(self, anatomy: Anatomy) -> tuple[dict[str, How], ...]:
+        """For every step, the units that inherit and how.
+
+        Raises:
+            LeansdError: an address matches nothing in this UNet, or a unit cannot inherit that way.
+                The message names the step and the address.
+        """
+        return tuple(_resolve_row(step, row, anatomy) for step, row in enumerate(self.rows))
+
+    def draw(self, anatomy: Anatomy) -> str:
+        """The plan as a grid of units and steps, in text."""
+        from leansd.plans.drawing import draw_grid
+
+        return draw_grid(self, anatomy)
+
+    def __str__(self) -> str:
+        from leansd.plans.drawing import draw_rows
+
+        return draw_rows(self)
+
+    # -- files -------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        from leansd.plans.document import write_plan
+
+        write_plan(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan that `save` wrote.
+
+        Raises:
+            LeansdError: there is no such file, or it is not a plan.
+        """
+        from leansd.plans.document import read_plan
+
+        return read_plan(Path(path))
+
+
+def _resolve_row(step: int, row: Row, anatomy: Anatomy) -> dict[str, How]:
+    resolved: dict[str, How] = {}
+    for pattern, how in row.inherit.items():
+        try:
+            units = anatomy.select(pattern)
+        except LeansdError as error:
+            raise LeansdError(f"step {step}: {error}") from None
+        for unit in units:
+            if unit.at == "head":
+                raise LeansdError(
+                    f"step {step}: {pattern} covers head, the UNet's output, which always runs"
+                )
+            if how == "residual" and unit.channels[0] != unit.channels[1]:
+                raise LeansdError(
+                    f"step {step}: {unit.at} cannot inherit its residual: it takes "
+                    f"{unit.channels[0]} channels and gives {unit.channels[1]}; use reuse or forecast"
+                )
+            if how == "residual" and unit.kind.endswith("sampler"):
+                raise LeansdError(
+                    f"step {step}: {unit.at} cannot inherit its residual: it changes the size; "
+                    "use reuse or forecast"
+                )
+            resolved[unit.at] = how
+    return resolved
+
+
+def _interpolate(values: list[int], position: float) -> float:
+    """`values` at a fractional index."""
+    index = min(int(position), len(values) - 2)
+    return values[index] + (values[index + 1] - values[index]) * (position - index)

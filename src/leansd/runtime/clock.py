@@ -1,0 +1,198 @@
+"""Clocks: which run and which step a UNet call belongs to, known rather than guessed.
+
+Pipelines hand the UNet a view into the scheduler's own tensor of time steps, so the place of that
+view in the tensor is the number of the call: no device is read, and samplers that visit a time step
+twice (Heun, KDPM2, PNDM) or start late (image-to-image) need no special case.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Course:
+    """The UNet calls of a run as the scheduler has laid them out."""
+
+    timesteps: torch.Tensor | None
+    """The scheduler's own tensor [calls]; held so that its identity stays the run's."""
+    moments: tuple[float, ...]
+    """Time step of each call."""
+    rows: tuple[int, ...]
+    """Step of the sampler that each call belongs to: the row of the plan."""
+    steps: int
+    """Step count of the sampler."""
+    log_snr: Sequence[float]
+    """log(signal power / noise power) at each call."""
+
+
+@dataclass(frozen=True)
+class Tick:
+    """What a clock says of one UNet call."""
+
+    course: Course
+    index: int
+    """Number of the call in the course."""
+    starts: bool
+    """Whether a new run begins with it."""
+
+
+class Clock(Protocol):
+    def tell(self, timestep: Any) -> Tick | None:
+        """Place a call by its time step; None where it belongs to no run that this clock knows."""
+        ...
+
+    def owns(self, timestep: Any) -> bool:
+        """Whether the time step is certainly one of this clock's."""
+        ...
+
+
+class SchedulerClock:
+    """The clock of a pipeline: reads the course off `pipe.scheduler` when it lays out a new one."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+        self._course: Course | None = None
+        self._last = -1
+
+    def owns(self, timestep: Any) -> bool:
+        return find_in_storage(timestep, self._pipe.scheduler.timesteps) is not None
+
+    def tell(self, timestep: Any) -> Tick | None:
+        scheduler = self._pipe.scheduler
+        course, starts = self._course, False
+        if course is None or course.timesteps is not scheduler.timesteps:
+            course, starts = read_course(scheduler), True
+            self._course, self._last = course, -1
+        index = find_in_storage(timestep, scheduler.timesteps)
+        if index is None:
+            index = _find_by_value(timestep, course.moments, self._last)
+        if index is None or not 0 <= index < len(course.rows):
+            return None
+        starts = starts or index < self._last
+        self._last = index
+        return Tick(course, index, starts)
+
+
+class LoopClock:
+    """The clock of a raw loop on a UNet: a run starts when the time step rises, a call is a step.
+
+    A loop does not say how long it will be, so the course is as long as the plan.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._last: float | None = None
+        self._log_snr: list[float] = []
+        self._course: Course | None = None
+
+    def owns(self, timestep: Any) -> bool:
+        return False
+
+    def tell(self, timestep: Any) -> Tick | None:
+        moment = _read_value(timestep)
+        course, starts = self._course, False
+        if course is None or self._last is None or moment > self._last:
+            rows = tuple(range(self._steps))
+            self._log_snr = []
+            # Only whether two calls share a moment matters, and here no two do.
+            course = Course(None, tuple(map(float, rows)), rows, self._steps, self._log_snr)
+            self._course, starts = course, True
+        if starts or moment != self._last:
+            self._log_snr.append(_interpolate(_list_stable_diffusion_log_snr(), moment))
+        self._last = moment
+        index = len(self._log_snr) - 1
+        return Tick(course, index, starts) if index < self._steps else None
+
+
+def find_in_storage(timestep: Any, timesteps: Any) -> int | None:
+    """The index of `timestep` in `timesteps` if it is a view into it; reads no value."""
+    if not isinstance(timestep, torch.Tensor) or not isinstance(timesteps, torch.Tensor):
+        return None
+    if timestep.dtype != timesteps.dtype or timestep.device != timesteps.device:
+        return None
+    if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
+        return None
+    index, rest = divmod(
+        timestep.storage_offset() - timesteps.storage_offset(), timesteps.stride(0)
+    )
+    return index if rest == 0 and 0 <= index < len(timesteps) else None
+
+
+def read_course(scheduler: Any) -> Course:
+    """Lay out the calls of the run that `scheduler.set_timesteps` has just prepared.
+
+    The time steps are read here, once a run, before its first call.
+    """
+    timesteps: torch.Tensor = scheduler.timesteps
+    moments = tuple(float(value) for value in timesteps.tolist())
+    steps = getattr(scheduler, "num_inference_steps", None) or len(moments)
+    rows = assign_rows(len(moments), int(steps))
+    if rows is None:
+        rows, steps = tuple(range(len(moments))), len(moments)
+    return Course(timesteps, moments, rows, int(steps), _log_snr(scheduler, moments))
+
+
+def assign_rows(calls: int, steps: int) -> tuple[int, ...] | None:
+    """The sampler's step of each of `calls` UNet calls; None where the pattern is not known.
+
+    One call a step; two but for the last step (Heun, KDPM2, DPM-Solver SDE); a second call in the
+    first step (PNDM as Stable Diffusion sets it); four calls in each of the first three (PNDM's own
+    Runge-Kutta start).
+    """
+    if calls == steps:
+        return tuple(range(steps))
+    if calls == 2 * steps - 1:
+        return tuple(call // 2 for call in range(calls))
+    if calls == steps + 1:
+        return tuple(max(0, call - 1) for call in range(calls))
+    if calls == steps + 9:
+        return tuple(call // 4 if call < 12 else call - 9 for call in range(calls))
+    return None
+
+
+def _find_by_value(timestep: Any, moments: Sequence[float], last: int) -> int | None:
+    """The call with this time step: the next if it fits, else the same again, else the first."""
+    value = _read_value(timestep)
+    for index in (last + 1, last):
+        if 0 <= index < len(moments) and moments[index] == value:
+            return index
+    return next((index for index, moment in enumerate(moments) if moment == value), None)
+
+
+def _read_value(timestep: Any) -> float:
+    """The time step as a number; a batch of them counts as its first."""
+    if isinstance(timestep, torch.Tensor):
+        return float(timestep.reshape(-1)[0])
+    return float(timestep)
+
+
+def _log_snr(scheduler: Any, moments: Sequence[float]) -> tuple[float, ...]:
+    """log-SNR at (possibly fractional) time steps; minus the time step without a noise table."""
+    table = getattr(scheduler, "alphas_cumprod", None)
+    if table is None:
+        return tuple(-moment for moment in moments)
+    alphas = [min(max(alpha, 1e-8), 1 - 1e-8) for alpha in table.tolist()]
+    points = [math.log(alpha / (1 - alpha)) for alpha in alphas]
+    return tuple(_interpolate(points, moment) for moment in moments)
+
+
+@lru_cache(maxsize=1)
+def _list_stable_diffusion_log_snr(count: int = 1000) -> list[float]:
+    """log-SNR of Stable Diffusion's own noise schedule, for loops without a scheduler."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, count, dtype=torch.float64) ** 2
+    alphas = torch.cumprod(1 - betas, 0)
+    return torch.log(alphas / (1 - alphas)).tolist()
+
+
+def _interpolate(points: Sequence[float], position: float) -> float:
+    """`points` at a fractional index, held constant beyond the ends."""
+    position = min(max(position, 0.0), len(points) - 1.0)
+    low = min(int(position), len(points) - 2)
+    return points[low] + (points[low + 1] - points[low]) * (position - low)

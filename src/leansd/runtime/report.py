@@ -1,0 +1,119 @@
+"""What a run did under a plan: counted, timed and put into words."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+
+from leansd.anatomy.cost import count_macs
+from leansd.plans.liveness import Call
+from leansd.plans.plan import Plan
+
+if TYPE_CHECKING:
+    from leansd.runtime.inheritance import Engine
+
+Lap = Callable[[], float]
+"""Gives the seconds of a UNet call; on a GPU it waits for that call, so ask after the run."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """One run under a plan. Unit counts are over all its UNet calls."""
+
+    plan: Plan
+    calls: int
+    full_calls: int
+    computed: int
+    inherited: int
+    idle: int
+    bytes_kept: int
+    """The most that was kept at any time."""
+    predicted_speedup: float
+    """Full run's over this run's multiply-accumulates, UNet only."""
+    measured_speedup: float
+    """What the run would have taken with every call like its median full one, over what it took."""
+    seconds: float
+    """In the UNet."""
+
+    def __str__(self) -> str:
+        units = self.computed + self.inherited + self.idle
+        return (
+            f"plan {self.plan.name}: {self.calls} UNet calls, {self.full_calls} in full; "
+            f"of {units} unit runs {self.computed} computed, {self.inherited} inherited, "
+            f"{self.idle} idle; {self.bytes_kept / 2**20:.2f} MiB kept; "
+            f"UNet {self.seconds:.2f} s, speed-up {self.measured_speedup:.2f}x "
+            f"(predicted {self.predicted_speedup:.2f}x)"
+        )
+
+
+class Tally:
+    """Counts a run as it goes."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.calls: list[Call] = []
+        self.laps: list[Lap] = []
+        self.bytes_kept = 0
+        self.size = (0, 0)
+        self.tokens = 0
+
+    def add(self, call: Call, lap: Lap, bytes_kept: int) -> None:
+        self.calls.append(call)
+        self.laps.append(lap)
+        self.bytes_kept = max(self.bytes_kept, bytes_kept)
+
+    def summarise(self, engine: Engine) -> Report:
+        patterns = [call.pattern for call in self.calls]
+        seconds = [lap() for lap in self.laps]
+        full = [not pattern.inherited and not pattern.idle for pattern in patterns]
+        whole = median(lap for lap, is_full in zip(seconds, full, strict=True) if is_full)
+        return Report(
+            plan=self.plan,
+            calls=len(patterns),
+            full_calls=sum(full),
+            computed=sum(len(pattern.computed) for pattern in patterns),
+            inherited=sum(len(pattern.inherited) for pattern in patterns),
+            idle=sum(len(pattern.idle) for pattern in patterns),
+            bytes_kept=self.bytes_kept,
+            predicted_speedup=self._predict(engine),
+            measured_speedup=whole * len(seconds) / sum(seconds),
+            seconds=sum(seconds),
+        )
+
+    def _predict(self, engine: Engine) -> float:
+        ledger = count_macs(engine.unet, latent=self.size, tokens=self.tokens)
+        macs = {unit.at: ledger[unit.path] for unit in engine.anatomy}
+        rest = ledger.total - sum(macs.values())
+        spent = sum(rest + sum(macs[at] for at in call.pattern.computed) for call in self.calls)
+        return len(self.calls) * ledger.total / spent
+
+
+def start_lap(device: torch.device) -> Callable[[], Lap]:
+    """Start timing a UNet call; the returned function ends it and gives its `Lap`."""
+    if device.type == "cuda":
+        first = torch.cuda.Event(enable_timing=True)
+        last = torch.cuda.Event(enable_timing=True)
+        first.record()
+
+        def end_on_device() -> Lap:
+            last.record()
+            return lambda: _measure_events(first, last)
+
+        return end_on_device
+    started = time.perf_counter()
+
+    def end() -> Lap:
+        seconds = time.perf_counter() - started
+        return lambda: seconds
+
+    return end
+
+
+def _measure_events(first: torch.cuda.Event, last: torch.cuda.Event) -> float:
+    last.synchronize()
+    return first.elapsed_time(last) / 1000

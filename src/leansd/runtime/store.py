@@ -1,0 +1,126 @@
+"""What a run keeps between UNet calls, and the ways of making an output from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from leansd.plans.liveness import Kept
+from leansd.plans.plan import How
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a unit's output looks like, so that a placeholder can stand in for it."""
+
+    size: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    in_tuple: bool
+    """Transformers return a tuple of one tensor."""
+
+    @classmethod
+    def of(cls, output: Any) -> Shape:
+        tensor = unwrap(output)
+        return cls(tensor.shape, tensor.dtype, tensor.device, isinstance(output, tuple))
+
+    def wrap(self, tensor: torch.Tensor) -> Any:
+        return (tensor,) if self.in_tuple else tensor
+
+    def make_placeholder(self, *, writable: bool) -> torch.Tensor:
+        """NaN in this shape: nobody reads it, and if somebody did it would show.
+
+        It takes no memory unless it has to be `writable`, for code that works in place (FreeU,
+        T2I-Adapter).
+        """
+        if writable:
+            return torch.full(self.size, torch.nan, dtype=self.dtype, device=self.device)
+        return torch.full((), torch.nan, dtype=self.dtype, device=self.device).expand(self.size)
+
+
+class Store:
+    """Kept tensors of one run by (unit, call). Nobody outside ever holds one of them.
+
+    Tensors are copied on the way in and on the way out, since the code between units may write in
+    place; that is two copies of what a plan keeps, not of the UNet's activations.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[Kept, torch.Tensor] = {}
+        self.bytes = 0
+
+    def keep(self, kept: Kept, output: torch.Tensor, given: torch.Tensor) -> None:
+        """Keep a unit's `output`, or what it added to the `given` input (both [B, C, H, W])."""
+        source = output.detach()
+        tensor = source.clone() if kept.what == "output" else source - given.detach()
+        self._drop(kept)
+        self._tensors[kept] = tensor
+        self.bytes += tensor.nbytes
+
+    def has(self, items: Iterable[Kept]) -> bool:
+        return all(kept in self._tensors for kept in items)
+
+    def read(self, kept: Kept) -> torch.Tensor:
+        """The kept tensor itself, for reading only."""
+        return self._tensors[kept]
+
+    def release(self, items: Iterable[Kept]) -> None:
+        for kept in items:
+            self._drop(kept)
+
+    def clear(self) -> None:
+        self._tensors.clear()
+        self.bytes = 0
+
+    def _drop(self, kept: Kept) -> None:
+        tensor = self._tensors.pop(kept, None)
+        if tensor is not None:
+            self.bytes -= tensor.nbytes
+
+
+def unwrap(output: Any) -> torch.Tensor:
+    """The tensor of a unit's output."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+Recall = Callable[[Store, Sequence[Kept], int, Sequence[float], Any], torch.Tensor]
+"""`(store, sources, call, log_snr of each call, the unit's input or None)` -> a fresh tensor."""
+
+
+def recall_output(
+    store: Store, sources: Sequence[Kept], call: int, log_snr: Sequence[float], given: Any
+) -> torch.Tensor:
+    """What the unit gave when it was last computed."""
+    return store.read(sources[0]).clone()
+
+
+def recall_change(
+    store: Store, sources: Sequence[Kept], call: int, log_snr: Sequence[float], given: Any
+) -> torch.Tensor:
+    """The present input plus what the unit last added to its input."""
+    return given + store.read(sources[0])
+
+
+def forecast_output(
+    store: Store, sources: Sequence[Kept], call: int, log_snr: Sequence[float], given: Any
+) -> torch.Tensor:
+    """The line through the last two computed outputs over log-SNR; with one of them, that one."""
+    if len(sources) < 2:
+        return recall_output(store, sources, call, log_snr, given)
+    latest, before = sources
+    here, there = log_snr[latest.call], log_snr[before.call]
+    if here == there:
+        return recall_output(store, sources, call, log_snr, given)
+    # lerp(before, latest, w) is before + w (latest - before); w > 1 lies beyond the latest.
+    weight = (log_snr[call] - there) / (here - there)
+    return torch.lerp(store.read(before), store.read(latest), weight)
+
+
+RECALLS: dict[How, Recall] = {
+    "reuse": recall_output,
+    "residual": recall_change,
+    "forecast": forecast_output,
+}

@@ -1,0 +1,16 @@
+"""Settings of every test: no hub, one picture of randomness, few threads."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+from tiny import tiny_unet, tiny_xl_unet
+
+
+@pytest.fixture(scope="session", params=["sd", "sdxl"])
+def any_unet(request: pytest.FixtureRequest) -> torch.nn.Module:
+    """A random UNet of the SD 1.x and of the SDXL topology; tests leave it as they found it."""
+    return tiny_unet() if request.param == "sd" else tiny_xl_unet()
