@@ -106,7 +106,7 @@ class Plan:
         rows = list(self.rows)
         for step in steps:
             kept = {key: value for key, value in rows[step].inherit.items() if key not in patterns}
-            added: dict[str, How] = dict.fromkeys(patterns, how)
+            added: dict[str, How] = {pattern: how for pattern in patterns}  # noqa: C420
             rows[step] = Row({**kept, **added})
         return replace(self, rows=tuple(rows))
 
@@ -217,7 +217,7 @@ def _resolve_row(step: int, row: Row, anatomy: Anatomy) -> dict[str, How]:
             if how == "residual" and unit.channels[0] != unit.channels[1]:
                 raise LeansdError(
                     f"step {step}: {unit.at} cannot inherit its residual: it takes "
-                    f"{unit.channels[0]} channels and gives {unit.channels[1]}; use reuse or forecast"
+                    f"{unit.channels[0]} channels, gives {unit.channels[1]}; use reuse or forecast"
                 )
             if how == "residual" and unit.kind.endswith("sampler"):
                 raise LeansdError(

@@ -133,13 +133,13 @@ def read_course(scheduler: Any) -> Course:
     timesteps: torch.Tensor = scheduler.timesteps
     moments = tuple(float(value) for value in timesteps.tolist())
     steps = getattr(scheduler, "num_inference_steps", None) or len(moments)
-    rows = assign_rows(len(moments), int(steps))
+    rows = assign_rows(len(moments), int(steps), getattr(scheduler, "order", 1))
     if rows is None:
         rows, steps = tuple(range(len(moments))), len(moments)
     return Course(timesteps, moments, rows, int(steps), _log_snr(scheduler, moments))
 
 
-def assign_rows(calls: int, steps: int) -> tuple[int, ...] | None:
+def assign_rows(calls: int, steps: int, order: int = 1) -> tuple[int, ...] | None:
     """The sampler's step of each of `calls` UNet calls; None where the pattern is not known.
 
     One call a step; two but for the last step (Heun, KDPM2, DPM-Solver SDE); a second call in the
@@ -148,7 +148,7 @@ def assign_rows(calls: int, steps: int) -> tuple[int, ...] | None:
     """
     if calls == steps:
         return tuple(range(steps))
-    if calls == 2 * steps - 1:
+    if order == 2 and calls == 2 * steps - 1:
         return tuple(call // 2 for call in range(calls))
     if calls == steps + 1:
         return tuple(max(0, call - 1) for call in range(calls))

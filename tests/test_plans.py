@@ -1,0 +1,306 @@
+"""Plans, key steps and addresses as data."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import leansd
+from leansd.anatomy import read_anatomy
+from leansd.anatomy.builtin import open_builtin
+from leansd.errors import LeansdError
+from leansd.plans import Anatomy, Plan, address, keysteps, presets
+from leansd.plans.drawing import draw_picture, list_states
+from leansd.plans.liveness import compile_plan, find_pattern
+
+
+@pytest.fixture(scope="module")
+def anatomy() -> Anatomy:
+    return read_anatomy(open_builtin("sd15"))
+
+
+# -- addresses -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "count"),
+    [
+        ("dn0", 5), ("mid", 3), ("up0", 4), ("stem", 1), ("*", 46), ("*.attn", 16), ("up*.attn", 9),
+        ("dn*.l1", 7), ("dn?.down", 3), ("up3.l[01]", 4), ("dn0.l1.attn", 1),
+    ],
+)  # fmt: skip
+def test_patterns_select_what_lies_under_them(anatomy: Anatomy, pattern: str, count: int) -> None:
+    selection = anatomy.select(pattern).expect(count)
+    assert all(address.covers(pattern, unit.at) for unit in selection)
+
+
+def test_selection_states_its_size(anatomy: Anatomy) -> None:
+    with pytest.raises(LeansdError, match=r"expected 4 units, selected 5: dn0\.l0\.res"):
+        anatomy.select("dn0").expect(4)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "hint"),
+    [("up4", "up3"), ("dn0.l1.atn", "dn0.l1.attn"), ("nonsense", "its blocks are stem dn0")],
+)
+def test_pattern_without_match_is_an_error_with_an_offer(
+    anatomy: Anatomy, pattern: str, hint: str
+) -> None:
+    with pytest.raises(LeansdError, match=f"'{pattern}' matches nothing.*{hint}"):
+        anatomy.select(pattern)
+
+
+# -- key steps -----------------------------------------------------------------------------
+
+
+def test_key_step_modes() -> None:
+    assert keysteps.uniform(10, 4) == (0, 4, 8)
+    assert keysteps.quadratic(20, 5) == (0, 1, 3, 7, 13)
+    assert keysteps.quadratic(20, 5, dense="late") == (0, 7, 13, 17, 19)
+    assert keysteps.staged(10, {0: 1, 3: 2, 7: 3}) == (0, 1, 2, 3, 5, 7)
+    assert keysteps.window(8, (0, 4), start=2, stop=7) == (0, 1, 4, 7)
+    assert keysteps.explicit(9, [4, 0, 4]) == (0, 4)
+
+
+@pytest.mark.parametrize("power", [1, 1.2, 1.4, 2, 3])
+@pytest.mark.parametrize("centre", [0, 7, 15, 50])
+def test_centred_power_is_densest_at_its_centre(centre: float, power: float) -> None:
+    keys = keysteps.centred_power(50, 10, centre, power)
+    assert len(keys) == 10
+    gaps = [after - before for before, after in zip(keys, (*keys[1:], 50), strict=True)]
+    assert all(gap > 0 for gap in gaps)
+    if power >= 1.4:
+        middles = [key + gap / 2 for key, gap in zip(keys, gaps, strict=True)]
+        nearest = min(range(10), key=lambda index: abs(middles[index] - centre))
+        assert gaps[nearest] <= min(gaps) + 1
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 30])
+def test_every_mode_gives_distinct_rising_steps_from_zero(steps: int) -> None:
+    for count in range(1, steps + 1):
+        for keys in (
+            keysteps.quadratic(steps, count),
+            keysteps.quadratic(steps, count, dense="late"),
+            keysteps.centred_power(steps, count, steps / 2),
+        ):
+            assert keys[0] == 0
+            assert list(keys) == sorted(set(keys))
+            assert len(keys) == count
+            assert keys[-1] < steps
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: keysteps.uniform(10, 0), "interval must be at least 1"),
+        (lambda: keysteps.quadratic(10, 11), "1 to 10 key steps, not 11"),
+        (lambda: keysteps.explicit(10, [1, 2]), "first step, 0, must be a key step"),
+        (lambda: keysteps.explicit(10, [0, 10]), "key step 10 lies outside"),
+        (lambda: keysteps.staged(10, {2: 2}), "starts at step 0"),
+        (lambda: keysteps.window(10, [0], 5, 11), "does not lie in a run of 10"),
+        (lambda: keysteps.centred_power(10, 3, 11), "centre must lie in the run"),
+    ],
+)
+def test_bad_key_steps_say_why(make: object, message: str) -> None:
+    with pytest.raises(LeansdError, match=message):
+        make()  # type: ignore[operator]
+
+
+# -- plans ---------------------------------------------------------------------------------
+
+
+def test_every_and_inherit_join() -> None:
+    plan = Plan.every(3, cut="up2.up", steps=9, how="forecast").inherit("mid", at=[4, 6])
+    assert plan.steps == 9
+    assert plan.keys == (0, 3)
+    assert plan.rows[4].inherit == {"up2.up": "forecast", "mid": "reuse"}
+    assert plan.rows[6].inherit == {"mid": "reuse"}
+
+
+def test_later_inherit_overrules(anatomy: Anatomy) -> None:
+    plan = Plan.full(3).inherit("mid", at=1).inherit("mid.l1", at=1, how="residual")
+    resolved = plan.resolve(anatomy)[1]
+    assert resolved["mid.l0.attn"] == "reuse"
+    assert resolved["mid.l1.res"] == "residual"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Plan.full(0), "at least one step"),
+        (lambda: Plan.full(3).inherit("mid", at=0), "step 0 cannot inherit mid"),
+        (lambda: Plan.full(3).inherit("mid", at=[1, 3]), "step 3 lies outside a plan of 3 steps"),
+        (
+            lambda: Plan.full(3).inherit("mid", at=1, how="magic"),
+            "step 1, mid: unknown how 'magic'",
+        ),
+    ],
+)
+def test_impossible_plans_name_step_and_address(make: object, message: str) -> None:
+    with pytest.raises(LeansdError, match=message):
+        make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "how", "message"),
+    [
+        ("head", "reuse", "step 1: head covers head, the UNet's output, which always runs"),
+        ("up3", "residual", "step 1: up3.l0.res cannot inherit its residual: it takes 960"),
+        ("dn0.down", "residual", "step 1: dn0.down cannot inherit its residual: it changes"),
+        ("dn9", "reuse", "step 1: address 'dn9' matches nothing"),
+    ],
+)
+def test_plans_are_checked_against_the_anatomy(
+    anatomy: Anatomy, pattern: str, how: str, message: str
+) -> None:
+    plan = Plan.full(3).inherit(pattern, at=1, how=how)  # type: ignore[arg-type]
+    with pytest.raises(LeansdError, match=message):
+        compile_plan(plan, anatomy)
+
+
+def test_fit_keeps_density_and_is_exact_for_uniform_plans() -> None:
+    plan = Plan.every(3, cut="mid", steps=30)
+    assert plan.fit(30) is plan
+    assert plan.fit(60).keys == tuple(range(0, 60, 3))
+    assert plan.fit(15).keys == tuple(range(0, 15, 3))
+    assert plan.fit(1).keys == (0,)
+    assert Plan.full(30).fit(50).keys == tuple(range(50))
+    early = presets.preset("turbo", steps=30)
+    assert len(early.fit(50).keys) == round(len(early.keys) * 50 / 30)
+
+
+def test_fingerprint_is_of_what_the_plan_does() -> None:
+    plan = Plan.every(3, cut="mid", steps=6)
+    assert plan.fingerprint == plan.rename("other").fingerprint
+    assert plan.fingerprint != Plan.every(2, cut="mid", steps=6).fingerprint
+    one = Plan.full(2).inherit("mid", "dn3", at=1)
+    assert one.fingerprint == Plan.full(2).inherit("dn3", "mid", at=1).fingerprint
+
+
+# -- liveness ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cut", "computed"), [("up3.l1", 4), ("up2", 12), ("stem dn* mid", 25)])
+def test_what_nobody_reads_is_idle(anatomy: Anatomy, cut: str, computed: int) -> None:
+    """Four of 46 units run for DeepCache's shallowest branch, 25 for encoder propagation."""
+    inherits = Plan.full(2).inherit(*cut.split(), at=1).resolve(anatomy)[1]
+    pattern = find_pattern(anatomy, inherits)
+    assert len(pattern.computed) == computed
+    assert pattern.computed | set(pattern.inherited) | pattern.idle == set(anatomy.addresses)
+
+
+def test_forecast_keeps_two_outputs_of_distinct_moments(anatomy: Anatomy) -> None:
+    plan = Plan.between([0, 1, 2, 4], cut="mid", steps=6, how="forecast")
+    calls = compile_plan(plan, anatomy, moments=[900, 800, 800, 600, 400, 200]).calls
+    assert [kept.call for kept in calls[3].sources["mid.l1.res"]] == [2, 0]
+    assert [kept.call for kept in calls[5].sources["mid.l1.res"]] == [4, 2]
+    assert calls[1].keeps == {}
+
+
+def test_program_keeps_no_longer_than_read(anatomy: Anatomy) -> None:
+    plan = Plan.every(3, cut="up2.up", steps=7)
+    alive = [len(kept) for kept in compile_plan(plan, anatomy).alive]
+    assert alive == [1, 1, 0, 1, 1, 0, 0]
+
+
+# -- presets -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+@pytest.mark.parametrize("steps", [1, 2, 8, 30, 50])
+@pytest.mark.parametrize("model", ["sd15", "sdxl"])
+def test_every_preset_fits_every_step_count_and_model(name: str, steps: int, model: str) -> None:
+    anatomy = read_anatomy(open_builtin(model))
+    plan = leansd.preset(name, steps=steps, blocks=anatomy.up_blocks)
+    assert plan.name == name
+    assert len(compile_plan(plan, anatomy).calls) == steps
+
+
+def test_unknown_presets_and_options_say_what_there_is() -> None:
+    with pytest.raises(LeansdError, match="no preset 'balansed'; did you mean balanced"):
+        leansd.preset("balansed")
+    with pytest.raises(LeansdError, match=r"preset fast: got an unexpected keyword argument 'cut'"):
+        leansd.preset("fast", cut="mid")
+    with pytest.raises(LeansdError, match="branch 12 does not exist"):
+        leansd.preset("deepcache", branch=12)
+
+
+# -- files ---------------------------------------------------------------------------------
+
+
+def test_plans_survive_a_file(tmp_path: Path) -> None:
+    for name in presets.PRESETS:
+        plan = leansd.preset(name, steps=9)
+        plan.save(tmp_path / "plan.json")
+        loaded = Plan.load(tmp_path / "plan.json")
+        assert loaded == plan
+        assert loaded.fingerprint == plan.fingerprint
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.pop("rows"), "rows: Field required"),
+        (lambda d: d.update(format="x"), "format"),
+        (lambda d: d.update(version=99), "has plan format 99, this leansd reads up to 1"),
+        (lambda d: d.update(steps=3), "says 3 steps and has 4 rows"),
+        (lambda d: d["rows"][1]["inherit"].update(mid="magic"), "rows.1.inherit.mid"),
+        (lambda d: d["rows"][0].update(inherit={"mid": "reuse"}), "step 0 cannot inherit mid"),
+        (lambda d: d.update(colour="red"), "colour: Extra inputs"),
+    ],
+)
+def test_corrupt_plan_files_say_where(tmp_path: Path, change: object, message: str) -> None:
+    path = tmp_path / "plan.json"
+    Plan.every(2, cut="mid", steps=4).save(path)
+    document = json.loads(path.read_text())
+    change(document)  # type: ignore[operator]
+    path.write_text(json.dumps(document))
+    with pytest.raises(LeansdError, match=message):
+        Plan.load(path)
+
+
+def test_unreadable_plan_files(tmp_path: Path) -> None:
+    with pytest.raises(LeansdError, match="cannot read the plan"):
+        Plan.load(tmp_path / "none.json")
+    broken = tmp_path / "broken.json"
+    broken.write_text('{"steps": 3, ')
+    with pytest.raises(LeansdError, match=r"broken\.json is not a valid plan file"):
+        Plan.load(broken)
+    broken.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(LeansdError, match="it is not text"):
+        Plan.load(broken)
+    with pytest.raises(LeansdError, match="cannot write the plan"):
+        Plan.full(2).save(broken / "below" / "plan.json")
+
+
+# -- drawing -------------------------------------------------------------------------------
+
+
+def test_grid_shows_every_unit_and_step(anatomy: Anatomy) -> None:
+    plan = Plan.every(3, cut="up3.l1", steps=7, how="forecast").inherit("mid", at=3)
+    lines = {line.split()[0]: line.split()[-1] for line in plan.draw(anatomy).splitlines()[2:-1]}
+    assert list(lines) == list(anatomy.addresses)
+    assert lines["up3.l1.attn"] == "#~~#~~#"
+    assert lines["mid.l1.res"] == "#..=..#"
+    assert lines["mid.l0.res"] == "#.....#"
+    assert lines["head"] == "#######"
+    assert "up3.l1" in str(plan)
+
+
+def test_picture_has_a_cell_for_every_state(anatomy: Anatomy) -> None:
+    plan = leansd.preset("balanced", steps=10)
+    figure = draw_picture(plan, anatomy)
+    image = figure.axes[0].images[0].get_array()
+    assert image is not None
+    assert image.shape == (46, 10)
+    assert {state for row in list_states(plan, anatomy).values() for state in row} == {
+        "compute", "forecast", "idle",
+    }  # fmt: skip
+
+
+def test_plans_import_no_torch() -> None:
+    code = "import sys, leansd, leansd.plans; assert not {'torch', 'diffusers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
