@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
 
+from leansd.errors import LeansdError
 from leansd.plans.anatomy import HEAD, Anatomy
 from leansd.plans.plan import How, Plan
 
@@ -129,6 +130,21 @@ def compile_plan(
         for index, (pattern, read) in enumerate(zip(patterns, sources, strict=True), start)
     )
     return Program(start, calls)
+
+
+def predict_speedup(calls: Sequence[Call], anatomy: Anatomy) -> float:
+    """Multiply-accumulates of computing everything in every call, over those of these calls.
+
+    Raises:
+        LeansdError: the anatomy's cost was not counted (`leansd.dissect` does).
+    """
+    if not anatomy.macs:
+        raise LeansdError("this anatomy has no cost; leansd.dissect(unet) counts it")
+    saved = sum(
+        unit.macs for call in calls for unit in anatomy if unit.at not in call.pattern.computed
+    )
+    total = anatomy.macs * len(calls)
+    return total / (total - saved)
 
 
 def _trace_sources(

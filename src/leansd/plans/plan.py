@@ -105,9 +105,11 @@ class Plan:
             )
         rows = list(self.rows)
         for step in steps:
-            kept = {key: value for key, value in rows[step].inherit.items() if key not in patterns}
-            added: dict[str, How] = {pattern: how for pattern in patterns}  # noqa: C420
-            rows[step] = Row({**kept, **added})
+            inherit = dict(rows[step].inherit)
+            for pattern in patterns:
+                inherit.pop(pattern, None)  # to the end: later entries overrule
+                inherit[pattern] = how
+            rows[step] = Row(inherit)
         return replace(self, rows=tuple(rows))
 
     def rename(self, name: str) -> Plan:

@@ -6,16 +6,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING
 
 import torch
+from diffusers import UNet2DConditionModel
 
-from leansd.anatomy.cost import count_macs
-from leansd.plans.liveness import Call
+from leansd.anatomy.cost import dissect
+from leansd.plans.liveness import Call, predict_speedup
 from leansd.plans.plan import Plan
-
-if TYPE_CHECKING:
-    from leansd.runtime.inheritance import Engine
 
 Lap = Callable[[], float]
 """Gives the seconds of a UNet call; on a GPU it waits for that call, so ask after the run."""
@@ -67,7 +64,8 @@ class Tally:
         self.laps.append(lap)
         self.bytes_kept = max(self.bytes_kept, bytes_kept)
 
-    def summarise(self, engine: Engine) -> Report:
+    def summarise(self, unet: UNet2DConditionModel) -> Report:
+        anatomy = dissect(unet, latent=self.size, tokens=self.tokens)
         patterns = [call.pattern for call in self.calls]
         seconds = [lap() for lap in self.laps]
         full = [not pattern.inherited and not pattern.idle for pattern in patterns]
@@ -80,17 +78,10 @@ class Tally:
             inherited=sum(len(pattern.inherited) for pattern in patterns),
             idle=sum(len(pattern.idle) for pattern in patterns),
             bytes_kept=self.bytes_kept,
-            predicted_speedup=self._predict(engine),
+            predicted_speedup=predict_speedup(self.calls, anatomy),
             measured_speedup=whole * len(seconds) / sum(seconds),
             seconds=sum(seconds),
         )
-
-    def _predict(self, engine: Engine) -> float:
-        ledger = count_macs(engine.unet, latent=self.size, tokens=self.tokens)
-        macs = {unit.at: ledger[unit.path] for unit in engine.anatomy}
-        rest = ledger.total - sum(macs.values())
-        spent = sum(rest + sum(macs[at] for at in call.pattern.computed) for call in self.calls)
-        return len(self.calls) * ledger.total / spent
 
 
 def start_lap(device: torch.device) -> Callable[[], Lap]:

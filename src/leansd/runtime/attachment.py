@@ -1,0 +1,122 @@
+"""An attachment: one pipeline, or bare UNet, and the plan that it follows, run after run."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from leansd.anatomy.reading import read_anatomy
+from leansd.errors import LeansdError
+from leansd.plans.plan import Plan
+from leansd.plans.presets import Preset, build_for
+from leansd.runtime.clock import Clock, LoopClock, SchedulerClock
+from leansd.runtime.engine import Engine, attach, detach
+from leansd.runtime.passes import Branch, Pass
+from leansd.runtime.report import Lap, Report, Tally
+
+
+class Attachment:
+    """A pipeline, or a raw UNet, that follows a plan: `with leansd.inherit(pipe, plan) as run`."""
+
+    def __init__(self, unet: UNet2DConditionModel, pipe: Any | None, source: Plan | Preset) -> None:
+        self.unet = unet
+        self.pipe = pipe
+        self.source = source
+        self.thread: int | None = None
+        """The thread it was entered in; None for one that holds until it is released."""
+        self._local = threading.local()
+        self._last: Tally | None = None
+        anatomy = read_anatomy(unet)
+        if isinstance(source, Plan):
+            source.resolve(anatomy)
+        elif pipe is None:
+            raise LeansdError(
+                f"a bare UNet does not say how many steps a run has; give the pipeline, or a plan "
+                f"as in leansd.preset({source.name!r}, steps=30)"
+            )
+
+    # -- user's side -------------------------------------------------------------------------
+
+    def __enter__(self) -> Attachment:
+        self.thread = threading.get_ident()
+        return self.attach()
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    def attach(self) -> Attachment:
+        """Follow the plan from now on."""
+        attach(self)
+        return self
+
+    def release(self) -> None:
+        """Stop following the plan; the UNet is as it was, nothing is kept."""
+        detach(self)
+        self._local = threading.local()
+
+    def report(self) -> Report:
+        """What the last run did, kept and gained.
+
+        Raises:
+            LeansdError: nothing has run yet.
+        """
+        if self._last is None or not self._last.calls:
+            raise LeansdError(
+                "nothing has run yet: call the pipeline first, then ask for the report"
+            )
+        return self._last.summarise(self.unet)
+
+    # -- engine's side -----------------------------------------------------------------------
+
+    def get_clock(self) -> Clock:
+        """This thread's clock."""
+        local = self._local
+        if not hasattr(local, "clock"):
+            local.clock = self._make_clock()
+        return local.clock
+
+    def _make_clock(self) -> Clock:
+        if self.pipe is not None:
+            return SchedulerClock(self.pipe)
+        assert isinstance(self.source, Plan)
+        return LoopClock(self.source.steps)
+
+    def begin(self, engine: Engine, sample: torch.Tensor, timestep: Any) -> Pass | None:
+        """Place a UNet call; None where it is none of this attachment's."""
+        tick = self.get_clock().tell(timestep)
+        if tick is None:
+            return None
+        local = self._local
+        if tick.starts:
+            plan = build_for(self.source, tick.course.steps, engine.anatomy.up_blocks)
+            local.plan, local.branches, local.here = plan, {}, (-1, -1)
+            local.tally = self._last = Tally(plan)
+        index, ordinal = local.here
+        ordinal = ordinal + 1 if index == tick.index else 0
+        local.here = (tick.index, ordinal)
+        branch = local.branches.setdefault(ordinal, Branch())
+        if not branch.expects(tick.index, sample):
+            course = tick.course
+            program = engine.compile(local.plan, tick.index, course.rows, course.moments)
+            branch.start_over(program, sample)
+        return branch.take(tick)
+
+    def end(self, step: Pass, lap: Lap) -> None:
+        local = self._local
+        local.tally.add(
+            step.call, lap, sum(branch.store.bytes for branch in local.branches.values())
+        )
+        step.branch.store.release(step.call.releases)
+
+    def note_size(self, sample: torch.Tensor, text: torch.Tensor | None) -> None:
+        """Remember what the cost of this run is to be counted at."""
+        tally: Tally = self._local.tally
+        tally.size = (sample.shape[-2], sample.shape[-1])
+        tally.tokens = text.shape[1] if text is not None else 0
+
+    def abort(self) -> None:
+        """Forget the run: its call failed midway."""
+        self._local = threading.local()

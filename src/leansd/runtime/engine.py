@@ -1,0 +1,208 @@
+"""The engine: woven around one UNet, it makes every call follow the plan of whoever calls.
+
+A UNet call is placed by an attachment's clock, becomes a `Pass`, and the units ask that pass what
+to do. Whatever is unexpected (another batch, size, dtype or device, a call out of order) makes a
+call a full one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from leansd.anatomy.reading import read_anatomy
+from leansd.errors import LeansdError
+from leansd.plans.address import get_layer
+from leansd.plans.anatomy import Anatomy
+from leansd.plans.liveness import Program, compile_plan
+from leansd.plans.plan import Plan
+from leansd.runtime.passes import Pass
+from leansd.runtime.report import start_lap
+from leansd.runtime.weave import Weave
+
+if TYPE_CHECKING:
+    from leansd.runtime.attachment import Attachment
+
+UNET = "unet"
+
+
+class Engine:
+    """Woven around one UNet while anything is attached to it."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        self.unet = unet
+        self.anatomy: Anatomy = read_anatomy(unet)
+        self.attachments: tuple[Attachment, ...] = ()
+        self.compile = lru_cache(maxsize=64)(self._compile)
+        self._active = threading.local()
+        self._blocks = _list_block_outputs(self.anatomy)
+        self.weave = Weave(self._list_modules(), self._around)
+
+    def _list_modules(self) -> dict[str, torch.nn.Module]:
+        modules: dict[str, torch.nn.Module] = {UNET: self.unet}
+        for block, (path, _, _) in self._blocks.items():
+            modules[block] = self.unet.get_submodule(path)
+        for unit in self.anatomy:
+            modules[unit.at] = self.unet.get_submodule(unit.path)
+        return modules
+
+    def _compile(
+        self, plan: Plan, start: int, rows: tuple[int, ...], moments: tuple[float, ...]
+    ) -> Program:
+        return compile_plan(plan, self.anatomy, start=start, rows=rows, moments=moments)
+
+    def _around(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if name == UNET:
+            return self._run_unet(forward, *args, **kwargs)
+        step: Pass | None = getattr(self._active, "step", None)
+        if step is None:
+            return forward(*args, **kwargs)
+        if name in self._blocks:
+            return self._run_block(step, name, forward, *args, **kwargs)
+        return step.run_unit(name, forward, *args, **kwargs)
+
+    def _run_unet(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        sample = args[0] if args else kwargs["sample"]
+        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        attachment = self._find(timestep)
+        step = attachment.begin(self, sample, timestep) if attachment is not None else None
+        if attachment is None or step is None:
+            return self._run_plain(forward, *args, **kwargs)
+        step.writable = _adds_in_place(kwargs)
+        text = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
+        attachment.note_size(sample, text)
+        self._active.step = step
+        end_lap = start_lap(sample.device)
+        try:
+            output = forward(*args, **kwargs)
+        except BaseException:
+            attachment.abort()
+            raise
+        finally:
+            self._active.step = None
+        attachment.end(step, end_lap())
+        return output
+
+    def _run_plain(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._active.step = None
+        return forward(*args, **kwargs)
+
+    def _run_block(
+        self, step: Pass, block: str, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """A block with nothing to compute returns at once: it would join skips for nobody."""
+        path, units, outputs = self._blocks[block]
+        if step.skips(units) and not kwargs.get("additional_residuals"):
+            given = tuple(step.give(at) for at in outputs)
+            return (given[-1], given) if block.startswith("dn") else given[-1]
+        if getattr(self.unet.get_submodule(path), "b1", None) is None:
+            return forward(*args, **kwargs)
+        # FreeU multiplies what comes in in place.
+        before, step.writable = step.writable, True
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            step.writable = before
+
+    def _find(self, timestep: Any) -> Attachment | None:
+        """Whose call this is: by the scheduler that the time step is a view of, else by thread."""
+        attachments = self.attachments
+        for attachment in attachments:
+            if attachment.get_clock().owns(timestep):
+                return attachment
+        if _is_view(timestep):
+            # Part of another scheduler's course, so no attached pipeline's.
+            attachments = tuple(each for each in attachments if each.pipe is None)
+        here = threading.get_ident()
+        mine = [each for each in attachments if each.thread == here]
+        loose = mine or [each for each in attachments if each.thread is None]
+        return loose[-1] if len(loose) == 1 else None
+
+
+def _share_thread(one: Attachment, other: Attachment) -> bool:
+    """Whether both would answer in some thread; a pipeline serves one thread at a time."""
+    return one.pipe is not None or None in (one.thread, other.thread) or one.thread == other.thread
+
+
+def _adds_in_place(kwargs: dict[str, Any]) -> bool:
+    """Whether the UNet's forward will add a T2I-Adapter's features in place."""
+    if kwargs.get("down_intrablock_additional_residuals") is not None:
+        return True
+    return (
+        kwargs.get("down_block_additional_residuals") is not None
+        and kwargs.get("mid_block_additional_residual") is None
+    )
+
+
+def _is_view(timestep: Any) -> bool:
+    """Whether a time step is an element of a longer tensor."""
+    if not isinstance(timestep, torch.Tensor):
+        return False
+    return timestep.untyped_storage().nbytes() > timestep.element_size()
+
+
+def _list_block_outputs(
+    anatomy: Anatomy,
+) -> dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]]:
+    """For every block, its module path, its units and those whose outputs the block returns.
+
+    A down block returns what each of its layers and its downsampler gave, for the skips; a mid or
+    up block what its last unit gave.
+    """
+    table: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {}
+    for block in anatomy.blocks:
+        units = anatomy.select(block).addresses
+        ends = {get_layer(at): at for at in units}
+        outputs = tuple(ends.values()) if block.startswith("dn") else units[-1:]
+        path = anatomy[units[0]].path.rsplit(".", 2)[0]
+        table[block] = (path, units, outputs)
+    return table
+
+
+_ENGINES: WeakValueDictionary[int, Engine] = WeakValueDictionary()
+"""By the id of the UNet, which the engine keeps alive."""
+_LOCK = threading.Lock()
+
+
+def attach(attachment: Attachment) -> Engine:
+    """Weave the UNet, if it is not woven yet, and let the attachment's calls follow its plan.
+
+    Raises:
+        LeansdError: the same pipeline is attached already.
+    """
+    with _LOCK:
+        engine = _ENGINES.get(id(attachment.unet))
+        if engine is None:
+            engine = Engine(attachment.unet)
+        for other in engine.attachments:
+            if other.pipe is attachment.pipe and _share_thread(other, attachment):
+                raise LeansdError(
+                    f"already attached: it follows plan {other.source.name}; leave that `with` "
+                    "block first, or call leansd.release_"
+                )
+        engine.attachments += (attachment,)
+        _ENGINES[id(attachment.unet)] = engine
+        return engine
+
+
+def detach(attachment: Attachment) -> None:
+    """Undo `attach`; after the last one the UNet is as it was before the first."""
+    with _LOCK:
+        engine = _ENGINES.get(id(attachment.unet))
+        if engine is None:
+            return
+        engine.attachments = tuple(each for each in engine.attachments if each is not attachment)
+        if not engine.attachments:
+            engine.weave.release()
+            del _ENGINES[id(attachment.unet)]
+
+
+def list_attachments(unet: UNet2DConditionModel) -> tuple[Attachment, ...]:
+    engine = _ENGINES.get(id(unet))
+    return engine.attachments if engine is not None else ()
