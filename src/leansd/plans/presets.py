@@ -102,39 +102,35 @@ def _describe_unknown(name: str) -> str:
     return f"no preset {name!r}{hint} (there are {', '.join(PRESETS)})"
 
 
-def _last_layers(blocks: int, layer: int = 1) -> str:
-    """Layer `layer` of the last up block: cut there, only what comes after it runs."""
-    return f"up{blocks - 1}.l{layer}"
-
-
 @register("full", "every unit at every step; bit-equal to no plan")
 def build_full(*, steps: int, blocks: int) -> Plan:
     return Plan.full(steps)
 
 
-@register("quality", "forecast at every second step")
+@register("quality", "two steps in full, then every 2nd; forecast between")
 def build_quality(*, steps: int, blocks: int) -> Plan:
-    return Plan.every(2, cut=_last_layers(blocks), steps=steps, how="forecast")
+    return _build_staged(steps, blocks, interval=2)
 
 
-@register("balanced", "forecast between key steps, two of five steps in full, denser early")
+@register("balanced", "two steps in full, then every 3rd; forecast between")
 def build_balanced(*, steps: int, blocks: int) -> Plan:
-    return _build_dense_early(steps, blocks, share=0.4)
+    return _build_staged(steps, blocks, interval=3)
 
 
-@register("fast", "forecast between key steps, three of ten steps in full, denser early")
+@register("fast", "two steps in full, then every 4th; forecast between")
 def build_fast(*, steps: int, blocks: int) -> Plan:
-    return _build_dense_early(steps, blocks, share=0.3)
+    return _build_staged(steps, blocks, interval=4)
 
 
-@register("turbo", "forecast between key steps, a fifth of the steps in full, denser early")
+@register("turbo", "two steps in full, then every 6th; forecast between")
 def build_turbo(*, steps: int, blocks: int) -> Plan:
-    return _build_dense_early(steps, blocks, share=0.2)
+    return _build_staged(steps, blocks, interval=6)
 
 
-def _build_dense_early(steps: int, blocks: int, share: float) -> Plan:
-    keys = keysteps.quadratic(steps, max(1, round(share * steps)), dense="early")
-    return Plan.between(keys, cut=_last_layers(blocks), steps=steps, how="forecast")
+def _build_staged(steps: int, blocks: int, interval: int) -> Plan:
+    """Everything up to the last layer is forecast, but for two steps early on: a line needs them."""
+    keys = keysteps.staged(steps, {0: 1, 2: interval})
+    return Plan.between(keys, cut=f"up{blocks - 1}.l1", steps=steps, how="forecast")
 
 
 @register("deepcache", "DeepCache's uniform 1:N schedule (options interval, branch)")

@@ -1,0 +1,54 @@
+# make demo   see it work: sets up .venv on the first call, then runs the demo
+# make test   the tests (make check adds lint and types)
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+export HF_HUB_OFFLINE = 1
+
+.PHONY: demo test check lint types format bench tables clean
+
+demo: $(VENV)/.user
+	$(BIN)/leansd demo
+
+test: $(VENV)/.developer
+	$(BIN)/python -m pytest
+
+check: lint types test
+
+lint: $(VENV)/.developer
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.developer
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.developer
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.developer
+	$(BIN)/python benchmarks/presets.py
+	$(BIN)/python benchmarks/tables.py
+
+tables: $(VENV)/.developer
+	$(BIN)/python benchmarks/tables.py
+
+clean:
+	rm -rf $(VENV) demo build dist
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps make a second call start at once; a change of the dependencies installs again.
+$(VENV)/.user: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing leansd into $(VENV) (once; PyTorch is large)"
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.developer: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing leansd and its development tools into $(VENV) (once; PyTorch is large)"
+	$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/.user

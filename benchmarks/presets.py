@@ -1,0 +1,87 @@
+"""The house presets against what a user would pick instead, on one model, in one interleaved run.
+
+    python benchmarks/presets.py [--model emoji] [--prompts 16] [--steps 30]
+
+Full run, presets, DeepCache's schedule, and fewer steps of the same sampler at each preset's cost.
+One round is one prompt drawn by every contestant, so ratios are paired. Records go to
+`benchmarks/results/presets.jsonl`; `benchmarks/tables.py` makes the tables from them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import Progress
+
+from leansd.anatomy import dissect
+from leansd.faces.cli.terminal import hush_libraries
+from leansd.faces.comparison import FULL, Contestant, compare_plans, list_records
+from leansd.faces.outlines import predict_speedup
+from leansd.faces.pictures import Request
+from leansd.faces.prompts import PROMPTS
+from leansd.faces.samplers import set_sampler
+from leansd.faces.scoring import find_scorer
+from leansd.loading import load
+from leansd.measuring.records import write_records
+from leansd.plans.anatomy import Anatomy
+from leansd.plans.presets import HOUSE, preset
+
+RESULTS = Path(__file__).parent / "results" / "presets.jsonl"
+SAMPLERS = ("dpm++2m", "ddim")
+INTERVALS = (2, 3, 5)
+
+
+def list_contestants(anatomy: Anatomy, steps: int) -> list[Contestant]:
+    """Full run, presets, DeepCache's branch 0, and fewer steps at the cost of each of those."""
+    blocks = anatomy.up_blocks
+    plans = {name: preset(name, steps, blocks=blocks) for name in HOUSE}
+    for interval in INTERVALS:
+        plan = preset("deepcache", steps, blocks=blocks, interval=interval)
+        plans[f"deepcache 1:{interval}"] = plan
+    counts = {max(1, round(steps / predict_speedup(plan, anatomy))) for plan in plans.values()}
+    return [
+        Contestant(FULL, f"the whole UNet at each of {steps} steps", steps),
+        *(Contestant(name, name, steps, plan) for name, plan in plans.items()),
+        *(
+            Contestant(f"{count} steps", "fewer steps", count)
+            for count in sorted(counts, reverse=True)
+            if count < steps
+        ),
+    ]
+
+
+def main(
+    model: str = "emoji",
+    prompts: Annotated[int, typer.Option(help="rounds, a prompt and a seed each")] = 16,
+    steps: int = 30,
+    seed: int = 1000,
+) -> None:
+    hush_libraries()
+    pipe = load(model)
+    anatomy = dissect(pipe.unet, tokens=pipe.tokenizer.model_max_length)
+    chosen = [PROMPTS[index % len(PROMPTS)] for index in range(prompts)]
+    contestants = list_contestants(anatomy, steps)
+    records = []
+    for sampler in SAMPLERS:
+        set_sampler(pipe, sampler)
+        with Progress() as progress:
+            total = prompts * sum(each.steps for each in contestants)
+            task = progress.add_task(sampler, total=total)
+            comparison = compare_plans(
+                pipe,
+                chosen,
+                subject=model,
+                anatomy=anatomy,
+                base=Request(prompt="", steps=steps, seed=seed),
+                contestants=contestants,
+                scorer=find_scorer(model),
+                on_step=lambda name: progress.advance(task),
+            )
+        records += list_records(comparison)
+    write_records(RESULTS, records)
+
+
+if __name__ == "__main__":
+    typer.run(main)

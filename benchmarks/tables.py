@@ -1,0 +1,86 @@
+"""Write the tables of README.md from the committed records; nothing in them is typed by hand.
+
+python benchmarks/tables.py           rewrite the tables
+python benchmarks/tables.py --check   fail if they are not what the records say
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from leansd.measuring.records import Record, load_records
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md",)
+BLOCK = re.compile(r"(<!-- table: (?P<name>\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def tabulate_presets() -> str:
+    """For each sampler: what each way of drawing gains and what it loses against the full run."""
+    records = load_records(RESULTS / "presets.jsonl")
+    parts = []
+    for sampler in dict.fromkeys(get(record, "sampler") for record in records):
+        chosen = [record for record in records if get(record, "sampler") == sampler]
+        cells = {(record.plan, record.metric): record for record in chosen}
+        full = cells["full", "seconds"]
+        parts.append(
+            f"**{sampler}**, {get(full, 'steps')} steps, {get(full, 'prompts')} pictures "
+            f"({full.value:.2f} s each in full; {full.device}; torch {full.torch}):\n"
+        )
+        parts.append(
+            "| | speed-up, measured (range) | predicted | PSNR to full | SSIM | CLIP score |"
+        )
+        parts.append("|---|---|---|---|---|---|")
+        plans = list(dict.fromkeys(record.plan for record in chosen))
+        for plan in sorted(plans, key=lambda name: cells[name, "speedup"].value):
+            parts.append(tabulate_row(plan, cells))
+        parts.append("")
+    return "\n".join(parts)
+
+
+def tabulate_row(plan: str, cells: dict[tuple[str, str], Record]) -> str:
+    speedup = cells[plan, "speedup"]
+    psnr, ssim, clip = (cells.get((plan, metric)) for metric in ("psnr", "ssim", "clip_score"))
+    house = plan in ("quality", "balanced", "fast", "turbo")
+    columns = (
+        f"**{plan}**" if house else plan,
+        f"{speedup.value:.2f}x ({get(speedup, 'low'):.2f} to {get(speedup, 'high'):.2f})"
+        if psnr is not None
+        else "1.00x",
+        f"{cells[plan, 'predicted_speedup'].value:.2f}x",
+        f"{psnr.value:.1f} dB" if psnr else "",
+        f"{ssim.value:.3f}" if ssim else "",
+        f"{clip.value:.1f}" if clip else "",
+    )
+    return "| " + " | ".join(columns) + " |"
+
+
+def get(record: Record, name: str) -> object:
+    """A case's own field of a record."""
+    return (record.model_extra or {})[name]
+
+
+TABLES: dict[str, Callable[[], str]] = {"presets": tabulate_presets}
+
+
+def fill(page: str) -> str:
+    return BLOCK.sub(lambda found: f"{found[1]}{TABLES[found['name']]()}\n{found[3]}", page)
+
+
+def main() -> None:
+    for path in PAGES:
+        old = path.read_text(encoding="utf-8")
+        new = fill(old)
+        if "--check" in sys.argv[1:]:
+            if new != old:
+                sys.exit(f"{path.name} is not what the records say: run benchmarks/tables.py")
+        else:
+            path.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

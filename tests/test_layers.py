@@ -1,0 +1,81 @@
+"""The architecture as a test: layers import downwards only."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import leansd
+
+ROOT = Path(leansd.__file__).parent
+# Lowest first; a package may import what is in its own row's package or in a row above this one.
+LAYERS = (
+    ("errors", "version"),
+    ("plans",),
+    ("anatomy",),
+    ("runtime",),
+    ("measuring",),
+    ("emoji",),
+    ("loading",),
+    ("faces",),
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+def list_imports(path: Path) -> Iterator[str]:
+    """The parts of leansd that a file imports, those inside functions included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.split(".")[0] == "leansd":
+                yield name.split(".")[1]
+
+
+def get_part(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_layers_import_downwards_only(path: Path) -> None:
+    part = get_part(path)
+    for imported in list_imports(path):
+        assert imported == part or LEVEL[imported] < LEVEL[part], f"{part} imports {imported}"
+
+
+def test_every_part_has_a_layer() -> None:
+    assert {get_part(path) for path in FILES} == set(LEVEL)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_read_in_one_sitting(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400
+    assert path.stem not in ("utils", "helpers", "manager", "common", "misc")
+
+
+def test_no_public_function_is_hidden_by_a_module_of_its_name() -> None:
+    modules = {path.stem for path in ROOT.glob("*.py")} | {
+        p.name for p in ROOT.iterdir() if p.is_dir()
+    }
+    assert not modules & set(leansd.__all__)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_unpickles(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "pickle.load"):
+            options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert options.get("weights_only") == "True"
+
+
+@pytest.mark.parametrize("name", leansd.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    assert getattr(leansd, name) is not None
+    assert name in dir(leansd)
