@@ -7,7 +7,7 @@ and DeepCache (arXiv 2312.00858, non-uniform 1:N).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from leansd.errors import LeansdError
@@ -26,9 +26,9 @@ def quadratic(steps: int, keys: int, dense: Literal["early", "late"] = "early") 
     _check_keys(steps, keys)
     parts = [index / keys for index in range(keys)]
     if dense == "early":
-        return _place(steps, keys, [part**2 * steps for part in parts])
+        return place(steps, [part**2 * steps for part in parts])
     if dense == "late":
-        return _place(steps, keys, [(1 - (1 - part) ** 2) * steps for part in parts])
+        return place(steps, [(1 - (1 - part) ** 2) * steps for part in parts])
     raise LeansdError(f"key steps can be dense 'early' or 'late', not {dense!r}")
 
 
@@ -45,7 +45,7 @@ def centred_power(steps: int, keys: int, centre: float, power: float = 1.4) -> K
         raise LeansdError(f"centre must lie in the run of {steps} steps, not at {centre}")
     first, last = -(centre ** (1 / power)), (steps - centre) ** (1 / power)
     values = [first + (last - first) * index / keys for index in range(keys)]
-    return _place(steps, keys, [centre + _signed_power(value, power) for value in values])
+    return place(steps, [centre + _signed_power(value, power) for value in values])
 
 
 def staged(steps: int, intervals: Mapping[int, int]) -> KeySteps:
@@ -88,12 +88,12 @@ def _signed_power(value: float, power: float) -> float:
     return abs(value) ** power if value >= 0 else -(abs(value) ** power)
 
 
-def _place(steps: int, keys: int, positions: list[float]) -> KeySteps:
-    """Round rising positions to distinct steps from 0 on, moving as little as needed."""
+def place(steps: int, positions: Sequence[float]) -> KeySteps:
+    """Rising positions as distinct steps, the first of them 0, each moved as little as needed."""
     placed: list[int] = []
     for index, position in enumerate(positions):
         lowest = placed[-1] + 1 if placed else 0
-        highest = steps - (keys - index)
+        highest = steps - (len(positions) - index)
         placed.append(min(max(round(position), lowest), highest))
     return (0, *placed[1:])
 
