@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
 from leansd.anatomy import dissect
 from leansd.faces.cli.terminal import hush_libraries
@@ -69,6 +69,10 @@ def main(
         with Progress() as progress:
             total = prompts * sum(each.steps for each in contestants)
             task = progress.add_task(sampler, total=total)
+
+            def count_step(name: str, progress: Progress = progress, task: TaskID = task) -> None:
+                progress.advance(task)
+
             comparison = compare_plans(
                 pipe,
                 chosen,
@@ -77,7 +81,7 @@ def main(
                 base=Request(prompt="", steps=steps, seed=seed),
                 contestants=contestants,
                 scorer=find_scorer(model),
-                on_step=lambda name: progress.advance(task),
+                on_step=count_step,
             )
         records += list_records(comparison)
     write_records(RESULTS, records)

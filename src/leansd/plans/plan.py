@@ -131,13 +131,9 @@ class Plan:
             return Plan.full(steps, name=self.name)
         scale = steps / self.steps
         count = min(steps, max(1, round(len(old_keys) * scale)))
-        keys = {
-            min(
-                steps - 1,
-                int(_interpolate([*old_keys, self.steps], len(old_keys) * part / count) * scale),
-            )
-            for part in range(count)
-        }
+        ends = [*old_keys, self.steps]
+        parts = [len(old_keys) * part / count for part in range(count)]
+        keys = keysteps.place(steps, [_interpolate(ends, part) * scale for part in parts])
         rows = tuple(
             Row()
             if step in keys
