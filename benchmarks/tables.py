@@ -15,6 +15,7 @@ from leansd.measuring.records import Record, load_records
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+COLUMNS = ("", "speed-up, measured", "predicted", "PSNR to full", "SSIM", "CLIP score")
 PAGES = (ROOT / "README.md",)
 BLOCK = re.compile(r"(<!-- table: (?P<name>\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -31,14 +32,10 @@ def tabulate_presets() -> str:
             f"**{sampler}**, {get(full, 'steps')} steps, {get(full, 'prompts')} pictures "
             f"({full.value:.2f} s each in full; {full.device}; torch {full.torch}):\n"
         )
-        parts.append(
-            "| | speed-up, measured (range) | predicted | PSNR to full | SSIM | CLIP score |"
-        )
-        parts.append("|---|---|---|---|---|---|")
+        parts += ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
         plans = list(dict.fromkeys(record.plan for record in chosen))
-        for plan in sorted(plans, key=lambda name: cells[name, "speedup"].value):
-            parts.append(tabulate_row(plan, cells))
-        parts.append("")
+        plans.sort(key=lambda name: cells[name, "speedup"].value)
+        parts += [*(tabulate_row(plan, cells) for plan in plans), ""]
     return "\n".join(parts)
 
 

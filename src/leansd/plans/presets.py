@@ -128,7 +128,7 @@ def build_turbo(*, steps: int, blocks: int) -> Plan:
 
 
 def _build_staged(steps: int, blocks: int, interval: int) -> Plan:
-    """Everything up to the last layer is forecast, but for two steps early on: a line needs them."""
+    """Everything up to the last layer is forecast; a line needs the two steps at the start."""
     keys = keysteps.staged(steps, {0: 1, 2: interval})
     return Plan.between(keys, cut=f"up{blocks - 1}.l1", steps=steps, how="forecast")
 
