@@ -342,7 +342,7 @@ def test_whole_pipeline_and_report() -> None:
     expected = draw()
     with leansd.inherit(pipe, leansd.preset("full", steps=5)):
         assert torch.equal(draw(), expected)
-    with leansd.inherit(pipe, "quality") as run:
+    with leansd.inherit(pipe, leansd.preset("deepcache", interval=2, steps=5)) as run:
         with pytest.raises(LeansdError, match="nothing has run yet"):
             run.report()
         draw()

@@ -29,6 +29,7 @@ def anatomy() -> Anatomy:
     [
         ("dn0", 5), ("mid", 3), ("up0", 4), ("stem", 1), ("*", 46), ("*.attn", 16), ("up*.attn", 9),
         ("dn*.l1", 7), ("dn?.down", 3), ("up3.l[01]", 4), ("dn0.l1.attn", 1),
+        ("*.ca", 16), ("*.t0", 48), ("dn*.sa", 6), ("mid.l0.attn.t0.ff", 1),
     ],
 )  # fmt: skip
 def test_patterns_select_what_lies_under_them(anatomy: Anatomy, pattern: str, count: int) -> None:
@@ -146,7 +147,7 @@ def test_impossible_plans_name_step_and_address(make: object, message: str) -> N
 @pytest.mark.parametrize(
     ("pattern", "how", "message"),
     [
-        ("head", "reuse", "step 1: head covers head, the UNet's output, which always runs"),
+        ("dn0.*.sa", "residual", "step 1: dn0.l0.attn.t0.sa is itself added to its input"),
         ("up3", "residual", "step 1: up3.l0.res cannot inherit its residual: it takes 960"),
         ("dn0.down", "residual", "step 1: dn0.down cannot inherit its residual: it changes"),
         ("dn9", "reuse", "step 1: address 'dn9' matches nothing"),
@@ -194,8 +195,8 @@ def test_what_nobody_reads_is_idle(anatomy: Anatomy, cut: str, computed: int) ->
 def test_forecast_keeps_two_outputs_of_distinct_moments(anatomy: Anatomy) -> None:
     plan = Plan.between([0, 1, 2, 4], cut="mid", steps=6, how="forecast")
     calls = compile_plan(plan, anatomy, moments=[900, 800, 800, 600, 400, 200]).calls
-    assert [kept.call for kept in calls[3].sources["mid.l1.res"]] == [2, 0]
-    assert [kept.call for kept in calls[5].sources["mid.l1.res"]] == [4, 2]
+    assert [kept.call for kept in calls[3].sources["mid.l1.res"][0]] == [2, 0]
+    assert [kept.call for kept in calls[5].sources["mid.l1.res"][0]] == [4, 2]
     assert calls[1].keeps == {}
 
 
@@ -288,6 +289,15 @@ def test_grid_shows_every_unit_and_step(anatomy: Anatomy) -> None:
     assert lines["mid.l0.res"] == "#.....#"
     assert lines["head"] == "#######"
     assert "up3.l1" in str(plan)
+
+
+def test_grid_has_lines_for_parts_and_guidance_where_they_matter(anatomy: Anatomy) -> None:
+    plan = Plan.full(4).inherit("mid.*.ca", at=[1, 2]).guide("drop", at=3)
+    lines = {line.split()[0]: line.split()[-1] for line in plan.draw(anatomy).splitlines()[2:-1]}
+    assert lines["mid.l0.attn.t0.ca"] == "#==#"
+    assert lines["guidance"] == "###."
+    assert len(lines) == 46 + 2
+    assert "guidance ###." in str(plan)
 
 
 def test_picture_has_a_cell_for_every_state(anatomy: Anatomy) -> None:

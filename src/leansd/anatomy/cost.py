@@ -58,7 +58,9 @@ def dissect(
     anatomy = read_anatomy(unet, name=name)
     ledger = count_macs(unet, latent=latent, tokens=tokens)
     units = tuple(replace(unit, macs=ledger[unit.path]) for unit in anatomy)
-    return replace(anatomy, units=units, macs=ledger.total, size=ledger.size, tokens=tokens)
+    parts = tuple(replace(part, macs=ledger[part.path]) for part in anatomy.parts)
+    counted = replace(anatomy, units=units, parts=parts, macs=ledger.total)
+    return replace(counted, size=ledger.size, tokens=tokens)
 
 
 def count_macs(

@@ -23,8 +23,9 @@ def read_anatomy(unet: UNet2DConditionModel, *, name: str = "UNet") -> Anatomy:
             f"{type(unet).__name__} is no UNet2DConditionModel; only those can be dissected"
         )
     units = tuple(_walk(unet))
+    parts = tuple(part for row in units for part in _list_parts(unet, row))
     params = sum(parameter.numel() for parameter in unet.parameters())
-    return Anatomy(units, name=name, params=params)
+    return Anatomy(units, parts, name=name, params=params)
 
 
 def _walk(unet: UNet2DConditionModel) -> Iterator[Unit]:
@@ -120,6 +121,21 @@ def _walk_mid(block: nn.Module, scale: int, last: Unit) -> Iterator[Unit]:
             yield last
 
 
+PARTS = {"attn1": "sa", "attn2": "ca", "ff": "ff"}
+
+
+def _list_parts(unet: UNet2DConditionModel, unit: Unit) -> Iterator[Unit]:
+    """The attentions and feed-forwards of a transformer's blocks."""
+    transformer = unet.get_submodule(unit.path)
+    for number, block in enumerate(getattr(transformer, "transformer_blocks", ())):
+        for attribute, name in PARTS.items():
+            module = getattr(block, attribute, None)
+            if module is not None:
+                at = f"{unit.at}.t{number}.{name}"
+                path = f"{unit.path}.transformer_blocks.{number}.{attribute}"
+                yield _make_unit(module, at, path, unit.scale, (unit.at,), unit)
+
+
 KINDS = {
     "res": "resnet",
     "attn": "transformer",
@@ -127,6 +143,9 @@ KINDS = {
     "up": "upsampler",
     STEM: "conv",
     HEAD: "conv",
+    "sa": "self-attention",
+    "ca": "cross-attention",
+    "ff": "feed-forward",
 }
 
 

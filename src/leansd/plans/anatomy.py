@@ -66,6 +66,9 @@ class Anatomy:
     """The units of one UNet in running order; with `reads`, also its graph."""
 
     units: tuple[Unit, ...]
+    parts: tuple[Unit, ...] = ()
+    """What transformers are made of, `dn0.l1.attn.t0.sa` (self-attention), `.ca` (cross-attention),
+    `.ff` (feed-forward); each reads the unit that it lies in."""
     name: str = "UNet"
     params: int = 0
     """All parameters of the UNet, those outside the units (time embedding, norms) included."""
@@ -78,7 +81,8 @@ class Anatomy:
     by_address: dict[str, Unit] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "by_address", {unit.at: unit for unit in self.units})
+        rows = {unit.at: unit for unit in (*self.units, *self.parts)}
+        object.__setattr__(self, "by_address", rows)
 
     def __iter__(self) -> Iterator[Unit]:
         return iter(self.units)
@@ -111,13 +115,15 @@ class Anatomy:
         return sha256(rows.encode()).hexdigest()[:12]
 
     def select(self, pattern: str) -> Selection:
-        """The units under an address or glob.
+        """The units under an address or glob; the parts, where it is too deep for units.
 
         Raises:
             LeansdError: it matches nothing.
         """
-        found = address.select(pattern, self.addresses)
-        return Selection(self.by_address[at] for at in found)
+        every = self.addresses
+        if not any(address.covers(pattern, at) for at in every):
+            every = tuple(self.by_address)
+        return Selection(self.by_address[at] for at in address.select(pattern, every))
 
     def __str__(self) -> str:
         from leansd.plans.drawing import draw_tree

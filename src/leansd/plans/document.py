@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from leansd.errors import LeansdError
-from leansd.plans.plan import How, Plan, Row
+from leansd.plans.plan import Guidance, How, Plan, Row
 
 VERSION = 1
 
@@ -18,6 +18,7 @@ VERSION = 1
 class RowDocument(BaseModel):
     model_config = ConfigDict(extra="forbid")
     inherit: dict[str, How] = Field(default_factory=dict)
+    guidance: Guidance = "compute"
 
 
 class PlanDocument(BaseModel):
@@ -33,7 +34,7 @@ class PlanDocument(BaseModel):
 
 def write_plan(plan: Plan, path: Path) -> None:
     """Write `plan` to `path`; the file is either the old one or the whole new one."""
-    rows = [RowDocument(inherit=dict(row.inherit)) for row in plan.rows]
+    rows = [RowDocument(inherit=dict(row.inherit), guidance=row.guidance) for row in plan.rows]
     document = PlanDocument(name=plan.name, steps=plan.steps, rows=rows)
     lines = [json.dumps(row.model_dump(exclude_defaults=True)) for row in document.rows]
     head = json.dumps(document.model_dump(exclude={"rows"}))[1:-1]
@@ -69,4 +70,4 @@ def read_plan(path: Path) -> Plan:
         )
     if len(document.rows) != document.steps:
         raise LeansdError(f"{path} says {document.steps} steps and has {len(document.rows)} rows")
-    return Plan(tuple(Row(row.inherit) for row in document.rows), document.name)
+    return Plan(tuple(Row(row.inherit, row.guidance) for row in document.rows), document.name)

@@ -1,7 +1,7 @@
 """Anatomies and plans as text, and plans as pictures.
 
 A grid has a line a unit and a column a step: `#` computed, `=` reused, `+` residual, `~` forecast,
-`.` idle.
+`.` idle. Parts and guidance have lines where the plan says anything of them.
 """
 
 from __future__ import annotations
@@ -11,13 +11,19 @@ from typing import TYPE_CHECKING
 
 from leansd.plans.address import get_block, get_layer
 from leansd.plans.anatomy import Anatomy, Unit
-from leansd.plans.liveness import compile_plan
-from leansd.plans.plan import Plan
+from leansd.plans.liveness import GUIDANCE, compile_plan
+from leansd.plans.plan import Guidance, Plan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARKS = {"compute": "#", "reuse": "=", "residual": "+", "forecast": "~", "idle": "."}
+GUIDANCE_STATES: dict[Guidance, str] = {
+    "compute": "compute",
+    "inherit": "reuse",
+    "forecast": "forecast",
+    "drop": "idle",
+}
 COLOURS = {
     "compute": "#2563eb",
     "reuse": "#f59e0b",
@@ -28,14 +34,17 @@ COLOURS = {
 
 
 def list_states(plan: Plan, anatomy: Anatomy) -> dict[str, list[str]]:
-    """For every unit, its state at every step: a key of `MARKS`."""
-    states: dict[str, list[str]] = {unit.at: [] for unit in anatomy}
-    for call in compile_plan(plan, anatomy).calls:
+    """For every unit (parts and guidance if need be) its state at every step: a key of `MARKS`."""
+    calls = compile_plan(plan, anatomy).calls
+    inheriting = {at for call in calls for at in call.pattern.parts}
+    parts = [part.at for part in anatomy.parts if part.at in inheriting]
+    states: dict[str, list[str]] = {at: [] for at in (*anatomy.addresses, *parts)}
+    for call in calls:
+        inherited = {**call.pattern.inherited, **call.pattern.parts}
         for at, row in states.items():
-            if at in call.pattern.computed:
-                row.append("compute")
-            else:
-                row.append(call.pattern.inherited.get(at, "idle"))
+            row.append("compute" if at in call.pattern.active else inherited.get(at, "idle"))
+    if any(call.guidance != "compute" for call in calls):
+        states[GUIDANCE] = [GUIDANCE_STATES[call.guidance] for call in calls]
     return states
 
 
@@ -53,13 +62,15 @@ def draw_grid(plan: Plan, anatomy: Anatomy) -> str:
 def draw_rows(plan: Plan) -> str:
     """The plan without a UNet: a line for each address or glob it names."""
     patterns = dict.fromkeys(pattern for row in plan.rows for pattern in row.inherit)
-    width = max((len(pattern) for pattern in patterns), default=8)
+    width = max(len(pattern) for pattern in (*patterns, GUIDANCE))
     lines = [_headline(plan)]
-    if patterns:
-        lines.append(" " * width + " " + _ruler(plan.steps))
+    lines.append(" " * width + " " + _ruler(plan.steps))
     for pattern in patterns:
         marks = (MARKS[row.inherit.get(pattern, "compute")] for row in plan.rows)
         lines.append(f"{pattern:<{width}} " + "".join(marks))
+    if any(row.guidance != "compute" for row in plan.rows):
+        marks = (MARKS[GUIDANCE_STATES[row.guidance]] for row in plan.rows)
+        lines.append(f"{GUIDANCE:<{width}} " + "".join(marks))
     return "\n".join(lines)
 
 

@@ -27,16 +27,27 @@ How = Literal["reuse", "residual", "forecast"]
 """
 HOWS: tuple[How, ...] = get_args(How)
 
+Guidance = Literal["compute", "inherit", "forecast", "drop"]
+"""What a guided call does with its unconditional half.
+
+`compute`   runs it.
+`inherit`   leaves it out: unconditional output = conditional output - the last computed difference.
+`forecast`  the same with the line through the last two differences, over log-SNR.
+`drop`      leaves it out: no guidance at this step.
+"""
+GUIDANCES: tuple[Guidance, ...] = get_args(Guidance)
+
 
 @dataclass(frozen=True)
 class Row:
     """What one step does: `inherit` maps addresses or globs to how they inherit."""
 
     inherit: Mapping[str, How] = field(default_factory=dict[str, How])
+    guidance: Guidance = "compute"
 
     @property
     def is_key(self) -> bool:
-        """Whether the whole UNet is computed."""
+        """Whether the whole UNet is computed, for the conditional half at least."""
         return not self.inherit
 
 
@@ -53,7 +64,12 @@ class Plan:
         if not self.rows[0].is_key:
             named = next(iter(self.rows[0].inherit))
             raise LeansdError(f"step 0 cannot inherit {named}: nothing was computed before it")
+        if self.rows[0].guidance != "compute":
+            raise LeansdError("step 0 must compute guidance: no difference is known before it")
         for step, row in enumerate(self.rows):
+            if row.guidance not in GUIDANCES:
+                known = ", ".join(GUIDANCES)
+                raise LeansdError(f"step {step}: unknown guidance {row.guidance!r}; it can {known}")
             for pattern, how in row.inherit.items():
                 if how not in HOWS:
                     known = ", ".join(HOWS)
@@ -95,10 +111,7 @@ class Plan:
 
         A later call overrules an earlier one where both cover a unit.
         """
-        steps = {at} if isinstance(at, int) else set(at)
-        outside = sorted(step for step in steps if not 0 <= step < self.steps)
-        if outside:
-            raise LeansdError(f"step {outside[0]} lies outside a plan of {self.steps} steps")
+        steps = self._check_steps(at)
         if 0 in steps and patterns:
             raise LeansdError(
                 f"step 0 cannot inherit {patterns[0]}: nothing was computed before it"
@@ -109,8 +122,22 @@ class Plan:
             for pattern in patterns:
                 inherit.pop(pattern, None)  # to the end: later entries overrule
                 inherit[pattern] = how
-            rows[step] = Row(inherit)
+            rows[step] = replace(rows[step], inherit=inherit)
         return replace(self, rows=tuple(rows))
+
+    def guide(self, guidance: Guidance, *, at: int | Iterable[int]) -> Plan:
+        """This plan with classifier-free guidance handled otherwise at the steps `at`."""
+        rows = list(self.rows)
+        for step in self._check_steps(at):
+            rows[step] = replace(rows[step], guidance=guidance)
+        return replace(self, rows=tuple(rows))
+
+    def _check_steps(self, at: int | Iterable[int]) -> set[int]:
+        steps = {at} if isinstance(at, int) else set(at)
+        outside = sorted(step for step in steps if not 0 <= step < self.steps)
+        if outside:
+            raise LeansdError(f"step {outside[0]} lies outside a plan of {self.steps} steps")
+        return steps
 
     def rename(self, name: str) -> Plan:
         return replace(self, name=name)
@@ -134,8 +161,9 @@ class Plan:
         ends = [*old_keys, self.steps]
         parts = [len(old_keys) * part / count for part in range(count)]
         keys = keysteps.place(steps, [_interpolate(ends, part) * scale for part in parts])
+        key_rows = iter([self.rows[old_keys[int(part)]] for part in parts])
         rows = tuple(
-            Row()
+            next(key_rows)
             if step in keys
             else self.rows[min(others, key=lambda old: abs(old - step / scale))]
             for step in range(steps)
@@ -157,7 +185,7 @@ class Plan:
     @cached_property
     def fingerprint(self) -> str:
         """Twelve hex digits of what the plan does; its name does not count."""
-        rows = [dict(sorted(row.inherit.items())) for row in self.rows]
+        rows = [[_order(row.inherit), row.guidance] for row in self.rows]
         return sha256(json.dumps(rows).encode()).hexdigest()[:12]
 
     def resolve(self, anatomy: Anatomy) -> tuple[dict[str, How], ...]:
@@ -208,9 +236,9 @@ def _resolve_row(step: int, row: Row, anatomy: Anatomy) -> dict[str, How]:
         except LeansdError as error:
             raise LeansdError(f"step {step}: {error}") from None
         for unit in units:
-            if unit.at == "head":
+            if how == "residual" and len(unit.at.split(".")) > 3:
                 raise LeansdError(
-                    f"step {step}: {pattern} covers head, the UNet's output, which always runs"
+                    f"step {step}: {unit.at} is itself added to its input; use reuse or forecast"
                 )
             if how == "residual" and unit.channels[0] != unit.channels[1]:
                 raise LeansdError(
@@ -224,6 +252,12 @@ def _resolve_row(step: int, row: Row, anatomy: Anatomy) -> dict[str, How]:
                 )
             resolved[unit.at] = how
     return resolved
+
+
+def _order(inherit: Mapping[str, How]) -> list[tuple[str, How]]:
+    """The entries of a row; their order means something only where they differ in how."""
+    entries = list(inherit.items())
+    return entries if len(set(inherit.values())) > 1 else sorted(entries)
 
 
 def _interpolate(values: list[int], position: float) -> float:

@@ -6,39 +6,17 @@ itself to any run. The last up block of SD 1.x and 2.x is `up3`, that of SDXL `u
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from leansd.errors import LeansdError
-from leansd.plans import keysteps
+from leansd.plans import house, rivals  # noqa: F401  (they register their presets)
+from leansd.plans.house import HOUSE
 from leansd.plans.plan import Plan
+from leansd.plans.registry import PRESETS, Preset
 
-
-@dataclass(frozen=True)
-class Preset:
-    """A named way to make a plan: `build(steps=..., blocks=..., **options)`."""
-
-    name: str
-    summary: str
-    build: Callable[..., Plan]
-
-
-PRESETS: dict[str, Preset] = {}
-HOUSE = ("quality", "balanced", "fast", "turbo")
-"""The presets that a user picks from, slowest first."""
-
-
-def register(name: str, summary: str) -> Callable[[Callable[..., Plan]], Callable[..., Plan]]:
-    """Make a function that builds plans available under a name."""
-
-    def add(build: Callable[..., Plan]) -> Callable[..., Plan]:
-        PRESETS[name] = Preset(name, summary, build)
-        return build
-
-    return add
+__all__ = ["HOUSE", "PRESETS", "Preset", "build_for", "look_up", "preset", "resolve"]
 
 
 def preset(name: str, steps: int = 30, *, blocks: int = 4, **options: Any) -> Plan:
@@ -100,53 +78,3 @@ def _describe_unknown(name: str) -> str:
     near = get_close_matches(name, PRESETS, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"no preset {name!r}{hint} (there are {', '.join(PRESETS)})"
-
-
-@register("full", "every unit at every step; bit-equal to no plan")
-def build_full(*, steps: int, blocks: int) -> Plan:
-    return Plan.full(steps)
-
-
-@register("quality", "two steps in full, then every 2nd; forecast between")
-def build_quality(*, steps: int, blocks: int) -> Plan:
-    return _build_staged(steps, blocks, interval=2)
-
-
-@register("balanced", "two steps in full, then every 3rd; forecast between")
-def build_balanced(*, steps: int, blocks: int) -> Plan:
-    return _build_staged(steps, blocks, interval=3)
-
-
-@register("fast", "two steps in full, then every 4th; forecast between")
-def build_fast(*, steps: int, blocks: int) -> Plan:
-    return _build_staged(steps, blocks, interval=4)
-
-
-@register("turbo", "two steps in full, then every 6th; forecast between")
-def build_turbo(*, steps: int, blocks: int) -> Plan:
-    return _build_staged(steps, blocks, interval=6)
-
-
-def _build_staged(steps: int, blocks: int, interval: int) -> Plan:
-    """Everything up to the last layer is forecast; a line needs the two steps at the start."""
-    keys = keysteps.staged(steps, {0: 1, 2: interval})
-    return Plan.between(keys, cut=f"up{blocks - 1}.l1", steps=steps, how="forecast")
-
-
-@register("deepcache", "DeepCache's uniform 1:N schedule (options interval, branch)")
-def build_deepcache(*, steps: int, blocks: int, interval: int = 3, branch: int = 0) -> Plan:
-    """DeepCache (arXiv 2312.00858), as its published helper does it.
-
-    Branch `b` reaches `b // 3` blocks down and `b % 3` layers into that block; what comes back up
-    through the mirrored place is reused.
-    """
-    depth, layer = divmod(branch, 3)
-    if not 0 <= branch < 3 * blocks:
-        raise LeansdError(
-            f"branch {branch} does not exist: {blocks} blocks have branches 0 to {3 * blocks - 1}"
-        )
-    if layer < 2:
-        cut = f"up{blocks - 1 - depth}.l{1 - layer}"
-    else:
-        cut = f"up{blocks - 2 - depth}" if depth < blocks - 1 else "mid"
-    return Plan.every(interval, cut=cut, steps=steps)

@@ -14,6 +14,7 @@ from leansd.plans.plan import Plan
 from leansd.plans.presets import Preset, build_for
 from leansd.runtime.clock import Clock, LoopClock, SchedulerClock
 from leansd.runtime.engine import Engine, attach, detach
+from leansd.runtime.guidance import is_guided
 from leansd.runtime.passes import Branch, Pass
 from leansd.runtime.report import Lap, Report, Tally
 
@@ -91,18 +92,26 @@ class Attachment:
             return None
         local = self._local
         if tick.starts:
-            plan = build_for(self.source, tick.course.steps, engine.anatomy.up_blocks)
+            plan = self._pick_plan(tick.course.steps, engine)
             local.plan, local.branches, local.here = plan, {}, (-1, -1)
             local.tally = self._last = Tally(plan)
         index, ordinal = local.here
         ordinal = ordinal + 1 if index == tick.index else 0
         local.here = (tick.index, ordinal)
         branch = local.branches.setdefault(ordinal, Branch())
-        if not branch.expects(tick.index, sample):
+        guided = is_guided(self.pipe, sample.shape[0])
+        if not branch.expects(tick.index, sample, guided):
             course = tick.course
-            program = engine.compile(local.plan, tick.index, course.rows, course.moments)
-            branch.start_over(program, sample)
-        return branch.take(tick)
+            program = engine.compile(local.plan, tick.index, course.rows, course.moments, guided)
+            branch.start_over(program, sample, guided)
+        return branch.take(tick, sample.shape[0])
+
+    def _pick_plan(self, steps: int, engine: Engine) -> Plan:
+        try:
+            return build_for(self.source, steps, engine.anatomy.up_blocks)
+        except LeansdError:
+            self.abort()
+            raise
 
     def end(self, step: Pass, lap: Lap) -> None:
         local = self._local
@@ -118,5 +127,5 @@ class Attachment:
         tally.tokens = text.shape[1] if text is not None else 0
 
     def abort(self) -> None:
-        """Forget the run: its call failed midway."""
-        self._local = threading.local()
+        """Forget this thread's run: its call failed midway."""
+        vars(self._local).clear()

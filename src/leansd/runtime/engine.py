@@ -22,6 +22,7 @@ from leansd.plans.address import get_layer
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.liveness import Program, compile_plan
 from leansd.plans.plan import Plan
+from leansd.runtime.guidance import complete, keep_difference, take_conditional
 from leansd.runtime.passes import Pass
 from leansd.runtime.report import start_lap
 from leansd.runtime.weave import Weave
@@ -48,14 +49,21 @@ class Engine:
         modules: dict[str, torch.nn.Module] = {UNET: self.unet}
         for block, (path, _, _) in self._blocks.items():
             modules[block] = self.unet.get_submodule(path)
-        for unit in self.anatomy:
+        for unit in (*self.anatomy.units, *self.anatomy.parts):
             modules[unit.at] = self.unet.get_submodule(unit.path)
         return modules
 
     def _compile(
-        self, plan: Plan, start: int, rows: tuple[int, ...], moments: tuple[float, ...]
+        self,
+        plan: Plan,
+        start: int,
+        rows: tuple[int, ...],
+        moments: tuple[float, ...],
+        guided: bool,
     ) -> Program:
-        return compile_plan(plan, self.anatomy, start=start, rows=rows, moments=moments)
+        return compile_plan(
+            plan, self.anatomy, start=start, rows=rows, moments=moments, guided=guided
+        )
 
     def _around(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if name == UNET:
@@ -80,13 +88,24 @@ class Engine:
         self._active.step = step
         end_lap = start_lap(sample.device)
         try:
-            output = forward(*args, **kwargs)
+            output = self._run_lanes(step, sample.shape[0], forward, *args, **kwargs)
         except BaseException:
             attachment.abort()
             raise
         finally:
             self._active.step = None
         attachment.end(step, end_lap())
+        return output
+
+    def _run_lanes(
+        self, step: Pass, batch: int, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """The UNet's forward for the lanes that run."""
+        if step.call.is_half:
+            args, kwargs = take_conditional(args, batch), take_conditional(kwargs, batch)
+            return complete(step, forward(*args, **kwargs))
+        output = forward(*args, **kwargs)
+        keep_difference(step, output[0])
         return output
 
     def _run_plain(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

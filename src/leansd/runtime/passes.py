@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from leansd.plans.liveness import Call, Program
+from leansd.plans.liveness import Call, Kept, Lane, Program
+from leansd.plans.plan import How
 from leansd.runtime.clock import Course, Tick
 from leansd.runtime.store import RECALLS, Shape, Store, unwrap
 
@@ -26,59 +27,85 @@ class Branch:
         self._last = -1
         self._signature: object = None
 
-    def expects(self, index: int, sample: torch.Tensor) -> bool:
-        """Whether this is the next call, with a sample like the one before."""
+    def expects(self, index: int, sample: torch.Tensor, guided: bool) -> bool:
+        """Whether this is the next call, with a batch like the one before."""
         follows = self._program is not None and index == self._last + 1
-        return follows and self._signature == _sign(sample)
+        return follows and self._signature == _sign(sample, guided)
 
-    def start_over(self, program: Program, sample: torch.Tensor) -> None:
+    def start_over(self, program: Program, sample: torch.Tensor, guided: bool) -> None:
         """Forget everything and follow `program`, whose first call computes in full."""
         self.store.clear()
         self.shapes.clear()
-        self._program, self._signature = program, _sign(sample)
+        self._program, self._signature = program, _sign(sample, guided)
 
-    def take(self, tick: Tick) -> Pass:
-        """The pass for this call."""
+    def take(self, tick: Tick, batch: int) -> Pass:
+        """The pass for this call, whose sample has `batch` rows."""
         assert self._program is not None
         self._last = tick.index
         call = self._program[tick.index]
-        return Pass(self, call, tick.course, records_shapes=tick.index == self._program.start)
+        return Pass(self, call, tick.course, batch, records=tick.index == self._program.start)
 
 
-def _sign(sample: torch.Tensor) -> object:
-    return sample.shape, sample.dtype, sample.device
+def _sign(sample: torch.Tensor, guided: bool) -> object:
+    return sample.shape, sample.dtype, sample.device, guided
 
 
 class Pass:
     """One UNet call: answers every unit's question what to do."""
 
-    def __init__(self, branch: Branch, call: Call, course: Course, *, records_shapes: bool) -> None:
+    def __init__(
+        self, branch: Branch, call: Call, course: Course, batch: int, *, records: bool
+    ) -> None:
         self.branch = branch
         self.call = call
-        self.log_snr = course.log_snr
-        self.records_shapes = records_shapes
+        self.batch = batch // 2 if call.is_half else batch
+        """Rows that run."""
         self.writable = False
         """Whether placeholders may be written to."""
+        self._log_snr = course.log_snr
+        self._records = records
 
     def run_unit(self, at: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        call, branch = self.call, self.branch
-        if at in call.pattern.computed:
-            given = args[0].detach().clone() if self._needs_input(at) else None
-            output = forward(*args, **kwargs)
-            for kept in call.keeps.get(at, ()):
-                branch.store.keep(kept, unwrap(output), given)
-            if self.records_shapes:
-                branch.shapes[at] = Shape.of(output)
-            return output
-        return branch.shapes[at].wrap(self.give(at, args[0]))
+        """What a unit, or a part of one, gives in this call."""
+        if at not in self.call.pattern.active:
+            return self.branch.shapes[at].wrap(self.give(at, args[0]))
+        keeps = self.call.keeps.get(at, ())
+        # The unit may overwrite its input, so what a change is measured against is copied first.
+        changes = any(kept.what == "change" for kept in keeps)
+        given = args[0].detach().clone() if changes else None
+        output = forward(*args, **kwargs)
+        for kept in keeps:
+            before = self.pick(given, kept.lane) if kept.what == "change" else None
+            self.branch.store.keep(kept, self.pick(unwrap(output), kept.lane), before)
+        if self._records:
+            self.branch.shapes[at] = Shape.of(output)
+        return output
 
     def give(self, at: str, given: torch.Tensor | None = None) -> torch.Tensor:
-        """The output of a unit that is not computed; `given` is its present input."""
-        how = self.call.pattern.inherited.get(at)
+        """The output of what is not computed; `given` is its present input."""
+        pattern = self.call.pattern
+        how = pattern.inherited.get(at) or pattern.parts.get(at)
         if how is None:
-            return self.branch.shapes[at].make_placeholder(writable=self.writable)
-        sources = self.call.sources[at]
-        return RECALLS[how](self.branch.store, sources, self.call.index, self.log_snr, given)
+            shape = self.branch.shapes[at]
+            return shape.make_placeholder(self.batch, writable=self.writable)
+        lanes = []
+        for sources in self.call.sources[at]:
+            part = self.pick(given, sources[0].lane) if given is not None else None
+            lanes.append(self.recall(how, sources, part))
+        return lanes[0] if len(lanes) == 1 else torch.cat(lanes)
+
+    def recall(
+        self, how: How, sources: Sequence[Kept], given: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One lane of an output made from what was kept."""
+        return RECALLS[how](self.branch.store, sources, self.call.index, self._log_snr, given)
+
+    def pick(self, tensor: torch.Tensor, lane: Lane) -> torch.Tensor:
+        """The rows of one lane; in a call that runs one lane, all there are."""
+        if len(self.call.lanes) == 1:
+            return tensor
+        rest, cond = tensor.chunk(2)
+        return cond if lane == "cond" else rest
 
     def skips(self, units: Sequence[str]) -> bool:
         """Whether none of these units runs or needs its input."""
@@ -86,6 +113,3 @@ class Pass:
         return all(
             at in pattern.idle or pattern.inherited.get(at) in ("reuse", "forecast") for at in units
         )
-
-    def _needs_input(self, at: str) -> bool:
-        return any(kept.what == "change" for kept in self.call.keeps.get(at, ()))

@@ -68,7 +68,7 @@ class Tally:
         anatomy = dissect(unet, latent=self.size, tokens=self.tokens)
         patterns = [call.pattern for call in self.calls]
         seconds = [lap() for lap in self.laps]
-        full = [not pattern.inherited and not pattern.idle for pattern in patterns]
+        full = [call.is_full for call in self.calls]
         whole = median(lap for lap, is_full in zip(seconds, full, strict=True) if is_full)
         return Report(
             plan=self.plan,

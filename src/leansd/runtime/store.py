@@ -30,15 +30,16 @@ class Shape:
     def wrap(self, tensor: torch.Tensor) -> Any:
         return (tensor,) if self.in_tuple else tensor
 
-    def make_placeholder(self, *, writable: bool) -> torch.Tensor:
+    def make_placeholder(self, batch: int, *, writable: bool) -> torch.Tensor:
         """NaN in this shape: nobody reads it, and if somebody did it would show.
 
         It takes no memory unless it has to be `writable`, for code that works in place (FreeU,
         T2I-Adapter).
         """
+        size = (batch, *self.size[1:])
         if writable:
-            return torch.full(self.size, torch.nan, dtype=self.dtype, device=self.device)
-        return torch.full((), torch.nan, dtype=self.dtype, device=self.device).expand(self.size)
+            return torch.full(size, torch.nan, dtype=self.dtype, device=self.device)
+        return torch.full((), torch.nan, dtype=self.dtype, device=self.device).expand(size)
 
 
 class Store:
@@ -52,10 +53,10 @@ class Store:
         self._tensors: dict[Kept, torch.Tensor] = {}
         self.bytes = 0
 
-    def keep(self, kept: Kept, output: torch.Tensor, given: torch.Tensor) -> None:
-        """Keep a unit's `output`, or what it added to the `given` input (both [B, C, H, W])."""
+    def keep(self, kept: Kept, output: torch.Tensor, given: torch.Tensor | None = None) -> None:
+        """Keep `output`, or what was added to what was `given`: one lane of both [B, C, H, W]."""
         source = output.detach()
-        tensor = source.clone() if kept.what == "output" else source - given.detach()
+        tensor = source.clone() if given is None else source - given
         self._drop(kept)
         self._tensors[kept] = tensor
         self.bytes += tensor.nbytes

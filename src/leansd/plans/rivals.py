@@ -1,0 +1,144 @@
+"""What other projects do, as plans: schedules of published methods, to use and to compare with.
+
+Facts about each (what it skips, when) are public; nothing here is taken from their code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from leansd.errors import LeansdError
+from leansd.plans import keysteps
+from leansd.plans.plan import Plan
+from leansd.plans.registry import register
+
+
+@register("deepcache", "DeepCache's uniform 1:N schedule (options interval, branch)")
+def build_deepcache(*, steps: int, blocks: int, interval: int = 3, branch: int = 0) -> Plan:
+    """DeepCache (arXiv 2312.00858), as its published helper does it."""
+    return Plan.every(interval, cut=_find_branch(branch, blocks), steps=steps)
+
+
+@register("deepcache-power", "DeepCache's non-uniform schedule, the sign minded (centre, power)")
+def build_deepcache_power(
+    *,
+    steps: int,
+    blocks: int,
+    interval: int = 5,
+    branch: int = 0,
+    centre: float | None = None,
+    power: float = 1.4,
+) -> Plan:
+    """Key steps dense around a centre: what DeepCache's paper describes."""
+    keys = max(1, round(steps / interval))
+    centre = 0.3 * steps if centre is None else centre
+    chosen = keysteps.centred_power(steps, keys, centre, power)
+    return Plan.between(chosen, cut=_find_branch(branch, blocks), steps=steps)
+
+
+@register("deepcache-exact", "DeepCache's paper-era non-uniform schedule as its code computes it")
+def build_deepcache_exact(
+    *,
+    steps: int,
+    blocks: int,
+    interval: int = 5,
+    branch: int = 0,
+    centre: int = 15,
+    power: float = 1.4,
+) -> Plan:
+    """The same with the published arithmetic: a negative base to a fractional power is complex, and
+    only its real part is used."""
+    keys = list_complex_power_steps(steps, max(1, -(-steps // interval)), centre, power)
+    return Plan.between(keys, cut=_find_branch(branch, blocks), steps=steps)
+
+
+@register("encoder", "Faster-Diffusion's encoder propagation (option keys)")
+def build_encoder(*, steps: int, blocks: int, keys: Sequence[int] | None = None) -> Plan:
+    """Faster-Diffusion (arXiv 2312.09608): between key steps the encoder and the mid block inherit.
+
+    Its key steps for 50 steps, dense early and late, are scaled to any step count.
+    """
+    chosen = keysteps.explicit(steps, keys if keys is not None else _scale_encoder_keys(steps))
+    others = [step for step in range(steps) if step not in chosen]
+    return Plan.full(steps).inherit("stem", "dn*", "mid", at=others)
+
+
+@register("tgate", "T-GATE: cross-attention inherits from a gate on, guidance may drop there")
+def build_tgate(
+    *, steps: int, blocks: int, gate: int | None = None, drop_guidance: bool = True
+) -> Plan:
+    """T-GATE (arXiv 2404.02747) with its two savings as separate axes.
+
+    At the gate its package averages the cross-attention of both guidance halves; here the
+    conditional half keeps its own.
+    """
+    gate = max(1, round(0.4 * steps)) if gate is None else gate
+    if gate < 1:
+        raise LeansdError(f"the gate must be at step 1 or later, not {gate}")
+    gated = range(min(gate, steps), steps)
+    plan = Plan.full(steps).inherit("*.ca", at=gated)
+    return plan.guide("drop", at=gated) if drop_guidance else plan
+
+
+@register("pab", "Pyramid Attention Broadcast (options spatial, cross, start, stop)")
+def build_pab(
+    *,
+    steps: int,
+    blocks: int,
+    spatial: int = 2,
+    cross: int = 3,
+    start: int | None = None,
+    stop: int | None = None,
+) -> Plan:
+    """Pyramid Attention Broadcast (arXiv 2408.12588) as diffusers does it.
+
+    Inside a window of steps, self-attention is computed at every `spatial`-th step of the run and
+    cross-attention at every `cross`-th.
+    """
+    start = max(1, round(0.15 * steps)) if start is None else start
+    stop = round(0.9 * steps) if stop is None else stop
+    window = range(max(1, start), min(stop, steps))
+    plan = Plan.full(steps)
+    for part, interval in (("*.sa", spatial), ("*.ca", cross)):
+        plan = plan.inherit(part, at=[step for step in window if step % interval])
+    return plan
+
+
+@register("guidance-cutoff", "no guidance in the last part of the run (option share)")
+def build_guidance_cutoff(*, steps: int, blocks: int, share: float = 0.4) -> Plan:
+    """What `SDCFGCutoffCallback` of diffusers does: the plain rival of T-GATE."""
+    gate = max(1, round((1 - share) * steps))
+    return Plan.full(steps).guide("drop", at=range(min(gate, steps), steps))
+
+
+def list_complex_power_steps(steps: int, keys: int, centre: int, power: float) -> keysteps.KeySteps:
+    """Key steps around a centre by complex arithmetic, the power lowered until their count fits."""
+    while power > 1:
+        first = complex(-centre) ** (1 / power)
+        last = complex(steps - centre) ** (1 / power)
+        values = [first + (last - first) * index / keys for index in range(keys + 1)]
+        offsets = sorted({int((value**power).real) for value in values})
+        chosen = (0, *(centre + offset for offset in offsets[1:-1]))
+        if len(chosen) == keys:
+            return keysteps.explicit(steps, chosen)
+        power -= 0.02
+    raise LeansdError(f"no power gives {keys} key steps of {steps} around step {centre}")
+
+
+def _find_branch(branch: int, blocks: int) -> str:
+    """The cut of a DeepCache branch: `b // 3` blocks down and `b % 3` layers into that block."""
+    depth, layer = divmod(branch, 3)
+    if not 0 <= branch < 3 * blocks:
+        last = 3 * blocks - 1
+        raise LeansdError(f"branch {branch} does not exist: {blocks} blocks have 0 to {last}")
+    if layer < 2:
+        return f"up{blocks - 1 - depth}.l{1 - layer}"
+    return f"up{blocks - 2 - depth}" if depth < blocks - 1 else "mid"
+
+
+ENCODER_KEYS = (0, 1, 2, 3, 5, 10, 15, 25, 35, 40)
+"""Of a run of 50 steps."""
+
+
+def _scale_encoder_keys(steps: int) -> list[int]:
+    return sorted({min(steps - 1, round(key * steps / 50)) for key in ENCODER_KEYS})

@@ -1,0 +1,62 @@
+"""Guidance at run time: a guided call without its unconditional half.
+
+Ordinary pipelines put the unconditional and the conditional input of classifier-free guidance into
+one batch, in this order. A call that leaves out the first half takes the second half of everything
+that goes in, and makes up the missing half of what comes out, so that the pipeline does not notice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from leansd.plans.liveness import GUIDANCE
+from leansd.runtime.passes import Pass
+from leansd.runtime.store import unwrap
+
+
+def is_guided(pipe: Any, batch: int) -> bool:
+    """Whether a pipeline's batch is an unconditional and a conditional half, and nothing else.
+
+    Perturbed-attention guidance adds a third part that its attention processors rely on; such
+    batches run in full.
+    """
+    guided = getattr(pipe, "do_classifier_free_guidance", False)
+    perturbed = getattr(pipe, "do_perturbed_attention_guidance", False)
+    return bool(guided) and not perturbed and batch % 2 == 0
+
+
+def take_conditional(inputs: Any, batch: int) -> Any:
+    """The second half of every tensor with `batch` rows in (nested) arguments of a UNet."""
+    if isinstance(inputs, torch.Tensor):
+        whole = inputs.ndim > 0 and inputs.shape[0] == batch
+        return inputs[batch // 2 :] if whole else inputs
+    if isinstance(inputs, Mapping):
+        return {key: take_conditional(value, batch) for key, value in inputs.items()}
+    if isinstance(inputs, list | tuple):
+        return type(inputs)(take_conditional(value, batch) for value in inputs)
+    return inputs
+
+
+def keep_difference(step: Pass, noise: torch.Tensor) -> None:
+    """Keep conditional minus unconditional output [B, C, H, W] if a later call reads it."""
+    for kept in step.call.keeps.get(GUIDANCE, ()):
+        rest, cond = noise.detach().chunk(2)
+        step.branch.store.keep(kept, cond, rest)
+
+
+def complete(step: Pass, output: Any) -> Any:
+    """The UNet's output for the whole batch, given that of the conditional half."""
+    cond = unwrap(output) if isinstance(output, tuple) else output.sample
+    whole = torch.cat([cond - _find_difference(step), cond])
+    return (whole,) if isinstance(output, tuple) else type(output)(sample=whole)
+
+
+def _find_difference(step: Pass) -> torch.Tensor | float:
+    call = step.call
+    if call.guidance == "drop":
+        return 0.0
+    how = "forecast" if call.guidance == "forecast" else "reuse"
+    return step.recall(how, call.sources[GUIDANCE][0])
