@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import nn
 
 from leansd.anatomy.reading import read_anatomy
 from leansd.errors import LeansdError
 from leansd.plans.plan import Plan
 from leansd.plans.presets import Preset, build_for
 from leansd.runtime.clock import Clock, LoopClock, SchedulerClock
+from leansd.runtime.control import Control, Prospect
 from leansd.runtime.engine import Engine, attach, detach
 from leansd.runtime.guidance import is_guided
 from leansd.runtime.passes import Branch, Pass
@@ -28,6 +30,7 @@ class Attachment:
         self.source = source
         self.thread: int | None = None
         """The thread it was entered in; None for one that holds until it is released."""
+        self.control: Control | None = None
         self._local = threading.local()
         self._last: Tally | None = None
         anatomy = read_anatomy(unet)
@@ -50,11 +53,19 @@ class Attachment:
 
     def attach(self) -> Attachment:
         """Follow the plan from now on."""
-        attach(self)
+        engine = attach(self)
+        controlnet = getattr(self.pipe, "controlnet", None)
+        if isinstance(controlnet, nn.Module):
+            self.control = Control(
+                engine.anatomy, controlnet, lambda timestep: self._foresee(engine, timestep)
+            )
         return self
 
     def release(self) -> None:
         """Stop following the plan; the UNet is as it was, nothing is kept."""
+        if self.control is not None:
+            self.control.release()
+            self.control = None
         detach(self)
         self._local = threading.local()
 
@@ -105,6 +116,19 @@ class Attachment:
             program = engine.compile(local.plan, tick.index, course.rows, course.moments, guided)
             branch.start_over(program, sample, guided)
         return branch.take(tick, sample.shape[0])
+
+    def _foresee(self, engine: Engine, timestep: Any) -> Prospect | None:
+        """What the UNet call at this time step, which is yet to come, will do."""
+        tick = self.get_clock().foretell(timestep)
+        if tick is None:
+            return None
+        local, course = self._local, tick.course
+        branch = None if tick.starts else local.branches.get(0)
+        if branch is not None and branch.follows(tick.index):
+            return Prospect(tick.index, branch.program)
+        plan = self._pick_plan(course.steps, engine) if tick.starts else local.plan
+        program = engine.compile(plan, tick.index, course.rows, course.moments, False)
+        return Prospect(tick.index, program)
 
     def _pick_plan(self, steps: int, engine: Engine) -> Plan:
         try:

@@ -48,6 +48,10 @@ class Clock(Protocol):
         """Place a call by its time step; None where it belongs to no run that this clock knows."""
         ...
 
+    def foretell(self, timestep: Any) -> Tick | None:
+        """What `tell` will say of a call that is yet to come; the clock does not advance."""
+        ...
+
     def owns(self, timestep: Any) -> bool:
         """Whether the time step is certainly one of this clock's."""
         ...
@@ -65,19 +69,23 @@ class SchedulerClock:
         return find_in_storage(timestep, self._pipe.scheduler.timesteps) is not None
 
     def tell(self, timestep: Any) -> Tick | None:
+        tick = self.foretell(timestep)
+        if tick is not None:
+            self._last = tick.index
+        return tick
+
+    def foretell(self, timestep: Any) -> Tick | None:
         scheduler = self._pipe.scheduler
-        course, starts = self._course, False
+        course = self._course
         if course is None or course.timesteps is not scheduler.timesteps:
-            course, starts = read_course(scheduler), True
+            course = read_course(scheduler)
             self._course, self._last = course, -1
         index = find_in_storage(timestep, scheduler.timesteps)
         if index is None:
             index = _find_by_value(timestep, course.moments, self._last)
         if index is None or not 0 <= index < len(course.rows):
             return None
-        starts = starts or index < self._last
-        self._last = index
-        return Tick(course, index, starts)
+        return Tick(course, index, starts=self._last == -1 or index < self._last)
 
 
 class LoopClock:
@@ -94,6 +102,9 @@ class LoopClock:
 
     def owns(self, timestep: Any) -> bool:
         return False
+
+    def foretell(self, timestep: Any) -> Tick | None:
+        return None
 
     def tell(self, timestep: Any) -> Tick | None:
         moment = _read_value(timestep)

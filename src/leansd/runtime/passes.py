@@ -23,27 +23,30 @@ class Branch:
     def __init__(self) -> None:
         self.store = Store()
         self.shapes: dict[str, Shape] = {}
-        self._program: Program | None = None
+        self.program: Program | None = None
         self._last = -1
         self._signature: object = None
 
     def expects(self, index: int, sample: torch.Tensor, guided: bool) -> bool:
         """Whether this is the next call, with a batch like the one before."""
-        follows = self._program is not None and index == self._last + 1
-        return follows and self._signature == _sign(sample, guided)
+        return self.follows(index) and self._signature == _sign(sample, guided)
+
+    def follows(self, index: int) -> bool:
+        """Whether this is the next call."""
+        return self.program is not None and index == self._last + 1
 
     def start_over(self, program: Program, sample: torch.Tensor, guided: bool) -> None:
         """Forget everything and follow `program`, whose first call computes in full."""
         self.store.clear()
         self.shapes.clear()
-        self._program, self._signature = program, _sign(sample, guided)
+        self.program, self._signature = program, _sign(sample, guided)
 
     def take(self, tick: Tick, batch: int) -> Pass:
         """The pass for this call, whose sample has `batch` rows."""
-        assert self._program is not None
+        assert self.program is not None
         self._last = tick.index
-        call = self._program[tick.index]
-        return Pass(self, call, tick.course, batch, records=tick.index == self._program.start)
+        call = self.program[tick.index]
+        return Pass(self, call, tick.course, batch, records=tick.index == self.program.start)
 
 
 def _sign(sample: torch.Tensor, guided: bool) -> object:
