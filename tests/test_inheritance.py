@@ -252,8 +252,17 @@ def test_other_step_count_is_refused_before_the_first_step() -> None:
         loop(4)
     assert not counts
     with leansd.inherit(loop, "balanced"):
-        loop(4)
-        loop(7)
+        loop(9)
+        loop(12)
+
+
+def test_few_steps_run_in_full_unless_the_plan_itself_is_given() -> None:
+    loop = Loop(tiny_unet())
+    expected = loop(8)
+    with leansd.inherit(loop, "turbo"), pytest.warns(UserWarning, match="8 steps change too much"):
+        assert torch.equal(loop(8), expected)
+    with leansd.inherit(loop, leansd.preset("turbo", steps=8)):
+        assert not torch.equal(loop(8), expected)
 
 
 def test_plan_of_another_anatomy_names_step_and_address() -> None:

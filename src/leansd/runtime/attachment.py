@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from leansd.runtime.engine import Engine, attach, detach
 from leansd.runtime.guidance import is_guided
 from leansd.runtime.passes import Branch, Pass
 from leansd.runtime.report import Lap, Report, Tally
+
+FEW_STEPS = 8
+"""Runs of few-step models (LCM, Turbo, Lightning) have no more than these."""
 
 
 class Attachment:
@@ -131,6 +135,14 @@ class Attachment:
         return Prospect(tick.index, program)
 
     def _pick_plan(self, steps: int, engine: Engine) -> Plan:
+        if isinstance(self.source, Preset) and steps <= FEW_STEPS:
+            warnings.warn(
+                f"{steps} steps change too much each for inheritance to gain anything, so they run "
+                f"in full; to follow the preset all the same give the plan itself, "
+                f"leansd.preset({self.source.name!r}, steps={steps})",
+                stacklevel=2,
+            )
+            return Plan.full(steps)
         try:
             return build_for(self.source, steps, engine.anatomy.up_blocks)
         except LeansdError:

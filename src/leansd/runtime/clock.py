@@ -144,7 +144,11 @@ def read_course(scheduler: Any) -> Course:
     timesteps: torch.Tensor = scheduler.timesteps
     moments = tuple(float(value) for value in timesteps.tolist())
     steps = getattr(scheduler, "num_inference_steps", None) or len(moments)
-    rows = assign_rows(len(moments), int(steps), getattr(scheduler, "order", 1))
+    order = getattr(scheduler, "order", 1)
+    if order == 1 and len(set(moments)) == len(moments):
+        # A call a step, also where a list of time steps was given and not counted (DDPM).
+        steps = len(moments)
+    rows = assign_rows(len(moments), int(steps), order)
     if rows is None:
         rows, steps = tuple(range(len(moments))), len(moments)
     return Course(timesteps, moments, rows, int(steps), _log_snr(scheduler, moments))

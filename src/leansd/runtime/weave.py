@@ -18,6 +18,9 @@ Forward = Callable[..., Any]
 Around = Callable[..., Any]
 """`around(name, forward, *args, **kwargs)` returns what the module shall return."""
 
+PLAIN, HOOKED = "forward", "_old_forward"
+"""Where a module keeps its forward, and where it does while accelerate has hooked it."""
+
 
 class Strand:
     """The link from one woven module to the function around it; cut in copies and after release."""
@@ -34,9 +37,10 @@ class Strand:
 
 def call_around(strand: Strand, forward: Forward, *args: Any, **kwargs: Any) -> Any:
     """What a woven module's `forward` does."""
-    if strand.around is None:
+    around = strand.around  # read once: another thread may cut the strand meanwhile
+    if around is None:
         return forward(*args, **kwargs)
-    return strand.around(strand.name, forward, *args, **kwargs)
+    return around(strand.name, forward, *args, **kwargs)
 
 
 class Weave:
@@ -46,23 +50,26 @@ class Weave:
         self._woven: list[tuple[nn.Module, Strand, Forward, Forward, bool]] = []
         for name, module in modules.items():
             strand = Strand(name, around)
-            before = module.forward
+            # Within accelerate's offload hooks, which come and go with every pipeline call.
+            slot = HOOKED if HOOKED in vars(module) else PLAIN
+            before = getattr(module, slot)
             woven = functools.partial(call_around, strand, before)
             functools.update_wrapper(woven, before)
-            self._woven.append((module, strand, woven, before, "forward" in vars(module)))
-            module.forward = woven
+            self._woven.append((module, strand, woven, before, PLAIN in vars(module)))
+            setattr(module, slot, woven)
 
     def release(self) -> None:
-        """Put back what was there. Twice is as good as once."""
+        """Put back what was there, wherever hooks have moved it. Twice is as good as once."""
         while self._woven:
             module, strand, woven, before, was_set = self._woven.pop()
             strand.around = None
-            if vars(module).get("forward") is not woven:
-                _replace_underneath(module, woven, before)
-            elif was_set:
-                module.forward = before
-            else:
-                del module.forward
+            holds = vars(module)
+            if holds.get(PLAIN) is woven and not was_set:
+                delattr(module, PLAIN)
+                continue
+            for slot in (PLAIN, HOOKED):
+                if holds.get(slot) is woven:
+                    setattr(module, slot, before)
 
     def __enter__(self) -> Weave:
         return self
@@ -74,10 +81,3 @@ class Weave:
         trace: TracebackType | None,
     ) -> None:
         self.release()
-
-
-def _replace_underneath(module: nn.Module, woven: Forward, before: Forward) -> None:
-    """Take `woven` out where a later hook (accelerate's offload) has kept it as the old forward."""
-    for name, value in list(vars(module).items()):
-        if value is woven:
-            setattr(module, name, before)
