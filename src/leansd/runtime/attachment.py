@@ -69,7 +69,6 @@ class Attachment:
         """Stop following the plan; the UNet is as it was, nothing is kept."""
         if self.control is not None:
             self.control.release()
-            self.control = None
         detach(self)
         self._local = threading.local()
 
