@@ -18,7 +18,7 @@ from rich.progress import Progress, TaskID
 from leansd.anatomy import dissect
 from leansd.faces.cli.terminal import hush_libraries
 from leansd.faces.comparison import FULL, Contestant, compare_plans, list_records
-from leansd.faces.outlines import predict_speedup
+from leansd.faces.outlines import predict_gain
 from leansd.faces.pictures import Request
 from leansd.faces.prompts import PROMPTS
 from leansd.faces.samplers import set_sampler
@@ -40,7 +40,7 @@ def list_contestants(anatomy: Anatomy, steps: int) -> list[Contestant]:
     for interval in INTERVALS:
         plan = preset("deepcache", steps, blocks=blocks, interval=interval)
         plans[f"deepcache 1:{interval}"] = plan
-    counts = {max(1, round(steps / predict_speedup(plan, anatomy))) for plan in plans.values()}
+    counts = {max(1, round(steps / predict_gain(plan, anatomy))) for plan in plans.values()}
     return [
         Contestant(FULL, f"the whole UNet at each of {steps} steps", steps),
         *(Contestant(name, name, steps, plan) for name, plan in plans.items()),

@@ -1,4 +1,4 @@
-"""Settings of every test: no hub, one picture of randomness, few threads."""
+"""Settings of every test: no hub, one thread."""
 
 import os
 
@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from tiny import tiny_unet, tiny_xl_unet
+
+# Tiny models gain nothing from more, and suffer where other work shares the machine.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", params=["sd", "sdxl"])

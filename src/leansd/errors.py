@@ -4,6 +4,6 @@
 class LeansdError(ValueError):
     """A mistake that the user can mend.
 
-    The message is one line that names what is wrong and what would be right. The command line prints
-    it and exits with code 2; a script sees an ordinary `ValueError`.
+    The message is one line that names what is wrong and what would be right. The command line
+    prints it and exits with code 2; a script sees an ordinary `ValueError`.
     """

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from leansd.errors import LeansdError
-from leansd.plans import house, rivals  # noqa: F401  (they register their presets)
+from leansd.plans import house, rivals  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from leansd.plans.house import HOUSE
 from leansd.plans.plan import Plan
 from leansd.plans.registry import PRESETS, Preset

@@ -1,0 +1,154 @@
+"""`leansd generate`: prompts in, pictures and a report out."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(
+    epilog="Example: leansd generate 'a red apple' 'a pizza' --plan fast --seed 1 --out pictures"
+)
+def generate_pictures(
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw.")],
+    model: Annotated[
+        str, typer.Option(help="emoji (embedded), a model folder, a .safetensors file or a hub id.")
+    ] = "emoji",
+    plan: Annotated[
+        str, typer.Option(help="A preset (see leansd plan) or a plan file; full skips nothing.")
+    ] = "balanced",
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Sampler steps; 30, or what the plan file is for.")
+    ] = None,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Stretch a plan file to --steps if it is for others.")
+    ] = False,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale; the pipeline's own by default.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture of a prompt.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="Pictures a prompt, each a seed further.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("pictures"),
+    negative: Annotated[str, typer.Option(help="What to steer away from.")] = "",
+    sampler: Annotated[
+        str | None,
+        typer.Option(help="ddim, dpm++2m, euler, heun, unipc ...; the model's own by default."),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="512, or width first 768x512; the model's own by default.")
+    ] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Start from this picture (image-to-image).")
+    ] = None,
+    strength: Annotated[
+        float, typer.Option(help="With --init: how much to redraw, above 0 and up to 1.")
+    ] = 0.8,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, mps; the GPU where there is one by default.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
+) -> None:
+    """Draw pictures from prompts, each as a PNG that carries its prompt, seed and plan."""
+    from dataclasses import replace
+
+    from leansd.faces.cli.terminal import hush_libraries, open_progress, show_json, show_text
+    from leansd.faces.outlines import STEPS, choose_plan, open_anatomy
+    from leansd.faces.pictures import (
+        Request,
+        default_size,
+        describe_report,
+        fit_picture,
+        name_file,
+        open_picture,
+        paint,
+        parse_size,
+        save_picture,
+    )
+    from leansd.faces.samplers import check_sampler, name_sampler, set_sampler
+    from leansd.loading import as_image_to_image, find_device, load, locate
+    from leansd.measuring.files import check_folder
+    from leansd.version import __version__
+
+    # Everything that can be wrong is found before a weight is read.
+    check_folder(out)
+    base = Request(
+        prompt="",
+        negative=negative,
+        steps=steps or STEPS,
+        guidance=guidance,
+        size=parse_size(size) if size else None,
+        strength=strength,
+    )
+    picture = open_picture(init) if init is not None else None
+    if sampler is not None:
+        check_sampler(sampler)
+    find_device(device)
+    locate(model)
+    hush_libraries()
+    chosen = choose_plan(plan, steps, open_anatomy(model), fit=fit)
+
+    pipe = load(model, device=device)
+    if sampler is not None:
+        set_sampler(pipe, sampler)
+    if picture is not None:
+        picture = fit_picture(picture, base.size or default_size(pipe))
+        pipe = as_image_to_image(pipe)
+    base = replace(base, steps=chosen.steps, init=picture)
+    pipe.set_progress_bar_config(disable=True)
+
+    requests = [
+        replace(base, prompt=prompt, seed=seed + turn)
+        for prompt in prompts
+        for turn in range(count)
+    ]
+    written, painting = [], None
+    with open_progress() as progress:
+        for number, request in enumerate(requests, start=1):
+            bar = progress.add_task(
+                f"{number}/{len(requests)} {request.prompt[:40]}", total=chosen.steps
+            )
+            painting = paint(
+                pipe,
+                request,
+                chosen,
+                lambda done, total, bar=bar: progress.update(bar, completed=done, total=total),
+            )
+            progress.remove_task(bar)
+            facts = {
+                "prompt": request.prompt,
+                "negative": request.negative or None,
+                "seed": request.seed,
+                "steps": request.steps,
+                "sampler": name_sampler(pipe),
+                "guidance": getattr(pipe, "guidance_scale", guidance),
+                "model": model,
+                "plan": chosen.name,
+                "plan_fingerprint": chosen.fingerprint,
+                "leansd": __version__,
+                "init": init,
+                "strength": strength if init is not None else None,
+            }
+            path = out / name_file(request.prompt, chosen.name, request.seed)
+            save_picture(path, painting.image, facts)
+            written.append((path, painting, facts))
+            told = f"{path}  {painting.seconds:.2f} s"
+            progress.console.print(told, highlight=False, markup=False, soft_wrap=True)
+    assert painting is not None
+    show_text(str(painting.report))
+    if as_json:
+        show_json(
+            {
+                "command": "generate",
+                "pictures": [
+                    {
+                        "path": str(path),
+                        "seconds": round(done.seconds, 4),
+                        **{k: str(v) if isinstance(v, Path) else v for k, v in facts.items()},
+                        **describe_report(done.report),
+                    }
+                    for path, done, facts in written
+                ],
+            }
+        )

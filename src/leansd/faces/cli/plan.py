@@ -1,0 +1,80 @@
+"""`leansd plan`: what runs when, as a grid, a file or a picture."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(epilog="Example: leansd plan balanced --steps 30 -o plan.json --picture plan.png")
+def show_plan(
+    plan: Annotated[
+        str | None,
+        typer.Argument(help="A preset or a plan file; without it, the presets are listed."),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps of the sampler: 30 for a preset, a file's own count."),
+    ] = None,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Stretch a plan file to --steps if it is for others.")
+    ] = False,
+    model: Annotated[
+        str, typer.Option(help="The model whose units are drawn; sd15, sd21-base, sdxl work too.")
+    ] = "emoji",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the plan as a JSON file.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Write the grid as a PNG, SVG or PDF file.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
+) -> None:
+    """Show a plan as a grid of units and steps; save it, or a picture of it."""
+    from leansd.faces.cli.terminal import hush_libraries, show_json, show_table, show_text
+    from leansd.faces.outlines import choose_plan, encode_figure, open_anatomy, predict_gain
+    from leansd.measuring.files import check_file, write_file
+    from leansd.measuring.tables import Table
+    from leansd.plans.drawing import draw_picture
+    from leansd.plans.presets import PRESETS
+
+    if plan is None:
+        show_table(
+            Table(("preset", "summary"), tuple((p.name, p.summary) for p in PRESETS.values()))
+        )
+        if as_json:
+            show_json({"command": "plan", "presets": {p.name: p.summary for p in PRESETS.values()}})
+        return
+    for path in (out, picture):
+        if path is not None:
+            check_file(path)
+    hush_libraries()
+    anatomy = open_anatomy(model)
+    chosen = choose_plan(plan, steps, anatomy, fit=fit)
+    grid = chosen.draw(anatomy)
+    drawn = encode_figure(draw_picture(chosen, anatomy), picture) if picture is not None else b""
+    speedup = predict_gain(chosen, anatomy)
+    show_text(grid)
+    show_text(f"fingerprint {chosen.fingerprint}, predicted speed-up of the UNet {speedup:.2f}x")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        chosen.save(out)
+        show_text(f"wrote {out}")
+    if picture is not None:
+        write_file(picture, drawn)
+        show_text(f"wrote {picture}")
+    if as_json:
+        show_json(
+            {
+                "command": "plan",
+                "plan": chosen.name,
+                "fingerprint": chosen.fingerprint,
+                "model": model,
+                "steps": chosen.steps,
+                "keys": list(chosen.keys),
+                "predicted_speedup": round(speedup, 4),
+                "files": [str(path) for path in (out, picture) if path is not None],
+            }
+        )

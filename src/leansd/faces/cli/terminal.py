@@ -1,0 +1,85 @@
+"""What the commands share at the terminal: tables, progress, the JSON line, quiet libraries."""
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from leansd.measuring.tables import Table
+
+
+def open_console() -> Console:
+    """Standard output: results. Not a terminal, it is as wide as the longest row needs."""
+    return Console() if sys.stdout.isatty() else Console(width=200)
+
+
+def open_progress() -> Progress:
+    """Progress on standard error, gone when done, so that standard output holds results only."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+
+
+def show_table(table: Table) -> None:
+    """Print a table."""
+    drawn = RichTable(
+        title=table.caption or None,
+        box=box.SIMPLE_HEAD,
+        header_style="bold",
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    for place, name in enumerate(table.columns):
+        drawn.add_column(
+            Text(name), justify="right" if table.is_numeric(place) else "left", overflow="fold"
+        )
+    for row in table.rows:
+        drawn.add_row(*(Text(cell) for cell in row))
+    open_console().print(drawn)
+
+
+def show_text(text: str) -> None:
+    """Print text as it is."""
+    print(text)
+
+
+def show_json(fields: Mapping[str, Any]) -> None:
+    """Print one JSON object on one line: the last that a command prints."""
+    print(json.dumps(fields, ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def note(message: str) -> None:
+    """Say something on standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def hush_libraries() -> None:
+    """Keep the libraries' own notices and bars off the terminal, in this process only."""
+    import diffusers
+    import huggingface_hub
+    import transformers
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity_error()

@@ -1,0 +1,71 @@
+"""Anatomies and plans by name, from configurations alone: no weight is read."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from leansd.anatomy.builtin import BUILTIN, open_builtin
+from leansd.anatomy.cost import TOKENS, dissect
+from leansd.errors import LeansdError
+from leansd.loading import EMBEDDED, FORMS, load_outline
+from leansd.plans.anatomy import Anatomy
+from leansd.plans.liveness import compile_plan, predict_speedup
+from leansd.plans.plan import Plan
+from leansd.plans.presets import PRESETS, resolve
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STEPS = 30
+"""Steps of a run where the user names none and no plan file says."""
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def open_anatomy(model: str | Path, *, latent: int | None = None, tokens: int = TOKENS) -> Anatomy:
+    """The anatomy of a built-in configuration or of any model that `leansd.load` opens."""
+    name = str(model)
+    if name in BUILTIN:
+        unet = open_builtin(name)
+    elif name == EMBEDDED or "/" in name or Path(name).exists():
+        unet = load_outline(model)
+    else:
+        forms = FORMS.removeprefix("give ")
+        raise LeansdError(f"no model {name!r}: give {', '.join(BUILTIN)}, or {forms}")
+    return dissect(unet, latent=latent, tokens=tokens, name=name)
+
+
+def choose_plan(source: str, steps: int | None, anatomy: Anatomy, *, fit: bool = False) -> Plan:
+    """A preset or a plan file, checked against a UNet.
+
+    Without `steps` a file keeps its own count; with others it is refused unless `fit` is set.
+    """
+    if source not in PRESETS and Path(source).is_file():
+        plan = Plan.load(source)
+        if steps is not None and plan.steps != steps:
+            if not fit:
+                raise LeansdError(
+                    f"plan {source} is for {plan.steps} steps, not {steps}: "
+                    f"add --fit to stretch it, or use --steps {plan.steps}"
+                )
+            plan = plan.fit(steps)
+    else:
+        plan = resolve(source, steps or STEPS, blocks=anatomy.up_blocks)
+    plan.resolve(anatomy)
+    return plan
+
+
+def predict_gain(plan: Plan, anatomy: Anatomy) -> float:
+    """How many times fewer multiply-accumulates the UNet does over a run of `plan`."""
+    return predict_speedup(compile_plan(plan, anatomy).calls, anatomy)
+
+
+def encode_figure(figure: Figure, path: Path) -> bytes:
+    """A figure as the bytes of the file format that `path` ends in."""
+    form = path.suffix.lower()
+    if form not in FORMATS:
+        raise LeansdError(f"cannot draw {path}: the name must end in one of {', '.join(FORMATS)}")
+    buffer = BytesIO()
+    figure.savefig(buffer, format=form[1:], dpi=150)
+    return buffer.getvalue()

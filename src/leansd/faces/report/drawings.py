@@ -1,0 +1,176 @@
+"""SVG drawings that take their colours from the page, so that they suit light, dark and paper."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from markupsafe import escape
+
+from leansd.faces.report.sections import Drawing
+from leansd.plans.address import get_block
+from leansd.plans.anatomy import Anatomy
+from leansd.plans.drawing import list_states
+from leansd.plans.plan import Plan
+
+STATES = {
+    "compute": "computed",
+    "reuse": "reused",
+    "residual": "residual",
+    "forecast": "forecast",
+    "idle": "idle",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A named place in a plot; `low` and `high` are the range of `x`."""
+
+    name: str
+    x: float
+    y: float
+    low: float
+    high: float
+    is_rival: bool = False
+
+
+def draw_plan(plan: Plan, anatomy: Anatomy, caption: str = "") -> Drawing:
+    """A plan as a grid: a line a unit, a column a step."""
+    states = list_states(plan, anatomy)
+    left, top, line = 46, 4, 6.4
+    cell = 360 / plan.steps
+    width, height = left + 362, top + len(states) * line + 34
+    parts = [_open(width, height)]
+    blocks = [(block, len(list(rows))) for block, rows in groupby(states, key=get_block)]
+    row = 0
+    for block, count in blocks:
+        middle = top + (row + count / 2) * line
+        parts.append(_text(left - 6, middle + 3, block, anchor="end", size=8.5))
+        row += count
+    for index, marks in enumerate(states.values()):
+        y, x = top + index * line, 0
+        for state, run in groupby(marks):
+            length = len(list(run))
+            parts.append(
+                f'<rect x="{left + x * cell:.1f}" y="{y:.1f}" width="{length * cell - 0.8:.1f}" '
+                f'height="{line - 0.8:.1f}" fill="var(--{state})"/>'
+            )
+            x += length
+    base = top + len(states) * line
+    parts += [
+        _text(left + (step + 0.5) * cell, base + 11, str(step), size=8.5)
+        for step in range(0, plan.steps, max(1, 5 * round(plan.steps / 30)))
+    ]
+    used = [state for state in STATES if any(state in marks for marks in states.values())]
+    x = float(left)
+    for state in used:
+        parts.append(
+            f'<rect x="{x:.0f}" y="{base + 19:.1f}" width="9" height="9" fill="var(--{state})"/>'
+        )
+        parts.append(_text(x + 13, base + 27, STATES[state], anchor="start", size=9.5))
+        x += 26 + 5.4 * len(STATES[state])
+    alt = (
+        f"Plan {plan.name}: {len(plan.keys)} of {plan.steps} steps run the whole UNet, "
+        f"steps {', '.join(map(str, plan.keys))}."
+    )
+    return Drawing("".join(parts) + "</svg>", alt, caption)
+
+
+def plot_tradeoff(points: Sequence[Point], *, x_name: str, y_name: str, alt: str) -> Drawing:
+    """Points with a range, further right and further up being better."""
+    width, height, left, right, top, bottom = 520, 320, 50, 20, 16, 46
+    x_ticks = _ticks(min(1.0, *(p.low for p in points)), max(p.high for p in points))
+    y_ticks = _ticks(min(p.y for p in points), max(p.y for p in points))
+
+    def place_x(x: float) -> float:
+        return left + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (width - left - right)
+
+    def place_y(y: float) -> float:
+        share = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        return height - bottom - share * (height - top - bottom)
+
+    parts = [_open(width, height)]
+    for tick in x_ticks:
+        x = place_x(tick)
+        parts.append(_rule(x, top, x, height - bottom))
+        parts.append(_text(x, height - bottom + 17, f"{tick:g}x"))
+    for tick in y_ticks:
+        y = place_y(tick)
+        parts.append(_rule(left, y, width - right, y))
+        parts.append(_text(left - 8, y + 4, f"{tick:g}", anchor="end"))
+    parts.append(_text((left + width - right) / 2, height - 6, x_name))
+    middle = (top + height - bottom) / 2
+    parts.append(
+        f'<text x="12" y="{middle:.0f}" text-anchor="middle" font-size="12.5" fill="var(--soft)" '
+        f'transform="rotate(-90 12 {middle:.0f})">{escape(y_name)}</text>'
+    )
+    taken: list[tuple[float, float]] = []
+    for point in points:
+        x, y = place_x(point.x), place_y(point.y)
+        colour = "var(--reuse)" if point.is_rival else "var(--mark)"
+        parts.append(
+            f'<line x1="{place_x(point.low):.1f}" y1="{y:.1f}" x2="{place_x(point.high):.1f}" '
+            f'y2="{y:.1f}" stroke="{colour}" stroke-opacity=".45" stroke-width="3"/>'
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="{colour}"/>'
+        )
+    for point in points:
+        x, y = place_x(point.x), place_y(point.y)
+        leans_left = x > width - 120
+        label = y - 9
+        # Names of near points go below one another, not on top.
+        while any(abs(label - other) < 15 and abs(x - at) < 90 for at, other in taken):
+            label += 15 if label > y else 31
+        taken.append((x, label))
+        parts.append(
+            _text(
+                x + (-11 if leans_left else 11),
+                label,
+                point.name,
+                anchor="end" if leans_left else "start",
+                size=13,
+                fill="var(--ink)",
+            )
+        )
+    return Drawing("".join(parts) + "</svg>", alt)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Four to eight round numbers that reach over both ends."""
+    span = max(high - low, abs(high) * 0.05, 1e-6)
+    power = 10 ** math.floor(math.log10(span / 4))
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if span / (power * m) <= 6)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    if first == last:
+        last += 1
+    return [round(step * count, 10) for count in range(first, last + 1)]
+
+
+def _open(width: float, height: float) -> str:
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
+        'font-family="inherit" aria-hidden="true">'
+    )
+
+
+def _text(
+    x: float,
+    y: float,
+    text: str,
+    *,
+    anchor: str = "middle",
+    size: float = 12,
+    fill: str = "var(--soft)",
+) -> str:
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size:g}" '
+        f'fill="{fill}">{escape(text)}</text>'
+    )
+
+
+def _rule(x1: float, y1: float, x2: float, y2: float) -> str:
+    return (
+        f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" '
+        'stroke="var(--line)" stroke-width="1"/>'
+    )

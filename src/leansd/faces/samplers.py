@@ -1,0 +1,62 @@
+"""Samplers by short name: a scheduler class of diffusers and the options that make it that one."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+import diffusers
+from diffusers import DiffusionPipeline
+
+from leansd.errors import LeansdError
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A row of the table."""
+
+    scheduler: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "ddim": Sampler("DDIMScheduler"),
+    "ddpm": Sampler("DDPMScheduler"),
+    "pndm": Sampler("PNDMScheduler", {"skip_prk_steps": True}),
+    "lms": Sampler("LMSDiscreteScheduler"),
+    "euler": Sampler("EulerDiscreteScheduler"),
+    "euler-a": Sampler("EulerAncestralDiscreteScheduler"),
+    "heun": Sampler("HeunDiscreteScheduler"),
+    "kdpm2": Sampler("KDPM2DiscreteScheduler"),
+    "dpm++2m": Sampler("DPMSolverMultistepScheduler"),
+    "dpm++2m-karras": Sampler("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpm++sde": Sampler("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": Sampler("UniPCMultistepScheduler"),
+}
+
+
+def set_sampler(pipe: DiffusionPipeline, name: str) -> None:
+    """Give a pipeline the sampler `name`, on the noise schedule it was trained with."""
+    check_sampler(name)
+    row = SAMPLERS[name]
+    scheduler = getattr(diffusers, row.scheduler)
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **row.options)
+
+
+def check_sampler(name: str) -> str:
+    """The name itself if there is such a sampler."""
+    if name not in SAMPLERS:
+        near = get_close_matches(name, SAMPLERS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise LeansdError(f"no sampler {name!r}{hint} (there are {', '.join(SAMPLERS)})")
+    return name
+
+
+def name_sampler(pipe: DiffusionPipeline) -> str:
+    """The short name of a pipeline's scheduler where the table has it, else its class."""
+    scheduler, config = type(pipe.scheduler).__name__, pipe.scheduler.config
+    # The row with most options first: a bare row also matches what its variants describe.
+    for name, row in sorted(SAMPLERS.items(), key=lambda item: -len(item[1].options)):
+        if row.scheduler == scheduler and all(config.get(k) == v for k, v in row.options.items()):
+            return name
+    return scheduler

@@ -1,0 +1,231 @@
+"""Opening a model: the embedded one, a folder, a single file or a hub id.
+
+Only safetensors are read, so nothing a stranger wrote is ever unpickled.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForText2Image,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import SafetensorError, safe_open
+from transformers.utils import logging as transformers_logging
+
+from leansd.errors import LeansdError
+
+EMBEDDED = "emoji"
+FORMS = (
+    f"give {EMBEDDED!r}, a folder in the diffusers layout, a .safetensors file, "
+    "or a hub id such as owner/name"
+)
+
+# What the loaders raise for a model that is missing, unreachable, incomplete or damaged.
+_FAILURES = (OSError, ValueError, SafetensorError, KeyError, RuntimeError)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# A weight that only an SDXL checkpoint in the original layout has.
+_SDXL_KEY = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"
+
+
+def load(
+    model: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> DiffusionPipeline:
+    """Open a text-to-image pipeline, ready to use.
+
+    Args:
+        model: `emoji` (embedded), a folder, a `.safetensors` file or a hub id.
+        device: by default the GPU where there is one.
+        dtype: by default float16 on a GPU and float32 elsewhere.
+    """
+    device = find_device(device)
+    if dtype is None:
+        dtype = torch.float16 if device.type == "cuda" else torch.float32
+    where = locate(model)
+    if isinstance(where, str):
+        pipe = _load_from_hub(where, dtype)
+    elif where.is_dir():
+        pipe = _load_folder(where, dtype, quiet=str(model) == EMBEDDED)
+    else:
+        pipe = _load_file(where, dtype)
+    _require_unet(pipe, model)
+    if str(model) == EMBEDDED:
+        pipe.set_progress_bar_config(disable=True)
+    if pipe.dtype != dtype:  # releases of diffusers before `dtype=` pass it over
+        pipe.to(dtype)
+    return pipe.to(device)
+
+
+def load_outline(model: str | Path) -> UNet2DConditionModel:
+    """The UNet of a model on the meta device: its whole shape, read from its config alone."""
+    where = locate(model)
+    if isinstance(where, Path) and where.is_file():
+        # A single file has no config to read, so it is opened whole.
+        return load(where, device="cpu").unet.to("meta")
+    name = "unet/config.json"
+    try:
+        file = where / name if isinstance(where, Path) else Path(hf_hub_download(where, name))
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LeansdError(_explain(where, error)) from error
+    _require_unet_class(config, model)
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(config)
+
+
+def as_image_to_image(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """The image-to-image pipeline that shares every part of a text-to-image pipeline."""
+    try:
+        other = AutoPipelineForImage2Image.from_pipe(pipe)
+    except ValueError as error:
+        name = type(pipe).__name__
+        raise LeansdError(f"{name} has no image-to-image form; leave --init out") from error
+    other.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+    return other
+
+
+def find_device(device: str | torch.device | None = None) -> torch.device:
+    """The device that is meant, if it is there; by default the GPU where there is one."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device is None:
+        return torch.device(next(name for name, present in has.items() if present))
+    there = ", ".join(name for name, present in has.items() if present)
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise LeansdError(f"no device {device!r}: this machine has {there}") from error
+    if not has.get(found.type, True):
+        raise LeansdError(f"no device {str(device)!r} here: this machine has {there}")
+    return found
+
+
+def locate(model: str | Path) -> Path | str:
+    """Where a model is: a folder or file on this machine, or else the hub id it must be."""
+    text = str(model)
+    if text == EMBEDDED:
+        from leansd.emoji.location import model_folder
+
+        return model_folder()
+    path = Path(text).expanduser()
+    if text and path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise LeansdError(f"{path} is not a model: it has no model_index.json; {FORMS}")
+        return path
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise LeansdError(
+                f"{path} is not a .safetensors file: other formats may run code when they are "
+                "opened, so convert it first"
+            )
+        return path
+    if isinstance(model, str) and _HUB_ID.fullmatch(text):
+        return text
+    raise LeansdError(f"no model {text!r}: {FORMS}")
+
+
+@contextmanager
+def silent_loading() -> Iterator[None]:
+    """No progress bars of diffusers and transformers while a model is opened."""
+    theirs = (diffusers.utils.logging, transformers_logging)
+    shown = [library for library in theirs if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
+
+
+def _load_folder(folder: Path, dtype: torch.dtype, *, quiet: bool) -> DiffusionPipeline:
+    try:
+        if not quiet:
+            return _open(folder, dtype, local_files_only=True)
+        with silent_loading():
+            return _open(folder, dtype, local_files_only=True)
+    except _FAILURES as error:
+        raise LeansdError(_explain(folder, error)) from error
+
+
+def _load_from_hub(name: str, dtype: torch.dtype) -> DiffusionPipeline:
+    try:
+        hf_hub_download(name, "model_index.json")  # says why not, before anything large is fetched
+        return _open(name, dtype)
+    except _FAILURES as error:
+        raise LeansdError(_explain(name, error)) from error
+
+
+def _load_file(file: Path, dtype: torch.dtype) -> DiffusionPipeline:
+    try:
+        with safe_open(file, framework="pt") as weights:
+            keys = set(weights.keys())
+    except (SafetensorError, OSError) as error:
+        raise LeansdError(f"{file} is not a readable .safetensors file: {_first(error)}") from error
+    kind = StableDiffusionXLPipeline if _SDXL_KEY in keys else StableDiffusionPipeline
+    try:
+        return kind.from_single_file(str(file), dtype=dtype)
+    except _FAILURES as error:
+        raise LeansdError(
+            f"cannot open {file}: {_first(error)}; a single file also needs its configuration "
+            "from the hub, so where there is no network give a folder in the diffusers layout"
+        ) from error
+
+
+def _open(model: str | Path, dtype: torch.dtype, **options: Any) -> DiffusionPipeline:
+    return AutoPipelineForText2Image.from_pretrained(
+        model, dtype=dtype, use_safetensors=True, **options
+    )
+
+
+def _explain(model: str | Path, error: Exception) -> str:
+    if isinstance(model, Path) and model.exists():
+        return f"cannot open the model in {model}: {_first(error)}"
+    if constants.HF_HUB_OFFLINE:
+        return (
+            f"model {model} is not on this machine and HF_HUB_OFFLINE keeps the hub out of reach: "
+            "unset it, or give a folder that holds the model"
+        )
+    if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError | ConnectionError):
+        return f"model {model} is not on this machine and the hub cannot be reached: {FORMS}"
+    if isinstance(error, HfHubHTTPError):
+        return f"no model {model} on the hub, or no access to it: {_first(error)}"
+    return f"cannot open model {model}: {_first(error)}"
+
+
+def _first(error: Exception) -> str:
+    """The first line of a library's message, which may run over many."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
+def _require_unet(pipe: DiffusionPipeline, model: str | Path) -> None:
+    unet = getattr(pipe, "unet", None)
+    if not isinstance(unet, UNet2DConditionModel):
+        raise LeansdError(
+            f"{model} is a {type(pipe).__name__} without a UNet2DConditionModel: "
+            "Stable Diffusion 1.x, 2.x and SDXL have one"
+        )
+
+
+def _require_unet_class(config: dict[str, Any], model: str | Path) -> None:
+    name = config.get("_class_name", "no class")
+    if name != UNet2DConditionModel.__name__:
+        raise LeansdError(
+            f"the UNet of {model} is a {name}, not a UNet2DConditionModel: "
+            "Stable Diffusion 1.x, 2.x and SDXL have one"
+        )

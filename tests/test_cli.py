@@ -1,0 +1,290 @@
+"""The command line: what each command gives, and one line for every mistake."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+import leansd
+from leansd.faces.cli import COMMANDS, main
+from tiny import tiny_pipeline
+
+STEPS = "4"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_pipeline().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line; gives exit code, standard output and standard error."""
+
+    def call(*arguments):
+        code = main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return call
+
+
+@pytest.fixture
+def fails(run, tmp_path):
+    """Run a command that must fail with one line and leave nothing behind; gives the line."""
+
+    def call(*arguments):
+        before = sorted(tmp_path.rglob("*"))
+        code, out, err = run(*arguments)
+        assert code == 2
+        assert out == ""
+        assert err.startswith("leansd: ")
+        assert err.count("\n") == 1
+        assert sorted(tmp_path.rglob("*")) == before
+        return err
+
+    return call
+
+
+# -- the whole ---------------------------------------------------------------------------------
+
+
+def test_help_is_quick_and_names_every_command():
+    code = (
+        "import sys; from leansd.faces.cli import main; main(['--help']); "
+        "assert not {'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert all(name in done.stdout for name in COMMANDS)
+
+
+def test_a_mistake_in_a_real_process_is_exit_code_2_and_one_line(tmp_path):
+    command = [sys.executable, "-m", "leansd.faces.cli", "generate", "a", "--plan", "fsat"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(run, command):
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert "Usage: leansd" in out
+    if command != "emoji":  # a group of commands, each with its own
+        assert "Example: leansd" in out
+
+
+def test_version_and_bare_call(run):
+    assert run("--version") == (0, f"leansd {leansd.__version__}\n", "")
+    code, out, _ = run()
+    assert code == 0
+    assert "Usage" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["genrate"], "Did you mean 'generate'? (see leansd --help)"),
+        (["generate"], "Missing argument"),
+        (["generate", "a", "--steps", "many"], "--steps"),
+        (["generate", "a", "--steps", "0"], "--steps"),
+        (["generate", "a", "--colour"], "--colour"),
+        (["--colour"], "--colour"),
+    ],
+)
+def test_usage_errors_are_one_line(fails, arguments, said):
+    assert said in fails(*arguments)
+
+
+def test_ctrl_c_is_exit_code_130_and_one_line(run, model, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("leansd.faces.pictures.paint", interrupt)
+    code, out, err = run("generate", "a", "--model", model, "--out", tmp_path / "out")
+    assert (code, out, err) == (130, "", "leansd: stopped\n")
+    assert not (tmp_path / "out").exists()
+
+
+# -- generate ----------------------------------------------------------------------------------
+
+
+def test_generate_draws_pictures_that_carry_their_facts(run, model, tmp_path):
+    out = tmp_path / "deep" / "out"
+    code, printed, told = run(
+        "generate", "a red apple", "pizza", "--model", model, "--steps", STEPS, "--seed", 3,
+        "--count", 2, "--guidance", 2, "--negative", "blue", "--sampler", "euler", "--plan", "fast",
+        "--out", out, "--json",
+    )  # fmt: skip
+    assert code == 0
+    assert f"{out / 'pizza.fast.seed4.png'}  " in told
+    assert sorted(path.name for path in out.iterdir()) == [
+        "a-red-apple.fast.seed3.png",
+        "a-red-apple.fast.seed4.png",
+        "pizza.fast.seed3.png",
+        "pizza.fast.seed4.png",
+    ]
+    with Image.open(out / "a-red-apple.fast.seed4.png") as image:
+        facts = image.text
+        assert image.size == (32, 32)
+    assert facts == {
+        "prompt": "a red apple",
+        "negative": "blue",
+        "seed": "4",
+        "steps": "4",
+        "sampler": "euler",
+        "guidance": "2.0",
+        "model": model,
+        "plan": "fast",
+        "plan_fingerprint": leansd.preset("fast", 4).fingerprint,
+        "leansd": leansd.__version__,
+    }
+    report, last = printed.strip().splitlines()[-2:]
+    assert "UNet calls" in report
+    pictures = json.loads(last)["pictures"]
+    assert len(pictures) == 4
+    assert pictures[0]["calls"] == 4
+    assert pictures[0]["seconds"] > 0
+
+
+def test_generate_is_the_pipeline_itself_under_the_full_plan(run, model, tmp_path):
+    run(
+        "generate", "apple", "--model", model, "--steps", STEPS, "--plan", "full", "--out", tmp_path
+    )
+    pipe = leansd.load(model, device="cpu")
+    expected = pipe("apple", num_inference_steps=4, generator=torch.manual_seed(0)).images[0]
+    with Image.open(tmp_path / "apple.full.seed0.png") as image:
+        assert image.tobytes() == expected.tobytes()
+
+
+def test_generate_from_a_picture(run, model, tmp_path):
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
+    code, out, _ = run(
+        "generate", "apple", "--model", model, "--steps", 8, "--init", tmp_path / "red.png",
+        "--strength", 0.5, "--size", "24x16", "--out", tmp_path / "out", "--json",
+    )  # fmt: skip
+    assert code == 0
+    with Image.open(tmp_path / "out" / "apple.balanced.seed0.png") as image:
+        assert image.size == (24, 16)
+        assert image.text["strength"] == "0.5"
+    assert json.loads(out.splitlines()[-1])["pictures"][0]["calls"] == 4
+
+
+def test_generate_takes_its_steps_from_a_plan_file(run, model, tmp_path):
+    leansd.preset("turbo", 5).save(tmp_path / "plan.json")
+    shared = ["generate", "a", "--model", model, "--plan", tmp_path / "plan.json", "--json"]
+    _, out, _ = run(*shared, "--out", tmp_path / "own")
+    assert json.loads(out.splitlines()[-1])["pictures"][0]["steps"] == 5
+    _, out, _ = run(*shared, "--out", tmp_path / "fit", "--steps", 3, "--fit")
+    assert json.loads(out.splitlines()[-1])["pictures"][0]["steps"] == 3
+
+
+def test_generate_tells_what_is_wrong_before_it_draws(fails, model, tmp_path):
+    (tmp_path / "file").write_text("no picture, no plan")
+    leansd.preset("turbo", 5).save(tmp_path / "plan.json")
+    leansd.Plan.full(4).inherit("up2.attn", at=1).save(tmp_path / "other.json")
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    noise = Image.effect_noise((64, 64), 50)
+    noise.save(tmp_path / "broken.png")
+    broken = (tmp_path / "broken.png").read_bytes()[:1000]
+    (tmp_path / "broken.png").write_bytes(broken)
+    for options, said in (
+        (["--plan", "fsat"], "did you mean fast?"),
+        (["--plan", tmp_path / "file"], "is not a valid plan file"),
+        (["--plan", tmp_path / "none.json"], "no plan file at"),
+        (["--plan", tmp_path / "plan.json", "--steps", 6], "is for 5 steps, not 6: add --fit"),
+        (["--plan", tmp_path / "other.json"], "step 1"),
+        (["--model", "none"], "no model 'none': give 'emoji'"),
+        (["--model", "nobody/none"], "HF_HUB_OFFLINE"),
+        (["--model", tmp_path], "has no model_index.json"),
+        (["--init", tmp_path / "none.png"], "no picture at"),
+        (["--init", tmp_path / "file"], "is not a readable picture"),
+        (["--init", tmp_path / "broken.png"], "is not a readable picture"),
+        (["--strength", 2], "strength 2 lies outside (0, 1]"),
+        (["--strength", 0], "strength 0 lies outside (0, 1]"),
+        (["--init", tmp_path / "good.png", "--strength", 0.1, "--steps", 4], "leaves no step"),
+        (["--sampler", "eulr"], "did you mean euler?"),
+        (["--size", "big"], "give 512 or"),
+        (["--size", "100x50"], "multiples of 8"),
+        (["--device", "gpu"], "no device 'gpu': this machine has"),
+        (["--out", tmp_path / "file" / "out"], "is not a folder"),
+    ):
+        shared = {"--model": model, "--out": tmp_path / "out"}
+        given = dict(zip(options[::2], options[1::2], strict=True))
+        arguments = [text for pair in (shared | given).items() for text in pair]
+        assert said in fails("generate", "a", *arguments), options
+
+
+# -- anatomy and plan --------------------------------------------------------------------------
+
+
+def test_anatomy_is_a_tree_and_json(run, model):
+    code, out, _ = run("anatomy", model, "--latent", 16, "--tokens", 24, "--json")
+    facts = json.loads(out.splitlines()[-1])
+    assert code == 0
+    assert "up3.l2.attn" in out
+    assert (facts["units"], facts["ends"], facts["tokens"]) == (44, 2, 24)
+    assert facts["latent"] == [16, 16]
+    assert len(facts["rows"]) == 46
+    assert sum(row["macs"] for row in facts["rows"]) <= facts["macs"]
+
+
+def test_anatomy_of_a_built_in_shape_needs_no_weights(run, fails):
+    code, out, _ = run("anatomy", "sd15", "--latent", 64)
+    assert code == 0
+    assert "859.52 M" in out
+    assert "no model 'sd16': give sd15, sd21-base, sdxl" in fails("anatomy", "sd16")
+
+
+def test_plan_lists_draws_and_saves(run, model, tmp_path):
+    code, out, _ = run("plan", "--json")
+    assert code == 0
+    assert set(json.loads(out.splitlines()[-1])["presets"]) >= {"quality", "balanced", "deepcache"}
+    file, picture = tmp_path / "new" / "plan.json", tmp_path / "plan.svg"
+    code, out, _ = run(
+        "plan",
+        "balanced",
+        "--steps",
+        10,
+        "--model",
+        model,
+        "-o",
+        file,
+        "--picture",
+        picture,
+        "--json",
+    )
+    assert code == 0
+    assert "up3.l2.res" in out
+    facts = json.loads(out.splitlines()[-1])
+    assert facts["predicted_speedup"] > 1.2
+    assert leansd.Plan.load(file).fingerprint == facts["fingerprint"]
+    assert picture.read_text().startswith("<?xml")
+    code, out, _ = run("plan", file, "--model", model, "--steps", 20, "--fit")
+    assert code == 0
+    assert "20 steps" in out
+
+
+def test_plan_tells_what_is_wrong(fails, model, tmp_path):
+    (tmp_path / "file").write_text("{}")
+    assert "did you mean fast?" in fails("plan", "fsat", "--model", model)
+    assert "not a valid plan" in fails("plan", tmp_path / "file", "--model", model)
+    assert "must end in" in fails("plan", "fast", "--model", model, "--picture", tmp_path / "a.doc")
+    assert "is not a folder" in fails(
+        "plan", "fast", "--model", model, "-o", tmp_path / "file" / "a.json"
+    )
