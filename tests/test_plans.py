@@ -311,6 +311,16 @@ def test_picture_has_a_cell_for_every_state(anatomy: Anatomy) -> None:
     }  # fmt: skip
 
 
+def test_draw_needs_no_unet_and_writes_pictures(tmp_path: Path, anatomy: Anatomy) -> None:
+    plan = leansd.preset("balanced", steps=10).guide("drop", at=9)
+    assert plan.draw() == str(plan)
+    assert plan.draw(anatomy, picture=tmp_path / "units.png") == plan.draw(anatomy)
+    plan.draw(picture=tmp_path / "rows.svg")
+    Plan.full(3).draw(picture=tmp_path / "full.png")
+    assert all(path.stat().st_size > 1000 for path in tmp_path.iterdir())
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_plans_import_no_torch() -> None:
     code = "import sys, leansd, leansd.plans; assert not {'torch', 'diffusers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

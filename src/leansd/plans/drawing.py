@@ -59,28 +59,35 @@ def draw_grid(plan: Plan, anatomy: Anatomy) -> str:
     return "\n".join(lines)
 
 
+def list_row_states(plan: Plan) -> dict[str, list[str]]:
+    """For everything that the plan names, its state at every step, whatever the UNet."""
+    patterns = dict.fromkeys(pattern for row in plan.rows for pattern in row.inherit)
+    states: dict[str, list[str]] = {
+        pattern: [row.inherit.get(pattern, "compute") for row in plan.rows] for pattern in patterns
+    }
+    if any(row.guidance != "compute" for row in plan.rows):
+        states[GUIDANCE] = [GUIDANCE_STATES[row.guidance] for row in plan.rows]
+    return states
+
+
 def draw_rows(plan: Plan) -> str:
     """The plan without a UNet: a line for each address or glob it names."""
-    patterns = dict.fromkeys(pattern for row in plan.rows for pattern in row.inherit)
-    width = max(len(pattern) for pattern in (*patterns, GUIDANCE))
-    lines = [_headline(plan)]
-    lines.append(" " * width + " " + _ruler(plan.steps))
-    for pattern in patterns:
-        marks = (MARKS[row.inherit.get(pattern, "compute")] for row in plan.rows)
-        lines.append(f"{pattern:<{width}} " + "".join(marks))
-    if any(row.guidance != "compute" for row in plan.rows):
-        marks = (MARKS[GUIDANCE_STATES[row.guidance]] for row in plan.rows)
-        lines.append(f"{GUIDANCE:<{width}} " + "".join(marks))
+    states = list_row_states(plan)
+    width = max((len(name) for name in states), default=8)
+    lines = [_headline(plan), " " * width + " " + _ruler(plan.steps)]
+    for name, row in states.items():
+        lines.append(f"{name:<{width}} " + "".join(MARKS[state] for state in row))
     return "\n".join(lines)
 
 
-def draw_picture(plan: Plan, anatomy: Anatomy) -> Figure:
-    """The plan as a coloured grid of units and steps."""
+def draw_picture(plan: Plan, anatomy: Anatomy | None = None) -> Figure:
+    """The plan as a coloured grid of units (or of what it names) and steps."""
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    states = list_states(plan, anatomy)
+    states = list_row_states(plan) if anatomy is None else list_states(plan, anatomy)
+    states = states or {"everything": ["compute"] * plan.steps}
     codes = {state: code for code, state in enumerate(COLOURS)}
     cells = [[codes[state] for state in row] for row in states.values()]
     figure = Figure(

@@ -197,11 +197,17 @@ class Plan:
         """
         return tuple(_resolve_row(step, row, anatomy) for step, row in enumerate(self.rows))
 
-    def draw(self, anatomy: Anatomy) -> str:
-        """The plan as a grid of units and steps, in text."""
-        from leansd.plans.drawing import draw_grid
+    def draw(self, anatomy: Anatomy | None = None, *, picture: str | Path | None = None) -> str:
+        """The plan as a grid in text: of a UNet's units, or without one of what the plan names.
 
-        return draw_grid(self, anatomy)
+        Args:
+            picture: a file to draw the same grid to as well, `plan.png` or `.svg`.
+        """
+        from leansd.plans.drawing import draw_grid, draw_picture, draw_rows
+
+        if picture is not None:
+            draw_picture(self, anatomy).savefig(picture, dpi=150)
+        return draw_rows(self) if anatomy is None else draw_grid(self, anatomy)
 
     def __str__(self) -> str:
         from leansd.plans.drawing import draw_rows
