@@ -89,8 +89,10 @@ def test_residuals_are_inherited_with_the_encoder(cut: str) -> None:
     with leansd.inherit(pipe, plan) as run:
         assert torch.equal(draw(pipe), expected)
         assert counter.count == STEPS // 2
-        assert run.control is not None
-        assert run.control.bytes_kept == 0
+        assert run._local.control.bytes_kept == 0
+        report = run.report()
+    assert (report.control_calls, report.control_runs) == (STEPS, STEPS // 2)
+    assert "ControlNet ran 3 of 6 times" in str(report)
     assert not torch.equal(expected, full)
     assert "forward" not in vars(net)
     assert torch.equal(draw(pipe), full)

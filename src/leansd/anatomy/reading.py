@@ -158,8 +158,9 @@ def _make_unit(
     before: Unit | None = None,
 ) -> Unit:
     """A row for `module`; one that states no channels has those of the unit before it."""
-    if isinstance(module, nn.Conv2d):
-        channels = (module.in_channels, module.out_channels)
+    inner = getattr(module, "base_layer", module)  # of a convolution that has a LoRA
+    if isinstance(inner, nn.Conv2d):
+        channels = (inner.in_channels, inner.out_channels)
     elif isinstance(getattr(module, "in_channels", None), int):
         channels = (module.in_channels, module.out_channels or module.in_channels)
     elif before is not None:

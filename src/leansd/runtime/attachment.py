@@ -8,14 +8,19 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import nn
 
 from leansd.anatomy.reading import read_anatomy
 from leansd.errors import LeansdError
 from leansd.plans.plan import Plan
 from leansd.plans.presets import Preset, build_for
 from leansd.runtime.clock import Clock, LoopClock, SchedulerClock
-from leansd.runtime.control import Control, Prospect
+from leansd.runtime.control import (
+    Control,
+    ControlRun,
+    Prospect,
+    attach_control,
+    detach_control,
+)
 from leansd.runtime.engine import Engine, attach, detach
 from leansd.runtime.guidance import is_guided
 from leansd.runtime.passes import Branch, Pass
@@ -34,7 +39,8 @@ class Attachment:
         self.source = source
         self.thread: int | None = None
         """The thread it was entered in; None for one that holds until it is released."""
-        self.control: Control | None = None
+        self._engine: Engine | None = None
+        self._control: Control | None = None
         self._local = threading.local()
         self._last: Tally | None = None
         anatomy = read_anatomy(unet)
@@ -57,18 +63,15 @@ class Attachment:
 
     def attach(self) -> Attachment:
         """Follow the plan from now on."""
-        engine = attach(self)
-        controlnet = getattr(self.pipe, "controlnet", None)
-        if isinstance(controlnet, nn.Module):
-            self.control = Control(
-                engine.anatomy, controlnet, lambda timestep: self._foresee(engine, timestep)
-            )
+        self._engine = attach(self)
+        self._control = attach_control(self, self._engine.anatomy)
         return self
 
     def release(self) -> None:
         """Stop following the plan; the UNet is as it was, nothing is kept."""
-        if self.control is not None:
-            self.control.release()
+        if self._control is not None:
+            detach_control(self, self._control)
+        self._control = self._engine = None
         detach(self)
         self._local = threading.local()
 
@@ -108,7 +111,10 @@ class Attachment:
         if tick.starts:
             plan = self._pick_plan(tick.course.steps, engine)
             local.plan, local.branches, local.here = plan, {}, (-1, -1)
-            local.tally = self._last = Tally(plan)
+            control = getattr(local, "control", None)
+            local.tally = self._last = Tally(plan, control)
+            if control is not None:
+                control.begun = True
         index, ordinal = local.here
         ordinal = ordinal + 1 if index == tick.index else 0
         local.here = (tick.index, ordinal)
@@ -120,18 +126,27 @@ class Attachment:
             branch.start_over(program, sample, guided)
         return branch.take(tick, sample.shape[0])
 
-    def _foresee(self, engine: Engine, timestep: Any) -> Prospect | None:
+    def foresee(self, timestep: Any) -> Prospect | None:
         """What the UNet call at this time step, which is yet to come, will do."""
-        tick = self.get_clock().foretell(timestep)
-        if tick is None:
+        tick, engine = self.get_clock().foretell(timestep), self._engine
+        if tick is None or engine is None:
             return None
         local, course = self._local, tick.course
         branch = None if tick.starts else local.branches.get(0)
         if branch is not None and branch.follows(tick.index):
-            return Prospect(tick.index, branch.program)
+            return Prospect(tick.index, branch.program, starts=False)
         plan = self._pick_plan(course.steps, engine) if tick.starts else local.plan
         program = engine.compile(plan, tick.index, course.rows, course.moments, False)
-        return Prospect(tick.index, program)
+        return Prospect(tick.index, program, tick.starts)
+
+    def get_control_run(self, prospect: Prospect) -> ControlRun:
+        """The state of the pipeline's ControlNet in this thread's run."""
+        local = self._local
+        run = getattr(local, "control", None)
+        # Until the UNet is called, all calls at the first step belong to the run that starts.
+        if run is None or (prospect.starts and run.begun):
+            run = local.control = ControlRun()
+        return run
 
     def _pick_plan(self, steps: int, engine: Engine) -> Plan:
         if isinstance(self.source, Preset) and steps <= FEW_STEPS:

@@ -7,17 +7,23 @@ residuals of its last run. Of those, only the ones that somebody reads are kept.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
 
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.liveness import Call, Program
+from leansd.runtime.engine import find_attachment
 from leansd.runtime.store import Shape
 from leansd.runtime.weave import Weave
+
+if TYPE_CHECKING:
+    from leansd.runtime.attachment import Attachment
 
 
 @dataclass(frozen=True)
@@ -26,87 +32,117 @@ class Prospect:
 
     index: int
     program: Program
-
-
-Foresee = Callable[[Any], Prospect | None]
-"""From a time step; None where nobody knows."""
+    starts: bool
+    """Whether a new run begins with it."""
 
 
 @dataclass
 class Memory:
-    """One ControlNet run: the residuals that are read before the next, shapes of the others."""
+    """A ControlNet run: the residuals that are still to be read, and the shapes of all."""
 
     circumstances: object
     shapes: list[Shape]
     tensors: dict[int, torch.Tensor]
 
 
-class Control:
-    """Woven around a pipeline's ControlNet (or several as one) while the pipeline is attached."""
+class ControlRun:
+    """The state of a ControlNet in one run of one pipeline."""
 
-    def __init__(self, anatomy: Anatomy, controlnet: nn.Module, foresee: Foresee) -> None:
-        self._anatomy = anatomy
-        self._foresee = foresee
-        self._memories: dict[int, Memory] = {}
-        self._here = (-1, -1)
+    def __init__(self) -> None:
+        self.calls = 0
         self.runs = 0
-        """How often the ControlNet itself ran."""
-        self._weave = Weave({"control": controlnet}, self._around)
-
-    def release(self) -> None:
-        self._weave.release()
-        self._memories.clear()
+        """How many of the calls ran the ControlNet."""
+        self.begun = False
+        """Whether the UNet has been called in this run."""
+        self.memories: dict[int, Memory] = {}
+        """By the place of the call in its step: guidance branches may be called apart."""
+        self._here = (-1, -1)
 
     @property
     def bytes_kept(self) -> int:
-        return sum(
-            tensor.nbytes
-            for memory in self._memories.values()
-            for tensor in memory.tensors.values()
-        )
+        memories = self.memories.values()
+        return sum(tensor.nbytes for memory in memories for tensor in memory.tensors.values())
+
+    def count(self, index: int) -> int:
+        """Which of the calls at this step it is."""
+        last, ordinal = self._here
+        ordinal = ordinal + 1 if index == last else 0
+        self._here = (index, ordinal)
+        self.calls += 1
+        return ordinal
+
+
+class Control:
+    """Woven around a ControlNet (or several as one) while pipelines with it are attached."""
+
+    def __init__(self, anatomy: Anatomy, controlnet: nn.Module) -> None:
+        self.attachments: tuple[Attachment, ...] = ()
+        self.weave = Weave({"control": controlnet}, self._around)
+        self._anatomy = anatomy
 
     def _around(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         sample = args[0] if args else kwargs["sample"]
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        prospect = self._foresee(timestep)
-        if prospect is None or kwargs.get("return_dict", True):
-            self._memories.clear()
-            self.runs += 1
+        attachment = find_attachment(self.attachments, timestep)
+        prospect = attachment.foresee(timestep) if attachment is not None else None
+        if attachment is None or prospect is None or kwargs.get("return_dict", True):
             return forward(*args, **kwargs)
-        ordinal = self._count(prospect.index)
+        run = attachment.get_control_run(prospect)
+        ordinal = run.count(prospect.index)
         scale = repr(kwargs.get("conditioning_scale"))
         circumstances = (sample.shape, sample.dtype, sample.device, scale)
-        memory = self._memories.get(ordinal)
+        reads = list_reads(self._anatomy, prospect)
+        memory = run.memories.get(ordinal)
         fits = memory is not None and memory.circumstances == circumstances
         if memory is not None and fits and not runs_control(prospect.program[prospect.index]):
-            if not list_reads(self._anatomy, prospect):
-                del self._memories[ordinal]
-            return self._give(memory)
-        self.runs += 1
+            given = _give(memory)
+            memory.tensors = {place: memory.tensors[place] for place in reads}
+            return given
+        run.runs += 1
         residuals = forward(*args, **kwargs)
         tensors = [*residuals[0], residuals[1]]
-        reads = list_reads(self._anatomy, prospect)
         kept = {place: tensors[place].detach().clone() for place in reads}
-        self._memories[ordinal] = Memory(circumstances, [Shape.of(each) for each in tensors], kept)
+        run.memories[ordinal] = Memory(circumstances, [Shape.of(each) for each in tensors], kept)
         return residuals
 
-    def _count(self, index: int) -> int:
-        """Which of the calls at this step it is: guidance branches may be called apart."""
-        last, ordinal = self._here
-        if index < last:
-            self._memories.clear()
-        ordinal = ordinal + 1 if index == last else 0
-        self._here = (index, ordinal)
-        return ordinal
 
-    def _give(self, memory: Memory) -> tuple[list[torch.Tensor], torch.Tensor]:
-        given = [
-            memory.tensors[place].clone()
-            if place in memory.tensors
-            else shape.make_placeholder(shape.size[0], writable=False)
-            for place, shape in enumerate(memory.shapes)
-        ]
-        return given[:-1], given[-1]
+def _give(memory: Memory) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The residuals again; placeholders where nobody reads them."""
+    given = [
+        memory.tensors[place].clone()
+        if place in memory.tensors
+        else shape.make_placeholder(shape.size[0], writable=False)
+        for place, shape in enumerate(memory.shapes)
+    ]
+    return given[:-1], given[-1]
+
+
+_CONTROLS: WeakValueDictionary[int, Control] = WeakValueDictionary()
+"""By the id of the ControlNet, which the weave keeps alive."""
+_LOCK = threading.Lock()
+
+
+def attach_control(attachment: Attachment, anatomy: Anatomy) -> Control | None:
+    """Weave the ControlNet of the attachment's pipeline, if it has one and it is not woven yet."""
+    controlnet = getattr(attachment.pipe, "controlnet", None)
+    if not isinstance(controlnet, nn.Module):
+        return None
+    with _LOCK:
+        control = _CONTROLS.get(id(controlnet))
+        if control is None:
+            control = _CONTROLS[id(controlnet)] = Control(anatomy, controlnet)
+        control.attachments += (attachment,)
+        return control
+
+
+def detach_control(attachment: Attachment, control: Control) -> None:
+    """Undo `attach_control`; after the last one the ControlNet is as it was."""
+    with _LOCK:
+        control.attachments = tuple(each for each in control.attachments if each is not attachment)
+        if not control.attachments:
+            control.weave.release()
+            for key in [key for key, each in _CONTROLS.items() if each is control]:
+                del _CONTROLS[key]
 
 
 def runs_control(call: Call) -> bool:

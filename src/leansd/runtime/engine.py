@@ -8,7 +8,7 @@ call a full one.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -78,11 +78,11 @@ class Engine:
     def _run_unet(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         sample = args[0] if args else kwargs["sample"]
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        attachment = self._find(timestep)
+        attachment = find_attachment(self.attachments, timestep)
         step = attachment.begin(self, sample, timestep) if attachment is not None else None
         if attachment is None or step is None:
             return self._run_plain(forward, *args, **kwargs)
-        step.writable = _adds_in_place(kwargs)
+        step.writable = self._has_freeu() or _adds_in_place(kwargs)
         text = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
         attachment.note_size(sample, text)
         self._active.step = step
@@ -108,6 +108,10 @@ class Engine:
         keep_difference(step, output[0])
         return output
 
+    def _has_freeu(self) -> bool:
+        """Whether FreeU is on: its up blocks multiply what comes in in place."""
+        return any(getattr(block, "b1", None) is not None for block in self.unet.up_blocks)
+
     def _run_plain(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._active.step = None
         return forward(*args, **kwargs)
@@ -116,32 +120,25 @@ class Engine:
         self, step: Pass, block: str, forward: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         """A block with nothing to compute returns at once: it would join skips for nobody."""
-        path, units, outputs = self._blocks[block]
-        if step.skips(units) and not kwargs.get("additional_residuals"):
+        _, units, outputs = self._blocks[block]
+        if step.skips(units) and kwargs.get("additional_residuals") is None:
             given = tuple(step.give(at) for at in outputs)
             return (given[-1], given) if block.startswith("dn") else given[-1]
-        if getattr(self.unet.get_submodule(path), "b1", None) is None:
-            return forward(*args, **kwargs)
-        # FreeU multiplies what comes in in place.
-        before, step.writable = step.writable, True
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            step.writable = before
+        return forward(*args, **kwargs)
 
-    def _find(self, timestep: Any) -> Attachment | None:
-        """Whose call this is: by the scheduler that the time step is a view of, else by thread."""
-        attachments = self.attachments
-        for attachment in attachments:
-            if attachment.get_clock().owns(timestep):
-                return attachment
-        if _is_view(timestep):
-            # Part of another scheduler's course, so no attached pipeline's.
-            attachments = tuple(each for each in attachments if each.pipe is None)
-        here = threading.get_ident()
-        mine = [each for each in attachments if each.thread == here]
-        loose = mine or [each for each in attachments if each.thread is None]
-        return loose[-1] if len(loose) == 1 else None
+
+def find_attachment(attachments: Sequence[Attachment], timestep: Any) -> Attachment | None:
+    """Whose call this is: by the scheduler that the time step is a view of, else by thread."""
+    for attachment in attachments:
+        if attachment.get_clock().owns(timestep):
+            return attachment
+    if _is_view(timestep):
+        # Part of another scheduler's course, so no attached pipeline's.
+        attachments = [each for each in attachments if each.pipe is None]
+    here = threading.get_ident()
+    mine = [each for each in attachments if each.thread == here]
+    loose = mine or [each for each in attachments if each.thread is None]
+    return loose[-1] if len(loose) == 1 else None
 
 
 def _share_thread(one: Attachment, other: Attachment) -> bool:

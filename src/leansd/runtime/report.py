@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -13,6 +14,9 @@ from diffusers import UNet2DConditionModel
 from leansd.anatomy.cost import dissect
 from leansd.plans.liveness import Call, predict_speedup
 from leansd.plans.plan import Plan
+
+if TYPE_CHECKING:
+    from leansd.runtime.control import ControlRun
 
 Lap = Callable[[], float]
 """Gives the seconds of a UNet call; on a GPU it waits for that call, so ask after the run."""
@@ -36,13 +40,19 @@ class Report:
     """What the run would have taken with every call like its median full one, over what it took."""
     seconds: float
     """In the UNet."""
+    control_calls: int = 0
+    control_runs: int = 0
+    """How many of the calls of the ControlNet ran it; the others inherited its residuals."""
 
     def __str__(self) -> str:
+        control = ""
+        if self.control_calls:
+            control = f"ControlNet ran {self.control_runs} of {self.control_calls} times; "
         units = self.computed + self.inherited + self.idle
         return (
             f"plan {self.plan.name}: {self.calls} UNet calls, {self.full_calls} in full; "
             f"of {units} unit runs {self.computed} computed, {self.inherited} inherited, "
-            f"{self.idle} idle; {self.bytes_kept / 2**20:.2f} MiB kept; "
+            f"{self.idle} idle; {self.bytes_kept / 2**20:.2f} MiB kept; {control}"
             f"UNet {self.seconds:.2f} s, speed-up {self.measured_speedup:.2f}x "
             f"(predicted {self.predicted_speedup:.2f}x)"
         )
@@ -51,8 +61,9 @@ class Report:
 class Tally:
     """Counts a run as it goes."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, control: ControlRun | None = None) -> None:
         self.plan = plan
+        self.control = control
         self.calls: list[Call] = []
         self.laps: list[Lap] = []
         self.bytes_kept = 0
@@ -81,6 +92,8 @@ class Tally:
             predicted_speedup=predict_speedup(self.calls, anatomy),
             measured_speedup=whole * len(seconds) / sum(seconds),
             seconds=sum(seconds),
+            control_calls=self.control.calls if self.control is not None else 0,
+            control_runs=self.control.runs if self.control is not None else 0,
         )
 
 
