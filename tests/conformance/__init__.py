@@ -1,0 +1,1 @@
+"""The conformance suite: pipelines, samplers and plans against brute force."""
