@@ -14,7 +14,7 @@ demo: $(VENV)/.user
 	$(BIN)/leansd demo
 
 test: $(VENV)/.developer
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 check: lint types test
 

@@ -1,0 +1,101 @@
+"""The trained parts put together as a stock Stable Diffusion pipeline, and written to disk."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderTiny,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from leansd.emoji.clip import save_tokenizer
+from leansd.emoji.denoiser import NOISE
+from leansd.emoji.training import save_json
+
+LIMIT_MB = 40
+
+
+def build_scheduler() -> DPMSolverMultistepScheduler:
+    """Return the default sampler: DPM-Solver++ 2M over Stable Diffusion's noise schedule."""
+    return DPMSolverMultistepScheduler(
+        **NOISE, algorithm_type="dpmsolver++", solver_order=2, steps_offset=1
+    )
+
+
+def assemble_pipeline(
+    vae: AutoencoderTiny, clip: CLIPModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
+) -> StableDiffusionPipeline:
+    """Return the pipeline, in evaluation mode, sharing the given modules."""
+    text = CLIPTextModel(clip.config.text_config)
+    text.load_state_dict(clip.text_model.state_dict())
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    for module in (vae, text, unet):
+        module.eval()
+    return pipe
+
+
+def save_model(pipe: StableDiffusionPipeline, clip: CLIPModel, folder: Path) -> None:
+    """Write pipeline and CLIP as fp16 safetensors; `folder` is replaced in one move.
+
+    The modules stay as they were: only their files are in half precision.
+    """
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    for name in ("vae", "unet", "text_encoder"):
+        _save_half(getattr(pipe, name), part / name)
+    _save_half(clip, part / "clip")
+    pipe.scheduler.save_pretrained(part / "scheduler")
+    save_tokenizer(pipe.tokenizer, part / "tokenizer")
+    pipe.save_config(part)
+    if folder.exists():
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+        os.replace(part, folder)
+        shutil.rmtree(old)
+    else:
+        os.replace(part, folder)
+
+
+def load_pipeline(folder: Path) -> StableDiffusionPipeline:
+    """Load a trained model as the stock pipeline, in float32, without a look at the network."""
+    return StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+
+
+def load_clip(folder: Path) -> tuple[CLIPModel, CLIPTokenizer]:
+    """Load the tiny CLIP and its tokenizer from a model folder, in float32."""
+    clip = CLIPModel.from_pretrained(folder / "clip", dtype=torch.float32).eval()
+    return clip, CLIPTokenizer.from_pretrained(folder / "tokenizer")
+
+
+def _save_half(module: torch.nn.Module, folder: Path) -> None:
+    half = copy.deepcopy(module).cpu().to(memory_format=torch.contiguous_format).half()
+    half.save_pretrained(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    # transformers would load what the file says; half precision does not run on every CPU.
+    if "dtype" in config:
+        config["dtype"] = "float32"
+    # AutoencoderTiny writes this one itself and warns when it reads it back.
+    if isinstance(module, AutoencoderTiny):
+        del config["block_out_channels"]
+    save_json(config, path)

@@ -1,0 +1,185 @@
+"""`leansd emoji`: train the embedded model from its packages, measure it, write its card."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="The embedded model: train it, measure it, write its card.",
+)
+
+Data = Annotated[
+    Path | None,
+    typer.Option(help="Folder with the npm packages in node_modules; installed by npm otherwise."),
+]
+Cache = Annotated[Path, typer.Option(help="Where npm installs the packages.")]
+Model = Annotated[
+    Path | None, typer.Option(help="Model folder; the embedded one by default.", exists=False)
+]
+CACHE = Path("~/.cache/leansd/emoji")
+
+
+@app.command(epilog="Example: leansd emoji train --out runs/emoji --minutes 240")
+def train(
+    out: Annotated[Path, typer.Option(help="Folder of the run: checkpoints, logs, model.")],
+    data: Data = None,
+    cache: Cache = CACHE,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    minutes: Annotated[float | None, typer.Option(help="Training time, all stages.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoiser steps, instead of --minutes.")] = None,
+    size: Annotated[int, typer.Option(help="Picture side: 64, or 128 for a GPU.")] = 64,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+) -> None:
+    """Train autoencoder, CLIP and UNet from the packages to a pipeline in OUT/model."""
+    from leansd.emoji.curves import plot_curves
+    from leansd.emoji.recipe import STAGES, choose_recipe, read_pictures, train_model
+    from leansd.emoji.training import Budget
+    from leansd.errors import LeansdError
+    from leansd.faces.cli.terminal import hush_libraries, note, open_progress
+
+    hush_libraries()
+    recipe = choose_recipe(size)
+    check_device(device)
+    if minutes is None and steps is None:
+        minutes = 240.0
+    if minutes is not None and steps is not None:
+        raise LeansdError("give --minutes or --steps, not both")
+    budget = Budget(steps=steps, minutes=minutes)
+    pictures = read_pictures(data, cache.expanduser(), recipe.size)
+    note(f"{len(pictures.train)} pictures to train on, {len(pictures.held_out)} held out")
+    with open_progress() as progress:
+        bars = {stage: progress.add_task(stage, total=1000) for stage in STAGES}
+
+        def report(stage: str, row: dict[str, float]) -> None:
+            words = f"{stage} loss {row['loss']:.4f}"
+            done = int(1000 * row["progress"])
+            progress.update(bars[stage], completed=done, description=words)
+
+        model = train_model(
+            recipe, pictures, out, budget, device=device, resume=resume, report=report
+        )
+    plot_curves(out)
+    print(model)
+
+
+@app.command(epilog="Example: leansd emoji evaluate --data DIR --out evaluation.json")
+def evaluate(
+    model: Model = None,
+    data: Data = None,
+    cache: Cache = CACHE,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON to write; MODEL/evaluation.json by default.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    count: Annotated[int, typer.Option(min=1, help="Training captions, and held-out pairs.")] = 200,
+    steps: Annotated[int, typer.Option(min=1)] = 30,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 7.5,
+    seed: Annotated[int, typer.Option()] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
+) -> None:
+    """Measure reconstruction, caption retrieval and Fréchet distance of a trained model."""
+    from leansd.emoji.assembly import load_clip, load_pipeline
+    from leansd.emoji.evaluation import evaluate_model
+    from leansd.emoji.recipe import read_pictures
+    from leansd.emoji.training import save_json
+    from leansd.faces.cli.terminal import hush_libraries, note, open_progress, show_json
+
+    hush_libraries()
+    check_device(device)
+    folder = find_model(model)
+    pipe = load_pipeline(folder).to(device)
+    clip, _ = load_clip(folder)
+    pictures = read_pictures(
+        data, cache.expanduser(), pipe.unet.config.sample_size * pipe.vae_scale_factor
+    )
+    with open_progress() as progress:
+        task = progress.add_task("pictures", total=2 * count)
+        result = evaluate_model(
+            pipe,
+            clip.to(device),
+            pictures,
+            count=count,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            on_batch=lambda drawn: progress.advance(task, drawn),
+        )
+    path = out or folder / "evaluation.json"
+    save_json(result, path)
+    note(f"wrote {path}")
+    if as_json:
+        show_json(result)
+
+
+@app.command(epilog="Example: leansd emoji grid --out grid.png")
+def grid(
+    out: Annotated[Path, typer.Option(help="PNG to write.")],
+    model: Model = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A prompt; repeat it. 36 of the card's by default.")
+    ] = None,
+    columns: Annotated[int, typer.Option(min=1)] = 6,
+    steps: Annotated[int, typer.Option(min=1)] = 30,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 5.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Draw a grid of pictures."""
+    from leansd.emoji.assembly import load_pipeline
+    from leansd.emoji.card import GRID_PROMPTS
+    from leansd.emoji.drawing import draw_captions, paste_grid, save_picture
+    from leansd.faces.cli.terminal import hush_libraries, open_progress
+
+    hush_libraries()
+    check_device(device)
+    prompts = prompt or list(GRID_PROMPTS)
+    pipe = load_pipeline(find_model(model)).to(device)
+    with open_progress() as progress:
+        task = progress.add_task("pictures", total=len(prompts))
+        drawn = draw_captions(
+            pipe,
+            prompts,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            on_batch=lambda count: progress.advance(task, count),
+        )
+    save_picture(paste_grid(drawn, columns), out)
+    print(out)
+
+
+@app.command(epilog="Example: leansd emoji card")
+def card(
+    model: Model = None,
+) -> None:
+    """Write the model card, MODEL/README.md, from MODEL/evaluation.json and MODEL/training.json."""
+    from leansd.emoji.card import write_card
+
+    print(write_card(find_model(model)))
+
+
+def find_model(model: Path | None) -> Path:
+    """Return the given model folder, or the embedded one."""
+    from leansd.emoji.location import model_folder
+    from leansd.errors import LeansdError
+
+    if model is None:
+        return model_folder()
+    if not (model / "model_index.json").is_file():
+        raise LeansdError(f"no model in {model}: it has no model_index.json")
+    return model
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there."""
+    import torch
+
+    from leansd.errors import LeansdError
+
+    if device not in {"cpu", "cuda"}:
+        raise LeansdError(f"unknown device {device!r}: cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise LeansdError("no CUDA device here: use --device cpu")
