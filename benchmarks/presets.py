@@ -20,7 +20,7 @@ from leansd.faces.cli.terminal import hush_libraries
 from leansd.faces.comparison import FULL, Contestant, compare_plans, list_records
 from leansd.faces.outlines import predict_gain
 from leansd.faces.pictures import Request
-from leansd.faces.prompts import PROMPTS
+from leansd.faces.prompts import GUIDANCE, PROMPTS
 from leansd.faces.samplers import set_sampler
 from leansd.faces.scoring import find_scorer
 from leansd.loading import load
@@ -57,6 +57,7 @@ def main(
     prompts: Annotated[int, typer.Option(help="rounds, a prompt and a seed each")] = 16,
     steps: int = 30,
     seed: int = 1000,
+    guidance: float = GUIDANCE,
 ) -> None:
     hush_libraries()
     pipe = load(model)
@@ -78,7 +79,7 @@ def main(
                 chosen,
                 subject=model,
                 anatomy=anatomy,
-                base=Request(prompt="", steps=steps, seed=seed),
+                base=Request(prompt="", steps=steps, seed=seed, guidance=guidance),
                 contestants=contestants,
                 scorer=find_scorer(model),
                 on_step=count_step,

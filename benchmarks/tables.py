@@ -29,7 +29,8 @@ def tabulate_presets() -> str:
         cells = {(record.plan, record.metric): record for record in chosen}
         full = cells["full", "seconds"]
         parts.append(
-            f"**{sampler}**, {get(full, 'steps')} steps, {get(full, 'prompts')} pictures "
+            f"**{sampler}**, {get(full, 'steps')} steps, guidance {get(full, 'guidance'):g}, "
+            f"{get(full, 'prompts')} pictures "
             f"({full.value:.2f} s each in full; {full.device}; torch {full.torch}):\n"
         )
         parts += ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]

@@ -2,11 +2,14 @@
 
 PROMPTS = (
     "a red apple, noto style",
-    "a pizza, twemoji style",
     "a red heart, twemoji style",
     "a smiling face with sunglasses, twemoji style",
-    "a panda, noto style",
+    "a cat face, twemoji style",
     "a cactus, noto style",
-    "a tangerine, twemoji style",
+    "a grinning face, twemoji style",
     "a basketball, noto style",
+    "a pizza, twemoji style",
 )
+
+GUIDANCE = 4.0
+"""Guidance scale for the embedded model; the pipeline's default makes its colours hard."""

@@ -3,6 +3,7 @@
 `leansd --help` therefore imports neither torch nor diffusers.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -68,6 +69,8 @@ def _describe(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; a user's mistake is one line on stderr."""
+    # Read when transformers is first imported; it would remark on optional packages.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         result = typer.main.get_command(app)(given, prog_name="leansd", standalone_mode=False)

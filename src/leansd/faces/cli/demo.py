@@ -26,7 +26,8 @@ def show_demo(
         typer.Option(help="ddim, dpm++2m, euler, heun, unipc ...; the model's own by default."),
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale; the pipeline's own by default.")
+        float | None,
+        typer.Option(help="Guidance scale; 4 for emoji, the pipeline's own for other models."),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, mps; the GPU where there is one by default.")
@@ -50,12 +51,12 @@ def show_demo(
     from leansd.faces.comparison import compare_plans, line_up, list_records, tabulate_comparison
     from leansd.faces.outlines import open_anatomy
     from leansd.faces.pictures import Request, encode_png
-    from leansd.faces.prompts import PROMPTS
+    from leansd.faces.prompts import GUIDANCE, PROMPTS
     from leansd.faces.report import write_page
     from leansd.faces.report.showing import draw_sheet, headline, make_sections
     from leansd.faces.samplers import check_sampler, set_sampler
     from leansd.faces.scoring import find_scorer
-    from leansd.loading import find_device, load, locate
+    from leansd.loading import EMBEDDED, find_device, load, locate
     from leansd.measuring.files import check_folder, write_file
     from leansd.measuring.records import write_records
 
@@ -74,6 +75,7 @@ def show_demo(
     contestants = line_up(anatomy, steps)
     names = ", ".join(each.name for each in contestants)
     note(f"drawing {len(chosen)} prompts on {pipe.device}, each with {names}")
+    scale = GUIDANCE if guidance is None and model == EMBEDDED else guidance
     with open_progress() as progress:
         bars = {
             each.name: progress.add_task(each.name, total=each.steps * len(chosen))
@@ -84,7 +86,7 @@ def show_demo(
             chosen,
             subject=model,
             anatomy=anatomy,
-            base=Request(prompt="", seed=seed, steps=steps, guidance=guidance),
+            base=Request(prompt="", seed=seed, steps=steps, guidance=scale),
             contestants=contestants,
             scorer=find_scorer(model),
             on_step=lambda name: progress.advance(bars[name]),
