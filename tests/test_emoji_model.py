@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
 from leansd.emoji import location
-from leansd.emoji.assembly import LIMIT_MB, load_clip
+from leansd.emoji.assembly import LIMIT_MB, build_scheduler, load_clip
 from leansd.emoji.clip import MAX_TOKENS
 from leansd.emoji.drawing import draw_captions
 from leansd.emoji.evaluation import clip_score
@@ -36,6 +36,14 @@ def test_unet_has_the_units_of_stable_diffusion_1(pipe: StableDiffusionPipeline)
         for name in ("resnets", "attentions", "downsamplers", "upsamplers"):
             units += len(getattr(block, name, None) or ())
     assert units == 44
+
+
+def test_samplers_made_from_its_configuration_do_not_clip_latents(
+    pipe: StableDiffusionPipeline,
+) -> None:
+    for scheduler in (DDIMScheduler, DDPMScheduler):
+        assert scheduler.from_config(pipe.scheduler.config).config.clip_sample is False
+    assert build_scheduler().config.clip_sample is False
 
 
 def test_noise_schedule_is_stable_diffusions(pipe: StableDiffusionPipeline) -> None:

@@ -26,9 +26,11 @@ LIMIT_MB = 40
 
 def build_scheduler() -> DPMSolverMultistepScheduler:
     """Return the default sampler: DPM-Solver++ 2M over Stable Diffusion's noise schedule."""
-    return DPMSolverMultistepScheduler(
-        **NOISE, algorithm_type="dpmsolver++", solver_order=2, steps_offset=1
-    )
+    # What this sampler does not know is kept for those made from its configuration: as in Stable
+    # Diffusion's own, else DDIM and DDPM would clip the latents as if they were pixels.
+    others = {"clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True}
+    own = {"algorithm_type": "dpmsolver++", "solver_order": 2, "steps_offset": 1}
+    return DPMSolverMultistepScheduler.from_config({**NOISE, **own, **others})
 
 
 def assemble_pipeline(
