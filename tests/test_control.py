@@ -7,20 +7,15 @@ import torch
 from diffusers import ControlNetModel, MultiControlNetModel, StableDiffusionControlNetPipeline
 
 import leansd
+from conformance.models import tiny_controlnet
 from leansd.plans import Plan
 from tiny import tiny_pipeline, tiny_unet
 
 STEPS = 6
 
 
-def tiny_controlnet(seed: int = 0) -> ControlNetModel:
-    """A ControlNet of the tiny UNet's shape whose outputs are not zero."""
-    torch.manual_seed(seed)
-    channels = (8, 16, 32)  # two halvings, as many as the tiny autoencoder has
-    net = ControlNetModel.from_unet(tiny_unet(), conditioning_embedding_out_channels=channels)
-    for parameter in net.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    return net.eval()
+def make_controlnet(seed: int = 0) -> ControlNetModel:
+    return tiny_controlnet(tiny_unet(), seed)
 
 
 def make_pipeline(controlnet: Any) -> StableDiffusionControlNetPipeline:
@@ -76,7 +71,7 @@ def remember_residuals(net: ControlNetModel, runs: list[bool]) -> Any:
 
 @pytest.mark.parametrize("cut", ["up3.l1", "up3.l0", "up1", "dn*"])
 def test_residuals_are_inherited_with_the_encoder(cut: str) -> None:
-    net = tiny_controlnet()
+    net = make_controlnet()
     pipe = make_pipeline(net)
     plan = Plan.every(2, cut=cut, steps=STEPS)
     with leansd.inherit(pipe.unet, plan):
@@ -99,7 +94,7 @@ def test_residuals_are_inherited_with_the_encoder(cut: str) -> None:
 
 
 def test_full_encoder_runs_the_control_net_every_time() -> None:
-    net = tiny_controlnet()
+    net = make_controlnet()
     pipe = make_pipeline(net)
     counter = Counter(net)
     expected = draw(pipe)
@@ -113,7 +108,7 @@ def test_full_encoder_runs_the_control_net_every_time() -> None:
 
 
 def test_several_control_nets_as_one() -> None:
-    nets = [tiny_controlnet(0), tiny_controlnet(1)]
+    nets = [make_controlnet(0), make_controlnet(1)]
     pipe = make_pipeline(MultiControlNetModel(nets))
     counters = [Counter(net) for net in nets]
     with leansd.inherit(pipe, Plan.every(3, cut="up3.l1", steps=STEPS)):
@@ -124,7 +119,7 @@ def test_several_control_nets_as_one() -> None:
 
 def test_another_scale_runs_it_anew() -> None:
     """Control that ends midway changes the scale; residuals of the old scale would be wrong."""
-    net = tiny_controlnet()
+    net = make_controlnet()
     pipe = make_pipeline(net)
     counter = Counter(net)
     with leansd.inherit(pipe, Plan.every(3, cut="up3.l1", steps=STEPS)):
@@ -133,7 +128,7 @@ def test_another_scale_runs_it_anew() -> None:
 
 
 def test_guess_mode() -> None:
-    net = tiny_controlnet()
+    net = make_controlnet()
     pipe = make_pipeline(net)
     expected = draw(pipe, guess_mode=True)
     with leansd.inherit(pipe, Plan.full(STEPS)):

@@ -5,38 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from diffusers import StableDiffusionXLPipeline
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from test_control import make_pipeline, tiny_controlnet
-from tiny import WIDTH, tiny_pipeline, tiny_tokenizer, tiny_xl_unet
+from conformance.models import make_pipeline as build
+from test_control import make_controlnet, make_pipeline
+from tiny import WIDTH, tiny_pipeline, tiny_scheduler, tiny_xl_unet
 
 PAGE = Path(__file__).parent.parent / "docs" / "cookbook.md"
 SNIPPETS = re.findall(r"## (.+?)\n(?:.*?)```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-
-
-def tiny_xl_pipeline() -> StableDiffusionXLPipeline:
-    torch.manual_seed(0)
-    config = CLIPTextConfig(
-        vocab_size=100, hidden_size=WIDTH // 2, intermediate_size=WIDTH, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=77, projection_dim=WIDTH,
-        bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    parts = tiny_pipeline().components
-    pipe = StableDiffusionXLPipeline(
-        vae=parts["vae"],
-        text_encoder=CLIPTextModel(config).eval(),
-        text_encoder_2=CLIPTextModelWithProjection(config).eval(),
-        tokenizer=tiny_tokenizer(),
-        tokenizer_2=tiny_tokenizer(),
-        unet=tiny_xl_unet(),
-        scheduler=parts["scheduler"],
-        add_watermarker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture
@@ -56,9 +32,10 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 @pytest.mark.parametrize(("title", "code"), SNIPPETS, ids=[title for title, _ in SNIPPETS])
 def test_snippet_runs(title: str, code: str, names: dict[str, Any]) -> None:
     if "xl_pipe" in code:
-        names["xl_pipe"] = tiny_xl_pipeline()
+        unet = tiny_xl_unet(cross_attention_dim=2 * WIDTH)
+        names["xl_pipe"] = build("StableDiffusionXLPipeline", unet, tiny_scheduler())
     if "control_pipe" in code:
-        names["control_pipe"] = make_pipeline(tiny_controlnet())
+        names["control_pipe"] = make_pipeline(make_controlnet())
     exec(compile(code, f"{PAGE.name}: {title}", "exec"), names)
 
 

@@ -81,7 +81,7 @@ class Engine:
         attachment = find_attachment(self.attachments, timestep)
         step = attachment.begin(self, sample, timestep) if attachment is not None else None
         if attachment is None or step is None:
-            return self._run_plain(forward, *args, **kwargs)
+            return forward(*args, **kwargs)
         step.writable = self._has_freeu() or _adds_in_place(kwargs)
         text = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
         attachment.note_size(sample, text)
@@ -111,10 +111,6 @@ class Engine:
     def _has_freeu(self) -> bool:
         """Whether FreeU is on: its up blocks multiply what comes in in place."""
         return any(getattr(block, "b1", None) is not None for block in self.unet.up_blocks)
-
-    def _run_plain(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._active.step = None
-        return forward(*args, **kwargs)
 
     def _run_block(
         self, step: Pass, block: str, forward: Callable[..., Any], *args: Any, **kwargs: Any
