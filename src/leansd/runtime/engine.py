@@ -7,6 +7,8 @@ call a full one.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -15,14 +17,15 @@ from weakref import WeakValueDictionary
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from leansd.anatomy.reading import read_anatomy
 from leansd.errors import LeansdError
 from leansd.plans.address import get_layer
-from leansd.plans.anatomy import Anatomy
+from leansd.plans.anatomy import HEAD, Anatomy
 from leansd.plans.liveness import Program, compile_plan
 from leansd.plans.plan import Plan
-from leansd.runtime.guidance import complete, keep_difference, take_conditional
+from leansd.runtime.guidance import complete, exchange, keep_difference, take_conditional
 from leansd.runtime.passes import Pass
 from leansd.runtime.report import start_lap
 from leansd.runtime.weave import Weave
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from leansd.runtime.attachment import Attachment
 
 UNET = "unet"
+UNET_ARGUMENTS = tuple(inspect.signature(UNet2DConditionModel.forward).parameters)[1:]
 
 
 class Engine:
@@ -101,12 +105,14 @@ class Engine:
         self, step: Pass, batch: int, forward: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         """The UNet's forward for the lanes that run."""
+        if step.skips_unet:
+            forward = functools.partial(_wrap_output, step.give(HEAD))
         if step.call.is_half:
             args, kwargs = take_conditional(args, batch), take_conditional(kwargs, batch)
             return complete(step, forward(*args, **kwargs))
         output = forward(*args, **kwargs)
         keep_difference(step, output[0])
-        return output
+        return exchange(output, step.correct(output[0])) if step.call.corrects else output
 
     def _has_freeu(self) -> bool:
         """Whether FreeU is on: its up blocks multiply what comes in in place."""
@@ -157,6 +163,13 @@ def _is_view(timestep: Any) -> bool:
     if not isinstance(timestep, torch.Tensor):
         return False
     return timestep.untyped_storage().nbytes() > timestep.element_size()
+
+
+def _wrap_output(noise: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """What the UNet's forward would return with these arguments and this output [B, C, H, W]."""
+    position = UNET_ARGUMENTS.index("return_dict")
+    as_dict = args[position] if len(args) > position else kwargs.get("return_dict", True)
+    return UNet2DConditionOutput(sample=noise) if as_dict else (noise,)
 
 
 def _list_block_outputs(

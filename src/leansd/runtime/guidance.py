@@ -14,7 +14,6 @@ import torch
 
 from leansd.plans.liveness import GUIDANCE
 from leansd.runtime.passes import Pass
-from leansd.runtime.store import unwrap
 
 
 def is_guided(pipe: Any, batch: int) -> bool:
@@ -49,9 +48,13 @@ def keep_difference(step: Pass, noise: torch.Tensor) -> None:
 
 def complete(step: Pass, output: Any) -> Any:
     """The UNet's output for the whole batch, given that of the conditional half."""
-    cond = unwrap(output) if isinstance(output, tuple) else output.sample
-    whole = torch.cat([cond - _find_difference(step), cond])
-    return (whole,) if isinstance(output, tuple) else type(output)(sample=whole)
+    cond = output[0]
+    return exchange(output, torch.cat([cond - _find_difference(step), cond]))
+
+
+def exchange(output: Any, noise: torch.Tensor) -> Any:
+    """A UNet's output, a tuple or a dataclass, with another tensor in it."""
+    return (noise,) if isinstance(output, tuple) else type(output)(sample=noise)
 
 
 def _find_difference(step: Pass) -> torch.Tensor | float:

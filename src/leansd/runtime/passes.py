@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from leansd.plans.anatomy import HEAD
 from leansd.plans.liveness import Call, Kept, Lane, Program
 from leansd.plans.plan import How
 from leansd.runtime.clock import Course, Tick
@@ -103,12 +104,22 @@ class Pass:
         """One lane of an output made from what was kept."""
         return RECALLS[how](self.branch.store, sources, self.call.index, self._log_snr, given)
 
+    def correct(self, noise: torch.Tensor) -> torch.Tensor:
+        """The UNet's computed output [B, C, H, W] moved away from its forecast (`Plan.correct`)."""
+        forecast = torch.cat([self.recall("forecast", each) for each in self.call.corrects])
+        return torch.lerp(forecast, noise, 1 + self.call.correct)
+
     def pick(self, tensor: torch.Tensor, lane: Lane) -> torch.Tensor:
         """The rows of one lane; in a call that runs one lane, all there are."""
         if len(self.call.lanes) == 1:
             return tensor
         rest, cond = tensor.chunk(2)
         return cond if lane == "cond" else rest
+
+    @property
+    def skips_unet(self) -> bool:
+        """Whether the output follows from what is kept alone."""
+        return self.call.pattern.inherited.get(HEAD, "residual") != "residual"
 
     def skips(self, units: Sequence[str]) -> bool:
         """Whether none of these units runs or needs its input."""
