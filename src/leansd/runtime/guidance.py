@@ -23,9 +23,14 @@ def is_guided(pipe: Any, batch: int) -> bool:
     Perturbed-attention guidance adds a third part that its attention processors rely on; such
     batches run in full.
     """
+    return guides(pipe) and batch % 2 == 0
+
+
+def guides(pipe: Any) -> bool:
+    """Whether a pipeline joins an unconditional and a conditional half to a batch."""
     guided = getattr(pipe, "do_classifier_free_guidance", False)
     perturbed = getattr(pipe, "do_perturbed_attention_guidance", False)
-    return bool(guided) and not perturbed and batch % 2 == 0
+    return bool(guided) and not perturbed
 
 
 def take_conditional(inputs: Any, batch: int) -> Any:
