@@ -17,6 +17,7 @@ from conformance.samplers import Sampler
 from leansd.plans import Anatomy, Plan, preset
 from leansd.plans.liveness import Call as UNetCall
 from leansd.plans.liveness import compile_plan
+from leansd.runtime.attachment import Attachment
 from leansd.runtime.engine import list_attachments
 from leansd.runtime.store import Store
 
@@ -36,9 +37,9 @@ PLANS: Mapping[str, Callable[[int], Plan]] = {
         .guide("inherit", at=[1, 2])
         .guide("drop", at=4)
     ),
-    "guidance-forecast": lambda blocks: (
-        Plan.every(2, cut="*.attn", steps=STEPS, how="residual").guide("forecast", at=[2, 4])
-    ),
+    "guidance-forecast": lambda blocks: Plan.every(
+        2, cut="*.attn", steps=STEPS, how="residual"
+    ).guide("forecast", at=[2, 4]),
     "gate": lambda blocks: preset("tgate", steps=STEPS, blocks=blocks, gate=2),
 }
 """Plans by name, for so many up blocks."""
@@ -72,7 +73,6 @@ def predict(
 
 def count_predicted(calls: Sequence[UNetCall]) -> Counter[str]:
     return Counter(at for call in calls for at in call.pattern.active)
-
 
 
 class Output(NamedTuple):
@@ -231,6 +231,24 @@ def watch_stores() -> Iterator[list[Store]]:
         yield stores
 
 
+@contextmanager
+def watch_ends() -> Iterator[list[int]]:
+    """For every pipeline call that ends meanwhile, the bytes that its end has to drop."""
+    left: list[int] = []
+    abort = Attachment.abort
+
+    def note(attachment: Attachment) -> None:
+        local = attachment._local
+        left.append(sum(branch.store.bytes for branch in local.branches.values()))
+        if hasattr(local, "control"):
+            left[-1] += local.control.bytes_kept
+        abort(attachment)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Attachment, "abort", note)
+        yield left
+
+
 def is_empty(store: Store) -> bool:
     return store.bytes == 0 and not list_tensors(store)
 
@@ -241,4 +259,5 @@ def list_tensors(store: Store) -> list[torch.Tensor]:
 
 def is_plain(unet: UNet2DConditionModel) -> bool:
     """Whether nothing is woven around any module."""
-    return not list_attachments(unet) and not any("forward" in vars(m) for m in unet.modules())
+    own = {"forward", "_reset_stateful_cache"}
+    return not list_attachments(unet) and not any(own & vars(m).keys() for m in unet.modules())

@@ -8,9 +8,9 @@ call a full one.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -25,12 +25,21 @@ from leansd.plans.plan import Plan
 from leansd.runtime.guidance import complete, keep_difference, take_conditional
 from leansd.runtime.passes import Pass
 from leansd.runtime.report import start_lap
-from leansd.runtime.weave import Weave
+from leansd.runtime.weave import EndOfCall, Weave
 
 if TYPE_CHECKING:
     from leansd.runtime.attachment import Attachment
 
 UNET = "unet"
+
+
+class Link(NamedTuple):
+    """Where a woven module hangs, so that another one in its place is noticed."""
+
+    children: Mapping[str, torch.nn.Module | None]
+    """Those of the module above it, by name."""
+    name: str
+    child: torch.nn.Module | None
 
 
 class Engine:
@@ -43,15 +52,41 @@ class Engine:
         self.compile = lru_cache(maxsize=64)(self._compile)
         self._active = threading.local()
         self._blocks = _list_block_outputs(self.anatomy)
+        self._paths = self._list_paths()
         self.weave = Weave(self._list_modules(), self._around)
+        self._links = self._list_links()
+        self._end_of_call = EndOfCall(unet, self._end_call)
+
+    def release(self) -> None:
+        """Take everything off the UNet."""
+        self._end_of_call.release()
+        self.weave.release()
+
+    def _list_paths(self) -> dict[str, str]:
+        """By name, the paths of the modules to weave; that of the UNet itself is empty."""
+        paths = {UNET: ""}
+        paths.update((block, path) for block, (path, _, _) in self._blocks.items())
+        paths.update((unit.at, unit.path) for unit in (*self.anatomy.units, *self.anatomy.parts))
+        return paths
 
     def _list_modules(self) -> dict[str, torch.nn.Module]:
-        modules: dict[str, torch.nn.Module] = {UNET: self.unet}
-        for block, (path, _, _) in self._blocks.items():
-            modules[block] = self.unet.get_submodule(path)
-        for unit in (*self.anatomy.units, *self.anatomy.parts):
-            modules[unit.at] = self.unet.get_submodule(unit.path)
-        return modules
+        return {name: self.unet.get_submodule(path) for name, path in self._paths.items()}
+
+    def _list_links(self) -> list[Link]:
+        links: list[Link] = []
+        for path in filter(None, self._paths.values()):
+            parent, _, name = path.rpartition(".")
+            children = self.unet.get_submodule(parent)._modules
+            links.append(Link(children, name, children.get(name)))
+        return links
+
+    def _mend(self) -> None:
+        """Weave what has been put in the place of woven modules: peft wraps and unwraps layers."""
+        if all(children.get(name) is child for children, name, child in self._links):
+            return
+        with _LOCK:
+            self.weave.renew(self._list_modules())
+            self._links = self._list_links()
 
     def _compile(
         self,
@@ -79,6 +114,8 @@ class Engine:
         sample = args[0] if args else kwargs["sample"]
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         attachment = find_attachment(self.attachments, timestep)
+        self._active.last = attachment
+        self._mend()
         step = attachment.begin(self, sample, timestep) if attachment is not None else None
         if attachment is None or step is None:
             return forward(*args, **kwargs)
@@ -96,6 +133,13 @@ class Engine:
             self._active.step = None
         attachment.end(step, end_lap())
         return output
+
+    def _end_call(self) -> None:
+        """A pipeline call is over in this thread, also one that was interrupted: keep nothing."""
+        last: Attachment | None = getattr(self._active, "last", None)
+        self._active.last = None
+        if last is not None and last.pipe is not None:
+            last.abort()
 
     def _run_lanes(
         self, step: Pass, batch: int, forward: Callable[..., Any], *args: Any, **kwargs: Any
@@ -211,7 +255,7 @@ def detach(attachment: Attachment) -> None:
             return
         engine.attachments = tuple(each for each in engine.attachments if each is not attachment)
         if not engine.attachments:
-            engine.weave.release()
+            engine.release()
             del _ENGINES[id(attachment.unet)]
 
 
