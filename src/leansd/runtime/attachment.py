@@ -11,9 +11,10 @@ from diffusers import UNet2DConditionModel
 
 from leansd.anatomy.reading import read_anatomy
 from leansd.errors import LeansdError
+from leansd.plans.liveness import Lane
 from leansd.plans.plan import Plan
 from leansd.plans.presets import Preset, build_for, suits
-from leansd.runtime.clock import Clock, Course, LoopClock, SchedulerClock
+from leansd.runtime.clock import Clock, Course, LoopClock, SchedulerClock, Tick
 from leansd.runtime.control import (
     Control,
     ControlRun,
@@ -22,7 +23,7 @@ from leansd.runtime.control import (
     detach_control,
 )
 from leansd.runtime.engine import Engine, attach, detach
-from leansd.runtime.guidance import guides, is_guided
+from leansd.runtime.guidance import find_lane, guides, is_guided
 from leansd.runtime.passes import Branch, Pass
 from leansd.runtime.report import Lap, Report, Tally
 
@@ -112,6 +113,9 @@ class Attachment:
             local.tally = self._last = Tally(plan, control)
             if control is not None:
                 control.begun = True
+        lane = find_lane(self.pipe) if local.plan.guides else None
+        if lane is not None:
+            return self._begin_apart(engine, sample, tick, lane)
         index, ordinal = local.here
         ordinal = ordinal + 1 if index == tick.index else 0
         local.here = (tick.index, ordinal)
@@ -122,6 +126,21 @@ class Attachment:
             program = engine.compile(local.plan, tick.index, course.rows, course.moments, guided)
             branch.start_over(program, sample, guided)
         return branch.take(tick, sample.shape[0])
+
+    def _begin_apart(
+        self, engine: Engine, sample: torch.Tensor, tick: Tick, lane: Lane
+    ) -> Pass | None:
+        """Place one of the two calls of a step that share what they keep."""
+        branch = self._local.branches.setdefault(0, Branch())
+        if lane == "rest" and not branch.completes(tick.index, sample):
+            branch.program = None
+            return None
+        if lane == "cond" and not branch.expects(tick.index, sample, True):
+            course = tick.course
+            plan = self._local.plan
+            program = engine.compile(plan, tick.index, course.rows, course.moments, True)
+            branch.start_over(program, sample, True)
+        return branch.take(tick, sample.shape[0], lane)
 
     def foresee(self, timestep: Any) -> Prospect | None:
         """What the UNet call at this time step, which is yet to come, will do."""
@@ -172,7 +191,8 @@ class Attachment:
         local.tally.add(
             step.call, lap, sum(branch.store.bytes for branch in local.branches.values())
         )
-        step.branch.store.release(step.call.releases)
+        if step.apart != "cond":
+            step.branch.store.release(step.call.releases)
 
     def note_size(self, sample: torch.Tensor, text: torch.Tensor | None) -> None:
         """Remember what the cost of this run is to be counted at."""

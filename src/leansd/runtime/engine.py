@@ -22,7 +22,7 @@ from leansd.plans.address import get_layer
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.liveness import Program, compile_plan
 from leansd.plans.plan import Plan
-from leansd.runtime.guidance import complete, keep_difference, take_conditional
+from leansd.runtime.guidance import complete, keep_difference, run_apart, take_conditional
 from leansd.runtime.passes import Pass
 from leansd.runtime.report import start_lap
 from leansd.runtime.weave import EndOfCall, Weave
@@ -145,6 +145,8 @@ class Engine:
         self, step: Pass, batch: int, forward: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         """The UNet's forward for the lanes that run."""
+        if step.apart is not None:
+            return run_apart(step, forward, *args, **kwargs)
         if step.call.is_half:
             args, kwargs = take_conditional(args, batch), take_conditional(kwargs, batch)
             return complete(step, forward(*args, **kwargs))

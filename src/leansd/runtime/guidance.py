@@ -3,17 +3,19 @@
 Ordinary pipelines put the unconditional and the conditional input of classifier-free guidance into
 one batch, in this order. A call that leaves out the first half takes the second half of everything
 that goes in, and makes up the missing half of what comes out, so that the pipeline does not notice.
+Modular pipelines call the two apart, the conditional one first; the second of them is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
-from leansd.plans.liveness import GUIDANCE
-from leansd.runtime.passes import Pass
+from leansd.plans.liveness import GUIDANCE, Lane
+from leansd.runtime.passes import Pass, keep_for_rest
 from leansd.runtime.store import unwrap
 
 
@@ -31,6 +33,42 @@ def guides(pipe: Any) -> bool:
     guided = getattr(pipe, "do_classifier_free_guidance", False)
     perturbed = getattr(pipe, "do_perturbed_attention_guidance", False)
     return bool(guided) and not perturbed
+
+
+def find_lane(pipe: Any) -> Lane | None:
+    """The lane of the call that a pipeline is about to make, where it calls the two apart.
+
+    The guiders of modular pipelines say so. Of those that make more than these two predictions
+    (perturbed attention, skipped layers) nothing is known, and their calls run in full.
+    """
+    guider = getattr(pipe, "guider", None)
+    if getattr(guider, "_input_predictions", None) != ["pred_cond", "pred_uncond"]:
+        return None
+    if guider.num_conditions != 2:
+        return None
+    return "cond" if guider.is_conditional else "rest"
+
+
+def run_apart(step: Pass, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """One of the two calls of a step: the conditional one comes first and always runs.
+
+    The other one is left out where guidance is not computed; its output is made from the first's.
+    """
+    store, kept = step.branch.store, keep_for_rest(step.call.index)
+    if step.apart == "cond":
+        output = forward(*args, **kwargs)
+        store.keep(kept, output[0])
+        return output
+    if step.call.is_half:
+        made = store.read(kept) - _find_difference(step)
+        store.release([kept])
+        whole = kwargs.get("return_dict", True)
+        return UNet2DConditionOutput(sample=made) if whole else (made,)
+    output = forward(*args, **kwargs)
+    for difference in step.call.keeps.get(GUIDANCE, ()):
+        store.keep(difference, store.read(kept), output[0])
+    store.release([kept])
+    return output
 
 
 def take_conditional(inputs: Any, batch: int) -> Any:
