@@ -53,9 +53,10 @@ class Engine:
         self._active = threading.local()
         self._blocks = _list_block_outputs(self.anatomy)
         self._paths = self._list_paths()
-        self.weave = Weave(self._list_modules(), self._around)
         self._links = self._list_links()
         self._end_of_call = EndOfCall(unet, self._end_call)
+        # Last: from here on other threads come in.
+        self.weave = Weave(self._list_modules(), self._around)
 
     def release(self) -> None:
         """Take everything off the UNet."""
@@ -85,8 +86,9 @@ class Engine:
         if all(children.get(name) is child for children, name, child in self._links):
             return
         with _LOCK:
-            self.weave.renew(self._list_modules())
-            self._links = self._list_links()
+            if self.attachments:  # not released meanwhile
+                self.weave.renew(self._list_modules())
+                self._links = self._list_links()
 
     def _compile(
         self,
