@@ -208,6 +208,11 @@ class Plan:
         return tuple(step for step, row in enumerate(self.rows) if row.is_key)
 
     @cached_property
+    def guides(self) -> bool:
+        """Whether it does anything but compute guidance at some step."""
+        return any(row.guidance != "compute" for row in self.rows)
+
+    @cached_property
     def fingerprint(self) -> str:
         """Twelve hex digits of what the plan does; its name does not count."""
         rows = [

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from leansd.plans.anatomy import HEAD
-from leansd.plans.liveness import Call, Kept, Lane, Program
+from leansd.plans.liveness import GUIDANCE, Call, Kept, Lane, Program
 from leansd.plans.plan import How
 from leansd.runtime.clock import Course, Tick
 from leansd.runtime.store import RECALLS, Shape, Store, unwrap
@@ -42,27 +42,48 @@ class Branch:
         self.shapes.clear()
         self.program, self._signature = program, _sign(sample, guided)
 
-    def take(self, tick: Tick, batch: int) -> Pass:
-        """The pass for this call, whose sample has `batch` rows."""
+    def completes(self, index: int, sample: torch.Tensor) -> bool:
+        """Whether this is the unconditional call to the conditional one just made."""
+        joined = self._last == index and self._signature == _sign(sample, True)
+        return self.program is not None and joined and self.store.has([keep_for_rest(index)])
+
+    def take(self, tick: Tick, batch: int, apart: Lane | None = None) -> Pass:
+        """The pass for this call, whose sample has `batch` rows; `apart` if all are of one lane."""
         assert self.program is not None
         self._last = tick.index
-        call = self.program[tick.index]
-        return Pass(self, call, tick.course, batch, records=tick.index == self.program.start)
+        call, records = self.program[tick.index], tick.index == self.program.start
+        return Pass(self, call, tick.course, batch, records=records, apart=apart)
 
 
 def _sign(sample: torch.Tensor, guided: bool) -> object:
     return sample.shape, sample.dtype, sample.device, guided
 
 
+def keep_for_rest(index: int) -> Kept:
+    """The conditional output of a call, kept until the unconditional call that belongs to it."""
+    return Kept(GUIDANCE, index, "output", "cond")
+
+
 class Pass:
     """One UNet call: answers every unit's question what to do."""
 
     def __init__(
-        self, branch: Branch, call: Call, course: Course, batch: int, *, records: bool
+        self,
+        branch: Branch,
+        call: Call,
+        course: Course,
+        batch: int,
+        *,
+        records: bool,
+        apart: Lane | None = None,
     ) -> None:
         self.branch = branch
         self.call = call
-        self.batch = batch // 2 if call.is_half else batch
+        self.apart = apart
+        """The lane whose call it is, where a pipeline calls the two apart."""
+        self.lanes = call.lanes if apart is None else (apart,)
+        """The lanes in this batch."""
+        self.batch = batch // 2 if call.is_half and apart is None else batch
         """Rows that run."""
         self.writable = False
         """Whether placeholders may be written to."""
@@ -73,7 +94,7 @@ class Pass:
         """What a unit, or a part of one, gives in this call."""
         if at not in self.call.pattern.active:
             return self.branch.shapes[at].wrap(self.give(at, args[0]))
-        keeps = self.call.keeps.get(at, ())
+        keeps = [kept for kept in self.call.keeps.get(at, ()) if kept.lane in self.lanes]
         # The unit may overwrite its input, so what a change is measured against is copied first.
         changes = any(kept.what == "change" for kept in keeps)
         given = args[0].detach().clone() if changes else None
@@ -93,8 +114,10 @@ class Pass:
             shape = self.branch.shapes[at]
             return shape.make_placeholder(self.batch, writable=self.writable)
         lanes = []
-        for sources in self.call.sources[at]:
-            part = self.pick(given, sources[0].lane) if given is not None else None
+        for lane, sources in zip(self.call.lanes, self.call.sources[at], strict=True):
+            if lane not in self.lanes:
+                continue
+            part = self.pick(given, lane) if given is not None else None
             lanes.append(self.recall(how, sources, part))
         return lanes[0] if len(lanes) == 1 else torch.cat(lanes)
 
@@ -106,12 +129,13 @@ class Pass:
 
     def correct(self, noise: torch.Tensor) -> torch.Tensor:
         """The UNet's computed output [B, C, H, W] moved away from its forecast (`Plan.correct`)."""
-        forecast = torch.cat([self.recall("forecast", each) for each in self.call.corrects])
-        return torch.lerp(forecast, noise, 1 + self.call.correct)
+        lanes = zip(self.call.lanes, self.call.corrects, strict=True)
+        forecasts = [self.recall("forecast", each) for lane, each in lanes if lane in self.lanes]
+        return torch.lerp(torch.cat(forecasts), noise, 1 + self.call.correct)
 
     def pick(self, tensor: torch.Tensor, lane: Lane) -> torch.Tensor:
         """The rows of one lane; in a call that runs one lane, all there are."""
-        if len(self.call.lanes) == 1:
+        if len(self.lanes) == 1:
             return tensor
         rest, cond = tensor.chunk(2)
         return cond if lane == "cond" else rest
@@ -125,5 +149,6 @@ class Pass:
         """Whether none of these units runs or needs its input."""
         pattern = self.call.pattern
         return all(
-            at in pattern.idle or pattern.inherited.get(at) in ("reuse", "forecast") for at in units
+            at in pattern.idle or pattern.inherited.get(at, "residual") != "residual"
+            for at in units
         )

@@ -25,6 +25,9 @@ def generate_pictures(
     fit: Annotated[
         bool, typer.Option("--fit", help="Stretch a plan file to --steps if it is for others.")
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Follow a preset also where few steps gain nothing.")
+    ] = False,
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale; the pipeline's own by default.")
     ] = None,
@@ -53,7 +56,13 @@ def generate_pictures(
     """Draw pictures from prompts, each as a PNG that carries its prompt, seed and plan."""
     from dataclasses import replace
 
-    from leansd.faces.cli.terminal import hush_libraries, open_progress, show_json, show_text
+    from leansd.faces.cli.terminal import (
+        hush_libraries,
+        note,
+        open_progress,
+        show_json,
+        show_text,
+    )
     from leansd.faces.outlines import STEPS, choose_plan, open_anatomy
     from leansd.faces.pictures import (
         Request,
@@ -69,6 +78,8 @@ def generate_pictures(
     from leansd.faces.samplers import check_sampler, name_sampler, set_sampler
     from leansd.loading import as_image_to_image, find_device, load, locate
     from leansd.measuring.files import check_folder
+    from leansd.plans.plan import Plan
+    from leansd.plans.presets import look_up, suits
     from leansd.version import __version__
 
     # Everything that can be wrong is found before a weight is read.
@@ -96,6 +107,9 @@ def generate_pictures(
         picture = fit_picture(picture, base.size or default_size(pipe))
         pipe = as_image_to_image(pipe)
     base = replace(base, steps=chosen.steps, init=picture)
+    if not force and not suits(look_up(plan), chosen.steps):
+        note(f"{chosen.steps} steps run in full, so few gain nothing; --force follows {plan}")
+        chosen = Plan.full(chosen.steps)
     pipe.set_progress_bar_config(disable=True)
 
     requests = [
