@@ -101,8 +101,8 @@ class Drawer:
             kept = [read_drawn(files[place]) for place in part] if files else []
             if not kept or any(each is None for each in kept):
                 kept = self._run(case, number, part)
-                for place, each in zip(part if files else (), kept, strict=bool(files)):
-                    write_drawn(files[place], each)
+                for path, each in zip(files[part.start : part.stop], kept, strict=False):
+                    write_drawn(path, each)
             drawn += [each for each in kept if each is not None]
         return Drawings(*(torch.stack(parts) for parts in zip(*drawn, strict=True)))
 
