@@ -114,8 +114,8 @@ def _explain_quality(records: Sequence[Record]) -> list[str]:
         "FID: Fréchet distance in the CLIP's pooled features. Against the full run of other seeds "
         "no case has the advantage of shared noise, and the full run's own value is what chance "
         "gives.",
-        "After ±, the deviation between sets of the full run from different seeds: smaller "
-        "differences are chance."
+        "After ±, the deviation between sets of the full run from different seeds: what chance "
+        "alone does to a set. Same seeds pair the pictures, which tells smaller differences apart."
         if any(get_field(record, "seed_spread") is not None for record in records)
         else "Without --seeds-for-spread there is no telling chance from effect.",
     ]
