@@ -17,6 +17,7 @@ from leansd.version import __version__
 if TYPE_CHECKING:
     from leansd.anatomy import count_macs, dissect
     from leansd.loading import load
+    from leansd.measuring.evaluation import evaluate
     from leansd.plans import Anatomy, Plan, preset
     from leansd.runtime import Report, inherit, inherit_, release_
 
@@ -28,6 +29,7 @@ _HOMES = {
     "Report": "leansd.runtime",
     "count_macs": "leansd.anatomy",
     "dissect": "leansd.anatomy",
+    "evaluate": "leansd.measuring.evaluation",
     "inherit": "leansd.runtime",
     "inherit_": "leansd.runtime",
     "load": "leansd.loading",
@@ -43,6 +45,7 @@ __all__ = [
     "__version__",
     "count_macs",
     "dissect",
+    "evaluate",
     "inherit",
     "inherit_",
     "load",

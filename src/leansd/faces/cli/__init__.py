@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": "Draw pictures from prompts, with a plan.",
     "anatomy": "Show a UNet as a tree of units with parameters and multiply-accumulates.",
     "plan": "Show, draw or save a plan.",
+    "evaluate": "Measure plans against the full and the converged run, and the quality of sets.",
     "emoji": "The embedded model: train it, measure it.",
 }
 """Each name is also a module of this package that holds a Typer `app`."""
