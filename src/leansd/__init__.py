@@ -17,7 +17,9 @@ from leansd.version import __version__
 if TYPE_CHECKING:
     from leansd.anatomy import count_macs, dissect
     from leansd.loading import load
+    from leansd.measuring.cost import CostModel
     from leansd.measuring.evaluation import evaluate
+    from leansd.measuring.profile import profile
     from leansd.plans import Anatomy, Plan, preset
     from leansd.runtime import Report, inherit, inherit_, release_
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 # `import leansd` costs nothing and plans never pull in torch.
 _HOMES = {
     "Anatomy": "leansd.plans",
+    "CostModel": "leansd.measuring.cost",
     "Plan": "leansd.plans",
     "Report": "leansd.runtime",
     "count_macs": "leansd.anatomy",
@@ -34,11 +37,13 @@ _HOMES = {
     "inherit_": "leansd.runtime",
     "load": "leansd.loading",
     "preset": "leansd.plans",
+    "profile": "leansd.measuring.profile",
     "release_": "leansd.runtime",
 }
 
 __all__ = [
     "Anatomy",
+    "CostModel",
     "LeansdError",
     "Plan",
     "Report",
@@ -50,6 +55,7 @@ __all__ = [
     "inherit_",
     "load",
     "preset",
+    "profile",
     "release_",
 ]
 

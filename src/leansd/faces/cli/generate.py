@@ -48,6 +48,10 @@ def generate_pictures(
     strength: Annotated[
         float, typer.Option(help="With --init: how much to redraw, above 0 and up to 1.")
     ] = 0.8,
+    vae: Annotated[
+        Path | None,
+        typer.Option(help="Folder of another autoencoder, such as a small one, to decode with."),
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, mps; the GPU where there is one by default.")
     ] = None,
@@ -76,7 +80,7 @@ def generate_pictures(
         save_picture,
     )
     from leansd.faces.samplers import check_sampler, name_sampler, set_sampler
-    from leansd.loading import as_image_to_image, find_device, load, locate
+    from leansd.loading import as_image_to_image, find_device, load, load_vae, locate, set_vae
     from leansd.measuring.files import check_folder
     from leansd.plans.plan import Plan
     from leansd.plans.presets import look_up, suits
@@ -99,8 +103,11 @@ def generate_pictures(
     locate(model)
     hush_libraries()
     chosen = choose_plan(plan, steps, open_anatomy(model), fit=fit)
+    autoencoder = load_vae(vae) if vae is not None else None
 
     pipe = load(model, device=device)
+    if autoencoder is not None:
+        set_vae(pipe, autoencoder)
     if sampler is not None:
         set_sampler(pipe, sampler)
     if picture is not None:
@@ -139,6 +146,7 @@ def generate_pictures(
                 "guidance": getattr(pipe, "guidance_scale", guidance),
                 "model": model,
                 "plan": chosen.name,
+                "vae": vae,
                 "plan_fingerprint": chosen.fingerprint,
                 "leansd": __version__,
                 "init": init,
