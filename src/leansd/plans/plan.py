@@ -26,7 +26,7 @@ How = Literal["reuse", "residual", "forecast", "forecast2", "chebyshev", "chebys
 `residual`  its present input plus what it added to its input when it was last computed.
 `forecast`  the line through its last two computed outputs, over log-SNR.
 `forecast2` the parabola through its last three, over log-SNR.
-`chebyshev` Spectrum's ridge regression on Chebyshev polynomials over the calls, through all computed
+`chebyshev` Spectrum's ridge regression on Chebyshev polynomials over the calls, of all computed
             outputs (`runtime/spectrum.py`).
 `chebyshev-line` the mean of that and of the line through its last two, over the calls.
 """

@@ -5,8 +5,8 @@ and the fit is read at the call that is not computed. The forecast is linear in 
 there is to know are the weights of the outputs, the same for every value.
 
 From the paper and its published configuration: the polynomials T0 to T4, the ridge of 0.1, time as
-the number of the call mapped to -1 at the first and 1 after the last, and that every computed output
-counts. Chosen here: the regression is solved in double precision and never rounded.
+the number of the call, mapped to -1 at the first and to 1 after the last, and that every computed
+output counts. Chosen here: the regression is solved in double precision and never rounded.
 """
 
 from __future__ import annotations
