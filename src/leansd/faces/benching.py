@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from leansd.anatomy.cost import dissect
-from leansd.faces.contests import OTHERS, choose_plans, draw_inputs, list_settings, send_own
+from leansd.faces.contests import LONG, OTHERS, choose_plans, draw_inputs, list_settings, send_own
 from leansd.faces.samplers import make_scheduler
 from leansd.loading import as_image_to_image
 from leansd.measuring.bench import (
@@ -93,7 +93,7 @@ def prepare(pipe: Any, setup: Setup, contests: Sequence[Contest]) -> list[Entry]
             seed=setup.seed,
             batch=setup.batch,
             embedder=setup.embedder,
-            spread_sets=setup.spread_sets if contest.is_long else 0,
+            spread_sets=setup.spread_sets if contest.steps == LONG or contest.is_long else 0,
             converged_steps=setup.converged_steps,
         )
         line = line_up(grounds, send_own(grounds), setup.rivals)

@@ -20,7 +20,7 @@ from leansd.plans.presets import HOUSE, look_up, preset, resolve
 SAMPLERS = ("dpm++2m", "ddim", "euler")
 STEPS = (20, 30, 50)
 LONG = 30
-"""The step count at which all variants of all rivals take part."""
+"""The step count at which the first sampler is run by all variants of all rivals."""
 PAPER_GUIDANCE = 8.0
 """With 30 steps, the setting of A-SDM's tables (arXiv 2406.00210)."""
 OTHERS = ("dpm++2m", "unipc")
@@ -29,27 +29,28 @@ INPUT_SEED = 10_000_000
 INPUT_STEPS = 20
 
 
-def list_contests(
-    samplers: Sequence[str], steps: Sequence[int], guidance: float, *, extras: bool = True
-) -> list[Contest]:
-    """Text-to-image everywhere; image-to-image and the papers' guidance with the step count LONG.
+def list_contests(samplers: Sequence[str], steps: Sequence[int], guidance: float) -> list[Contest]:
+    """Text-to-image everywhere; image-to-image and the papers' guidance with the first sampler.
 
-    The first sampler alone runs those two: what they change does not hang on the sampler.
+    One contest is long: who is far from the front there is so elsewhere.
     """
-    central = LONG if LONG in steps else steps[0]
+    first, central = samplers[0], LONG if LONG in steps else steps[0]
     contests = [
-        Contest("text-to-image", sampler, count, guidance, is_long=count == central)
+        Contest("text-to-image", sampler, count, guidance, (sampler, count) == (first, central))
         for sampler in samplers
         for count in steps
     ]
-    if not extras:
-        return contests
-    contests.append(Contest("image-to-image", samplers[0], central, guidance, is_long=False))
+    contests.append(Contest("image-to-image", first, central, guidance))
     if guidance != PAPER_GUIDANCE:
-        contests.append(
-            Contest("text-to-image", samplers[0], central, PAPER_GUIDANCE, is_long=False)
-        )
+        contests.append(Contest("text-to-image", first, central, PAPER_GUIDANCE))
     return contests
+
+
+def list_quick_contests(
+    samplers: Sequence[str], steps: Sequence[int], guidance: float
+) -> list[Contest]:
+    """One contest, a first look."""
+    return [Contest("text-to-image", samplers[0], LONG if LONG in steps else steps[0], guidance)]
 
 
 def find_guidance(pipe: Any, model: str) -> float:

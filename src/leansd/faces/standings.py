@@ -92,7 +92,7 @@ def read_standings(records: Sequence[Record]) -> list[Standing]:
         cells = {
             (record.plan, record.metric, get_field(record, "reference")): record for record in group
         }
-        fields = dict(zip(("subject", *FIELDS), key, strict=True))
+        fields: dict[str, Any] = dict(zip(("subject", *FIELDS), key, strict=True))
         standings.append(Standing(fields, cells))
     return standings
 

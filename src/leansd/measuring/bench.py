@@ -136,9 +136,8 @@ def run_batch(
 ) -> tuple[Drawings, float]:
     """One contestant on one batch of calls, and the seconds of the whole pipeline call."""
     own = stage.schedulers[contestant.sampler or contest.sampler]
-    scheduler = type(own).from_config(own.config)
     before = pipe.scheduler
-    pipe.scheduler = scheduler
+    pipe.scheduler = own.__class__.from_config(own.config)  # none carries over to the next run
     try:
         # What contestants do on entering is not timed: a user does it once.
         with contestant.enter(pipe) as called:
@@ -230,14 +229,17 @@ def summarise(
             "run_sampler": each.sampler or contest.sampler,
         }
         timing = Timing(runs.seconds[each.name])
-        rounds = {"rounds": len(timing.seconds), "each": _join_numbers(timing.seconds)}
+        rounds: dict[str, Any] = {
+            "rounds": len(timing.seconds),
+            "each": _join_numbers(timing.seconds),
+        }
         if each.family == FULL and left_out:
             rounds["left_out"] = left_out
         records.append(
             Record(**base, **rounds, metric="seconds", value=timing.median, unit="s a batch")
         )
         ratio = compare_timings(full, timing)
-        span = {"low": ratio.low, "high": ratio.high, "rounds": len(timing.seconds)}
+        span: dict[str, Any] = {"low": ratio.low, "high": ratio.high, "rounds": len(timing.seconds)}
         records.append(Record(**base, **span, metric="speedup", value=ratio.median, unit="x"))
         records += [
             measure.summarise(base)

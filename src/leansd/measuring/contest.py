@@ -6,7 +6,7 @@ does to the pipeline it undoes, so that all of them can take turns in one proces
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -40,14 +40,14 @@ class Contest:
     sampler: str
     steps: int
     guidance: float
-    is_long: bool = True
+    is_long: bool = False
 
     def __str__(self) -> str:
         return f"{self.task}, {self.sampler}, {self.steps} steps, guidance {self.guidance:g}"
 
 
 @contextmanager
-def run_plain(pipe: Any) -> Iterator[Any]:
+def run_plain(pipe: Any) -> Generator[Any]:
     """The pipeline as it is."""
     yield pipe
 
@@ -95,7 +95,7 @@ def follow(plan: Plan) -> Enter:
     """A pipeline that follows a plan of this package."""
 
     @contextmanager
-    def enter(pipe: Any) -> Iterator[Any]:
+    def enter(pipe: Any) -> Generator[Any]:
         with inherit(pipe, plan):
             yield pipe
 
@@ -116,10 +116,10 @@ def send_plan(grounds: Grounds, plan: Plan, name: str, family: str) -> Contestan
 
 
 @contextmanager
-def keep_forwards(module: Any) -> Iterator[None]:
+def keep_forwards(module: Any) -> Generator[None]:
     """On leaving, every part's `forward` is what it was: packages leave their own behind."""
     parts = list(module.modules())
-    before = [vars(part).get("forward") for part in parts]
+    before: list[Any] = [vars(part).get("forward") for part in parts]
     try:
         yield
     finally:

@@ -31,8 +31,8 @@ def weigh_chebyshev(
     design = _list_polynomials(places, calls, degree)
     target = _list_polynomials((call,), calls, degree)[0]
     penalty = ridge * torch.eye(degree + 1, dtype=torch.float64)
-    weights = design @ torch.linalg.solve(design.T @ design + penalty, target)
-    return tuple(weights.tolist())
+    weights = design @ (design.T @ design + penalty).inverse() @ target
+    return tuple(map(float, weights))
 
 
 def _list_polynomials(places: tuple[int, ...], calls: int, degree: int) -> torch.Tensor:

@@ -30,11 +30,8 @@ def bench(
     steps: Annotated[
         list[int] | None, typer.Option(min=2, help="Once for each; 20, 30 and 50 by default.")
     ] = None,
-    extras: Annotated[
-        bool, typer.Option(help="Image-to-image, and text-to-image with guidance 8, as well.")
-    ] = True,
     quick: Annotated[
-        bool, typer.Option("--quick", help="8 prompts, the first sampler and 30 steps only.")
+        bool, typer.Option("--quick", help="A first look: 8 prompts, one sampler and step count.")
     ] = False,
     prompts: Annotated[
         Path | None, typer.Option(help="Text file, a prompt a line; 64 are built in.")
@@ -84,13 +81,13 @@ def bench(
         show_text,
     )
     from leansd.faces.contests import (
-        LONG,
         SAMPLERS,
         STEPS,
         check_plans,
         choose_prompts,
         find_guidance,
         list_contests,
+        list_quick_contests,
     )
     from leansd.faces.pareto import write_plots
     from leansd.faces.prompts import read_prompts
@@ -121,9 +118,9 @@ def bench(
     check_plans(plans or [])
     samplers = list(dict.fromkeys(sampler or SAMPLERS))
     counts = list(dict.fromkeys(steps or STEPS))
+    list_them = list_quick_contests if quick else list_contests
     if quick:
-        samplers, counts = samplers[:1], counts[:1] if steps else [LONG]
-        count, batch, extras = min(count, 8), min(batch, 2), False
+        count, batch = min(count, 8), min(batch, 2)
     for name in samplers:
         require_convergence(check_sampler(name))
     if converged_steps <= max(counts):
@@ -151,7 +148,7 @@ def bench(
         spread_sets=seeds_for_spread,
         converged_steps=converged_steps,
     )
-    contests = list_contests(samplers, counts, scale, extras=extras)
+    contests = list_them(samplers, counts, scale)
     entries = prepare(pipe, setup, contests)
     waiting = drop_done(entries, out) if resume else entries
     step = time_step(waiting[0]) if waiting else 0.0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,11 +40,10 @@ def cache(interval: int, branch: int) -> Enter:
     """
 
     @contextmanager
-    def enter(pipe: Any) -> Iterator[Any]:
-        from DeepCache import DeepCacheSDHelper
-
+    def enter(pipe: Any) -> Generator[Any]:
+        package = importlib.import_module("DeepCache")
         with keep_forwards(pipe.unet):
-            helper = DeepCacheSDHelper(pipe=pipe)
+            helper = package.DeepCacheSDHelper(pipe=pipe)
             helper.set_params(cache_interval=interval, cache_branch_id=branch)
             helper.enable()
             try:

@@ -10,6 +10,8 @@ SHARES = {
     False: (1.4, 1.8, 2.3, 3.2),
 }
 """Times fewer steps, in long contests and in others."""
+OTHER_SHARES = {True: (2.0, 3.0), False: (2.0,)}
+"""The same with other samplers."""
 
 
 def send_fewer(grounds: Grounds) -> list[Contestant]:
@@ -23,12 +25,11 @@ def send_fewer(grounds: Grounds) -> list[Contestant]:
 
 
 def send_others(grounds: Grounds) -> list[Contestant]:
-    """Other samplers with a half and a third of the steps: better or worse than the full run
-    under the converged run, whatever they do to its own picture."""
+    """Other samplers with fewer steps: better or worse than the full run under the converged run,
+    whatever they do to its own picture."""
     contest = grounds.contest
-    if not contest.is_long:
-        return []
-    counts = sorted({max(1, round(contest.steps / share)) for share in (2, 3)}, reverse=True)
+    shares = OTHER_SHARES[contest.is_long]
+    counts = sorted({max(1, round(contest.steps / share)) for share in shares}, reverse=True)
     return [
         Contestant(
             f"{count} steps of {sampler}", "samplers", count, count / contest.steps, sampler=sampler

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,7 +73,7 @@ def gate_at(gate: int) -> Enter:
     """The package's call; what it leaves in the attention layers is removed."""
 
     @contextmanager
-    def enter(pipe: Any) -> Iterator[Any]:
+    def enter(pipe: Any) -> Generator[Any]:
         load = getattr(importlib.import_module("tgate"), LOADERS[type(pipe).__name__])
         with keep_forwards(pipe.unet):
             load(pipe)

@@ -6,7 +6,7 @@ It makes every step cheaper rather than steps fewer, so it composes with all oth
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,7 +46,7 @@ def merge(other: Enter) -> Enter:
     """Tokens merged under whatever else is done to the pipeline."""
 
     @contextmanager
-    def enter(pipe: Any) -> Iterator[Any]:
+    def enter(pipe: Any) -> Generator[Any]:
         package = importlib.import_module("tomesd")
         package.apply_patch(pipe, ratio=RATIO)
         try:
