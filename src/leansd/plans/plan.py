@@ -19,13 +19,16 @@ from leansd.errors import LeansdError
 from leansd.plans import keysteps
 from leansd.plans.anatomy import HEAD, Anatomy
 
-How = Literal["reuse", "residual", "forecast", "forecast2"]
+How = Literal["reuse", "residual", "forecast", "forecast2", "chebyshev", "chebyshev-line"]
 """How a unit gives an output that it does not compute.
 
 `reuse`     the output it gave when it was last computed.
 `residual`  its present input plus what it added to its input when it was last computed.
 `forecast`  the line through its last two computed outputs, over log-SNR.
 `forecast2` the parabola through its last three, over log-SNR.
+`chebyshev` Spectrum's ridge regression on Chebyshev polynomials over the calls, of all computed
+            outputs (`runtime/spectrum.py`).
+`chebyshev-line` the mean of that and of the line through its last two, over the calls.
 """
 HOWS: tuple[How, ...] = get_args(How)
 

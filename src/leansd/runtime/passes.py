@@ -87,7 +87,7 @@ class Pass:
         """Rows that run."""
         self.writable = False
         """Whether placeholders may be written to."""
-        self._log_snr = course.log_snr
+        self._course = course
         self._records = records
 
     def run_unit(self, at: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -125,7 +125,7 @@ class Pass:
         self, how: How, sources: Sequence[Kept], given: torch.Tensor | None = None
     ) -> torch.Tensor:
         """One lane of an output made from what was kept."""
-        return RECALLS[how](self.branch.store, sources, self.call.index, self._log_snr, given)
+        return RECALLS[how](self.branch.store, sources, self.call.index, self._course, given)
 
     def correct(self, noise: torch.Tensor) -> torch.Tensor:
         """The UNet's computed output [B, C, H, W] moved away from its forecast (`Plan.correct`)."""

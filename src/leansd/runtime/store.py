@@ -11,6 +11,8 @@ import torch
 
 from leansd.plans.liveness import Kept
 from leansd.plans.plan import How
+from leansd.runtime.clock import Course
+from leansd.runtime.spectrum import weigh_chebyshev
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,31 +90,32 @@ def unwrap(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-Recall = Callable[[Store, Sequence[Kept], int, Sequence[float], Any], torch.Tensor]
-"""`(store, sources, call, log_snr of each call, the unit's input or None)` -> a fresh tensor."""
+Recall = Callable[[Store, Sequence[Kept], int, Course, Any], torch.Tensor]
+"""`(store, sources, call, the run's course, the unit's input or None)` -> a fresh tensor."""
 
 
 def recall_output(
-    store: Store, sources: Sequence[Kept], call: int, log_snr: Sequence[float], given: Any
+    store: Store, sources: Sequence[Kept], call: int, course: Course, given: Any
 ) -> torch.Tensor:
     """What the unit gave when it was last computed."""
     return store.read(sources[0]).clone()
 
 
 def recall_change(
-    store: Store, sources: Sequence[Kept], call: int, log_snr: Sequence[float], given: Any
+    store: Store, sources: Sequence[Kept], call: int, course: Course, given: Any
 ) -> torch.Tensor:
     """The present input plus what the unit last added to its input."""
     return given + store.read(sources[0])
 
 
 def forecast_output(
-    store: Store, sources: Sequence[Kept], call: int, log_snr: Sequence[float], given: Any
+    store: Store, sources: Sequence[Kept], call: int, course: Course, given: Any
 ) -> torch.Tensor:
     """The polynomial over log-SNR through the last computed outputs, a line through two of them.
 
     With one of them that one; outputs of one and the same log-SNR count once.
     """
+    log_snr = course.log_snr
     places = {log_snr[kept.call]: kept for kept in reversed(sources)}
     points = list(places)
     weights = [weigh(log_snr[call], here, points) for here in points]
@@ -120,7 +123,34 @@ def forecast_output(
         # lerp(before, latest, w) is before + w (latest - before); w > 1 lies beyond the latest.
         before, latest = places.values()
         return torch.lerp(store.read(before), store.read(latest), weights[1])
-    first, *others = zip(places.values(), weights, strict=True)
+    return combine_outputs(store, list(places.values()), weights)
+
+
+def forecast_by_chebyshev(
+    store: Store, sources: Sequence[Kept], call: int, course: Course, given: Any
+) -> torch.Tensor:
+    """Spectrum's forecast through all computed outputs, see `weigh_chebyshev`."""
+    places = tuple(kept.call for kept in sources)
+    return combine_outputs(store, sources, weigh_chebyshev(call, places, len(course.rows)))
+
+
+def forecast_by_both(
+    store: Store, sources: Sequence[Kept], call: int, course: Course, given: Any
+) -> torch.Tensor:
+    """The mean of Spectrum's forecast and of the line through the last two outputs."""
+    places = tuple(kept.call for kept in sources)
+    weights = list(weigh_chebyshev(call, places, len(course.rows)))
+    last = places[:2]
+    line = [*(weigh(call, here, last) for here in last), *(0.0 for _ in places[2:])]
+    means = [(one + other) / 2 for one, other in zip(weights, line, strict=True)]
+    return combine_outputs(store, sources, means)
+
+
+def combine_outputs(
+    store: Store, sources: Sequence[Kept], weights: Sequence[float]
+) -> torch.Tensor:
+    """The weighted sum of kept outputs."""
+    first, *others = zip(sources, weights, strict=True)
     output = store.read(first[0]) * first[1]
     for kept, weight in others:
         output.add_(store.read(kept), alpha=weight)
@@ -137,4 +167,6 @@ RECALLS: dict[How, Recall] = {
     "residual": recall_change,
     "forecast": forecast_output,
     "forecast2": forecast_output,
+    "chebyshev": forecast_by_chebyshev,
+    "chebyshev-line": forecast_by_both,
 }
