@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from leansd.errors import LeansdError
+from leansd.plans.drift import Drift, Measure
 from leansd.plans.plan import Guidance, How, Plan, Row
 
 VERSION = 1
@@ -21,6 +23,13 @@ class RowDocument(BaseModel):
     guidance: Guidance = "compute"
 
 
+class DriftDocument(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    probe: str
+    threshold: float = Field(ge=0)
+    measure: Measure = "change"
+
+
 class PlanDocument(BaseModel):
     """The file format. A change that an older reader would misunderstand raises `version`."""
 
@@ -29,15 +38,17 @@ class PlanDocument(BaseModel):
     version: int = VERSION
     name: str = "plan"
     steps: int = Field(ge=1)
+    drift: DriftDocument | None = None
     rows: list[RowDocument]
 
 
 def write_plan(plan: Plan, path: Path) -> None:
     """Write `plan` to `path`; the file is either the old one or the whole new one."""
     rows = [RowDocument(inherit=dict(row.inherit), guidance=row.guidance) for row in plan.rows]
-    document = PlanDocument(name=plan.name, steps=plan.steps, rows=rows)
+    drift = None if plan.drift is None else DriftDocument(**asdict(plan.drift))
+    document = PlanDocument(name=plan.name, steps=plan.steps, drift=drift, rows=rows)
     lines = [json.dumps(row.model_dump(exclude_defaults=True)) for row in document.rows]
-    head = json.dumps(document.model_dump(exclude={"rows"}))[1:-1]
+    head = json.dumps(document.model_dump(exclude={"rows"}, exclude_none=True))[1:-1]
     text = "{" + head + ', "rows": [\n  ' + ",\n  ".join(lines) + "\n]}\n"
     partial = path.with_name(path.name + ".partial")
     try:
@@ -70,4 +81,6 @@ def read_plan(path: Path) -> Plan:
         )
     if len(document.rows) != document.steps:
         raise LeansdError(f"{path} says {document.steps} steps and has {len(document.rows)} rows")
-    return Plan(tuple(Row(row.inherit, row.guidance) for row in document.rows), document.name)
+    drift = None if document.drift is None else Drift(**document.drift.model_dump())
+    rows = tuple(Row(row.inherit, row.guidance) for row in document.rows)
+    return Plan(rows, document.name, drift)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,11 @@ from diffusers import UNet2DConditionModel
 
 from leansd.anatomy.reading import read_anatomy
 from leansd.errors import LeansdError
+from leansd.plans.anatomy import HEAD
+from leansd.plans.liveness import compile_plan
 from leansd.plans.plan import Plan
 from leansd.plans.presets import Preset, build_for
+from leansd.runtime.adaptive import AdaptiveBranch
 from leansd.runtime.clock import Clock, LoopClock, SchedulerClock
 from leansd.runtime.control import (
     Control,
@@ -22,8 +26,8 @@ from leansd.runtime.control import (
     detach_control,
 )
 from leansd.runtime.engine import Engine, attach, detach
-from leansd.runtime.guidance import is_guided
-from leansd.runtime.passes import Branch, Pass
+from leansd.runtime.guidance import count_pictures, is_guided
+from leansd.runtime.passes import Branch, Step
 from leansd.runtime.report import Lap, Report, Tally
 
 FEW_STEPS = 8
@@ -45,7 +49,7 @@ class Attachment:
         self._last: Tally | None = None
         anatomy = read_anatomy(unet)
         if isinstance(source, Plan):
-            source.resolve(anatomy)
+            compile_plan(source, anatomy)
         elif pipe is None:
             raise LeansdError(
                 f"a bare UNet does not say how many steps a run has; give the pipeline, or a plan "
@@ -102,7 +106,7 @@ class Attachment:
         assert isinstance(self.source, Plan)
         return LoopClock(self.source.steps)
 
-    def begin(self, engine: Engine, sample: torch.Tensor, timestep: Any) -> Pass | None:
+    def begin(self, engine: Engine, sample: torch.Tensor, timestep: Any) -> Step | None:
         """Place a UNet call; None where it is none of this attachment's."""
         tick = self.get_clock().tell(timestep)
         if tick is None:
@@ -118,13 +122,18 @@ class Attachment:
         index, ordinal = local.here
         ordinal = ordinal + 1 if index == tick.index else 0
         local.here = (tick.index, ordinal)
-        branch = local.branches.setdefault(ordinal, Branch())
+        branch = local.branches.setdefault(ordinal, self._make_branch(local.plan))
         guided = is_guided(self.pipe, sample.shape[0])
         if not branch.expects(tick.index, sample, guided):
             course = tick.course
             program = engine.compile(local.plan, tick.index, course.rows, course.moments, guided)
             branch.start_over(program, sample, guided)
-        return branch.take(tick, sample.shape[0])
+        return branch.take(tick, sample[:, : engine.anatomy.by_address[HEAD].channels[1]])
+
+    def _make_branch(self, plan: Plan) -> Branch:
+        if plan.drift is None:
+            return Branch()
+        return AdaptiveBranch(plan.drift, partial(count_pictures, self.pipe))
 
     def foresee(self, timestep: Any) -> Prospect | None:
         """What the UNet call at this time step, which is yet to come, will do."""
@@ -133,9 +142,12 @@ class Attachment:
             return None
         local, course = self._local, tick.course
         branch = None if tick.starts else local.branches.get(0)
+        plan = self._pick_plan(course.steps, engine) if tick.starts else local.plan
+        if plan.drift is not None:
+            # Which pictures it will compute is not known yet, so it may be all of them.
+            plan, branch = Plan.full(plan.steps), None
         if branch is not None and branch.follows(tick.index):
             return Prospect(tick.index, branch.program, starts=False)
-        plan = self._pick_plan(course.steps, engine) if tick.starts else local.plan
         program = engine.compile(plan, tick.index, course.rows, course.moments, False)
         return Prospect(tick.index, program, tick.starts)
 
@@ -163,12 +175,10 @@ class Attachment:
             self.abort()
             raise
 
-    def end(self, step: Pass, lap: Lap) -> None:
+    def end(self, step: Step, lap: Lap) -> None:
         local = self._local
-        local.tally.add(
-            step.call, lap, sum(branch.store.bytes for branch in local.branches.values())
-        )
-        step.branch.store.release(step.call.releases)
+        local.tally.add(step.calls, lap, sum(branch.bytes for branch in local.branches.values()))
+        step.release()
 
     def note_size(self, sample: torch.Tensor, text: torch.Tensor | None) -> None:
         """Remember what the cost of this run is to be counted at."""

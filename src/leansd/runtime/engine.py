@@ -23,7 +23,7 @@ from leansd.plans.anatomy import Anatomy
 from leansd.plans.liveness import Program, compile_plan
 from leansd.plans.plan import Plan
 from leansd.runtime.guidance import complete, keep_difference, take_conditional
-from leansd.runtime.passes import Pass
+from leansd.runtime.passes import Step
 from leansd.runtime.report import start_lap
 from leansd.runtime.weave import Weave
 
@@ -68,7 +68,7 @@ class Engine:
     def _around(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if name == UNET:
             return self._run_unet(forward, *args, **kwargs)
-        step: Pass | None = getattr(self._active, "step", None)
+        step: Step | None = getattr(self._active, "step", None)
         if step is None:
             return forward(*args, **kwargs)
         if name in self._blocks:
@@ -98,7 +98,7 @@ class Engine:
         return output
 
     def _run_lanes(
-        self, step: Pass, batch: int, forward: Callable[..., Any], *args: Any, **kwargs: Any
+        self, step: Step, batch: int, forward: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         """The UNet's forward for the lanes that run."""
         if step.call.is_half:
@@ -113,7 +113,7 @@ class Engine:
         return any(getattr(block, "b1", None) is not None for block in self.unet.up_blocks)
 
     def _run_block(
-        self, step: Pass, block: str, forward: Callable[..., Any], *args: Any, **kwargs: Any
+        self, step: Step, block: str, forward: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         """A block with nothing to compute returns at once: it would join skips for nobody."""
         _, units, outputs = self._blocks[block]

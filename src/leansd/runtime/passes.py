@@ -3,14 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from leansd.plans.anatomy import HEAD
 from leansd.plans.liveness import Call, Kept, Lane, Program
 from leansd.plans.plan import How
 from leansd.runtime.clock import Course, Tick
 from leansd.runtime.store import RECALLS, Shape, Store, unwrap
+
+
+class Step(Protocol):
+    """One UNet call, as the engine sees it."""
+
+    writable: bool
+    """Whether placeholders may be written to."""
+
+    @property
+    def call(self) -> Call:
+        """What the call does; where pictures differ, lanes and guidance are those of all."""
+        ...
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """What was done: one of the whole batch, or one of each picture."""
+        ...
+
+    def run_unit(self, at: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any: ...
+
+    def give(self, at: str, given: torch.Tensor | None = None) -> torch.Tensor: ...
+
+    def skips(self, units: Sequence[str]) -> bool: ...
+
+    def split(self, tensor: torch.Tensor) -> list[tuple[Pass, torch.Tensor]]:
+        """The rows of a batch by the pass that they follow; `join` puts such parts together."""
+        ...
+
+    def join(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor: ...
+
+    def release(self) -> None:
+        """Drop what nobody reads after this call."""
+        ...
 
 
 class Branch:
@@ -41,12 +75,20 @@ class Branch:
         self.shapes.clear()
         self.program, self._signature = program, _sign(sample, guided)
 
-    def take(self, tick: Tick, batch: int) -> Pass:
-        """The pass for this call, whose sample has `batch` rows."""
-        assert self.program is not None
+    @property
+    def bytes(self) -> int:
+        return self.store.bytes
+
+    def take(self, tick: Tick, latents: torch.Tensor) -> Step:
+        """The pass for the next call, whose sample holds these `latents` [B, C, H, W]."""
         self._last = tick.index
+        return self.open(tick, latents)
+
+    def open(self, tick: Tick, latents: torch.Tensor) -> Pass:
+        """A pass for the call of this tick."""
+        assert self.program is not None
         call = self.program[tick.index]
-        return Pass(self, call, tick.course, batch, records=tick.index == self.program.start)
+        return Pass(self, call, tick.course, latents, records=tick.index == self.program.start)
 
 
 def _sign(sample: torch.Tensor, guided: bool) -> object:
@@ -57,16 +99,21 @@ class Pass:
     """One UNet call: answers every unit's question what to do."""
 
     def __init__(
-        self, branch: Branch, call: Call, course: Course, batch: int, *, records: bool
+        self, branch: Branch, call: Call, course: Course, latents: torch.Tensor, *, records: bool
     ) -> None:
         self.branch = branch
         self.call = call
-        self.batch = batch // 2 if call.is_half else batch
-        """Rows that run."""
+        self.latents = latents[latents.shape[0] // 2 :] if call.is_half else latents
+        """The rows that run of what the UNet is given, in the channels that it gives."""
+        self.batch = self.latents.shape[0]
         self.writable = False
         """Whether placeholders may be written to."""
         self._log_snr = course.log_snr
         self._records = records
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        return (self.call,)
 
     def run_unit(self, at: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What a unit, or a part of one, gives in this call."""
@@ -74,8 +121,9 @@ class Pass:
             return self.branch.shapes[at].wrap(self.give(at, args[0]))
         keeps = self.call.keeps.get(at, ())
         # The unit may overwrite its input, so what a change is measured against is copied first.
-        changes = any(kept.what == "change" for kept in keeps)
-        given = args[0].detach().clone() if changes else None
+        given = None
+        if self.keeps_change(at):
+            given = self._pick_input(at, args[0]).detach().clone()
         output = forward(*args, **kwargs)
         for kept in keeps:
             before = self.pick(given, kept.lane) if kept.what == "change" else None
@@ -93,9 +141,19 @@ class Pass:
             return shape.make_placeholder(self.batch, writable=self.writable)
         lanes = []
         for sources in self.call.sources[at]:
-            part = self.pick(given, sources[0].lane) if given is not None else None
+            part = None
+            if given is not None:
+                part = self.pick(self._pick_input(at, given), sources[0].lane)
             lanes.append(self.recall(how, sources, part))
         return lanes[0] if len(lanes) == 1 else torch.cat(lanes)
+
+    def keeps_change(self, at: str) -> bool:
+        """Whether a later call reads what this unit adds to its input."""
+        return any(kept.what == "change" for kept in self.call.keeps.get(at, ()))
+
+    def _pick_input(self, at: str, given: torch.Tensor) -> torch.Tensor:
+        """What a unit's change is a change of."""
+        return self.latents if at == HEAD else given
 
     def recall(
         self, how: How, sources: Sequence[Kept], given: torch.Tensor | None = None
@@ -109,6 +167,16 @@ class Pass:
             return tensor
         rest, cond = tensor.chunk(2)
         return cond if lane == "cond" else rest
+
+    def split(self, tensor: torch.Tensor) -> list[tuple[Pass, torch.Tensor]]:
+        return [(self, tensor)]
+
+    def join(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        (tensor,) = tensors
+        return tensor
+
+    def release(self) -> None:
+        self.branch.store.release(self.call.releases)
 
     def skips(self, units: Sequence[str]) -> bool:
         """Whether none of these units runs or needs its input."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,10 @@ class Store:
     def release(self, items: Iterable[Kept]) -> None:
         for kept in items:
             self._drop(kept)
+
+    def retain(self, items: Collection[Kept]) -> None:
+        """Release all others."""
+        self.release([kept for kept in self._tensors if kept not in items])
 
     def clear(self) -> None:
         self._tensors.clear()
