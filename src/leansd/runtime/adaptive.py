@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -201,7 +201,8 @@ class AdaptivePass:
         drifts = [turn.picture.gauge.measure(turn.probe) for turn in self._turns]
         upgraded: dict[int, Program] = {}
         # The one time that a call waits for the device.
-        for turn, drift in zip(self._turns, torch.stack(drifts).tolist(), strict=True):
+        values = cast(list[float], torch.stack(drifts).tolist())
+        for turn, drift in zip(self._turns, values, strict=True):
             if drift < self._threshold:
                 continue
             program = turn.picture.branch.program
