@@ -44,7 +44,7 @@ def sample(
 
 @contextmanager
 def count_calls(unet: UNet2DConditionModel, anatomy: Anatomy) -> Iterator[Counter[str]]:
-    """How often each unit's own work was done, seen from inside the unit."""
+    """How often each unit's and part's own work was done, seen from inside it."""
     counts: Counter[str] = Counter()
 
     def make_hook(at: str) -> Callable[..., None]:
@@ -54,7 +54,7 @@ def count_calls(unet: UNet2DConditionModel, anatomy: Anatomy) -> Iterator[Counte
         return hook
 
     undo = []
-    for unit in anatomy:
+    for unit in (*anatomy.units, *anatomy.parts):
         module = unet.get_submodule(unit.path)
         inner = next((m for m in module.modules() if m is not module), None)
         if inner is not None:

@@ -129,7 +129,7 @@ def test_generate_draws_pictures_that_carry_their_facts(run, model, tmp_path):
     code, printed, told = run(
         "generate", "a red apple", "pizza", "--model", model, "--steps", STEPS, "--seed", 3,
         "--count", 2, "--guidance", 2, "--negative", "blue", "--sampler", "euler", "--plan", "fast",
-        "--out", out, "--json",
+        "--force", "--out", out, "--json",
     )  # fmt: skip
     assert code == 0
     assert f"{out / 'pizza.fast.seed4.png'}  " in told
@@ -175,14 +175,24 @@ def test_generate_is_the_pipeline_itself_under_the_full_plan(run, model, tmp_pat
 def test_generate_from_a_picture(run, model, tmp_path):
     Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
     code, out, _ = run(
-        "generate", "apple", "--model", model, "--steps", 8, "--init", tmp_path / "red.png",
+        "generate", "apple", "--model", model, "--steps", 10, "--init", tmp_path / "red.png",
         "--strength", 0.5, "--size", "24x16", "--out", tmp_path / "out", "--json",
     )  # fmt: skip
     assert code == 0
     with Image.open(tmp_path / "out" / "apple.balanced.seed0.png") as image:
         assert image.size == (24, 16)
         assert image.text["strength"] == "0.5"
-    assert json.loads(out.splitlines()[-1])["pictures"][0]["calls"] == 4
+    assert json.loads(out.splitlines()[-1])["pictures"][0]["calls"] == 5
+
+
+def test_generate_runs_few_steps_in_full(run, model, tmp_path):
+    shared = ["generate", "a", "--model", model, "--plan", "fast", "--out", tmp_path, "--json"]
+    _, out, told = run(*shared, "--steps", 8)
+    assert "8 steps run in full" in told
+    assert json.loads(out.splitlines()[-1])["pictures"][0]["plan"] == "full"
+    _, out, told = run(*shared, "--steps", 9)
+    assert "in full" not in told
+    assert json.loads(out.splitlines()[-1])["pictures"][0]["plan"] == "fast"
 
 
 def test_generate_takes_its_steps_from_a_plan_file(run, model, tmp_path):

@@ -8,6 +8,7 @@ from diffusers import ControlNetModel, MultiControlNetModel, StableDiffusionCont
 
 import leansd
 from conformance.models import tiny_controlnet
+from conformance.reference import watch_ends
 from leansd.plans import Plan
 from tiny import tiny_pipeline, tiny_unet
 
@@ -81,16 +82,29 @@ def test_residuals_are_inherited_with_the_encoder(cut: str) -> None:
     counter = Counter(net)
     full = draw(pipe)
     counter.count = 0
-    with leansd.inherit(pipe, plan) as run:
+    with leansd.inherit(pipe, plan) as run, watch_ends() as left:
         assert torch.equal(draw(pipe), expected)
         assert counter.count == STEPS // 2
-        assert run._local.control.bytes_kept == 0
+        assert left == [0]
         report = run.report()
     assert (report.control_calls, report.control_runs) == (STEPS, STEPS // 2)
     assert "ControlNet ran 3 of 6 times" in str(report)
     assert not torch.equal(expected, full)
     assert "forward" not in vars(net)
     assert torch.equal(draw(pipe), full)
+
+
+def test_plan_is_built_and_compiled_once_a_run_and_warns_once() -> None:
+    pipe = make_pipeline(make_controlnet())
+    with leansd.inherit(pipe, "fast") as run:
+        with pytest.warns(UserWarning, match="6 steps change too much") as warned:
+            draw(pipe)
+        assert len(warned) == 1
+        with pytest.warns(UserWarning, match="6 steps change too much") as warned:
+            draw(pipe)
+        assert len(warned) == 1
+        assert run._engine is not None
+        assert run._engine.compile.cache_info().misses == 1
 
 
 def test_full_encoder_runs_the_control_net_every_time() -> None:

@@ -69,7 +69,7 @@ def sample_by_brute_force(loop: Loop, plan: Plan, anatomy: Anatomy) -> torch.Ten
 
 
 def predict_calls(plan: Plan, anatomy: Anatomy) -> Counter[str]:
-    return Counter(at for call in compile_plan(plan, anatomy).calls for at in call.pattern.computed)
+    return Counter(at for call in compile_plan(plan, anatomy).calls for at in call.pattern.active)
 
 
 @pytest.mark.parametrize("kind", UNETS)

@@ -17,6 +17,9 @@ from leansd.version import __version__
 if TYPE_CHECKING:
     from leansd.anatomy import count_macs, dissect
     from leansd.loading import load
+    from leansd.measuring.cost import CostModel
+    from leansd.measuring.evaluation import evaluate
+    from leansd.measuring.profile import profile
     from leansd.plans import Anatomy, Plan, preset
     from leansd.runtime import Report, inherit, inherit_, release_
 
@@ -24,29 +27,35 @@ if TYPE_CHECKING:
 # `import leansd` costs nothing and plans never pull in torch.
 _HOMES = {
     "Anatomy": "leansd.plans",
+    "CostModel": "leansd.measuring.cost",
     "Plan": "leansd.plans",
     "Report": "leansd.runtime",
     "count_macs": "leansd.anatomy",
     "dissect": "leansd.anatomy",
+    "evaluate": "leansd.measuring.evaluation",
     "inherit": "leansd.runtime",
     "inherit_": "leansd.runtime",
     "load": "leansd.loading",
     "preset": "leansd.plans",
+    "profile": "leansd.measuring.profile",
     "release_": "leansd.runtime",
 }
 
 __all__ = [
     "Anatomy",
+    "CostModel",
     "LeansdError",
     "Plan",
     "Report",
     "__version__",
     "count_macs",
     "dissect",
+    "evaluate",
     "inherit",
     "inherit_",
     "load",
     "preset",
+    "profile",
     "release_",
 ]
 

@@ -8,11 +8,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import diffusers
 import torch
 from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
     AutoPipelineForImage2Image,
     AutoPipelineForText2Image,
     DiffusionPipeline,
@@ -32,6 +34,11 @@ FORMS = (
     f"give {EMBEDDED!r}, a folder in the diffusers layout, a .safetensors file, "
     "or a hub id such as owner/name"
 )
+
+Autoencoder: TypeAlias = AutoencoderKL | AutoencoderTiny
+AUTOENCODERS: dict[str, type[Autoencoder]] = {
+    each.__name__: each for each in (AutoencoderKL, AutoencoderTiny)
+}
 
 # What the loaders raise for a model that is missing, unreachable, incomplete or damaged.
 _FAILURES = (OSError, ValueError, SafetensorError, KeyError, RuntimeError)
@@ -86,6 +93,61 @@ def load_outline(model: str | Path) -> UNet2DConditionModel:
     _require_unet_class(config, model)
     with torch.device("meta"):
         return UNet2DConditionModel.from_config(config)
+
+
+def load_vae(folder: str | Path, *, dtype: torch.dtype | None = None) -> Autoencoder:
+    """Open a trained autoencoder to put in a pipeline's place of its own (see `set_vae`).
+
+    Args:
+        folder: that of an `AutoencoderKL` or `AutoencoderTiny` in the diffusers layout, or of a
+            whole model, whose `vae` is taken.
+    """
+    home = Path(folder).expanduser()
+    if (home / "model_index.json").is_file():
+        home = home / "vae"
+    file = home / "config.json"
+    try:
+        name = json.loads(file.read_text(encoding="utf-8")).get("_class_name", "model")
+    except (OSError, ValueError) as error:
+        raise LeansdError(
+            f"no autoencoder in {folder}: give a folder with config.json and safetensors "
+            f"weights of an {' or '.join(AUTOENCODERS)}"
+        ) from error
+    if name not in AUTOENCODERS:
+        raise LeansdError(f"{folder} holds a {name}, not an {' or '.join(AUTOENCODERS)}")
+    try:
+        with silent_loading():
+            vae = AUTOENCODERS[name].from_pretrained(
+                home, use_safetensors=True, local_files_only=True, torch_dtype=dtype
+            )
+    except _FAILURES as error:
+        raise LeansdError(f"cannot open the autoencoder in {folder}: {_first(error)}") from error
+    return vae.eval()
+
+
+def set_vae(pipe: DiffusionPipeline, vae: Autoencoder) -> None:
+    """Let a pipeline encode and decode with another autoencoder.
+
+    Raises:
+        LeansdError: it is for latents of another kind.
+    """
+    check_vae(pipe, vae)
+    pipe.register_modules(vae=vae.to(device=pipe.device, dtype=pipe.dtype))
+
+
+def check_vae(pipe: DiffusionPipeline, vae: Autoencoder) -> None:
+    """Refuse an autoencoder that is for latents of another kind than the pipeline's."""
+    ours, theirs = _describe_latents(pipe.vae), _describe_latents(vae)
+    if ours != theirs:
+        raise LeansdError(
+            f"this autoencoder decodes {theirs[0]} channels to {theirs[1]} times the side, the "
+            f"model's own {ours[0]} channels to {ours[1]} times; give one of the model's family"
+        )
+
+
+def _describe_latents(vae: Autoencoder) -> tuple[int, int]:
+    """Channels, and pixels per latent pixel a side."""
+    return vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def as_image_to_image(pipe: DiffusionPipeline) -> DiffusionPipeline:

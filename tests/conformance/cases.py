@@ -36,6 +36,8 @@ class Call:
     """Share of the steps that image-to-image takes."""
     restarts: tuple[int, ...] = ()
     """UNet calls whose batch differs from that of the call before."""
+    guided: tuple[bool, ...] = (True,)
+    """Whether the batch has an unconditional half, at the start and from each restart on."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,11 @@ def cutoff(kind: type[Any]) -> Call:
         callback_on_step_end=kind(cutoff_step_ratio=0.4),
         callback_on_step_end_tensor_inputs=kind.tensor_inputs,
     )
-    return Call(call.arguments, restarts=(3,))
+    return Call(call.arguments, restarts=(3,), guided=(True, False))
+
+
+def unguided() -> Call:
+    return Call({"prompt": "a cat", "guidance_scale": 1.0}, guided=(False,))
 
 
 def build_sd(scheduler: Any) -> Any:
@@ -139,25 +145,31 @@ def in_dtype(dtype: torch.dtype) -> Callable[[Any], Any]:
 
 
 BOTH = ("ddim", "heun")
-ALL_PLANS = ("full", "reuse", "deep", "residual", "forecast")
+FEATURE_PLANS = ("full", "reuse", "deep", "residual", "forecast")
+GUIDANCE_PLANS = ("guidance", "guidance-forecast", "gate")
+ALL_PLANS = (*FEATURE_PLANS, "parts", *GUIDANCE_PLANS)
 PICTURES = [draw_picture(1), draw_picture(2)]
 CASES = {
     case.name: case
     for case in (
         Case("sd1", build_sd_whole, (text(),), ("ddim",), ALL_PLANS),
-        Case("sd2-v", build_sd2, (text(),), ("ddim", "heun", "dpm++-2m-karras"), ALL_PLANS[:3],
+        Case("sd2-v", build_sd2, (text(),), ("ddim", "heun", "dpm++-2m-karras"), FEATURE_PLANS[:3],
              {"prediction_type": "v_prediction"}),
         Case("xl", build_xl, (text(),), ("euler", "heun"), ALL_PLANS),
         Case("no-mid", build_without_mid, (text(),)),
-        Case("guidance-off", build_sd, (text(guidance_scale=1.0), text(guidance_scale=7.5))),
-        Case("guidance-rescale", build_sd, (text(guidance_rescale=0.7),)),
-        Case("images-per-prompt", build_sd, (text(num_images_per_prompt=2),)),
+        Case("guidance-off", build_sd, (unguided(), text(guidance_scale=7.5)),
+             plans=("full", "reuse", *GUIDANCE_PLANS)),
+        Case("guidance-rescale", build_sd, (text(guidance_rescale=0.7),),
+             plans=("full", "reuse", *GUIDANCE_PLANS)),
+        Case("images-per-prompt", build_sd, (text(num_images_per_prompt=2),),
+             plans=("full", "reuse", *GUIDANCE_PLANS)),
         Case("batch-and-size", build_sd, (
             text(),
             text(prompt=["a cat", "a dog"]),
             text(height=SIDE * 2, width=SIDE),
         )),
-        Case("cutoff", build_sd, (cutoff(SDCFGCutoffCallback), text()), plans=ALL_PLANS[:3]),
+        Case("cutoff", build_sd, (cutoff(SDCFGCutoffCallback), text()),
+             plans=(*FEATURE_PLANS[:3], "parts", "guidance", "gate")),
         Case("cutoff-xl", build_xl, (cutoff(SDXLCFGCutoffCallback),), ("euler",)),
         Case("img2img", as_kind("StableDiffusionImg2ImgPipeline", small_unet),
              (image(0.5), image(0.75)), ("ddim", "heun", "pndm", "dpm++-2m-karras", "euler-a"),
@@ -165,7 +177,7 @@ CASES = {
         Case("img2img-xl", as_kind("StableDiffusionXLImg2ImgPipeline", xl_unet),
              (image(0.5), image(0.75)), BOTH),
         Case("inpaint-9", as_kind("StableDiffusionInpaintPipeline", inpaint_unet),
-             (painting(), painting(0.6)), BOTH, ALL_PLANS[:3]),
+             (painting(), painting(0.6)), BOTH, FEATURE_PLANS[:3]),
         Case("inpaint-4", as_kind("StableDiffusionInpaintPipeline", small_unet),
              (painting(0.6), painting())),
         Case("inpaint-xl", as_kind("StableDiffusionXLInpaintPipeline", xl_unet),

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from torch.utils._pytree import tree_map_only
 
 from conformance.cases import STEPS, Call
 from conformance.samplers import Sampler
-from leansd.plans import Anatomy, Plan
+from leansd.plans import Anatomy, Plan, preset
 from leansd.plans.liveness import Call as UNetCall
 from leansd.plans.liveness import compile_plan
+from leansd.runtime.attachment import Attachment
 from leansd.runtime.engine import list_attachments
 from leansd.runtime.store import Store
 
@@ -27,8 +29,21 @@ PLANS: Mapping[str, Callable[[int], Plan]] = {
     "forecast": lambda blocks: Plan.between(
         [0, 1, 3], cut=f"up{blocks - 2}", steps=STEPS, how="forecast"
     ),
+    "parts": lambda blocks: (
+        Plan.full(STEPS).inherit("*.ca", at=[1, 3, 4]).inherit("up*.attn.t0.sa", "dn0", at=[2, 3])
+    ),
+    "guidance": lambda blocks: (
+        Plan.every(2, cut=f"up{blocks - 1}.l1", steps=STEPS)
+        .guide("inherit", at=[1, 2])
+        .guide("drop", at=4)
+    ),
+    "guidance-forecast": lambda blocks: Plan.every(
+        2, cut="*.attn", steps=STEPS, how="residual"
+    ).guide("forecast", at=[2, 4]),
+    "gate": lambda blocks: preset("tgate", steps=STEPS, blocks=blocks, gate=2),
 }
 """Plans by name, for so many up blocks."""
+FORECASTS = ("forecast", "guidance-forecast")
 
 
 def draw(pipe: Any, call: Call, steps: int = STEPS, seed: int = 3) -> torch.Tensor:
@@ -48,14 +63,16 @@ def predict(
     begins = [skipped * sampler.order, *call.restarts]
     ends = [*call.restarts, len(rows)]
     calls: list[UNetCall] = []
-    for begin, end in zip(begins, ends, strict=True):
-        program = compile_plan(plan, anatomy, start=begin, rows=rows, moments=moments)
+    for begin, end, guided in zip(begins, ends, call.guided, strict=True):
+        program = compile_plan(
+            plan, anatomy, start=begin, rows=rows, moments=moments, guided=guided
+        )
         calls += program.calls[: end - begin]
     return calls
 
 
 def count_predicted(calls: Sequence[UNetCall]) -> Counter[str]:
-    return Counter(at for call in calls for at in call.pattern.computed)
+    return Counter(at for call in calls for at in call.pattern.active)
 
 
 class Output(NamedTuple):
@@ -68,29 +85,61 @@ class Output(NamedTuple):
 
 @contextmanager
 def overwrite(pipe: Any, anatomy: Anatomy, calls: Sequence[UNetCall]) -> Iterator[None]:
-    """Brute force: every unit is computed at every call, then inherited outputs are put over it."""
-    history: dict[str, list[Output]] = {}
+    """Brute force: every unit is computed at every call, then inherited outputs are put over it.
+
+    A call without its unconditional half takes the second half of every input and gets the first
+    half of its output made up.
+    """
+    history: dict[tuple[str, str], list[Output]] = {}
     control: tuple[str, Any] | None = None
     batch: torch.Size | None = None
     number = -1
 
-    def on_unet(module: Any, args: Any, kwargs: Any) -> None:
+    def before_unet(module: Any, args: Any, kwargs: Any) -> Any:
         nonlocal batch, number
         number += 1
         shape = (args[0] if args else kwargs["sample"]).shape
         if shape != batch:
             history.clear()
         batch = shape
+        if calls[number].guidance == "compute":
+            return None
+        half = partial(take_second_half, rows=shape[0])
+        return tree_map_only(torch.Tensor, half, (args, kwargs))
 
-    def hook(at: str, module: Any, args: Any, output: Any) -> Any:
+    def after_unet(module: Any, args: Any, output: Any) -> Any:
+        call, noise = calls[number], output[0]
+        differences = history.setdefault(("guidance", "cond"), [])
+        if call.guidance == "compute":
+            if call.lanes != ("all",):
+                rest, cond = noise.chunk(2)
+                differences.append(Output(call.index, cond - rest, None))
+            return None
+        difference = torch.zeros_like(noise)
+        if call.guidance != "drop":
+            how = "reuse" if call.guidance == "inherit" else "forecast"
+            difference = recall(differences, how, call.index, noise, pipe.scheduler)
+        return (torch.cat([noise - difference, noise]),)
+
+    def after_unit(at: str, module: Any, args: Any, output: Any) -> Any:
         call = calls[number]
         tensor = output[0] if isinstance(output, tuple) else output
-        if at in call.pattern.computed:
-            change = tensor - args[0] if tensor.shape == args[0].shape else None
-            history.setdefault(at, []).append(Output(call.index, tensor.clone(), change))
-        elif at in call.pattern.inherited:
-            how = call.pattern.inherited[at]
-            tensor = recall(history[at], how, call.index, args[0], pipe.scheduler)
+        how = call.pattern.inherited.get(at) or call.pattern.parts.get(at)
+        if how is None and at not in call.pattern.active:
+            return None
+        lanes = []
+        count = len(call.lanes)
+        for lane, given, new in zip(
+            call.lanes, args[0].chunk(count), tensor.chunk(count), strict=True
+        ):
+            past = history.setdefault((at, lane), [])
+            if how is not None:
+                new = recall(past, how, call.index, given, pipe.scheduler)
+            else:
+                change = new - given if new.shape == given.shape else None
+                past.append(Output(call.index, new.clone(), change))
+            lanes.append(new)
+        tensor = torch.cat(lanes)
         return (tensor,) if isinstance(output, tuple) else tensor
 
     def on_control(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
@@ -104,17 +153,25 @@ def overwrite(pipe: Any, anatomy: Anatomy, calls: Sequence[UNetCall]) -> Iterato
         down, mid = control[1]
         return [each.clone() for each in down], mid.clone()
 
-    handles = [pipe.unet.register_forward_pre_hook(on_unet, with_kwargs=True)]
+    handles = [
+        pipe.unet.register_forward_pre_hook(before_unet, with_kwargs=True),
+        pipe.unet.register_forward_hook(after_unet),
+    ]
     if hasattr(pipe, "controlnet"):
         handles.append(pipe.controlnet.register_forward_hook(on_control, with_kwargs=True))
-    for unit in anatomy:
+    for unit in (*anatomy.units, *anatomy.parts):
         module = pipe.unet.get_submodule(unit.path)
-        handles.append(module.register_forward_hook(partial(hook, unit.at)))
+        handles.append(module.register_forward_hook(partial(after_unit, unit.at)))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def take_second_half(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """The conditional half of an input that has a row for every row of the sample."""
+    return tensor[rows // 2 :] if tensor.dim() and len(tensor) == rows else tensor
 
 
 def recall(
@@ -174,6 +231,24 @@ def watch_stores() -> Iterator[list[Store]]:
         yield stores
 
 
+@contextmanager
+def watch_ends() -> Iterator[list[int]]:
+    """For every pipeline call that ends meanwhile, the bytes that its end has to drop."""
+    left: list[int] = []
+    abort = Attachment.abort
+
+    def note(attachment: Attachment) -> None:
+        local = attachment._local
+        left.append(sum(branch.bytes for branch in local.branches.values()))
+        if hasattr(local, "control"):
+            left[-1] += local.control.bytes_kept
+        abort(attachment)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Attachment, "abort", note)
+        yield left
+
+
 def is_empty(store: Store) -> bool:
     return store.bytes == 0 and not list_tensors(store)
 
@@ -184,4 +259,5 @@ def list_tensors(store: Store) -> list[torch.Tensor]:
 
 def is_plain(unet: UNet2DConditionModel) -> bool:
     """Whether nothing is woven around any module."""
-    return not list_attachments(unet) and not any("forward" in vars(m) for m in unet.modules())
+    own = {"forward", "_reset_stateful_cache"}
+    return not list_attachments(unet) and not any(own & vars(m).keys() for m in unet.modules())

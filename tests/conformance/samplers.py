@@ -63,6 +63,7 @@ SAMPLERS = {
         Sampler(
             "dpm++-2m-sde", "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}
         ),
+        Sampler("dpm++-sde", "DPMSolverSDEScheduler", {"noise_sampler_seed": 7}, two_each),
         Sampler("dpm++-2s", "DPMSolverSinglestepScheduler", custom=True),
         Sampler("unipc", "UniPCMultistepScheduler"),
         Sampler("unipc-karras", "UniPCMultistepScheduler", KARRAS),

@@ -18,6 +18,7 @@ from conformance.reference import (
     is_plain,
     overwrite,
     predict,
+    watch_ends,
     watch_stores,
 )
 from conformance.samplers import SAMPLERS
@@ -123,6 +124,45 @@ def test_dtype_changed_while_attached(pipe: Any) -> None:
         assert draw(pipe.to(torch.float32), text()).dtype == single.dtype
 
 
+@pytest.mark.parametrize("cut", ["stem", "dn*"])
+def test_lora_on_the_ends_loaded_and_unloaded_while_attached(pipe: Any, cut: str) -> None:
+    """Peft puts another module in the place of a woven one; that one follows the plan, too."""
+    anatomy, twin = read_anatomy(pipe.unet), build_sd(DDIM.make())
+    plan = Plan.every(2, cut=cut, steps=STEPS).inherit("stem", at=[1, 3])
+    state = tiny_lora(pipe.unet, "conv_in", "conv_out")
+    expected = draw_by_force(twin, plan, anatomy)
+    twin.load_lora_weights(state)
+    with_lora = draw_by_force(twin, plan, anatomy)
+    for _ in range(2):
+        with leansd.inherit(pipe, plan):
+            assert torch.equal(draw(pipe, text()), expected)
+            pipe.load_lora_weights(state)
+            with count_calls(pipe.unet, anatomy) as counts:
+                assert torch.equal(draw(pipe, text()), with_lora)
+            assert counts == count_predicted(compile_plan(plan, anatomy).calls)
+        assert is_plain(pipe.unet)
+        # Now it is attached with the LoRA, and that goes.
+        with leansd.inherit(pipe, plan):
+            assert torch.equal(draw(pipe, text()), with_lora)
+            pipe.unload_lora_weights()
+            assert torch.equal(draw(pipe, text()), expected)
+        assert is_plain(pipe.unet)
+
+
+def test_lora_loaded_on_the_ends_in_the_midst_of_a_run(pipe: Any) -> None:
+    state = tiny_lora(pipe.unet, "conv_in", "conv_out")
+    plan = Plan.every(2, cut="stem", steps=STEPS).inherit("up1.l1", at=4)
+
+    def load(pipe: Any, step: int, moment: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            pipe.load_lora_weights(state)
+        return inputs
+
+    with leansd.inherit(pipe, plan):
+        assert draw(pipe, text(callback_on_step_end=load)).isfinite().all()
+    assert is_plain(pipe.unet)
+
+
 # -- copies and files ------------------------------------------------------------------------
 
 
@@ -191,6 +231,67 @@ def test_exception_midway_leaves_a_working_pipeline(pipe: Any, stage: int) -> No
     assert is_plain(pipe.unet)
     assert stores
     assert torch.equal(draw(pipe, text()), plain)
+
+
+def test_interrupted_run_keeps_nothing(pipe: Any) -> None:
+    def interrupt(pipe: Any, step: int, moment: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = step == 2
+        return inputs
+
+    with leansd.inherit(pipe, PLAN), watch_stores() as stores, watch_ends() as left:
+        planned = draw(pipe, text())
+        draw(pipe, text(callback_on_step_end=interrupt))
+        assert left[0] == 0
+        assert left[1] > 0
+        assert stores
+        assert all(map(is_empty, stores))
+        assert torch.equal(draw(pipe, text()), planned)
+    assert is_plain(pipe.unet)
+
+
+def test_interrupted_controlnet_keeps_nothing() -> None:
+    pipe = build_controlnet(DDIM.make())
+    plan = Plan.every(STEPS, cut="mid", steps=STEPS).inherit("dn*", at=[1, 2, 3])
+
+    def interrupt(pipe: Any, step: int, moment: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = True
+        return inputs
+
+    hint = {"image": draw_picture()}
+    with leansd.inherit(pipe, plan) as run, watch_ends() as left:
+        draw(pipe, text(callback_on_step_end=interrupt, **hint))
+        assert left[0] > 0
+        assert run._last is not None
+        assert run._last.control is not None
+        assert run._last.control.bytes_kept == 0
+
+
+def test_call_within_a_call_does_not_end_it(pipe: Any) -> None:
+    """A preview drawn on the same UNet in a callback leaves the run as it is."""
+    other = make_pipeline("StableDiffusionPipeline", pipe.unet, DDIM.make())
+    with leansd.inherit(pipe, PLAN):
+        planned = draw(pipe, text())
+
+    def preview(pipe: Any, step: int, moment: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        draw(other, text())
+        return inputs
+
+    with leansd.inherit(pipe, PLAN):
+        assert torch.equal(draw(pipe, text(callback_on_step_end=preview)), planned)
+        with leansd.inherit(other, Plan.every(3, cut="mid", steps=STEPS)):
+            assert torch.equal(draw(pipe, text(callback_on_step_end=preview)), planned)
+
+
+def test_end_of_call_is_handed_on_to_whoever_was_there_before(pipe: Any) -> None:
+    ends: list[str] = []
+    pipe.unet._reset_stateful_cache = lambda: ends.append("end")
+    with leansd.inherit(pipe, PLAN):
+        draw(pipe, text())
+        twin = make_pipeline("StableDiffusionPipeline", copy.deepcopy(pipe.unet), DDIM.make())
+        with leansd.inherit(twin, PLAN):
+            draw(twin, text())
+    draw(pipe, text())
+    assert ends == ["end"] * 3
 
 
 # -- other kinds of calls --------------------------------------------------------------------

@@ -88,7 +88,12 @@ def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> torch.Tensor:
 
 def normalize_pixels(pixels: torch.Tensor) -> torch.Tensor:
     """Map uint8 (batch, 3, side, side) to the vision tower's float range."""
-    return pixels.float().div(255).sub(_MEAN).div(_STD)
+    return normalize_floats(pixels.float().div(255))
+
+
+def normalize_floats(pictures: torch.Tensor) -> torch.Tensor:
+    """Map pictures (batch, 3, side, side) in [0, 1] to the vision tower's float range."""
+    return pictures.sub(_MEAN).div(_STD)
 
 
 def embed_tokens(clip: CLIPModel, ids: torch.Tensor) -> torch.Tensor:

@@ -17,30 +17,38 @@ class Sampler:
 
     scheduler: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    adds_noise: bool = False
+    """Whether every step draws noise, so that more steps lead to another picture."""
 
 
 SAMPLERS: dict[str, Sampler] = {
     "ddim": Sampler("DDIMScheduler"),
-    "ddpm": Sampler("DDPMScheduler"),
+    "ddpm": Sampler("DDPMScheduler", adds_noise=True),
     "pndm": Sampler("PNDMScheduler", {"skip_prk_steps": True}),
     "lms": Sampler("LMSDiscreteScheduler"),
     "euler": Sampler("EulerDiscreteScheduler"),
-    "euler-a": Sampler("EulerAncestralDiscreteScheduler"),
+    "euler-a": Sampler("EulerAncestralDiscreteScheduler", adds_noise=True),
     "heun": Sampler("HeunDiscreteScheduler"),
     "kdpm2": Sampler("KDPM2DiscreteScheduler"),
     "dpm++2m": Sampler("DPMSolverMultistepScheduler"),
     "dpm++2m-karras": Sampler("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "dpm++sde": Sampler("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "dpm++sde": Sampler(
+        "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, adds_noise=True
+    ),
     "unipc": Sampler("UniPCMultistepScheduler"),
 }
 
 
 def set_sampler(pipe: DiffusionPipeline, name: str) -> None:
     """Give a pipeline the sampler `name`, on the noise schedule it was trained with."""
-    check_sampler(name)
-    row = SAMPLERS[name]
+    pipe.scheduler = make_scheduler(pipe, name)
+
+
+def make_scheduler(pipe: DiffusionPipeline, name: str) -> Any:
+    """The scheduler of sampler `name`, on the noise schedule that a pipeline was trained with."""
+    row = SAMPLERS[check_sampler(name)]
     scheduler = getattr(diffusers, row.scheduler)
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **row.options)
+    return scheduler.from_config(pipe.scheduler.config, **row.options)
 
 
 def check_sampler(name: str) -> str:
@@ -52,6 +60,14 @@ def check_sampler(name: str) -> str:
     return name
 
 
+def parse_course(text: str) -> tuple[str, int]:
+    """`dpm++2m:150` as a sampler and its steps."""
+    name, colon, steps = text.rpartition(":")
+    if not colon or not steps.isdecimal() or int(steps) < 1:
+        raise LeansdError(f"{text!r} is not a sampler with its steps: give one as in dpm++2m:150")
+    return check_sampler(name), int(steps)
+
+
 def name_sampler(pipe: DiffusionPipeline) -> str:
     """The short name of a pipeline's scheduler where the table has it, else its class."""
     scheduler, config = type(pipe.scheduler).__name__, pipe.scheduler.config
@@ -60,3 +76,12 @@ def name_sampler(pipe: DiffusionPipeline) -> str:
         if row.scheduler == scheduler and all(config.get(k) == v for k, v in row.options.items()):
             return name
     return scheduler
+
+
+def require_convergence(name: str) -> None:
+    """Refuse a sampler whose runs do not near one picture as their steps grow more."""
+    if name in SAMPLERS and SAMPLERS[name].adds_noise:
+        raise LeansdError(
+            f"{name} draws noise at every step, so more steps give another picture and there is no "
+            "converged run: use --reference full, or another sampler"
+        )

@@ -1,21 +1,23 @@
-"""The CLIP score of pictures, for models that carry a CLIP of their own."""
+"""Pictures in the eyes of a CLIP: the one that a model carries, or one that the user names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL.Image import Image
 
-from leansd.loading import locate
+from leansd.loading import EMBEDDED, locate, silent_loading
+from leansd.measuring.quality import Embedder, open_clip
 
 Scorer = Callable[[Sequence[Image], Sequence[str]], Sequence[float]]
 
 
 def find_scorer(model: str | Path) -> Scorer | None:
     """A function from pictures and prompts to scores, where the model's folder has a `clip`."""
-    folder = locate(model)
-    if not isinstance(folder, Path) or not (folder / "clip" / "config.json").is_file():
+    folder = _find_own_clip(model)
+    if folder is None:
         return None
     from leansd.emoji.assembly import load_clip
     from leansd.emoji.evaluation import clip_score
@@ -30,3 +32,28 @@ def find_scorer(model: str | Path) -> Scorer | None:
         return clip_score(clip, tokenizer, pixels, prompts)
 
     return score
+
+
+def find_embedder(model: str | Path, clip: str | Path | None = None) -> Embedder | None:
+    """The CLIP in the folder `clip`, or else the model's own; None where there is neither."""
+    if clip is not None:
+        return open_clip(clip)
+    folder = _find_own_clip(model)
+    if folder is None:
+        return None
+    from leansd.emoji.assembly import load_clip
+    from leansd.emoji.clip import normalize_floats, tokenize
+
+    with silent_loading():
+        own, tokenizer = load_clip(folder)
+    name = "tiny CLIP" if str(model) == EMBEDDED else f"CLIP of {folder.name}"
+    side: Any = own.vision_model.config.image_size
+    return Embedder(name, own, side, normalize_floats, lambda prompts: tokenize(tokenizer, prompts))
+
+
+def _find_own_clip(model: str | Path) -> Path | None:
+    """The model's folder where it has a `clip`, as models of `leansd emoji train` do."""
+    folder = locate(model)
+    if isinstance(folder, Path) and (folder / "clip" / "config.json").is_file():
+        return folder
+    return None

@@ -3,7 +3,9 @@
 Quality asks whether a picture is good; fidelity asks whether it is still the same one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -18,9 +20,15 @@ from torchmetrics.functional.image import (
 from leansd.errors import LeansdError
 
 Pictures: TypeAlias = Tensor | Sequence[Image]
+Lpips: TypeAlias = Callable[[Pictures, Pictures], Tensor]
+"""Learned perceptual distance (arXiv 1801.03924), one a picture, shape [n]; 0 is equal."""
 
 # Equal pictures have an infinite ratio; a ceiling keeps means and JSON finite.
 CEILING = 100.0
+
+# AlexNet of torchvision, under LPIPS; its heads come with torchmetrics.
+LPIPS_WEIGHTS = "alexnet-owt-7be5be79.pth"
+LPIPS_SOURCE = f"https://download.pytorch.org/models/{LPIPS_WEIGHTS}"
 
 
 def as_batch(pictures: Pictures) -> Tensor:
@@ -56,6 +64,50 @@ def ssim(pictures: Pictures, reference: Pictures) -> Tensor:
     score = structural_similarity_index_measure(ours, theirs, data_range=1.0, reduction="none")
     assert isinstance(score, Tensor)
     return score.reshape(-1)
+
+
+def find_lpips_weights() -> Path | None:
+    """The AlexNet weights in torch's own cache, where they and torchvision are there."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_WEIGHTS
+    return path if path.is_file() and find_spec("torchvision") is not None else None
+
+
+def explain_missing_lpips() -> str:
+    """How to get what LPIPS needs, in a line."""
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    library = "" if find_spec("torchvision") is not None else "install torchvision and "
+    return f"no LPIPS: {library}put {LPIPS_SOURCE} into {folder}, or give its path"
+
+
+def open_lpips(weights: str | Path) -> Lpips:
+    """LPIPS with AlexNet, from a file of torchvision's AlexNet weights; nothing is downloaded.
+
+    Raises:
+        LeansdError: torchvision is not installed, or the file is not there or something else.
+    """
+    if find_spec("torchvision") is None:
+        raise LeansdError("LPIPS needs torchvision: pip install torchvision")
+    if not Path(weights).is_file():
+        raise LeansdError(f"no LPIPS weights at {weights}: get them from {LPIPS_SOURCE}")
+    # torchmetrics has no public way to give it weights from a path.
+    from torchmetrics.functional.image.lpips import _LPIPS
+
+    net = _LPIPS(net="alex", pnet_rand=True)
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        for name, value in net.net.state_dict().items():
+            value.copy_(state[f"features.{name.split('.', 1)[1]}"])
+    except Exception as error:  # whatever a file that is something else brings about
+        raise LeansdError(
+            f"{weights} does not hold torchvision's AlexNet: get it from {LPIPS_SOURCE}"
+        ) from error
+
+    @torch.no_grad()
+    def lpips(pictures: Pictures, reference: Pictures) -> Tensor:
+        ours, theirs = _pair(pictures, reference)
+        return net(ours, theirs, normalize=True).reshape(-1)
+
+    return lpips
 
 
 def latent_error(latents: Tensor, reference: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ class RowDocument(BaseModel):
     model_config = ConfigDict(extra="forbid")
     inherit: dict[str, How] = Field(default_factory=dict)
     guidance: Guidance = "compute"
+    correct: float = Field(default=0.0, allow_inf_nan=False)
 
 
 class DriftDocument(BaseModel):
@@ -44,7 +45,10 @@ class PlanDocument(BaseModel):
 
 def write_plan(plan: Plan, path: Path) -> None:
     """Write `plan` to `path`; the file is either the old one or the whole new one."""
-    rows = [RowDocument(inherit=dict(row.inherit), guidance=row.guidance) for row in plan.rows]
+    rows = [
+        RowDocument(inherit=dict(row.inherit), guidance=row.guidance, correct=row.correct)
+        for row in plan.rows
+    ]
     drift = None if plan.drift is None else DriftDocument(**asdict(plan.drift))
     document = PlanDocument(name=plan.name, steps=plan.steps, drift=drift, rows=rows)
     lines = [json.dumps(row.model_dump(exclude_defaults=True)) for row in document.rows]
@@ -82,5 +86,5 @@ def read_plan(path: Path) -> Plan:
     if len(document.rows) != document.steps:
         raise LeansdError(f"{path} says {document.steps} steps and has {len(document.rows)} rows")
     drift = None if document.drift is None else Drift(**document.drift.model_dump())
-    rows = tuple(Row(row.inherit, row.guidance) for row in document.rows)
+    rows = tuple(Row(row.inherit, row.guidance, row.correct) for row in document.rows)
     return Plan(rows, document.name, drift)

@@ -1,7 +1,8 @@
 """Anatomies and plans as text, and plans as pictures.
 
 A grid has a line a unit and a column a step: `#` computed, `=` reused, `+` residual, `~` forecast,
-`.` idle. Parts and guidance have lines where the plan says anything of them.
+`^` forecast by a parabola, `.` idle. Parts and guidance have lines where the plan says anything of
+them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ from leansd.plans.plan import Guidance, Plan
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MARKS = {"compute": "#", "reuse": "=", "residual": "+", "forecast": "~", "idle": "."}
+MARKS = {
+    "compute": "#",
+    "reuse": "=",
+    "residual": "+",
+    "forecast": "~",
+    "forecast2": "^",
+    "idle": ".",
+}
 GUIDANCE_STATES: dict[Guidance, str] = {
     "compute": "compute",
     "inherit": "reuse",
@@ -29,6 +37,7 @@ COLOURS = {
     "reuse": "#f59e0b",
     "residual": "#a855f7",
     "forecast": "#10b981",
+    "forecast2": "#0f766e",
     "idle": "#e5e7eb",
 }
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import chain
 from typing import Literal, NamedTuple
 
 from leansd.errors import LeansdError
@@ -41,6 +42,9 @@ class Pattern:
     active: frozenset[str] = frozenset()
     """Units and parts that are computed."""
 
+
+DEPTHS: dict[How, int] = {"reuse": 1, "residual": 1, "forecast": 2, "forecast2": 3}
+"""How many computed outputs each way of inheriting draws on."""
 
 What = Literal["output", "change", "difference"]
 """A unit's output; what it added to its input; conditional minus unconditional output."""
@@ -70,6 +74,10 @@ class Call:
     """For each computed unit that a later call inherits from, what to keep."""
     releases: frozenset[Kept]
     """What nobody reads after this call."""
+    correct: float = 0.0
+    """See `Row.correct`; zero where nothing was forecast since the output before."""
+    corrects: tuple[tuple[Kept, ...], ...] = ()
+    """For each lane, the earlier outputs that the correction's forecast is made from."""
     is_upgraded: bool = False
     """Whether everything is computed although the plan would have inherited."""
 
@@ -191,8 +199,13 @@ def compile_plan(
     ]
     probe = find_probe(plan.drift, anatomy, patterns) if plan.drift is not None else None
     lanes = [_pick_lanes(each, guidance) for each in guidance]
-    sources = _trace_sources(patterns, guidance, lanes, start, moments)
-    last_use = {kept: index for index, read in enumerate(sources, start) for kept in _flatten(read)}
+    weights = [plan.rows[rows[index]].correct for index in range(start, len(rows))]
+    sources, corrects = _trace_sources(patterns, guidance, lanes, weights, start, moments)
+    last_use = {
+        kept: index
+        for index, (read, before) in enumerate(zip(sources, corrects, strict=True), start)
+        for kept in (*_flatten(read), *chain.from_iterable(before))
+    }
     calls = tuple(
         Call(
             index=index,
@@ -202,6 +215,8 @@ def compile_plan(
             sources=sources[index - start],
             keeps=_group(kept for kept in last_use if kept.call == index),
             releases=frozenset(kept for kept, last in last_use.items() if last == index),
+            correct=weights[index - start] if corrects[index - start] else 0.0,
+            corrects=corrects[index - start],
             is_upgraded=index in upgrades,
         )
         for index in range(start, len(rows))
@@ -272,26 +287,33 @@ def _trace_sources(
     patterns: Sequence[Pattern],
     guidance: Sequence[Guidance],
     lanes: Sequence[tuple[Lane, ...]],
+    weights: Sequence[float],
     start: int,
     moments: Sequence[float] | None,
-) -> list[dict[str, tuple[tuple[Kept, ...], ...]]]:
-    """For every call, what each inherited unit is made from: its latest computed outputs."""
+) -> tuple[list[dict[str, tuple[tuple[Kept, ...], ...]]], list[tuple[tuple[Kept, ...], ...]]]:
+    """For every call, what each inherited unit is made from: its latest computed outputs.
+
+    And what a correction of the UNet's output is made from, at calls that have one.
+    """
     computed_at: dict[tuple[str, Lane], tuple[int, ...]] = {}
 
     def note(unit: str, lane: Lane, index: int) -> None:
         before = computed_at.get((unit, lane), ())
         if before and moments is not None and moments[before[0]] == moments[index]:
             before = before[1:]
-        computed_at[unit, lane] = (index, *before[:1])
+        computed_at[unit, lane] = (index, *before[:2])
 
     def trace(unit: str, lane: Lane, how: How) -> tuple[Kept, ...]:
-        depth = 2 if how == "forecast" else 1
         what: What = "change" if how == "residual" else "output"
         if unit == GUIDANCE:
             what = "difference"
-        return tuple(Kept(unit, call, what, lane) for call in computed_at[unit, lane][:depth])
+        return tuple(
+            Kept(unit, call, what, lane) for call in computed_at[unit, lane][: DEPTHS[how]]
+        )
 
     sources: list[dict[str, tuple[tuple[Kept, ...], ...]]] = []
+    corrects: list[tuple[tuple[Kept, ...], ...]] = []
+    forecast: How | None = None  # how the head was forecast since it was last computed
     for index, pattern in enumerate(patterns, start):
         here, guide = lanes[index - start], guidance[index - start]
         inherited: dict[str, How] = {**pattern.inherited}
@@ -303,12 +325,18 @@ def _trace_sources(
             how: How = "forecast" if guide == "forecast" else "reuse"
             read[GUIDANCE] = (trace(GUIDANCE, "cond", how),)
         sources.append(read)
+        if HEAD in pattern.inherited:
+            forecast = pattern.inherited[HEAD]
+        corrected = forecast if weights[index - start] else None
+        corrects.append(tuple(trace(HEAD, lane, corrected) for lane in here) if corrected else ())
+        if HEAD in pattern.active:
+            forecast = None
         for unit in pattern.active:
             for lane in here:
                 note(unit, lane, index)
         if guide == "compute":
             note(GUIDANCE, "cond", index)
-    return sources
+    return sources, corrects
 
 
 def _flatten(read: Mapping[str, tuple[tuple[Kept, ...], ...]]) -> Iterable[Kept]:

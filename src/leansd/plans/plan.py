@@ -7,6 +7,7 @@ row means for one UNet (what runs, what is read, what nobody needs) follows from
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,13 +20,14 @@ from leansd.plans import keysteps
 from leansd.plans.anatomy import HEAD, STEM, Anatomy
 from leansd.plans.drift import Drift, Measure
 
-How = Literal["reuse", "residual", "forecast"]
+How = Literal["reuse", "residual", "forecast", "forecast2"]
 """How a unit gives an output that it does not compute.
 
 `reuse`     the output it gave when it was last computed.
 `residual`  its present input plus what it added to its input when it was last computed; for the
             head, whose output is the UNet's, the input is the UNet's own.
 `forecast`  the line through its last two computed outputs, over log-SNR.
+`forecast2` the parabola through its last three, over log-SNR.
 """
 HOWS: tuple[How, ...] = get_args(How)
 
@@ -46,6 +48,9 @@ class Row:
 
     inherit: Mapping[str, How] = field(default_factory=dict[str, How])
     guidance: Guidance = "compute"
+    correct: float = 0.0
+    """How far the UNet's output is moved on beyond what was computed, as a multiple of what its
+    forecast was wrong by: makes good the errors of the forecasts since the last computed output."""
 
     @property
     def is_key(self) -> bool:
@@ -74,6 +79,13 @@ class Plan:
             if row.guidance not in GUIDANCES:
                 known = ", ".join(GUIDANCES)
                 raise LeansdError(f"step {step}: unknown guidance {row.guidance!r}; it can {known}")
+            if not math.isfinite(row.correct):
+                raise LeansdError(f"step {step}: cannot correct by {row.correct}; give a number")
+            if row.correct and row.guidance != "compute":
+                raise LeansdError(
+                    f"step {step}: a correction needs both halves of a guided batch; "
+                    f"it cannot go with guidance {row.guidance!r}"
+                )
             for pattern, how in row.inherit.items():
                 if how not in HOWS:
                     known = ", ".join(HOWS)
@@ -146,6 +158,19 @@ class Plan:
         """
         return replace(self, drift=Drift(probe, threshold, measure))
 
+    def correct(self, weights: Mapping[int, float]) -> Plan:
+        """This plan with the UNet's output corrected at some steps: `{step: weight}`.
+
+        At such a step the output is computed, `e`, and its forecast from the outputs computed
+        before, `f`, is known as well; the sampler gets `e + weight * (e - f)`. Where forecast
+        outputs went before, that leads the latents back towards where computed ones would have
+        led: a corrector, without a further call (compare UniPC, arXiv 2302.04867, section 3.2).
+        """
+        rows = list(self.rows)
+        for step in self._check_steps(weights):
+            rows[step] = replace(rows[step], correct=weights[step])
+        return replace(self, rows=tuple(rows))
+
     def _check_steps(self, at: int | Iterable[int]) -> set[int]:
         steps = {at} if isinstance(at, int) else set(at)
         outside = sorted(step for step in steps if not 0 <= step < self.steps)
@@ -197,9 +222,17 @@ class Plan:
         return tuple(step for step, row in enumerate(self.rows) if row.is_key)
 
     @cached_property
+    def guides(self) -> bool:
+        """Whether it does anything but compute guidance at some step."""
+        return any(row.guidance != "compute" for row in self.rows)
+
+    @cached_property
     def fingerprint(self) -> str:
         """Twelve hex digits of what the plan does; its name does not count."""
-        rows = [[_order(row.inherit), row.guidance] for row in self.rows]
+        rows = [
+            [_order(row.inherit), row.guidance, *([row.correct] if row.correct else [])]
+            for row in self.rows
+        ]
         does = rows if self.drift is None else [rows, *_list_values(self.drift)]
         return sha256(json.dumps(does).encode()).hexdigest()[:12]
 
@@ -275,6 +308,8 @@ def _resolve_row(step: int, row: Row, anatomy: Anatomy) -> dict[str, How]:
                     "use reuse or forecast"
                 )
             resolved[unit.at] = how
+    if row.correct and HEAD in resolved:
+        raise LeansdError(f"step {step} inherits {HEAD}: there is no computed output to correct")
     return resolved
 
 

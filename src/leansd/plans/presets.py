@@ -16,7 +16,20 @@ from leansd.plans.house import HOUSE
 from leansd.plans.plan import Plan
 from leansd.plans.registry import PRESETS, Preset
 
-__all__ = ["HOUSE", "PRESETS", "Preset", "build_for", "look_up", "preset", "resolve"]
+__all__ = [
+    "FEW_STEPS",
+    "HOUSE",
+    "PRESETS",
+    "Preset",
+    "build_for",
+    "look_up",
+    "preset",
+    "resolve",
+    "suits",
+]
+
+FEW_STEPS = 8
+"""Runs of few-step models (LCM, Turbo, Lightning) have no more than these."""
 
 
 def preset(name: str, steps: int = 30, *, blocks: int = 4, **options: Any) -> Plan:
@@ -67,6 +80,14 @@ def build_for(source: Plan | Preset, steps: int, blocks: int) -> Plan:
             f"use plan.fit({steps}), or run {source.steps} steps"
         )
     return source
+
+
+def suits(source: Plan | Preset, steps: int) -> bool:
+    """Whether a run is long enough for a preset: few steps change too much each to inherit.
+
+    A plan itself is followed always, and the preset `full` inherits nothing.
+    """
+    return isinstance(source, Plan) or source.name == "full" or steps > FEW_STEPS
 
 
 def resolve(source: Plan | str | Path, steps: int, *, blocks: int = 4) -> Plan:

@@ -63,6 +63,11 @@ class AdaptiveBranch(Branch):
     def bytes(self) -> int:
         return sum(each.branch.bytes + each.gauge.bytes for each in self._pictures)
 
+    def clear(self) -> None:
+        for each in self._pictures:
+            each.branch.clear()
+            each.gauge.clear()
+
     def start_over(self, program: Program, sample: torch.Tensor, guided: bool) -> None:
         super().start_over(program, sample, guided)
         count = self._count_pictures(sample.shape[0])
@@ -168,8 +173,19 @@ class AdaptivePass:
             batch = sum(turn.step.batch for turn in here)
             shape = here[0].picture.branch.shapes[at]
             return shape.make_placeholder(batch, writable=self.writable)
-        outputs = [turn.step.give(at, mine) for turn, mine in zip(here, rows, strict=True)]
-        return join_rows(outputs)
+        output = join_rows(
+            [turn.step.give(at, mine) for turn, mine in zip(here, rows, strict=True)]
+        )
+        if at == HEAD:
+            self._settle(output)
+        return output
+
+    def correct(self, noise: torch.Tensor) -> torch.Tensor:
+        return join_rows([step.correct(own) for step, own in self.split(noise)])
+
+    @property
+    def skips_unet(self) -> bool:
+        return all(turn.step.skips_unet for turn in self._turns)
 
     def skips(self, units: Sequence[str]) -> bool:
         return all(turn.step.skips(units) for turn in self._here)

@@ -12,12 +12,11 @@ from diffusers import UNet2DConditionModel
 
 from leansd.anatomy.reading import read_anatomy
 from leansd.errors import LeansdError
-from leansd.plans.anatomy import HEAD
-from leansd.plans.liveness import compile_plan
+from leansd.plans.liveness import Lane, compile_plan
 from leansd.plans.plan import Plan
-from leansd.plans.presets import Preset, build_for
+from leansd.plans.presets import Preset, build_for, suits
 from leansd.runtime.adaptive import AdaptiveBranch
-from leansd.runtime.clock import Clock, LoopClock, SchedulerClock
+from leansd.runtime.clock import Clock, Course, LoopClock, SchedulerClock, Tick
 from leansd.runtime.control import (
     Control,
     ControlRun,
@@ -26,12 +25,9 @@ from leansd.runtime.control import (
     detach_control,
 )
 from leansd.runtime.engine import Engine, attach, detach
-from leansd.runtime.guidance import count_pictures, is_guided
+from leansd.runtime.guidance import count_pictures, find_lane, guides, is_guided
 from leansd.runtime.passes import Branch, Step
 from leansd.runtime.report import Lap, Report, Tally
-
-FEW_STEPS = 8
-"""Runs of few-step models (LCM, Turbo, Lightning) have no more than these."""
 
 
 class Attachment:
@@ -113,12 +109,15 @@ class Attachment:
             return None
         local = self._local
         if tick.starts:
-            plan = self._pick_plan(tick.course.steps, engine)
+            plan = self._pick_plan(tick.course, engine)
             local.plan, local.branches, local.here = plan, {}, (-1, -1)
             control = getattr(local, "control", None)
             local.tally = self._last = Tally(plan, control)
             if control is not None:
                 control.begun = True
+        lane = find_lane(self.pipe) if _saves_guidance_apart(local.plan) else None
+        if lane is not None:
+            return self._begin_apart(engine, sample, tick, lane)
         index, ordinal = local.here
         ordinal = ordinal + 1 if index == tick.index else 0
         local.here = (tick.index, ordinal)
@@ -128,12 +127,27 @@ class Attachment:
             course = tick.course
             program = engine.compile(local.plan, tick.index, course.rows, course.moments, guided)
             branch.start_over(program, sample, guided)
-        return branch.take(tick, sample[:, : engine.anatomy.by_address[HEAD].channels[1]])
+        return branch.take(tick, engine.pick_latents(sample))
 
     def _make_branch(self, plan: Plan) -> Branch:
         if plan.drift is None:
             return Branch()
         return AdaptiveBranch(plan.drift, partial(count_pictures, self.pipe))
+
+    def _begin_apart(
+        self, engine: Engine, sample: torch.Tensor, tick: Tick, lane: Lane
+    ) -> Step | None:
+        """Place one of the two calls of a step that share what they keep."""
+        branch = self._local.branches.setdefault(0, Branch())
+        if lane == "rest" and not branch.completes(tick.index, sample):
+            branch.program = None
+            return None
+        if lane == "cond" and not branch.expects(tick.index, sample, True):
+            course = tick.course
+            plan = self._local.plan
+            program = engine.compile(plan, tick.index, course.rows, course.moments, True)
+            branch.start_over(program, sample, True)
+        return branch.open(tick, engine.pick_latents(sample), lane)
 
     def foresee(self, timestep: Any) -> Prospect | None:
         """What the UNet call at this time step, which is yet to come, will do."""
@@ -142,13 +156,13 @@ class Attachment:
             return None
         local, course = self._local, tick.course
         branch = None if tick.starts else local.branches.get(0)
-        plan = self._pick_plan(course.steps, engine) if tick.starts else local.plan
+        plan = self._pick_plan(course, engine)
         if plan.drift is not None:
             # Which pictures it will compute is not known yet, so it may be all of them.
             plan, branch = Plan.full(plan.steps), None
         if branch is not None and branch.follows(tick.index):
             return Prospect(tick.index, branch.program, starts=False)
-        program = engine.compile(plan, tick.index, course.rows, course.moments, False)
+        program = engine.compile(plan, tick.index, course.rows, course.moments, guides(self.pipe))
         return Prospect(tick.index, program, tick.starts)
 
     def get_control_run(self, prospect: Prospect) -> ControlRun:
@@ -160,8 +174,15 @@ class Attachment:
             run = local.control = ControlRun()
         return run
 
-    def _pick_plan(self, steps: int, engine: Engine) -> Plan:
-        if isinstance(self.source, Preset) and steps <= FEW_STEPS:
+    def _pick_plan(self, course: Course, engine: Engine) -> Plan:
+        """The plan for a run; a ControlNet asks for it before the UNet does."""
+        picked = getattr(self._local, "picked", None)
+        if picked is None or picked[0] is not course:
+            picked = self._local.picked = course, self._build_plan(course.steps, engine)
+        return picked[1]
+
+    def _build_plan(self, steps: int, engine: Engine) -> Plan:
+        if not suits(self.source, steps):
             warnings.warn(
                 f"{steps} steps change too much each for inheritance to gain anything, so they run "
                 f"in full; to follow the preset all the same give the plan itself, "
@@ -187,5 +208,18 @@ class Attachment:
         tally.tokens = text.shape[1] if text is not None else 0
 
     def abort(self) -> None:
-        """Forget this thread's run: its call failed midway."""
-        vars(self._local).clear()
+        """Forget this thread's run: its call failed midway, or has ended."""
+        run = vars(self._local)
+        for branch in run.get("branches", {}).values():
+            branch.clear()
+        if "control" in run:
+            run["control"].memories.clear()  # the report keeps its counts
+        run.clear()
+
+
+def _saves_guidance_apart(plan: Plan) -> bool:
+    """Whether branches called apart share what they keep, so that one of them can be left out.
+
+    Under a drift each branch is a run of its own: nothing tells one what the other's pictures do.
+    """
+    return plan.guides and plan.drift is None

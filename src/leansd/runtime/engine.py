@@ -7,10 +7,11 @@ call a full one.
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -19,18 +20,34 @@ from diffusers import UNet2DConditionModel
 from leansd.anatomy.reading import read_anatomy
 from leansd.errors import LeansdError
 from leansd.plans.address import get_layer
-from leansd.plans.anatomy import Anatomy
+from leansd.plans.anatomy import HEAD, Anatomy
 from leansd.plans.liveness import Program, compile_plan
 from leansd.plans.plan import Plan
-from leansd.runtime.guidance import complete, keep_difference, take_conditional
-from leansd.runtime.passes import Step
+from leansd.runtime.guidance import (
+    complete,
+    exchange,
+    keep_difference,
+    run_apart,
+    take_conditional,
+    wrap_output,
+)
+from leansd.runtime.passes import Pass, Step
 from leansd.runtime.report import start_lap
-from leansd.runtime.weave import Weave
+from leansd.runtime.weave import EndOfCall, Weave
 
 if TYPE_CHECKING:
     from leansd.runtime.attachment import Attachment
 
 UNET = "unet"
+
+
+class Link(NamedTuple):
+    """Where a woven module hangs, so that another one in its place is noticed."""
+
+    children: Mapping[str, torch.nn.Module | None]
+    """Those of the module above it, by name."""
+    name: str
+    child: torch.nn.Module | None
 
 
 class Engine:
@@ -43,15 +60,43 @@ class Engine:
         self.compile = lru_cache(maxsize=64)(self._compile)
         self._active = threading.local()
         self._blocks = _list_block_outputs(self.anatomy)
+        self._paths = self._list_paths()
+        self._links = self._list_links()
+        self._end_of_call = EndOfCall(unet, self._end_call)
+        # Last: from here on other threads come in.
         self.weave = Weave(self._list_modules(), self._around)
 
+    def release(self) -> None:
+        """Take everything off the UNet."""
+        self._end_of_call.release()
+        self.weave.release()
+
+    def _list_paths(self) -> dict[str, str]:
+        """By name, the paths of the modules to weave; that of the UNet itself is empty."""
+        paths = {UNET: ""}
+        paths.update((block, path) for block, (path, _, _) in self._blocks.items())
+        paths.update((unit.at, unit.path) for unit in (*self.anatomy.units, *self.anatomy.parts))
+        return paths
+
     def _list_modules(self) -> dict[str, torch.nn.Module]:
-        modules: dict[str, torch.nn.Module] = {UNET: self.unet}
-        for block, (path, _, _) in self._blocks.items():
-            modules[block] = self.unet.get_submodule(path)
-        for unit in (*self.anatomy.units, *self.anatomy.parts):
-            modules[unit.at] = self.unet.get_submodule(unit.path)
-        return modules
+        return {name: self.unet.get_submodule(path) for name, path in self._paths.items()}
+
+    def _list_links(self) -> list[Link]:
+        links: list[Link] = []
+        for path in filter(None, self._paths.values()):
+            parent, _, name = path.rpartition(".")
+            children = self.unet.get_submodule(parent)._modules
+            links.append(Link(children, name, children.get(name)))
+        return links
+
+    def _mend(self) -> None:
+        """Weave what has been put in the place of woven modules: peft wraps and unwraps layers."""
+        if all(children.get(name) is child for children, name, child in self._links):
+            return
+        with _LOCK:
+            if self.attachments:  # not released meanwhile
+                self.weave.renew(self._list_modules())
+                self._links = self._list_links()
 
     def _compile(
         self,
@@ -64,6 +109,13 @@ class Engine:
         return compile_plan(
             plan, self.anatomy, start=start, rows=rows, moments=moments, guided=guided
         )
+
+    def pick_latents(self, sample: torch.Tensor) -> torch.Tensor:
+        """The channels [B, C, H, W] of the UNet's input that its output stands for.
+
+        Masks and other pictures follow them.
+        """
+        return sample[:, : self.anatomy.by_address[HEAD].channels[1]]
 
     def _around(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if name == UNET:
@@ -79,6 +131,8 @@ class Engine:
         sample = args[0] if args else kwargs["sample"]
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         attachment = find_attachment(self.attachments, timestep)
+        self._active.last = attachment
+        self._mend()
         step = attachment.begin(self, sample, timestep) if attachment is not None else None
         if attachment is None or step is None:
             return forward(*args, **kwargs)
@@ -97,16 +151,29 @@ class Engine:
         attachment.end(step, end_lap())
         return output
 
+    def _end_call(self) -> None:
+        """A pipeline call is over in this thread, also one that was interrupted: keep nothing."""
+        last: Attachment | None = getattr(self._active, "last", None)
+        self._active.last = None
+        if last is not None and last.pipe is not None:
+            last.abort()
+
     def _run_lanes(
         self, step: Step, batch: int, forward: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         """The UNet's forward for the lanes that run."""
-        if step.call.is_half:
+        if step.skips_unet:
+            forward = functools.partial(_give_output, step)
+        if isinstance(step, Pass) and step.apart is not None:
+            output = run_apart(step, forward, *args, **kwargs)
+        elif step.call.is_half:
             args, kwargs = take_conditional(args, batch), take_conditional(kwargs, batch)
-            return complete(step, forward(*args, **kwargs))
-        output = forward(*args, **kwargs)
-        keep_difference(step, output[0])
-        return output
+            output = complete(step, forward(*args, **kwargs))
+        else:
+            output = forward(*args, **kwargs)
+            keep_difference(step, output[0])
+        corrects = any(call.corrects for call in step.calls)
+        return exchange(output, step.correct(output[0])) if corrects else output
 
     def _has_freeu(self) -> bool:
         """Whether FreeU is on: its up blocks multiply what comes in in place."""
@@ -157,6 +224,11 @@ def _is_view(timestep: Any) -> bool:
     if not isinstance(timestep, torch.Tensor):
         return False
     return timestep.untyped_storage().nbytes() > timestep.element_size()
+
+
+def _give_output(step: Step, *args: Any, **kwargs: Any) -> Any:
+    """What the UNet's forward would return, made from what is kept alone."""
+    return wrap_output(step.give(HEAD), args, kwargs)
 
 
 def _list_block_outputs(
@@ -211,7 +283,7 @@ def detach(attachment: Attachment) -> None:
             return
         engine.attachments = tuple(each for each in engine.attachments if each is not attachment)
         if not engine.attachments:
-            engine.weave.release()
+            engine.release()
             del _ENGINES[id(attachment.unet)]
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from leansd.plans.anatomy import HEAD
-from leansd.plans.liveness import Call, Kept, Lane, Program
+from leansd.plans.liveness import GUIDANCE, Call, Kept, Lane, Program
 from leansd.plans.plan import How
 from leansd.runtime.clock import Course, Tick
 from leansd.runtime.store import RECALLS, Shape, Store, unwrap
@@ -34,7 +34,18 @@ class Step(Protocol):
 
     def give(self, at: str, given: torch.Tensor | None = None) -> torch.Tensor: ...
 
-    def skips(self, units: Sequence[str]) -> bool: ...
+    def correct(self, noise: torch.Tensor) -> torch.Tensor:
+        """The UNet's output [B, C, H, W] corrected where the plan says so (`Plan.correct`)."""
+        ...
+
+    @property
+    def skips_unet(self) -> bool:
+        """Whether the output follows from latents and what is kept alone."""
+        ...
+
+    def skips(self, units: Sequence[str]) -> bool:
+        """Whether none of these units runs or needs its input."""
+        ...
 
     def split(self, tensor: torch.Tensor) -> list[tuple[Pass, torch.Tensor]]:
         """The rows of a batch by the pass that they follow; `join` puts such parts together."""
@@ -79,31 +90,57 @@ class Branch:
     def bytes(self) -> int:
         return self.store.bytes
 
+    def clear(self) -> None:
+        """Keep nothing any more."""
+        self.store.clear()
+
+    def completes(self, index: int, sample: torch.Tensor) -> bool:
+        """Whether this is the unconditional call to the conditional one just made."""
+        joined = self._last == index and self._signature == _sign(sample, True)
+        return self.program is not None and joined and self.store.has([keep_for_rest(index)])
+
     def take(self, tick: Tick, latents: torch.Tensor) -> Step:
-        """The pass for the next call, whose sample holds these `latents` [B, C, H, W]."""
-        self._last = tick.index
+        """What the next call does; its sample holds these `latents` [B, C, H, W]."""
         return self.open(tick, latents)
 
-    def open(self, tick: Tick, latents: torch.Tensor) -> Pass:
-        """A pass for the call of this tick."""
+    def open(self, tick: Tick, latents: torch.Tensor, apart: Lane | None = None) -> Pass:
+        """The pass for the call of this tick; `apart` if all its rows are of one lane."""
         assert self.program is not None
-        call = self.program[tick.index]
-        return Pass(self, call, tick.course, latents, records=tick.index == self.program.start)
+        self._last = tick.index
+        call, records = self.program[tick.index], tick.index == self.program.start
+        return Pass(self, call, tick.course, latents, records=records, apart=apart)
 
 
 def _sign(sample: torch.Tensor, guided: bool) -> object:
     return sample.shape, sample.dtype, sample.device, guided
 
 
+def keep_for_rest(index: int) -> Kept:
+    """The conditional output of a call, kept until the unconditional call that belongs to it."""
+    return Kept(GUIDANCE, index, "output", "cond")
+
+
 class Pass:
     """One UNet call: answers every unit's question what to do."""
 
     def __init__(
-        self, branch: Branch, call: Call, course: Course, latents: torch.Tensor, *, records: bool
+        self,
+        branch: Branch,
+        call: Call,
+        course: Course,
+        latents: torch.Tensor,
+        *,
+        records: bool,
+        apart: Lane | None = None,
     ) -> None:
         self.branch = branch
         self.call = call
-        self.latents = latents[latents.shape[0] // 2 :] if call.is_half else latents
+        self.apart = apart
+        """The lane whose call it is, where a pipeline calls the two apart."""
+        self.lanes = call.lanes if apart is None else (apart,)
+        """The lanes in this batch."""
+        halves = call.is_half and apart is None
+        self.latents = latents[latents.shape[0] // 2 :] if halves else latents
         """The rows that run of what the UNet is given, in the channels that it gives."""
         self.batch = self.latents.shape[0]
         self.writable = False
@@ -119,13 +156,11 @@ class Pass:
         """What a unit, or a part of one, gives in this call."""
         if at not in self.call.pattern.active:
             return self.branch.shapes[at].wrap(self.give(at, args[0]))
-        keeps = self.call.keeps.get(at, ())
         # The unit may overwrite its input, so what a change is measured against is copied first.
-        given = None
-        if self.keeps_change(at):
-            given = self._pick_input(at, args[0]).detach().clone()
+        given = self._pick_input(at, args[0])
+        given = given.detach().clone() if self.keeps_change(at) else given
         output = forward(*args, **kwargs)
-        for kept in keeps:
+        for kept in self._list_keeps(at):
             before = self.pick(given, kept.lane) if kept.what == "change" else None
             self.branch.store.keep(kept, self.pick(unwrap(output), kept.lane), before)
         if self._records:
@@ -139,21 +174,13 @@ class Pass:
         if how is None:
             shape = self.branch.shapes[at]
             return shape.make_placeholder(self.batch, writable=self.writable)
-        lanes = []
-        for sources in self.call.sources[at]:
-            part = None
-            if given is not None:
-                part = self.pick(self._pick_input(at, given), sources[0].lane)
-            lanes.append(self.recall(how, sources, part))
+        given = self._pick_input(at, given)
+        lanes = self._recall_lanes(how, self.call.sources[at], given)
         return lanes[0] if len(lanes) == 1 else torch.cat(lanes)
 
     def keeps_change(self, at: str) -> bool:
         """Whether a later call reads what this unit adds to its input."""
-        return any(kept.what == "change" for kept in self.call.keeps.get(at, ()))
-
-    def _pick_input(self, at: str, given: torch.Tensor) -> torch.Tensor:
-        """What a unit's change is a change of."""
-        return self.latents if at == HEAD else given
+        return any(kept.what == "change" for kept in self._list_keeps(at))
 
     def recall(
         self, how: How, sources: Sequence[Kept], given: torch.Tensor | None = None
@@ -161,9 +188,19 @@ class Pass:
         """One lane of an output made from what was kept."""
         return RECALLS[how](self.branch.store, sources, self.call.index, self._log_snr, given)
 
+    def correct(self, noise: torch.Tensor) -> torch.Tensor:
+        """The UNet's output [B, C, H, W] moved away from what it would have inherited."""
+        call = self.call
+        if not call.corrects:
+            return noise
+        # A polynomial through one output is that output.
+        how = "residual" if call.corrects[0][0].what == "change" else "forecast"
+        forecasts = self._recall_lanes(how, call.corrects, self.latents)
+        return torch.lerp(torch.cat(forecasts), noise, 1 + call.correct)
+
     def pick(self, tensor: torch.Tensor, lane: Lane) -> torch.Tensor:
         """The rows of one lane; in a call that runs one lane, all there are."""
-        if len(self.call.lanes) == 1:
+        if len(self.lanes) == 1:
             return tensor
         rest, cond = tensor.chunk(2)
         return cond if lane == "cond" else rest
@@ -175,12 +212,36 @@ class Pass:
         (tensor,) = tensors
         return tensor
 
-    def release(self) -> None:
-        self.branch.store.release(self.call.releases)
+    @property
+    def skips_unet(self) -> bool:
+        return HEAD in self.call.pattern.inherited
 
     def skips(self, units: Sequence[str]) -> bool:
-        """Whether none of these units runs or needs its input."""
         pattern = self.call.pattern
         return all(
-            at in pattern.idle or pattern.inherited.get(at) in ("reuse", "forecast") for at in units
+            at in pattern.idle or pattern.inherited.get(at, "residual") != "residual"
+            for at in units
         )
+
+    def release(self) -> None:
+        # The unconditional call of the same step, where there is one, reads the same.
+        if self.apart != "cond":
+            self.branch.store.release(self.call.releases)
+
+    def _list_keeps(self, at: str) -> list[Kept]:
+        """What to keep of a unit, of the lanes in this batch."""
+        return [kept for kept in self.call.keeps.get(at, ()) if kept.lane in self.lanes]
+
+    def _recall_lanes(
+        self, how: How, sources: Sequence[Sequence[Kept]], given: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        """The lanes in this batch of an output made from what was kept, lane by lane."""
+        return [
+            self.recall(how, each, None if given is None else self.pick(given, lane))
+            for lane, each in zip(self.call.lanes, sources, strict=True)
+            if lane in self.lanes
+        ]
+
+    def _pick_input(self, at: str, given: Any) -> Any:
+        """What a unit's change is a change of."""
+        return self.latents if at == HEAD else given

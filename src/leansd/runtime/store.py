@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -112,20 +113,32 @@ def recall_change(
 def forecast_output(
     store: Store, sources: Sequence[Kept], call: int, log_snr: Sequence[float], given: Any
 ) -> torch.Tensor:
-    """The line through the last two computed outputs over log-SNR; with one of them, that one."""
-    if len(sources) < 2:
-        return recall_output(store, sources, call, log_snr, given)
-    latest, before = sources
-    here, there = log_snr[latest.call], log_snr[before.call]
-    if here == there:
-        return recall_output(store, sources, call, log_snr, given)
-    # lerp(before, latest, w) is before + w (latest - before); w > 1 lies beyond the latest.
-    weight = (log_snr[call] - there) / (here - there)
-    return torch.lerp(store.read(before), store.read(latest), weight)
+    """The polynomial over log-SNR through the last computed outputs, a line through two of them.
+
+    With one of them that one; outputs of one and the same log-SNR count once.
+    """
+    places = {log_snr[kept.call]: kept for kept in reversed(sources)}
+    points = list(places)
+    weights = [weigh(log_snr[call], here, points) for here in points]
+    if len(points) == 2:
+        # lerp(before, latest, w) is before + w (latest - before); w > 1 lies beyond the latest.
+        before, latest = places.values()
+        return torch.lerp(store.read(before), store.read(latest), weights[1])
+    first, *others = zip(places.values(), weights, strict=True)
+    output = store.read(first[0]) * first[1]
+    for kept, weight in others:
+        output.add_(store.read(kept), alpha=weight)
+    return output
+
+
+def weigh(at: float, here: float, points: Sequence[float]) -> float:
+    """Lagrange's weight at `at` of what was computed `here`, one of all `points`."""
+    return math.prod((at - point) / (here - point) for point in points if point != here)
 
 
 RECALLS: dict[How, Recall] = {
     "reuse": recall_output,
     "residual": recall_change,
     "forecast": forecast_output,
+    "forecast2": forecast_output,
 }

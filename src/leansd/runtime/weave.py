@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -43,33 +44,63 @@ def call_around(strand: Strand, forward: Forward, *args: Any, **kwargs: Any) -> 
     return around(strand.name, forward, *args, **kwargs)
 
 
+@dataclass(frozen=True, slots=True)
+class Woven:
+    """One module with what was put in the place of its forward."""
+
+    module: nn.Module
+    strand: Strand
+    woven: Forward
+    before: Forward
+    was_set: bool
+    """Whether the instance had a forward of its own before."""
+
+    def release(self) -> None:
+        """Put back what was there, wherever hooks have moved it."""
+        self.strand.around = None
+        holds = vars(self.module)
+        if holds.get(PLAIN) is self.woven and not self.was_set:
+            delattr(self.module, PLAIN)
+            return
+        for slot in (PLAIN, HOOKED):
+            if holds.get(slot) is self.woven:
+                setattr(self.module, slot, self.before)
+
+
+def weave_module(name: str, module: nn.Module, around: Around) -> Woven:
+    strand = Strand(name, around)
+    # Within accelerate's offload hooks, which come and go with every pipeline call.
+    slot = HOOKED if HOOKED in vars(module) else PLAIN
+    before = getattr(module, slot)
+    woven = functools.partial(call_around, strand, before)
+    functools.update_wrapper(woven, before)
+    was_set = PLAIN in vars(module)
+    setattr(module, slot, woven)
+    return Woven(module, strand, woven, before, was_set)
+
+
 class Weave:
     """`around` woven around `modules`, until `release` or the end of the `with` block."""
 
     def __init__(self, modules: Mapping[str, nn.Module], around: Around) -> None:
-        self._woven: list[tuple[nn.Module, Strand, Forward, Forward, bool]] = []
+        self._around = around
+        self._woven: dict[str, Woven] = {}
+        self.renew(modules)
+
+    def renew(self, modules: Mapping[str, nn.Module]) -> None:
+        """Weave what stands in the place of modules now; those that are woven stay as they are."""
         for name, module in modules.items():
-            strand = Strand(name, around)
-            # Within accelerate's offload hooks, which come and go with every pipeline call.
-            slot = HOOKED if HOOKED in vars(module) else PLAIN
-            before = getattr(module, slot)
-            woven = functools.partial(call_around, strand, before)
-            functools.update_wrapper(woven, before)
-            self._woven.append((module, strand, woven, before, PLAIN in vars(module)))
-            setattr(module, slot, woven)
+            old = self._woven.get(name)
+            if old is not None and old.module is module:
+                continue
+            if old is not None:
+                old.release()
+            self._woven[name] = weave_module(name, module, self._around)
 
     def release(self) -> None:
-        """Put back what was there, wherever hooks have moved it. Twice is as good as once."""
+        """Put back what was there. Twice is as good as once."""
         while self._woven:
-            module, strand, woven, before, was_set = self._woven.pop()
-            strand.around = None
-            holds = vars(module)
-            if holds.get(PLAIN) is woven and not was_set:
-                delattr(module, PLAIN)
-                continue
-            for slot in (PLAIN, HOOKED):
-                if holds.get(slot) is woven:
-                    setattr(module, slot, before)
+            self._woven.popitem()[1].release()
 
     def __enter__(self) -> Weave:
         return self
@@ -81,3 +112,36 @@ class Weave:
         trace: TracebackType | None,
     ) -> None:
         self.release()
+
+
+ENDED = "_reset_stateful_cache"
+"""What diffusers' pipelines call at the end of a call on every component that has it."""
+
+
+class EndOfCall:
+    """`on_end` called whenever a pipeline call ends that has `module` among its components."""
+
+    def __init__(self, module: nn.Module, on_end: Callable[[], None]) -> None:
+        self._module = module
+        self._before = vars(module).get(ENDED)
+        self._strand = Strand(ENDED, on_end)
+        self._woven = functools.partial(end_call, self._strand, getattr(module, ENDED, None))
+        setattr(module, ENDED, self._woven)
+
+    def release(self) -> None:
+        """Put back what was there. Twice is as good as once."""
+        self._strand.around = None
+        if vars(self._module).get(ENDED) is not self._woven:
+            return
+        delattr(self._module, ENDED)
+        if self._before is not None:
+            setattr(self._module, ENDED, self._before)
+
+
+def end_call(strand: Strand, before: Callable[..., None] | None, *args: Any, **kwargs: Any) -> None:
+    """What a pipeline calls at its end, on the module or on a copy of it."""
+    if before is not None:
+        before(*args, **kwargs)
+    on_end = strand.around
+    if on_end is not None:
+        on_end()

@@ -20,7 +20,9 @@ COMMANDS = {
     "demo": "Draw the same prompts in full and with every preset plan, and compare.",
     "generate": "Draw pictures from prompts, with a plan.",
     "anatomy": "Show a UNet as a tree of units with parameters and multiply-accumulates.",
+    "profile": "Measure what every unit and stage costs here; predict what plans gain.",
     "plan": "Show, draw or save a plan.",
+    "evaluate": "Measure plans against the full and the converged run, and the quality of sets.",
     "emoji": "The embedded model: train it, measure it.",
 }
 """Each name is also a module of this package that holds a Typer `app`."""

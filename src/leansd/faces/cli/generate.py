@@ -25,6 +25,9 @@ def generate_pictures(
     fit: Annotated[
         bool, typer.Option("--fit", help="Stretch a plan file to --steps if it is for others.")
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Follow a preset also where few steps gain nothing.")
+    ] = False,
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale; the pipeline's own by default.")
     ] = None,
@@ -45,6 +48,10 @@ def generate_pictures(
     strength: Annotated[
         float, typer.Option(help="With --init: how much to redraw, above 0 and up to 1.")
     ] = 0.8,
+    vae: Annotated[
+        Path | None,
+        typer.Option(help="Folder of another autoencoder, such as a small one, to decode with."),
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, mps; the GPU where there is one by default.")
     ] = None,
@@ -53,7 +60,13 @@ def generate_pictures(
     """Draw pictures from prompts, each as a PNG that carries its prompt, seed and plan."""
     from dataclasses import replace
 
-    from leansd.faces.cli.terminal import hush_libraries, open_progress, show_json, show_text
+    from leansd.faces.cli.terminal import (
+        hush_libraries,
+        note,
+        open_progress,
+        show_json,
+        show_text,
+    )
     from leansd.faces.outlines import STEPS, choose_plan, open_anatomy
     from leansd.faces.pictures import (
         Request,
@@ -67,8 +80,10 @@ def generate_pictures(
         save_picture,
     )
     from leansd.faces.samplers import check_sampler, name_sampler, set_sampler
-    from leansd.loading import as_image_to_image, find_device, load, locate
+    from leansd.loading import as_image_to_image, find_device, load, load_vae, locate, set_vae
     from leansd.measuring.files import check_folder
+    from leansd.plans.plan import Plan
+    from leansd.plans.presets import look_up, suits
     from leansd.version import __version__
 
     # Everything that can be wrong is found before a weight is read.
@@ -88,14 +103,20 @@ def generate_pictures(
     locate(model)
     hush_libraries()
     chosen = choose_plan(plan, steps, open_anatomy(model), fit=fit)
+    autoencoder = load_vae(vae) if vae is not None else None
 
     pipe = load(model, device=device)
+    if autoencoder is not None:
+        set_vae(pipe, autoencoder)
     if sampler is not None:
         set_sampler(pipe, sampler)
     if picture is not None:
         picture = fit_picture(picture, base.size or default_size(pipe))
         pipe = as_image_to_image(pipe)
     base = replace(base, steps=chosen.steps, init=picture)
+    if not force and not suits(look_up(plan), chosen.steps):
+        note(f"{chosen.steps} steps run in full, so few gain nothing; --force follows {plan}")
+        chosen = Plan.full(chosen.steps)
     pipe.set_progress_bar_config(disable=True)
 
     requests = [
@@ -125,6 +146,7 @@ def generate_pictures(
                 "guidance": getattr(pipe, "guidance_scale", guidance),
                 "model": model,
                 "plan": chosen.name,
+                "vae": vae,
                 "plan_fingerprint": chosen.fingerprint,
                 "leansd": __version__,
                 "init": init,

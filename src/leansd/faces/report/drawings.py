@@ -36,6 +36,41 @@ class Point:
     is_rival: bool = False
 
 
+@dataclass(frozen=True)
+class Bar:
+    """A named row of bars, one for each of a chart's `names`; all are shares of 1."""
+
+    name: str
+    shares: tuple[float, ...]
+    remark: str = ""
+
+
+def draw_bars(bars: Sequence[Bar], *, names: Sequence[str], alt: str) -> Drawing:
+    """Rows of bars to one scale, with the remark behind each."""
+    colours = ("var(--compute)", "var(--reuse)")
+    left, right, top, thick = 74, 62, 18, 4.2
+    line = thick * len(names) + 3.4
+    width, height = 520, top + len(bars) * line + 4
+    scale = (width - left - right) / max(max(bar.shares) for bar in bars)
+    parts = [_open(width, height)]
+    for place, (name, colour) in enumerate(zip(names, colours, strict=False)):
+        x = left + place * 120
+        parts.append(f'<rect x="{x}" y="2" width="9" height="9" fill="{colour}"/>')
+        parts.append(_text(x + 13, 10, name, anchor="start", size=9.5))
+    for row, bar in enumerate(bars):
+        y = top + row * line
+        middle = y + thick * len(names) / 2 + 3
+        parts.append(_text(left - 6, middle, bar.name, anchor="end", size=8.5))
+        for place, (share, colour) in enumerate(zip(bar.shares, colours, strict=False)):
+            parts.append(
+                f'<rect x="{left}" y="{y + place * thick:.1f}" width="{share * scale:.1f}" '
+                f'height="{thick - 0.4:.1f}" fill="{colour}"/>'
+            )
+        end = left + max(bar.shares) * scale + 5
+        parts.append(_text(end, middle, bar.remark, anchor="start", size=8.5))
+    return Drawing("".join(parts) + "</svg>", alt)
+
+
 def draw_plan(plan: Plan, anatomy: Anatomy, caption: str = "") -> Drawing:
     """A plan as a grid: a line a unit, a column a step."""
     states = list_states(plan, anatomy)

@@ -1,0 +1,243 @@
+"""`leansd evaluate`: how true and how good the pictures of plans are."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(
+    epilog="Example: leansd evaluate emoji --plan balanced --plan fast --rival unipc:15 --out run"
+)
+def evaluate_plans(
+    plan: Annotated[
+        list[str], typer.Option(help="A preset or a plan file; give the option once for each.")
+    ],
+    model: Annotated[
+        str,
+        typer.Argument(help="emoji (embedded), a model folder, a .safetensors file or a hub id."),
+    ] = "emoji",
+    steps: Annotated[int, typer.Option(min=2, help="Sampler steps of full run and plans.")] = 30,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Stretch a plan file to --steps if it is for others.")
+    ] = False,
+    sampler: Annotated[
+        str | None,
+        typer.Option(help="ddim, dpm++2m, euler, heun, unipc ...; the model's own by default."),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file, a prompt a line; emoji has its own.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=2, help="Pictures; prompts are taken in turns.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Picture i has seed SEED + i.")] = 1000,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 8,
+    reference: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="full, converged, or SAMPLER:STEPS as in dpm++2m:150; once for each. "
+            "full and converged by default."
+        ),
+    ] = None,
+    converged_steps: Annotated[
+        int, typer.Option(min=2, help="Steps of the converged run, same sampler.")
+    ] = 150,
+    rival: Annotated[
+        list[str] | None,
+        typer.Option(help="SAMPLER:STEPS to measure like a plan, as in unipc:15; once for each."),
+    ] = None,
+    seeds_for_spread: Annotated[
+        int, typer.Option(min=0, help="Further sets of the full run, to tell chance from effect.")
+    ] = 2,
+    clip: Annotated[
+        Path | None, typer.Option(help="Folder of a CLIP for the quality of sets.")
+    ] = None,
+    lpips: Annotated[
+        Path | None, typer.Option(help="AlexNet weights of torchvision, for LPIPS.")
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Guidance scale; 4 for emoji, the pipeline's own for other models."),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for report, records and what resumes a stopped run.")
+    ] = Path("evaluation"),
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, mps; the GPU where there is one by default.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
+) -> None:
+    """Measure plans: fidelity to references from the same seeds, and the quality of whole sets.
+
+    Stopped, the same command goes on where it was; what was drawn stays in OUT/drawn.
+    """
+    from leansd.emoji.card import GRID_PROMPTS
+    from leansd.errors import LeansdError
+    from leansd.faces.cli.terminal import (
+        hush_libraries,
+        note,
+        open_progress,
+        show_json,
+        show_table,
+        show_text,
+    )
+    from leansd.faces.outlines import choose_plan, open_anatomy
+    from leansd.faces.prompts import GUIDANCE, read_prompts
+    from leansd.faces.report import write_page
+    from leansd.faces.report.evaluating import make_sections, tabulate_fidelity, tabulate_quality
+    from leansd.faces.samplers import (
+        check_sampler,
+        make_scheduler,
+        name_sampler,
+        parse_course,
+        require_convergence,
+        set_sampler,
+    )
+    from leansd.faces.scoring import find_embedder
+    from leansd.loading import EMBEDDED, find_device, load, locate
+    from leansd.measuring.cases import Case, Conditions
+    from leansd.measuring.evaluation import (
+        CONVERGED,
+        evaluate_cases,
+        list_contestants,
+        make_reference,
+    )
+    from leansd.measuring.fidelity import explain_missing_lpips, find_lpips_weights, open_lpips
+    from leansd.measuring.files import check_folder
+    from leansd.measuring.measures import FULL
+    from leansd.measuring.records import write_records
+
+    # Everything that can be wrong is found before a weight is read.
+    check_folder(out)
+    find_device(device)
+    if sampler is not None:
+        check_sampler(sampler)
+    locate(model)
+    if prompts is None and model != EMBEDDED:
+        raise LeansdError(f"no prompts for {model}: give --prompts FILE, one prompt a line")
+    texts = read_prompts(prompts) if prompts is not None else GRID_PROMPTS
+    named = reference or [FULL, CONVERGED]
+    for name in named:
+        if name in (FULL, CONVERGED):
+            make_reference(name, steps, converged_steps)
+        else:
+            parse_course(name)
+    for name in rival or ():
+        parse_course(name)
+    if CONVERGED in named and sampler is not None:
+        require_convergence(sampler)
+    hush_libraries()
+    anatomy = open_anatomy(model)
+    plans = [choose_plan(each, steps, anatomy, fit=fit) for each in plan]
+    weights = lpips or find_lpips_weights()
+    distance = open_lpips(weights) if weights is not None else None
+    embedder = find_embedder(model, clip)
+
+    pipe = load(model, device=device)
+    if sampler is not None:
+        set_sampler(pipe, sampler)
+    own = name_sampler(pipe)
+    if CONVERGED in named:
+        require_convergence(own)
+    pipe.set_progress_bar_config(disable=True)
+    if embedder is not None:
+        embedder.clip.to(pipe.device)
+
+    courses = {
+        name: Case(name, length, scheduler=make_scheduler(pipe, other), sampler=other)
+        for name in (*named, *(rival or ()))
+        if name not in (FULL, CONVERGED)
+        for other, length in (parse_course(name),)
+    }
+
+    def label(case: Case) -> Case:
+        return Case(case.name, case.steps, case.plan, sampler=own)
+
+    contestants = [label(each) for each in list_contestants(pipe, plans, steps)]
+    contestants += [courses[name] for name in rival or ()]
+    references = [
+        courses[name] if name in courses else label(make_reference(name, steps, converged_steps))
+        for name in named
+    ]
+    scale = GUIDANCE if guidance is None and model == EMBEDDED else guidance
+    drawn = [texts[place % len(texts)] for place in range(count)]
+    conditions = Conditions(
+        pipe,
+        drawn,
+        model,
+        seed,
+        batch,
+        {"guidance_scale": scale} if scale is not None else {},
+        out / "drawn",
+    )
+    names = ", ".join(each.name for each in contestants)
+    note(f"drawing {count} pictures on {pipe.device}, each with {names}")
+    with open_progress() as progress:
+        bar = progress.add_task("steps of pictures", total=None)
+        evaluation = evaluate_cases(
+            conditions,
+            contestants,
+            references,
+            embedder=embedder,
+            lpips=distance,
+            spread_sets=seeds_for_spread,
+            on_work=lambda done, total: progress.update(bar, completed=int(done), total=total),
+        )
+
+    notes = []
+    if distance is None:
+        notes.append(explain_missing_lpips())
+    if embedder is None:
+        notes.append("no quality of sets: the model has no CLIP of its own, give one by --clip")
+    files = [
+        write_page(
+            out / "report.html",
+            title="Plans against references",
+            lead=f"{count} pictures of {model} from the same seeds, with {names}.",
+            sections=make_sections(evaluation, named, drawn, notes),
+            foot="Written by leansd evaluate.",
+        ),
+        write_records(out / "records.jsonl", evaluation.records),
+        write_records(out / "values.jsonl", evaluation.values),
+    ]
+    for name in named:
+        show_table(tabulate_fidelity(evaluation.records, name))
+    quality = tabulate_quality(evaluation.records)
+    if quality is not None:
+        show_table(quality)
+    for line in notes:
+        show_text(line)
+    show_text("wrote " + ", ".join(map(str, files)))
+    if as_json:
+        show_json(
+            {
+                "command": "evaluate",
+                "model": model,
+                "steps": steps,
+                "seed": seed,
+                "count": count,
+                "sampler": own,
+                "references": named,
+                "clip": embedder.name if embedder is not None else None,
+                "lpips": distance is not None,
+                "plans": [each.name for each in contestants],
+                "results": [
+                    record.model_dump(
+                        include={
+                            "plan",
+                            "fingerprint",
+                            "metric",
+                            "value",
+                            "unit",
+                            "reference",
+                            "standard_error",
+                            "seed_spread",
+                        },
+                        exclude_none=True,
+                    )
+                    for record in evaluation.records
+                ],
+                "files": [str(path) for path in files],
+            }
+        )

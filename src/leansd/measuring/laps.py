@@ -1,0 +1,208 @@
+"""Timing a pipeline from the inside: every UNet call, what runs in it, and the stages around it.
+
+All of it is woven around modules and off again; nothing of the pipeline or the engine is changed.
+On a GPU the laps are pairs of events, so timing waits for nothing until the run is over.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from leansd.anatomy.reading import read_anatomy
+from leansd.errors import LeansdError
+from leansd.plans.anatomy import Anatomy
+from leansd.plans.liveness import Program, compile_plan
+from leansd.plans.plan import Plan
+from leansd.runtime import Weave, inherit
+from leansd.runtime.clock import read_course
+from leansd.runtime.guidance import is_guided
+from leansd.runtime.report import Lap, start_lap
+from leansd.runtime.store import unwrap
+
+Inside: TypeAlias = list[tuple[str, Lap]]
+"""Laps in one UNet call, by address."""
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+@dataclass
+class CallLaps:
+    """Seconds of one UNet call."""
+
+    seconds: float
+    """The call, the engine's share included."""
+    inside: dict[str, float]
+    """Units, parts and blocks that ran in it, by address; a block's time has its units' in it."""
+    gap: float | None
+    """From its end to the start of the next; None for the last."""
+
+
+@dataclass
+class RunLaps:
+    """Seconds of one run of a pipeline."""
+
+    program: Program
+    calls: list[CallLaps]
+    text: float
+    decode: float
+    whole: float
+    output_bytes: dict[str, int]
+    """What each unit and part gave, for a whole batch."""
+
+
+@dataclass
+class _Sheet:
+    """Laps as they are taken; read when the run is over."""
+
+    device: torch.device
+    calls: list[tuple[Lap, Inside]] = field(default_factory=list[tuple[Lap, Inside]])
+    gaps: list[Lap] = field(default_factory=list[Lap])
+    text: list[Lap] = field(default_factory=list[Lap])
+    decode: list[Lap] = field(default_factory=list[Lap])
+    output_bytes: dict[str, int] = field(default_factory=dict[str, int])
+    inside: Inside = field(default_factory=list[tuple[str, Lap]])
+    batch: int = 0
+    end_gap: Callable[[], Lap] | None = None
+
+    def time_inside(self, at: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        end = start_lap(self.device)
+        output = forward(*args, **kwargs)
+        self.inside.append((at, end()))
+        return output
+
+    def time_unit(self, at: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = self.time_inside(at, forward, *args, **kwargs)
+        # The first call computes everything, for the whole batch.
+        self.output_bytes.setdefault(at, unwrap(output).nbytes)
+        return output
+
+    def time_call(self, _: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        sample = args[0] if args else kwargs["sample"]
+        self.batch = sample.shape[0]
+        if self.end_gap is not None:
+            self.gaps.append(self.end_gap())
+        self.inside = []
+        end = start_lap(self.device)
+        output = forward(*args, **kwargs)
+        self.calls.append((end(), self.inside))
+        self.end_gap = start_lap(self.device)
+        return output
+
+    def time_stage(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        end = start_lap(self.device)
+        output = forward(*args, **kwargs)
+        laps: list[Lap] = getattr(self, name)
+        laps.append(end())
+        return output
+
+
+def time_run(
+    pipe: Any, plan: Plan, call: Mapping[str, Any], *, anatomy: Anatomy | None = None
+) -> RunLaps:
+    """Run `pipe(**call)` once under `plan`, timed as a whole, by stages and by UNet calls.
+
+    Args:
+        anatomy: what to time inside the calls; by default nothing.
+
+    Raises:
+        LeansdError: the pipeline does not call its UNet once for each time step.
+    """
+    device = torch.device(pipe.device)
+    sheet = _Sheet(device)
+    with ExitStack() as woven:
+        if anatomy is not None:
+            # Before the engine, so that what a unit lap spans is the unit's own forward.
+            woven.enter_context(Weave(list_blocks(pipe.unet, anatomy), sheet.time_inside))
+            woven.enter_context(Weave(list_units(pipe.unet, anatomy), sheet.time_unit))
+        for name, modules in list_stages(pipe).items():
+            for module in modules:
+                woven.enter_context(Weave({name: module}, sheet.time_stage))
+        wait_for(device)
+        started = time.perf_counter()
+        with inherit(pipe, plan), Weave({"unet": pipe.unet}, sheet.time_call):
+            pipe(**call)
+        wait_for(device)
+        whole = time.perf_counter() - started
+    program = _compile_as_run(pipe, plan, sheet.batch)
+    if len(program.calls) != len(sheet.calls):
+        raise LeansdError(
+            f"{type(pipe).__name__} made {len(sheet.calls)} UNet calls for {len(program.calls)} "
+            "time steps; only pipelines that make one each can be profiled, without a start picture"
+        )
+    gaps = [*(gap() for gap in sheet.gaps), None]
+    return RunLaps(
+        program,
+        [
+            CallLaps(lap(), {at: inner() for at, inner in inside}, gap)
+            for (lap, inside), gap in zip(sheet.calls, gaps, strict=True)
+        ],
+        text=sum(lap() for lap in sheet.text),
+        decode=sum(lap() for lap in sheet.decode),
+        whole=whole,
+        output_bytes=sheet.output_bytes,
+    )
+
+
+def measure_peaks(pipe: Any, call: Mapping[str, Any], anatomy: Anatomy) -> dict[str, int]:
+    """The most bytes that each unit allocates on top of what there is; empty without a GPU."""
+    device = torch.device(pipe.device)
+    peaks: dict[str, int] = {}
+
+    def around(at: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        output = forward(*args, **kwargs)
+        peaks[at] = max(peaks.get(at, 0), torch.cuda.max_memory_allocated(device) - before)
+        return output
+
+    units = {unit.at: pipe.unet.get_submodule(unit.path) for unit in anatomy.units}
+    with Weave(units if device.type == "cuda" else {}, around):
+        pipe(**call)
+    return peaks
+
+
+def list_units(unet: nn.Module, anatomy: Anatomy) -> dict[str, nn.Module]:
+    """The modules of units and parts, by address."""
+    rows = (*anatomy.units, *anatomy.parts)
+    return {unit.at: unet.get_submodule(unit.path) for unit in rows}
+
+
+def list_blocks(unet: nn.Module, anatomy: Anatomy) -> dict[str, nn.Module]:
+    """The modules of blocks, by address."""
+    paths = {at: anatomy.select(at)[0].path.rsplit(".", 2)[0] for at in anatomy.blocks}
+    return {at: unet.get_submodule(path) for at, path in paths.items()}
+
+
+def list_stages(pipe: Any) -> dict[str, list[nn.Module]]:
+    """The modules of a pipeline's other stages; what it does not have is left out."""
+    texts = [getattr(pipe, name, None) for name in TEXT_ENCODERS]
+    decoder = getattr(getattr(pipe, "vae", None), "decoder", None)
+    return {
+        "text": [module for module in texts if module is not None],
+        "decode": [decoder] if decoder is not None else [],
+    }
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _compile_as_run(pipe: Any, plan: Plan, batch: int) -> Program:
+    """The program that the run just ended has followed."""
+    course = read_course(pipe.scheduler)
+    return compile_plan(
+        plan,
+        read_anatomy(pipe.unet),
+        rows=course.rows,
+        moments=course.moments,
+        guided=is_guided(pipe, batch),
+    )

@@ -1,0 +1,171 @@
+"""Quality of a set of pictures, as a CLIP sees it: does it show the prompts, does it look alike?
+
+Fidelity asks whether a picture is still the same one; quality asks whether it is as good a one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import CLIPModel, CLIPTokenizer
+
+from leansd.errors import LeansdError
+
+PART = 64  # pictures or prompts that are embedded at once
+
+# Of OpenAI's CLIP, where a folder does not say: what its pictures were normalized by.
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """A CLIP with what belongs before it.
+
+    Attributes:
+        name: what tables call it.
+        side: of the pictures that the vision tower takes, in pixels.
+        normalize: pictures [n, 3, side, side] in 0..1 to what the vision tower was trained on.
+        tokenize: prompts to token ids [n, tokens].
+    """
+
+    name: str
+    clip: Any
+    side: int
+    normalize: Callable[[Tensor], Tensor]
+    tokenize: Callable[[Sequence[str]], Tensor]
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A set of pictures in a CLIP's eyes: pooled features [n, width] and unit vectors [n, dim]."""
+
+    features: Tensor
+    vectors: Tensor
+
+
+def open_clip(folder: str | Path) -> Embedder:
+    """A CLIP in the layout of transformers, tokenizer included.
+
+    Raises:
+        LeansdError: there is none in the folder.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise LeansdError(
+            f"no CLIP in {folder}: give a folder with config.json, the weights and the tokenizer "
+            "of a CLIPModel, such as a copy of openai/clip-vit-base-patch32"
+        )
+    try:
+        clip = CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, AttributeError, TypeError) as error:
+        raise LeansdError(f"cannot open the CLIP in {folder}: {error}") from error
+    mean, std = _read_normalization(folder)
+
+    def tokenize(prompts: Sequence[str]) -> Tensor:
+        return tokenizer(
+            list(prompts), padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids
+
+    side: Any = clip.vision_model.config.image_size
+    return Embedder(folder.name, clip, side, lambda pictures: (pictures - mean) / std, tokenize)
+
+
+@torch.no_grad()
+def embed_pictures(embedder: Embedder, pictures: Tensor) -> Embedded:
+    """Look at pictures [n, 3, H, W], floats in 0..1 or 8 bits: their middle square, resized."""
+    clip = embedder.clip
+    features: list[Tensor] = []
+    vectors: list[Tensor] = []
+    for part in pictures.split(PART):
+        fitted = _fit(_as_floats(part), embedder.side)
+        pixels = embedder.normalize(fitted).to(clip.device)
+        pooled = clip.vision_model(pixel_values=pixels).pooler_output
+        features.append(pooled.cpu())
+        vectors.append(F.normalize(clip.visual_projection(pooled), dim=-1).cpu())
+    return Embedded(torch.cat(features), torch.cat(vectors))
+
+
+@torch.no_grad()
+def embed_prompts(embedder: Embedder, prompts: Sequence[str]) -> Tensor:
+    """Prompts as unit vectors [n, dim]."""
+    clip = embedder.clip
+    vectors: list[Tensor] = []
+    for part in embedder.tokenize(prompts).split(PART):
+        pooled = clip.text_model(input_ids=part.to(clip.device)).pooler_output
+        vectors.append(F.normalize(clip.text_projection(pooled), dim=-1).cpu())
+    return torch.cat(vectors)
+
+
+def clip_score(pictures: Tensor, prompts: Tensor) -> Tensor:
+    """100 x the cosine of each picture and its own prompt; both unit vectors [n, dim], gives [n].
+
+    Hessel et al., arXiv 2104.08718, without the cut at 0, which would hide a bad picture.
+    """
+    return 100 * (pictures * prompts).sum(1)
+
+
+def rank_prompts(pictures: Tensor, choices: Tensor, own: Sequence[int]) -> Tensor:
+    """How many of the choices each picture suits better than its own prompt; 0 is best, [n].
+
+    Args:
+        pictures: unit vectors [n, dim].
+        choices: unit vectors of different prompts [m, dim].
+        own: the place among the choices of each picture's prompt.
+    """
+    likeness = pictures @ choices.T
+    right = likeness[torch.arange(len(pictures)), torch.as_tensor(own)]
+    return (likeness > right[:, None]).sum(1)
+
+
+def frechet_distance(features: Tensor, others: Tensor) -> float:
+    """The Fréchet distance of two sets [n, width] and [m, width], as FID has it.
+
+    Heusel et al., arXiv 1706.08500. With few pictures it is too large by an amount that depends on
+    how many there are, so compare distances between sets of the same sizes only.
+    """
+    if min(len(features), len(others)) < 2:
+        raise LeansdError("a Fréchet distance needs at least 2 pictures in either set")
+    one, two = features.double(), others.double()
+    shift = (one.mean(0) - two.mean(0)).square().sum()
+    # With centred rows A and B over sqrt(n - 1), the covariances are A'A and B'B, and the trace of
+    # the root of their product is the sum of the singular values of A B': no matrix root is taken.
+    # Triangular factors stand for A and B, so that large sets cost no more than their width.
+    one, two = ((s - s.mean(0)) / (len(s) - 1) ** 0.5 for s in (one, two))
+    left, right = (torch.linalg.qr(s, mode="r").R for s in (one, two))
+    overlap = torch.linalg.svdvals(left @ right.T).sum()
+    distance = shift + one.square().sum() + two.square().sum() - 2 * overlap
+    return max(0.0, float(distance))
+
+
+def _read_normalization(folder: Path) -> tuple[Tensor, Tensor]:
+    """Mean and deviation, [3, 1, 1] each."""
+    file = folder / "preprocessor_config.json"
+    facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    pair = facts.get("image_mean", _MEAN), facts.get("image_std", _STD)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in pair)
+    return mean, std
+
+
+def _as_floats(pictures: Tensor) -> Tensor:
+    return pictures.float() if pictures.is_floating_point() else pictures.float() / 255
+
+
+def _fit(pictures: Tensor, side: int) -> Tensor:
+    """The middle square of pictures [n, 3, H, W] at [n, 3, side, side]."""
+    height, width = pictures.shape[-2:]
+    if (height, width) == (side, side):
+        return pictures
+    short = min(height, width)
+    top, left = (height - short) // 2, (width - short) // 2
+    square = pictures[..., top : top + short, left : left + short]
+    fitted = F.interpolate(square, (side, side), mode="bicubic", antialias=True)
+    return fitted.clamp(0, 1)

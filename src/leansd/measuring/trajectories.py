@@ -1,0 +1,209 @@
+"""Trajectories: many pipeline calls from fixed seeds, each to its last latents and its picture.
+
+What measures or tunes plans runs a pipeline over and over; this is the one place that does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from leansd.errors import LeansdError
+from leansd.plans.plan import Plan
+from leansd.runtime import inherit
+
+PipelineCall: TypeAlias = str | Mapping[str, Any]
+"""A prompt, or arguments of the pipeline: `prompt_embeds`, `image`, `strength` and so on."""
+
+OnStep: TypeAlias = Callable[[int, int, int], None]
+"""Told after every step: steps done, steps of the run, pictures in the batch."""
+
+# What `run_calls` gives the pipeline itself.
+_OURS = (
+    "callback_on_step_end",
+    "generator",
+    "num_images_per_prompt",
+    "num_inference_steps",
+    "output_type",
+    "return_dict",
+)
+
+
+@dataclass(frozen=True)
+class Finals:
+    """Where the trajectories end, in the order of their calls; on the CPU.
+
+    Attributes:
+        latents: what the autoencoder decodes, [N, C, h, w], in the pipeline's own precision.
+        pictures: [N, 3, H, W], float32 in 0..1.
+        seconds: of every batch, the whole pipeline.
+    """
+
+    latents: Tensor
+    pictures: Tensor
+    seconds: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+def run_calls(
+    pipe: DiffusionPipeline,
+    calls: Sequence[PipelineCall],
+    steps: int,
+    plan: Plan | str | None = None,
+    *,
+    seed: int = 0,
+    batch: int = 8,
+    scheduler: Any | None = None,
+    settings: Mapping[str, Any] | None = None,
+    on_step: OnStep | None = None,
+) -> Finals:
+    """Run every call, with the plan or without.
+
+    Call `i` draws its noise from seed `seed + i` on the CPU, whatever the batch: but for rounding,
+    results do not depend on `batch`.
+
+    Args:
+        calls: neighbours run as one batch where they have the same arguments and every one is text
+            or a tensor whose first dimension is 1; others run alone.
+        scheduler: takes the place of the pipeline's own for this run.
+        settings: arguments that all calls share, such as `guidance_scale`.
+
+    Raises:
+        LeansdError: there are no calls, a call sets what is set here, or the results differ in
+            size.
+    """
+    arguments = expand_calls(calls, settings or {})
+    latents: list[Tensor] = []
+    pictures: list[Tensor] = []
+    seconds: list[float] = []
+    following = inherit(pipe, plan) if plan is not None else nullcontext()
+    with _sampled_by(pipe, scheduler), following:
+        for places in split_calls(calls, batch):
+            start = time.perf_counter()
+            last, picture = _run_together(
+                pipe,
+                _join([arguments[place] for place in places]) | dict(settings or {}),
+                steps,
+                [seed + place for place in places],
+                on_step,
+            )
+            seconds.append(time.perf_counter() - start)
+            latents.append(last)
+            pictures.append(picture)
+    return Finals(_stack(latents), _stack(pictures), tuple(seconds))
+
+
+def expand_calls(
+    calls: Sequence[PipelineCall], settings: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """Every call as arguments of its own, checked; a prompt becomes `{"prompt": ...}`."""
+    if not calls:
+        raise LeansdError("no calls to run: give at least one prompt")
+    expanded = [{"prompt": call} if isinstance(call, str) else dict(call) for call in calls]
+    for each in (*expanded, settings or {}):
+        for name in _OURS:
+            if name in each:
+                raise LeansdError(
+                    f"a call cannot set {name}: steps and seed are given once for all calls, and "
+                    "every call gives one picture"
+                )
+    return expanded
+
+
+def split_calls(calls: Sequence[PipelineCall], batch: int) -> list[range]:
+    """The places of the calls that run together: neighbours that are alike, up to `batch`."""
+    if batch < 1:
+        raise LeansdError(f"a batch of {batch}: at least 1 is needed")
+    parts: list[range] = []
+    shape: Any = None
+    for place, arguments in enumerate(expand_calls(calls)):
+        last, shape = shape, _read_shape(arguments)
+        if parts and shape is not None and shape == last and len(parts[-1]) < batch:
+            parts[-1] = range(parts[-1].start, place + 1)
+        else:
+            parts.append(range(place, place + 1))
+    return parts
+
+
+def _read_shape(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What calls must have in common to be joined; None for one that cannot be."""
+    shape: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if isinstance(value, str):
+            shape[name] = str
+        elif isinstance(value, Tensor) and value.ndim and value.shape[0] == 1:
+            shape[name] = value.shape, value.dtype, value.device
+        else:
+            return None
+    return shape
+
+
+def _join(calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The arguments of one pipeline call that does the work of several; one stays as it is."""
+    if len(calls) == 1:
+        return dict(calls[0])
+    return {name: _join_values([call[name] for call in calls]) for name in calls[0]}
+
+
+def _join_values(values: list[Any]) -> Any:
+    return values if isinstance(values[0], str) else torch.cat(values)
+
+
+def _run_together(
+    pipe: Any,
+    arguments: Mapping[str, Any],
+    steps: int,
+    seeds: Sequence[int],
+    on_step: OnStep | None,
+) -> tuple[Tensor, Tensor]:
+    """One pipeline call; latents [n, C, h, w] and pictures [n, 3, H, W] for n seeds."""
+    last: list[Tensor] = []
+
+    def follow(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        last[:] = [tensors["latents"]]
+        if on_step is not None:
+            on_step(step + 1, pipe.num_timesteps, len(seeds))
+        return tensors
+
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    pictures = pipe(
+        **arguments,
+        num_inference_steps=steps,
+        generator=generators if len(seeds) > 1 else generators[0],
+        output_type="pt",
+        callback_on_step_end=follow,
+    ).images
+    latents, pictures = last[0].cpu(), pictures.float().cpu()
+    if len(latents) != len(seeds) or len(pictures) != len(seeds):
+        raise LeansdError(
+            f"{len(seeds)} calls gave {len(pictures)} pictures: a call gives one, so its tensors "
+            "have a first dimension of 1"
+        )
+    return latents, pictures
+
+
+@contextmanager
+def _sampled_by(pipe: DiffusionPipeline, scheduler: Any | None) -> Iterator[None]:
+    """The pipeline with another scheduler, for a while."""
+    own = pipe.scheduler
+    pipe.scheduler = scheduler if scheduler is not None else own
+    try:
+        yield
+    finally:
+        pipe.scheduler = own
+
+
+def _stack(parts: Sequence[Tensor]) -> Tensor:
+    sizes = sorted({tuple(part.shape[1:]) for part in parts})
+    if len(sizes) > 1:
+        raise LeansdError(f"the calls give results of several sizes: {sizes}; run each size apart")
+    return torch.cat(list(parts))
