@@ -237,6 +237,52 @@ def test_only_the_rows_that_need_it_run() -> None:
     assert report.predicted_speedup == pytest.approx(1 / (share + (1 - share) * cheap))
 
 
+# -- corrections -------------------------------------------------------------------------------
+
+
+CORRECTED = {
+    how: Plan.between([0, 1, 2, 5, 7], cut="head", steps=STEPS, how=how).correct({5: 0.4, 7: -0.3})
+    for how in ("forecast", "forecast2", "residual")
+}
+
+
+@pytest.mark.parametrize("how", CORRECTED)
+def test_corrections_from_full_run_to_plan(how: How) -> None:
+    """Where nothing was inherited before, there is nothing to correct."""
+    loop, plan = Batch(tiny_unet()), CORRECTED[how]
+    full = loop()
+    with leansd.inherit(loop, plan):
+        expected = loop()
+    with leansd.inherit(loop, plan.correct({5: 0.0, 7: 0.0})):
+        assert not torch.allclose(loop(), expected, atol=1e-4)
+    for threshold, result in ((ALWAYS, full), (NEVER, expected)):
+        with leansd.inherit(loop, plan.guard("sample", threshold=threshold)):
+            assert torch.equal(loop(), result)
+
+
+@pytest.mark.parametrize("how", CORRECTED)
+def test_pictures_are_corrected_apart(how: How) -> None:
+    unet = tiny_unet()
+    frame = CORRECTED[how]
+    plan = frame.guard("sample", threshold=0.035)
+    together = Batch(unet, (0, 1, 2))
+    with leansd.inherit(together, plan) as run:
+        results = together()
+    assert run._last is not None
+    corrected = {tuple(bool(call.corrects) for call in calls) for calls in run._last.calls}
+    assert len({each for calls in corrected for each in calls}) == 2
+    assert any(len(set(calls)) == 2 for calls in corrected)
+    computed = list_computed(run)
+    for picture, result in enumerate(results):
+        rows = tuple(
+            Row(correct=row.correct) if step in computed[picture] else row
+            for step, row in enumerate(frame.rows)
+        )
+        alone = Batch(unet, (picture,))
+        with leansd.inherit(alone, Plan(rows)):
+            assert torch.allclose(result, alone()[0], atol=1e-4, rtol=1e-4)
+
+
 # -- guidance ----------------------------------------------------------------------------------
 
 
@@ -387,6 +433,33 @@ def test_nothing_is_kept_after_a_run(preset: str) -> None:
     assert "forward" not in vars(loop.unet)
 
 
+def test_the_end_of_a_call_drops_what_is_kept() -> None:
+    pipe = tiny_pipeline()
+
+    def stop(pipe: Any, step: int, timestep: Any, tensors: Any) -> Any:
+        if step == 4:
+            raise KeyboardInterrupt
+        return tensors
+
+    branches: list[Any] = []
+    plan = leansd.preset("easycache", steps=STEPS)
+    with leansd.inherit(pipe, plan) as run:
+        begin = run.begin
+
+        def note(*args: Any) -> Any:
+            step = begin(*args)
+            branches.append(run._local.branches[0])
+            return step
+
+        run.begin = note
+        expected = draw(pipe)
+        with pytest.raises(KeyboardInterrupt):
+            pipe("a cat", num_inference_steps=STEPS, callback_on_step_end=stop)
+        assert branches[-1].bytes > 0
+        assert torch.equal(draw(pipe), expected)
+        assert branches[-1].bytes == 0
+
+
 def test_changed_batch_midway_computes_in_full() -> None:
     loop = Batch(tiny_unet(), (0, 1, 2))
     loop.scheduler.set_timesteps(STEPS)
@@ -457,6 +530,17 @@ def test_easycache_equals_a_plain_loop(threshold: float, picture: int, channels:
     assert report.full_calls == STEPS - reused
     assert report.guarded == STEPS - 3
     assert {0.0: reused == 0, NEVER: reused == STEPS - 3}.get(threshold, True)
+
+
+@pytest.mark.parametrize("channels", [4, 9])
+def test_the_unet_is_entered_where_a_picture_computes(channels: int) -> None:
+    loop = Batch(tiny_unet(in_channels=channels), (0, 1, 2))
+    entered: list[int] = []
+    handle = loop.unet.time_embedding.register_forward_pre_hook(lambda *_: entered.append(1))
+    with leansd.inherit(loop, leansd.preset("easycache", threshold=0.3, steps=STEPS)) as run:
+        loop()
+    handle.remove()
+    assert len(entered) == len(set[int]().union(*list_computed(run))) < STEPS
 
 
 def test_easycache_of_a_batch_is_that_of_its_pictures() -> None:

@@ -198,7 +198,7 @@ def compile_plan(
         for index in range(start, len(rows))
     ]
     probe = find_probe(plan.drift, anatomy, patterns) if plan.drift is not None else None
-    lanes = [_pick_lanes(each, guidance) for each in guidance]
+    lanes = [_pick_lanes(each, guides=guided and plan.guides) for each in guidance]
     weights = [plan.rows[rows[index]].correct for index in range(start, len(rows))]
     sources, corrects = _trace_sources(patterns, guidance, lanes, weights, start, moments)
     last_use = {
@@ -276,9 +276,9 @@ def predict_speedup(calls: Sequence[Call], anatomy: Anatomy) -> float:
     return anatomy.macs * len(calls) / spent
 
 
-def _pick_lanes(guidance: Guidance, of_run: Sequence[Guidance]) -> tuple[Lane, ...]:
-    """The lanes that a call runs; a run that computes guidance throughout needs no lanes."""
-    if all(each == "compute" for each in of_run):
+def _pick_lanes(guidance: Guidance, *, guides: bool) -> tuple[Lane, ...]:
+    """The lanes that a call runs; a plan that computes guidance throughout needs no lanes."""
+    if not guides:
         return ("all",)
     return ("rest", "cond") if guidance == "compute" else ("cond",)
 
