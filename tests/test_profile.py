@@ -159,7 +159,7 @@ def test_what_was_not_measured_is_told():
     with pytest.raises(LeansdError, match=r"cost of .* was not measured"):
         make_cost(units={}).predict_call(half)
     whole_step = compile_(Plan.full(2).inherit("head", at=1)).calls[1]
-    with pytest.raises(LeansdError, match="computes nothing: .* profile the model again"):
+    with pytest.raises(LeansdError, match=r"computes nothing: .* profile the model again"):
         cost.predict_call(whole_step)
 
 
