@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -33,10 +34,18 @@ FEW_STEPS = 8
 class Attachment:
     """A pipeline, or a raw UNet, that follows a plan: `with leansd.inherit(pipe, plan) as run`."""
 
-    def __init__(self, unet: UNet2DConditionModel, pipe: Any | None, source: Plan | Preset) -> None:
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        pipe: Any | None,
+        source: Plan | Preset,
+        compile_options: Mapping[str, Any] | None = None,
+    ) -> None:
         self.unet = unet
         self.pipe = pipe
         self.source = source
+        self.compile_options = compile_options
+        """Of `torch.compile`; None where nothing is compiled."""
         self.thread: int | None = None
         """The thread it was entered in; None for one that holds until it is released."""
         self._engine: Engine | None = None

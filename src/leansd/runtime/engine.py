@@ -22,6 +22,7 @@ from leansd.plans.address import get_layer
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.liveness import Program, compile_plan
 from leansd.plans.plan import Plan
+from leansd.runtime.graphs import Graphs, Slot, freeze
 from leansd.runtime.guidance import complete, keep_difference, take_conditional
 from leansd.runtime.passes import Pass
 from leansd.runtime.report import start_lap
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from leansd.runtime.attachment import Attachment
 
 UNET = "unet"
+KEEPSAKE = "_leansd_engine"
+"""Where a UNet keeps the engine that has compiled it."""
 
 
 class Engine:
@@ -42,8 +45,16 @@ class Engine:
         self.attachments: tuple[Attachment, ...] = ()
         self.compile = lru_cache(maxsize=64)(self._compile)
         self._active = threading.local()
+        self._traced = Slot()
+        self._graphs: dict[object, Graphs] = {}
         self._blocks = _list_block_outputs(self.anatomy)
         self.weave = Weave(self._list_modules(), self._around)
+
+    def resume(self) -> bool:
+        """Weave once more after a release; False where the UNet is not what it was."""
+        if read_anatomy(self.unet).fingerprint != self.anatomy.fingerprint:
+            return False
+        return self.weave.resume(self._list_modules())
 
     def _list_modules(self) -> dict[str, torch.nn.Module]:
         modules: dict[str, torch.nn.Module] = {UNET: self.unet}
@@ -68,7 +79,7 @@ class Engine:
     def _around(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if name == UNET:
             return self._run_unet(forward, *args, **kwargs)
-        step: Pass | None = getattr(self._active, "step", None)
+        step: Pass | None = getattr(self._find_slot(), "step", None)
         if step is None:
             return forward(*args, **kwargs)
         if name in self._blocks:
@@ -85,28 +96,46 @@ class Engine:
         step.writable = self._has_freeu() or _adds_in_place(kwargs)
         text = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
         attachment.note_size(sample, text)
-        self._active.step = step
+        graphs = self._find_graphs(attachment)
+        run = self.run_lanes if graphs is None or not graphs.take(sample) else graphs.run
         end_lap = start_lap(sample.device)
         try:
-            output = self._run_lanes(step, sample.shape[0], forward, *args, **kwargs)
+            output = run(step, forward, *args, **kwargs)
         except BaseException:
             attachment.abort()
             raise
-        finally:
-            self._active.step = None
         attachment.end(step, end_lap())
         return output
 
-    def _run_lanes(
-        self, step: Pass, batch: int, forward: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """The UNet's forward for the lanes that run."""
-        if step.call.is_half:
-            args, kwargs = take_conditional(args, batch), take_conditional(kwargs, batch)
-            return complete(step, forward(*args, **kwargs))
-        output = forward(*args, **kwargs)
-        keep_difference(step, output[0])
-        return output
+    def run_lanes(self, step: Pass, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The UNet's forward for the lanes that run, with its units following `step`."""
+        slot = self._find_slot()
+        slot.step = step
+        try:
+            if step.call.is_half:
+                batch = (args[0] if args else kwargs["sample"]).shape[0]
+                args, kwargs = take_conditional(args, batch), take_conditional(kwargs, batch)
+                return complete(step, forward(*args, **kwargs))
+            output = forward(*args, **kwargs)
+            keep_difference(step, output[0])
+            return output
+        finally:
+            slot.step = None
+
+    def _find_slot(self) -> Any:
+        """Where units find their pass: one place a thread, or that of the call being traced."""
+        return self._traced if torch.compiler.is_dynamo_compiling() else self._active
+
+    def _find_graphs(self, attachment: Attachment) -> Graphs | None:
+        """The graphs of all attachments that compile with the same options."""
+        options = attachment.compile_options
+        if options is None:
+            return None
+        key = freeze(options)
+        if key not in self._graphs:
+            with _LOCK:
+                self._graphs.setdefault(key, Graphs(self, options))
+        return self._graphs[key]
 
     def _has_freeu(self) -> bool:
         """Whether FreeU is on: its up blocks multiply what comes in in place."""
@@ -191,7 +220,9 @@ def attach(attachment: Attachment) -> Engine:
     with _LOCK:
         engine = _ENGINES.get(id(attachment.unet))
         if engine is None:
-            engine = Engine(attachment.unet)
+            engine = _revive(attachment.unet) or Engine(attachment.unet)
+        if attachment.compile_options is not None:
+            setattr(attachment.unet, KEEPSAKE, Keepsake(engine))
         for other in engine.attachments:
             if other.pipe is attachment.pipe and _share_thread(other, attachment):
                 raise LeansdError(
@@ -213,6 +244,27 @@ def detach(attachment: Attachment) -> None:
         if not engine.attachments:
             engine.weave.release()
             del _ENGINES[id(attachment.unet)]
+
+
+class Keepsake:
+    """Keeps an engine, and so its graphs, for as long as its UNet lives; a copy keeps none."""
+
+    def __init__(self, engine: Engine | None = None) -> None:
+        self.engine = engine
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Keepsake:
+        return Keepsake()
+
+    def __reduce__(self) -> tuple[type[Keepsake], tuple[()]]:
+        return Keepsake, ()
+
+
+def _revive(unet: UNet2DConditionModel) -> Engine | None:
+    """The engine that a UNet keeps, woven again, unless its modules have changed."""
+    engine = getattr(unet, KEEPSAKE, Keepsake()).engine
+    if engine is None or engine.unet is not unet:
+        return None
+    return engine if engine.resume() else None
 
 
 def list_attachments(unet: UNet2DConditionModel) -> tuple[Attachment, ...]:

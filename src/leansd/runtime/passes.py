@@ -9,7 +9,7 @@ import torch
 
 from leansd.plans.liveness import Call, Kept, Lane, Program
 from leansd.plans.plan import How
-from leansd.runtime.clock import Course, Tick
+from leansd.runtime.clock import Tick
 from leansd.runtime.store import RECALLS, Shape, Store, unwrap
 
 
@@ -46,7 +46,8 @@ class Branch:
         assert self.program is not None
         self._last = tick.index
         call = self.program[tick.index]
-        return Pass(self, call, tick.course, batch, records=tick.index == self.program.start)
+        records = tick.index == self.program.start
+        return Pass(self, call, tick.course.log_snr, batch, records=records)
 
 
 def _sign(sample: torch.Tensor, guided: bool) -> object:
@@ -57,7 +58,13 @@ class Pass:
     """One UNet call: answers every unit's question what to do."""
 
     def __init__(
-        self, branch: Branch, call: Call, course: Course, batch: int, *, records: bool
+        self,
+        branch: Branch,
+        call: Call,
+        log_snr: Sequence[float],
+        batch: int,
+        *,
+        records: bool,
     ) -> None:
         self.branch = branch
         self.call = call
@@ -65,8 +72,10 @@ class Pass:
         """Rows that run."""
         self.writable = False
         """Whether placeholders may be written to."""
-        self._log_snr = course.log_snr
-        self._records = records
+        self.log_snr = log_snr
+        """Of each UNet call of the run."""
+        self.records = records
+        """Whether to note what the outputs of the units look like."""
 
     def run_unit(self, at: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What a unit, or a part of one, gives in this call."""
@@ -80,7 +89,7 @@ class Pass:
         for kept in keeps:
             before = self.pick(given, kept.lane) if kept.what == "change" else None
             self.branch.store.keep(kept, self.pick(unwrap(output), kept.lane), before)
-        if self._records:
+        if self.records:
             self.branch.shapes[at] = Shape.of(output)
         return output
 
@@ -101,7 +110,7 @@ class Pass:
         self, how: How, sources: Sequence[Kept], given: torch.Tensor | None = None
     ) -> torch.Tensor:
         """One lane of an output made from what was kept."""
-        return RECALLS[how](self.branch.store, sources, self.call.index, self._log_snr, given)
+        return RECALLS[how](self.branch.store, sources, self.call.index, self.log_snr, given)
 
     def pick(self, tensor: torch.Tensor, lane: Lane) -> torch.Tensor:
         """The rows of one lane; in a call that runs one lane, all there are."""

@@ -16,7 +16,7 @@ from leansd.plans.plan import How
 class Shape:
     """What a unit's output looks like, so that a placeholder can stand in for it."""
 
-    size: torch.Size
+    size: Sequence[int]
     dtype: torch.dtype
     device: torch.device
     in_tuple: bool
@@ -51,15 +51,19 @@ class Store:
 
     def __init__(self) -> None:
         self._tensors: dict[Kept, torch.Tensor] = {}
-        self.bytes = 0
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors.values())
 
     def keep(self, kept: Kept, output: torch.Tensor, given: torch.Tensor | None = None) -> None:
         """Keep `output`, or what was added to what was `given`: one lane of both [B, C, H, W]."""
         source = output.detach()
-        tensor = source.clone() if given is None else source - given
-        self._drop(kept)
+        self.put(kept, source.clone() if given is None else source - given)
+
+    def put(self, kept: Kept, tensor: torch.Tensor) -> None:
+        """Keep `tensor` itself, which nobody else holds."""
         self._tensors[kept] = tensor
-        self.bytes += tensor.nbytes
 
     def has(self, items: Iterable[Kept]) -> bool:
         return all(kept in self._tensors for kept in items)
@@ -70,16 +74,10 @@ class Store:
 
     def release(self, items: Iterable[Kept]) -> None:
         for kept in items:
-            self._drop(kept)
+            self._tensors.pop(kept, None)
 
     def clear(self) -> None:
         self._tensors.clear()
-        self.bytes = 0
-
-    def _drop(self, kept: Kept) -> None:
-        tensor = self._tensors.pop(kept, None)
-        if tensor is not None:
-            self.bytes -= tensor.nbytes
 
 
 def unwrap(output: Any) -> torch.Tensor:

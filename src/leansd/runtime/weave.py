@@ -47,11 +47,12 @@ class Weave:
     """`around` woven around `modules`, until `release` or the end of the `with` block."""
 
     def __init__(self, modules: Mapping[str, nn.Module], around: Around) -> None:
+        self._around = around
         self._woven: list[tuple[nn.Module, Strand, Forward, Forward, bool]] = []
+        self._released: list[tuple[nn.Module, Strand, Forward, Forward, bool]] = []
         for name, module in modules.items():
             strand = Strand(name, around)
-            # Within accelerate's offload hooks, which come and go with every pipeline call.
-            slot = HOOKED if HOOKED in vars(module) else PLAIN
+            slot = _find_slot(module)
             before = getattr(module, slot)
             woven = functools.partial(call_around, strand, before)
             functools.update_wrapper(woven, before)
@@ -62,6 +63,7 @@ class Weave:
         """Put back what was there, wherever hooks have moved it. Twice is as good as once."""
         while self._woven:
             module, strand, woven, before, was_set = self._woven.pop()
+            self._released.append((module, strand, woven, before, was_set))
             strand.around = None
             holds = vars(module)
             if holds.get(PLAIN) is woven and not was_set:
@@ -70,6 +72,24 @@ class Weave:
             for slot in (PLAIN, HOOKED):
                 if holds.get(slot) is woven:
                     setattr(module, slot, before)
+
+    def resume(self, modules: Mapping[str, nn.Module]) -> bool:
+        """Weave what was released again, with the very same functions: compiled graphs know them.
+
+        Returns False, and does nothing, where it would not be `modules` or what one of them runs
+        has changed since.
+        """
+        if {strand.name: module for module, strand, *_ in self._released} != dict(modules):
+            return False
+        for module, _, _, before, was_set in self._released:
+            if getattr(module, _find_slot(module)) != before or was_set != (PLAIN in vars(module)):
+                return False
+        while self._released:
+            module, strand, woven, before, was_set = self._released.pop()
+            self._woven.append((module, strand, woven, before, was_set))
+            strand.around = self._around
+            setattr(module, _find_slot(module), woven)
+        return True
 
     def __enter__(self) -> Weave:
         return self
@@ -81,3 +101,8 @@ class Weave:
         trace: TracebackType | None,
     ) -> None:
         self.release()
+
+
+def _find_slot(module: nn.Module) -> str:
+    """Within accelerate's offload hooks, which come and go with every pipeline call."""
+    return HOOKED if HOOKED in vars(module) else PLAIN
