@@ -29,6 +29,8 @@ from test_control import make_pipeline as make_control_pipeline
 from test_inheritance import Loop
 from tiny import tiny_pipeline, tiny_unet, tiny_xl_unet
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 SMALL: dict[str, Any] = {
     "block_out_channels": (32, 64),
@@ -36,7 +38,7 @@ SMALL: dict[str, Any] = {
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     "layers_per_block": 1,
 }
-"""Seconds to trace, where the 44 units of `tiny_unet` take ten times as many."""
+"""A few seconds to trace, where the 44 units of `tiny_unet` take many."""
 
 
 @pytest.fixture(autouse=True)
@@ -432,7 +434,6 @@ def test_structures_forget_calls_and_step_counts() -> None:
         assert read == {each for lane in structure.list_sources(call) for each in lane}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_inductor(dynamic: bool) -> None:
     loop, plan = Loop(small_unet()), Plan.every(2, cut="up0", steps=4, how="forecast")

@@ -98,7 +98,9 @@ class TracedPass(Pass):
         for kept, tensor in zip((kept for each in sources for kept in each), given, strict=True):
             branch.store.put(kept, tensor)
         lines = [each for each in sources if len(each) > 1]
-        self._weights = {} if weights is None else dict(zip(lines, weights.unbind(), strict=True))
+        self._weights: dict[tuple[Kept, ...], torch.Tensor] = (
+            {} if weights is None else dict(zip(lines, weights.unbind(), strict=True))
+        )
 
     def recall(
         self, how: How, sources: Sequence[Kept], given: torch.Tensor | None = None
