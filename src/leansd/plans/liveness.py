@@ -102,7 +102,7 @@ class Call:
         return self.lanes == ("cond",)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
     """A run's UNet calls from `start` to the end; the first of them computes everything."""
 

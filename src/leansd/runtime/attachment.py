@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -33,10 +34,18 @@ from leansd.runtime.report import Lap, Report, Tally
 class Attachment:
     """A pipeline, or a raw UNet, that follows a plan: `with leansd.inherit(pipe, plan) as run`."""
 
-    def __init__(self, unet: UNet2DConditionModel, pipe: Any | None, source: Plan | Preset) -> None:
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        pipe: Any | None,
+        source: Plan | Preset,
+        compile_options: Mapping[str, Any] | None = None,
+    ) -> None:
         self.unet = unet
         self.pipe = pipe
         self.source = source
+        self.compile_options = compile_options
+        """Of `torch.compile`; None where nothing is compiled."""
         self.thread: int | None = None
         """The thread it was entered in; None for one that holds until it is released."""
         self._engine: Engine | None = None
@@ -191,10 +200,18 @@ class Attachment:
             )
             return Plan.full(steps)
         try:
-            return build_for(self.source, steps, engine.anatomy.up_blocks)
+            plan = build_for(self.source, steps, engine.anatomy.up_blocks)
         except LeansdError:
             self.abort()
             raise
+        if plan.drift is not None and self.compile_options is not None:
+            warnings.warn(
+                f"plan {plan.name} decides as it runs what each picture inherits, which one graph "
+                "cannot: it runs eagerly",
+                stacklevel=2,
+            )
+            self.compile_options = None
+        return plan
 
     def end(self, step: Step, lap: Lap) -> None:
         local = self._local

@@ -10,7 +10,7 @@ import torch
 from leansd.plans.anatomy import HEAD
 from leansd.plans.liveness import GUIDANCE, Call, Kept, Lane, Program
 from leansd.plans.plan import How
-from leansd.runtime.clock import Course, Tick
+from leansd.runtime.clock import Tick
 from leansd.runtime.store import RECALLS, Shape, Store, unwrap
 
 
@@ -108,7 +108,8 @@ class Branch:
         assert self.program is not None
         self._last = tick.index
         call, records = self.program[tick.index], tick.index == self.program.start
-        return Pass(self, call, tick.course, latents, records=records, apart=apart)
+        log_snr = tick.course.log_snr
+        return Pass(self, call, log_snr, latents, records=records, apart=apart)
 
 
 def _sign(sample: torch.Tensor, guided: bool) -> object:
@@ -127,7 +128,7 @@ class Pass:
         self,
         branch: Branch,
         call: Call,
-        course: Course,
+        log_snr: Sequence[float],
         latents: torch.Tensor,
         *,
         records: bool,
@@ -145,8 +146,10 @@ class Pass:
         self.batch = self.latents.shape[0]
         self.writable = False
         """Whether placeholders may be written to."""
-        self._log_snr = course.log_snr
-        self._records = records
+        self.log_snr = log_snr
+        """Of each UNet call of the run."""
+        self.records = records
+        """Whether to note what the outputs of the units look like."""
 
     @property
     def calls(self) -> tuple[Call, ...]:
@@ -163,7 +166,7 @@ class Pass:
         for kept in self._list_keeps(at):
             before = self.pick(given, kept.lane) if kept.what == "change" else None
             self.branch.store.keep(kept, self.pick(unwrap(output), kept.lane), before)
-        if self._records:
+        if self.records:
             self.branch.shapes[at] = Shape.of(output)
         return output
 
@@ -186,17 +189,21 @@ class Pass:
         self, how: How, sources: Sequence[Kept], given: torch.Tensor | None = None
     ) -> torch.Tensor:
         """One lane of an output made from what was kept."""
-        return RECALLS[how](self.branch.store, sources, self.call.index, self._log_snr, given)
+        return RECALLS[how](self.branch.store, sources, self.call.index, self.log_snr, given)
 
     def correct(self, noise: torch.Tensor) -> torch.Tensor:
         """The UNet's output [B, C, H, W] moved away from what it would have inherited."""
-        call = self.call
-        if not call.corrects:
+        corrects = self.call.corrects
+        if not corrects:
             return noise
         # A polynomial through one output is that output.
-        how = "residual" if call.corrects[0][0].what == "change" else "forecast"
-        forecasts = self._recall_lanes(how, call.corrects, self.latents)
-        return torch.lerp(torch.cat(forecasts), noise, 1 + call.correct)
+        how = "residual" if corrects[0][0].what == "change" else "forecast"
+        forecasts = self._recall_lanes(how, corrects, self.latents)
+        return self.move_on(torch.cat(forecasts), noise)
+
+    def move_on(self, forecast: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """`noise` and, times the weight of the correction, what its forecast was wrong by."""
+        return torch.lerp(forecast, noise, 1 + self.call.correct)
 
     def pick(self, tensor: torch.Tensor, lane: Lane) -> torch.Tensor:
         """The rows of one lane; in a call that runs one lane, all there are."""

@@ -17,7 +17,7 @@ from leansd.plans.plan import How
 class Shape:
     """What a unit's output looks like, so that a placeholder can stand in for it."""
 
-    size: torch.Size
+    size: Sequence[int]
     dtype: torch.dtype
     device: torch.device
     in_tuple: bool
@@ -52,15 +52,19 @@ class Store:
 
     def __init__(self) -> None:
         self._tensors: dict[Kept, torch.Tensor] = {}
-        self.bytes = 0
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors.values())
 
     def keep(self, kept: Kept, output: torch.Tensor, given: torch.Tensor | None = None) -> None:
         """Keep `output`, or what was added to what was `given`: one lane of both [B, C, H, W]."""
         source = output.detach()
-        tensor = source.clone() if given is None else source - given
-        self._drop(kept)
+        self.put(kept, source.clone() if given is None else source - given)
+
+    def put(self, kept: Kept, tensor: torch.Tensor) -> None:
+        """Keep `tensor` itself, which nobody else holds."""
         self._tensors[kept] = tensor
-        self.bytes += tensor.nbytes
 
     def has(self, items: Iterable[Kept]) -> bool:
         return all(kept in self._tensors for kept in items)
@@ -71,7 +75,7 @@ class Store:
 
     def release(self, items: Iterable[Kept]) -> None:
         for kept in items:
-            self._drop(kept)
+            self._tensors.pop(kept, None)
 
     def retain(self, items: Collection[Kept]) -> None:
         """Release all others."""
@@ -79,12 +83,6 @@ class Store:
 
     def clear(self) -> None:
         self._tensors.clear()
-        self.bytes = 0
-
-    def _drop(self, kept: Kept) -> None:
-        tensor = self._tensors.pop(kept, None)
-        if tensor is not None:
-            self.bytes -= tensor.nbytes
 
 
 def unwrap(output: Any) -> torch.Tensor:
@@ -117,23 +115,40 @@ def forecast_output(
 
     With one of them that one; outputs of one and the same log-SNR count once.
     """
-    places = {log_snr[kept.call]: kept for kept in reversed(sources)}
-    points = list(places)
-    weights = [weigh(log_snr[call], here, points) for here in points]
-    if len(points) == 2:
+    weights = weigh_sources(sources, call, log_snr)
+    tensors = [store.read(kept) for kept in weights]
+    if len(tensors) == 2:
         # lerp(before, latest, w) is before + w (latest - before); w > 1 lies beyond the latest.
-        before, latest = places.values()
-        return torch.lerp(store.read(before), store.read(latest), weights[1])
-    first, *others = zip(places.values(), weights, strict=True)
-    output = store.read(first[0]) * first[1]
-    for kept, weight in others:
-        output.add_(store.read(kept), alpha=weight)
-    return output
+        before, latest = tensors
+        return torch.lerp(before, latest, weights[sources[0]])
+    return combine(tensors, list(weights.values()))
 
 
-def weigh(at: float, here: float, points: Sequence[float]) -> float:
-    """Lagrange's weight at `at` of what was computed `here`, one of all `points`."""
-    return math.prod((at - point) / (here - point) for point in points if point != here)
+def weigh_sources(
+    sources: Sequence[Kept], call: int, log_snr: Sequence[float]
+) -> dict[Kept, float]:
+    """Lagrange's weights at `call` of the polynomial through `sources`, earliest first.
+
+    Of sources of one and the same log-SNR only the latest has one.
+    """
+    places = {log_snr[kept.call]: kept for kept in reversed(sources)}
+    at = log_snr[call]
+    return {
+        kept: math.prod((at - point) / (here - point) for point in places if point != here)
+        for here, kept in places.items()
+    }
+
+
+def combine(
+    tensors: Sequence[torch.Tensor], weights: Sequence[float | torch.Tensor]
+) -> torch.Tensor:
+    """The weighted sum of tensors, rounded to their precision only once."""
+    dtype = tensors[0].dtype
+    precise = torch.promote_types(dtype, torch.float32)
+    output = tensors[0].to(precise) * weights[0]
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+        output = output + tensor.to(precise) * weight
+    return output.to(dtype)
 
 
 RECALLS: dict[How, Recall] = {
