@@ -12,7 +12,6 @@ import leansd
 from leansd import LeansdError, Plan
 from leansd.faces.cli import main
 from leansd.faces.contests import choose_plans, list_contests
-from leansd.faces.samplers import make_scheduler
 from leansd.faces.standings import read_standings, tabulate_margins, tabulate_summary
 from leansd.measuring.bench import Stage, line_up, run_rounds, summarise
 from leansd.measuring.contest import FULL, OURS, Contest, Contestant, Grounds, send_plan
@@ -27,6 +26,7 @@ from leansd.measuring.rivals.tgate import gate_at
 from leansd.measuring.rivals.tomesd import merge
 from leansd.measuring.trajectories import run_calls
 from leansd.runtime.clock import read_course
+from leansd.runtime.samplers import make_scheduler
 from leansd.runtime.spectrum import weigh_chebyshev
 from loops import sample
 from tiny import tiny_pipeline, tiny_scheduler, tiny_unet

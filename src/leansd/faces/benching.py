@@ -10,7 +10,6 @@ from typing import Any
 
 from leansd.anatomy.cost import dissect
 from leansd.faces.contests import LONG, OTHERS, choose_plans, draw_inputs, list_settings, send_own
-from leansd.faces.samplers import make_scheduler
 from leansd.loading import as_image_to_image
 from leansd.measuring.bench import (
     LineUp,
@@ -29,6 +28,7 @@ from leansd.measuring.quality import Embedder
 from leansd.measuring.records import Record, stamp
 from leansd.measuring.resuming import SETTINGS, fingerprint_contest, list_done, put_contest
 from leansd.measuring.rivals import Rival
+from leansd.runtime.samplers import make_scheduler
 
 OnWork = Callable[[str, float], None]
 """Told what runs, and how many expected seconds of work it was."""

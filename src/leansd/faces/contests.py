@@ -120,7 +120,9 @@ def choose_plans(sources: Sequence[str], contest: Contest, blocks: int) -> tuple
     A folder holds files named SAMPLER-STEPS-GOAL.json; a plan file of another step count sits out.
     """
     if not sources:
-        return tuple(preset(name, contest.steps, blocks=blocks) for name in HOUSE)
+        return tuple(
+            preset(name, contest.steps, blocks=blocks, sampler=contest.sampler) for name in HOUSE
+        )
     plans: list[Plan] = []
     for source in sources:
         if Path(source).is_dir():
@@ -130,7 +132,7 @@ def choose_plans(sources: Sequence[str], contest: Contest, blocks: int) -> tuple
             continue
         found = look_up(source)
         if not isinstance(found, Plan) or found.steps == contest.steps:
-            plans.append(resolve(source, contest.steps, blocks=blocks))
+            plans.append(resolve(source, contest.steps, blocks=blocks, sampler=contest.sampler))
     return tuple(plans)
 
 

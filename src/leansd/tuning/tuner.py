@@ -54,6 +54,7 @@ def tune(
     held_out: Sequence[PipelineCall] | None = None,
     settings: Mapping[str, Any] | None = None,
     speeds: Sequence[float] = SPEEDS,
+    grids: Sequence[float] = GRIDS,
     tries: int = 6,
     seed: int = 0,
     batch: int = 8,
@@ -70,6 +71,7 @@ def tune(
         held_out: calls that decide; by default every third of `calls`, which are then not tuned on.
         settings: arguments that all calls share, such as `guidance_scale`.
         speeds: how many times faster than the full run plans are sought for.
+        grids: step counts that plans may have, as shares of the full run's.
         tries: moves of key steps that are tried for each speed.
         cost: of `leansd.profile`; measured here by default.
         sampler: its name in the front; the scheduler's class by default.
@@ -79,7 +81,7 @@ def tune(
         LeansdError: there are too few calls, or the sampler cannot be tuned for.
     """
     tuner = _Tuner.prepare(
-        pipe, calls, steps, held_out, dict(settings or {}), seed, batch, cost, journal, tell
+        pipe, calls, steps, held_out, dict(settings or {}), grids, seed, batch, cost, journal, tell
     )
     points = [point for speed in speeds for point in tuner.seek(speed, tries)]
     name = sampler or type(pipe.scheduler).__name__
@@ -125,6 +127,7 @@ class _Tuner:
         steps: int,
         held_out: Sequence[PipelineCall] | None,
         settings: dict[str, Any],
+        grids: Sequence[float],
         seed: int,
         batch: int,
         cost: CostModel | None,
@@ -141,7 +144,7 @@ class _Tuner:
         check = Bench(pipe, checked, seed + 10_000, batch, settings, blank)
         models: list[tuple[ErrorModel, float]] = []
         main: Calibration | None = None
-        for count in sorted({max(2, round(share * steps)) for share in GRIDS}, reverse=True):
+        for count in sorted({max(2, round(share * steps)) for share in grids}, reverse=True):
             tell(f"full run of {count} steps")
             calibration = calibrate(
                 pipe, fitted, count, seed=seed, batch=batch, settings=settings,

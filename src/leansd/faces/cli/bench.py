@@ -93,7 +93,6 @@ def bench(
     from leansd.faces.prompts import read_prompts
     from leansd.faces.report import write_page
     from leansd.faces.report.benching import make_sections
-    from leansd.faces.samplers import check_sampler, require_convergence
     from leansd.faces.scoring import find_embedder
     from leansd.faces.standings import (
         describe_quality,
@@ -108,6 +107,7 @@ def bench(
     from leansd.measuring.records import load_records
     from leansd.measuring.resuming import SETTINGS, get_field
     from leansd.measuring.rivals import choose_rivals
+    from leansd.runtime.samplers import check_sampler, require_convergence
 
     # Everything that can be wrong is found before a weight is read.
     check_file(out)
