@@ -58,6 +58,27 @@ def tabulate_row(plan: str, cells: dict[tuple[str, str], Record]) -> str:
     return "| " + " | ".join(columns) + " |"
 
 
+def tabulate_gpu() -> str:
+    """Eager, compiled and CUDA-graph runs of every plan on a GPU, or that there are none."""
+    path = RESULTS / "gpu.jsonl"
+    modes = ("eager", "compiled", "CUDA graphs")
+    parts = ["| plan on a GPU | " + " | ".join(modes) + " |", "|---" * (len(modes) + 1) + "|"]
+    if not path.exists():
+        return "\n".join([*parts, "| any" + " | not measured" * len(modes) + " |", ""])
+    records = load_records(path)
+    first = records[0]
+    cells = {(each.plan, get(each, "mode")): each for each in records if each.metric == "speedup"}
+    for plan in dict.fromkeys(plan for plan, _ in cells):
+        row = (f"{cells[plan, mode].value:.2f}x" for mode in modes)
+        parts.append(f"| {plan} | " + " | ".join(row) + " |")
+    setting = (
+        f"{first.subject}, {get(first, 'dtype')}, {get(first, 'width')} px, batch "
+        f"{get(first, 'batch')}, {get(first, 'steps')} steps ({first.value:.2f} s in full, eager; "
+        f"{first.device}; torch {first.torch}):\n"
+    )
+    return "\n".join([setting, *parts, ""])
+
+
 def get(record: Record, name: str) -> object:
     """A case's own field of a record."""
     return (record.model_extra or {})[name]
@@ -74,7 +95,11 @@ def tabulate_bench() -> str:
     return f"{circumstances}\n\n{tabulate_summary(read_standings(records)).markdown()}\n"
 
 
-TABLES: dict[str, Callable[[], str]] = {"presets": tabulate_presets, "bench": tabulate_bench}
+TABLES: dict[str, Callable[[], str]] = {
+    "presets": tabulate_presets,
+    "bench": tabulate_bench,
+    "gpu": tabulate_gpu,
+}
 
 
 def fill(page: str) -> str:

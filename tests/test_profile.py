@@ -17,6 +17,7 @@ from leansd.measuring.cost import (
     CostModel,
     Observed,
     fit_overheads,
+    get_batch,
     list_entered,
     scale_calls,
     solve_nonnegative,
@@ -49,7 +50,7 @@ def make_cost(**changes) -> CostModel:
         },
         "blocks": {at: {"whole": 0.5, "half": 0.25} for at in ANATOMY.blocks},
         "output_bytes": {unit.at: MEBIBYTE for unit in rows},
-        "fixed": {"whole": 2.0, "half": 1.5},
+        "fixed": {"whole": 2.0, "half": 1.5, "none": 0.25},
         "per_byte": 0.25 / MEBIBYTE,
         "text": 3.0,
         "decode": 5.0,
@@ -82,10 +83,23 @@ def test_a_cut_pays_for_what_runs_and_what_it_recalls():
     assert cost.predict_call(key) == cost.full_call + 2 * 0.25
 
 
-def test_whole_steps_cost_the_fixed_part_and_a_copy():
+@pytest.mark.parametrize(("how", "tensors"), [("reuse", 2), ("residual", 2), ("forecast", 2)])
+@pytest.mark.parametrize("guidance", ["compute", "inherit"])
+def test_whole_steps_cost_a_fixed_part_of_their_own_and_a_copy(how, tensors, guidance):
+    """The UNet is not entered, so it does not matter for how much of a batch."""
     cost = make_cost()
-    reused = compile_(Plan.every(2, cut="head", steps=2)).calls[1]
-    assert cost.predict_call(reused) == 2.0 + 2 * 0.25
+    plan = Plan.full(2).inherit("head", at=1, how=how).guide(guidance, at=1)
+    whole_step = compile_(plan).calls[1]
+    assert list_entered(whole_step) == set()
+    lanes = 0.5 if guidance == "inherit" else 1
+    assert cost.predict_call(whole_step) == 0.25 + lanes * tensors * 0.25
+
+
+def test_a_correction_reads_what_its_forecast_is_made_from():
+    cost = make_cost()
+    plan = Plan.full(4).inherit("head", at=2, how="forecast").correct({3: 0.5})
+    last = compile_(plan).calls[3]
+    assert cost.count_bytes(last) == 3 * MEBIBYTE
 
 
 def test_half_a_batch_has_times_of_its_own():
@@ -124,7 +138,7 @@ def test_a_part_that_inherits_is_taken_off_its_unit():
 def test_runs_and_speedups_add_up():
     cost = make_cost(per_byte=0.0)
     program = compile_(Plan.every(2, cut="head", steps=4))
-    unet = 2 * cost.full_call + 2 * 2.0
+    unet = 2 * cost.full_call + 2 * 0.25
     assert cost.overhead_per_run == 15.0
     assert cost.predict_unet(program.calls) == unet
     assert cost.predict_run(program) == 15.0 + 4 * 0.5 + unet
@@ -144,6 +158,9 @@ def test_what_was_not_measured_is_told():
         cost.predict_call(half)
     with pytest.raises(LeansdError, match=r"cost of .* was not measured"):
         make_cost(units={}).predict_call(half)
+    whole_step = compile_(Plan.full(2).inherit("head", at=1)).calls[1]
+    with pytest.raises(LeansdError, match=r"computes nothing: .* profile the model again"):
+        cost.predict_call(whole_step)
 
 
 # -- fit -----------------------------------------------------------------------------------------
@@ -156,7 +173,7 @@ def test_the_fit_finds_the_overheads_that_calls_were_made_with():
     for call in calls:
         seconds = true.predict_call(call)
         units = seconds - true.predict_joins(call) - true.per_byte * true.count_bytes(call)
-        units -= true.fixed["half" if call.is_half else "whole"]
+        units -= true.fixed[get_batch(call)]
         observed.append(Observed(call, seconds, seconds - units))
     fitted = fit_overheads(replace(true, fixed={}, per_byte=0.0), observed)
     assert fitted.fixed == pytest.approx(true.fixed)
@@ -181,6 +198,8 @@ def test_the_probing_run_times_every_unit_block_and_batch_by_itself(any_unet, gu
     assert not last.keeps
     assert last.pattern.computed == set(anatomy.addresses)
     assert last.is_half == guided
+    batches = {get_batch(call) for call in compile_plan(plan, anatomy, guided=guided).calls[1:]}
+    assert batches == {"whole", "none"} | ({"half"} if guided else set())
     probing = {each.fingerprint for each in hold_out(anatomy, 8, guided=guided).values()}
     assert plan.fingerprint not in probing
 
@@ -231,7 +250,7 @@ def test_a_profile_predicts_every_kind_of_call_and_leaves_the_pipeline_as_it_was
 def test_a_profile_without_guidance_knows_no_halves():
     cost = profile(tiny_pipeline(), repeats=1, call={"guidance_scale": 1.0}, pictures=2)
     assert not cost.is_guided
-    assert set(cost.fixed) == {"whole"}
+    assert set(cost.fixed) == {"whole", "none"}
     assert cost.output_bytes["head"] == 2 * 4 * 8 * 8 * 4
 
 

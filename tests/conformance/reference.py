@@ -239,7 +239,7 @@ def watch_ends() -> Iterator[list[int]]:
 
     def note(attachment: Attachment) -> None:
         local = attachment._local
-        left.append(sum(branch.store.bytes for branch in local.branches.values()))
+        left.append(sum(branch.bytes for branch in local.branches.values()))
         if hasattr(local, "control"):
             left[-1] += local.control.bytes_kept
         abort(attachment)

@@ -1,5 +1,6 @@
 """Modular pipelines: the guider calls the conditional and the unconditional branch apart."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -142,6 +143,36 @@ def test_branches_called_apart_equal_brute_force(pipe: Any, name: str, prompt: A
         assert run.report().calls == 2 * STEPS
     assert is_plain(pipe.unet)
     assert torch.equal(draw(pipe, prompt=prompt), plain)
+
+
+@pytest.mark.parametrize("cut", ["up2.l1", "head"])
+@pytest.mark.parametrize("guidance", ["inherit", "drop"])
+def test_branches_called_apart_follow_a_frame_each(pipe: Any, cut: str, guidance: Any) -> None:
+    """Guidance is computed: what one branch's pictures do, the other does not know."""
+    bare = Plan.every(2, cut=cut, steps=STEPS, how="forecast")
+    frame = bare.guide(guidance, at=3)
+    prompts = ["a cat", "a dog"]
+    plain = draw(pipe, prompt=prompts)
+    with leansd.inherit(pipe, bare):
+        expected = draw(pipe, prompt=prompts)
+    for threshold, result in ((0.0, plain), (math.inf, expected)):
+        with leansd.inherit(pipe, frame.guard("sample", threshold=threshold)) as run:
+            assert torch.equal(draw(pipe, prompt=prompts), result)
+        report = run.report()
+        assert report.calls == 2 * STEPS
+        assert report.guarded == 2 * 2 * len([row for row in frame.rows if not row.is_key])
+    assert not torch.equal(plain, expected)
+
+
+def test_guider_that_starts_late(pipe: Any) -> None:
+    """The branches are first called apart after the last step that leaves one out."""
+    pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=4.0, start=0.4))
+    plan = REUSE.guide("inherit", at=1)
+    with leansd.inherit(pipe, REUSE):
+        expected = draw(pipe)
+    pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=4.0, start=0.4))
+    with leansd.inherit(pipe, plan):
+        assert torch.equal(draw(pipe), expected)
 
 
 def test_guider_that_stops_midway(pipe: Any) -> None:

@@ -19,8 +19,9 @@ from leansd.plans.address import get_block
 from leansd.plans.anatomy import HEAD, STEM
 from leansd.plans.liveness import Call, Kept, Program
 
-Batch = Literal["whole", "half"]
-"""What a call runs: the `whole` batch, or only the conditional `half` of a guided one."""
+Batch = Literal["whole", "half", "none"]
+"""What a call runs: the `whole` batch, only the conditional `half` of a guided one, or `none` of
+it, where the UNet's output is inherited and the UNet not entered."""
 BATCHES: tuple[Batch, ...] = get_args(Batch)
 
 Times = Mapping[str, Mapping[Batch, float]]
@@ -81,10 +82,7 @@ class CostModel:
         """
         batch = get_batch(call)
         if batch not in self.fixed:
-            raise LeansdError(
-                f"no cost is known of a call for {batch} a batch: {self.subject} was profiled "
-                "without guidance; profile it with a guidance scale above 1"
-            )
+            raise LeansdError(f"no cost is known of a call {MISSING[batch]} ({self.subject})")
         pattern = call.pattern
         units = sum(self._get_time(at, batch) for at in pattern.computed)
         units -= sum(self._get_time(at, batch) for at in pattern.parts)
@@ -105,7 +103,7 @@ class CostModel:
         )
         recalled = sum(
             (len(sources) + 1) * self._get_bytes(sources[0])
-            for lanes in call.sources.values()
+            for lanes in (*call.sources.values(), call.corrects)
             for sources in lanes
         )
         return kept + recalled
@@ -230,7 +228,18 @@ STAGES = {
 """Metric of each number that is of the whole pipeline, and its name in the model."""
 
 
+MISSING: Mapping[Batch, str] = {
+    "whole": "for a whole batch: the profile is broken; profile the model again",
+    "half": "for half a batch: it was profiled without guidance; profile it with a guidance scale "
+    "above 1",
+    "none": "that computes nothing: the profile has none; profile the model again",
+}
+"""What to say where a kind of call was not measured."""
+
+
 def get_batch(call: Call) -> Batch:
+    if HEAD in call.pattern.inherited:
+        return "none"
     return "half" if call.is_half else "whole"
 
 

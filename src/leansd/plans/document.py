@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from leansd.errors import LeansdError
+from leansd.plans.drift import Drift, Measure
 from leansd.plans.plan import Guidance, How, Plan, Row
 
 VERSION = 1
@@ -22,6 +24,13 @@ class RowDocument(BaseModel):
     correct: float = Field(default=0.0, allow_inf_nan=False)
 
 
+class DriftDocument(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    probe: str
+    threshold: float = Field(ge=0)
+    measure: Measure = "change"
+
+
 class PlanDocument(BaseModel):
     """The file format. A change that an older reader would misunderstand raises `version`."""
 
@@ -30,18 +39,15 @@ class PlanDocument(BaseModel):
     version: int = VERSION
     name: str = "plan"
     steps: int = Field(ge=1)
+    drift: DriftDocument | None = None
     rows: list[RowDocument]
 
 
 def write_plan(plan: Plan, path: Path) -> None:
     """Write `plan` to `path`; the file is either the old one or the whole new one."""
-    rows = [
-        RowDocument(inherit=dict(row.inherit), guidance=row.guidance, correct=row.correct)
-        for row in plan.rows
-    ]
-    document = PlanDocument(name=plan.name, steps=plan.steps, rows=rows)
+    document = make_document(plan)
     lines = [json.dumps(row.model_dump(exclude_defaults=True)) for row in document.rows]
-    head = json.dumps(document.model_dump(exclude={"rows"}))[1:-1]
+    head = json.dumps(document.model_dump(exclude={"rows"}, exclude_none=True))[1:-1]
     text = "{" + head + ', "rows": [\n  ' + ",\n  ".join(lines) + "\n]}\n"
     partial = path.with_name(path.name + ".partial")
     try:
@@ -74,5 +80,21 @@ def read_plan(path: Path) -> Plan:
         )
     if len(document.rows) != document.steps:
         raise LeansdError(f"{path} says {document.steps} steps and has {len(document.rows)} rows")
+    return make_plan(document)
+
+
+def make_document(plan: Plan) -> PlanDocument:
+    """A plan as what its file holds."""
+    rows = [
+        RowDocument(inherit=dict(row.inherit), guidance=row.guidance, correct=row.correct)
+        for row in plan.rows
+    ]
+    drift = None if plan.drift is None else DriftDocument(**asdict(plan.drift))
+    return PlanDocument(name=plan.name, steps=plan.steps, drift=drift, rows=rows)
+
+
+def make_plan(document: PlanDocument) -> Plan:
+    """The plan that a file holds."""
+    drift = None if document.drift is None else Drift(**document.drift.model_dump())
     rows = tuple(Row(row.inherit, row.guidance, row.correct) for row in document.rows)
-    return Plan(rows, document.name)
+    return Plan(rows, document.name, drift)

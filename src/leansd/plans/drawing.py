@@ -65,7 +65,7 @@ def draw_grid(plan: Plan, anatomy: Anatomy) -> str:
     """The plan as a grid of units and steps, with the share of multiply-accumulates where known."""
     states = list_states(plan, anatomy)
     width = max(len(at) for at in states)
-    lines = [_headline(plan), " " * width + " " + _ruler(plan.steps)]
+    lines = [*_headlines(plan), " " * width + " " + _ruler(plan.steps)]
     for at, row in states.items():
         lines.append(f"{at:<{width}} " + "".join(MARKS[state] for state in row))
     lines.append(" ".join(f"{mark} {state}" for state, mark in MARKS.items()))
@@ -87,7 +87,7 @@ def draw_rows(plan: Plan) -> str:
     """The plan without a UNet: a line for each address or glob it names."""
     states = list_row_states(plan)
     width = max((len(name) for name in states), default=8)
-    lines = [_headline(plan), " " * width + " " + _ruler(plan.steps)]
+    lines = [*_headlines(plan), " " * width + " " + _ruler(plan.steps)]
     for name, row in states.items():
         lines.append(f"{name:<{width}} " + "".join(MARKS[state] for state in row))
     return "\n".join(lines)
@@ -120,7 +120,7 @@ def draw_picture(plan: Plan, anatomy: Anatomy | None = None) -> Figure:
     axes.tick_params(which="both", length=0, labelsize=7)
     axes.set_yticks(range(len(states)), list(states))
     axes.set_xlabel("step", fontsize=8)
-    axes.set_title(_headline(plan), fontsize=9, loc="left")
+    axes.set_title("\n".join(_headlines(plan)), fontsize=9, loc="left")
     axes.spines[:].set_visible(False)
     used = {state for row in states.values() for state in row}
     axes.legend(
@@ -177,8 +177,9 @@ def _row(
     return text
 
 
-def _headline(plan: Plan) -> str:
-    return f"plan {plan.name}: {plan.steps} steps, {len(plan.keys)} in full"
+def _headlines(plan: Plan) -> list[str]:
+    headline = f"plan {plan.name}: {plan.steps} steps, {len(plan.keys)} in full"
+    return [headline] if plan.drift is None else [headline, str(plan.drift)]
 
 
 def _ruler(steps: int) -> str:

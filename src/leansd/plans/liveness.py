@@ -12,14 +12,15 @@ inherits or drops guidance, only the conditional lane runs, and what is kept is 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from typing import Literal, NamedTuple
 
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import HEAD, Anatomy
+from leansd.plans.drift import SAMPLE, Drift
 from leansd.plans.plan import Guidance, How, Plan
 
 Lane = Literal["all", "rest", "cond"]
@@ -85,12 +86,23 @@ class Call:
     """See `Row.correct`; zero where nothing was forecast since the output before."""
     corrects: tuple[tuple[Kept, ...], ...] = ()
     """For each lane, the earlier outputs that the correction's forecast is made from."""
+    is_upgraded: bool = False
+    """Whether everything is computed although the plan would have inherited."""
+
+    @property
+    def inherits(self) -> bool:
+        """Whether a unit or a part inherits."""
+        return bool(self.pattern.inherited or self.pattern.parts)
+
+    @property
+    def computes_all(self) -> bool:
+        """Whether everything is computed, for the lanes that run."""
+        return not (self.inherits or self.pattern.idle)
 
     @property
     def is_full(self) -> bool:
         """Whether everything is computed, for the whole batch."""
-        pattern = self.pattern
-        return not (pattern.inherited or pattern.idle or pattern.parts or self.is_half)
+        return self.computes_all and not self.is_half
 
     @property
     def is_half(self) -> bool:
@@ -98,12 +110,22 @@ class Call:
         return self.lanes == ("cond",)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
     """A run's UNet calls from `start` to the end; the first of them computes everything."""
 
     start: int
     calls: tuple[Call, ...]
+    probe: str | None = None
+    """For a plan with a drift, the unit (or `sample`) that tells."""
+    upgrades: frozenset[int] = frozenset()
+    """Calls that are computed in full though the plan inherits."""
+    retrace: Callable[..., Program] | None = field(default=None, repr=False, compare=False)
+
+    def upgrade(self, index: int) -> Program:
+        """This program with the call `index` computed in full, and all that follows from it."""
+        assert self.retrace is not None
+        return self.retrace(upgrades=self.upgrades | {index})
 
     def __getitem__(self, index: int) -> Call:
         return self.calls[index - self.start]
@@ -136,7 +158,8 @@ def find_pattern(anatomy: Anatomy, inherits: Mapping[str, How]) -> Pattern:
             computed.add(unit.at)
         else:
             inherited[unit.at] = how
-        if how is None or how == "residual":
+        # A residual needs the present input; the head's is the UNet's own.
+        if how is None or (how == "residual" and unit.at != HEAD):
             needed.update(unit.reads)
     working = [part.at for part in anatomy.parts if part.reads[0] in computed]
     parts: dict[str, How] = {at: inherits[at] for at in working if at in inherits}
@@ -152,6 +175,7 @@ def compile_plan(
     rows: Sequence[int] | None = None,
     moments: Sequence[float] | None = None,
     guided: bool = True,
+    upgrades: frozenset[int] = frozenset(),
 ) -> Program:
     """The UNet calls of a run that follows `plan`, from call `start` on.
 
@@ -163,7 +187,14 @@ def compile_plan(
         moments: the time step of each call; forecasts draw on outputs of distinct moments.
         guided: whether the batch has an unconditional and a conditional half; without them what the
             plan says of guidance means nothing.
+        upgrades: calls to compute in full where the plan inherits; guidance stays the plan's.
+
+    Raises:
+        LeansdError: the plan does not suit this UNet, or its probe runs too late.
     """
+    retrace = partial(
+        compile_plan, plan, anatomy, start=start, rows=rows, moments=moments, guided=guided
+    )
     rows = range(plan.steps) if rows is None else rows
     resolved = plan.resolve(anatomy)
     guidance: list[Guidance] = [
@@ -171,10 +202,11 @@ def compile_plan(
         for index in range(start, len(rows))
     ]
     patterns = [
-        find_pattern(anatomy, {} if index == start else resolved[rows[index]])
+        find_pattern(anatomy, {} if index == start or index in upgrades else resolved[rows[index]])
         for index in range(start, len(rows))
     ]
-    lanes = [_pick_lanes(each, guidance) for each in guidance]
+    probe = find_probe(plan.drift, anatomy, patterns) if plan.drift is not None else None
+    lanes = [_pick_lanes(each, guides=guided and plan.guides) for each in guidance]
     weights = [plan.rows[rows[index]].correct for index in range(start, len(rows))]
     sources, corrects = _trace_sources(patterns, guidance, lanes, weights, start, moments)
     last_use = {
@@ -193,10 +225,45 @@ def compile_plan(
             releases=frozenset(kept for kept, last in last_use.items() if last == index),
             correct=weights[index - start] if corrects[index - start] else 0.0,
             corrects=corrects[index - start],
+            is_upgraded=index in upgrades,
         )
         for index in range(start, len(rows))
     )
-    return Program(start, calls)
+    return Program(start, calls, probe, upgrades, retrace)
+
+
+def find_probe(drift: Drift, anatomy: Anatomy, patterns: Sequence[Pattern]) -> str:
+    """The full address of the unit that tells the drift.
+
+    Raises:
+        LeansdError: there is none, or it does not run before everything that inherits.
+    """
+    if drift.probe == SAMPLE:
+        return SAMPLE
+    try:
+        at = anatomy[drift.probe].at
+    except LeansdError as error:
+        raise LeansdError(f"probe of the drift: {error}") from None
+    early = _list_early(anatomy, patterns)
+    if at not in early:
+        raise LeansdError(
+            f"{at} cannot be the probe of the drift: where the plan inherits it must be computed, "
+            f"and so must all that runs before it; probes that will do: {', '.join(early)}"
+        )
+    return at
+
+
+def _list_early(anatomy: Anatomy, patterns: Sequence[Pattern]) -> list[str]:
+    """`sample` and the units that every call computes before anything inherits or is left out."""
+    early = [SAMPLE]
+    for unit in anatomy:
+        for pattern in patterns:
+            if unit.at not in pattern.computed:
+                return early
+            if any(anatomy.by_address[part].reads[0] == unit.at for part in pattern.parts):
+                return early
+        early.append(unit.at)
+    return early
 
 
 def predict_speedup(calls: Sequence[Call], anatomy: Anatomy) -> float:
@@ -217,9 +284,9 @@ def predict_speedup(calls: Sequence[Call], anatomy: Anatomy) -> float:
     return anatomy.macs * len(calls) / spent
 
 
-def _pick_lanes(guidance: Guidance, of_run: Sequence[Guidance]) -> tuple[Lane, ...]:
-    """The lanes that a call runs; a run that computes guidance throughout needs no lanes."""
-    if all(each == "compute" for each in of_run):
+def _pick_lanes(guidance: Guidance, *, guides: bool) -> tuple[Lane, ...]:
+    """The lanes that a call runs; a plan that computes guidance throughout needs no lanes."""
+    if not guides:
         return ("all",)
     return ("rest", "cond") if guidance == "compute" else ("cond",)
 

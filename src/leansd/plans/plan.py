@@ -17,13 +17,15 @@ from typing import Literal, get_args
 
 from leansd.errors import LeansdError
 from leansd.plans import keysteps
-from leansd.plans.anatomy import HEAD, Anatomy
+from leansd.plans.anatomy import HEAD, STEM, Anatomy
+from leansd.plans.drift import Drift, Measure
 
 How = Literal["reuse", "residual", "forecast", "forecast2", "chebyshev", "chebyshev-line"]
 """How a unit gives an output that it does not compute.
 
 `reuse`     the output it gave when it was last computed.
-`residual`  its present input plus what it added to its input when it was last computed.
+`residual`  its present input plus what it added to its input when it was last computed; for the
+            head, whose output is the UNet's, the input is the UNet's own.
 `forecast`  the line through its last two computed outputs, over log-SNR.
 `forecast2` the parabola through its last three, over log-SNR.
 `chebyshev` Spectrum's ridge regression on Chebyshev polynomials over the calls, of all computed
@@ -65,6 +67,8 @@ class Plan:
 
     rows: tuple[Row, ...]
     name: str = "plan"
+    drift: Drift | None = None
+    """When a picture that may inherit does not: makes the plan adaptive."""
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -147,6 +151,16 @@ class Plan:
             rows[step] = replace(rows[step], guidance=guidance)
         return replace(self, rows=tuple(rows))
 
+    def guard(self, probe: str, *, threshold: float, measure: Measure = "change") -> Plan:
+        """This plan as a frame: a picture inherits only while its drift is below `threshold`.
+
+        See `leansd.plans.drift`.
+
+        Args:
+            probe: address of a unit that runs before anything inherits, or `sample`.
+        """
+        return replace(self, drift=Drift(probe, threshold, measure))
+
     def correct(self, weights: Mapping[int, float]) -> Plan:
         """This plan with the UNet's output corrected at some steps: `{step: weight}`.
 
@@ -222,7 +236,8 @@ class Plan:
             [_order(row.inherit), row.guidance, *([row.correct] if row.correct else [])]
             for row in self.rows
         ]
-        return sha256(json.dumps(rows).encode()).hexdigest()[:12]
+        does = rows if self.drift is None else [rows, *_list_values(self.drift)]
+        return sha256(json.dumps(does).encode()).hexdigest()[:12]
 
     def resolve(self, anatomy: Anatomy) -> tuple[dict[str, How], ...]:
         """For every step, the units that inherit and how.
@@ -282,10 +297,13 @@ def _resolve_row(step: int, row: Row, anatomy: Anatomy) -> dict[str, How]:
                 raise LeansdError(
                     f"step {step}: {unit.at} is itself added to its input; use reuse or forecast"
                 )
-            if how == "residual" and unit.channels[0] != unit.channels[1]:
+            given = anatomy[STEM].channels[0] if unit.at == HEAD else unit.channels[0]
+            # Further channels of the UNet's input (masks, other pictures) follow the latents.
+            fits = given >= unit.channels[1] if unit.at == HEAD else given == unit.channels[1]
+            if how == "residual" and not fits:
                 raise LeansdError(
                     f"step {step}: {unit.at} cannot inherit its residual: it takes "
-                    f"{unit.channels[0]} channels, gives {unit.channels[1]}; use reuse or forecast"
+                    f"{given} channels, gives {unit.channels[1]}; use reuse or forecast"
                 )
             if how == "residual" and unit.kind.endswith("sampler"):
                 raise LeansdError(
@@ -302,6 +320,10 @@ def _order(inherit: Mapping[str, How]) -> list[tuple[str, How]]:
     """The entries of a row; their order means something only where they differ in how."""
     entries = list(inherit.items())
     return entries if len(set(inherit.values())) > 1 else sorted(entries)
+
+
+def _list_values(drift: Drift) -> tuple[str, float, str]:
+    return drift.probe, float(drift.threshold), drift.measure
 
 
 def _interpolate(values: list[int], position: float) -> float:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from leansd.errors import LeansdError
 from leansd.plans import keysteps
+from leansd.plans.drift import SAMPLE
 from leansd.plans.plan import How, Plan
 from leansd.plans.registry import register
 
@@ -139,6 +140,23 @@ def build_spectrum(
         window += growth
         step += int(window)
     return Plan.between(keys, cut=f"up{blocks - 1}", steps=steps, how=how)
+
+
+@register("easycache", "EasyCache's whole-step reuse by predicted change (threshold, warm_up)")
+def build_easycache(
+    *, steps: int, blocks: int, threshold: float = 0.05, warm_up: int | None = None
+) -> Plan:
+    """EasyCache (arXiv 2507.02860): whole steps add what the last computed one added to its input.
+
+    The first tenth of the run and its last step are computed; between them each picture is as soon
+    as the change predicted from its latents, added up, reaches the threshold. That the UNet is
+    given more than latents (inpainting) does not matter: its output is a change of the latents.
+    """
+    warm_up = max(2, round(0.1 * steps)) if warm_up is None else warm_up
+    if warm_up < 1:
+        raise LeansdError(f"the warm-up must be 1 step or longer, not {warm_up}")
+    plan = Plan.full(steps).inherit("head", at=range(warm_up, steps - 1), how="residual")
+    return plan.guard(SAMPLE, threshold=threshold, measure="predicted")
 
 
 def list_complex_power_steps(steps: int, keys: int, centre: int, power: float) -> keysteps.KeySteps:

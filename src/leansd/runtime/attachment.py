@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +13,10 @@ from diffusers import UNet2DConditionModel
 
 from leansd.anatomy.reading import read_anatomy
 from leansd.errors import LeansdError
-from leansd.plans.liveness import Lane
+from leansd.plans.liveness import Lane, compile_plan
 from leansd.plans.plan import Plan
 from leansd.plans.presets import Preset, build_for, suits
+from leansd.runtime.adaptive import AdaptiveBranch
 from leansd.runtime.clock import Clock, Course, LoopClock, SchedulerClock, Tick
 from leansd.runtime.control import (
     Control,
@@ -23,18 +26,26 @@ from leansd.runtime.control import (
     detach_control,
 )
 from leansd.runtime.engine import Engine, attach, detach
-from leansd.runtime.guidance import find_lane, guides, is_guided
-from leansd.runtime.passes import Branch, Pass
+from leansd.runtime.guidance import count_pictures, find_lane, guides, is_guided
+from leansd.runtime.passes import Branch, Step
 from leansd.runtime.report import Lap, Report, Tally
 
 
 class Attachment:
     """A pipeline, or a raw UNet, that follows a plan: `with leansd.inherit(pipe, plan) as run`."""
 
-    def __init__(self, unet: UNet2DConditionModel, pipe: Any | None, source: Plan | Preset) -> None:
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        pipe: Any | None,
+        source: Plan | Preset,
+        compile_options: Mapping[str, Any] | None = None,
+    ) -> None:
         self.unet = unet
         self.pipe = pipe
         self.source = source
+        self.compile_options = compile_options
+        """Of `torch.compile`; None where nothing is compiled."""
         self.thread: int | None = None
         """The thread it was entered in; None for one that holds until it is released."""
         self._engine: Engine | None = None
@@ -43,7 +54,7 @@ class Attachment:
         self._last: Tally | None = None
         anatomy = read_anatomy(unet)
         if isinstance(source, Plan):
-            source.resolve(anatomy)
+            compile_plan(source, anatomy)
         elif pipe is None:
             raise LeansdError(
                 f"a bare UNet does not say how many steps a run has; give the pipeline, or a plan "
@@ -100,7 +111,7 @@ class Attachment:
         assert isinstance(self.source, Plan)
         return LoopClock(self.source.steps)
 
-    def begin(self, engine: Engine, sample: torch.Tensor, timestep: Any) -> Pass | None:
+    def begin(self, engine: Engine, sample: torch.Tensor, timestep: Any) -> Step | None:
         """Place a UNet call; None where it is none of this attachment's."""
         tick = self.get_clock().tell(timestep)
         if tick is None:
@@ -113,23 +124,28 @@ class Attachment:
             local.tally = self._last = Tally(plan, control)
             if control is not None:
                 control.begun = True
-        lane = find_lane(self.pipe) if local.plan.guides else None
+        lane = find_lane(self.pipe) if _saves_guidance_apart(local.plan) else None
         if lane is not None:
             return self._begin_apart(engine, sample, tick, lane)
         index, ordinal = local.here
         ordinal = ordinal + 1 if index == tick.index else 0
         local.here = (tick.index, ordinal)
-        branch = local.branches.setdefault(ordinal, Branch())
+        branch = local.branches.setdefault(ordinal, self._make_branch(local.plan))
         guided = is_guided(self.pipe, sample.shape[0])
         if not branch.expects(tick.index, sample, guided):
             course = tick.course
             program = engine.compile(local.plan, tick.index, course.rows, course.moments, guided)
             branch.start_over(program, sample, guided)
-        return branch.take(tick, sample.shape[0])
+        return branch.take(tick, engine.pick_latents(sample))
+
+    def _make_branch(self, plan: Plan) -> Branch:
+        if plan.drift is None:
+            return Branch()
+        return AdaptiveBranch(plan.drift, partial(count_pictures, self.pipe))
 
     def _begin_apart(
         self, engine: Engine, sample: torch.Tensor, tick: Tick, lane: Lane
-    ) -> Pass | None:
+    ) -> Step | None:
         """Place one of the two calls of a step that share what they keep."""
         branch = self._local.branches.setdefault(0, Branch())
         if lane == "rest" and not branch.completes(tick.index, sample):
@@ -140,7 +156,7 @@ class Attachment:
             plan = self._local.plan
             program = engine.compile(plan, tick.index, course.rows, course.moments, True)
             branch.start_over(program, sample, True)
-        return branch.take(tick, sample.shape[0], lane)
+        return branch.open(tick, engine.pick_latents(sample), lane)
 
     def foresee(self, timestep: Any) -> Prospect | None:
         """What the UNet call at this time step, which is yet to come, will do."""
@@ -149,10 +165,13 @@ class Attachment:
             return None
         local, course = self._local, tick.course
         branch = None if tick.starts else local.branches.get(0)
+        plan = self._pick_plan(course, engine)
+        if plan.drift is not None:
+            # Which pictures it will compute is not known yet, so it may be all of them.
+            plan, branch = Plan.full(plan.steps), None
         if branch is not None and branch.follows(tick.index):
             return Prospect(tick.index, branch.program, starts=False)
-        plan, guided = self._pick_plan(course, engine), guides(self.pipe)
-        program = engine.compile(plan, tick.index, course.rows, course.moments, guided)
+        program = engine.compile(plan, tick.index, course.rows, course.moments, guides(self.pipe))
         return Prospect(tick.index, program, tick.starts)
 
     def get_control_run(self, prospect: Prospect) -> ControlRun:
@@ -181,18 +200,23 @@ class Attachment:
             )
             return Plan.full(steps)
         try:
-            return build_for(self.source, steps, engine.anatomy.up_blocks)
+            plan = build_for(self.source, steps, engine.anatomy.up_blocks)
         except LeansdError:
             self.abort()
             raise
+        if plan.drift is not None and self.compile_options is not None:
+            warnings.warn(
+                f"plan {plan.name} decides as it runs what each picture inherits, which one graph "
+                "cannot: it runs eagerly",
+                stacklevel=2,
+            )
+            self.compile_options = None
+        return plan
 
-    def end(self, step: Pass, lap: Lap) -> None:
+    def end(self, step: Step, lap: Lap) -> None:
         local = self._local
-        local.tally.add(
-            step.call, lap, sum(branch.store.bytes for branch in local.branches.values())
-        )
-        if step.apart != "cond":
-            step.branch.store.release(step.call.releases)
+        local.tally.add(step.calls, lap, sum(branch.bytes for branch in local.branches.values()))
+        step.release()
 
     def note_size(self, sample: torch.Tensor, text: torch.Tensor | None) -> None:
         """Remember what the cost of this run is to be counted at."""
@@ -204,7 +228,15 @@ class Attachment:
         """Forget this thread's run: its call failed midway, or has ended."""
         run = vars(self._local)
         for branch in run.get("branches", {}).values():
-            branch.store.clear()
+            branch.clear()
         if "control" in run:
             run["control"].memories.clear()  # the report keeps its counts
         run.clear()
+
+
+def _saves_guidance_apart(plan: Plan) -> bool:
+    """Whether branches called apart share what they keep, so that one of them can be left out.
+
+    Under a drift each branch is a run of its own: nothing tells one what the other's pictures do.
+    """
+    return plan.guides and plan.drift is None

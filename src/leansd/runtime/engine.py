@@ -23,6 +23,7 @@ from leansd.plans.address import get_layer
 from leansd.plans.anatomy import HEAD, Anatomy
 from leansd.plans.liveness import Program, compile_plan
 from leansd.plans.plan import Plan
+from leansd.runtime.graphs import Graphs, Slot, freeze
 from leansd.runtime.guidance import (
     complete,
     exchange,
@@ -31,7 +32,7 @@ from leansd.runtime.guidance import (
     take_conditional,
     wrap_output,
 )
-from leansd.runtime.passes import Pass
+from leansd.runtime.passes import Pass, Step
 from leansd.runtime.report import start_lap
 from leansd.runtime.weave import EndOfCall, Weave
 
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from leansd.runtime.attachment import Attachment
 
 UNET = "unet"
+KEEPSAKE = "_leansd_engine"
+"""Where a UNet keeps the engine that has compiled it."""
 
 
 class Link(NamedTuple):
@@ -56,9 +59,12 @@ class Engine:
     def __init__(self, unet: UNet2DConditionModel) -> None:
         self.unet = unet
         self.anatomy: Anatomy = read_anatomy(unet)
+        self._channels = self.anatomy[HEAD].channels[1]
         self.attachments: tuple[Attachment, ...] = ()
         self.compile = lru_cache(maxsize=64)(self._compile)
         self._active = threading.local()
+        self._traced = Slot()
+        self._graphs: dict[object, Graphs] = {}
         self._blocks = _list_block_outputs(self.anatomy)
         self._paths = self._list_paths()
         self._links = self._list_links()
@@ -70,6 +76,16 @@ class Engine:
         """Take everything off the UNet."""
         self._end_of_call.release()
         self.weave.release()
+
+    def resume(self) -> bool:
+        """Weave once more after a release; False where the UNet is not what it was."""
+        if read_anatomy(self.unet).fingerprint != self.anatomy.fingerprint:
+            return False
+        if not self.weave.resume(self._list_modules()):
+            return False
+        self._links = self._list_links()
+        self._end_of_call = EndOfCall(self.unet, self._end_call)
+        return True
 
     def _list_paths(self) -> dict[str, str]:
         """By name, the paths of the modules to weave; that of the UNet itself is empty."""
@@ -110,10 +126,17 @@ class Engine:
             plan, self.anatomy, start=start, rows=rows, moments=moments, guided=guided
         )
 
+    def pick_latents(self, sample: torch.Tensor) -> torch.Tensor:
+        """The channels [B, C, H, W] of the UNet's input that its output stands for.
+
+        Masks and other pictures follow them.
+        """
+        return sample[:, : self._channels]
+
     def _around(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if name == UNET:
             return self._run_unet(forward, *args, **kwargs)
-        step: Pass | None = getattr(self._active, "step", None)
+        step: Step | None = getattr(self._find_slot(), "step", None)
         if step is None:
             return forward(*args, **kwargs)
         if name in self._blocks:
@@ -132,15 +155,16 @@ class Engine:
         step.writable = self._has_freeu() or _adds_in_place(kwargs)
         text = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
         attachment.note_size(sample, text)
-        self._active.step = step
+        graphs = self._find_graphs(attachment)
         end_lap = start_lap(sample.device)
         try:
-            output = self._run_lanes(step, sample.shape[0], forward, *args, **kwargs)
+            if graphs is not None and isinstance(step, Pass) and graphs.take(step, sample):
+                output = graphs.run(step, forward, *args, **kwargs)
+            else:
+                output = self.run_lanes(step, forward, *args, **kwargs)
         except BaseException:
             attachment.abort()
             raise
-        finally:
-            self._active.step = None
         attachment.end(step, end_lap())
         return output
 
@@ -151,28 +175,38 @@ class Engine:
         if last is not None and last.pipe is not None:
             last.abort()
 
-    def _run_lanes(
-        self, step: Pass, batch: int, forward: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """The UNet's forward for the lanes that run."""
-        if step.skips_unet:
-            forward = functools.partial(_give_output, step)
-        if step.apart is not None:
-            output = run_apart(step, forward, *args, **kwargs)
-        elif step.call.is_half:
-            args, kwargs = take_conditional(args, batch), take_conditional(kwargs, batch)
-            output = complete(step, forward(*args, **kwargs))
-        else:
-            output = forward(*args, **kwargs)
-            keep_difference(step, output[0])
-        return exchange(output, step.correct(output[0])) if step.call.corrects else output
+    def run_lanes(self, step: Step, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The UNet's forward for the lanes that run, with its units following `step`."""
+        slot = self._find_slot()
+        slot.step = step
+        try:
+            output = _run_forward(step, forward, *args, **kwargs)
+        finally:
+            slot.step = None
+        corrects = any(call.corrects for call in step.calls)
+        return exchange(output, step.correct(output[0])) if corrects else output
+
+    def _find_slot(self) -> Any:
+        """Where units find their pass: one place a thread, or that of the call being traced."""
+        return self._traced if torch.compiler.is_dynamo_compiling() else self._active
+
+    def _find_graphs(self, attachment: Attachment) -> Graphs | None:
+        """The graphs of all attachments that compile with the same options."""
+        options = attachment.compile_options
+        if options is None:
+            return None
+        key = freeze(options)
+        if key not in self._graphs:
+            with _LOCK:
+                self._graphs.setdefault(key, Graphs(self, options))
+        return self._graphs[key]
 
     def _has_freeu(self) -> bool:
         """Whether FreeU is on: its up blocks multiply what comes in in place."""
         return any(getattr(block, "b1", None) is not None for block in self.unet.up_blocks)
 
     def _run_block(
-        self, step: Pass, block: str, forward: Callable[..., Any], *args: Any, **kwargs: Any
+        self, step: Step, block: str, forward: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         """A block with nothing to compute returns at once: it would join skips for nobody."""
         _, units, outputs = self._blocks[block]
@@ -218,7 +252,22 @@ def _is_view(timestep: Any) -> bool:
     return timestep.untyped_storage().nbytes() > timestep.element_size()
 
 
-def _give_output(step: Pass, *args: Any, **kwargs: Any) -> Any:
+def _run_forward(step: Step, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What the UNet gives, or would give, for the whole batch; not yet corrected."""
+    if step.skips_unet:
+        forward = functools.partial(_give_output, step)
+    if isinstance(step, Pass) and step.apart is not None:
+        return run_apart(step, forward, *args, **kwargs)
+    if step.call.is_half:
+        batch = (args[0] if args else kwargs["sample"]).shape[0]
+        args, kwargs = take_conditional(args, batch), take_conditional(kwargs, batch)
+        return complete(step, forward(*args, **kwargs))
+    output = forward(*args, **kwargs)
+    keep_difference(step, output[0])
+    return output
+
+
+def _give_output(step: Step, *args: Any, **kwargs: Any) -> Any:
     """What the UNet's forward would return, made from what is kept alone."""
     return wrap_output(step.give(HEAD), args, kwargs)
 
@@ -255,7 +304,9 @@ def attach(attachment: Attachment) -> Engine:
     with _LOCK:
         engine = _ENGINES.get(id(attachment.unet))
         if engine is None:
-            engine = Engine(attachment.unet)
+            engine = _revive(attachment.unet) or Engine(attachment.unet)
+        if attachment.compile_options is not None:
+            setattr(attachment.unet, KEEPSAKE, Keepsake(engine))
         for other in engine.attachments:
             if other.pipe is attachment.pipe and _share_thread(other, attachment):
                 raise LeansdError(
@@ -277,6 +328,27 @@ def detach(attachment: Attachment) -> None:
         if not engine.attachments:
             engine.release()
             del _ENGINES[id(attachment.unet)]
+
+
+class Keepsake:
+    """Keeps an engine, and so its graphs, for as long as its UNet lives; a copy keeps none."""
+
+    def __init__(self, engine: Engine | None = None) -> None:
+        self.engine = engine
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Keepsake:
+        return Keepsake()
+
+    def __reduce__(self) -> tuple[type[Keepsake], tuple[()]]:
+        return Keepsake, ()
+
+
+def _revive(unet: UNet2DConditionModel) -> Engine | None:
+    """The engine that a UNet keeps, woven again, unless its modules have changed."""
+    engine = getattr(unet, KEEPSAKE, Keepsake()).engine
+    if engine is None or engine.unet is not unet:
+        return None
+    return engine if engine.resume() else None
 
 
 def list_attachments(unet: UNet2DConditionModel) -> tuple[Attachment, ...]:

@@ -17,7 +17,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from leansd.plans.liveness import GUIDANCE, Lane
-from leansd.runtime.passes import Pass, keep_for_rest
+from leansd.runtime.passes import Pass, Step, keep_for_rest
+from leansd.runtime.rows import map_rows
 
 UNET_ARGUMENTS = tuple(inspect.signature(UNet2DConditionModel.forward).parameters)[1:]
 
@@ -73,29 +74,32 @@ def run_apart(step: Pass, forward: Callable[..., Any], *args: Any, **kwargs: Any
     return output
 
 
+def count_pictures(pipe: Any, batch: int) -> int:
+    """How many pictures a pipeline's batch holds; a batch that only goes together counts as one."""
+    if getattr(pipe, "do_perturbed_attention_guidance", False):
+        return 1
+    return batch // 2 if is_guided(pipe, batch) else batch
+
+
 def take_conditional(inputs: Any, batch: int) -> Any:
     """The second half of every tensor with `batch` rows in (nested) arguments of a UNet."""
-    if isinstance(inputs, torch.Tensor):
-        whole = inputs.ndim > 0 and inputs.shape[0] == batch
-        return inputs[batch // 2 :] if whole else inputs
-    if isinstance(inputs, Mapping):
-        return {key: take_conditional(value, batch) for key, value in inputs.items()}
-    if isinstance(inputs, list | tuple):
-        return type(inputs)(take_conditional(value, batch) for value in inputs)
-    return inputs
+    return map_rows(inputs, batch, lambda tensor: tensor[batch // 2 :])
 
 
-def keep_difference(step: Pass, noise: torch.Tensor) -> None:
+def keep_difference(step: Step, noise: torch.Tensor) -> None:
     """Keep conditional minus unconditional output [B, C, H, W] if a later call reads it."""
-    for kept in step.call.keeps.get(GUIDANCE, ()):
-        rest, cond = noise.detach().chunk(2)
-        step.branch.store.keep(kept, cond, rest)
+    for each, rows in step.split(noise):
+        for kept in each.call.keeps.get(GUIDANCE, ()):
+            rest, cond = rows.detach().chunk(2)
+            each.branch.store.keep(kept, cond, rest)
 
 
-def complete(step: Pass, output: Any) -> Any:
+def complete(step: Step, output: Any) -> Any:
     """The UNet's output for the whole batch, given that of the conditional half."""
-    cond = output[0]
-    return exchange(output, torch.cat([cond - _find_difference(step), cond]))
+    wholes = [
+        torch.cat([rows - _find_difference(each), rows]) for each, rows in step.split(output[0])
+    ]
+    return exchange(output, step.join(wholes))
 
 
 def exchange(output: Any, noise: torch.Tensor) -> Any:

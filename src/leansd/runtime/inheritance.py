@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from diffusers import UNet2DConditionModel
@@ -11,26 +12,35 @@ from leansd.plans.plan import Plan
 from leansd.plans.presets import look_up
 from leansd.runtime.attachment import Attachment
 from leansd.runtime.engine import list_attachments
+from leansd.runtime.graphs import read_options
 
 
-def inherit(target: Any, plan: Plan | str) -> Attachment:
+def inherit(
+    target: Any, plan: Plan | str, *, compile: bool | Mapping[str, Any] = False
+) -> Attachment:
     """Let a pipeline, or a bare UNet, follow a plan inside a `with` block.
 
     Args:
         target: a diffusers pipeline with a `unet`, or a `UNet2DConditionModel`.
         plan: a `Plan`, the name of a preset (which fits itself to every run's step count) or the
             path of a plan file.
+        compile: True, or options of `torch.compile` such as `{"mode": "reduce-overhead"}`: compile
+            the UNet, one whole graph for each pattern of the plan. Graphs stay with the UNet for
+            the next time. What cannot be compiled runs eagerly, with one warning.
 
     Raises:
-        LeansdError: the plan does not suit the UNet, or the target is attached already. A run with
-            another step count than the plan's is refused before its first step.
+        LeansdError: the plan does not suit the UNet, an option is not one of `torch.compile`, or
+            the target is attached already. A run with another step count than the plan's is refused
+            before its first step.
     """
-    return _make_attachment(target, plan)
+    return _make_attachment(target, plan, compile)
 
 
-def inherit_(target: Any, plan: Plan | str) -> Attachment:
+def inherit_(
+    target: Any, plan: Plan | str, *, compile: bool | Mapping[str, Any] = False
+) -> Attachment:
     """The same without a `with`: until `release_(target)`, in every thread."""
-    return _make_attachment(target, plan).attach()
+    return _make_attachment(target, plan, compile).attach()
 
 
 def release_(target: Any) -> None:
@@ -41,9 +51,11 @@ def release_(target: Any) -> None:
             attachment.release()
 
 
-def _make_attachment(target: Any, plan: Plan | str) -> Attachment:
+def _make_attachment(
+    target: Any, plan: Plan | str, compile: bool | Mapping[str, Any]
+) -> Attachment:
     pipe, unet = _split_target(target)
-    return Attachment(unet, pipe, look_up(plan))
+    return Attachment(unet, pipe, look_up(plan), read_options(compile))
 
 
 def _split_target(target: Any) -> tuple[Any | None, UNet2DConditionModel]:

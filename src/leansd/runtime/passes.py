@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -12,6 +12,50 @@ from leansd.plans.liveness import GUIDANCE, Call, Kept, Lane, Program
 from leansd.plans.plan import How
 from leansd.runtime.clock import Course, Tick
 from leansd.runtime.store import RECALLS, Shape, Store, unwrap
+
+
+class Step(Protocol):
+    """One UNet call, as the engine sees it."""
+
+    writable: bool
+    """Whether placeholders may be written to."""
+
+    @property
+    def call(self) -> Call:
+        """What the call does; where pictures differ, lanes and guidance are those of all."""
+        ...
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """What was done: one of the whole batch, or one of each picture."""
+        ...
+
+    def run_unit(self, at: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any: ...
+
+    def give(self, at: str, given: torch.Tensor | None = None) -> torch.Tensor: ...
+
+    def correct(self, noise: torch.Tensor) -> torch.Tensor:
+        """The UNet's output [B, C, H, W] corrected where the plan says so (`Plan.correct`)."""
+        ...
+
+    @property
+    def skips_unet(self) -> bool:
+        """Whether the output follows from latents and what is kept alone."""
+        ...
+
+    def skips(self, units: Sequence[str]) -> bool:
+        """Whether none of these units runs or needs its input."""
+        ...
+
+    def split(self, tensor: torch.Tensor) -> list[tuple[Pass, torch.Tensor]]:
+        """The rows of a batch by the pass that they follow; `join` puts such parts together."""
+        ...
+
+    def join(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor: ...
+
+    def release(self) -> None:
+        """Drop what nobody reads after this call."""
+        ...
 
 
 class Branch:
@@ -42,17 +86,29 @@ class Branch:
         self.shapes.clear()
         self.program, self._signature = program, _sign(sample, guided)
 
+    @property
+    def bytes(self) -> int:
+        return self.store.bytes
+
+    def clear(self) -> None:
+        """Keep nothing any more."""
+        self.store.clear()
+
     def completes(self, index: int, sample: torch.Tensor) -> bool:
         """Whether this is the unconditional call to the conditional one just made."""
         joined = self._last == index and self._signature == _sign(sample, True)
         return self.program is not None and joined and self.store.has([keep_for_rest(index)])
 
-    def take(self, tick: Tick, batch: int, apart: Lane | None = None) -> Pass:
-        """The pass for this call, whose sample has `batch` rows; `apart` if all are of one lane."""
+    def take(self, tick: Tick, latents: torch.Tensor) -> Step:
+        """What the next call does; its sample holds these `latents` [B, C, H, W]."""
+        return self.open(tick, latents)
+
+    def open(self, tick: Tick, latents: torch.Tensor, apart: Lane | None = None) -> Pass:
+        """The pass for the call of this tick; `apart` if all its rows are of one lane."""
         assert self.program is not None
         self._last = tick.index
         call, records = self.program[tick.index], tick.index == self.program.start
-        return Pass(self, call, tick.course, batch, records=records, apart=apart)
+        return Pass(self, call, tick.course, latents, records=records, apart=apart)
 
 
 def _sign(sample: torch.Tensor, guided: bool) -> object:
@@ -71,8 +127,8 @@ class Pass:
         self,
         branch: Branch,
         call: Call,
-        course: Course,
-        batch: int,
+        course: Course | None,
+        latents: torch.Tensor,
         *,
         records: bool,
         apart: Lane | None = None,
@@ -83,26 +139,33 @@ class Pass:
         """The lane whose call it is, where a pipeline calls the two apart."""
         self.lanes = call.lanes if apart is None else (apart,)
         """The lanes in this batch."""
-        self.batch = batch // 2 if call.is_half and apart is None else batch
-        """Rows that run."""
+        halves = call.is_half and apart is None
+        self.latents = latents[latents.shape[0] // 2 :] if halves else latents
+        """The rows that run of what the UNet is given, in the channels that it gives."""
+        self.batch = self.latents.shape[0]
         self.writable = False
         """Whether placeholders may be written to."""
-        self._course = course
-        self._records = records
+        self.course = course
+        """The run's; None where a graph is traced, which has it from its arguments."""
+        self.records = records
+        """Whether to note what the outputs of the units look like."""
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        return (self.call,)
 
     def run_unit(self, at: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What a unit, or a part of one, gives in this call."""
         if at not in self.call.pattern.active:
             return self.branch.shapes[at].wrap(self.give(at, args[0]))
-        keeps = [kept for kept in self.call.keeps.get(at, ()) if kept.lane in self.lanes]
         # The unit may overwrite its input, so what a change is measured against is copied first.
-        changes = any(kept.what == "change" for kept in keeps)
-        given = args[0].detach().clone() if changes else None
+        given = self._pick_input(at, args[0])
+        given = given.detach().clone() if self.keeps_change(at) else given
         output = forward(*args, **kwargs)
-        for kept in keeps:
+        for kept in self._list_keeps(at):
             before = self.pick(given, kept.lane) if kept.what == "change" else None
             self.branch.store.keep(kept, self.pick(unwrap(output), kept.lane), before)
-        if self._records:
+        if self.records:
             self.branch.shapes[at] = Shape.of(output)
         return output
 
@@ -113,25 +176,33 @@ class Pass:
         if how is None:
             shape = self.branch.shapes[at]
             return shape.make_placeholder(self.batch, writable=self.writable)
-        lanes = []
-        for lane, sources in zip(self.call.lanes, self.call.sources[at], strict=True):
-            if lane not in self.lanes:
-                continue
-            part = self.pick(given, lane) if given is not None else None
-            lanes.append(self.recall(how, sources, part))
+        given = self._pick_input(at, given)
+        lanes = self._recall_lanes(how, self.call.sources[at], given)
         return lanes[0] if len(lanes) == 1 else torch.cat(lanes)
+
+    def keeps_change(self, at: str) -> bool:
+        """Whether a later call reads what this unit adds to its input."""
+        return any(kept.what == "change" for kept in self._list_keeps(at))
 
     def recall(
         self, how: How, sources: Sequence[Kept], given: torch.Tensor | None = None
     ) -> torch.Tensor:
         """One lane of an output made from what was kept."""
-        return RECALLS[how](self.branch.store, sources, self.call.index, self._course, given)
+        return RECALLS[how](self.branch.store, sources, self.call.index, self.course, given)
 
     def correct(self, noise: torch.Tensor) -> torch.Tensor:
-        """The UNet's computed output [B, C, H, W] moved away from its forecast (`Plan.correct`)."""
-        lanes = zip(self.call.lanes, self.call.corrects, strict=True)
-        forecasts = [self.recall("forecast", each) for lane, each in lanes if lane in self.lanes]
-        return torch.lerp(torch.cat(forecasts), noise, 1 + self.call.correct)
+        """The UNet's output [B, C, H, W] moved away from what it would have inherited."""
+        corrects = self.call.corrects
+        if not corrects:
+            return noise
+        # A polynomial through one output is that output.
+        how = "residual" if corrects[0][0].what == "change" else "forecast"
+        forecasts = self._recall_lanes(how, corrects, self.latents)
+        return self.move_on(torch.cat(forecasts), noise)
+
+    def move_on(self, forecast: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """`noise` and, times the weight of the correction, what its forecast was wrong by."""
+        return torch.lerp(forecast, noise, 1 + self.call.correct)
 
     def pick(self, tensor: torch.Tensor, lane: Lane) -> torch.Tensor:
         """The rows of one lane; in a call that runs one lane, all there are."""
@@ -140,15 +211,43 @@ class Pass:
         rest, cond = tensor.chunk(2)
         return cond if lane == "cond" else rest
 
+    def split(self, tensor: torch.Tensor) -> list[tuple[Pass, torch.Tensor]]:
+        return [(self, tensor)]
+
+    def join(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        (tensor,) = tensors
+        return tensor
+
     @property
     def skips_unet(self) -> bool:
-        """Whether the output follows from what is kept alone."""
-        return self.call.pattern.inherited.get(HEAD, "residual") != "residual"
+        return HEAD in self.call.pattern.inherited
 
     def skips(self, units: Sequence[str]) -> bool:
-        """Whether none of these units runs or needs its input."""
         pattern = self.call.pattern
         return all(
             at in pattern.idle or pattern.inherited.get(at, "residual") != "residual"
             for at in units
         )
+
+    def release(self) -> None:
+        # The unconditional call of the same step, where there is one, reads the same.
+        if self.apart != "cond":
+            self.branch.store.release(self.call.releases)
+
+    def _list_keeps(self, at: str) -> list[Kept]:
+        """What to keep of a unit, of the lanes in this batch."""
+        return [kept for kept in self.call.keeps.get(at, ()) if kept.lane in self.lanes]
+
+    def _recall_lanes(
+        self, how: How, sources: Sequence[Sequence[Kept]], given: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        """The lanes in this batch of an output made from what was kept, lane by lane."""
+        return [
+            self.recall(how, each, None if given is None else self.pick(given, lane))
+            for lane, each in zip(self.call.lanes, sources, strict=True)
+            if lane in self.lanes
+        ]
+
+    def _pick_input(self, at: str, given: Any) -> Any:
+        """What a unit's change is a change of."""
+        return self.latents if at == HEAD else given

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
@@ -24,7 +24,11 @@ Lap = Callable[[], float]
 
 @dataclass(frozen=True)
 class Report:
-    """One run under a plan. Unit counts are over all its UNet calls."""
+    """One run under a plan. Unit counts are over all its UNet calls.
+
+    Where pictures of a call differ, a unit counts as computed if any picture computes it, and a
+    call as full if all do; the predicted speed-up weighs them.
+    """
 
     plan: Plan
     calls: int
@@ -43,16 +47,23 @@ class Report:
     control_calls: int = 0
     control_runs: int = 0
     """How many of the calls of the ControlNet ran it; the others inherited its residuals."""
+    guarded: int = 0
+    """Under a plan with a drift: calls at which it inherits, counted once for each picture."""
+    drifted: int = 0
+    """Of these, those that were computed in full because the picture had drifted too far."""
 
     def __str__(self) -> str:
         control = ""
         if self.control_calls:
             control = f"ControlNet ran {self.control_runs} of {self.control_calls} times; "
+        drift = ""
+        if self.guarded:
+            drift = f"{self.drifted} of {self.guarded} times a picture drifted and was computed; "
         units = self.computed + self.inherited + self.idle
         return (
             f"plan {self.plan.name}: {self.calls} UNet calls, {self.full_calls} in full; "
             f"of {units} unit runs {self.computed} computed, {self.inherited} inherited, "
-            f"{self.idle} idle; {self.bytes_kept / 2**20:.2f} MiB kept; {control}"
+            f"{self.idle} idle; {self.bytes_kept / 2**20:.2f} MiB kept; {control}{drift}"
             f"UNet {self.seconds:.2f} s, speed-up {self.measured_speedup:.2f}x "
             f"(predicted {self.predicted_speedup:.2f}x)"
         )
@@ -64,37 +75,53 @@ class Tally:
     def __init__(self, plan: Plan, control: ControlRun | None = None) -> None:
         self.plan = plan
         self.control = control
-        self.calls: list[Call] = []
+        self.calls: list[tuple[Call, ...]] = []
         self.laps: list[Lap] = []
         self.bytes_kept = 0
         self.size = (0, 0)
         self.tokens = 0
 
-    def add(self, call: Call, lap: Lap, bytes_kept: int) -> None:
-        self.calls.append(call)
+    def add(self, calls: tuple[Call, ...], lap: Lap, bytes_kept: int) -> None:
+        """Count a UNet call, given as one call of the batch or one of each picture."""
+        self.calls.append(calls)
         self.laps.append(lap)
         self.bytes_kept = max(self.bytes_kept, bytes_kept)
 
     def summarise(self, unet: UNet2DConditionModel) -> Report:
         anatomy = dissect(unet, latent=self.size, tokens=self.tokens)
-        patterns = [call.pattern for call in self.calls]
+        counts = [_count_units(calls) for calls in self.calls]
+        computed, inherited, idle = (sum(each) for each in zip(*counts, strict=True))
+        every = [call for calls in self.calls for call in calls]
+        drifted = sum(call.is_upgraded for call in every)
+        guarded = drifted + sum(call.inherits for call in every) if self.plan.drift else 0
         seconds = [lap() for lap in self.laps]
-        full = [call.is_full for call in self.calls]
+        full = [all(call.is_full for call in calls) for calls in self.calls]
         whole = median(lap for lap, is_full in zip(seconds, full, strict=True) if is_full)
         return Report(
             plan=self.plan,
-            calls=len(patterns),
+            calls=len(self.calls),
             full_calls=sum(full),
-            computed=sum(len(pattern.computed) for pattern in patterns),
-            inherited=sum(len(pattern.inherited) for pattern in patterns),
-            idle=sum(len(pattern.idle) for pattern in patterns),
+            computed=computed,
+            inherited=inherited,
+            idle=idle,
             bytes_kept=self.bytes_kept,
-            predicted_speedup=predict_speedup(self.calls, anatomy),
+            predicted_speedup=predict_speedup(every, anatomy),
             measured_speedup=whole * len(seconds) / sum(seconds),
             seconds=sum(seconds),
             control_calls=self.control.calls if self.control is not None else 0,
             control_runs=self.control.runs if self.control is not None else 0,
+            guarded=guarded,
+            drifted=drifted,
         )
+
+
+def _count_units(calls: Sequence[Call]) -> tuple[int, int, int]:
+    """Units that a UNet call computed, inherited and left idle, for all pictures together."""
+    patterns = [call.pattern for call in calls]
+    computed = frozenset[str]().union(*(pattern.computed for pattern in patterns))
+    inherited = frozenset[str]().union(*(pattern.inherited for pattern in patterns)) - computed
+    idle = frozenset[str]().union(*(pattern.idle for pattern in patterns)) - computed - inherited
+    return len(computed), len(inherited), len(idle)
 
 
 def start_lap(device: torch.device) -> Callable[[], Lap]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from leansd.runtime.spectrum import weigh_chebyshev
 class Shape:
     """What a unit's output looks like, so that a placeholder can stand in for it."""
 
-    size: torch.Size
+    size: Sequence[int]
     dtype: torch.dtype
     device: torch.device
     in_tuple: bool
@@ -54,15 +54,19 @@ class Store:
 
     def __init__(self) -> None:
         self._tensors: dict[Kept, torch.Tensor] = {}
-        self.bytes = 0
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors.values())
 
     def keep(self, kept: Kept, output: torch.Tensor, given: torch.Tensor | None = None) -> None:
         """Keep `output`, or what was added to what was `given`: one lane of both [B, C, H, W]."""
         source = output.detach()
-        tensor = source.clone() if given is None else source - given
-        self._drop(kept)
+        self.put(kept, source.clone() if given is None else source - given)
+
+    def put(self, kept: Kept, tensor: torch.Tensor) -> None:
+        """Keep `tensor` itself, which nobody else holds."""
         self._tensors[kept] = tensor
-        self.bytes += tensor.nbytes
 
     def has(self, items: Iterable[Kept]) -> bool:
         return all(kept in self._tensors for kept in items)
@@ -73,16 +77,14 @@ class Store:
 
     def release(self, items: Iterable[Kept]) -> None:
         for kept in items:
-            self._drop(kept)
+            self._tensors.pop(kept, None)
+
+    def retain(self, items: Collection[Kept]) -> None:
+        """Release all others."""
+        self.release([kept for kept in self._tensors if kept not in items])
 
     def clear(self) -> None:
         self._tensors.clear()
-        self.bytes = 0
-
-    def _drop(self, kept: Kept) -> None:
-        tensor = self._tensors.pop(kept, None)
-        if tensor is not None:
-            self.bytes -= tensor.nbytes
 
 
 def unwrap(output: Any) -> torch.Tensor:
@@ -90,7 +92,7 @@ def unwrap(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-Recall = Callable[[Store, Sequence[Kept], int, Course, Any], torch.Tensor]
+Recall = Callable[[Store, Sequence[Kept], int, Any, Any], torch.Tensor]
 """`(store, sources, call, the run's course, the unit's input or None)` -> a fresh tensor."""
 
 
@@ -115,15 +117,13 @@ def forecast_output(
 
     With one of them that one; outputs of one and the same log-SNR count once.
     """
-    log_snr = course.log_snr
-    places = {log_snr[kept.call]: kept for kept in reversed(sources)}
-    points = list(places)
-    weights = [weigh(log_snr[call], here, points) for here in points]
-    if len(points) == 2:
+    weights = weigh_sources(sources, call, course.log_snr)
+    tensors = [store.read(kept) for kept in weights]
+    if len(tensors) == 2:
         # lerp(before, latest, w) is before + w (latest - before); w > 1 lies beyond the latest.
-        before, latest = places.values()
-        return torch.lerp(store.read(before), store.read(latest), weights[1])
-    return combine_outputs(store, list(places.values()), weights)
+        before, latest = tensors
+        return torch.lerp(before, latest, weights[sources[0]])
+    return combine(tensors, list(weights.values()))
 
 
 def forecast_by_chebyshev(
@@ -131,7 +131,8 @@ def forecast_by_chebyshev(
 ) -> torch.Tensor:
     """Spectrum's forecast through all computed outputs, see `weigh_chebyshev`."""
     places = tuple(kept.call for kept in sources)
-    return combine_outputs(store, sources, weigh_chebyshev(call, places, len(course.rows)))
+    weights = weigh_chebyshev(call, places, len(course.rows))
+    return combine([store.read(kept) for kept in sources], weights)
 
 
 def forecast_by_both(
@@ -139,27 +140,40 @@ def forecast_by_both(
 ) -> torch.Tensor:
     """The mean of Spectrum's forecast and of the line through the last two outputs."""
     places = tuple(kept.call for kept in sources)
-    weights = list(weigh_chebyshev(call, places, len(course.rows)))
+    weights = weigh_chebyshev(call, places, len(course.rows))
     last = places[:2]
     line = [*(weigh(call, here, last) for here in last), *(0.0 for _ in places[2:])]
     means = [(one + other) / 2 for one, other in zip(weights, line, strict=True)]
-    return combine_outputs(store, sources, means)
+    return combine([store.read(kept) for kept in sources], means)
 
 
-def combine_outputs(
-    store: Store, sources: Sequence[Kept], weights: Sequence[float]
-) -> torch.Tensor:
-    """The weighted sum of kept outputs."""
-    first, *others = zip(sources, weights, strict=True)
-    output = store.read(first[0]) * first[1]
-    for kept, weight in others:
-        output.add_(store.read(kept), alpha=weight)
-    return output
+def weigh_sources(
+    sources: Sequence[Kept], call: int, log_snr: Sequence[float]
+) -> dict[Kept, float]:
+    """Lagrange's weights at `call` of the polynomial through `sources`, earliest first.
+
+    Of sources of one and the same log-SNR only the latest has one.
+    """
+    places = {log_snr[kept.call]: kept for kept in reversed(sources)}
+    at = log_snr[call]
+    return {kept: weigh(at, here, list(places)) for here, kept in places.items()}
 
 
 def weigh(at: float, here: float, points: Sequence[float]) -> float:
     """Lagrange's weight at `at` of what was computed `here`, one of all `points`."""
     return math.prod((at - point) / (here - point) for point in points if point != here)
+
+
+def combine(
+    tensors: Sequence[torch.Tensor], weights: Sequence[float | torch.Tensor]
+) -> torch.Tensor:
+    """The weighted sum of tensors, rounded to their precision only once."""
+    dtype = tensors[0].dtype
+    precise = torch.promote_types(dtype, torch.float32)
+    output = tensors[0].to(precise) * weights[0]
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+        output = output + tensor.to(precise) * weight
+    return output.to(dtype)
 
 
 RECALLS: dict[How, Recall] = {

@@ -66,11 +66,26 @@ class Woven:
             if holds.get(slot) is self.woven:
                 setattr(self.module, slot, self.before)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether a released module runs what it did before it was woven."""
+        runs = getattr(self.module, _find_slot(self.module))
+        return runs == self.before and self.was_set == (PLAIN in vars(self.module))
+
+    def resume(self, around: Around) -> None:
+        """Put there once more what was released."""
+        self.strand.around = around
+        setattr(self.module, _find_slot(self.module), self.woven)
+
+
+def _find_slot(module: nn.Module) -> str:
+    """Within accelerate's offload hooks, which come and go with every pipeline call."""
+    return HOOKED if HOOKED in vars(module) else PLAIN
+
 
 def weave_module(name: str, module: nn.Module, around: Around) -> Woven:
     strand = Strand(name, around)
-    # Within accelerate's offload hooks, which come and go with every pipeline call.
-    slot = HOOKED if HOOKED in vars(module) else PLAIN
+    slot = _find_slot(module)
     before = getattr(module, slot)
     woven = functools.partial(call_around, strand, before)
     functools.update_wrapper(woven, before)
@@ -85,6 +100,7 @@ class Weave:
     def __init__(self, modules: Mapping[str, nn.Module], around: Around) -> None:
         self._around = around
         self._woven: dict[str, Woven] = {}
+        self._released: dict[str, Woven] = {}
         self.renew(modules)
 
     def renew(self, modules: Mapping[str, nn.Module]) -> None:
@@ -100,7 +116,26 @@ class Weave:
     def release(self) -> None:
         """Put back what was there. Twice is as good as once."""
         while self._woven:
-            self._woven.popitem()[1].release()
+            name, each = self._woven.popitem()
+            each.release()
+            self._released[name] = each
+
+    def resume(self, modules: Mapping[str, nn.Module]) -> bool:
+        """Weave what was released again, with the very same functions: compiled graphs know them.
+
+        Returns False, and does nothing, where it would not be `modules` or what one of them runs
+        has changed since.
+        """
+        released = self._released
+        if {name: each.module for name, each in released.items()} != dict(modules):
+            return False
+        if not all(each.is_plain for each in released.values()):
+            return False
+        while released:
+            name, each = released.popitem()
+            each.resume(self._around)
+            self._woven[name] = each
+        return True
 
     def __enter__(self) -> Weave:
         return self

@@ -1,0 +1,508 @@
+"""Compiled runs: the bits of eager ones, a graph a pattern, nothing compiled twice."""
+
+import copy
+import gc
+import logging
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from diffusers import ClassifierFreeGuidance, UNet2DConditionModel
+from peft import LoraConfig
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+
+import leansd
+from conformance.models import tiny_controlnet
+from conformance.test_modular import draw as draw_apart
+from conformance.test_modular import make_modular
+from leansd.anatomy import read_anatomy
+from leansd.errors import LeansdError
+from leansd.plans import Plan
+from leansd.plans.anatomy import HEAD
+from leansd.plans.liveness import compile_plan
+from leansd.plans.structures import list_structures
+from leansd.runtime.graphs import read_options, uses_cuda_graphs
+from test_control import draw as draw_controlled
+from test_control import make_pipeline as make_control_pipeline
+from test_inheritance import Loop
+from tiny import tiny_pipeline, tiny_unet, tiny_xl_unet
+
+pytestmark = pytest.mark.slow
+
+STEPS = 6
+SMALL: dict[str, Any] = {
+    "block_out_channels": (32, 64),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+}
+"""A few seconds to trace, where the 44 units of `tiny_unet` take many."""
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing compiled before; and the tracer's log of all it does stays out of the report."""
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def counter() -> CompileCounterWithBackend:
+    """A backend that runs graphs as they are and counts them; graph breaks would add to it."""
+    return CompileCounterWithBackend("eager")
+
+
+def small_unet(**changes: Any) -> UNet2DConditionModel:
+    return tiny_unet(**(SMALL | changes))
+
+
+def count_structures(unet: UNet2DConditionModel, *plans: Plan, guided: bool = False) -> int:
+    """Of the calls that enter the UNet."""
+    anatomy = read_anatomy(unet)
+    programs = [compile_plan(plan, anatomy, guided=guided) for plan in plans]
+    structures = {each for program in programs for each in list_structures(program)}
+    return sum(HEAD not in each.call.pattern.inherited for each in structures)
+
+
+def draw(pipe: Any, steps: int = STEPS, **options: Any) -> torch.Tensor:
+    """Latents of a guided run."""
+    arguments: dict[str, Any] = {
+        "prompt": "a cat",
+        "num_inference_steps": steps,
+        "guidance_scale": 3.0,
+        "generator": torch.Generator().manual_seed(1),
+        "output_type": "latent",
+        "height": 32,
+        "width": 32,
+    }
+    return pipe(**(arguments | options)).images
+
+
+PLANS = {
+    "reuse": Plan.every(3, cut="up0", steps=STEPS),
+    "residual": Plan.every(2, cut="mid", steps=STEPS, how="residual"),
+    "forecast": Plan.every(2, cut="up0", steps=STEPS, how="forecast"),
+    "parts": Plan.full(STEPS).inherit("*.sa", "*.ca", at=[1, 3], how="reuse"),
+    "parabola": Plan.between([0, 1, 2, 4], cut="up0", steps=STEPS, how="forecast2"),
+    "parabola from the start": Plan.every(2, cut="up0", steps=STEPS, how="forecast2"),
+    "whole steps": Plan.every(2, cut="head", steps=STEPS),
+    "changes of whole steps": Plan.every(2, cut="head", steps=STEPS, how="residual"),
+    "corrections": Plan.every(2, cut="head", steps=STEPS, how="forecast").correct({2: 0.4, 4: -1}),
+}
+GRAPHS = {"whole steps": 1, "changes of whole steps": 1, "parabola from the start": 3}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_compiled_runs_have_the_bits_of_eager_ones(
+    name: str, counter: CompileCounterWithBackend
+) -> None:
+    loop, plan = Loop(small_unet()), PLANS[name]
+    with leansd.inherit(loop, plan):
+        expected = loop(STEPS)
+    with leansd.inherit(loop, plan, compile={"backend": counter}) as run:
+        for _ in range(3):
+            assert torch.equal(loop(STEPS), expected)
+    assert counter.frame_count == count_structures(loop.unet, plan) == GRAPHS.get(name, 2)
+    assert not counters["graph_break"]
+    assert run.report().full_calls == len(plan.keys)
+
+
+def test_one_graph_a_pattern_whatever_the_step_count(counter: CompileCounterWithBackend) -> None:
+    loop = Loop(small_unet())
+    plans = [Plan.every(3, cut="up0", steps=steps, how="forecast") for steps in (6, 7, 11)]
+    for plan in plans:
+        with leansd.inherit(loop, plan):
+            expected = loop(plan.steps)
+        with leansd.inherit(loop, plan, compile={"backend": counter}):
+            assert torch.equal(loop(plan.steps), expected)
+    assert counter.frame_count == count_structures(loop.unet, *plans) == 2
+
+
+@pytest.mark.parametrize("guidance", ["inherit", "forecast", "drop"])
+def test_half_batches(guidance: Any, counter: CompileCounterWithBackend) -> None:
+    pipe = tiny_pipeline(unet=small_unet())
+    plan = Plan.every(3, cut="up0", steps=STEPS, how="forecast").guide(guidance, at=[2, 3, 5])
+    with leansd.inherit(pipe, plan):
+        expected = draw(pipe)
+    with leansd.inherit(pipe, plan, compile={"backend": counter}):
+        assert torch.equal(draw(pipe), expected)
+        assert torch.equal(draw(pipe), expected)
+    assert counter.frame_count == count_structures(pipe.unet, plan, guided=True)
+
+
+@pytest.mark.parametrize("how", ["forecast", "forecast2", "residual"])
+def test_weights_of_corrections_are_no_part_of_a_graph(
+    how: Any, counter: CompileCounterWithBackend
+) -> None:
+    pipe = tiny_pipeline(unet=small_unet())
+    frame = Plan.between([0, 1, 2, 4, 5], cut="head", steps=STEPS, how=how).guide("drop", at=1)
+    drawn: list[torch.Tensor] = []
+    for weight in (0.5, -0.25):
+        plan = frame.correct({4: weight})
+        with leansd.inherit(pipe, plan):
+            drawn.append(draw(pipe))
+        with leansd.inherit(pipe, plan, compile={"backend": counter}):
+            assert torch.equal(draw(pipe), drawn[-1])
+    assert not torch.equal(*drawn)
+    assert counter.frame_count == count_structures(pipe.unet, plan, guided=True) == 3
+
+
+@pytest.mark.parametrize("name", ["easycache", "guarded"])
+def test_adaptive_plans_run_eagerly(name: str, counter: CompileCounterWithBackend) -> None:
+    loop = Loop(small_unet())
+    plan = {
+        "easycache": leansd.preset("easycache", steps=STEPS, threshold=0.2),
+        "guarded": Plan.every(3, cut="up0", steps=STEPS).guard("stem", threshold=0.02),
+    }[name]
+    with leansd.inherit(loop, plan):
+        expected = loop(STEPS)
+    with leansd.inherit(loop, plan, compile={"backend": counter}):
+        with pytest.warns(UserWarning, match="it runs eagerly"):
+            assert torch.equal(loop(STEPS), expected)
+        with warnings.catch_warnings(action="error"):
+            assert torch.equal(loop(STEPS), expected)
+    assert counter.frame_count == 0
+
+
+def test_branches_that_share_what_they_keep_run_eagerly(
+    counter: CompileCounterWithBackend,
+) -> None:
+    pipe = make_modular(ClassifierFreeGuidance(guidance_scale=4.0))
+    shared = Plan.every(2, cut="up2.l1", steps=5).guide("inherit", at=[1, 2])
+    apart = Plan.every(4, cut="up2.l1", steps=5)
+    for plan, graphs in ((shared, 0), (apart, 2)):
+        with leansd.inherit(pipe, plan):
+            expected = draw_apart(pipe)
+        with leansd.inherit(pipe, plan, compile={"backend": counter}):
+            assert torch.equal(draw_apart(pipe), expected)
+        assert counter.frame_count == graphs
+
+
+def test_dynamic_shapes_compile_nothing_for_another_size(
+    counter: CompileCounterWithBackend,
+) -> None:
+    loop = Loop(small_unet())
+    plan = PLANS["forecast"]
+    # PyTorch takes sides that are equal at first for equal for good.
+    sizes = [(8, 12), (12, 8), (10, 14)]
+    with leansd.inherit(loop, plan):
+        expected = [loop(STEPS, size=size) for size in sizes]
+    with leansd.inherit(loop, plan, compile={"backend": counter, "dynamic": True}):
+        found = [loop(STEPS, size=size) for size in sizes]
+    assert all(map(torch.equal, found, expected))
+    assert counter.frame_count == 2
+
+
+def test_odd_sizes(counter: CompileCounterWithBackend) -> None:
+    loop = Loop(small_unet())
+    plan = PLANS["reuse"]
+    with leansd.inherit(loop, plan):
+        expected = loop(STEPS, size=(7, 9))
+    with leansd.inherit(loop, plan, compile={"backend": counter}):
+        assert torch.equal(loop(STEPS, size=(7, 9)), expected)
+
+
+def test_uneven_padding_runs_odd_sizes_eagerly(counter: CompileCounterWithBackend) -> None:
+    loop = Loop(small_unet(downsample_padding=0))
+    with leansd.inherit(loop, PLANS["reuse"]):
+        expected = loop(STEPS, size=(8, 8))
+    with leansd.inherit(loop, PLANS["reuse"], compile={"backend": counter}):
+        assert torch.equal(loop(STEPS, size=(8, 8)), expected)
+        assert counter.frame_count == 2
+        (graphs,) = loop.unet._leansd_engine.engine._graphs.values()
+        assert not graphs.take(torch.empty(2, 4, 7, 8))
+
+
+def test_compiled_full_plan_is_the_plain_unet(counter: CompileCounterWithBackend) -> None:
+    loop = Loop(small_unet())
+    expected = loop(3)
+    with leansd.inherit(loop, Plan.full(3), compile={"backend": counter}):
+        assert torch.equal(loop(3), expected)
+    assert counter.frame_count == 1
+
+
+def test_graphs_outlive_the_attachment_but_not_in_copies(
+    counter: CompileCounterWithBackend,
+) -> None:
+    loop, plan = Loop(small_unet()), PLANS["reuse"]
+    forwards = [vars(module).get("forward") for module in loop.unet.modules()]
+    for _ in range(10):
+        with leansd.inherit(loop, plan, compile={"backend": counter}):
+            expected = loop(STEPS)
+    assert counter.frame_count == 2
+    assert [vars(module).get("forward") for module in loop.unet.modules()] == forwards
+    twin = copy.deepcopy(loop.unet)
+    assert twin._leansd_engine.engine is None
+    other = Loop(twin)
+    with leansd.inherit(other, plan):
+        assert torch.equal(other(STEPS), expected)
+
+
+def test_what_is_released_without_references_is_freed(counter: CompileCounterWithBackend) -> None:
+    loop = Loop(small_unet())
+    with leansd.inherit(loop, Plan.full(2), compile={"backend": counter}):
+        loop(2)
+    gone = weakref.ref(loop.unet)
+    del loop
+    torch.compiler.reset()
+    gc.collect()
+    assert gone() is None
+
+
+def test_lora_is_never_stale(counter: CompileCounterWithBackend) -> None:
+    plan = Plan.every(2, cut="up0", steps=2)
+    pipe = tiny_pipeline(unet=small_unet())
+
+    def check() -> torch.Tensor:
+        with leansd.inherit(reference, plan):
+            expected = draw(reference, 2)
+        found = draw(pipe, 2)
+        assert torch.equal(found, expected)
+        return found
+
+    reference = tiny_pipeline(unet=copy.deepcopy(pipe.unet))
+    with leansd.inherit(pipe, plan, compile={"backend": counter}):
+        plain = check()
+        for each in (pipe, reference):
+            torch.manual_seed(5)
+            config = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+            each.unet.add_adapter(config, adapter_name="style")
+        styled = check()
+        assert not torch.equal(styled, plain)
+        for each in (pipe, reference):
+            each.set_adapters("style", 0.5)
+        assert not torch.equal(check(), styled)
+        for each in (pipe, reference):
+            each.delete_adapters("style")
+        assert torch.equal(check(), plain)
+
+
+def test_freeu_switched_on_and_off(counter: CompileCounterWithBackend) -> None:
+    pipe = tiny_pipeline(unet=small_unet())
+    plan = Plan.every(2, cut="up0.up", steps=2)
+
+    def run(**options: Any) -> list[torch.Tensor]:
+        with leansd.inherit(pipe, plan, **options):
+            found = [draw(pipe, 2)]
+            # FreeU knows the up blocks by their channels.
+            pipe.unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+            found.append(draw(pipe, 2))
+            pipe.unet.disable_freeu()
+            return [*found, draw(pipe, 2)]
+
+    expected = run()
+    assert all(map(torch.equal, run(compile={"backend": counter}), expected))
+
+
+def test_sdxl(counter: CompileCounterWithBackend) -> None:
+    loop = Loop(tiny_xl_unet(transformer_layers_per_block=(1, 1, 1)))
+    plan = Plan.every(2, cut="up1", steps=2)
+    with leansd.inherit(loop, plan):
+        expected = loop(2)
+    with leansd.inherit(loop, plan, compile={"backend": counter}):
+        assert torch.equal(loop(2), expected)
+    assert counter.frame_count == 2
+
+
+def test_controlnet(counter: CompileCounterWithBackend) -> None:
+    unet = small_unet()
+    pipe = make_control_pipeline(tiny_controlnet(unet))
+    pipe.unet = unet
+    plan = PLANS["reuse"]
+    with leansd.inherit(pipe, plan):
+        expected = draw_controlled(pipe)
+    with leansd.inherit(pipe, plan, compile={"backend": counter}):
+        assert torch.equal(draw_controlled(pipe), expected)
+        assert torch.equal(draw_controlled(pipe), expected)
+    assert counter.frame_count == 2
+
+
+def test_integer_time_steps_are_no_part_of_a_graph(counter: CompileCounterWithBackend) -> None:
+    unet = small_unet()
+    sample, text = torch.randn(1, 4, 8, 8), torch.randn(1, 77, 32)
+    with torch.no_grad():
+        with leansd.inherit(unet, PLANS["reuse"]):
+            expected = [unet(sample, 900 - t, text).sample for t in range(STEPS)]
+        with leansd.inherit(unet, PLANS["reuse"], compile={"backend": counter}):
+            found = [unet(sample, 900 - t, text).sample for t in range(STEPS)]
+    assert all(map(torch.equal, found, expected))
+    assert counter.frame_count == 2
+
+
+def test_threads_share_a_unet(counter: CompileCounterWithBackend) -> None:
+    unet = small_unet()
+    plans = [PLANS["reuse"], PLANS["forecast"], None]
+    loops = [Loop(unet) for _ in plans]
+    expected = []
+    for seed, (loop, plan) in enumerate(zip(loops, plans, strict=True)):
+        with leansd.inherit(loop, plan or Plan.full(STEPS)):
+            expected.append(loop(STEPS, seed=seed))
+    found: dict[int, list[torch.Tensor]] = {0: [], 1: [], 2: []}
+
+    def serve(seed: int) -> None:
+        loop, plan = loops[seed], plans[seed]
+        options: Any = {"backend": counter} if plan is not None else False
+        with leansd.inherit(loop, plan or Plan.full(STEPS), compile=options):
+            found[seed] += [loop(STEPS, seed=seed) for _ in range(3)]
+
+    threads = [threading.Thread(target=serve, args=(seed,)) for seed in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, outputs in found.items():
+        assert len(outputs) == 3
+        assert all(torch.equal(output, expected[seed]) for output in outputs)
+
+
+def test_outputs_in_memory_of_cuda_graphs_are_copied() -> None:
+    """A backend that, as CUDA graphs do, gives its outputs in the same memory every time."""
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any, options: Any = None) -> Any:
+        places: list[torch.Tensor] = []
+
+        def replay(*arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            outputs = graph.forward(*arguments)
+            places.extend(each.clone() for each in outputs[len(places) :])
+            for place, output in zip(places, outputs, strict=True):
+                place.copy_(output)
+            return tuple(places)
+
+        return replay
+
+    loop = Loop(small_unet())
+    plan = Plan.between([0, 1, 3], cut="up0", steps=STEPS, how="forecast")
+    with leansd.inherit(loop, plan):
+        expected = loop(STEPS)
+    choice = {"backend": backend, "options": {"triton.cudagraphs": True}}
+    with leansd.inherit(loop, plan, compile=choice):
+        assert torch.equal(loop(STEPS), expected)
+        first, second = loop(STEPS, seed=1), loop(STEPS, seed=2)
+    assert not torch.equal(first, second)
+
+
+def test_cuda_graphs_are_told_from_the_options() -> None:
+    assert uses_cuda_graphs({"mode": "reduce-overhead"})
+    assert uses_cuda_graphs({"mode": "max-autotune"})
+    assert uses_cuda_graphs({"backend": "cudagraphs"})
+    assert uses_cuda_graphs({"options": {"triton.cudagraphs": True}})
+    assert not uses_cuda_graphs({"mode": "max-autotune-no-cudagraphs"})
+    assert not uses_cuda_graphs({"dynamic": True})
+
+
+def test_what_cannot_be_compiled_runs_eagerly_with_one_warning() -> None:
+    def backend(graph: Any, inputs: Any) -> Any:
+        raise NotImplementedError("no such device")
+
+    loop, plan = Loop(small_unet()), PLANS["forecast"]
+    with leansd.inherit(loop, plan):
+        expected = loop(STEPS)
+    with leansd.inherit(loop, plan, compile={"backend": backend}):
+        with pytest.warns(UserWarning, match="runs eagerly.*no such device"):
+            assert torch.equal(loop(STEPS), expected)
+        assert torch.equal(loop(STEPS), expected)
+
+
+def test_failing_in_the_middle_of_a_run_goes_on_eagerly() -> None:
+    """What earlier compiled calls have kept serves the eager ones."""
+    graphs = 0
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        if graphs == 2:
+            raise NotImplementedError("a second graph")
+        return graph.forward
+
+    loop, plan = Loop(small_unet()), PLANS["reuse"]
+    with leansd.inherit(loop, plan):
+        expected = loop(STEPS)
+    with (
+        leansd.inherit(loop, plan, compile={"backend": backend}),
+        pytest.warns(UserWarning, match="a second graph"),
+    ):
+        assert torch.equal(loop(STEPS), expected)
+
+
+def test_errors_of_the_caller_stay_what_they_are(counter: CompileCounterWithBackend) -> None:
+    unet = small_unet()
+    narrow = torch.randn(1, 77, 31)
+    with (
+        leansd.inherit(unet, Plan.full(2), compile={"backend": counter}),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            unet(torch.randn(1, 4, 8, 8), 900, narrow)
+
+
+def test_stance_of_eager_execution_is_obeyed(counter: CompileCounterWithBackend) -> None:
+    loop, plan = Loop(small_unet()), PLANS["forecast"]
+    with leansd.inherit(loop, plan):
+        expected = loop(STEPS)
+    with (
+        torch.compiler.set_stance("force_eager"),
+        leansd.inherit(loop, plan, compile={"backend": counter}),
+    ):
+        assert torch.equal(loop(STEPS), expected)
+    assert counter.frame_count == 0
+
+
+def test_until_released(counter: CompileCounterWithBackend) -> None:
+    loop = Loop(small_unet())
+    expected = loop(3)
+    leansd.inherit_(loop, Plan.every(3, cut="mid", steps=3), compile={"backend": counter})
+    assert not torch.equal(loop(3), expected)
+    assert counter.frame_count == 2
+    leansd.release_(loop)
+    assert torch.equal(loop(3), expected)
+
+
+def test_options_are_checked() -> None:
+    unet = small_unet()
+    assert read_options(False) is None
+    assert read_options(True) == {}
+    with pytest.raises(LeansdError, match=r"unknown option 'fullgraph'.*backend, mode"):
+        leansd.inherit(unet, Plan.full(2), compile={"fullgraph": False})
+    with pytest.raises(LeansdError, match="either mode or options"):
+        leansd.inherit(unet, Plan.full(2), compile={"mode": "default", "options": {"a": 1}})
+
+
+def test_structures_forget_calls_and_step_counts() -> None:
+    anatomy = read_anatomy(small_unet())
+    plan = Plan.every(3, cut="up0", steps=9, how="forecast").guide("inherit", at=[1, 2, 4])
+    program = compile_plan(plan, anatomy)
+    structures = list_structures(program)
+    patterns = {(call.pattern.active, call.lanes, call.guidance) for call in program.calls}
+    assert len(set(structures)) == len(patterns)
+    longer = compile_plan(plan.fit(18), anatomy)
+    assert set(structures) == set(list_structures(longer))
+    for call, structure in zip(program.calls, structures, strict=True):
+        kept = {each for keeps in call.keeps.values() for each in keeps}
+        assert kept <= set(structure.list_keeps(call))
+        read = {each for lanes in call.sources.values() for lane in lanes for each in lane}
+        assert read == {each for lane in structure.list_sources(call) for each in lane}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_inductor(dynamic: bool) -> None:
+    loop, plan = Loop(small_unet()), Plan.every(2, cut="up0", steps=4, how="forecast")
+    plain = loop(4)
+    with leansd.inherit(loop, plan):
+        expected = loop(4)
+    with leansd.inherit(loop, plan, compile={"dynamic": dynamic}):
+        first = loop(4)
+        graphs = counters["stats"]["unique_graphs"]
+        assert torch.equal(loop(4), first)
+    assert graphs == counters["stats"]["unique_graphs"] == count_structures(loop.unet, plan) == 2
+    assert torch.allclose(first, expected, atol=1e-4, rtol=1e-4)
+    with leansd.inherit(loop, Plan.full(4), compile={"dynamic": dynamic}):
+        assert torch.allclose(loop(4), plain, atol=1e-4, rtol=1e-4)
