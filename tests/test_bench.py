@@ -292,7 +292,7 @@ def test_bench_of_the_embedded_model_and_its_resumption(tmp_path, capsys):
     assert [margin["reference"] for margin in contest["margins"]] == [FULL] * 3 + [CONVERGED] * 3
     before = out.read_bytes()
     names = {record.plan for record in load_records(out)}
-    assert {"full", "fast", "2 steps", "chebyshev 0"} <= names
+    assert {"full", "fast", "2 steps", "chebyshev-line 0"} <= names
     assert (report / "report.html").is_file()
     assert {path.suffix for path in report.iterdir()} == {".png", ".svg", ".html"}
     assert main(command) == 0

@@ -70,6 +70,8 @@ def bench(
 
     Every contest is on record when it is over; the same command goes on with the next.
     """
+    from textwrap import fill
+
     from leansd.errors import LeansdError
     from leansd.faces.benching import Setup, drop_done, estimate, hold, prepare, time_step
     from leansd.faces.cli.terminal import (
@@ -184,7 +186,7 @@ def bench(
         show_table(tabulate_margins(standing))
         quality = describe_quality(standing)
         for line in (*([quality] if quality else []), *list_left_out(standing)):
-            show_text(line)
+            show_text(fill(line, 80))
     if embedder is None:
         show_text("no quality of sets: the model has no CLIP of its own, give one by --clip")
     show_text("wrote " + ", ".join(map(str, files)))

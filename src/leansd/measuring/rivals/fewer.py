@@ -10,7 +10,7 @@ SHARES = {
     False: (1.4, 1.8, 2.3, 3.2),
 }
 """Times fewer steps, in long contests and in others."""
-OTHER_SHARES = {True: (2.0, 3.0), False: (2.0,)}
+OTHER_SHARES = {True: (1.4, 1.8, 2.3, 3.2), False: (1.8, 2.3, 3.2)}
 """The same with other samplers."""
 
 

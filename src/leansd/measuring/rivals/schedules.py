@@ -30,8 +30,7 @@ def send_presets(name: str, label: str, long: Options, short: Options) -> Send:
     return send
 
 
-def _list_spectrum(growths: Sequence[float]) -> Options:
-    hows = ("chebyshev", "chebyshev-line")
+def _list_spectrum(hows: Sequence[str], growths: Sequence[float]) -> Options:
     return [{"growth": growth, "how": how} for growth in growths for how in hows]
 
 
@@ -50,7 +49,10 @@ SPECTRUM = Rival(
     "spectrum",
     "Spectrum's forecast, as a plan",
     send_presets(
-        "spectrum", "{how} {growth}", _list_spectrum((0, 0.25, 0.75)), _list_spectrum((0, 0.75))
+        "spectrum",
+        "{how} {growth}",
+        _list_spectrum(("chebyshev", "chebyshev-line"), (0, 0.25, 0.75)),
+        _list_spectrum(("chebyshev-line",), (0, 0.75)),
     ),
     preset="spectrum",
 )
