@@ -188,7 +188,8 @@ def list_neighbours(proposal: Proposal, count: int) -> list[tuple[Stretch, ...]]
     for place, stretch in enumerate(proposal.stretches):
         if stretch.end - stretch.key > 1:
             for action in HEAD_ACTIONS:
-                if action != stretch.action:
+                # With fewer key steps behind it, a parabola is a line.
+                if action != stretch.action and place + 1 >= DEPTHS[action.how]:
                     changed = [*actions[:place], action, *actions[place + 1 :]]
                     neighbours.append(_join(keys, changed, count))
     return neighbours
