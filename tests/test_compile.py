@@ -218,7 +218,7 @@ def test_uneven_padding_runs_odd_sizes_eagerly(counter: CompileCounterWithBacken
         assert torch.equal(loop(STEPS, size=(8, 8)), expected)
         assert counter.frame_count == 2
         (graphs,) = loop.unet._leansd_engine.engine._graphs.values()
-        assert not graphs.take(torch.empty(2, 4, 7, 8))
+        assert not graphs._outlines.suit(torch.empty(2, 4, 7, 8))
 
 
 def test_compiled_full_plan_is_the_plain_unet(counter: CompileCounterWithBackend) -> None:
