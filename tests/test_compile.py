@@ -167,7 +167,8 @@ def test_adaptive_plans_run_eagerly(name: str, counter: CompileCounterWithBacken
     with leansd.inherit(loop, plan, compile={"backend": counter}):
         with pytest.warns(UserWarning, match="it runs eagerly"):
             assert torch.equal(loop(STEPS), expected)
-        with warnings.catch_warnings(action="error"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
             assert torch.equal(loop(STEPS), expected)
     assert counter.frame_count == 0
 

@@ -132,11 +132,12 @@ def weigh_sources(
     Of sources of one and the same log-SNR only the latest has one.
     """
     places = {log_snr[kept.call]: kept for kept in reversed(sources)}
-    at = log_snr[call]
-    return {
-        kept: math.prod((at - point) / (here - point) for point in places if point != here)
-        for here, kept in places.items()
-    }
+    return {kept: weigh(log_snr[call], here, list(places)) for here, kept in places.items()}
+
+
+def weigh(at: float, here: float, points: Sequence[float]) -> float:
+    """Lagrange's weight at `at` of what was computed `here`, one of all `points`."""
+    return math.prod((at - point) / (here - point) for point in points if point != here)
 
 
 def combine(
