@@ -21,12 +21,12 @@ from leansd.faces.comparison import FULL, Contestant, compare_plans, list_record
 from leansd.faces.outlines import predict_gain
 from leansd.faces.pictures import Request
 from leansd.faces.prompts import GUIDANCE, PROMPTS
-from leansd.faces.samplers import set_sampler
 from leansd.faces.scoring import find_scorer
 from leansd.loading import load
 from leansd.measuring.records import write_records
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.presets import HOUSE, preset
+from leansd.runtime.samplers import set_sampler
 
 RESULTS = Path(__file__).parent / "results" / "presets.jsonl"
 SAMPLERS = ("dpm++2m", "ddim")

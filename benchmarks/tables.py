@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from leansd.faces.standings import read_standings, tabulate_summary
 from leansd.measuring.records import Record, load_records
 
 ROOT = Path(__file__).parent.parent
@@ -83,7 +84,22 @@ def get(record: Record, name: str) -> object:
     return (record.model_extra or {})[name]
 
 
-TABLES: dict[str, Callable[[], str]] = {"presets": tabulate_presets, "gpu": tabulate_gpu}
+def tabulate_bench() -> str:
+    """For each contest of `leansd bench`: ours and the best rival at the same speed."""
+    records = load_records(RESULTS / "bench.jsonl")
+    full = next(record for record in records if record.plan == "full")
+    circumstances = (
+        f"{full.subject}, {get(full, 'calls')} pictures a contest in batches of "
+        f"{get(full, 'batch')}; {full.device}; torch {full.torch}:"
+    )
+    return f"{circumstances}\n\n{tabulate_summary(read_standings(records)).markdown()}\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "presets": tabulate_presets,
+    "bench": tabulate_bench,
+    "gpu": tabulate_gpu,
+}
 
 
 def fill(page: str) -> str:

@@ -10,7 +10,6 @@ from transformers import CLIPConfig, CLIPModel
 import leansd
 from leansd import LeansdError, Plan
 from leansd.faces.cli import main
-from leansd.faces.samplers import make_scheduler
 from leansd.faces.scoring import find_embedder
 from leansd.measuring.cases import Case, Conditions
 from leansd.measuring.evaluation import evaluate_cases, list_contestants, make_reference
@@ -26,6 +25,7 @@ from leansd.measuring.quality import (
 )
 from leansd.measuring.records import load_records
 from leansd.measuring.trajectories import run_calls, split_calls
+from leansd.runtime.samplers import make_scheduler
 from test_demo import read_page
 from tiny import WIDTH, tiny_pipeline, tiny_tokenizer
 

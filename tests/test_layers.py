@@ -16,6 +16,7 @@ LAYERS = (
     ("anatomy",),
     ("runtime",),
     ("measuring",),
+    ("tuning",),
     ("emoji",),
     ("loading",),
     ("faces",),

@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from leansd.measuring.profile import profile
     from leansd.plans import Anatomy, Plan, preset
     from leansd.runtime import Report, inherit, inherit_, release_
+    from leansd.tuning import Front, tune
 
 # Where each public name lives; it is imported when it is first asked for, so that
 # `import leansd` costs nothing and plans never pull in torch.
 _HOMES = {
+    "Front": "leansd.tuning",
     "Anatomy": "leansd.plans",
     "CostModel": "leansd.measuring.cost",
     "Plan": "leansd.plans",
@@ -39,11 +41,13 @@ _HOMES = {
     "preset": "leansd.plans",
     "profile": "leansd.measuring.profile",
     "release_": "leansd.runtime",
+    "tune": "leansd.tuning",
 }
 
 __all__ = [
     "Anatomy",
     "CostModel",
+    "Front",
     "LeansdError",
     "Plan",
     "Report",
@@ -57,6 +61,7 @@ __all__ = [
     "preset",
     "profile",
     "release_",
+    "tune",
 ]
 
 

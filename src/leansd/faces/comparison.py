@@ -15,7 +15,6 @@ from PIL.Image import Image
 
 from leansd.faces.outlines import predict_gain
 from leansd.faces.pictures import Painting, Request, paint
-from leansd.faces.samplers import name_sampler
 from leansd.faces.scoring import Scorer
 from leansd.measuring.fidelity import psnr, ssim
 from leansd.measuring.records import Record, stamp
@@ -24,6 +23,7 @@ from leansd.measuring.timing import Ratio, Timing, compare_timings, time_cases
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.plan import Plan
 from leansd.plans.presets import HOUSE, PRESETS, preset
+from leansd.runtime.samplers import name_sampler
 
 FULL = "full"
 FEWER = "fewer steps"
@@ -74,9 +74,9 @@ class Comparison:
     entries: tuple[Entry, ...]
 
 
-def line_up(anatomy: Anatomy, steps: int) -> list[Contestant]:
+def line_up(anatomy: Anatomy, steps: int, sampler: str = "") -> list[Contestant]:
     """The full run, every preset of the house, and fewer steps at about the cost of `balanced`."""
-    plans = {name: preset(name, steps, blocks=anatomy.up_blocks) for name in HOUSE}
+    plans = {name: preset(name, steps, blocks=anatomy.up_blocks, sampler=sampler) for name in HOUSE}
     fewer = max(1, round(steps / predict_gain(plans["balanced"], anatomy)))
     return [
         Contestant(FULL, f"the whole UNet at each of {steps} steps", steps),

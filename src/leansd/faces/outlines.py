@@ -36,7 +36,9 @@ def open_anatomy(model: str | Path, *, latent: int | None = None, tokens: int = 
     return dissect(unet, latent=latent, tokens=tokens, name=name)
 
 
-def choose_plan(source: str, steps: int | None, anatomy: Anatomy, *, fit: bool = False) -> Plan:
+def choose_plan(
+    source: str, steps: int | None, anatomy: Anatomy, *, fit: bool = False, sampler: str = ""
+) -> Plan:
     """A preset or a plan file, checked against a UNet.
 
     Without `steps` a file keeps its own count; with others it is refused unless `fit` is set.
@@ -51,7 +53,7 @@ def choose_plan(source: str, steps: int | None, anatomy: Anatomy, *, fit: bool =
                 )
             plan = plan.fit(steps)
     else:
-        plan = resolve(source, steps or STEPS, blocks=anatomy.up_blocks)
+        plan = resolve(source, steps or STEPS, blocks=anatomy.up_blocks, sampler=sampler)
     plan.resolve(anatomy)
     return plan
 

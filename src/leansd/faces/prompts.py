@@ -15,6 +15,47 @@ PROMPTS = (
     "a pizza, twemoji style",
 )
 
+_EMOJI = (
+    *("red apple", "pizza", "lemon", "cat face", "dog face", "tiger face", "penguin", "fish"),
+    *("grinning face", "red heart", "rocket", "police car", "soccer ball", "crown", "tulip"),
+    *(
+        "mushroom",
+        "hamburger",
+        "guitar",
+        "cactus",
+        "basketball",
+        "banana",
+        "strawberry",
+        "cherries",
+    ),
+    *("carrot", "avocado", "sunflower", "elephant", "octopus", "airplane", "umbrella", "candle"),
+    "panda",
+)
+THINGS = tuple(f"a {thing}, {style} style" for style in ("noto", "twemoji") for thing in _EMOJI)
+"""64 prompts of the embedded model, for benchmarks."""
+
+_SUBJECTS = (
+    "a lighthouse on a cliff at dusk",
+    "an old man reading a newspaper in a cafe",
+    "a red bicycle against a brick wall",
+    "two horses running on a beach",
+    "a bowl of ramen on a wooden table",
+    "a snowy village with lit windows",
+    "a tabby cat asleep on a windowsill",
+    "a crowded street market in the rain",
+    "a glass of orange juice and a croissant",
+    "a steam train crossing a stone bridge",
+    "a woman with a yellow umbrella",
+    "a mountain lake with a small boat",
+    "a violin lying on sheet music",
+    "a field of sunflowers under a stormy sky",
+    "a robot watering plants in a greenhouse",
+    "a library with a spiral staircase",
+)
+_MANNERS = ("a photo of", "an oil painting of", "a watercolour of", "a pencil drawing of")
+SCENES = tuple(f"{manner} {subject}" for manner in _MANNERS for subject in _SUBJECTS)
+"""64 prompts of any other model, for benchmarks."""
+
 GUIDANCE = 4.0
 """Guidance scale for the embedded model; the pipeline's default makes its colours hard."""
 

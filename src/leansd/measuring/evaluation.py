@@ -114,7 +114,7 @@ def list_contestants(
     anatomy = read_anatomy(pipe.unet)
     cases = [Case(FULL, steps)]
     for source in plans:
-        plan = resolve(source, steps, blocks=anatomy.up_blocks)
+        plan = resolve(source, steps, blocks=anatomy.up_blocks, sampler=name_sampler(pipe))
         plan.resolve(anatomy)
         # A plan that computes everything is not the run without a plan; it has to prove equal.
         name = f"{plan.name} plan" if plan.name in (FULL, CONVERGED) else plan.name

@@ -61,6 +61,15 @@ def fingerprint_pipe(pipe: DiffusionPipeline) -> str:
     return digest.hexdigest()[:16]
 
 
+def fingerprint_module(module: torch.nn.Module) -> str:
+    """Sixteen hex digits of a network: its class, the shapes and a sample of all its weights."""
+    digest = sha256(type(module).__name__.encode())
+    for key, value in module.state_dict().items():
+        digest.update(f"{key} {list(value.shape)}".encode())
+        digest.update(_sample(value.float()))
+    return digest.hexdigest()[:16]
+
+
 def fingerprint_case(facts: Mapping[str, Any]) -> str:
     """Sixteen hex digits of what all pictures of a case share."""
     return sha256(describe(dict(facts))).hexdigest()[:16]

@@ -45,12 +45,7 @@ class PlanDocument(BaseModel):
 
 def write_plan(plan: Plan, path: Path) -> None:
     """Write `plan` to `path`; the file is either the old one or the whole new one."""
-    rows = [
-        RowDocument(inherit=dict(row.inherit), guidance=row.guidance, correct=row.correct)
-        for row in plan.rows
-    ]
-    drift = None if plan.drift is None else DriftDocument(**asdict(plan.drift))
-    document = PlanDocument(name=plan.name, steps=plan.steps, drift=drift, rows=rows)
+    document = make_document(plan)
     lines = [json.dumps(row.model_dump(exclude_defaults=True)) for row in document.rows]
     head = json.dumps(document.model_dump(exclude={"rows"}, exclude_none=True))[1:-1]
     text = "{" + head + ', "rows": [\n  ' + ",\n  ".join(lines) + "\n]}\n"
@@ -85,6 +80,21 @@ def read_plan(path: Path) -> Plan:
         )
     if len(document.rows) != document.steps:
         raise LeansdError(f"{path} says {document.steps} steps and has {len(document.rows)} rows")
+    return make_plan(document)
+
+
+def make_document(plan: Plan) -> PlanDocument:
+    """A plan as what its file holds."""
+    rows = [
+        RowDocument(inherit=dict(row.inherit), guidance=row.guidance, correct=row.correct)
+        for row in plan.rows
+    ]
+    drift = None if plan.drift is None else DriftDocument(**asdict(plan.drift))
+    return PlanDocument(name=plan.name, steps=plan.steps, drift=drift, rows=rows)
+
+
+def make_plan(document: PlanDocument) -> Plan:
+    """The plan that a file holds."""
     drift = None if document.drift is None else Drift(**document.drift.model_dump())
     rows = tuple(Row(row.inherit, row.guidance, row.correct) for row in document.rows)
     return Plan(rows, document.name, drift)

@@ -24,6 +24,8 @@ MARKS = {
     "residual": "+",
     "forecast": "~",
     "forecast2": "^",
+    "chebyshev": "%",
+    "chebyshev-line": "&",
     "idle": ".",
 }
 GUIDANCE_STATES: dict[Guidance, str] = {
@@ -38,6 +40,8 @@ COLOURS = {
     "residual": "#a855f7",
     "forecast": "#10b981",
     "forecast2": "#0f766e",
+    "chebyshev": "#be185d",
+    "chebyshev-line": "#9d174d",
     "idle": "#e5e7eb",
 }
 

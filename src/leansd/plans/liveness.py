@@ -11,6 +11,7 @@ inherits or drops guidance, only the conditional lane runs, and what is kept is 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -43,8 +44,15 @@ class Pattern:
     """Units and parts that are computed."""
 
 
-DEPTHS: dict[How, int] = {"reuse": 1, "residual": 1, "forecast": 2, "forecast2": 3}
-"""How many computed outputs each way of inheriting draws on."""
+DEPTHS: dict[How, int] = {
+    "reuse": 1,
+    "residual": 1,
+    "forecast": 2,
+    "forecast2": 3,
+    "chebyshev": sys.maxsize,
+    "chebyshev-line": sys.maxsize,
+}
+"""How many computed outputs each way of inheriting draws on, at most."""
 
 What = Literal["output", "change", "difference"]
 """A unit's output; what it added to its input; conditional minus unconditional output."""
@@ -301,7 +309,7 @@ def _trace_sources(
         before = computed_at.get((unit, lane), ())
         if before and moments is not None and moments[before[0]] == moments[index]:
             before = before[1:]
-        computed_at[unit, lane] = (index, *before[:2])
+        computed_at[unit, lane] = (index, *before)
 
     def trace(unit: str, lane: Lane, how: How) -> tuple[Kept, ...]:
         what: What = "change" if how == "residual" else "output"
@@ -326,7 +334,9 @@ def _trace_sources(
             read[GUIDANCE] = (trace(GUIDANCE, "cond", how),)
         sources.append(read)
         if HEAD in pattern.inherited:
-            forecast = pattern.inherited[HEAD]
+            # Corrections are by a polynomial, which runs wild through more than three outputs.
+            by = pattern.inherited[HEAD]
+            forecast = by if DEPTHS[by] <= 3 else "forecast2"
         corrected = forecast if weights[index - start] else None
         corrects.append(tuple(trace(HEAD, lane, corrected) for lane in here) if corrected else ())
         if HEAD in pattern.active:

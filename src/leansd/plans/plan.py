@@ -20,7 +20,7 @@ from leansd.plans import keysteps
 from leansd.plans.anatomy import HEAD, STEM, Anatomy
 from leansd.plans.drift import Drift, Measure
 
-How = Literal["reuse", "residual", "forecast", "forecast2"]
+How = Literal["reuse", "residual", "forecast", "forecast2", "chebyshev", "chebyshev-line"]
 """How a unit gives an output that it does not compute.
 
 `reuse`     the output it gave when it was last computed.
@@ -28,6 +28,9 @@ How = Literal["reuse", "residual", "forecast", "forecast2"]
             head, whose output is the UNet's, the input is the UNet's own.
 `forecast`  the line through its last two computed outputs, over log-SNR.
 `forecast2` the parabola through its last three, over log-SNR.
+`chebyshev` Spectrum's ridge regression on Chebyshev polynomials over the calls, of all computed
+            outputs (`runtime/spectrum.py`).
+`chebyshev-line` the mean of that and of the line through its last two, over the calls.
 """
 HOWS: tuple[How, ...] = get_args(How)
 

@@ -32,8 +32,14 @@ FEW_STEPS = 8
 """Runs of few-step models (LCM, Turbo, Lightning) have no more than these."""
 
 
-def preset(name: str, steps: int = 30, *, blocks: int = 4, **options: Any) -> Plan:
+def preset(
+    name: str, steps: int = 30, *, blocks: int = 4, sampler: str = "", **options: Any
+) -> Plan:
     """The plan of a preset for a run of `steps` steps on a UNet with `blocks` up blocks.
+
+    Args:
+        sampler: short name of the pipeline's sampler, such as `dpm++2m`; house presets are tuned
+            for some. Given by name to `inherit`, a preset finds it out itself.
 
     Raises:
         LeansdError: there is no such preset, or it has no such option.
@@ -41,7 +47,7 @@ def preset(name: str, steps: int = 30, *, blocks: int = 4, **options: Any) -> Pl
     if name not in PRESETS:
         raise LeansdError(_describe_unknown(name))
     try:
-        return PRESETS[name].build(steps=steps, blocks=blocks, **options).rename(name)
+        return PRESETS[name].build_for(steps, blocks, sampler, **options)
     except TypeError as error:
         if "keyword argument" not in str(error):
             raise
@@ -66,14 +72,14 @@ def look_up(source: Plan | str | Path) -> Plan | Preset:
     raise LeansdError(_describe_unknown(name))
 
 
-def build_for(source: Plan | Preset, steps: int, blocks: int) -> Plan:
+def build_for(source: Plan | Preset, steps: int, blocks: int, sampler: str = "") -> Plan:
     """The plan for a run of `steps` steps: a preset fits itself, a plan must have as many rows.
 
     Raises:
         LeansdError: the plan is for another number of steps.
     """
     if isinstance(source, Preset):
-        return source.build(steps=steps, blocks=blocks).rename(source.name)
+        return source.build_for(steps, blocks, sampler)
     if source.steps != steps:
         raise LeansdError(
             f"plan {source.name} is for {source.steps} steps, this run has {steps}; "
@@ -90,9 +96,9 @@ def suits(source: Plan | Preset, steps: int) -> bool:
     return isinstance(source, Plan) or source.name == "full" or steps > FEW_STEPS
 
 
-def resolve(source: Plan | str | Path, steps: int, *, blocks: int = 4) -> Plan:
+def resolve(source: Plan | str | Path, steps: int, *, blocks: int = 4, sampler: str = "") -> Plan:
     """`look_up` and `build_for` in one."""
-    return build_for(look_up(source), steps, blocks)
+    return build_for(look_up(source), steps, blocks, sampler)
 
 
 def _describe_unknown(name: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from leansd.errors import LeansdError
 from leansd.plans import keysteps
 from leansd.plans.drift import SAMPLE
-from leansd.plans.plan import Plan
+from leansd.plans.plan import How, Plan
 from leansd.plans.registry import register
 
 
@@ -110,6 +110,36 @@ def build_guidance_cutoff(*, steps: int, blocks: int, share: float = 0.4) -> Pla
     """What `SDCFGCutoffCallback` of diffusers does: the plain rival of T-GATE."""
     gate = max(1, round((1 - share) * steps))
     return Plan.full(steps).guide("drop", at=range(min(gate, steps), steps))
+
+
+@register("spectrum", "Spectrum's forecast by Chebyshev polynomials (window, growth, warm_up, how)")
+def build_spectrum(
+    *,
+    steps: int,
+    blocks: int,
+    window: float = 2,
+    growth: float = 0.75,
+    warm_up: int = 5,
+    how: How = "chebyshev",
+) -> Plan:
+    """Spectrum (arXiv 2603.01623): what the last up block gives is forecast, the head computed.
+
+    After a warm-up one step in `window` is computed, and the window grows with each of them. The
+    defaults are the paper's for few computed steps, its warm-up that of its published code, whose
+    later recommendation is `how="chebyshev-line"`.
+    """
+    if window < 1 or growth < 0 or warm_up < 1:
+        raise LeansdError(
+            f"window {window:g}, growth {growth:g}, warm-up {warm_up}: give a window and a warm-up "
+            "of 1 or more and a growth of 0 or more"
+        )
+    keys = list(range(min(warm_up, steps)))
+    step = len(keys) - 1 + int(window)
+    while step < steps:
+        keys.append(step)
+        window += growth
+        step += int(window)
+    return Plan.between(keys, cut=f"up{blocks - 1}", steps=steps, how=how)
 
 
 @register("easycache", "EasyCache's whole-step reuse by predicted change (threshold, warm_up)")

@@ -29,6 +29,7 @@ from leansd.runtime.engine import Engine, attach, detach
 from leansd.runtime.guidance import count_pictures, find_lane, guides, is_guided
 from leansd.runtime.passes import Branch, Step
 from leansd.runtime.report import Lap, Report, Tally
+from leansd.runtime.samplers import name_sampler
 
 
 class Attachment:
@@ -200,7 +201,8 @@ class Attachment:
             )
             return Plan.full(steps)
         try:
-            plan = build_for(self.source, steps, engine.anatomy.up_blocks)
+            sampler = name_sampler(self.pipe) if self.pipe is not None else ""
+            plan = build_for(self.source, steps, engine.anatomy.up_blocks, sampler)
         except LeansdError:
             self.abort()
             raise

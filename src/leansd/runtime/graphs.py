@@ -78,6 +78,10 @@ class Slot:
         self.step: Step | None = None
 
 
+POLYNOMIALS: frozenset[How] = frozenset({"reuse", "residual", "forecast", "forecast2"})
+"""Ways of inheriting that a graph knows: through a fixed number of outputs."""
+
+
 class TracedPass(Pass):
     """A pass that reads nothing but its arguments, for the tracer."""
 
@@ -91,7 +95,7 @@ class TracedPass(Pass):
     ) -> None:
         branch = Branch()
         branch.shapes = shapes
-        super().__init__(branch, structure.call, (), latents, records=False)
+        super().__init__(branch, structure.call, None, latents, records=False)
         # Costs nothing: what nobody reads, a compiler leaves out.
         self.writable = True
         sources = structure.sources
@@ -109,7 +113,7 @@ class TracedPass(Pass):
     ) -> torch.Tensor:
         store = self.branch.store
         if how == "residual":
-            return RECALLS[how](store, sources, 0, self.log_snr, given)
+            return RECALLS[how](store, sources, 0, None, given)
         tensors = [store.read(kept) for kept in sources]
         if len(tensors) == 1:
             return tensors[0].clone()
@@ -182,7 +186,9 @@ class Graphs:
     def take(self, step: Pass, sample: torch.Tensor) -> bool:
         """Whether this call with a sample [B, C, H, W] is compiled; the others run eagerly."""
         stands_alone = step.apart is None and not step.skips_unet
-        return stands_alone and not self._broken and self._outlines.suit(sample)
+        pattern = step.call.pattern
+        known = POLYNOMIALS.issuperset((*pattern.inherited.values(), *pattern.parts.values()))
+        return stands_alone and known and not self._broken and self._outlines.suit(sample)
 
     def run(self, step: Pass, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What `Engine.run_lanes` gives and keeps, by a graph."""
@@ -281,9 +287,10 @@ def _weigh(
 
     See `forecast_output` and `Pass.move_on`.
     """
+    assert step.course is not None
     weights: list[float] = []
     for each in (each for each in sources if len(each) > 1):
-        known = weigh_sources(each, step.call.index, step.log_snr)
+        known = weigh_sources(each, step.call.index, step.course.log_snr)
         weights += [known.get(kept, 0.0) for kept in each]
     if step.call.corrects:
         weights.append(1 + step.call.correct)

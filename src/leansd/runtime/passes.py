@@ -10,7 +10,7 @@ import torch
 from leansd.plans.anatomy import HEAD
 from leansd.plans.liveness import GUIDANCE, Call, Kept, Lane, Program
 from leansd.plans.plan import How
-from leansd.runtime.clock import Tick
+from leansd.runtime.clock import Course, Tick
 from leansd.runtime.store import RECALLS, Shape, Store, unwrap
 
 
@@ -108,8 +108,7 @@ class Branch:
         assert self.program is not None
         self._last = tick.index
         call, records = self.program[tick.index], tick.index == self.program.start
-        log_snr = tick.course.log_snr
-        return Pass(self, call, log_snr, latents, records=records, apart=apart)
+        return Pass(self, call, tick.course, latents, records=records, apart=apart)
 
 
 def _sign(sample: torch.Tensor, guided: bool) -> object:
@@ -128,7 +127,7 @@ class Pass:
         self,
         branch: Branch,
         call: Call,
-        log_snr: Sequence[float],
+        course: Course | None,
         latents: torch.Tensor,
         *,
         records: bool,
@@ -146,8 +145,8 @@ class Pass:
         self.batch = self.latents.shape[0]
         self.writable = False
         """Whether placeholders may be written to."""
-        self.log_snr = log_snr
-        """Of each UNet call of the run."""
+        self.course = course
+        """The run's; None where a graph is traced, which has it from its arguments."""
         self.records = records
         """Whether to note what the outputs of the units look like."""
 
@@ -189,7 +188,7 @@ class Pass:
         self, how: How, sources: Sequence[Kept], given: torch.Tensor | None = None
     ) -> torch.Tensor:
         """One lane of an output made from what was kept."""
-        return RECALLS[how](self.branch.store, sources, self.call.index, self.log_snr, given)
+        return RECALLS[how](self.branch.store, sources, self.call.index, self.course, given)
 
     def correct(self, noise: torch.Tensor) -> torch.Tensor:
         """The UNet's output [B, C, H, W] moved away from what it would have inherited."""

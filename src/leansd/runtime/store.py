@@ -11,6 +11,8 @@ import torch
 
 from leansd.plans.liveness import Kept
 from leansd.plans.plan import How
+from leansd.runtime.clock import Course
+from leansd.runtime.spectrum import weigh_chebyshev
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,38 +92,59 @@ def unwrap(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-Recall = Callable[[Store, Sequence[Kept], int, Sequence[float], Any], torch.Tensor]
-"""`(store, sources, call, log_snr of each call, the unit's input or None)` -> a fresh tensor."""
+Recall = Callable[[Store, Sequence[Kept], int, Any, Any], torch.Tensor]
+"""`(store, sources, call, the run's course, the unit's input or None)` -> a fresh tensor."""
 
 
 def recall_output(
-    store: Store, sources: Sequence[Kept], call: int, log_snr: Sequence[float], given: Any
+    store: Store, sources: Sequence[Kept], call: int, course: Course, given: Any
 ) -> torch.Tensor:
     """What the unit gave when it was last computed."""
     return store.read(sources[0]).clone()
 
 
 def recall_change(
-    store: Store, sources: Sequence[Kept], call: int, log_snr: Sequence[float], given: Any
+    store: Store, sources: Sequence[Kept], call: int, course: Course, given: Any
 ) -> torch.Tensor:
     """The present input plus what the unit last added to its input."""
     return given + store.read(sources[0])
 
 
 def forecast_output(
-    store: Store, sources: Sequence[Kept], call: int, log_snr: Sequence[float], given: Any
+    store: Store, sources: Sequence[Kept], call: int, course: Course, given: Any
 ) -> torch.Tensor:
     """The polynomial over log-SNR through the last computed outputs, a line through two of them.
 
     With one of them that one; outputs of one and the same log-SNR count once.
     """
-    weights = weigh_sources(sources, call, log_snr)
+    weights = weigh_sources(sources, call, course.log_snr)
     tensors = [store.read(kept) for kept in weights]
     if len(tensors) == 2:
         # lerp(before, latest, w) is before + w (latest - before); w > 1 lies beyond the latest.
         before, latest = tensors
         return torch.lerp(before, latest, weights[sources[0]])
     return combine(tensors, list(weights.values()))
+
+
+def forecast_by_chebyshev(
+    store: Store, sources: Sequence[Kept], call: int, course: Course, given: Any
+) -> torch.Tensor:
+    """Spectrum's forecast through all computed outputs, see `weigh_chebyshev`."""
+    places = tuple(kept.call for kept in sources)
+    weights = weigh_chebyshev(call, places, len(course.rows))
+    return combine([store.read(kept) for kept in sources], weights)
+
+
+def forecast_by_both(
+    store: Store, sources: Sequence[Kept], call: int, course: Course, given: Any
+) -> torch.Tensor:
+    """The mean of Spectrum's forecast and of the line through the last two outputs."""
+    places = tuple(kept.call for kept in sources)
+    weights = weigh_chebyshev(call, places, len(course.rows))
+    last = places[:2]
+    line = [*(weigh(call, here, last) for here in last), *(0.0 for _ in places[2:])]
+    means = [(one + other) / 2 for one, other in zip(weights, line, strict=True)]
+    return combine([store.read(kept) for kept in sources], means)
 
 
 def weigh_sources(
@@ -132,7 +155,8 @@ def weigh_sources(
     Of sources of one and the same log-SNR only the latest has one.
     """
     places = {log_snr[kept.call]: kept for kept in reversed(sources)}
-    return {kept: weigh(log_snr[call], here, list(places)) for here, kept in places.items()}
+    at = log_snr[call]
+    return {kept: weigh(at, here, list(places)) for here, kept in places.items()}
 
 
 def weigh(at: float, here: float, points: Sequence[float]) -> float:
@@ -157,4 +181,6 @@ RECALLS: dict[How, Recall] = {
     "residual": recall_change,
     "forecast": forecast_output,
     "forecast2": forecast_output,
+    "chebyshev": forecast_by_chebyshev,
+    "chebyshev-line": forecast_by_both,
 }

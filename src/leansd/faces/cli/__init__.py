@@ -23,6 +23,7 @@ COMMANDS = {
     "profile": "Measure what every unit and stage costs here; predict what plans gain.",
     "plan": "Show, draw or save a plan.",
     "evaluate": "Measure plans against the full and the converged run, and the quality of sets.",
+    "bench": "Measure ours against every rival in turns: time, fidelity, quality; resumable.",
     "emoji": "The embedded model: train it, measure it.",
 }
 """Each name is also a module of this package that holds a Typer `app`."""

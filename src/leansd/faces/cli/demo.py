@@ -54,11 +54,11 @@ def show_demo(
     from leansd.faces.prompts import GUIDANCE, PROMPTS
     from leansd.faces.report import write_page
     from leansd.faces.report.showing import draw_sheet, headline, make_sections
-    from leansd.faces.samplers import check_sampler, set_sampler
     from leansd.faces.scoring import find_scorer
     from leansd.loading import EMBEDDED, find_device, load, locate
     from leansd.measuring.files import check_folder, write_file
     from leansd.measuring.records import write_records
+    from leansd.runtime.samplers import check_sampler, set_sampler
 
     check_folder(out)
     find_device(device)
@@ -72,7 +72,7 @@ def show_demo(
         set_sampler(pipe, sampler)
     pipe.set_progress_bar_config(disable=True)
     chosen = prompts or list(PROMPTS)
-    contestants = line_up(anatomy, steps)
+    contestants = line_up(anatomy, steps, name_sampler(pipe))
     names = ", ".join(each.name for each in contestants)
     note(f"drawing {len(chosen)} prompts on {pipe.device}, each with {names}")
     scale = GUIDANCE if guidance is None and model == EMBEDDED else guidance

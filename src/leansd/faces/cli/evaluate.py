@@ -86,14 +86,6 @@ def evaluate_plans(
     from leansd.faces.prompts import GUIDANCE, read_prompts
     from leansd.faces.report import write_page
     from leansd.faces.report.evaluating import make_sections, tabulate_fidelity, tabulate_quality
-    from leansd.faces.samplers import (
-        check_sampler,
-        make_scheduler,
-        name_sampler,
-        parse_course,
-        require_convergence,
-        set_sampler,
-    )
     from leansd.faces.scoring import find_embedder
     from leansd.loading import EMBEDDED, find_device, load, locate
     from leansd.measuring.cases import Case, Conditions
@@ -107,6 +99,14 @@ def evaluate_plans(
     from leansd.measuring.files import check_folder
     from leansd.measuring.measures import FULL
     from leansd.measuring.records import write_records
+    from leansd.runtime.samplers import (
+        check_sampler,
+        make_scheduler,
+        name_sampler,
+        parse_course,
+        require_convergence,
+        set_sampler,
+    )
 
     # Everything that can be wrong is found before a weight is read.
     check_folder(out)

@@ -79,11 +79,11 @@ def generate_pictures(
         parse_size,
         save_picture,
     )
-    from leansd.faces.samplers import check_sampler, name_sampler, set_sampler
     from leansd.loading import as_image_to_image, find_device, load, load_vae, locate, set_vae
     from leansd.measuring.files import check_folder
     from leansd.plans.plan import Plan
     from leansd.plans.presets import look_up, suits
+    from leansd.runtime.samplers import check_sampler, name_sampler, set_sampler
     from leansd.version import __version__
 
     # Everything that can be wrong is found before a weight is read.

@@ -20,6 +20,9 @@ STATES = {
     "reuse": "reused",
     "residual": "residual",
     "forecast": "forecast",
+    "forecast2": "parabola",
+    "chebyshev": "Chebyshev",
+    "chebyshev-line": "Chebyshev, line",
     "idle": "idle",
 }
 

@@ -26,11 +26,14 @@ SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler("DDPMScheduler", adds_noise=True),
     "pndm": Sampler("PNDMScheduler", {"skip_prk_steps": True}),
     "lms": Sampler("LMSDiscreteScheduler"),
-    "euler": Sampler("EulerDiscreteScheduler"),
+    "euler": Sampler("EulerDiscreteScheduler", {"use_karras_sigmas": False}),
     "euler-a": Sampler("EulerAncestralDiscreteScheduler", adds_noise=True),
     "heun": Sampler("HeunDiscreteScheduler"),
     "kdpm2": Sampler("KDPM2DiscreteScheduler"),
-    "dpm++2m": Sampler("DPMSolverMultistepScheduler"),
+    "dpm++2m": Sampler(
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False},
+    ),
     "dpm++2m-karras": Sampler("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
     "dpm++sde": Sampler(
         "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, adds_noise=True

@@ -1,0 +1,224 @@
+"""`leansd bench`: ours and every rival in one process, in turns."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(epilog="Example: leansd bench --quick --rivals fewer,deepcache --out quick.jsonl")
+def bench(
+    model: Annotated[
+        str,
+        typer.Option(help="emoji (embedded), a model folder, a .safetensors file or a hub id."),
+    ] = "emoji",
+    rivals: Annotated[
+        str, typer.Option(help="all, or some: fewer, samplers, deepcache, tgate, tomesd ...")
+    ] = "all",
+    plans: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Ours: a preset, a plan file, or a folder of SAMPLER-STEPS-GOAL.json; once for "
+            "each. The house presets by default."
+        ),
+    ] = None,
+    sampler: Annotated[
+        list[str] | None, typer.Option(help="Once for each; dpm++2m, ddim and euler by default.")
+    ] = None,
+    steps: Annotated[
+        list[int] | None, typer.Option(min=2, help="Once for each; 20, 30 and 50 by default.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A first look: 8 prompts, one sampler and step count.")
+    ] = False,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file, a prompt a line; 64 are built in.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=2, help="Pictures; prompts are taken in turns.")] = 64,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Picture i has seed SEED + i; nothing is tuned on these.")
+    ] = 500_000,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once: a round.")] = 8,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Guidance scale; 4 for emoji, the pipeline's own for other models."),
+    ] = None,
+    converged_steps: Annotated[
+        int, typer.Option(min=2, help="Steps of the converged run, same sampler.")
+    ] = 150,
+    seeds_for_spread: Annotated[
+        int, typer.Option(min=0, help="Further sets of the full run, to tell chance from effect.")
+    ] = 2,
+    clip: Annotated[
+        Path | None, typer.Option(help="Folder of a CLIP for the quality of sets.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="File of records.")] = Path(
+        "benchmarks/results/bench.jsonl"
+    ),
+    report: Annotated[Path, typer.Option(help="Folder for plots and the page.")] = Path("bench"),
+    resume: Annotated[
+        bool, typer.Option(help="Go on where a stopped run with the same settings was.")
+    ] = True,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, mps; the GPU where there is one by default.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
+) -> None:
+    """Measure ours against every rival: time and fidelity of the same runs, interleaved.
+
+    Every contest is on record when it is over; the same command goes on with the next.
+    """
+    from textwrap import fill
+
+    from leansd.errors import LeansdError
+    from leansd.faces.benching import Setup, drop_done, estimate, hold, prepare, time_step
+    from leansd.faces.cli.terminal import (
+        hush_libraries,
+        note,
+        open_progress,
+        show_json,
+        show_table,
+        show_text,
+    )
+    from leansd.faces.contests import (
+        SAMPLERS,
+        STEPS,
+        check_plans,
+        choose_prompts,
+        find_guidance,
+        list_contests,
+        list_quick_contests,
+    )
+    from leansd.faces.pareto import write_plots
+    from leansd.faces.prompts import read_prompts
+    from leansd.faces.report import write_page
+    from leansd.faces.report.benching import make_sections
+    from leansd.faces.scoring import find_embedder
+    from leansd.faces.standings import (
+        describe_quality,
+        list_left_out,
+        read_standings,
+        tabulate_margins,
+    )
+    from leansd.loading import find_device, load, locate
+    from leansd.measuring.contest import FULL
+    from leansd.measuring.evaluation import CONVERGED
+    from leansd.measuring.files import check_file, check_folder
+    from leansd.measuring.records import load_records
+    from leansd.measuring.resuming import SETTINGS, get_field
+    from leansd.measuring.rivals import choose_rivals
+    from leansd.runtime.samplers import check_sampler, require_convergence
+
+    # Everything that can be wrong is found before a weight is read.
+    check_file(out)
+    check_folder(report)
+    find_device(device)
+    locate(model)
+    chosen = choose_rivals(rivals)
+    check_plans(plans or [])
+    samplers = list(dict.fromkeys(sampler or SAMPLERS))
+    counts = list(dict.fromkeys(steps or STEPS))
+    list_them = list_quick_contests if quick else list_contests
+    if quick:
+        count, batch = min(count, 8), min(batch, 2)
+    for name in samplers:
+        require_convergence(check_sampler(name))
+    if converged_steps <= max(counts):
+        raise LeansdError(
+            f"a converged run of {converged_steps} steps against runs of {max(counts)}: "
+            "it needs more, 150 are usual"
+        )
+    texts = read_prompts(prompts) if prompts is not None else None
+    hush_libraries()
+    embedder = find_embedder(model, clip)
+
+    pipe = load(model, device=device)
+    pipe.set_progress_bar_config(disable=True)
+    if embedder is not None:
+        embedder.clip.to(pipe.device)
+    scale = find_guidance(pipe, model) if guidance is None else guidance
+    setup = Setup(
+        model=model,
+        prompts=choose_prompts(model, count, texts),
+        rivals=chosen,
+        plans=plans or [],
+        seed=seed,
+        batch=batch,
+        embedder=embedder,
+        spread_sets=seeds_for_spread,
+        converged_steps=converged_steps,
+    )
+    contests = list_them(samplers, counts, scale)
+    entries = prepare(pipe, setup, contests)
+    waiting = drop_done(entries, out) if resume else entries
+    step = time_step(waiting[0]) if waiting else 0.0
+    seconds = estimate(waiting, step)
+    note(
+        f"{len(waiting)} of {len(entries)} contests to hold on {pipe.device}, {count} pictures "
+        f"each: about {max(1, round(seconds / 60))} minutes at {step:.3f} s a step of {batch}"
+    )
+    with open_progress() as progress:
+        bar = progress.add_task("", total=round(seconds))
+        hold(
+            waiting,
+            out,
+            step=step,
+            on_work=lambda what, spent: progress.update(bar, description=what, advance=spent),
+            on_end=lambda entry, records: note(f"on record: {entry.contest}"),
+        )
+
+    held = {entry.settings for entry in entries}
+    records = [record for record in load_records(out) if get_field(record, SETTINGS) in held]
+    standings = read_standings(records)
+    files = [out, *(path for standing in standings for path in write_plots(standing, report))]
+    files.append(
+        write_page(
+            report / "report.html",
+            title="Ours and the rivals",
+            lead=f"{count} pictures of {model} a contest, everybody in turns in one process.",
+            sections=make_sections(standings),
+            foot="Written by leansd bench.",
+        )
+    )
+    for standing in standings:
+        show_table(tabulate_margins(standing))
+        quality = describe_quality(standing)
+        for line in (*([quality] if quality else []), *list_left_out(standing)):
+            show_text(fill(line, 80))
+    if embedder is None:
+        show_text("no quality of sets: the model has no CLIP of its own, give one by --clip")
+    show_text("wrote " + ", ".join(map(str, files)))
+    if as_json:
+        show_json(
+            {
+                "command": "bench",
+                "model": model,
+                "seed": seed,
+                "count": count,
+                "batch": batch,
+                "held": len(waiting),
+                "contests": [
+                    {
+                        **standing.fields,
+                        "left_out": list_left_out(standing),
+                        "margins": [
+                            {
+                                "speed": margin.speed,
+                                "reference": reference,
+                                "ours": margin.ours and margin.ours.quality,
+                                "plan": margin.ours and margin.ours.name,
+                                "rival": margin.rival and margin.rival.quality,
+                                "family": margin.family,
+                                "margin": margin.value,
+                            }
+                            for reference in (FULL, CONVERGED)
+                            for margin in standing.find_margins(reference)
+                        ],
+                    }
+                    for standing in standings
+                ],
+                "files": [str(path) for path in files],
+            }
+        )

@@ -1,0 +1,141 @@
+"""Which contests a benchmark holds, on which prompts and pictures, and who is ours."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from leansd.errors import LeansdError
+from leansd.faces.prompts import GUIDANCE, SCENES, THINGS
+from leansd.loading import EMBEDDED
+from leansd.measuring.contest import OURS, STRENGTH, Contest, Contestant, Grounds, send_plan
+from leansd.measuring.trajectories import PipelineCall, run_calls
+from leansd.plans.plan import Plan
+from leansd.plans.presets import HOUSE, look_up, preset, resolve
+
+SAMPLERS = ("dpm++2m", "ddim", "euler")
+STEPS = (20, 30, 50)
+LONG = 30
+"""The step count at which the first sampler is run by all variants of all rivals."""
+PAPER_GUIDANCE = 8.0
+"""With 30 steps, the setting of A-SDM's tables (arXiv 2406.00210)."""
+OTHERS = ("unipc",)
+"""Samplers whose fewer steps are rivals of every other: a good one, for its family's best."""
+INPUT_SEED = 10_000_000
+INPUT_STEPS = 20
+
+
+def list_contests(samplers: Sequence[str], steps: Sequence[int], guidance: float) -> list[Contest]:
+    """Text-to-image everywhere; image-to-image and the papers' guidance with the first sampler.
+
+    One contest is long: who is far from the front there is so elsewhere.
+    """
+    first, central = samplers[0], LONG if LONG in steps else steps[0]
+    contests = [
+        Contest("text-to-image", sampler, count, guidance, (sampler, count) == (first, central))
+        for sampler in samplers
+        for count in steps
+    ]
+    contests.append(Contest("image-to-image", first, central, guidance))
+    if guidance != PAPER_GUIDANCE:
+        contests.append(Contest("text-to-image", first, central, PAPER_GUIDANCE))
+    return contests
+
+
+def list_quick_contests(
+    samplers: Sequence[str], steps: Sequence[int], guidance: float
+) -> list[Contest]:
+    """One contest, a first look."""
+    return [Contest("text-to-image", samplers[0], LONG if LONG in steps else steps[0], guidance)]
+
+
+def find_guidance(pipe: Any, model: str) -> float:
+    """The guidance scale that a model is used with where the user names none."""
+    if model == EMBEDDED:
+        return GUIDANCE
+    default = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
+    return float(default)
+
+
+def choose_prompts(model: str, count: int, given: Sequence[str] | None = None) -> list[str]:
+    """So many prompts, those given or the model's, in turns."""
+    texts = given or (THINGS if model == EMBEDDED else SCENES)
+    return [texts[place % len(texts)] for place in range(count)]
+
+
+def draw_inputs(
+    pipe: Any, prompts: Sequence[str], scheduler: Any, *, guidance: float, batch: int
+) -> list[PipelineCall]:
+    """Image-to-image calls: every prompt on a picture that was drawn for the next one.
+
+    Pictures come from seeds that no contest uses.
+    """
+    others = [*prompts[1:], prompts[0]]
+    pictures = run_calls(
+        pipe,
+        others,
+        INPUT_STEPS,
+        seed=INPUT_SEED,
+        batch=batch,
+        scheduler=scheduler,
+        settings={"guidance_scale": guidance},
+    ).pictures
+    return [
+        {"prompt": prompt, "image": picture}
+        for prompt, picture in zip(prompts, torch.split(pictures, 1), strict=True)
+    ]
+
+
+def list_settings(contest: Contest) -> dict[str, Any]:
+    """The pipeline arguments of every call of a contest."""
+    settings: dict[str, Any] = {"guidance_scale": contest.guidance}
+    if contest.task == "image-to-image":
+        settings["strength"] = STRENGTH
+    return settings
+
+
+def check_plans(sources: Sequence[str]) -> None:
+    """Find what is wrong with --plans before anything is loaded.
+
+    Raises:
+        LeansdError: there is no such preset, file or folder, or a file is not a plan.
+    """
+    for source in sources:
+        if not Path(source).is_dir():
+            look_up(source)
+        elif not any(Path(source).glob("*.json")):
+            raise LeansdError(
+                f"no plans in {source}: a folder holds SAMPLER-STEPS-GOAL.json, as in "
+                "dpm++2m-30-2x.json"
+            )
+
+
+def choose_plans(sources: Sequence[str], contest: Contest, blocks: int) -> tuple[Plan, ...]:
+    """The plans that are ours in a contest: the house presets where none are named.
+
+    A folder holds files named SAMPLER-STEPS-GOAL.json; a plan file of another step count sits out.
+    """
+    if not sources:
+        return tuple(
+            preset(name, contest.steps, blocks=blocks, sampler=contest.sampler) for name in HOUSE
+        )
+    plans: list[Plan] = []
+    for source in sources:
+        if Path(source).is_dir():
+            names = f"{contest.sampler}-{contest.steps}-*.json"
+            files = sorted(Path(source).glob(names))
+            plans += [Plan.load(file).rename(file.stem.split("-", 2)[-1]) for file in files]
+            continue
+        found = look_up(source)
+        if not isinstance(found, Plan) or found.steps == contest.steps:
+            plans.append(resolve(source, contest.steps, blocks=blocks, sampler=contest.sampler))
+    return tuple(plans)
+
+
+def send_own(grounds: Grounds) -> list[Contestant]:
+    """Ours."""
+    return [send_plan(grounds, plan, plan.name, OURS) for plan in grounds.own]

@@ -1,0 +1,212 @@
+"""What came out of a contest, from its records: points, margins and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from leansd.measuring.contest import FULL, OURS
+from leansd.measuring.evaluation import CONVERGED
+from leansd.measuring.fronts import Margin, Point, find_margin
+from leansd.measuring.measures import OTHER_SEEDS
+from leansd.measuring.records import Record
+from leansd.measuring.resuming import get_field
+from leansd.measuring.rivals import ALL
+from leansd.measuring.tables import Table
+
+SPEEDS = (1.5, 2.0, 3.0)
+FIELDS = ("task", "sampler", "steps", "guidance")
+COLUMNS = {
+    "PSNR": ("psnr", FULL, ".1f"),
+    "to converged": ("psnr", CONVERGED, ".1f"),
+    "SSIM": ("ssim", FULL, ".3f"),
+    "latent error": ("latent_error", FULL, ".3f"),
+    "CLIP score": ("clip_score", None, ".2f"),
+    "retrieval": ("retrieval", None, ".3f"),
+    "FID": ("frechet", FULL, ".3f"),
+    "FID, other seeds": ("frechet", OTHER_SEEDS, ".3f"),
+}
+"""Of the whole table: metric, reference and form."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """All records of one contest of one model, by contestant, metric and reference."""
+
+    fields: Mapping[str, Any]
+    cells: Mapping[tuple[str, str, Any], Record]
+
+    @property
+    def names(self) -> list[str]:
+        """The contestants, the full run first."""
+        return list(dict.fromkeys(name for name, _, _ in self.cells))
+
+    @property
+    def title(self) -> str:
+        task, sampler, steps, guidance = (self.fields[name] for name in FIELDS)
+        return f"{task}, {sampler}, {steps} steps, guidance {guidance:g}"
+
+    @property
+    def slug(self) -> str:
+        """The title as part of a file name."""
+        return self.title.replace(", ", "-").replace(" ", "-").replace("+", "p")
+
+    def find(self, name: str, metric: str, reference: str | None = None) -> Record | None:
+        return self.cells.get((name, metric, reference))
+
+    def get_family(self, name: str) -> str:
+        return str(get_field(self.cells[name, "speedup", None], "family"))
+
+    def list_points(self, reference: str) -> dict[str, list[Point]]:
+        """By family, every contestant's speed-up and mean PSNR in dB to a reference."""
+        points: dict[str, list[Point]] = {}
+        for name in self.names:
+            psnr = self.find(name, "psnr", reference)
+            if psnr is not None and name != FULL:
+                speed = self.cells[name, "speedup", None].value
+                family = points.setdefault(self.get_family(name), [])
+                family.append(Point(name, speed, psnr.value))
+        return points
+
+    def find_margins(self, reference: str = FULL, speeds: Sequence[float] = SPEEDS) -> list[Margin]:
+        """Ours against the best rival at every speed."""
+        points = self.list_points(reference)
+        rivals = {
+            family: each
+            for family, each in points.items()
+            if family != OURS and (family not in ALL or ALL[family].competes)
+        }
+        return [find_margin(points.get(OURS, []), rivals, speed) for speed in speeds]
+
+
+def read_standings(records: Sequence[Record]) -> list[Standing]:
+    """The standings of every contest, in the order of the records."""
+
+    def place(record: Record) -> tuple[Any, ...]:
+        return record.subject, *(get_field(record, name) for name in FIELDS)
+
+    standings: list[Standing] = []
+    for key, group in groupby(records, key=place):
+        cells = {
+            (record.plan, record.metric, get_field(record, "reference")): record for record in group
+        }
+        fields: dict[str, Any] = dict(zip(("subject", *FIELDS), key, strict=True))
+        standings.append(Standing(fields, cells))
+    return standings
+
+
+def tabulate_margins(standing: Standing) -> Table:
+    """Ours against the best rival at each speed, under both references; fits 80 columns."""
+    rows = [
+        (
+            f"{margin.speed:g}x",
+            reference,
+            show_point(margin.ours),
+            show_rival(margin),
+            show_margin(margin),
+        )
+        for reference in (FULL, CONVERGED)
+        for margin in standing.find_margins(reference)
+    ]
+    columns = ("at", "PSNR to", "ours", "best rival", "margin")
+    return Table(columns, tuple(rows), standing.title)
+
+
+def tabulate_all(standing: Standing) -> Table:
+    """Every contestant with all that was measured, slowest first."""
+    names = sorted(standing.names, key=lambda name: standing.cells[name, "speedup", None].value)
+    heads = [
+        head
+        for head, (metric, reference, _) in COLUMNS.items()
+        if any(standing.find(name, metric, reference) for name in names)
+    ]
+    rows = [
+        (
+            name,
+            standing.get_family(name),
+            show_speed(standing, name),
+            *_list_cells(standing, name, heads),
+        )
+        for name in names
+    ]
+    return Table(("", "family", "speed-up", *heads), tuple(rows), standing.title)
+
+
+def tabulate_summary(standings: Sequence[Standing]) -> Table:
+    """The margin table of a README: a row a contest, a column a speed."""
+    rows = [
+        (
+            standing.title,
+            *(
+                f"{show_point(margin.ours)} / {show_rival(margin)}"
+                for margin in standing.find_margins()
+            ),
+        )
+        for standing in standings
+    ]
+    columns = ("ours / best rival, PSNR to full", *(f"at {speed:g}x" for speed in SPEEDS))
+    return Table(columns, tuple(rows))
+
+
+def show_point(point: Point | None) -> str:
+    return "–" if point is None else f"{point.quality:.1f} dB ({point.name})"
+
+
+def show_rival(margin: Margin) -> str:
+    if margin.rival is None:
+        return "–"
+    return f"{margin.rival.quality:.1f} dB ({margin.family})"
+
+
+def show_margin(margin: Margin) -> str:
+    return "–" if margin.value is None else f"{margin.value:+.1f}"
+
+
+def show_speed(standing: Standing, name: str) -> str:
+    record = standing.cells[name, "speedup", None]
+    low, high = (get_field(record, edge) for edge in ("low", "high"))
+    return f"{record.value:.2f}x ({low:.2f}-{high:.2f})"
+
+
+def list_left_out(standing: Standing) -> list[str]:
+    """Rivals that did not take part, and why."""
+    record = standing.find(FULL, "seconds")
+    text = get_field(record, "left_out") if record is not None else None
+    return str(text).split("; ") if text else []
+
+
+def describe_quality(standing: Standing) -> str:
+    """Whether ours at 2x is as good a set as the full run, within its own spread from seed to seed.
+
+    Empty where no spread was measured.
+    """
+    margin = standing.find_margins(speeds=(2.0,))[0]
+    if margin.ours is None:
+        return ""
+    parts = [
+        f"{head} {own.value:{form}}, full {full.value:{form}} ±{spread:{form}}"
+        for head, own, full, spread, form in _list_spreads(standing, margin.ours.name)
+    ]
+    return f"sets at 2x ({margin.ours.name}): {'; '.join(parts)}" if parts else ""
+
+
+def _list_spreads(
+    standing: Standing, name: str
+) -> Iterator[tuple[str, Record, Record, float, str]]:
+    for head in ("retrieval", "FID, other seeds"):
+        metric, reference, form = COLUMNS[head]
+        own, full = (standing.find(each, metric, reference) for each in (name, FULL))
+        spread = get_field(full, "seed_spread") if full is not None else None
+        if own is not None and full is not None and spread is not None:
+            yield head, own, full, float(spread), form
+
+
+def _list_cells(standing: Standing, name: str, heads: Sequence[str]) -> list[str]:
+    cells: list[str] = []
+    for head in heads:
+        metric, reference, form = COLUMNS[head]
+        record = standing.find(name, metric, reference)
+        cells.append("" if record is None else f"{record.value:{form}}")
+    return cells

@@ -1,0 +1,179 @@
+"""Calibration: what a sampler's full run says about every plan of the same run.
+
+A scheduler is linear in the UNet's outputs, with the same few numbers for every pixel. So where a
+plan replaces outputs by combinations of earlier ones, what that does to the latents is a linear
+combination of the full run's outputs, and its size follows from their inner products: an n by n
+matrix for n steps, whatever the pictures' size. No plan has to be run to be judged in this model.
+
+What the model leaves out is that the UNet answers to the changed latents; how much a disturbance
+at some step still matters at the end is therefore measured (`disturb`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from leansd.errors import LeansdError
+from leansd.measuring.trajectories import Finals, PipelineCall, run_calls
+from leansd.runtime.clock import read_course
+from leansd.tuning.taps import Run, Seen, Step, tap
+
+PROBES = (0.1, 0.35, 0.6, 0.85)
+"""Where in a run disturbances are tried, as shares of its steps."""
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """The full run of some calls, seen from the scheduler's side.
+
+    Shapes: n UNet calls.
+    """
+
+    steps: int
+    """Step count of the sampler; image-to-image makes fewer calls than that."""
+    log_snr: np.ndarray
+    """At every call, [n]."""
+    products: np.ndarray
+    """Mean products of the guided outputs of every two calls, [n, n]."""
+    response: np.ndarray
+    """[n + 1, n]: how much of the output of call j is in the sample before call k."""
+    carry: np.ndarray
+    """[n + 1]: squared error in the final latents for each squared error before call k."""
+    runs: tuple[Run, ...]
+    finals: Finals
+
+    @property
+    def count(self) -> int:
+        """UNet calls of a run."""
+        return len(self.log_snr)
+
+
+def calibrate(
+    pipe: Any,
+    calls: Sequence[PipelineCall],
+    steps: int,
+    *,
+    seed: int,
+    batch: int,
+    settings: Mapping[str, Any],
+    like: Calibration | None = None,
+) -> Calibration:
+    """Run the calls in full, and see.
+
+    Args:
+        like: a calibration at another step count whose `carry` serves here, too.
+
+    Raises:
+        LeansdError: the sampler calls the UNet more than once a step, or adds noise of its own.
+    """
+
+    def run() -> Finals:
+        return run_calls(pipe, calls, steps, seed=seed, batch=batch, settings=settings)
+
+    with tap(pipe.scheduler) as runs:
+        finals = run()
+    course = read_course(pipe.scheduler)
+    count = len(runs[0])
+    if len(course.rows) != course.steps or any(len(each) != count for each in runs):
+        raise LeansdError(
+            f"{type(pipe.scheduler).__name__} calls the UNet more than once in some steps; tuning "
+            "is for samplers with one call a step, such as ddim, euler or dpm++2m"
+        )
+    start = course.steps - count
+    response = measure_response(pipe.scheduler, course.steps, start)
+    log_snr = np.array(course.log_snr[start:])
+    carry = _measure_carry(pipe, runs, run) if like is None else _borrow_carry(like, log_snr)
+    outputs = [torch.cat([each[i].output.flatten() for each in runs]) for i in range(count)]
+    stacked = torch.stack(outputs).double()
+    products = (stacked @ stacked.T / stacked.shape[1]).numpy()
+    return Calibration(
+        steps=course.steps,
+        log_snr=log_snr,
+        products=products,
+        response=response,
+        carry=carry,
+        runs=tuple(runs),
+        finals=finals,
+    )
+
+
+def measure_response(scheduler: Any, steps: int, start: int = 0) -> np.ndarray:
+    """[n + 1, n]: the sample before call k for an output of one at call j and zero elsewhere.
+
+    All n impulses go through the scheduler at once, as a batch of single pixels.
+
+    Raises:
+        LeansdError: the scheduler adds noise.
+    """
+    double = copy.deepcopy(scheduler)
+    double.set_timesteps(steps)
+    timesteps = double.timesteps[start:]
+    if start and hasattr(double, "set_begin_index"):
+        double.set_begin_index(start)
+    count = len(timesteps)
+    sample = torch.zeros(count + 1, 1, 1, 1, dtype=torch.float64)
+    rows = [sample]
+    for index, timestep in enumerate(timesteps):
+        impulse = torch.zeros_like(sample)
+        impulse[index] = 1
+        sample = double.step(impulse, timestep, sample, return_dict=False)[0]
+        rows.append(sample)
+    response = torch.stack(rows)[:, :, 0, 0, 0].numpy()
+    if np.abs(response[:, count]).max() > 0:  # the one without any impulse
+        raise LeansdError(
+            f"{type(scheduler).__name__} adds noise at every step, so runs cannot be compared step "
+            "by step; tune with ddim, euler, dpm++2m or another sampler without noise"
+        )
+    return response[:, :count]
+
+
+def _borrow_carry(like: Calibration, log_snr: np.ndarray) -> np.ndarray:
+    """Another calibration's carry at these places in log-SNR, [n + 1]."""
+    inside = np.interp(log_snr, like.log_snr, like.carry[:-1])
+    return np.append(inside, 1.0)
+
+
+def _measure_carry(pipe: Any, runs: Sequence[Run], run: Callable[[], Finals]) -> np.ndarray:
+    """How squared errors in the sample before each call grow or shrink till the end, [n + 1].
+
+    At a few steps the run's output is replaced by the one before, which is the kind of error that
+    plans make; between them the logarithm is interpolated.
+    """
+    count = len(runs[0])
+    places = sorted({max(1, round(share * (count - 1))) for share in PROBES})
+    known: dict[int, float] = {}
+    for place in places:
+        disturbed: list[float] = []
+        arrived: list[float] = []
+        for mine, reference in zip(_disturb(pipe, place, run), runs, strict=True):
+            at = min(place + 1, count - 1)
+            disturbed.append(_square(mine[at].sample - reference[at].sample))
+            arrived.append(_square(mine[-1].previous - reference[-1].previous))
+        known[place + 1] = sum(arrived) / max(sum(disturbed), 1e-30)
+    logs = np.interp(np.arange(count + 1), [*known, count], [*np.log(list(known.values())), 0.0])
+    return np.exp(logs)
+
+
+def _disturb(pipe: Any, place: int, draw: Callable[[], Finals]) -> list[Run]:
+    """Runs whose output at one step is that of the step before."""
+    before: list[torch.Tensor] = []
+
+    def steer(run: int, index: int, seen: Seen, step: Step) -> torch.Tensor:
+        if index == place:
+            return before[-1]
+        before[:] = [seen.output]
+        return seen.output
+
+    with tap(pipe.scheduler, steer) as runs:
+        draw()
+    return runs
+
+
+def _square(difference: torch.Tensor) -> float:
+    return float(difference.double().square().sum())

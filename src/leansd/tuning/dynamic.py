@@ -1,0 +1,120 @@
+"""Dynamic programming over key steps: the least error for every budget, in the error model.
+
+The errors of stretches add up and each depends on the last three key steps before it, so a state is
+those three. Costs are counted in whole ticks, and for every state and number of ticks the least
+error is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+from leansd.tuning.errors import Action
+
+Keys: TypeAlias = tuple[int, ...]
+Judge: TypeAlias = Callable[[Keys, int, Action], float]
+"""`(last key steps, end of the stretch, action) -> error`."""
+
+MEMORY = 3
+"""How many key steps the error of a stretch can depend on."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """From a key step up to the next one, or to the end of the run."""
+
+    key: int
+    end: int
+    action: Action
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """The best sequence of stretches within some budget."""
+
+    stretches: tuple[Stretch, ...]
+    error: float
+    ticks: int
+
+    @property
+    def keys(self) -> Keys:
+        return tuple(stretch.key for stretch in self.stretches)
+
+
+def find_best(
+    count: int,
+    judge: Judge,
+    costs: Mapping[Action, int],
+    key_cost: int,
+    budgets: Sequence[int],
+    *,
+    longest: int,
+) -> list[Proposal]:
+    """The proposal of least error within each budget, in ticks; budgets too small give none.
+
+    Args:
+        count: UNet calls of a run, the first of which is a key step.
+        costs: ticks of a step between key steps, by what it does.
+        key_cost: ticks of a key step.
+        longest: the most steps between two key steps.
+    """
+    most = max(budgets)
+    actions = list(costs)
+    table = {(0,): _Reached(most)}
+    done = _Reached(most)
+    if key_cost <= most:
+        table[0,].errors[key_cost] = 0.0
+    states: list[Keys] = [(0,)]
+    number = {(0,): 0}
+    for key in range(count):
+        for state in [state for state in states if state[-1] == key]:
+            reached = table[state].errors
+            for end in range(key + 1, min(key + longest + 1, count) + 1):
+                between = end - key - 1
+                for place, action in enumerate(actions if between else actions[:1]):
+                    spent = between * costs[action] + (key_cost if end < count else 0)
+                    if spent > most:
+                        continue
+                    after = (*state, end)[-MEMORY:]
+                    if end < count and after not in table:
+                        table[after] = _Reached(most)
+                        number[after] = len(states)
+                        states.append(after)
+                    target = done if end == count else table[after]
+                    total = reached[: most + 1 - spent] + judge(state, end, action)
+                    target.improve(total, spent, number[state], place)
+    proposals: list[Proposal] = []
+    for budget in budgets:
+        ticks = int(done.errors[: budget + 1].argmin())
+        if not np.isfinite(done.errors[ticks]):
+            continue
+        error, spent = float(done.errors[ticks]), ticks
+        stretches: list[Stretch] = []
+        at, end = done, count
+        while at.states[ticks] >= 0:
+            state, action = states[at.states[ticks]], actions[at.actions[ticks]]
+            stretches.append(Stretch(state[-1], end, action))
+            ticks -= (end - state[-1] - 1) * costs[action] + (key_cost if end < count else 0)
+            at, end = table[state], state[-1]
+        proposals.append(Proposal(tuple(reversed(stretches)), error, spent))
+    return proposals
+
+
+class _Reached:
+    """For every number of ticks: the least error of getting somewhere, and where from and how."""
+
+    def __init__(self, most: int) -> None:
+        self.errors = np.full(most + 1, np.inf)
+        self.states = np.full(most + 1, -1)
+        self.actions = np.zeros(most + 1, dtype=int)
+
+    def improve(self, total: np.ndarray, spent: int, state: int, action: int) -> None:
+        """Take what is better of `total`, the errors at `spent` ticks and on."""
+        places = np.flatnonzero(total < self.errors[spent:])
+        self.errors[places + spent] = total[places]
+        self.states[places + spent] = state
+        self.actions[places + spent] = action

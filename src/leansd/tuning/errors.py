@@ -1,0 +1,91 @@
+"""The error model: what a stretch between two key steps does to the final latents.
+
+A *stretch* goes from one key step to the next; the steps between do not run the UNet in full. In
+the model of `calibration` the errors of stretches add up, so that the best plan can be found by
+dynamic programming.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from leansd.plans.liveness import DEPTHS
+from leansd.plans.plan import How
+from leansd.runtime.store import weigh
+from leansd.tuning.calibration import Calibration
+
+
+class Action(NamedTuple):
+    """What the steps of a stretch do."""
+
+    cut: str
+    """What inherits; `head` for the UNet's whole output."""
+    how: How
+
+
+HEAD_ACTIONS = (Action("head", "forecast"), Action("head", "forecast2"))
+
+
+class Judgement(NamedTuple):
+    """The model's view of one stretch."""
+
+    error: float
+    """Mean squared error that it adds to the final latents."""
+    correct: float
+    """The correction at its end that makes the error least."""
+
+
+@dataclass(frozen=True)
+class ErrorModel:
+    """Errors of stretches.
+
+    Attributes:
+        shares: for each cut other than `head`, how large its error is beside that of forecasting
+            the whole output over as many steps.
+    """
+
+    calibration: Calibration
+    shares: Mapping[str, float] = field(default_factory=dict[str, float])
+
+    def judge(self, keys: Sequence[int], end: int, action: Action) -> Judgement:
+        """The stretch from the last of `keys` to `end`, the next key step or the end of the run."""
+        calibration = self.calibration
+        count = calibration.count
+        between = range(keys[-1] + 1, end)
+        if not between:
+            return Judgement(0.0, 0.0)
+        after = min(end + 1, count)
+        change = np.zeros(count)
+        for step in between:
+            wrong = self._combine(keys, step, action.how)
+            wrong[step] -= 1
+            change += calibration.response[after, step] * wrong
+        change *= self.shares.get(action.cut, 1.0)
+        correct = 0.0
+        if end < count and action.cut == "head":
+            remedy = -self._combine(keys, end, action.how)
+            remedy[end] += 1
+            remedy *= calibration.response[after, end]
+            size = self._multiply(remedy, remedy)
+            correct = -self._multiply(change, remedy) / size if size > 0 else 0.0
+            change = change + correct * remedy
+        return Judgement(
+            float(self._multiply(change, change) * calibration.carry[after]), float(correct)
+        )
+
+    def _combine(self, keys: Sequence[int], step: int, how: How) -> np.ndarray:
+        """The outputs of which a forecast at `step` is made, as weights of all calls, [n]."""
+        known = list(keys)[-DEPTHS[how] :]
+        points = [float(self.calibration.log_snr[key]) for key in known]
+        at = float(self.calibration.log_snr[step])
+        weights = np.zeros(self.calibration.count)
+        for key, here in zip(known, points, strict=True):
+            weights[key] = weigh(at, here, points)
+        return weights
+
+    def _multiply(self, one: np.ndarray, other: np.ndarray) -> float:
+        return float(one @ self.calibration.products @ other)

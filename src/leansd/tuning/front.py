@@ -1,0 +1,183 @@
+"""The front: for every speed the plan that loses least, from one tuning."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from leansd.errors import LeansdError
+from leansd.measuring.files import write_file
+from leansd.measuring.tables import Table
+from leansd.plans.document import PlanDocument, make_document, make_plan
+from leansd.plans.plan import Plan
+
+
+@dataclass(frozen=True)
+class Point:
+    """A plan, or a plain run of fewer steps, and what it gives."""
+
+    plan: Plan
+    speedup: float
+    """Of the whole pipeline call, predicted from this machine's profile."""
+    milliseconds: float
+    """Of the whole call, predicted."""
+    psnr: float
+    """In dB against the full run, on calls that had no part in the tuning."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it only takes fewer steps."""
+        return len(self.plan.keys) == self.plan.steps
+
+
+@dataclass(frozen=True)
+class Front:
+    """The points that no other point beats, fastest last."""
+
+    subject: str
+    """What was tuned: the UNet's fingerprint (`leansd.tuning.tuner.sign_unet`)."""
+    sampler: str
+    steps: int
+    """Of the full run that all is compared with."""
+    points: tuple[Point, ...]
+
+    @classmethod
+    def of(cls, subject: str, sampler: str, steps: int, points: Sequence[Point]) -> Front:
+        """The front of these points: what is slower and no closer is left out."""
+        kept: list[Point] = []
+        for point in sorted(points, key=lambda each: (-each.speedup, -each.psnr)):
+            if not kept or point.psnr > kept[-1].psnr:
+                kept.append(point)
+        return cls(subject, sampler, steps, tuple(reversed(kept)))
+
+    def at(
+        self,
+        *,
+        speedup: float | None = None,
+        psnr: float | None = None,
+        ms: float | None = None,
+    ) -> Plan:
+        """The plan that meets one goal and loses, or takes, least.
+
+        Args:
+            speedup: at least so many times faster than the full run.
+            psnr: at least so many dB.
+            ms: at most so many milliseconds for the whole call.
+
+        Raises:
+            LeansdError: no plan meets it; the message says the best that can be had.
+        """
+        return self.find(speedup=speedup, psnr=psnr, ms=ms).plan
+
+    def find(
+        self,
+        *,
+        speedup: float | None = None,
+        psnr: float | None = None,
+        ms: float | None = None,
+    ) -> Point:
+        """The point of the plan that `at` gives."""
+        goals = [goal for goal in (speedup, psnr, ms) if goal is not None]
+        if len(goals) != 1:
+            raise LeansdError("give one goal: speedup, psnr or ms")
+        if psnr is not None:
+            good = [point for point in self.points if point.psnr >= psnr]
+            if not good:
+                best = self.points[0]
+                raise LeansdError(
+                    f"no tuned plan reaches {psnr:g} dB; the best is {best.psnr:.1f} dB at "
+                    f"{best.speedup:.2f}x"
+                )
+            return good[-1]
+        if speedup is not None:
+            good = [point for point in self.points if point.speedup >= speedup]
+        else:
+            good = [point for point in self.points if point.milliseconds <= (ms or 0)]
+        if not good:
+            best = self.points[-1]
+            raise LeansdError(
+                f"no tuned plan is that fast; the fastest is {best.speedup:.2f}x, "
+                f"{best.milliseconds:.0f} ms, at {best.psnr:.1f} dB"
+            )
+        return good[0]
+
+    def tabulate(self) -> Table:
+        return Table(
+            columns=("speed-up", "ms", "PSNR [dB]", "steps", "in full", "plan"),
+            rows=tuple(
+                (
+                    f"{point.speedup:.2f}x",
+                    f"{point.milliseconds:.0f}",
+                    f"{point.psnr:.1f}",
+                    str(point.plan.steps),
+                    str(len(point.plan.keys)),
+                    point.plan.name,
+                )
+                for point in self.points
+            ),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the whole front as JSON, a plan a point."""
+        document = FrontDocument(
+            subject=self.subject,
+            sampler=self.sampler,
+            steps=self.steps,
+            points=[
+                PointDocument(
+                    speedup=round(point.speedup, 3),
+                    milliseconds=round(point.milliseconds, 2),
+                    psnr=round(point.psnr, 2),
+                    plan=make_document(point.plan),
+                )
+                for point in self.points
+            ],
+        )
+        head = json.dumps(document.model_dump(exclude={"points"}))[1:-1]
+        points = [json.dumps(each.model_dump(exclude_defaults=True)) for each in document.points]
+        write_file(path, "{" + head + ', "points": [\n' + ",\n".join(points) + "\n]}\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Front:
+        """Read a front that `save` wrote.
+
+        Raises:
+            LeansdError: there is no such file, or it is not a front.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+            document = FrontDocument.model_validate_json(text)
+        except OSError as error:
+            raise LeansdError(f"cannot read the front {path}: {error.strerror}") from error
+        except (UnicodeDecodeError, ValidationError):
+            raise LeansdError(f"{path} is not a front that leansd tune wrote") from None
+        points = tuple(
+            Point(make_plan(each.plan), each.speedup, each.milliseconds, each.psnr)
+            for each in document.points
+        )
+        return cls(document.subject, document.sampler, document.steps, points)
+
+
+class PointDocument(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    speedup: float
+    milliseconds: float
+    psnr: float
+    plan: PlanDocument
+
+
+class FrontDocument(BaseModel):
+    """The file format."""
+
+    model_config = ConfigDict(extra="forbid")
+    format: Literal["leansd-front"] = "leansd-front"
+    version: int = 1
+    subject: str
+    sampler: str
+    steps: int
+    points: list[PointDocument]

@@ -1,0 +1,76 @@
+"""A tap on a pipeline's scheduler: what every step is given and makes of it, and a way to steer.
+
+The scheduler sees the guided output, whatever the pipeline did to get it, so nothing about
+guidance, rescaling or the kind of pipeline has to be known here.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One scheduler step."""
+
+    timestep: float
+    sample: Tensor
+    """What the scheduler was given to step from, [B, C, H, W]."""
+    output: Tensor
+    """The guided output of the UNet, [B, C, H, W]."""
+    previous: Tensor
+    """What came out: the sample of the next step, [B, C, H, W]."""
+
+
+Run: TypeAlias = list[Seen]
+Step: TypeAlias = Callable[[Tensor], Tensor]
+"""What the scheduler would make of an output; nothing advances."""
+Steer: TypeAlias = Callable[[int, int, Seen, Step], Tensor]
+"""`(number of the run, number of the call, what is seen, step)` -> the output to go on with."""
+
+
+@contextmanager
+def tap(scheduler: Any, steer: Steer | None = None) -> Iterator[list[Run]]:
+    """See every step of `scheduler`; a run begins where the time step rises.
+
+    The scheduler's own `step` is put back in the end.
+    """
+    runs: list[Run] = []
+    own = scheduler.step
+
+    def step(output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        moment = float(timestep)
+        if not runs or moment >= runs[-1][-1].timestep:
+            runs.append([])
+        run = runs[-1]
+
+        def foresee(other: Tensor) -> Tensor:
+            double = _copy_plain(scheduler)
+            return double.step(other, timestep, sample, *args, **kwargs)[0]
+
+        if steer is not None:
+            output = steer(len(runs) - 1, len(run), Seen(moment, sample, output, sample), foresee)
+        result = own(output, timestep, sample, *args, **kwargs)
+        run.append(Seen(moment, sample, output, result[0]))
+        return result
+
+    # Pipelines look at the signature for what else a scheduler takes.
+    scheduler.step = functools.update_wrapper(step, own)
+    try:
+        yield runs
+    finally:
+        del scheduler.step
+
+
+def _copy_plain(scheduler: Any) -> Any:
+    """A copy of a tapped scheduler, in its present state and without the tap."""
+    double = copy.copy(scheduler)
+    vars(double).pop("step", None)
+    return copy.deepcopy(double)

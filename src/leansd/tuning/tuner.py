@@ -1,0 +1,296 @@
+"""Tuning a pipeline: propose plans in the error model, try the best, let unseen calls decide.
+
+1. The full run, at the step count asked for and at a few smaller ones, calibrates an error model.
+2. Dynamic programming in it proposes key steps and forecasts for every speed, under measured time.
+3. The best proposals run, their corrections fitted on the way; around the best of each speed, key
+   steps are moved while that helps.
+4. Calls that had no part in this decide, and plain runs of fewer steps compete.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from leansd.anatomy.reading import read_anatomy
+from leansd.errors import LeansdError
+from leansd.measuring.cost import CostModel
+from leansd.measuring.keeping import fingerprint_module
+from leansd.measuring.profile import profile
+from leansd.measuring.trajectories import PipelineCall
+from leansd.plans.liveness import compile_plan
+from leansd.plans.plan import Plan
+from leansd.tuning.calibration import Calibration, calibrate
+from leansd.tuning.dynamic import Proposal, find_best
+from leansd.tuning.errors import HEAD_ACTIONS, ErrorModel
+from leansd.tuning.front import Front, Point
+from leansd.tuning.journal import Journal
+from leansd.tuning.refinement import Bench, Trial, build_plan, list_neighbours, polish, try_plan
+
+FEWEST_CALLS = 4
+TICKS = 16
+"""Ticks of a full UNet call in the dynamic programme's budgets."""
+SPEEDS = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0)
+GRIDS = (1.0, 0.85, 0.7, 0.55)
+"""Step counts that plans are sought for, as shares of the full run's."""
+LONGEST = 6
+"""The most steps between two key steps."""
+
+Tell: TypeAlias = Callable[[str], None]
+"""Told what was just done, in a few words."""
+
+
+def tune(
+    pipe: Any,
+    calls: Sequence[PipelineCall],
+    *,
+    steps: int = 30,
+    held_out: Sequence[PipelineCall] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    speeds: Sequence[float] = SPEEDS,
+    grids: Sequence[float] = GRIDS,
+    tries: int = 6,
+    seed: int = 0,
+    batch: int = 8,
+    cost: CostModel | None = None,
+    sampler: str = "",
+    journal: str | Path | None = None,
+    tell: Tell = lambda text: None,
+) -> Front:
+    """Find plans for the pipeline with its present scheduler.
+
+    Args:
+        calls: prompts, or dicts of pipeline arguments; each gives one picture.
+        steps: of the full run that plans are to be like.
+        held_out: calls that decide; by default every third of `calls`, which are then not tuned on.
+        settings: arguments that all calls share, such as `guidance_scale`.
+        speeds: how many times faster than the full run plans are sought for.
+        grids: step counts that plans may have, as shares of the full run's.
+        tries: moves of key steps that are tried for each speed.
+        cost: of `leansd.profile`; measured here by default.
+        sampler: its name in the front; the scheduler's class by default.
+        journal: a file that remembers every plan tried, so that a stopped tuning goes on.
+
+    Raises:
+        LeansdError: there are too few calls, or the sampler cannot be tuned for.
+    """
+    tuner = _Tuner.prepare(
+        pipe, calls, steps, held_out, dict(settings or {}), grids, seed, batch, cost, journal, tell
+    )
+    points = [point for speed in speeds for point in tuner.seek(speed, tries)]
+    name = sampler or type(pipe.scheduler).__name__
+    return Front.of(fingerprint_module(pipe.unet), name, steps, points)
+
+
+def split_calls(
+    calls: Sequence[PipelineCall], held_out: Sequence[PipelineCall] | None
+) -> tuple[list[PipelineCall], list[PipelineCall]]:
+    """The calls to tune on and those that decide."""
+    if held_out is not None:
+        if not calls or not held_out:
+            raise LeansdError("give at least one call to tune on and one held out")
+        return list(calls), list(held_out)
+    if len(calls) < FEWEST_CALLS:
+        raise LeansdError(
+            f"{len(calls)} calls are too few to tune on some and check on others: give at least "
+            f"{FEWEST_CALLS}; 16 make a good start"
+        )
+    return (
+        [call for place, call in enumerate(calls) if place % 3 != 2],
+        [call for place, call in enumerate(calls) if place % 3 == 2],
+    )
+
+
+@dataclass
+class _Tuner:
+    pipe: Any
+    cost: CostModel
+    steps: int
+    fit: Bench
+    check: Bench
+    models: list[tuple[ErrorModel, float]]
+    """For every step count, and the error of its full run against that of all steps."""
+    journal: Journal
+    tell: Tell
+
+    @classmethod
+    def prepare(
+        cls,
+        pipe: Any,
+        calls: Sequence[PipelineCall],
+        steps: int,
+        held_out: Sequence[PipelineCall] | None,
+        settings: dict[str, Any],
+        grids: Sequence[float],
+        seed: int,
+        batch: int,
+        cost: CostModel | None,
+        journal: str | Path | None,
+        tell: Tell,
+    ) -> _Tuner:
+        """Calibrate on the full run of every step count."""
+        fitted, checked = split_calls(calls, held_out)
+        if cost is None:
+            tell("profiling")
+            cost = profile(pipe, call=settings, pictures=min(batch, len(fitted)))
+        blank = torch.empty(0)
+        fit = Bench(pipe, fitted, seed, batch, settings, blank)
+        check = Bench(pipe, checked, seed + 10_000, batch, settings, blank)
+        models: list[tuple[ErrorModel, float]] = []
+        main: Calibration | None = None
+        for count in sorted({max(2, round(share * steps)) for share in grids}, reverse=True):
+            tell(f"full run of {count} steps")
+            calibration = calibrate(
+                pipe, fitted, count, seed=seed, batch=batch, settings=settings,
+                like=main,
+            )  # fmt: skip
+            main = main or calibration
+            lag = calibration.finals.latents.double() - main.finals.latents.double()
+            models.append((ErrorModel(calibration), float(lag.square().mean())))
+        assert main is not None
+        fit = replace(fit, targets=main.finals.pictures)
+        tell("full run of the held-out calls")
+        check = replace(check, targets=check.run(steps).pictures)
+        facts = {
+            "unet": fingerprint_module(pipe.unet),
+            "scheduler": type(pipe.scheduler).__name__
+            + json.dumps({key: str(value) for key, value in pipe.scheduler.config.items()}),
+            "steps": steps,
+            "seed": seed,
+            "calls": len(fitted),
+        }
+        return cls(pipe, cost, steps, fit, check, models, Journal.open(journal, facts), tell)
+
+    # -- one speed ---------------------------------------------------------------------------
+
+    def seek(self, speed: float, tries: int) -> list[Point]:
+        """The best plan found for a speed, and the plain run of as many steps as it allows."""
+        candidates = self._propose(speed)
+        best: tuple[Trial, Proposal, ErrorModel] | None = None
+        for proposal, model in candidates[:3]:
+            trial = self._try(proposal, model)
+            if best is None or trial.psnr > best[0].psnr:
+                best = trial, proposal, model
+        if best is not None:
+            best = self._improve(speed, *best, tries=tries)
+            trial = self._polish(best[0])
+        points = [
+            self._check(Plan.full(count, name=f"{count} steps"))
+            for count in self._list_plain(speed)
+        ]
+        if best is not None:
+            points.append(self._check(trial.plan.rename(f"tuned {speed:g}x")))
+        return points
+
+    def _propose(self, speed: float) -> list[tuple[Proposal, ErrorModel]]:
+        """The error model's best plan for every step count, best first."""
+        found: list[tuple[float, Proposal, ErrorModel]] = []
+        for model, lag in self.models:
+            calibration = model.calibration
+            budget = self._count_ticks(speed, calibration)
+            proposals = (
+                find_best(
+                    calibration.count,
+                    lambda keys, end, action, model=model: model.judge(keys, end, action).error,
+                    self._price(),
+                    TICKS,
+                    [budget],
+                    longest=LONGEST,
+                )
+                if budget >= TICKS
+                else []
+            )
+            found += [(each.error + lag, each, model) for each in proposals]
+        found.sort(key=lambda each: each[0])
+        return [(proposal, model) for _, proposal, model in found]
+
+    def _price(self) -> dict[Any, int]:
+        """Ticks of a step between key steps, rounded up."""
+        share = (self.cost.fixed.get("none", 0.0)) / self.cost.full_call
+        return dict.fromkeys(HEAD_ACTIONS, int(np.ceil(share * TICKS)) if share > 0.02 else 0)
+
+    def _count_ticks(self, speed: float, calibration: Calibration) -> int:
+        """The ticks that UNet calls may take for a run to be so many times faster."""
+        whole = self.cost.predict_full_run(self.models[0][0].calibration.count)
+        left = whole / speed - self.cost.overhead_per_run
+        left -= calibration.count * (self.cost.per_step + self.cost.fixed.get("none", 0.0))
+        return int(left / self.cost.full_call * TICKS + 0.5)
+
+    def _list_plain(self, speed: float) -> list[int]:
+        """The most steps of a plain run that is so fast."""
+        whole = self.cost.predict_full_run(self.steps)
+        left = whole / speed - self.cost.overhead_per_run
+        count = int(left / (self.cost.per_step + self.cost.full_call) + 0.02)
+        return [count] if count >= 1 else []
+
+    def _try(self, proposal: Proposal, model: ErrorModel) -> Trial:
+        plan = build_plan(proposal, model.calibration)
+        known = self.journal.find(plan)
+        if known is not None:
+            return known
+        trial = try_plan(plan, self.fit, model.calibration)
+        self.journal.note(plan, trial)
+        self.tell(f"{plan.steps} steps, {len(plan.keys)} in full: {trial.psnr:.2f} dB")
+        return trial
+
+    def _improve(
+        self, speed: float, trial: Trial, proposal: Proposal, model: ErrorModel, *, tries: int
+    ) -> tuple[Trial, Proposal, ErrorModel]:
+        """Try neighbours, the most promising in the model first, and go on from any better one."""
+        left, tried = tries, {proposal.stretches}
+        while left > 0:
+            ranked = sorted(
+                (
+                    Proposal(each, self._judge(each, model), proposal.ticks)
+                    for each in list_neighbours(proposal, model.calibration.count)
+                    if each not in tried
+                ),
+                key=lambda each: each.error,
+            )
+            if not ranked:
+                break
+            for neighbour in ranked[:left]:
+                left -= 1
+                tried.add(neighbour.stretches)
+                other = self._try(neighbour, model)
+                if other.psnr > trial.psnr:
+                    trial, proposal = other, neighbour
+                    break
+            else:
+                break
+        return trial, proposal, model
+
+    def _polish(self, trial: Trial) -> Trial:
+        known = self.journal.find(trial.plan, "polished")
+        if known is None:
+            known = polish(trial, self.fit, self.models[0][0].calibration.finals.latents)
+            self.journal.note(trial.plan, known, "polished")
+        self.tell(f"corrections fitted together: {known.psnr:.2f} dB")
+        return known
+
+    def _judge(self, stretches: Sequence[Any], model: ErrorModel) -> float:
+        total, keys = 0.0, ()
+        for stretch in stretches:
+            keys = (*keys, stretch.key)[-3:]
+            total += model.judge(keys, stretch.end, stretch.action).error
+        return total
+
+    def _check(self, plan: Plan) -> Point:
+        """A plan on the held-out calls."""
+        known = self.journal.find(plan, "held out")
+        if known is None:
+            known = Trial(plan, self.check.score(self.check.run(plan.steps, plan)))
+            self.journal.note(plan, known, "held out")
+        self.tell(f"held out: {plan.name} {known.psnr:.2f} dB")
+        full = self.models[0][0].calibration
+        start = plan.steps - round(full.count * plan.steps / full.steps)
+        program = compile_plan(plan, read_anatomy(self.pipe.unet), start=start)
+        seconds = self.cost.predict_run(program)
+        whole = self.cost.predict_full_run(full.count)
+        return Point(plan, whole / seconds, seconds * 1000, known.psnr)

@@ -1,0 +1,313 @@
+"""The benchmark: fronts and margins, rivals that leave nothing behind, resumption, Spectrum."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import leansd
+from leansd import LeansdError, Plan
+from leansd.faces.cli import main
+from leansd.faces.contests import choose_plans, list_contests
+from leansd.faces.standings import read_standings, tabulate_margins, tabulate_summary
+from leansd.measuring.bench import Stage, line_up, run_rounds, summarise
+from leansd.measuring.contest import FULL, OURS, Contest, Contestant, Grounds, send_plan
+from leansd.measuring.evaluation import CONVERGED
+from leansd.measuring.fronts import Point, find_front, find_margin, read_front, read_points
+from leansd.measuring.records import load_records, stamp
+from leansd.measuring.resuming import fingerprint_contest, list_done, put_contest
+from leansd.measuring.rivals import ALL, choose_rivals
+from leansd.measuring.rivals.deepcache import cache
+from leansd.measuring.rivals.rival import Rival
+from leansd.measuring.rivals.tgate import gate_at
+from leansd.measuring.rivals.tomesd import merge
+from leansd.measuring.trajectories import run_calls
+from leansd.runtime.clock import read_course
+from leansd.runtime.samplers import make_scheduler
+from leansd.runtime.spectrum import weigh_chebyshev
+from loops import sample
+from tiny import tiny_pipeline, tiny_scheduler, tiny_unet
+
+PROMPTS = ["a red apple", "pizza"]
+CONTEST = Contest("text-to-image", "ddim", 4, 3.0, is_long=True)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipeline()
+
+
+@pytest.fixture(scope="module")
+def grounds(pipe):
+    plan = Plan.every(2, cut="up3.l1", steps=4, name="lean")
+    return Grounds(CONTEST, pipe, leansd.dissect(pipe.unet), own=(plan,))
+
+
+@pytest.fixture(scope="module")
+def stage(pipe):
+    schedulers = {"ddim": make_scheduler(pipe, "ddim")}
+    return Stage("tiny", PROMPTS, schedulers, {"guidance_scale": 3.0}, batch=1)
+
+
+# -- fronts ------------------------------------------------------------------------------------
+
+FEWER = [Point("15", 2.0, 40.0), Point("10", 3.0, 30.0), Point("20", 1.5, 35.0)]
+
+
+def test_a_front_leaves_out_who_is_beaten_in_both():
+    assert [point.name for point in find_front(FEWER)] == ["15", "10"]
+
+
+def test_between_two_points_a_front_is_a_line_over_the_logarithm_of_the_speed():
+    reached = read_front(FEWER, math.sqrt(2.0 * 3.0))
+    assert reached is not None
+    assert math.isclose(reached.quality, 35.0)
+
+
+@pytest.mark.parametrize(("speed", "quality"), [(1.0, 40.0), (2.0, 40.0), (3.0, 30.0)])
+def test_a_point_counts_for_every_speed_up_to_its_own(speed, quality):
+    reached = read_front(FEWER, speed)
+    assert reached is not None
+    assert reached.quality == quality
+
+
+def test_nobody_is_read_beyond_the_fastest_point():
+    assert read_front(FEWER, 3.01) is None
+    assert read_points(FEWER, 3.01) is None
+
+
+def test_ours_is_only_what_was_measured():
+    ours = [Point("quality", 1.6, 50.0), Point("fast", 2.5, 38.0)]
+    margin = find_margin(ours, {"fewer": FEWER, "slow": [Point("s", 1.1, 90.0)]}, 2.0)
+    assert margin.ours == ours[1]
+    assert margin.family == "fewer"
+    assert margin.value == 38.0 - 40.0
+    assert find_margin(ours, {"fewer": FEWER}, 2.6).value is None
+
+
+# -- Spectrum ----------------------------------------------------------------------------------
+
+
+def reference_weights(call, places, calls, degree=4, ridge=0.1):
+    """By numpy's own Chebyshev basis and least squares on rows extended by the ridge."""
+    basis = np.polynomial.chebyshev.chebvander(np.array(places) * 2 / calls - 1, degree)
+    target = np.polynomial.chebyshev.chebvander(np.array([call]) * 2 / calls - 1, degree)[0]
+    rows = np.vstack([basis, np.sqrt(ridge) * np.eye(degree + 1)])
+    values = np.vstack([np.eye(len(places)), np.zeros((degree + 1, len(places)))])
+    return target @ np.linalg.lstsq(rows, values, rcond=None)[0]
+
+
+@pytest.mark.parametrize("places", [(0,), (3, 1, 0), (4, 3, 2, 1, 0), (20, 15, 11, 8, 6, 4, 2, 0)])
+def test_weights_are_those_of_a_ridge_regression(places):
+    for call in (places[0] + 1, places[0] + 4):
+        expected = reference_weights(call, places, 30)
+        assert np.allclose(weigh_chebyshev(call, places, 30), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("how", ["chebyshev", "chebyshev-line"])
+def test_a_run_forecasts_by_these_weights_through_all_computed_outputs(how):
+    steps, keys = 8, (0, 1, 2, 4, 7)
+    unet, scheduler = tiny_unet(), tiny_scheduler()
+    scheduler.set_timesteps(steps)
+    assert len(read_course(scheduler).rows) == steps
+    outputs = []
+
+    class Replayed:
+        config = unet.config
+        calls = 0
+
+        def __call__(self, latents, t, **inputs):
+            step, self.calls = self.calls, self.calls + 1
+            if step in keys:
+                outputs.append((step, unet(latents, t, **inputs)[0].double()))
+                return (outputs[-1][1].float(),)
+            places, values = zip(*outputs, strict=True)
+            weights = reference_weights(step, places, steps)
+            if how == "chebyshev-line":
+                line = np.zeros(len(places))
+                last, before = places[-1], places[-2]
+                line[-1] = (step - before) / (last - before)
+                line[-2] = 1 - line[-1]
+                weights = (weights + line) / 2
+            return (sum(w * v for w, v in zip(weights, values, strict=True)).float(),)
+
+        def __getattr__(self, name):
+            return getattr(unet, name)
+
+    expected = sample(Replayed(), steps, scheduler=tiny_scheduler())
+    with leansd.inherit(unet, Plan.between(keys, cut="head", steps=steps, how=how)):
+        drawn = sample(unet, steps)
+    assert torch.allclose(drawn, expected, atol=1e-4)
+    assert not torch.allclose(drawn, sample(unet, steps), atol=1e-2)
+
+
+def test_the_window_of_spectrum_grows_with_every_computed_step():
+    plan = leansd.preset("spectrum", 30)
+    assert plan.keys == (0, 1, 2, 3, 4, 6, 8, 11, 15, 20, 25)
+    assert leansd.preset("spectrum", 3).keys == (0, 1, 2)
+    with pytest.raises(LeansdError, match="1 or more"):
+        leansd.preset("spectrum", 30, window=0)
+
+
+# -- rivals ------------------------------------------------------------------------------------
+
+PACKAGES = {
+    "DeepCache": cache(2, 0),
+    "tgate": gate_at(2),
+    "tomesd": merge(lambda pipe: cache(2, 1)(pipe)),
+}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_changes_the_run_and_leaves_nothing_behind(package):
+    pytest.importorskip(package)
+    pipe = tiny_pipeline()
+    before = run_calls(pipe, PROMPTS, 6)
+    parts = {name: (type(part), sorted(vars(part))) for name, part in pipe.unet.named_modules()}
+    with PACKAGES[package](pipe) as called:
+        assert not torch.equal(run_calls(called, PROMPTS, 6).latents, before.latents)
+    assert torch.equal(run_calls(pipe, PROMPTS, 6).latents, before.latents)
+    after = {name: (type(part), sorted(vars(part))) for name, part in pipe.unet.named_modules()}
+    assert after == parts
+
+
+def test_a_rival_that_is_not_there_is_left_out_and_said(grounds):
+    rival = Rival("ghost", "", lambda grounds: [], package="ghost-sd", module="ghost_sd")
+    line = line_up(grounds, [], [rival, ALL["fewer"]])
+    assert dict(line.left_out) == {"ghost": "ghost-sd is not installed (pip install ghost-sd)"}
+    assert [each.name for each in line.contestants] == ["full", "3 steps", "2 steps", "1 steps"]
+
+
+def test_rivals_by_name():
+    assert [rival.name for rival in choose_rivals("deepcache, fewer")] == ["deepcache", "fewer"]
+    assert len(choose_rivals("all")) == len(ALL)
+    with pytest.raises(LeansdError, match="no rival 'nobody'"):
+        choose_rivals("fewer,nobody")
+
+
+# -- contests ----------------------------------------------------------------------------------
+
+
+def hold_one(pipe, grounds, stage, rivals):
+    own = [send_plan(grounds, plan, plan.name, OURS) for plan in grounds.own]
+    line = line_up(grounds, own, rivals)
+    runs = run_rounds(CONTEST, pipe, stage, line)
+    fields = {**stamp(), "settings": fingerprint_contest(CONTEST, stage, line, "w")}
+    converged = runs.drawings[FULL]
+    return runs, summarise(CONTEST, stage, line, runs, converged, fields=fields)
+
+
+def test_pictures_are_those_of_the_pipeline_alone_and_times_are_of_every_round(
+    pipe, grounds, stage
+):
+    runs, records = hold_one(pipe, grounds, stage, [ALL["fewer"]])
+    settings = {"guidance_scale": 3.0}
+    for name, steps, plan in ((FULL, 4, None), ("lean", 4, grounds.own[0]), ("2 steps", 2, None)):
+        alone = run_calls(
+            pipe, PROMPTS, steps, plan, batch=1, scheduler=stage.schedulers["ddim"],
+            settings=settings,
+        )  # fmt: skip
+        assert torch.equal(runs.drawings[name].latents, alone.latents)
+        assert len(runs.seconds[name]) == len(PROMPTS)
+    (standing,) = read_standings(records)
+    assert standing.names == ["full", "lean", "3 steps", "2 steps", "1 steps"]
+    assert set(standing.list_points(FULL)) == {"ours", "fewer"}
+    assert len(tabulate_margins(standing).rows) == 6
+    assert tabulate_summary([standing]).rows[0][0] == str(CONTEST)
+
+
+def test_a_package_that_fails_is_left_out_but_ours_must_not_fail(pipe, grounds, stage):
+    def fail(pipe):
+        raise RuntimeError("sizes must match\nat line 3")
+
+    broken = Contestant("broken", "deepcache", 4, 1.0, fail)
+    rival = Rival("broken", "", lambda grounds: [broken])
+    runs, records = hold_one(pipe, grounds, stage, [rival])
+    assert runs.left_out == {"broken": "failed here: RuntimeError: sizes must match"}
+    assert {record.plan for record in records} == {"full", "lean"}
+    line = line_up(grounds, [replace(broken, family=OURS)], [])
+    with pytest.raises(RuntimeError):
+        run_rounds(CONTEST, pipe, stage, line)
+
+
+def test_records_of_a_contest_take_the_place_of_older_ones(pipe, grounds, stage, tmp_path):
+    path = tmp_path / "bench.jsonl"
+    assert list_done(path) == set()
+    _, records = hold_one(pipe, grounds, stage, [])
+    other = [record.model_copy(update={"subject": "other"}) for record in records]
+    put_contest(path, other)
+    put_contest(path, records)
+    put_contest(path, records)
+    assert len(load_records(path)) == 2 * len(records)
+    assert len(list_done(path)) == 1
+
+
+def test_what_a_contest_follows_from_changes_its_fingerprint(grounds, stage):
+    line = line_up(grounds, [], [])
+    first = fingerprint_contest(CONTEST, stage, line, "w")
+    assert first == fingerprint_contest(CONTEST, stage, line_up(grounds, [], []), "w")
+    others = [
+        fingerprint_contest(CONTEST, stage, line, "v"),
+        fingerprint_contest(CONTEST, replace(stage, seed=7), line, "w"),
+        fingerprint_contest(replace(CONTEST, guidance=8.0), stage, line, "w"),
+        fingerprint_contest(CONTEST, stage, line_up(grounds, [], [ALL["fewer"]]), "w"),
+    ]
+    assert len({first, *others}) == 5
+
+
+def test_all_samplers_and_step_counts_the_papers_setting_and_image_to_image():
+    contests = list_contests(["dpm++2m", "ddim"], [20, 30], 4.0)
+    assert len(contests) == 6
+    assert sum(contest.is_long for contest in contests) == 1
+    assert {(c.steps, c.guidance) for c in contests if c.guidance == 8.0} == {(30, 8.0)}
+    assert [c.task for c in contests].count("image-to-image") == 1
+
+
+def test_own_plans_from_a_folder_are_those_of_the_sampler_and_step_count(tmp_path):
+    for name in ("ddim-4-2x", "ddim-4-1.5x", "ddim-6-2x", "euler-4-2x"):
+        Plan.full(int(name.split("-")[1])).save(tmp_path / f"{name}.json")
+    plans = choose_plans([str(tmp_path), "fast"], CONTEST, 4)
+    assert [plan.name for plan in plans] == ["1.5x", "2x", "fast"]
+    assert [plan.name for plan in choose_plans([], CONTEST, 4)] == list(leansd.plans.presets.HOUSE)
+
+
+# -- the command -------------------------------------------------------------------------------
+
+
+def test_bench_of_the_embedded_model_and_its_resumption(tmp_path, capsys):
+    out, report = tmp_path / "bench.jsonl", tmp_path / "report"
+    command = [
+        *("bench", "--count", "2", "--batch", "1", "--steps", "4", "--sampler", "dpm++2m"),
+        *("--converged-steps", "8", "--seeds-for-spread", "1", "--plans", "fast"),
+        *("--rivals", "fewer,spectrum", "--quick"),
+        *("--out", str(out), "--report", str(report), "--device", "cpu", "--json"),
+    ]
+    assert main(command) == 0
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert said["held"] == 1
+    (contest,) = said["contests"]
+    assert [margin["reference"] for margin in contest["margins"]] == [FULL] * 3 + [CONVERGED] * 3
+    before = out.read_bytes()
+    names = {record.plan for record in load_records(out)}
+    assert {"full", "fast", "2 steps", "chebyshev-line 0"} <= names
+    assert (report / "report.html").is_file()
+    assert {path.suffix for path in report.iterdir()} == {".png", ".svg", ".html"}
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert json.loads(lines[-1])["held"] == 0
+    assert all(len(line) <= 80 for line in lines if "dB" in line)
+    assert out.read_bytes() == before
+
+
+def test_bench_refuses_before_it_loads(tmp_path, capsys):
+    for wrong, words in (
+        (["--rivals", "nobody"], "no rival"),
+        (["--plans", str(tmp_path)], "no plans in"),
+        (["--sampler", "euler-a"], "draws noise"),
+        (["--steps", "200"], "converged run"),
+    ):
+        assert main(["bench", *wrong]) == 2
+        assert words in capsys.readouterr().err
