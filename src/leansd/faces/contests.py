@@ -16,6 +16,7 @@ from leansd.measuring.contest import OURS, STRENGTH, Contest, Contestant, Ground
 from leansd.measuring.trajectories import PipelineCall, run_calls
 from leansd.plans.plan import Plan
 from leansd.plans.presets import HOUSE, look_up, preset, resolve
+from leansd.tuning.front import Front
 
 SAMPLERS = ("dpm++2m", "ddim", "euler")
 STEPS = (20, 30, 50)
@@ -117,7 +118,8 @@ def check_plans(sources: Sequence[str]) -> None:
 def choose_plans(sources: Sequence[str], contest: Contest, blocks: int) -> tuple[Plan, ...]:
     """The plans that are ours in a contest: the house presets where none are named.
 
-    A folder holds files named SAMPLER-STEPS-GOAL.json; a plan file of another step count sits out.
+    A folder holds plans named SAMPLER-STEPS-GOAL.json, and fronts, SAMPLER-STEPS.json; a plan file
+    of another step count sits out.
     """
     if not sources:
         return tuple(
@@ -128,12 +130,24 @@ def choose_plans(sources: Sequence[str], contest: Contest, blocks: int) -> tuple
         if Path(source).is_dir():
             names = f"{contest.sampler}-{contest.steps}-*.json"
             files = sorted(Path(source).glob(names))
+            front = Path(source) / f"{contest.sampler}-{contest.steps}.json"
+            if front.exists():
+                plans += list_plans(Front.load(front))
             plans += [Plan.load(file).rename(file.stem.split("-", 2)[-1]) for file in files]
             continue
         found = look_up(source)
         if not isinstance(found, Plan) or found.steps == contest.steps:
             plans.append(resolve(source, contest.steps, blocks=blocks, sampler=contest.sampler))
     return tuple(plans)
+
+
+def list_plans(front: Front) -> list[Plan]:
+    """The plans of a front, by names of their own; plain runs of fewer steps are rivals."""
+    return [
+        point.plan.rename(f"{point.plan.name} of {point.plan.steps} steps")
+        for point in front.points
+        if not point.is_plain
+    ]
 
 
 def send_own(grounds: Grounds) -> list[Contestant]:

@@ -29,6 +29,7 @@ from leansd.measuring.trajectories import PipelineCall, expand_calls
 from leansd.plans.liveness import compile_plan, predict_speedup
 from leansd.plans.plan import Plan
 from leansd.plans.presets import resolve
+from leansd.runtime.samplers import name_sampler
 
 CONVERGED = "converged"
 CONVERGED_STEPS = 150

@@ -58,7 +58,7 @@ def show_demo(
     from leansd.loading import EMBEDDED, find_device, load, locate
     from leansd.measuring.files import check_folder, write_file
     from leansd.measuring.records import write_records
-    from leansd.runtime.samplers import check_sampler, set_sampler
+    from leansd.runtime.samplers import check_sampler, name_sampler, set_sampler
 
     check_folder(out)
     find_device(device)
