@@ -173,6 +173,20 @@ def test_adaptive_plans_run_eagerly(name: str, counter: CompileCounterWithBacken
     assert counter.frame_count == 0
 
 
+@pytest.mark.parametrize("how", ["chebyshev", "chebyshev-line"])
+def test_forecasts_through_all_outputs_run_eagerly(
+    how: Any, counter: CompileCounterWithBackend
+) -> None:
+    """They draw on one output more after every key step: each call would be a graph."""
+    loop = Loop(small_unet())
+    plan = Plan.between([0, 1, 2, 4], cut="up0", steps=STEPS, how=how)
+    with leansd.inherit(loop, plan):
+        expected = loop(STEPS)
+    with leansd.inherit(loop, plan, compile={"backend": counter}):
+        assert torch.equal(loop(STEPS), expected)
+    assert counter.frame_count == 1
+
+
 def test_branches_that_share_what_they_keep_run_eagerly(
     counter: CompileCounterWithBackend,
 ) -> None:
