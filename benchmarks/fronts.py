@@ -8,9 +8,11 @@ beside them, which git ignores, so that a stopped run goes on.
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -18,9 +20,14 @@ import typer
 from leansd.faces.cli.terminal import hush_libraries
 from leansd.faces.prompts import GUIDANCE, THINGS
 from leansd.loading import load
+from leansd.measuring.files import write_file
 from leansd.measuring.profile import profile
+from leansd.plans import house
+from leansd.plans.document import make_document
+from leansd.plans.plan import Plan
 from leansd.runtime.samplers import make_scheduler
 from leansd.tuning import Front, tune
+from leansd.tuning.tuner import GRIDS
 
 RESULTS = Path(__file__).parent / "results" / "fronts"
 JOURNALS = Path(__file__).parent.parent / "runs" / "fronts"
@@ -47,14 +54,18 @@ def main(
     def tell(text: str) -> None:
         print(f"{time.time() - start:7.1f} s  {text}", flush=True)
 
-    for name in sampler:
-        pipe.scheduler = make_scheduler(pipe, name)
-        for count in steps:
+    for count in steps:
+        for name in sampler:
             tell(f"{name}, {count} steps")
-            points = []
-            # With any step count, and, for presets, which do not change it, with this one alone.
-            for grids, speeds in (((1.0, 0.85, 0.7, 0.55), SPEEDS), ((1.0,), SPEEDS)):
-                front = tune(
+            pipe.scheduler = make_scheduler(pipe, name)
+
+            def search(
+                grids: Sequence[float],
+                speeds: Sequence[float],
+                name: str = name,
+                count: int = count,
+            ) -> Front:
+                return tune(
                     pipe,
                     THINGS[: 8 * CALLS : 8],
                     held_out=THINGS[4 : 8 * CALLS : 8],
@@ -69,10 +80,41 @@ def main(
                     journal=JOURNALS / f"{name}-{count}.jsonl",
                     tell=tell,
                 )
-                points += front.points
+
+            front = search(GRIDS, SPEEDS)
+            # A preset must not change the step count: where the best plan does, seek another.
+            missing = [speed for speed in SPEEDS if find_preset(front, speed) is None]
+            points = [*front.points, *(search((1.0,), missing).points if missing else ())]
             whole = Front(front.subject, name, count, tuple(points))
             whole.save(RESULTS / f"{name}-{count}.json")
             tell(f"\n{whole.tabulate()}")
+            write_presets()
+
+
+def find_preset(front: Front, speed: float) -> Plan | None:
+    """The closest plan of the front's own step count that is so fast."""
+    plans = [
+        (point.psnr, point.plan)
+        for point in front.points
+        if point.plan.steps == front.steps and not point.is_plain and point.speedup >= speed
+    ]
+    return max(plans, key=lambda each: each[0])[1] if plans else None
+
+
+def write_presets() -> None:
+    """The house presets of all fronts there are."""
+    rows: list[dict[str, Any]] = []
+    for path in sorted(RESULTS.glob("*.json")):
+        front = Front.load(path)
+        found = {name: find_preset(front, speed) for name, speed in house.SPEEDS.items()}
+        plans = {
+            name: make_document(plan.rename(name)).model_dump(exclude_defaults=True)
+            for name, plan in found.items()
+            if plan is not None
+        }
+        rows.append({"sampler": front.sampler, "steps": front.steps, "plans": plans})
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    write_file(house.TUNED, f"[\n{lines}\n]\n")
 
 
 if __name__ == "__main__":
