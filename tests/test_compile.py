@@ -167,9 +167,24 @@ def test_adaptive_plans_run_eagerly(name: str, counter: CompileCounterWithBacken
     with leansd.inherit(loop, plan, compile={"backend": counter}):
         with pytest.warns(UserWarning, match="it runs eagerly"):
             assert torch.equal(loop(STEPS), expected)
-        with warnings.catch_warnings(action="error"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
             assert torch.equal(loop(STEPS), expected)
     assert counter.frame_count == 0
+
+
+@pytest.mark.parametrize("how", ["chebyshev", "chebyshev-line"])
+def test_forecasts_through_all_outputs_run_eagerly(
+    how: Any, counter: CompileCounterWithBackend
+) -> None:
+    """They draw on one output more after every key step: each call would be a graph."""
+    loop = Loop(small_unet())
+    plan = Plan.between([0, 1, 2, 4], cut="up0", steps=STEPS, how=how)
+    with leansd.inherit(loop, plan):
+        expected = loop(STEPS)
+    with leansd.inherit(loop, plan, compile={"backend": counter}):
+        assert torch.equal(loop(STEPS), expected)
+    assert counter.frame_count == 1
 
 
 def test_branches_that_share_what_they_keep_run_eagerly(
@@ -218,7 +233,7 @@ def test_uneven_padding_runs_odd_sizes_eagerly(counter: CompileCounterWithBacken
         assert torch.equal(loop(STEPS, size=(8, 8)), expected)
         assert counter.frame_count == 2
         (graphs,) = loop.unet._leansd_engine.engine._graphs.values()
-        assert not graphs.take(torch.empty(2, 4, 7, 8))
+        assert not graphs._outlines.suit(torch.empty(2, 4, 7, 8))
 
 
 def test_compiled_full_plan_is_the_plain_unet(counter: CompileCounterWithBackend) -> None:
