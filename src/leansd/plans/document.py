@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from leansd.errors import LeansdError
-from leansd.plans.plan import Guidance, How, Plan, Row
+from leansd.plans.plan import Guidance, How, Plan, Row, Tuned
 
 VERSION = 1
 
@@ -30,6 +30,7 @@ class PlanDocument(BaseModel):
     version: int = VERSION
     name: str = "plan"
     steps: int = Field(ge=1)
+    tuned: Tuned | None = None
     rows: list[RowDocument]
 
 
@@ -37,7 +38,7 @@ def write_plan(plan: Plan, path: Path) -> None:
     """Write `plan` to `path`; the file is either the old one or the whole new one."""
     document = make_document(plan)
     lines = [json.dumps(row.model_dump(exclude_defaults=True)) for row in document.rows]
-    head = json.dumps(document.model_dump(exclude={"rows"}))[1:-1]
+    head = json.dumps(document.model_dump(exclude={"rows"}, exclude_none=True))[1:-1]
     text = "{" + head + ', "rows": [\n  ' + ",\n  ".join(lines) + "\n]}\n"
     partial = path.with_name(path.name + ".partial")
     try:
@@ -79,10 +80,10 @@ def make_document(plan: Plan) -> PlanDocument:
         RowDocument(inherit=dict(row.inherit), guidance=row.guidance, correct=row.correct)
         for row in plan.rows
     ]
-    return PlanDocument(name=plan.name, steps=plan.steps, rows=rows)
+    return PlanDocument(name=plan.name, steps=plan.steps, tuned=plan.tuned, rows=rows)
 
 
 def make_plan(document: PlanDocument) -> Plan:
     """The plan that a file holds."""
     rows = tuple(Row(row.inherit, row.guidance, row.correct) for row in document.rows)
-    return Plan(rows, document.name)
+    return Plan(rows, document.name, tuned=document.tuned)

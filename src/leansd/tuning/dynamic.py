@@ -64,12 +64,12 @@ def find_best(
     """
     most = max(budgets)
     actions = list(costs)
-    table = {(0,): _Reached(most)}
+    table: dict[Keys, _Reached] = {(0,): _Reached(most)}
     done = _Reached(most)
     if key_cost <= most:
         table[0,].errors[key_cost] = 0.0
     states: list[Keys] = [(0,)]
-    number = {(0,): 0}
+    number: dict[Keys, int] = {(0,): 0}
     for key in range(count):
         for state in [state for state in states if state[-1] == key]:
             reached = table[state].errors
