@@ -99,8 +99,14 @@ def calibrate(
     )
 
 
+def require_tunable(scheduler: Any, steps: int) -> None:
+    """Refuse samplers that call the UNet several times a step or add noise; nothing runs."""
+    require_one_call_a_step(scheduler, steps)
+    measure_response(scheduler, steps)
+
+
 def require_one_call_a_step(scheduler: Any, steps: int) -> None:
-    """Refuse samplers of higher order, before anything has run."""
+    """Refuse samplers of higher order."""
     double = copy.deepcopy(scheduler)
     double.set_timesteps(steps)
     course = read_course(double)

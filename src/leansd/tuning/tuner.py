@@ -26,13 +26,7 @@ from leansd.measuring.records import name_device
 from leansd.measuring.trajectories import PipelineCall, expand_calls
 from leansd.plans.liveness import compile_plan
 from leansd.plans.plan import Plan, Tuned
-from leansd.tuning.calibration import (
-    PROBES,
-    Calibration,
-    calibrate,
-    measure_response,
-    require_one_call_a_step,
-)
+from leansd.tuning.calibration import PROBES, Calibration, calibrate, require_tunable
 from leansd.tuning.dynamic import Proposal, find_best
 from leansd.tuning.errors import HEAD_ACTIONS, ErrorModel
 from leansd.tuning.front import Front, Point
@@ -97,8 +91,7 @@ def tune(
     slow = [speed for speed in (*speeds, *filter(None, [speedup])) if speed <= 1]
     if slow:
         raise LeansdError(f"a plan {slow[0]:g} times as fast is no gain: give a speed-up above 1")
-    require_one_call_a_step(pipe.scheduler, steps)
-    measure_response(pipe.scheduler, steps)
+    require_tunable(pipe.scheduler, steps)
     wanted = dict(settings or {})
     tuned = Tuned(
         sampler or type(pipe.scheduler).__name__,

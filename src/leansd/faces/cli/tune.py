@@ -70,6 +70,8 @@ def tune_plans(
     One of --speedup, --psnr and --ms says which plan is written to OUT; 2 times faster by default.
     Stopped, the same command goes on where it was.
     """
+    from textwrap import fill
+
     from leansd.anatomy import dissect
     from leansd.emoji.card import GRID_PROMPTS
     from leansd.errors import LeansdError
@@ -90,6 +92,7 @@ def tune_plans(
     from leansd.loading import EMBEDDED, find_device, load, locate
     from leansd.measuring.files import check_file
     from leansd.measuring.records import stamp, write_records
+    from leansd.tuning.calibration import require_tunable
     from leansd.tuning.drift import measure_drift
     from leansd.tuning.tuner import SPEEDS, split_calls, tune
 
@@ -104,6 +107,8 @@ def tune_plans(
         raise LeansdError("give one goal: --speedup, --psnr or --ms")
     if min(goal.values()) <= 0:
         raise LeansdError("a goal is a positive number")
+    if goal.get("speedup", 2.0) <= 1:
+        raise LeansdError(f"{speedup:g} times as fast is no gain: give a speed-up above 1")
     find_device(device)
     if sampler is not None:
         require_convergence(check_sampler(sampler))
@@ -121,6 +126,7 @@ def tune_plans(
     if sampler is not None:
         set_sampler(pipe, sampler)
     pipe.set_progress_bar_config(disable=True)
+    require_tunable(pipe.scheduler, steps)
     scale = find_guidance(pipe, model) if guidance is None else guidance
     settings = {"guidance_scale": scale}
     note(f"tuning on {len(calls)} pictures on {pipe.device}; every third decides, the rest tune")
@@ -164,8 +170,8 @@ def tune_plans(
     )
     files = [out, front_file, page, *([drift] if drift is not None else [])]
     show_table(tabulate_front(found, chosen))
-    show_text("or: the best of the other kind (fewer steps, or tuned) that is at least as fast")
-    show_text(describe_choice(found, chosen))
+    show_text("or: the best of the other kind, fewer steps or tuned, that is as fast")
+    show_text(fill(describe_choice(found, chosen), 80))
     show_text("wrote " + ", ".join(map(str, files)))
     if as_json:
         show_json(
