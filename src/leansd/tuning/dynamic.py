@@ -94,9 +94,11 @@ def find_best(
             continue
         error, spent = float(done.errors[ticks]), ticks
         stretches: list[Stretch] = []
-        at, end = done, count
+        at: _Reached = done
+        end = count
         while at.states[ticks] >= 0:
-            state, action = states[at.states[ticks]], actions[at.actions[ticks]]
+            state = states[int(at.states[ticks])]
+            action = actions[int(at.actions[ticks])]
             stretches.append(Stretch(state[-1], end, action))
             ticks -= (end - state[-1] - 1) * costs[action] + (key_cost if end < count else 0)
             at, end = table[state], state[-1]
