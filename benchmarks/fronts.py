@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -108,7 +109,10 @@ def write_presets() -> None:
         front = Front.load(path)
         found = {name: find_preset(front, speed) for name, speed in house.SPEEDS.items()}
         plans = {
-            name: make_document(plan.rename(name)).model_dump(exclude_defaults=True)
+            # What a preset was tuned on is no reason to refuse it elsewhere.
+            name: make_document(replace(plan, name=name, tuned=None)).model_dump(
+                exclude_defaults=True
+            )
             for name, plan in found.items()
             if plan is not None
         }

@@ -14,6 +14,7 @@ from leansd.plans.anatomy import Anatomy
 from leansd.plans.liveness import compile_plan, predict_speedup
 from leansd.plans.plan import Plan
 from leansd.plans.presets import PRESETS, resolve
+from leansd.tuning.front import Front
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,6 +55,17 @@ def choose_plan(
             plan = plan.fit(steps)
     else:
         plan = resolve(source, steps or STEPS, blocks=anatomy.up_blocks, sampler=sampler)
+    plan.resolve(anatomy)
+    return plan
+
+
+def read_front(source: str, steps: int | None, anatomy: Anatomy, *, speedup: float) -> Plan:
+    """The plan of a tuned front for a speed-up; it says its number of steps itself."""
+    plan = Front.load(source).at(speedup=speedup)
+    if steps is not None and plan.steps != steps:
+        raise LeansdError(
+            f"plan {plan.name} of {source} runs {plan.steps} steps, not {steps}: leave --steps out"
+        )
     plan.resolve(anatomy)
     return plan
 

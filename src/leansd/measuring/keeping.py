@@ -62,11 +62,14 @@ def fingerprint_pipe(pipe: DiffusionPipeline) -> str:
 
 
 def fingerprint_module(module: torch.nn.Module) -> str:
-    """Sixteen hex digits of a network: its class, the shapes and a sample of all its weights."""
+    """Sixteen hex digits of a network: its class, the shapes and a sample of all its weights.
+
+    The same in single and in half precision.
+    """
     digest = sha256(type(module).__name__.encode())
     for key, value in module.state_dict().items():
         digest.update(f"{key} {list(value.shape)}".encode())
-        digest.update(_sample(value.float()))
+        digest.update(_sample(value.half()))
     return digest.hexdigest()[:16]
 
 

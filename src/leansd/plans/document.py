@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from leansd.errors import LeansdError
 from leansd.plans.drift import Drift, Measure
-from leansd.plans.plan import Guidance, How, Plan, Row
+from leansd.plans.plan import Guidance, How, Plan, Row, Tuned
 
 VERSION = 1
 
@@ -40,6 +40,7 @@ class PlanDocument(BaseModel):
     name: str = "plan"
     steps: int = Field(ge=1)
     drift: DriftDocument | None = None
+    tuned: Tuned | None = None
     rows: list[RowDocument]
 
 
@@ -90,11 +91,11 @@ def make_document(plan: Plan) -> PlanDocument:
         for row in plan.rows
     ]
     drift = None if plan.drift is None else DriftDocument(**asdict(plan.drift))
-    return PlanDocument(name=plan.name, steps=plan.steps, drift=drift, rows=rows)
+    return PlanDocument(name=plan.name, steps=plan.steps, drift=drift, tuned=plan.tuned, rows=rows)
 
 
 def make_plan(document: PlanDocument) -> Plan:
     """The plan that a file holds."""
     drift = None if document.drift is None else Drift(**document.drift.model_dump())
     rows = tuple(Row(row.inherit, row.guidance, row.correct) for row in document.rows)
-    return Plan(rows, document.name, drift)
+    return Plan(rows, document.name, drift, document.tuned)

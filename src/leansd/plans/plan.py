@@ -62,6 +62,18 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Tuned:
+    """What a plan was tuned for; elsewhere it runs, but nothing says that it is any good."""
+
+    sampler: str
+    """Short name, or the scheduler's class."""
+    unet: str
+    """Fingerprint of the UNet's weights."""
+    guidance: float | None = None
+    """Guidance scale; None for the pipeline's own."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """One row a step of the sampler. Make one with `full`, `every`, `between` or a preset."""
 
@@ -69,6 +81,8 @@ class Plan:
     name: str = "plan"
     drift: Drift | None = None
     """When a picture that may inherit does not: makes the plan adaptive."""
+    tuned: Tuned | None = None
+    """Where `leansd tune` wrote the plan, what for; the fingerprint does not see it."""
 
     def __post_init__(self) -> None:
         if not self.rows:

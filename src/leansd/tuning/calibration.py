@@ -72,6 +72,7 @@ def calibrate(
     Raises:
         LeansdError: the sampler calls the UNet more than once a step, or adds noise of its own.
     """
+    require_one_call_a_step(pipe.scheduler, steps)
 
     def run() -> Finals:
         return run_calls(pipe, calls, steps, seed=seed, batch=batch, settings=settings)
@@ -80,11 +81,6 @@ def calibrate(
         finals = run()
     course = read_course(pipe.scheduler)
     count = len(runs[0])
-    if len(course.rows) != course.steps or any(len(each) != count for each in runs):
-        raise LeansdError(
-            f"{type(pipe.scheduler).__name__} calls the UNet more than once in some steps; tuning "
-            "is for samplers with one call a step, such as ddim, euler or dpm++2m"
-        )
     start = course.steps - count
     response = measure_response(pipe.scheduler, course.steps, start)
     log_snr = np.array(course.log_snr[start:])
@@ -101,6 +97,24 @@ def calibrate(
         runs=tuple(runs),
         finals=finals,
     )
+
+
+def require_tunable(scheduler: Any, steps: int) -> None:
+    """Refuse samplers that call the UNet several times a step or add noise; nothing runs."""
+    require_one_call_a_step(scheduler, steps)
+    measure_response(scheduler, steps)
+
+
+def require_one_call_a_step(scheduler: Any, steps: int) -> None:
+    """Refuse samplers of higher order."""
+    double = copy.deepcopy(scheduler)
+    double.set_timesteps(steps)
+    course = read_course(double)
+    if len(course.rows) != course.steps or len(set(course.moments)) != course.steps:
+        raise LeansdError(
+            f"{type(scheduler).__name__} calls the UNet more than once in some steps; tuning is "
+            "for samplers with one call a step, such as ddim, euler or dpm++2m"
+        )
 
 
 def measure_response(scheduler: Any, steps: int, start: int = 0) -> np.ndarray:

@@ -64,12 +64,12 @@ def find_best(
     """
     most = max(budgets)
     actions = list(costs)
-    table = {(0,): _Reached(most)}
+    table: dict[Keys, _Reached] = {(0,): _Reached(most)}
     done = _Reached(most)
     if key_cost <= most:
         table[0,].errors[key_cost] = 0.0
     states: list[Keys] = [(0,)]
-    number = {(0,): 0}
+    number: dict[Keys, int] = {(0,): 0}
     for key in range(count):
         for state in [state for state in states if state[-1] == key]:
             reached = table[state].errors
@@ -94,9 +94,11 @@ def find_best(
             continue
         error, spent = float(done.errors[ticks]), ticks
         stretches: list[Stretch] = []
-        at, end = done, count
+        at: _Reached = done
+        end = count
         while at.states[ticks] >= 0:
-            state, action = states[at.states[ticks]], actions[at.actions[ticks]]
+            state = states[int(at.states[ticks])]
+            action = actions[int(at.actions[ticks])]
             stretches.append(Stretch(state[-1], end, action))
             ticks -= (end - state[-1] - 1) * costs[action] + (key_cost if end < count else 0)
             at, end = table[state], state[-1]

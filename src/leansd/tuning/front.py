@@ -16,6 +16,9 @@ from leansd.measuring.tables import Table
 from leansd.plans.document import PlanDocument, make_document, make_plan
 from leansd.plans.plan import Plan
 
+SLACK = 0.02
+"""What a point may miss a goal of time by: no measured time is truer than that."""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -40,20 +43,25 @@ class Front:
     """The points that no other point beats, fastest last."""
 
     subject: str
-    """What was tuned: the UNet's fingerprint (`leansd.tuning.tuner.sign_unet`)."""
+    """What was tuned: the UNet's fingerprint (`leansd.measuring.keeping.fingerprint_module`)."""
     sampler: str
     steps: int
     """Of the full run that all is compared with."""
     points: tuple[Point, ...]
+    """Slowest first."""
+    beaten: tuple[Point, ...] = ()
+    """What was measured as well, and is slower than a point and no closer."""
 
     @classmethod
     def of(cls, subject: str, sampler: str, steps: int, points: Sequence[Point]) -> Front:
-        """The front of these points: what is slower and no closer is left out."""
+        """The front of these points; of points with the same plan, one."""
         kept: list[Point] = []
-        for point in sorted(points, key=lambda each: (-each.speedup, -each.psnr)):
-            if not kept or point.psnr > kept[-1].psnr:
-                kept.append(point)
-        return cls(subject, sampler, steps, tuple(reversed(kept)))
+        beaten: list[Point] = []
+        known = {point.plan.fingerprint: point for point in points}
+        for point in sorted(known.values(), key=lambda each: (-each.speedup, -each.psnr)):
+            better = not kept or point.psnr > kept[-1].psnr
+            (kept if better else beaten).append(point)
+        return cls(subject, sampler, steps, tuple(reversed(kept)), tuple(reversed(beaten)))
 
     def at(
         self,
@@ -65,9 +73,9 @@ class Front:
         """The plan that meets one goal and loses, or takes, least.
 
         Args:
-            speedup: at least so many times faster than the full run.
+            speedup: at least so many times faster than the full run, within 2 %.
             psnr: at least so many dB.
-            ms: at most so many milliseconds for the whole call.
+            ms: at most so many milliseconds for the whole call, within 2 %.
 
         Raises:
             LeansdError: no plan meets it; the message says the best that can be had.
@@ -85,6 +93,8 @@ class Front:
         goals = [goal for goal in (speedup, psnr, ms) if goal is not None]
         if len(goals) != 1:
             raise LeansdError("give one goal: speedup, psnr or ms")
+        if not self.points:
+            raise LeansdError("this front has no plan at all; tune for lower speeds")
         if psnr is not None:
             good = [point for point in self.points if point.psnr >= psnr]
             if not good:
@@ -95,9 +105,9 @@ class Front:
                 )
             return good[-1]
         if speedup is not None:
-            good = [point for point in self.points if point.speedup >= speedup]
+            good = [point for point in self.points if point.speedup * (1 + SLACK) >= speedup]
         else:
-            good = [point for point in self.points if point.milliseconds <= (ms or 0)]
+            good = [point for point in self.points if point.milliseconds <= (ms or 0) * (1 + SLACK)]
         if not good:
             best = self.points[-1]
             raise LeansdError(
@@ -105,6 +115,18 @@ class Front:
                 f"{best.milliseconds:.0f} ms, at {best.psnr:.1f} dB"
             )
         return good[0]
+
+    def find_rival(self, chosen: Point) -> Point | None:
+        """The closest point of the other kind, plain or tuned, that is as fast; None without one.
+
+        Says what a plan gains over only taking fewer steps, or that it gains nothing.
+        """
+        others = [
+            point
+            for point in (*self.points, *self.beaten)
+            if point.is_plain != chosen.is_plain and point.speedup * (1 + SLACK) >= chosen.speedup
+        ]
+        return max(others, key=lambda each: each.psnr, default=None)
 
     def tabulate(self) -> Table:
         return Table(
@@ -128,19 +150,14 @@ class Front:
             subject=self.subject,
             sampler=self.sampler,
             steps=self.steps,
-            points=[
-                PointDocument(
-                    speedup=round(point.speedup, 3),
-                    milliseconds=round(point.milliseconds, 2),
-                    psnr=round(point.psnr, 2),
-                    plan=make_document(point.plan),
-                )
-                for point in self.points
-            ],
+            points=[_make_point_document(point) for point in self.points],
+            beaten=[_make_point_document(point) for point in self.beaten],
         )
-        head = json.dumps(document.model_dump(exclude={"points"}))[1:-1]
-        points = [json.dumps(each.model_dump(exclude_defaults=True)) for each in document.points]
-        write_file(path, "{" + head + ', "points": [\n' + ",\n".join(points) + "\n]}\n")
+        fields = [json.dumps(document.model_dump(exclude={"points", "beaten"}))[1:-1]]
+        for name, group in (("points", document.points), ("beaten", document.beaten)):
+            lines = [json.dumps(each.model_dump(exclude_defaults=True)) for each in group]
+            fields.append(f'"{name}": [\n' + ",\n".join(lines) + "\n]")
+        write_file(path, "{" + ", ".join(fields) + "}\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Front:
@@ -156,11 +173,14 @@ class Front:
             raise LeansdError(f"cannot read the front {path}: {error.strerror}") from error
         except (UnicodeDecodeError, ValidationError):
             raise LeansdError(f"{path} is not a front that leansd tune wrote") from None
-        points = tuple(
-            Point(make_plan(each.plan), each.speedup, each.milliseconds, each.psnr)
-            for each in document.points
+        points, beaten = (
+            tuple(
+                Point(make_plan(each.plan), each.speedup, each.milliseconds, each.psnr)
+                for each in group
+            )
+            for group in (document.points, document.beaten)
         )
-        return cls(document.subject, document.sampler, document.steps, points)
+        return cls(document.subject, document.sampler, document.steps, points, beaten)
 
 
 class PointDocument(BaseModel):
@@ -181,3 +201,13 @@ class FrontDocument(BaseModel):
     sampler: str
     steps: int
     points: list[PointDocument]
+    beaten: list[PointDocument] = []
+
+
+def _make_point_document(point: Point) -> PointDocument:
+    return PointDocument(
+        speedup=round(point.speedup, 3),
+        milliseconds=round(point.milliseconds, 2),
+        psnr=round(point.psnr, 2),
+        plan=make_document(point.plan),
+    )

@@ -1,4 +1,7 @@
-"""The journal of a tuning: every plan that was tried, so that a stopped one goes on."""
+"""The journal of a tuning: every plan that was tried, so that a stopped one goes on.
+
+And what everything costs: measured anew, it would differ a little and lead to other plans.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from leansd.measuring.cost import CostModel
 from leansd.measuring.keeping import fingerprint_case
+from leansd.measuring.records import Record, stamp
 from leansd.plans.document import PlanDocument, make_document, make_plan
 from leansd.plans.plan import Plan
 from leansd.tuning.refinement import Trial
@@ -21,22 +26,30 @@ class Journal:
 
     path: Path | None
     case: str
-    known: dict[str, Trial] = field(default_factory=dict)
+    known: dict[str, Trial] = field(default_factory=dict[str, Trial])
+    cost: CostModel | None = None
 
     @classmethod
     def open(cls, path: str | Path | None, facts: Mapping[str, Any]) -> Journal:
         """Read what a stopped tuning of the same case has left; lines of others are passed over."""
         journal = cls(Path(path) if path is not None else None, fingerprint_case(facts))
         if journal.path is not None and journal.path.exists():
-            for line in journal.path.read_text(encoding="utf-8").splitlines():
+            text = journal.path.read_text(encoding="utf-8")
+            for line in text.splitlines():
                 journal._read(line)
+            if text and not text.endswith("\n"):
+                journal._end_line()
         return journal
 
     def _read(self, line: str) -> None:
         # The last line of a tuning that was killed while writing is no JSON.
         with suppress(ValueError, KeyError):
             row = json.loads(line)
-            if row["case"] == self.case:
+            if row["case"] != self.case:
+                return
+            if "cost" in row:
+                self.cost = CostModel.from_records(map(Record.model_validate, row["cost"]))
+            else:
                 plan = make_plan(PlanDocument.model_validate(row["plan"]))
                 self.known[row["key"]] = Trial(plan, row["psnr"])
 
@@ -46,14 +59,23 @@ class Journal:
     def note(self, plan: Plan, trial: Trial, stage: str = "tried") -> None:
         key = f"{plan.fingerprint} {stage}"
         self.known[key] = trial
+        plan_document = make_document(trial.plan).model_dump(exclude_defaults=True)
+        self._write({"key": key, "psnr": trial.psnr, "plan": plan_document})
+
+    def note_cost(self, cost: CostModel, device: Any) -> None:
+        self.cost = cost
+        records = cost.list_records(stamp(device))
+        self._write({"cost": [record.model_dump(exclude_none=True) for record in records]})
+
+    def _write(self, row: Mapping[str, Any]) -> None:
         if self.path is None:
             return
-        row = {
-            "case": self.case,
-            "key": key,
-            "psnr": trial.psnr,
-            "plan": make_document(trial.plan).model_dump(exclude_defaults=True),
-        }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({"case": self.case, **row}) + "\n")
+
+    def _end_line(self) -> None:
+        """What is written next must not stick to a line that a killed tuning has begun."""
+        assert self.path is not None
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("\n")

@@ -106,8 +106,9 @@ def polish(trial: Trial, bench: Bench, goal: torch.Tensor) -> Trial:
     missing = slopes.T @ (goal.double().flatten() - base)
     best = trial
     for damping in DAMPINGS:
-        change = torch.linalg.solve(normal + damping * torch.diag(normal.diagonal()), missing)
-        pairs = zip(weights.items(), change.tolist(), strict=True)
+        damped = normal + damping * torch.diag(normal.diagonal())
+        change: list[float] = torch.linalg.solve(damped, missing).tolist()
+        pairs = zip(weights.items(), change, strict=True)
         plan = trial.plan.correct({step: round(old + new, 4) for (step, old), new in pairs})
         other = Trial(plan, bench.score(bench.run(plan.steps, plan)))
         best = max(best, other, key=lambda each: each.psnr)

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 
 from leansd.anatomy.reading import read_anatomy
@@ -23,10 +22,11 @@ from leansd.errors import LeansdError
 from leansd.measuring.cost import CostModel
 from leansd.measuring.keeping import fingerprint_module
 from leansd.measuring.profile import profile
-from leansd.measuring.trajectories import PipelineCall
+from leansd.measuring.records import name_device
+from leansd.measuring.trajectories import PipelineCall, expand_calls
 from leansd.plans.liveness import compile_plan
-from leansd.plans.plan import Plan
-from leansd.tuning.calibration import Calibration, calibrate
+from leansd.plans.plan import Plan, Tuned
+from leansd.tuning.calibration import PROBES, Calibration, calibrate, require_tunable
 from leansd.tuning.dynamic import Proposal, find_best
 from leansd.tuning.errors import HEAD_ACTIONS, ErrorModel
 from leansd.tuning.front import Front, Point
@@ -35,15 +35,20 @@ from leansd.tuning.refinement import Bench, Trial, build_plan, list_neighbours, 
 
 FEWEST_CALLS = 4
 TICKS = 16
-"""Ticks of a full UNet call in the dynamic programme's budgets."""
+"""Ticks of a key step in the dynamic programme's budgets."""
 SPEEDS = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0)
 GRIDS = (1.0, 0.85, 0.7, 0.55)
 """Step counts that plans are sought for, as shares of the full run's."""
 LONGEST = 6
 """The most steps between two key steps."""
 
-Tell: TypeAlias = Callable[[str], None]
-"""Told what was just done, in a few words."""
+CANDIDATES = 3
+"""Proposals that are tried for each speed."""
+POLISHING = 8
+"""About how many runs it takes to fit all corrections of a plan together."""
+
+Tell: TypeAlias = Callable[[str, float], None]
+"""Told in a few words what goes on, and the share of the work that is done."""
 
 
 def tune(
@@ -55,13 +60,15 @@ def tune(
     settings: Mapping[str, Any] | None = None,
     speeds: Sequence[float] = SPEEDS,
     grids: Sequence[float] = GRIDS,
+    speedup: float | None = None,
+    ms: float | None = None,
     tries: int = 6,
     seed: int = 0,
     batch: int = 8,
     cost: CostModel | None = None,
     sampler: str = "",
     journal: str | Path | None = None,
-    tell: Tell = lambda text: None,
+    tell: Tell = lambda text, share: None,
 ) -> Front:
     """Find plans for the pipeline with its present scheduler.
 
@@ -72,20 +79,37 @@ def tune(
         settings: arguments that all calls share, such as `guidance_scale`.
         speeds: how many times faster than the full run plans are sought for.
         grids: step counts that plans may have, as shares of the full run's.
+        speedup: one more speed, the one that is wanted.
+        ms: milliseconds of the whole call that are wanted; one more speed as well.
         tries: moves of key steps that are tried for each speed.
         cost: of `leansd.profile`; measured here by default.
         sampler: its name in the front; the scheduler's class by default.
         journal: a file that remembers every plan tried, so that a stopped tuning goes on.
 
     Raises:
-        LeansdError: there are too few calls, or the sampler cannot be tuned for.
+        LeansdError: there are too few calls, the sampler cannot be tuned for, or what is wanted
+            cannot be reached by any plan.
     """
-    tuner = _Tuner.prepare(
-        pipe, calls, steps, held_out, dict(settings or {}), grids, seed, batch, cost, journal, tell
+    slow = [speed for speed in (*speeds, *filter(None, [speedup])) if speed <= 1]
+    if slow:
+        raise LeansdError(f"a plan {slow[0]:g} times as fast is no gain: give a speed-up above 1")
+    require_tunable(pipe.scheduler, steps)
+    wanted = dict(settings or {})
+    tuned = Tuned(
+        sampler or type(pipe.scheduler).__name__,
+        fingerprint_module(pipe.unet),
+        wanted.get("guidance_scale"),
     )
-    points = [point for speed in speeds for point in tuner.seek(speed, tries)]
-    name = sampler or type(pipe.scheduler).__name__
-    return Front.of(fingerprint_module(pipe.unet), name, steps, points)
+    progress = _Progress(tell, tries, len(speeds) + (speedup is not None) + (ms is not None))
+    tuner = _Tuner.prepare(
+        pipe, calls, steps, held_out, wanted, grids, seed, batch, cost, journal, tuned, progress
+    )
+    goals = tuner.list_goals(speedup, ms)
+    points: list[Point] = []
+    for place, speed in enumerate(sorted({*speeds, *goals})):
+        points += tuner.seek(speed, tries)
+        progress.end_speed(place)
+    return Front.of(tuned.unet, tuned.sampler, steps, points)
 
 
 def split_calls(
@@ -108,6 +132,36 @@ def split_calls(
 
 
 @dataclass
+class _Progress:
+    """Counts runs of the calls; how many a speed will take is known only after it."""
+
+    tell: Tell
+    tries: int
+    speeds: int
+    done: float = 0.0
+
+    @property
+    def _first(self) -> int:
+        # Profiling counts as two runs, the held-out full run as one.
+        return 2 + len(PROBES) + len(GRIDS) + 1
+
+    @property
+    def _each(self) -> int:
+        return CANDIDATES + self.tries + POLISHING + 2
+
+    def add(self, text: str, runs: int = 1) -> None:
+        self.done += runs
+        self._say(text)
+
+    def end_speed(self, place: int) -> None:
+        self.done = self._first + (place + 1) * self._each
+        self._say("next speed" if place + 1 < self.speeds else "done")
+
+    def _say(self, text: str) -> None:
+        self.tell(text, min(1.0, self.done / (self._first + self.speeds * self._each)))
+
+
+@dataclass
 class _Tuner:
     pipe: Any
     cost: CostModel
@@ -117,7 +171,8 @@ class _Tuner:
     models: list[tuple[ErrorModel, float]]
     """For every step count, and the error of its full run against that of all steps."""
     journal: Journal
-    tell: Tell
+    tuned: Tuned
+    progress: _Progress
 
     @classmethod
     def prepare(
@@ -132,60 +187,81 @@ class _Tuner:
         batch: int,
         cost: CostModel | None,
         journal: str | Path | None,
-        tell: Tell,
+        tuned: Tuned,
+        progress: _Progress,
     ) -> _Tuner:
         """Calibrate on the full run of every step count."""
         fitted, checked = split_calls(calls, held_out)
+        facts = {
+            "tuned": astuple(tuned),
+            "device": name_device(str(pipe.device)),
+            "scheduler": type(pipe.scheduler).__name__
+            + json.dumps({key: str(value) for key, value in pipe.scheduler.config.items()}),
+            "steps": steps,
+            "seed": seed,
+            "batch": batch,
+            "calls": expand_calls(fitted),
+            "held out": expand_calls(checked),
+            "settings": settings,
+        }
+        known = Journal.open(journal, facts)
+        cost = cost or known.cost
         if cost is None:
-            tell("profiling")
-            cost = profile(pipe, call=settings, pictures=min(batch, len(fitted)))
+            pictures = min(batch, len(fitted))
+            progress.add("profiling", 0)
+            cost = profile(pipe, call=settings, pictures=pictures)
+            known.note_cost(cost, pipe.device)
+        progress.add("profiled", 2)
         blank = torch.empty(0)
         fit = Bench(pipe, fitted, seed, batch, settings, blank)
         check = Bench(pipe, checked, seed + 10_000, batch, settings, blank)
         models: list[tuple[ErrorModel, float]] = []
         main: Calibration | None = None
-        for count in sorted({max(2, round(share * steps)) for share in grids}, reverse=True):
-            tell(f"full run of {count} steps")
+        for count in sorted({steps, *(max(2, round(share * steps)) for share in grids)})[::-1]:
             calibration = calibrate(
                 pipe, fitted, count, seed=seed, batch=batch, settings=settings,
                 like=main,
             )  # fmt: skip
+            runs = 1 if main is not None else 1 + len(PROBES)
+            progress.add(f"ran {count} steps in full", runs)
             main = main or calibration
             lag = calibration.finals.latents.double() - main.finals.latents.double()
             models.append((ErrorModel(calibration), float(lag.square().mean())))
         assert main is not None
         fit = replace(fit, targets=main.finals.pictures)
-        tell("full run of the held-out calls")
         check = replace(check, targets=check.run(steps).pictures)
-        facts = {
-            "unet": fingerprint_module(pipe.unet),
-            "scheduler": type(pipe.scheduler).__name__
-            + json.dumps({key: str(value) for key, value in pipe.scheduler.config.items()}),
-            "steps": steps,
-            "seed": seed,
-            "calls": len(fitted),
-        }
-        return cls(pipe, cost, steps, fit, check, models, Journal.open(journal, facts), tell)
+        progress.add("ran the held-out calls in full")
+        return cls(pipe, cost, steps, fit, check, models, known, tuned, progress)
+
+    def list_goals(self, speedup: float | None, ms: float | None) -> list[float]:
+        """What is wanted as speeds, where any run is so fast."""
+        count = self.models[0][0].calibration.count
+        whole, least = self.cost.predict_full_run(count), self.cost.predict_full_run(1)
+        wanted = [speed for speed in (speedup, whole * 1000 / ms if ms else None) if speed]
+        for speed in wanted:
+            if speed > whole / least:
+                raise LeansdError(
+                    f"{speed:.2f}x, {whole / speed * 1000:.0f} ms, cannot be reached: a single "
+                    f"UNet call and what no plan touches take {least * 1000:.0f} ms, "
+                    f"{whole / least:.2f}x"
+                )
+        return [speed for speed in wanted if speed > 1]
 
     # -- one speed ---------------------------------------------------------------------------
 
     def seek(self, speed: float, tries: int) -> list[Point]:
         """The best plan found for a speed, and the plain run of as many steps as it allows."""
         candidates = self._propose(speed)
-        best: tuple[Trial, Proposal, ErrorModel] | None = None
-        for proposal, model in candidates[:3]:
-            trial = self._try(proposal, model)
-            if best is None or trial.psnr > best[0].psnr:
-                best = trial, proposal, model
-        if best is not None:
-            best = self._improve(speed, *best, tries=tries)
-            trial = self._polish(best[0])
+        tried = [(self._try(*each), *each) for each in candidates[:CANDIDATES]]
         points = [
             self._check(Plan.full(count, name=f"{count} steps"))
             for count in self._list_plain(speed)
         ]
-        if best is not None:
-            points.append(self._check(trial.plan.rename(f"tuned {speed:g}x")))
+        if tried:
+            best = max(tried, key=lambda each: each[0].psnr)
+            trial = self._polish(self._improve(*best, tries=tries))
+            plan = replace(trial.plan, name=f"tuned {speed:.3g}x", tuned=self.tuned)
+            points.append(self._check(plan))
         return points
 
     def _propose(self, speed: float) -> list[tuple[Proposal, ErrorModel]]:
@@ -198,7 +274,7 @@ class _Tuner:
                 find_best(
                     calibration.count,
                     lambda keys, end, action, model=model: model.judge(keys, end, action).error,
-                    self._price(),
+                    dict.fromkeys(HEAD_ACTIONS, 0),
                     TICKS,
                     [budget],
                     longest=LONGEST,
@@ -210,17 +286,16 @@ class _Tuner:
         found.sort(key=lambda each: each[0])
         return [(proposal, model) for _, proposal, model in found]
 
-    def _price(self) -> dict[Any, int]:
-        """Ticks of a step between key steps, rounded up."""
-        share = (self.cost.fixed.get("none", 0.0)) / self.cost.full_call
-        return dict.fromkeys(HEAD_ACTIONS, int(np.ceil(share * TICKS)) if share > 0.02 else 0)
-
     def _count_ticks(self, speed: float, calibration: Calibration) -> int:
-        """The ticks that UNet calls may take for a run to be so many times faster."""
+        """The ticks that key steps may take for a run to be so many times faster.
+
+        What a call takes that computes nothing, every step takes; ticks are of the rest.
+        """
         whole = self.cost.predict_full_run(self.models[0][0].calibration.count)
         left = whole / speed - self.cost.overhead_per_run
-        left -= calibration.count * (self.cost.per_step + self.cost.fixed.get("none", 0.0))
-        return int(left / self.cost.full_call * TICKS + 0.5)
+        nothing = self.cost.fixed.get("none", 0.0)
+        left -= calibration.count * (self.cost.per_step + nothing)
+        return int(left / (self.cost.full_call - nothing) * TICKS + 0.5)
 
     def _list_plain(self, speed: float) -> list[int]:
         """The most steps of a plain run that is so fast."""
@@ -236,12 +311,10 @@ class _Tuner:
             return known
         trial = try_plan(plan, self.fit, model.calibration)
         self.journal.note(plan, trial)
-        self.tell(f"{plan.steps} steps, {len(plan.keys)} in full: {trial.psnr:.2f} dB")
+        self.progress.add(f"{plan.steps} steps, {len(plan.keys)} in full: {trial.psnr:.2f} dB")
         return trial
 
-    def _improve(
-        self, speed: float, trial: Trial, proposal: Proposal, model: ErrorModel, *, tries: int
-    ) -> tuple[Trial, Proposal, ErrorModel]:
+    def _improve(self, trial: Trial, proposal: Proposal, model: ErrorModel, *, tries: int) -> Trial:
         """Try neighbours, the most promising in the model first, and go on from any better one."""
         left, tried = tries, {proposal.stretches}
         while left > 0:
@@ -264,14 +337,14 @@ class _Tuner:
                     break
             else:
                 break
-        return trial, proposal, model
+        return trial
 
     def _polish(self, trial: Trial) -> Trial:
         known = self.journal.find(trial.plan, "polished")
         if known is None:
             known = polish(trial, self.fit, self.models[0][0].calibration.finals.latents)
             self.journal.note(trial.plan, known, "polished")
-        self.tell(f"corrections fitted together: {known.psnr:.2f} dB")
+        self.progress.add(f"corrections fitted together: {known.psnr:.2f} dB", POLISHING)
         return known
 
     def _judge(self, stretches: Sequence[Any], model: ErrorModel) -> float:
@@ -287,7 +360,7 @@ class _Tuner:
         if known is None:
             known = Trial(plan, self.check.score(self.check.run(plan.steps, plan)))
             self.journal.note(plan, known, "held out")
-        self.tell(f"held out: {plan.name} {known.psnr:.2f} dB")
+        self.progress.add(f"held out: {plan.name} {known.psnr:.2f} dB")
         full = self.models[0][0].calibration
         start = plan.steps - round(full.count * plan.steps / full.steps)
         program = compile_plan(plan, read_anatomy(self.pipe.unet), start=start)

@@ -23,6 +23,9 @@ def evaluate_plans(
     fit: Annotated[
         bool, typer.Option("--fit", help="Stretch a plan file to --steps if it is for others.")
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Use a plan file also where it was not tuned for.")
+    ] = False,
     sampler: Annotated[
         str | None,
         typer.Option(help="ddim, dpm++2m, euler, heun, unipc ...; the model's own by default."),
@@ -82,8 +85,10 @@ def evaluate_plans(
         show_table,
         show_text,
     )
+    from leansd.faces.contests import find_guidance
     from leansd.faces.outlines import choose_plan, open_anatomy
     from leansd.faces.prompts import GUIDANCE, read_prompts
+    from leansd.faces.provenance import check_tuned
     from leansd.faces.report import write_page
     from leansd.faces.report.evaluating import make_sections, tabulate_fidelity, tabulate_quality
     from leansd.faces.scoring import find_embedder
@@ -161,6 +166,9 @@ def evaluate_plans(
         for name in named
     ]
     scale = GUIDANCE if guidance is None and model == EMBEDDED else guidance
+    applied = find_guidance(pipe, model) if guidance is None else guidance
+    for warning in (w for p in plans for w in check_tuned(p, pipe, guidance=applied, force=force)):
+        note(warning)
     drawn = [texts[place % len(texts)] for place in range(count)]
     conditions = Conditions(
         pipe,

@@ -17,8 +17,15 @@ def generate_pictures(
         str, typer.Option(help="emoji (embedded), a model folder, a .safetensors file or a hub id.")
     ] = "emoji",
     plan: Annotated[
-        str, typer.Option(help="A preset (see leansd plan) or a plan file; full skips nothing.")
+        str,
+        typer.Option(
+            help="A preset (see leansd plan), a plan file, or a front with --speedup; full skips "
+            "nothing."
+        ),
     ] = "balanced",
+    speedup: Annotated[
+        float | None, typer.Option(help="With a front of leansd tune: the speed to take it at.")
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Sampler steps; 30, or what the plan file is for.")
     ] = None,
@@ -26,7 +33,12 @@ def generate_pictures(
         bool, typer.Option("--fit", help="Stretch a plan file to --steps if it is for others.")
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Follow a preset also where few steps gain nothing.")
+        bool,
+        typer.Option(
+            "--force",
+            help="Follow a preset also where few steps gain nothing, and a plan file also where it "
+            "was not tuned for.",
+        ),
     ] = False,
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale; the pipeline's own by default.")
@@ -67,7 +79,8 @@ def generate_pictures(
         show_json,
         show_text,
     )
-    from leansd.faces.outlines import STEPS, choose_plan, open_anatomy
+    from leansd.faces.contests import find_guidance
+    from leansd.faces.outlines import STEPS, choose_plan, open_anatomy, read_front
     from leansd.faces.pictures import (
         Request,
         default_size,
@@ -79,6 +92,7 @@ def generate_pictures(
         parse_size,
         save_picture,
     )
+    from leansd.faces.provenance import check_tuned
     from leansd.loading import as_image_to_image, find_device, load, load_vae, locate, set_vae
     from leansd.measuring.files import check_folder
     from leansd.plans.plan import Plan
@@ -102,7 +116,11 @@ def generate_pictures(
     find_device(device)
     locate(model)
     hush_libraries()
-    chosen = choose_plan(plan, steps, open_anatomy(model), fit=fit)
+    anatomy = open_anatomy(model)
+    if speedup is not None:
+        chosen = read_front(plan, steps, anatomy, speedup=speedup)
+    else:
+        chosen = choose_plan(plan, steps, anatomy, fit=fit)
     autoencoder = load_vae(vae) if vae is not None else None
 
     pipe = load(model, device=device)
@@ -114,7 +132,10 @@ def generate_pictures(
         picture = fit_picture(picture, base.size or default_size(pipe))
         pipe = as_image_to_image(pipe)
     base = replace(base, steps=chosen.steps, init=picture)
-    if not force and not suits(look_up(plan), chosen.steps):
+    own = find_guidance(pipe, model="") if guidance is None else guidance
+    for warning in check_tuned(chosen, pipe, guidance=own, force=force):
+        note(warning)
+    if speedup is None and not force and not suits(look_up(plan), chosen.steps):
         note(f"{chosen.steps} steps run in full, so few gain nothing; --force follows {plan}")
         chosen = Plan.full(chosen.steps)
     pipe.set_progress_bar_config(disable=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -113,6 +113,37 @@ def draw_plan(plan: Plan, anatomy: Anatomy, caption: str = "") -> Drawing:
         f"Plan {plan.name}: {len(plan.keys)} of {plan.steps} steps run the whole UNet, "
         f"steps {', '.join(map(str, plan.keys))}."
     )
+    return Drawing("".join(parts) + "</svg>", alt, caption)
+
+
+def draw_heat(rows: Mapping[str, Mapping[int, float]], *, caption: str) -> Drawing:
+    """A heat map: a line a name, a column a step, darker for more, on a logarithmic scale."""
+    steps = 1 + max((step for row in rows.values() for step in row), default=0)
+    values = [value for row in rows.values() for value in row.values() if value > 0]
+    low, high = (min(values), max(values)) if values else (1.0, 1.0)
+    left, top = 74, 4
+    line = 6.4 if len(rows) > 12 else 12.0
+    cell = 360 / steps
+    width, height = left + 362, top + len(rows) * line + 30
+    parts = [_open(width, height)]
+    for index, (name, row) in enumerate(rows.items()):
+        y = top + index * line
+        parts.append(_text(left - 6, y + line - 1, name, anchor="end", size=min(8.5, line)))
+        for step, value in row.items():
+            share = math.log(value / low) / math.log(high / low) if 0 < low < high and value else 0
+            parts.append(
+                f'<rect x="{left + step * cell:.1f}" y="{y:.1f}" width="{cell:.1f}" '
+                f'height="{line - 0.4:.1f}" fill="var(--mark)" fill-opacity="{share:.2f}"/>'
+            )
+    base = top + len(rows) * line
+    parts += [
+        _text(left + (step + 0.5) * cell, base + 11, str(step), size=8.5)
+        for step in range(0, steps, max(1, 5 * round(steps / 30)))
+    ]
+    scale = f"{low:.2g} (light) to {high:.2g} (dark)"
+    parts.append(_text(left, base + 25, scale, anchor="start", size=9.5))
+    highest = max(rows, key=lambda name: max(rows[name].values(), default=0.0), default="")
+    alt = f"{caption}: from {low:.2g} to {high:.2g}, most at {highest}."
     return Drawing("".join(parts) + "</svg>", alt, caption)
 
 

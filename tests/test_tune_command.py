@@ -1,0 +1,148 @@
+"""`leansd tune`, and what the other commands do with the plans that it writes."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+import leansd
+from leansd.faces.cli import main
+from leansd.measuring.records import load_records
+from leansd.tuning import Front, Point, calibration, tuner
+from test_demo import read_page
+from tiny import tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_pipeline().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a boat\na tree\na cat\na house\n")
+    return path
+
+
+@pytest.fixture
+def fails(capsys):
+    def call(*arguments):
+        assert main([str(argument) for argument in arguments]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.startswith("leansd: ")
+        assert printed.err.count("\n") == 1
+        return printed.err
+
+    return call
+
+
+@pytest.mark.slow
+def test_tune_writes_plan_front_report_and_drift(model, prompts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tuner, "GRIDS", (1.0,))
+    monkeypatch.setattr(calibration, "PROBES", (0.5,))
+    out, drift = tmp_path / "new" / "plan.json", tmp_path / "drift.jsonl"
+    arguments = [
+        "tune", model, "--prompts", prompts, "--steps", 6, "--speeds", "1.5", "--psnr", 1,
+        "--tries", 0, "--sampler", "euler", "--guidance", 3, "-o", out, "--drift", drift, "--json",
+    ]  # fmt: skip
+    assert main([str(each) for each in arguments]) == 0
+    printed = capsys.readouterr().out
+    *table, last = printed.strip().splitlines()
+    facts = json.loads(last)
+    assert all(len(line.rstrip()) <= 80 for line in table if not line.startswith("wrote"))
+    front = Front.load(out.with_suffix(".front.json"))
+    plan = leansd.Plan.load(out)
+    assert facts["fingerprint"] == plan.fingerprint == front.at(psnr=1).fingerprint
+    assert (facts["sampler"], facts["guidance"]) == ("euler", 3.0)
+    assert facts["fewer_steps_win"] == ("fewer steps alone win" in printed)
+    assert facts["fewer_steps_win"] == (plan.tuned is None)
+    assert {each.metric for each in load_records(drift)} == {
+        "unit_drift",
+        "cut_error",
+        "guidance_drift",
+    }
+    _, page = read_page(out.with_suffix(".html"))
+    for title in ("Speed against fidelity", "The chosen plan", "Drift of every unit"):
+        assert title in page
+    assert out.with_suffix(".journal.jsonl").exists()
+
+
+def test_tune_tells_what_is_wrong_before_it_runs(fails, model, prompts, tmp_path):
+    few = tmp_path / "few.txt"
+    few.write_text("a boat\na tree\n")
+    shared = ["tune", model, "-o", tmp_path / "plan.json"]
+    given = [*shared, "--prompts", prompts]
+    assert "give --prompts" in fails(*shared)
+    assert "2 calls are too few" in fails(*shared, "--prompts", few)
+    assert "one goal" in fails(*given, "--speedup", 2, "--ms", 100)
+    assert "positive" in fails(*given, "--ms", -1)
+    assert "no gain" in fails(*given, "--speedup", 0.5)
+    assert "are no speed-ups" in fails(*given, "--speeds", "2,x")
+    assert "draws noise at every step" in fails(*given, "--sampler", "euler-a")
+    assert "more than once" in fails(*given, "--sampler", "heun")
+    assert "no sampler" in fails(*given, "--sampler", "eulr")
+    assert not (tmp_path / "plan.json").exists()
+
+
+@pytest.fixture
+def tuned(model, tmp_path):
+    """A plan as `leansd tune` would write it for the model with Euler, and a front of it."""
+    pipe = leansd.load(model, device="cpu")
+    subject = tuner.fingerprint_module(pipe.unet)
+    plan = leansd.Plan.between([0, 1, 3], cut="head", steps=4, how="forecast", name="tuned 1.3x")
+    plan = replace(plan, tuned=tuner.Tuned("euler", subject, 3.0))
+    plan.save(tmp_path / "plan.json")
+    front = Front.of(subject, "euler", 6, [Point(plan, 1.3, 10.0, 30.0)])
+    front.save(tmp_path / "front.json")
+    return tmp_path
+
+
+def draw(model, folder, *options):
+    arguments = ["generate", "a", "--model", model, "--plan", folder / "plan.json", "--json"]
+    return [*arguments, "--out", folder / "out", *options]
+
+
+def test_a_tuned_plan_is_used_where_it_was_tuned_for(model, tuned, capsys):
+    options = draw(model, tuned, "--sampler", "euler", "--guidance", 3)
+    assert main([str(each) for each in options]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out.splitlines()[-1])["pictures"][0]["plan"] == "tuned 1.3x"
+    assert "was tuned" not in printed.err
+
+
+def test_a_tuned_plan_is_refused_elsewhere_without_force(model, tuned, fails, capsys, tmp_path):
+    said = fails(*draw(model, tuned))
+    assert "was tuned for sampler euler, not ddim" in said
+    assert "--force" in said
+    said = fails(
+        "evaluate", model, "--plan", tuned / "plan.json", "--steps", 4, "--out", tmp_path / "e",
+        "--prompts", make_prompts(tmp_path), "--count", 2,
+    )  # fmt: skip
+    assert "was tuned for sampler euler, not ddim" in said
+    other = tmp_path / "other"
+    tiny_pipeline(seed=1).save_pretrained(other)
+    assert "other weights" in fails(*draw(str(other), tuned, "--sampler", "euler"))
+    assert main([str(each) for each in draw(model, tuned, "--force", "--guidance", 5)]) == 0
+    told = capsys.readouterr().err
+    assert "not ddim" in told
+    assert "at guidance 3, not 5" in told
+
+
+def make_prompts(folder):
+    path = folder / "two.txt"
+    path.write_text("a boat\na tree\n")
+    return path
+
+
+def test_generate_takes_a_plan_from_a_front(model, tuned, fails, capsys):
+    shared = ["generate", "a", "--model", model, "--out", tuned / "out", "--sampler", "euler"]
+    shared += ["--plan", tuned / "front.json", "--guidance", 3, "--json"]
+    assert main([str(each) for each in (*shared, "--speedup", 1.2)]) == 0
+    picture = json.loads(capsys.readouterr().out.splitlines()[-1])["pictures"][0]
+    assert (picture["plan"], picture["steps"]) == ("tuned 1.3x", 4)
+    assert "fastest is 1.30x" in fails(*shared, "--speedup", 3)
+    assert "leave --steps out" in fails(*shared, "--speedup", 1.2, "--steps", 6)

@@ -1,0 +1,423 @@
+"""Tuning: the error model is what schedulers do, the search is the best there is, runs agree."""
+
+import itertools
+import json
+import random
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+)
+
+import leansd
+from leansd.errors import LeansdError
+from leansd.measuring.cost import CostModel
+from leansd.plans.plan import Plan, Tuned
+from leansd.runtime.clock import read_course
+from leansd.runtime.store import weigh
+from leansd.tuning import Front, Point, calibration, tuner
+from leansd.tuning.calibration import Calibration, calibrate, measure_response
+from leansd.tuning.dynamic import Keys, find_best
+from leansd.tuning.errors import HEAD_ACTIONS, Action, ErrorModel
+from leansd.tuning.journal import Journal
+from leansd.tuning.refinement import Bench, Trial, try_plan
+from tiny import tiny_pipeline, tiny_scheduler
+
+STEPS = 8
+PROMPTS = ("a boat", "a tree", "a cat", "a house")
+SETTINGS = {"guidance_scale": 3.0}
+LINE, PARABOLA = HEAD_ACTIONS
+SAMPLERS = {
+    "ddim": DDIMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "dpm++2m": DPMSolverMultistepScheduler,
+}
+
+
+def make_scheduler(name: str):
+    return SAMPLERS[name].from_config(tiny_scheduler().config)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipeline()
+
+
+@pytest.fixture(scope="module")
+def cost(pipe) -> CostModel:
+    return leansd.profile(pipe, call=SETTINGS, repeats=1)
+
+
+# -- dynamic programming ---------------------------------------------------------------------------
+
+
+def list_all(count: int, longest: int, actions: Sequence[Action]):
+    """Every set of key steps with every choice of actions, as `(keys, end, action)` each stretch.
+
+    A stretch without steps between has the first action, which does nothing there.
+    """
+    for size in range(1, count + 1):
+        for others in itertools.combinations(range(1, count), size - 1):
+            keys = (0, *others)
+            ends = (*others, count)
+            if any(end - key - 1 > longest for key, end in zip(keys, ends, strict=True)):
+                continue
+            choices = [
+                actions if end - key > 1 else actions[:1]
+                for key, end in zip(keys, ends, strict=True)
+            ]
+            for chosen in itertools.product(*choices):
+                yield tuple(zip(keys, ends, chosen, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("longest", [3, 7])
+def test_dynamic_programming_equals_brute_force(seed: int, longest: int) -> None:
+    count, key_cost, costs = 7, 5, {LINE: 1, PARABOLA: 2}
+    draw = random.Random(seed)
+    table: dict[tuple[Keys, int, Action], float] = {}
+
+    def judge(keys: Keys, end: int, action: Action) -> float:
+        if end - keys[-1] == 1:
+            return 0.0
+        return table.setdefault((keys[-3:], end, action), draw.random())
+
+    budgets = (6, 11, 14, 18, 23, 29, 35)
+    least = dict.fromkeys(budgets, float("inf"))
+    for stretches in list_all(count, longest, list(costs)):
+        keys = tuple(key for key, _, _ in stretches)
+        ticks = sum(key_cost + (e - k - 1) * costs[a] for k, e, a in stretches)
+        error = sum(judge(keys[: i + 1][-3:], e, a) for i, (_, e, a) in enumerate(stretches))
+        for budget in budgets:
+            if ticks <= budget:
+                least[budget] = min(least[budget], error)
+    reachable = [budget for budget in budgets if least[budget] < float("inf")]
+    found = find_best(count, judge, costs, key_cost, budgets, longest=longest)
+    assert [proposal.error for proposal in found] == pytest.approx([least[b] for b in reachable])
+    for budget, proposal in zip(reachable, found, strict=True):
+        parts = [(s.key, s.end, s.action) for s in proposal.stretches]
+        again = sum(judge(proposal.keys[: i + 1][-3:], e, a) for i, (_, e, a) in enumerate(parts))
+        assert again == pytest.approx(proposal.error)
+        ticks = sum(key_cost + (e - k - 1) * costs[a] for k, e, a in parts)
+        assert ticks == proposal.ticks <= budget
+        assert [k for k, _, _ in parts] == [0, *(e for _, e, _ in parts[:-1])]
+        assert parts[-1][1] == count
+
+
+# -- what a scheduler does -------------------------------------------------------------------------
+
+
+def follow(scheduler, outputs: torch.Tensor, sample: torch.Tensor) -> list[torch.Tensor]:
+    """The sample before every call and after the last, for outputs [n, ...] given whatever comes.
+
+    Starts from `sample` [...], which is not scaled.
+    """
+    samples = [sample]
+    for timestep, output in zip(scheduler.timesteps, outputs, strict=True):
+        samples.append(scheduler.step(output, timestep, samples[-1], return_dict=False)[0])
+    return samples
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_response_is_what_the_scheduler_does(name: str) -> None:
+    torch.manual_seed(0)
+    outputs = torch.randn(STEPS, 1, 4, 3, 3, dtype=torch.float64)
+    start = torch.randn(1, 4, 3, 3, dtype=torch.float64)
+    response = torch.from_numpy(measure_response(make_scheduler(name), STEPS))
+    runs = []
+    for given in (outputs, torch.zeros_like(outputs)):
+        scheduler = make_scheduler(name)
+        scheduler.set_timesteps(STEPS)
+        runs.append(torch.stack(follow(scheduler, given, start)))
+    whole, unmoved = runs
+    predicted = torch.tensordot(response, outputs, 1) + unmoved
+    assert torch.allclose(whole.double(), predicted, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(whole.double(), unmoved, rtol=1e-2)
+
+
+def make_calibration(name: str, outputs: torch.Tensor) -> Calibration:
+    """What would be seen of a full run with these outputs [n, ...], were the UNet not to answer."""
+    scheduler = make_scheduler(name)
+    scheduler.set_timesteps(STEPS)
+    flat = outputs.reshape(STEPS, -1)
+    return Calibration(
+        steps=STEPS,
+        log_snr=np.array(read_course(scheduler).log_snr),
+        products=(flat @ flat.T / flat.shape[1]).numpy(),
+        response=measure_response(make_scheduler(name), STEPS),
+        carry=np.ones(STEPS + 1),
+        runs=(),
+        finals=None,  # pyright: ignore[reportArgumentType]
+    )
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("action", HEAD_ACTIONS)
+def test_the_error_of_a_stretch_is_what_the_scheduler_makes_of_forecasts(
+    name: str, action: Action
+) -> None:
+    torch.manual_seed(1)
+    outputs = torch.randn(STEPS, 1, 4, 3, 3, dtype=torch.float64)
+    model = ErrorModel(make_calibration(name, outputs))
+    log_snr = model.calibration.log_snr.tolist()
+    keys, end = (0, 1, 3), 6
+    known = keys[-2:] if action is LINE else keys
+    points = [log_snr[key] for key in known]
+
+    def forecast(step: int) -> torch.Tensor:
+        weights = [weigh(log_snr[step], point, points) for point in points]
+        return torch.tensordot(torch.tensor(weights).double(), outputs[list(known)], 1)
+
+    def run(correct: float | None) -> torch.Tensor:
+        """The sample after the key step, the outputs of the stretch being forecast."""
+        given = outputs.clone()
+        if correct is not None:
+            given[4], given[5] = forecast(4), forecast(5)
+            given[end] = outputs[end] + correct * (outputs[end] - forecast(end))
+        scheduler = make_scheduler(name)
+        scheduler.set_timesteps(STEPS)
+        return follow(scheduler, given, torch.zeros_like(outputs[0]))[end + 1].double()
+
+    def miss(correct: float) -> float:
+        return float((run(correct) - run(None)).square().mean())
+
+    judged = model.judge(keys, end, action)
+    assert judged.error == pytest.approx(miss(judged.correct), rel=1e-4)
+    nudges = [judged.correct + nudge for nudge in (-0.1, -0.01, 0.01, 0.1)]
+    assert all(miss(judged.correct) < miss(nudge) for nudge in nudges)
+
+
+def test_a_stretch_without_steps_between_costs_nothing() -> None:
+    model = ErrorModel(make_calibration("ddim", torch.randn(STEPS, 5, dtype=torch.float64)))
+    assert model.judge((0, 1), 2, LINE) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "said"),
+    [
+        (EulerAncestralDiscreteScheduler, "adds noise"),
+        (HeunDiscreteScheduler, "more than once"),
+    ],
+)
+def test_samplers_that_cannot_be_tuned_for_are_refused_before_anything_runs(
+    cost: CostModel, monkeypatch: pytest.MonkeyPatch, scheduler: type, said: str
+) -> None:
+    pipe = tiny_pipeline(scheduler=scheduler.from_config(tiny_scheduler().config))
+    monkeypatch.setattr(pipe.unet, "forward", lambda *_, **__: pytest.fail("the UNet ran"))
+    with pytest.raises(LeansdError, match=said):
+        leansd.tune(pipe, PROMPTS, steps=STEPS, cost=cost)
+
+
+# -- runs ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_trial_is_a_run_of_the_plan_that_it_fits(pipe, name: str) -> None:
+    other = tiny_pipeline(**{**pipe.components, "scheduler": make_scheduler(name)})
+    options = {"seed": 0, "batch": 8, "settings": SETTINGS}
+    seen_full = calibrate(other, PROMPTS[:2], STEPS, **options)
+    bench = Bench(other, PROMPTS[:2], **options, targets=seen_full.finals.pictures)
+    plan = Plan.between([0, 1, 2, 5], cut="head", steps=STEPS, how="forecast")
+    seen = []
+    run, score = bench.run, bench.score
+    object.__setattr__(bench, "run", lambda *args: seen.append(run(*args)) or seen[-1])
+    trial = try_plan(plan, bench, seen_full)
+    assert trial.plan.rows[5].correct != 0
+    again = run(STEPS, trial.plan)
+    assert torch.allclose(again.latents, seen[0].latents, rtol=1e-3, atol=1e-3)
+    assert trial.psnr == pytest.approx(score(again), abs=0.1)
+    plain = run(STEPS, plan).latents
+    goal = seen_full.finals.latents
+    assert (again.latents - goal).square().mean() < (plain - goal).square().mean()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer full runs."""
+    monkeypatch.setattr(tuner, "GRIDS", (1.0, 0.7))
+    monkeypatch.setattr(calibration, "PROBES", (0.5,))
+
+
+def tune(pipe, cost, **changes) -> Front:
+    options = {"steps": STEPS, "settings": SETTINGS, "cost": cost, "tries": 1, "speeds": (1.5,)}
+    return leansd.tune(pipe, PROMPTS, **{**options, **changes})
+
+
+def count_runs(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+    """The plans that tunings run from here on."""
+    ran: list[Plan] = []
+    own = Bench.run
+
+    def run(self: Bench, steps: int, plan: Plan | None = None):
+        if plan is not None:
+            ran.append(plan)
+        return own(self, steps, plan)
+
+    monkeypatch.setattr(Bench, "run", run)
+    return ran
+
+
+@pytest.mark.slow
+def test_a_stopped_tuning_goes_on_and_ends_the_same(
+    quick, pipe, cost, tmp_path, monkeypatch
+) -> None:
+    journal = tmp_path / "journal.jsonl"
+    whole = tune(pipe, cost)
+    ran = count_runs(monkeypatch)
+
+    def stop(text: str, share: float) -> None:
+        if text.startswith("held out"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(pipe, cost, journal=journal, tell=stop)
+    before = len(ran)
+    journal.write_text(journal.read_text() + '{"case": "cut of')
+    shares: list[float] = []
+    first = tune(pipe, cost, journal=journal, tell=lambda text, share: shares.append(share))
+    assert len(ran) - before > 0
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    ran.clear()
+    second = tune(pipe, cost, journal=journal)
+    assert ran == []
+    assert whole == first == second  # also: the same seed, the same front
+
+
+@pytest.mark.slow
+def test_the_journal_keeps_the_profile(quick, pipe, tmp_path, monkeypatch) -> None:
+    journal = tmp_path / "journal.jsonl"
+    first = tune(pipe, None, tries=0, journal=journal)
+    monkeypatch.setattr(tuner, "profile", lambda *_, **__: pytest.fail("profiled again"))
+    assert tune(pipe, None, tries=0, journal=journal) == first
+
+
+def test_journals_of_other_calls_are_passed_over(tmp_path) -> None:
+    path = tmp_path / "journal.jsonl"
+    Journal.open(path, {"calls": ["a"]}).note(Plan.full(2), Trial(Plan.full(2), 30.0))
+    assert Journal.open(path, {"calls": ["a"]}).find(Plan.full(2)) == Trial(Plan.full(2), 30.0)
+    assert Journal.open(path, {"calls": ["b"]}).find(Plan.full(2)) is None
+
+
+@pytest.mark.slow
+def test_tuned_plans_run_and_say_what_they_were_tuned_for(quick, pipe, cost, tmp_path) -> None:
+    calls = [*PROMPTS[:3], {"prompt": PROMPTS[3]}]
+    front = leansd.tune(
+        pipe, calls, steps=STEPS, settings=SETTINGS, cost=cost, tries=0, speeds=(1.5,), speedup=1.7
+    )
+    points = [*front.points, *front.beaten]
+    tuned = [point.plan for point in points if not point.is_plain]
+    assert len(tuned) >= 1
+    for plan in tuned:
+        assert plan.tuned == Tuned("DDIMScheduler", front.subject, 3.0)
+        with leansd.inherit(pipe, plan) as run:
+            pipe("a boat", num_inference_steps=plan.steps, **SETTINGS)
+        assert run.report()
+        plan.save(tmp_path / "plan.json")
+        assert Plan.load(tmp_path / "plan.json") == plan
+    front.save(tmp_path / "front.json")
+    assert Front.load(tmp_path / "front.json").points[0].plan == front.points[0].plan
+
+
+def test_too_few_calls_and_impossible_wishes_are_refused(quick, pipe, cost, monkeypatch) -> None:
+    with pytest.raises(LeansdError, match="2 calls are too few"):
+        leansd.tune(pipe, PROMPTS[:2], steps=STEPS, cost=cost)
+    with pytest.raises(LeansdError, match="held out"):
+        leansd.tune(pipe, PROMPTS, steps=STEPS, cost=cost, held_out=[])
+    with pytest.raises(LeansdError, match="no gain"):
+        tune(pipe, cost, speedup=0.9)
+    ran = count_runs(monkeypatch)
+    with pytest.raises(LeansdError, match=r"100\.00x.* cannot be reached.*x$"):
+        tune(pipe, cost, speedup=100.0)
+    assert ran == []
+
+
+# -- the front -------------------------------------------------------------------------------------
+
+
+def make_front() -> Front:
+    keep = {"a": [0, 2, 4, 6], "b": [0, 3, 6], "c": [0, 4]}
+    plans = {n: Plan.between(k, cut="head", steps=STEPS, name=n) for n, k in keep.items()}
+    points = [
+        Point(plans["a"], 1.5, 200.0, 40.0),
+        Point(plans["b"], 2.0, 150.0, 35.0),
+        Point(Plan.full(4, name="4 steps"), 2.0, 150.0, 33.0),
+        Point(Plan.full(3, name="3 steps"), 3.0, 100.0, 28.0),
+        Point(plans["c"], 2.9, 103.0, 27.0),
+    ]
+    return Front.of("weights", "ddim", STEPS, points)
+
+
+def test_a_front_keeps_what_nothing_beats() -> None:
+    front = make_front()
+    assert [point.plan.name for point in front.points] == ["a", "b", "3 steps"]
+    assert [point.plan.name for point in front.beaten] == ["4 steps", "c"]
+    rivals = [front.find_rival(point) for point in front.points]
+    assert [rival and rival.plan.name for rival in rivals] == ["4 steps", "4 steps", None]
+
+
+def test_a_front_meets_goals() -> None:
+    front = make_front()
+    assert front.at(speedup=1.8).name == "b"
+    assert front.at(speedup=2.01).name == "b"  # no time is as true as that
+    assert front.at(psnr=33).name == "b"
+    assert front.at(ms=120).name == "3 steps"
+    assert front.find(ms=120).is_plain
+    assert not front.find(psnr=39).is_plain
+
+
+@pytest.mark.parametrize(
+    ("goal", "said"),
+    [
+        ({"speedup": 4}, "fastest is 3.00x, 100 ms, at 28.0 dB"),
+        ({"ms": 50}, "fastest is 3.00x, 100 ms, at 28.0 dB"),
+        ({"psnr": 41}, "best is 40.0 dB at 1.50x"),
+        ({}, "give one goal"),
+        ({"psnr": 1, "ms": 1}, "give one goal"),
+    ],
+)
+def test_a_front_says_the_best_where_a_goal_is_out_of_reach(goal: dict, said: str) -> None:
+    with pytest.raises(LeansdError, match=said):
+        make_front().at(**goal)
+
+
+def test_an_empty_front_says_so() -> None:
+    with pytest.raises(LeansdError, match="no plan at all"):
+        Front.of("weights", "ddim", STEPS, []).at(psnr=30)
+
+
+def test_fronts_are_files(tmp_path) -> None:
+    path = tmp_path / "front.json"
+    make_front().save(path)
+    assert Front.load(path) == make_front()
+    path.write_text("{}")
+    with pytest.raises(LeansdError, match="not a front"):
+        Front.load(path)
+    with pytest.raises(LeansdError, match="cannot read"):
+        Front.load(tmp_path / "none.json")
+
+
+def test_what_a_plan_was_tuned_for_is_no_part_of_what_it_does(tmp_path) -> None:
+    plain = Plan.full(3)
+    plan = Plan(plain.rows, tuned=Tuned("ddim", "weights", 4.0))
+    assert plan.fingerprint == plain.fingerprint
+    plain.save(tmp_path / "plain.json")
+    assert "tuned" not in json.loads((tmp_path / "plain.json").read_text())
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json").tuned == plan.tuned
+
+
+def test_nothing_warns_where_an_output_repeats() -> None:
+    flat = torch.ones(STEPS, 5, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        judged = ErrorModel(make_calibration("ddim", flat)).judge((0, 1), 4, LINE)
+    assert judged.error == pytest.approx(0.0, abs=1e-12)
