@@ -29,14 +29,14 @@ from leansd.plans.presets import HOUSE, preset
 from leansd.runtime.samplers import set_sampler
 
 RESULTS = Path(__file__).parent / "results" / "presets.jsonl"
-SAMPLERS = ("dpm++2m", "ddim")
+SAMPLERS = ("dpm++2m", "ddim", "euler")
 INTERVALS = (2, 3, 5)
 
 
-def list_contestants(anatomy: Anatomy, steps: int) -> list[Contestant]:
+def list_contestants(anatomy: Anatomy, steps: int, sampler: str) -> list[Contestant]:
     """Full run, presets, DeepCache's branch 0, and fewer steps at the cost of each of those."""
     blocks = anatomy.up_blocks
-    plans = {name: preset(name, steps, blocks=blocks) for name in HOUSE}
+    plans = {name: preset(name, steps, blocks=blocks, sampler=sampler) for name in HOUSE}
     for interval in INTERVALS:
         plan = preset("deepcache", steps, blocks=blocks, interval=interval)
         plans[f"deepcache 1:{interval}"] = plan
@@ -63,10 +63,10 @@ def main(
     pipe = load(model)
     anatomy = dissect(pipe.unet, tokens=pipe.tokenizer.model_max_length)
     chosen = [PROMPTS[index % len(PROMPTS)] for index in range(prompts)]
-    contestants = list_contestants(anatomy, steps)
     records = []
     for sampler in SAMPLERS:
         set_sampler(pipe, sampler)
+        contestants = list_contestants(anatomy, steps, sampler)
         with Progress() as progress:
             total = prompts * sum(each.steps for each in contestants)
             task = progress.add_task(sampler, total=total)

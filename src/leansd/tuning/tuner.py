@@ -39,8 +39,8 @@ TICKS = 16
 SPEEDS = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0)
 GRIDS = (1.0, 0.85, 0.7, 0.55)
 """Step counts that plans are sought for, as shares of the full run's."""
-LONGEST = 6
-"""The most steps between two key steps."""
+LONGEST = 0.2
+"""The most steps between two key steps, as a share of all."""
 
 CANDIDATES = 3
 """Proposals that are tried for each speed."""
@@ -277,7 +277,7 @@ class _Tuner:
                     dict.fromkeys(HEAD_ACTIONS, 0),
                     TICKS,
                     [budget],
-                    longest=LONGEST,
+                    longest=max(4, round(LONGEST * calibration.steps)),
                 )
                 if budget >= TICKS
                 else []
