@@ -16,7 +16,7 @@ from leansd.faces.standings import read_standings, tabulate_margins, tabulate_su
 from leansd.measuring.bench import Stage, line_up, run_rounds, summarise
 from leansd.measuring.contest import FULL, OURS, Contest, Contestant, Grounds, send_plan
 from leansd.measuring.evaluation import CONVERGED
-from leansd.measuring.fronts import Point, find_front, find_margin, read_front, read_points
+from leansd.measuring.margins import Point, find_front, find_margin, read_front, read_points
 from leansd.measuring.records import load_records, stamp
 from leansd.measuring.resuming import fingerprint_contest, list_done, put_contest
 from leansd.measuring.rivals import ALL, choose_rivals

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from leansd.faces.standings import Standing
 from leansd.measuring.contest import FULL, OURS
 from leansd.measuring.files import write_file
-from leansd.measuring.fronts import find_front
+from leansd.measuring.margins import find_front
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

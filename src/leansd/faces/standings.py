@@ -9,7 +9,7 @@ from typing import Any
 
 from leansd.measuring.contest import FULL, OURS
 from leansd.measuring.evaluation import CONVERGED
-from leansd.measuring.fronts import Margin, Point, find_margin
+from leansd.measuring.margins import Margin, Point, find_margin
 from leansd.measuring.measures import OTHER_SEEDS
 from leansd.measuring.records import Record
 from leansd.measuring.resuming import get_field
