@@ -1,6 +1,6 @@
 """What the engine itself costs: DeepCache's plan here against the DeepCache package, in turns.
 
-    python benchmarks/overhead.py [--model sd15] [--rounds 4]
+    python benchmarks/overhead.py [--model sd15] [--rounds 3]
 
 On a UNet of Stable Diffusion 1.5's size with random weights: the speed-up of DeepCache's branch 0
 by this package and by its own, of the same paired rounds; what the times of the units that a plan
@@ -86,7 +86,7 @@ def _time_calls(forward: Callable[..., Any], given: torch.Tensor, calls: int) ->
     return min(laps)
 
 
-def main(model: str = "sd15", rounds: int = 4, steps: int = 4, interval: int = 2) -> None:
+def main(model: str = "sd15", rounds: int = 3, steps: int = 2, interval: int = 2) -> None:
     hush_libraries()
     wrapper = time_wrapper()
     print(f"wrapper: {wrapper:.2f} microseconds a call")

@@ -79,6 +79,31 @@ def tabulate_gpu() -> str:
     return "\n".join([setting, *parts, ""])
 
 
+def tabulate_overhead() -> str:
+    """What the engine itself costs, beside the package whose plan it follows."""
+    records = load_records(RESULTS / "overhead.jsonl")
+    cells = {(each.plan, each.metric): each for each in records}
+    ours, theirs = cells["leansd", "speedup"], cells["DeepCache", "speedup"]
+    rows = [
+        f"| {name} | {each.value:.2f}x ({get(each, 'low'):.2f} to {get(each, 'high'):.2f}) |"
+        for name, each in (("this package", ours), ("the DeepCache package", theirs))
+    ]
+    predicted = cells["leansd", "predicted_speedup"].value
+    return "\n".join(
+        [
+            f"{ours.subject}'s size, random weights, 512 px, {get(ours, 'rounds')} paired rounds; "
+            f"{ours.device}; torch {ours.torch}:\n",
+            f"| DeepCache's 1:{get(ours, 'interval')}, shallowest branch, by | speed-up |",
+            "|---|---|",
+            *rows,
+            f"| the times of the units that it runs | {predicted:.2f}x |",
+            "",
+            f"The wrapper around a unit adds {cells['full', 'wrapper'].value:.1f} microseconds.",
+            "",
+        ]
+    )
+
+
 def get(record: Record, name: str) -> object:
     """A case's own field of a record."""
     return (record.model_extra or {})[name]
@@ -99,6 +124,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "presets": tabulate_presets,
     "bench": tabulate_bench,
     "gpu": tabulate_gpu,
+    "overhead": tabulate_overhead,
 }
 
 
