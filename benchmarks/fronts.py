@@ -52,7 +52,7 @@ def main(
     cost = profile(pipe, call=settings, pictures=CALLS, repeats=2)
     start = time.time()
 
-    def tell(text: str) -> None:
+    def tell(text: str, share: float = 0.0) -> None:
         print(f"{time.time() - start:7.1f} s  {text}", flush=True)
 
     for count in steps:
