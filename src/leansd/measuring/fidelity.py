@@ -85,10 +85,10 @@ def open_lpips(weights: str | Path) -> Lpips:
     Raises:
         LeansdError: torchvision is not installed, or the file is not there or something else.
     """
-    if find_spec("torchvision") is None:
-        raise LeansdError("LPIPS needs torchvision: pip install torchvision")
     if not Path(weights).is_file():
         raise LeansdError(f"no LPIPS weights at {weights}: get them from {LPIPS_SOURCE}")
+    if find_spec("torchvision") is None:
+        raise LeansdError("LPIPS needs torchvision: pip install torchvision")
     # torchmetrics has no public way to give it weights from a path.
     from torchmetrics.functional.image.lpips import _LPIPS
 
