@@ -6,7 +6,7 @@ combination of the full run's outputs, and its size follows from their inner pro
 matrix for n steps, whatever the pictures' size. No plan has to be run to be judged in this model.
 
 What the model leaves out is that the UNet answers to the changed latents; how much a disturbance
-at some step still matters at the end is therefore measured (`disturb`).
+at some step still matters at the end is therefore measured (`carry`).
 """
 
 from __future__ import annotations

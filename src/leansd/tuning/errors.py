@@ -7,9 +7,9 @@ dynamic programming.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,20 +39,24 @@ class Judgement(NamedTuple):
     """The correction at its end that makes the error least."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ErrorModel:
-    """Errors of stretches.
-
-    Attributes:
-        shares: for each cut other than `head`, how large its error is beside that of forecasting
-            the whole output over as many steps.
-    """
+    """Errors of stretches in which the UNet's output is forecast."""
 
     calibration: Calibration
-    shares: Mapping[str, float] = field(default_factory=dict[str, float])
+    _known: dict[Any, Judgement] = field(default_factory=dict[Any, Judgement], repr=False)
 
     def judge(self, keys: Sequence[int], end: int, action: Action) -> Judgement:
-        """The stretch from the last of `keys` to `end`, the next key step or the end of the run."""
+        """The stretch from the last of `keys` to `end`, the next key step or the end of the run.
+
+        Remembered: the dynamic programme asks the same of every stretch for every speed.
+        """
+        asked = tuple(keys), end, action
+        if asked not in self._known:
+            self._known[asked] = self._judge(keys, end, action)
+        return self._known[asked]
+
+    def _judge(self, keys: Sequence[int], end: int, action: Action) -> Judgement:
         calibration = self.calibration
         count = calibration.count
         between = range(keys[-1] + 1, end)
@@ -64,9 +68,8 @@ class ErrorModel:
             wrong = self._combine(keys, step, action.how)
             wrong[step] -= 1
             change += calibration.response[after, step] * wrong
-        change *= self.shares.get(action.cut, 1.0)
         correct = 0.0
-        if end < count and action.cut == "head":
+        if end < count:
             remedy = -self._combine(keys, end, action.how)
             remedy[end] += 1
             remedy *= calibration.response[after, end]

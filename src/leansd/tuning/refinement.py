@@ -26,8 +26,6 @@ from leansd.tuning.taps import Seen, Step, tap
 
 LIMIT = 3.0
 """Corrections beyond this are noise fitted to few calls."""
-
-
 NUDGE = 0.1
 """By how much a correction is moved to see what it does."""
 DAMPINGS = (0.01, 0.1, 1.0)
