@@ -53,7 +53,18 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def cost(pipe) -> CostModel:
-    return leansd.profile(pipe, call=SETTINGS, repeats=1)
+    """Made-up seconds: a loaded machine must not decide what can be reached."""
+    anatomy = leansd.dissect(pipe.unet)
+    return CostModel(
+        subject="tiny",
+        pictures=1,
+        size=(32, 32),
+        units={unit.at: {"whole": 2e-3, "half": 1e-3} for unit in anatomy},
+        blocks={block: {"whole": 1e-4, "half": 1e-4} for block in anatomy.blocks},
+        fixed={"whole": 1e-3, "half": 1e-3, "none": 1e-4},
+        other=1e-2,
+        per_step=1e-4,
+    )
 
 
 # -- dynamic programming ---------------------------------------------------------------------------
