@@ -241,7 +241,9 @@ def test_only_the_rows_that_need_it_run() -> None:
 
 
 CORRECTED = {
-    how: Plan.between([0, 1, 2, 5, 7], cut="head", steps=STEPS, how=how).correct({5: 0.4, 7: -0.3})
+    how: Plan.between([0, 1, 2, 5, 7], cut="head", steps=STEPS, how=how).correct(
+        {5: (0.4, 0.1), 7: -0.3}
+    )
     for how in ("forecast", "forecast2", "residual")
 }
 

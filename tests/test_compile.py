@@ -95,7 +95,9 @@ PLANS = {
     "parabola from the start": Plan.every(2, cut="up0", steps=STEPS, how="forecast2"),
     "whole steps": Plan.every(2, cut="head", steps=STEPS),
     "changes of whole steps": Plan.every(2, cut="head", steps=STEPS, how="residual"),
-    "corrections": Plan.every(2, cut="head", steps=STEPS, how="forecast").correct({2: 0.4, 4: -1}),
+    "corrections": Plan.every(2, cut="head", steps=STEPS, how="forecast").correct(
+        {2: (0.4, 0.2), 4: -1}
+    ),
 }
 GRAPHS = {"whole steps": 1, "changes of whole steps": 1, "parabola from the start": 3}
 

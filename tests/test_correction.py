@@ -17,7 +17,7 @@ from tiny import tiny_pipeline, tiny_scheduler, tiny_unet
 
 STEPS = 8
 KEYS = (0, 1, 2, 4, 7)
-WEIGHTS = {4: 0.3, 7: -0.2}
+WEIGHTS = {4: (0.3, 0.1), 7: (-0.2, 0.25)}
 PLAN = Plan.between(KEYS, cut="head", steps=STEPS, how="forecast").correct(WEIGHTS)
 CURVED = Plan.between(KEYS, cut="head", steps=STEPS, how="forecast2").correct(WEIGHTS)
 
@@ -29,7 +29,7 @@ def sample_by_reference(unet: Any, points: int) -> torch.Tensor:
     over = read_course(scheduler).log_snr
     outputs: list[tuple[float, torch.Tensor]] = []
 
-    def extrapolate(at: float) -> torch.Tensor:
+    def extrapolate(at: float, points: int) -> torch.Tensor:
         known = outputs[-points:]
         total = torch.zeros_like(known[0][1], dtype=torch.float64)
         for here, value in known:
@@ -46,11 +46,13 @@ def sample_by_reference(unet: Any, points: int) -> torch.Tensor:
         def __call__(self, latents: torch.Tensor, t: Any, **inputs: Any) -> Any:
             step, self.calls = self.calls, self.calls + 1
             if step not in KEYS:
-                return (extrapolate(over[step]).float(),)
+                return (extrapolate(over[step], points).float(),)
             noise = unet(latents, t, **inputs)[0]
             corrected = noise
             if step in WEIGHTS:
-                corrected = noise + WEIGHTS[step] * (noise - extrapolate(over[step]).float())
+                line, last = WEIGHTS[step]
+                corrected = noise + line * (noise - extrapolate(over[step], 2).float())
+                corrected = corrected + last * (noise - outputs[-1][1])
             outputs.append((over[step], noise))
             return (corrected,)
 
@@ -102,7 +104,7 @@ def test_a_call_that_computes_nothing_does_not_enter_the_unet() -> None:
 
 def test_what_a_correction_reads_is_kept_as_long_as_needed() -> None:
     calls = compile_plan(PLAN, leansd.dissect(tiny_unet())).calls
-    assert calls[4].correct == 0.3
+    assert calls[4].correct == (0.3, 0.1)
     assert calls[4].corrects == ((Kept(HEAD, 2, "output"), Kept(HEAD, 1, "output")),)
     assert Kept(HEAD, 1, "output") in calls[4].releases
     assert Kept(HEAD, 2, "output") in calls[7].releases
@@ -141,5 +143,5 @@ def test_senseless_corrections_are_refused() -> None:
         PLAN.correct({3: 0.1}).resolve(leansd.dissect(tiny_unet()))
     with pytest.raises(LeansdError, match="both halves"):
         PLAN.guide("inherit", at=4)
-    with pytest.raises(LeansdError, match="give a number"):
+    with pytest.raises(LeansdError, match="give numbers"):
         PLAN.correct({4: float("nan")})

@@ -20,7 +20,7 @@ from diffusers import (
 import leansd
 from leansd.errors import LeansdError
 from leansd.measuring.cost import CostModel
-from leansd.plans.plan import Plan, Tuned
+from leansd.plans.plan import NO_CORRECTION, Correction, Plan, Tuned
 from leansd.runtime.clock import read_course
 from leansd.runtime.store import weigh
 from leansd.tuning import Front, Point, calibration, tuner
@@ -181,34 +181,37 @@ def test_the_error_of_a_stretch_is_what_the_scheduler_makes_of_forecasts(
     log_snr = model.calibration.log_snr.tolist()
     keys, end = (0, 1, 3), 6
     known = keys[-2:] if action is LINE else keys
-    points = [log_snr[key] for key in known]
 
-    def forecast(step: int) -> torch.Tensor:
+    def forecast(step: int, known: Sequence[int] = known) -> torch.Tensor:
+        points = [log_snr[key] for key in known]
         weights = [weigh(log_snr[step], point, points) for point in points]
         return torch.tensordot(torch.tensor(weights).double(), outputs[list(known)], 1)
 
-    def run(correct: float | None) -> torch.Tensor:
+    def run(correct: Correction | None) -> torch.Tensor:
         """The sample after the key step, the outputs of the stretch being forecast."""
         given = outputs.clone()
         if correct is not None:
             given[4], given[5] = forecast(4), forecast(5)
-            given[end] = outputs[end] + correct * (outputs[end] - forecast(end))
+            given[end] += correct.line * (outputs[end] - forecast(end, keys[-2:]))
+            given[end] += correct.last * (outputs[end] - outputs[keys[-1]])
         scheduler = make_scheduler(name)
         scheduler.set_timesteps(STEPS)
         return follow(scheduler, given, torch.zeros_like(outputs[0]))[end + 1].double()
 
-    def miss(correct: float) -> float:
+    def miss(correct: Correction) -> float:
         return float((run(correct) - run(None)).square().mean())
 
     judged = model.judge(keys, end, action)
     assert judged.error == pytest.approx(miss(judged.correct), rel=1e-4)
-    nudges = [judged.correct + nudge for nudge in (-0.1, -0.01, 0.01, 0.1)]
-    assert all(miss(judged.correct) < miss(nudge) for nudge in nudges)
+    line, last = judged.correct
+    for nudge in (-0.1, -0.01, 0.01, 0.1):
+        assert miss(judged.correct) < miss(Correction(line + nudge, last))
+        assert miss(judged.correct) < miss(Correction(line, last + nudge))
 
 
 def test_a_stretch_without_steps_between_costs_nothing() -> None:
     model = ErrorModel(make_calibration("ddim", torch.randn(STEPS, 5, dtype=torch.float64)))
-    assert model.judge((0, 1), 2, LINE) == (0.0, 0.0)
+    assert model.judge((0, 1), 2, LINE) == (0.0, NO_CORRECTION)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +244,7 @@ def test_a_trial_is_a_run_of_the_plan_that_it_fits(pipe, name: str) -> None:
     run, score = bench.run, bench.score
     object.__setattr__(bench, "run", lambda *args: seen.append(run(*args)) or seen[-1])
     trial = try_plan(plan, bench, seen_full)
-    assert trial.plan.rows[5].correct != 0
+    assert all(trial.plan.rows[5].correct)
     again = run(STEPS, trial.plan)
     assert torch.allclose(again.latents, seen[0].latents, rtol=1e-3, atol=1e-3)
     assert trial.psnr == pytest.approx(score(again), abs=0.1)

@@ -8,11 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from leansd.errors import LeansdError
 from leansd.plans.drift import Drift, Measure
-from leansd.plans.plan import Guidance, How, Plan, Row, Tuned
+from leansd.plans.plan import NO_CORRECTION, Correction, Guidance, How, Plan, Row, Tuned
 
 VERSION = 1
 
@@ -21,7 +21,7 @@ class RowDocument(BaseModel):
     model_config = ConfigDict(extra="forbid")
     inherit: dict[str, How] = Field(default_factory=dict)
     guidance: Guidance = "compute"
-    correct: float = Field(default=0.0, allow_inf_nan=False)
+    correct: tuple[FiniteFloat, FiniteFloat] = NO_CORRECTION
 
 
 class DriftDocument(BaseModel):
@@ -97,5 +97,5 @@ def make_document(plan: Plan) -> PlanDocument:
 def make_plan(document: PlanDocument) -> Plan:
     """The plan that a file holds."""
     drift = None if document.drift is None else Drift(**document.drift.model_dump())
-    rows = tuple(Row(row.inherit, row.guidance, row.correct) for row in document.rows)
+    rows = tuple(Row(row.inherit, row.guidance, Correction(*row.correct)) for row in document.rows)
     return Plan(rows, document.name, drift, document.tuned)

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import HEAD, Anatomy
 from leansd.plans.drift import SAMPLE, Drift
-from leansd.plans.plan import Guidance, How, Plan
+from leansd.plans.plan import NO_CORRECTION, Correction, Guidance, How, Plan
 
 Lane = Literal["all", "rest", "cond"]
 """`all` of a batch; or of a guided one the `cond`itional half, which comes last, and the `rest`."""
@@ -82,10 +82,10 @@ class Call:
     """For each computed unit that a later call inherits from, what to keep."""
     releases: frozenset[Kept]
     """What nobody reads after this call."""
-    correct: float = 0.0
-    """See `Row.correct`; zero where nothing was forecast since the output before."""
+    correct: Correction = NO_CORRECTION
+    """See `Row.correct`; nothing where nothing was inherited since the output before."""
     corrects: tuple[tuple[Kept, ...], ...] = ()
-    """For each lane, the earlier outputs that the correction's forecast is made from."""
+    """For each lane, the earlier outputs that the correction is by, latest first."""
     is_upgraded: bool = False
     """Whether everything is computed although the plan would have inherited."""
 
@@ -223,7 +223,7 @@ def compile_plan(
             sources=sources[index - start],
             keeps=_group(kept for kept in last_use if kept.call == index),
             releases=frozenset(kept for kept, last in last_use.items() if last == index),
-            correct=weights[index - start] if corrects[index - start] else 0.0,
+            correct=weights[index - start] if corrects[index - start] else NO_CORRECTION,
             corrects=corrects[index - start],
             is_upgraded=index in upgrades,
         )
@@ -295,7 +295,7 @@ def _trace_sources(
     patterns: Sequence[Pattern],
     guidance: Sequence[Guidance],
     lanes: Sequence[tuple[Lane, ...]],
-    weights: Sequence[float],
+    weights: Sequence[Correction],
     start: int,
     moments: Sequence[float] | None,
 ) -> tuple[list[dict[str, tuple[tuple[Kept, ...], ...]]], list[tuple[tuple[Kept, ...], ...]]]:
@@ -321,7 +321,7 @@ def _trace_sources(
 
     sources: list[dict[str, tuple[tuple[Kept, ...], ...]]] = []
     corrects: list[tuple[tuple[Kept, ...], ...]] = []
-    forecast: How | None = None  # how the head was forecast since it was last computed
+    inherits = False  # whether the head was inherited since it was last computed
     for index, pattern in enumerate(patterns, start):
         here, guide = lanes[index - start], guidance[index - start]
         inherited: dict[str, How] = {**pattern.inherited}
@@ -333,14 +333,11 @@ def _trace_sources(
             how: How = "forecast" if guide == "forecast" else "reuse"
             read[GUIDANCE] = (trace(GUIDANCE, "cond", how),)
         sources.append(read)
-        if HEAD in pattern.inherited:
-            # Corrections are by a polynomial, which runs wild through more than three outputs.
-            by = pattern.inherited[HEAD]
-            forecast = by if DEPTHS[by] <= 3 else "forecast2"
-        corrected = forecast if weights[index - start] else None
-        corrects.append(tuple(trace(HEAD, lane, corrected) for lane in here) if corrected else ())
+        inherits = inherits or HEAD in pattern.inherited
+        corrected = inherits and any(weights[index - start])
+        corrects.append(tuple(trace(HEAD, lane, "forecast") for lane in here) if corrected else ())
         if HEAD in pattern.active:
-            forecast = None
+            inherits = False
         for unit in pattern.active:
             for lane in here:
                 note(unit, lane, index)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from leansd.errors import LeansdError
 from leansd.plans import keysteps
@@ -45,15 +45,29 @@ Guidance = Literal["compute", "inherit", "forecast", "drop"]
 GUIDANCES: tuple[Guidance, ...] = get_args(Guidance)
 
 
+class Correction(NamedTuple):
+    """How far a computed output of the UNet is moved on, to make good what was inherited before.
+
+    Multiples of what a forecast of it would have been wrong by.
+    """
+
+    line: float = 0.0
+    """Of the forecast by the line through the last two outputs computed before."""
+    last: float = 0.0
+    """Of the last of them as it was."""
+
+
+NO_CORRECTION = Correction()
+
+
 @dataclass(frozen=True)
 class Row:
     """What one step does: `inherit` maps addresses or globs to how they inherit."""
 
     inherit: Mapping[str, How] = field(default_factory=dict[str, How])
     guidance: Guidance = "compute"
-    correct: float = 0.0
-    """How far the UNet's output is moved on beyond what was computed, as a multiple of what its
-    forecast was wrong by: makes good the errors of the forecasts since the last computed output."""
+    correct: Correction = NO_CORRECTION
+    """How far the UNet's output is moved on beyond what was computed, see `Plan.correct`."""
 
     @property
     def is_key(self) -> bool:
@@ -96,9 +110,11 @@ class Plan:
             if row.guidance not in GUIDANCES:
                 known = ", ".join(GUIDANCES)
                 raise LeansdError(f"step {step}: unknown guidance {row.guidance!r}; it can {known}")
-            if not math.isfinite(row.correct):
-                raise LeansdError(f"step {step}: cannot correct by {row.correct}; give a number")
-            if row.correct and row.guidance != "compute":
+            if not all(map(math.isfinite, row.correct)):
+                raise LeansdError(
+                    f"step {step}: cannot correct by {tuple(row.correct)}; give numbers"
+                )
+            if any(row.correct) and row.guidance != "compute":
                 raise LeansdError(
                     f"step {step}: a correction needs both halves of a guided batch; "
                     f"it cannot go with guidance {row.guidance!r}"
@@ -175,17 +191,23 @@ class Plan:
         """
         return replace(self, drift=Drift(probe, threshold, measure))
 
-    def correct(self, weights: Mapping[int, float]) -> Plan:
-        """This plan with the UNet's output corrected at some steps: `{step: weight}`.
+    def correct(self, weights: Mapping[int, float | tuple[float, float]]) -> Plan:
+        """This plan with the UNet's output corrected at some steps.
 
-        At such a step the output is computed, `e`, and its forecast from the outputs computed
-        before, `f`, is known as well; the sampler gets `e + weight * (e - f)`. Where forecast
-        outputs went before, that leads the latents back towards where computed ones would have
-        led: a corrector, without a further call (compare UniPC, arXiv 2302.04867, section 3.2).
+        At such a step the output `e` is computed. Known as well are the one computed before, `p`,
+        and where the line through the last two would have led, `f`. The sampler gets
+        `e + line * (e - f) + last * (e - p)`. Where inherited outputs went before, however they
+        were, that leads the latents back towards where computed ones would have led: a corrector
+        without a further call (compare UniPC, arXiv 2302.04867, section 3.2).
+
+        Args:
+            weights: `(line, last)` by step, or `line` alone.
         """
         rows = list(self.rows)
         for step in self._check_steps(weights):
-            rows[step] = replace(rows[step], correct=weights[step])
+            given = weights[step]
+            pair = Correction(*given) if isinstance(given, tuple) else Correction(given)
+            rows[step] = replace(rows[step], correct=pair)
         return replace(self, rows=tuple(rows))
 
     def _check_steps(self, at: int | Iterable[int]) -> set[int]:
@@ -247,7 +269,7 @@ class Plan:
     def fingerprint(self) -> str:
         """Twelve hex digits of what the plan does; its name does not count."""
         rows = [
-            [_order(row.inherit), row.guidance, *([row.correct] if row.correct else [])]
+            [_order(row.inherit), row.guidance, *(row.correct if any(row.correct) else [])]
             for row in self.rows
         ]
         does = rows if self.drift is None else [rows, *_list_values(self.drift)]
@@ -325,7 +347,7 @@ def _resolve_row(step: int, row: Row, anatomy: Anatomy) -> dict[str, How]:
                     "use reuse or forecast"
                 )
             resolved[unit.at] = how
-    if row.correct and HEAD in resolved:
+    if any(row.correct) and HEAD in resolved:
         raise LeansdError(f"step {step} inherits {HEAD}: there is no computed output to correct")
     return resolved
 

@@ -67,7 +67,7 @@ def _sign(call: Call) -> Hashable:
     """What decides which units run and how the others are made."""
     pattern = call.pattern
     made = frozenset((*pattern.inherited.items(), *pattern.parts.items()))
-    corrects = tuple(sources[0].what for sources in call.corrects)
+    corrects = len(call.corrects)
     # A line with one source to stand in for both is that source; a parabola would be rounded.
     curves = tuple(len(each) > 2 for each in _list_sources(call, sorted(call.sources)))
     return pattern.active, made, call.lanes, call.guidance, corrects, curves

@@ -12,7 +12,7 @@ import inspect
 import textwrap
 import threading
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +22,11 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import Anatomy
-from leansd.plans.liveness import Kept
+from leansd.plans.liveness import Call, Kept
 from leansd.plans.plan import How
 from leansd.plans.structures import Structure, list_structures
 from leansd.runtime.passes import Branch, Pass, Step
-from leansd.runtime.store import RECALLS, Shape, Store, combine, weigh_sources
+from leansd.runtime.store import RECALLS, Shape, Store, combine, weigh_correction, weigh_sources
 
 if TYPE_CHECKING:
     from leansd.runtime.engine import Engine
@@ -103,10 +103,8 @@ class TracedPass(Pass):
             branch.store.put(kept, tensor)
         self._weights: dict[tuple[Kept, ...], list[torch.Tensor]] = {}
         left = [] if weights is None else list(weights.unbind())
-        for each in (each for each in sources if len(each) > 1):
-            self._weights[each], left = left[: len(each)], left[len(each) :]
-        self._lead = left
-        """The weight of the correction, if there is one."""
+        for each, count in _count_weights(structure.call, sources):
+            self._weights[each], left = left[:count], left[count:]
 
     def recall(
         self, how: How, sources: Sequence[Kept], given: torch.Tensor | None = None
@@ -122,8 +120,9 @@ class TracedPass(Pass):
             return _lerp(tensors[1], tensors[0], weights[0])
         return combine(tensors[::-1], weights[::-1])
 
-    def move_on(self, forecast: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        return _lerp(forecast, noise, self._lead[0])
+    def move_on(self, noise: torch.Tensor, sources: Sequence[Kept]) -> torch.Tensor:
+        tensors = [self.branch.store.read(kept) for kept in sources]
+        return combine([noise, *tensors], self._weights[tuple(sources)])
 
 
 def _lerp(before: torch.Tensor, latest: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -280,20 +279,33 @@ def _gather(store: Store, sources: Sequence[Sequence[Kept]]) -> list[torch.Tenso
     return gathered
 
 
-def _weigh(
-    sources: Sequence[Sequence[Kept]], step: Pass, sample: torch.Tensor
-) -> torch.Tensor | None:
-    """The weights of all sources that go together, then that of the correction, [weights].
+def _count_weights(
+    call: Call, sources: Sequence[tuple[Kept, ...]]
+) -> Iterator[tuple[tuple[Kept, ...], int]]:
+    """Sources that go together, and how many weights they have: a correction's one more.
 
-    See `forecast_output` and `Pass.move_on`.
+    What is made from one output needs none.
     """
+    made = len(sources) - len(call.corrects)
+    yield from ((each, len(each)) for each in sources[:made] if len(each) > 1)
+    yield from ((each, len(each) + 1) for each in sources[made:])
+
+
+def _weigh(
+    sources: Sequence[tuple[Kept, ...]], step: Pass, sample: torch.Tensor
+) -> torch.Tensor | None:
+    """The weights of all sources that need some, as `_count_weights` counts them, [weights]."""
     assert step.course is not None
+    call, log_snr = step.call, step.course.log_snr
     weights: list[float] = []
-    for each in (each for each in sources if len(each) > 1):
-        known = weigh_sources(each, step.call.index, step.course.log_snr)
-        weights += [known.get(kept, 0.0) for kept in each]
-    if step.call.corrects:
-        weights.append(1 + step.call.correct)
+    for each, count in _count_weights(call, sources):
+        if count == len(each):
+            known = weigh_sources(each, call.index, log_snr)
+            weights += [known.get(kept, 0.0) for kept in each]
+        else:
+            lead, known = weigh_correction(call.correct, each, call.index, log_snr)
+            # One output that fills several places counts once.
+            weights += [lead, *(known.pop(kept, 0.0) for kept in each)]
     dtype = torch.promote_types(sample.dtype, torch.float32)
     return torch.tensor(weights, dtype=dtype, device=sample.device) if weights else None
 

@@ -11,7 +11,14 @@ from leansd.plans.anatomy import HEAD
 from leansd.plans.liveness import GUIDANCE, Call, Kept, Lane, Program
 from leansd.plans.plan import How
 from leansd.runtime.clock import Course, Tick
-from leansd.runtime.store import RECALLS, Shape, Store, unwrap
+from leansd.runtime.store import (
+    RECALLS,
+    Shape,
+    Store,
+    combine,
+    unwrap,
+    weigh_correction,
+)
 
 
 class Step(Protocol):
@@ -191,18 +198,24 @@ class Pass:
         return RECALLS[how](self.branch.store, sources, self.call.index, self.course, given)
 
     def correct(self, noise: torch.Tensor) -> torch.Tensor:
-        """The UNet's output [B, C, H, W] moved away from what it would have inherited."""
+        """The UNet's output [B, C, H, W] moved away from forecasts by those before."""
         corrects = self.call.corrects
         if not corrects:
             return noise
-        # A polynomial through one output is that output.
-        how = "residual" if corrects[0][0].what == "change" else "forecast"
-        forecasts = self._recall_lanes(how, corrects, self.latents)
-        return self.move_on(torch.cat(forecasts), noise)
+        lanes = zip(self.call.lanes, corrects, strict=True)
+        return torch.cat(
+            [
+                self.move_on(self.pick(noise, lane), each)
+                for lane, each in lanes
+                if lane in self.lanes
+            ]
+        )
 
-    def move_on(self, forecast: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """`noise` and, times the weight of the correction, what its forecast was wrong by."""
-        return torch.lerp(forecast, noise, 1 + self.call.correct)
+    def move_on(self, noise: torch.Tensor, sources: Sequence[Kept]) -> torch.Tensor:
+        """One lane of a corrected output."""
+        call, read = self.call, self.branch.store.read
+        lead, weights = weigh_correction(call.correct, sources, call.index, self.course.log_snr)
+        return combine([noise, *map(read, weights)], [lead, *weights.values()])
 
     def pick(self, tensor: torch.Tensor, lane: Lane) -> torch.Tensor:
         """The rows of one lane; in a call that runs one lane, all there are."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from leansd.plans.liveness import Kept
-from leansd.plans.plan import How
+from leansd.plans.plan import Correction, How
 from leansd.runtime.clock import Course
 from leansd.runtime.spectrum import weigh_chebyshev
 
@@ -157,6 +157,16 @@ def weigh_sources(
     places = {log_snr[kept.call]: kept for kept in reversed(sources)}
     at = log_snr[call]
     return {kept: weigh(at, here, list(places)) for here, kept in places.items()}
+
+
+def weigh_correction(
+    correct: Correction, sources: Sequence[Kept], call: int, log_snr: Sequence[float]
+) -> tuple[float, dict[Kept, float]]:
+    """The weight of the output of `call` itself, and of `sources`, in the corrected output."""
+    line = weigh_sources(sources, call, log_snr)
+    weights = {kept: -correct.line * weight for kept, weight in line.items()}
+    weights[sources[0]] -= correct.last
+    return 1 + correct.line + correct.last, weights
 
 
 def weigh(at: float, here: float, points: Sequence[float]) -> float:

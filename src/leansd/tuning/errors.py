@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from leansd.plans.liveness import DEPTHS
-from leansd.plans.plan import How
+from leansd.plans.plan import NO_CORRECTION, Correction, How
 from leansd.runtime.store import weigh
 from leansd.tuning.calibration import Calibration
 
@@ -30,12 +30,16 @@ class Action(NamedTuple):
 HEAD_ACTIONS = (Action("head", "forecast"), Action("head", "forecast2"))
 
 
+CORRECTION_HOWS: tuple[How, ...] = ("forecast", "reuse")
+"""The forecasts that `Correction`'s parts are by."""
+
+
 class Judgement(NamedTuple):
     """The model's view of one stretch."""
 
     error: float
     """Mean squared error that it adds to the final latents."""
-    correct: float
+    correct: Correction = NO_CORRECTION
     """The correction at its end that makes the error least."""
 
 
@@ -61,24 +65,28 @@ class ErrorModel:
         count = calibration.count
         between = range(keys[-1] + 1, end)
         if not between:
-            return Judgement(0.0, 0.0)
+            return Judgement(0.0)
         after = min(end + 1, count)
         change = np.zeros(count)
         for step in between:
             wrong = self._combine(keys, step, action.how)
             wrong[step] -= 1
             change += calibration.response[after, step] * wrong
-        correct = 0.0
+        correct = NO_CORRECTION
         if end < count:
-            remedy = -self._combine(keys, end, action.how)
-            remedy[end] += 1
-            remedy *= calibration.response[after, end]
-            size = self._multiply(remedy, remedy)
-            correct = -self._multiply(change, remedy) / size if size > 0 else 0.0
-            change = change + correct * remedy
-        return Judgement(
-            float(self._multiply(change, change) * calibration.carry[after]), float(correct)
-        )
+            remedies = np.stack([self._combine(keys, end, how) for how in CORRECTION_HOWS], axis=1)
+            remedies = -remedies
+            remedies[end] += 1
+            remedies *= calibration.response[after, end]
+            products = calibration.products
+            # Where one output is known the two are the same; least squares shares between them.
+            solution = np.linalg.lstsq(
+                remedies.T @ products @ remedies, -remedies.T @ products @ change, rcond=1e-9
+            )[0]
+            correct = Correction(*solution.tolist())
+            change = change + remedies @ solution
+        error = float(change @ calibration.products @ change)
+        return Judgement(error * float(calibration.carry[after]), correct)
 
     def _combine(self, keys: Sequence[int], step: int, how: How) -> np.ndarray:
         """The outputs of which a forecast at `step` is made, as weights of all calls, [n]."""
@@ -89,6 +97,3 @@ class ErrorModel:
         for key, here in zip(known, points, strict=True):
             weights[key] = weigh(at, here, points)
         return weights
-
-    def _multiply(self, one: np.ndarray, other: np.ndarray) -> float:
-        return float(one @ self.calibration.products @ other)

@@ -17,11 +17,11 @@ from leansd.measuring.fidelity import psnr
 from leansd.measuring.trajectories import Finals, PipelineCall, run_calls
 from leansd.plans.anatomy import HEAD
 from leansd.plans.liveness import DEPTHS
-from leansd.plans.plan import How, Plan
+from leansd.plans.plan import Plan
 from leansd.runtime.store import weigh
 from leansd.tuning.calibration import Calibration
 from leansd.tuning.dynamic import Proposal, Stretch
-from leansd.tuning.errors import HEAD_ACTIONS, Action
+from leansd.tuning.errors import CORRECTION_HOWS, HEAD_ACTIONS, Action
 from leansd.tuning.taps import Seen, Step, tap
 
 LIMIT = 3.0
@@ -29,6 +29,8 @@ LIMIT = 3.0
 NUDGE = 0.1
 """By how much a correction is moved to see what it does."""
 DAMPINGS = (0.01, 0.1, 1.0)
+DAMPING = 1e-4
+"""Tells the parts of a correction apart where they are nearly the same."""
 
 
 @dataclass(frozen=True)
@@ -84,20 +86,22 @@ def try_plan(plan: Plan, bench: Bench, calibration: Calibration) -> Trial:
 def polish(trial: Trial, bench: Bench, goal: torch.Tensor) -> Trial:
     """Fit all corrections of a plan together, to where the full run's latents end.
 
-    One step of Levenberg and Marquardt: the last latents' derivative by each correction is a
-    difference of two runs, and the best of a few dampings is kept, if it is better at all.
+    One step of Levenberg and Marquardt: the last latents' derivative by each part of each
+    correction is a difference of two runs, and the best of a few dampings is kept, if it is better
+    at all.
 
     Args:
         goal: last latents [N, C, h, w] of the full run.
     """
     rows = trial.plan.rows
-    weights = {step: row.correct for step, row in enumerate(rows) if row.correct}
-    if not weights:
+    corrections = {step: row.correct for step, row in enumerate(rows) if any(row.correct)}
+    if not corrections:
         return trial
     base = _run_flat(trial.plan, bench)
     columns = [
-        (_run_flat(trial.plan.correct({step: weight + NUDGE}), bench) - base) / NUDGE
-        for step, weight in weights.items()
+        (_run_flat(trial.plan.correct({step: nudged}), bench) - base) / NUDGE
+        for step, old in corrections.items()
+        for nudged in (old._replace(line=old.line + NUDGE), old._replace(last=old.last + NUDGE))
     ]
     slopes = torch.stack(columns, dim=1)
     normal = slopes.T @ slopes
@@ -105,9 +109,12 @@ def polish(trial: Trial, bench: Bench, goal: torch.Tensor) -> Trial:
     best = trial
     for damping in DAMPINGS:
         damped = normal + damping * torch.diag(normal.diagonal())
-        change: list[float] = torch.linalg.solve(damped, missing).tolist()
-        pairs = zip(weights.items(), change, strict=True)
-        plan = trial.plan.correct({step: round(old + new, 4) for (step, old), new in pairs})
+        change = torch.linalg.solve(damped, missing).reshape(-1, 2).tolist()
+        moved = {
+            step: (round(old.line + line, 4), round(old.last + last, 4))
+            for (step, old), (line, last) in zip(corrections.items(), change, strict=True)
+        }
+        plan = trial.plan.correct(moved)
         other = Trial(plan, bench.score(bench.run(plan.steps, plan)))
         best = max(best, other, key=lambda each: each.psnr)
     return best
@@ -117,14 +124,10 @@ def _run_flat(plan: Plan, bench: Bench) -> torch.Tensor:
     return bench.run(plan.steps, plan).latents.double().flatten()
 
 
-def list_corrected(plan: Plan) -> dict[int, How]:
-    """The key steps that come right after a forecast of the UNet's output, and that forecast."""
+def list_corrected(plan: Plan) -> set[int]:
+    """The key steps that come right after a forecast of the UNet's output."""
     pairs = enumerate(zip(plan.rows, plan.rows[1:], strict=False), start=1)
-    return {
-        step: before.inherit[HEAD]
-        for step, (before, row) in pairs
-        if HEAD in before.inherit and row.is_key
-    }
+    return {step for step, (before, row) in pairs if HEAD in before.inherit and row.is_key}
 
 
 class _Fitting:
@@ -135,14 +138,15 @@ class _Fitting:
         self._calibration = calibration
         self._start = calibration.steps - calibration.count
         self._corrected = list_corrected(plan)
-        self._sums: dict[int, list[float]] = {}
+        self._sums: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        """Normal equations of each key step over all runs: [2, 2] and [2]."""
         self._known: list[tuple[float, torch.Tensor]] = []
         """Place in log-SNR and output of the key steps of the present run."""
 
     @property
-    def weights(self) -> dict[int, float]:
+    def weights(self) -> dict[int, tuple[float, float]]:
         """The corrections by step, over all runs."""
-        return {step: _divide(over, under) for step, (over, under) in self._sums.items()}
+        return {step: _solve(*sums) for step, sums in self._sums.items()}
 
     def steer(self, run: int, index: int, seen: Seen, step: Step) -> torch.Tensor:
         row = self._start + index
@@ -151,28 +155,32 @@ class _Fitting:
         if index and not self._plan.rows[row].is_key:
             return seen.output
         here = float(self._calibration.log_snr[index])
-        how = self._corrected.get(row)
         output = seen.output
-        if how is not None and self._known:
-            known = self._known[-DEPTHS[how] :]
-            points = [place for place, _ in known]
-            forecast = sum(weigh(here, place, points) * each for place, each in known)
-            change = seen.output - forecast
+        if row in self._corrected and self._known:
+            changes = [seen.output - self._forecast(here, DEPTHS[how]) for how in CORRECTION_HOWS]
             plain = step(seen.output)
-            gain = (step(seen.output + change) - plain).double()
-            missing = (self._calibration.runs[run][index].previous - plain).double()
-            over, under = float((gain * missing).sum()), float(gain.square().sum())
-            sums = self._sums.setdefault(row, [0.0, 0.0])
-            sums[0] += over
-            sums[1] += under
-            output = seen.output + _divide(over, under) * change
+            gains = torch.stack([(step(seen.output + each) - plain).flatten() for each in changes])
+            gains = gains.double()
+            missing = (self._calibration.runs[run][index].previous - plain).double().flatten()
+            normal, target = self._sums.get(row, (0.0, 0.0))
+            self._sums[row] = (normal + gains @ gains.T, target + gains @ missing)
+            line, last = _solve(gains @ gains.T, gains @ missing)
+            output = seen.output + line * changes[0] + last * changes[1]
         self._known.append((here, seen.output))
         return output
 
+    def _forecast(self, here: float, count: int) -> torch.Tensor:
+        """The polynomial through the last `count` outputs, [B, C, H, W]."""
+        known = self._known[-count:]
+        points = [place for place, _ in known]
+        return torch.stack([weigh(here, place, points) * each for place, each in known]).sum(0)
 
-def _divide(over: float, under: float) -> float:
-    weight = over / under if under > 0 else 0.0
-    return round(min(max(weight, -LIMIT), LIMIT), 4)
+
+def _solve(normal: torch.Tensor, target: torch.Tensor) -> tuple[float, float]:
+    """Line and last of least squares, slightly damped, and within the limit."""
+    damped = normal + DAMPING * normal.trace() * torch.eye(2, dtype=normal.dtype)
+    line, last = torch.linalg.solve(damped, target).clamp(-LIMIT, LIMIT).tolist()
+    return round(line, 4), round(last, 4)
 
 
 def list_neighbours(proposal: Proposal, count: int) -> list[tuple[Stretch, ...]]:

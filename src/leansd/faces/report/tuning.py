@@ -114,11 +114,14 @@ def _list(front: Front, chosen: Point | None) -> Listing:
 
 
 def _list_corrections(chosen: Point) -> str:
-    weights = {step: row.correct for step, row in enumerate(chosen.plan.rows) if row.correct}
-    if not weights:
+    rows = enumerate(chosen.plan.rows)
+    corrections = {step: row.correct for step, row in rows if any(row.correct)}
+    if not corrections:
         return ""
-    listed = ", ".join(f"{weight:.2f} at step {step}" for step, weight in weights.items())
-    return f"Corrections: {listed}."
+    listed = ", ".join(
+        f"{line:.2f} and {last:.2f} at step {step}" for step, (line, last) in corrections.items()
+    )
+    return f"Corrections, by the line and by the last output: {listed}."
 
 
 def _describe_method(front: Front, facts: Mapping[str, str]) -> Prose:
