@@ -28,7 +28,9 @@ from leansd.tuning.calibration import Calibration, calibrate, measure_response
 from leansd.tuning.dynamic import Keys, find_best
 from leansd.tuning.errors import HEAD_ACTIONS, Action, ErrorModel
 from leansd.tuning.journal import Journal
-from leansd.tuning.refinement import Bench, Trial, try_plan
+from leansd.tuning.polishing import polish, replay
+from leansd.tuning.refinement import try_plan
+from leansd.tuning.trials import Bench, Trial
 from tiny import tiny_pipeline, tiny_scheduler
 
 STEPS = 8
@@ -238,7 +240,7 @@ def test_a_trial_is_a_run_of_the_plan_that_it_fits(pipe, name: str) -> None:
     other = tiny_pipeline(**{**pipe.components, "scheduler": make_scheduler(name)})
     options = {"seed": 0, "batch": 8, "settings": SETTINGS}
     seen_full = calibrate(other, PROMPTS[:2], STEPS, **options)
-    bench = Bench(other, PROMPTS[:2], **options, targets=seen_full.finals.pictures)
+    bench = Bench(other, PROMPTS[:2], **options, goals=seen_full.finals)
     plan = Plan.between([0, 1, 2, 5], cut="head", steps=STEPS, how="forecast")
     seen = []
     run, score = bench.run, bench.score
@@ -251,6 +253,39 @@ def test_a_trial_is_a_run_of_the_plan_that_it_fits(pipe, name: str) -> None:
     plain = run(STEPS, plan).latents
     goal = seen_full.finals.latents
     assert (again.latents - goal).square().mean() < (plain - goal).square().mean()
+
+
+@pytest.mark.parametrize("how", ["forecast", "forecast2"])
+def test_a_replay_ends_where_the_plan_does_and_computes_only_its_end(pipe, how) -> None:
+    options = {"seed": 0, "batch": 8, "settings": SETTINGS}
+    seen = calibrate(pipe, PROMPTS[:2], STEPS, **options)
+    bench = Bench(pipe, PROMPTS[:2], **options, goals=seen.finals)
+    plan = Plan.between([0, 1, 3, 5, 7], cut="head", steps=STEPS, how=how)
+    plan = plan.correct({3: (0.3, 0.1), 5: (-0.2, 0.2)})
+    whole, past = replay(plan, bench, seen)
+    goal = bench.run(STEPS, plan).latents.double().flatten()
+    assert torch.allclose(whole, goal, rtol=1e-3, atol=1e-3)
+    moved = plan.correct({5: (0.6, -0.1)})
+    entered = []
+    handle = pipe.unet.time_embedding.register_forward_pre_hook(lambda *_: entered.append(1))
+    ended, _ = replay(moved, bench, seen, since=5, past=past)
+    handle.remove()
+    assert len(entered) == 3  # the first, which every run computes, and two key steps
+    goal = bench.run(STEPS, moved).latents.double().flatten()
+    assert torch.allclose(ended, goal, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(ended, whole, rtol=1e-2, atol=1e-2)
+
+
+def test_polishing_leads_nearer_to_the_full_run(pipe) -> None:
+    options = {"seed": 0, "batch": 8, "settings": SETTINGS}
+    seen = calibrate(pipe, PROMPTS[:2], STEPS, **options)
+    bench = Bench(pipe, PROMPTS[:2], **options, goals=seen.finals)
+    plan = Plan.between([0, 1, 3, 6], cut="head", steps=STEPS, how="forecast")
+    plan = plan.correct({3: 0.9, 6: -0.9})
+    trial = Trial(plan, bench.score(bench.run(STEPS, plan)))
+    polished = polish(trial, bench, seen)
+    assert polished.psnr > trial.psnr + 0.1
+    assert polished.psnr == pytest.approx(bench.score(bench.run(STEPS, polished.plan)))
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from leansd.plans.liveness import DEPTHS
 from leansd.plans.plan import NO_CORRECTION, Correction, How
 from leansd.runtime.store import weigh
 from leansd.tuning.calibration import Calibration
+from leansd.tuning.surprises import CORRECTION_HOWS
 
 
 class Action(NamedTuple):
@@ -28,10 +29,6 @@ class Action(NamedTuple):
 
 
 HEAD_ACTIONS = (Action("head", "forecast"), Action("head", "forecast2"))
-
-
-CORRECTION_HOWS: tuple[How, ...] = ("forecast", "reuse")
-"""The forecasts that `Correction`'s parts are by."""
 
 
 class Judgement(NamedTuple):

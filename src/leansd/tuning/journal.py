@@ -17,7 +17,7 @@ from leansd.measuring.keeping import fingerprint_case
 from leansd.measuring.records import Record, stamp
 from leansd.plans.document import PlanDocument, make_document, make_plan
 from leansd.plans.plan import Plan
-from leansd.tuning.refinement import Trial
+from leansd.tuning.trials import Trial
 
 
 @dataclass

@@ -15,8 +15,6 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
-
 from leansd.anatomy.reading import read_anatomy
 from leansd.errors import LeansdError
 from leansd.measuring.cost import CostModel
@@ -31,7 +29,9 @@ from leansd.tuning.dynamic import Proposal, find_best
 from leansd.tuning.errors import HEAD_ACTIONS, ErrorModel
 from leansd.tuning.front import Front, Point
 from leansd.tuning.journal import Journal
-from leansd.tuning.refinement import Bench, Trial, build_plan, list_neighbours, polish, try_plan
+from leansd.tuning.polishing import polish
+from leansd.tuning.refinement import list_neighbours, try_plan
+from leansd.tuning.trials import Bench, Trial, build_plan
 
 FEWEST_CALLS = 4
 TICKS = 16
@@ -212,9 +212,8 @@ class _Tuner:
             cost = profile(pipe, call=settings, pictures=pictures)
             known.note_cost(cost, pipe.device)
         progress.add("profiled", 2)
-        blank = torch.empty(0)
-        fit = Bench(pipe, fitted, seed, batch, settings, blank)
-        check = Bench(pipe, checked, seed + 10_000, batch, settings, blank)
+        fit = Bench(pipe, fitted, seed, batch, settings)
+        check = Bench(pipe, checked, seed + 10_000, batch, settings)
         models: list[tuple[ErrorModel, float]] = []
         main: Calibration | None = None
         for count in sorted({steps, *(max(2, round(share * steps)) for share in grids)})[::-1]:
@@ -228,8 +227,8 @@ class _Tuner:
             lag = calibration.finals.latents.double() - main.finals.latents.double()
             models.append((ErrorModel(calibration), float(lag.square().mean())))
         assert main is not None
-        fit = replace(fit, targets=main.finals.pictures)
-        check = replace(check, targets=check.run(steps).pictures)
+        fit = replace(fit, goals=main.finals)
+        check = replace(check, goals=check.run(steps))
         progress.add("ran the held-out calls in full")
         return cls(pipe, cost, steps, fit, check, models, known, tuned, progress)
 
@@ -342,7 +341,10 @@ class _Tuner:
     def _polish(self, trial: Trial) -> Trial:
         known = self.journal.find(trial.plan, "polished")
         if known is None:
-            known = polish(trial, self.fit, self.models[0][0].calibration.finals.latents)
+            steps = trial.plan.steps
+            calibrations = (model.calibration for model, _ in self.models)
+            fitting = next(each for each in calibrations if each.steps == steps)
+            known = polish(trial, self.fit, fitting)
             self.journal.note(trial.plan, known, "polished")
         self.progress.add(f"corrections fitted together: {known.psnr:.2f} dB", POLISHING)
         return known
