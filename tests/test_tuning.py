@@ -5,6 +5,7 @@ import json
 import random
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from leansd.tuning.errors import HEAD_ACTIONS, Action, ErrorModel
 from leansd.tuning.journal import Journal
 from leansd.tuning.polishing import polish, replay
 from leansd.tuning.refinement import try_plan
+from leansd.tuning.regimes import TICKS, list_regimes
 from leansd.tuning.trials import Bench, Trial
 from tiny import tiny_pipeline, tiny_scheduler
 
@@ -288,6 +290,24 @@ def test_polishing_leads_nearer_to_the_full_run(pipe) -> None:
     assert polished.psnr == pytest.approx(bench.score(bench.run(STEPS, polished.plan)))
 
 
+def test_regimes_are_those_that_save_time_here(pipe, cost) -> None:
+    anatomy = leansd.dissect(pipe.unet)
+    heads, guided, cut = list_regimes(cost, anatomy)
+    assert set(heads.actions) == set(HEAD_ACTIONS)
+    assert heads.key == TICKS
+    assert guided.alternates
+    assert 0.7 * TICKS < guided.key < TICKS  # half a batch takes half the units' time, and more
+    (action,) = cut.actions
+    assert action.cut == "up3.l1"
+    assert 0 < cut.actions[action] < TICKS / 2
+    dear = {at: dict.fromkeys(("whole", "half"), 1e-3) for at in cost.units}
+    assert not any(each.alternates for each in list_regimes(replace(cost, units=dear), anatomy))
+    plan = Plan.between([0, 1, 3, 5, 6, 7], cut="head", steps=STEPS)
+    rows = guided.dress(plan).rows
+    assert [row.guidance for row in rows[4:]] == ["compute", "forecast", "compute", "forecast"]
+    assert heads.dress(plan) == plan
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer full runs."""
@@ -357,14 +377,19 @@ def test_journals_of_other_calls_are_passed_over(tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_tuned_plans_run_and_say_what_they_were_tuned_for(quick, pipe, cost, tmp_path) -> None:
+def test_tuned_plans_run_and_say_what_they_were_tuned_for(
+    quick, pipe, cost, tmp_path, monkeypatch
+) -> None:
     calls = [*PROMPTS[:3], {"prompt": PROMPTS[3]}]
+    ran = count_runs(monkeypatch)
     front = leansd.tune(
         pipe, calls, steps=STEPS, settings=SETTINGS, cost=cost, tries=0, speeds=(1.5,), speedup=1.7
     )
     points = [*front.points, *front.beaten]
     tuned = [point.plan for point in points if not point.is_plain]
     assert len(tuned) >= 1
+    assert any(plan.guides for plan in ran)
+    assert any("up3.l1" in row.inherit for plan in ran for row in plan.rows)
     for plan in tuned:
         assert plan.tuned == Tuned("DDIMScheduler", front.subject, 3.0)
         with leansd.inherit(pipe, plan) as run:
@@ -387,6 +412,20 @@ def test_too_few_calls_and_impossible_wishes_are_refused(quick, pipe, cost, monk
     with pytest.raises(LeansdError, match=r"100\.00x.* cannot be reached.*x$"):
         tune(pipe, cost, speedup=100.0)
     assert ran == []
+
+
+def test_a_plan_tuned_for_another_sampler_runs_with_a_warning() -> None:
+    plan = Plan.between([0, 1, 3], cut="head", steps=4)
+    pipe = tiny_pipeline()
+    for sampler in ("ddim", "DDIMScheduler"):
+        with leansd.inherit(pipe, replace(plan, tuned=Tuned(sampler, "any"))):
+            pipe("a cat", num_inference_steps=4)
+    with (
+        pytest.warns(UserWarning, match="tuned for sampler euler, not ddim"),
+        leansd.inherit(pipe, replace(plan, tuned=Tuned("euler", "any"))) as run,
+    ):
+        pipe("a cat", num_inference_steps=4)
+    assert run.report().full_calls == 3
 
 
 # -- the front -------------------------------------------------------------------------------------

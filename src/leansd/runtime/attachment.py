@@ -206,6 +206,14 @@ class Attachment:
         except LeansdError:
             self.abort()
             raise
+        if plan.tuned is not None and self.pipe is not None:
+            own = {sampler, type(self.pipe.scheduler).__name__}
+            if plan.tuned.sampler not in own:
+                warnings.warn(
+                    f"plan {plan.name} was tuned for sampler {plan.tuned.sampler}, not {sampler}: "
+                    "it runs, but nothing says that it is any good; leansd.tune makes one that is",
+                    stacklevel=2,
+                )
         if plan.drift is not None and self.compile_options is not None:
             warnings.warn(
                 f"plan {plan.name} decides as it runs what each picture inherits, which one graph "

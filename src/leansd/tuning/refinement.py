@@ -7,7 +7,7 @@ chosen that brings the latents nearest to where the full run's are, and the run 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -16,7 +16,7 @@ from leansd.plans.liveness import DEPTHS
 from leansd.plans.plan import Plan
 from leansd.tuning.calibration import Calibration
 from leansd.tuning.dynamic import Proposal, Stretch
-from leansd.tuning.errors import HEAD_ACTIONS, Action
+from leansd.tuning.errors import Action
 from leansd.tuning.surprises import Memory, move_on
 from leansd.tuning.taps import Seen, Step, tap
 from leansd.tuning.trials import Bench, Trial
@@ -32,13 +32,21 @@ def try_plan(plan: Plan, bench: Bench, calibration: Calibration) -> Trial:
     fitting = _Fitting(plan, calibration)
     with tap(bench.pipe.scheduler, fitting.steer):
         finals = bench.run(plan.steps, plan)
-    return Trial(plan.correct(fitting.weights), bench.score(finals))
+    fitted = plan.correct(fitting.weights)
+    if plan.guides:
+        # Lanes of different age are forecast apart, which the scheduler's side does not see.
+        finals = bench.run(plan.steps, fitted)
+    return Trial(fitted, bench.score(finals))
 
 
 def list_corrected(plan: Plan) -> set[int]:
-    """The key steps that come right after a forecast of the UNet's output."""
+    """The key steps that come right after a forecast of the UNet's output and run both lanes."""
     pairs = enumerate(zip(plan.rows, plan.rows[1:], strict=False), start=1)
-    return {step for step, (before, row) in pairs if HEAD in before.inherit and row.is_key}
+    return {
+        step
+        for step, (before, row) in pairs
+        if HEAD in before.inherit and row.is_key and row.guidance == "compute"
+    }
 
 
 class _Fitting:
@@ -87,7 +95,9 @@ def _solve(normal: torch.Tensor, target: torch.Tensor) -> tuple[float, float]:
     return round(line, 4), round(last, 4)
 
 
-def list_neighbours(proposal: Proposal, count: int) -> list[tuple[Stretch, ...]]:
+def list_neighbours(
+    proposal: Proposal, count: int, choices: Collection[Action]
+) -> list[tuple[Stretch, ...]]:
     """Every proposal with one key step moved by one place, or one stretch forecast otherwise."""
     keys, actions = proposal.keys, [stretch.action for stretch in proposal.stretches]
     neighbours: list[tuple[Stretch, ...]] = []
@@ -98,7 +108,7 @@ def list_neighbours(proposal: Proposal, count: int) -> list[tuple[Stretch, ...]]
                 neighbours.append(_join(others, actions, count))
     for place, stretch in enumerate(proposal.stretches):
         if stretch.end - stretch.key > 1:
-            for action in HEAD_ACTIONS:
+            for action in choices:
                 # With fewer key steps behind it, a parabola is a line.
                 if action != stretch.action and place + 1 >= DEPTHS[action.how]:
                     changed = [*actions[:place], action, *actions[place + 1 :]]

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,20 +22,21 @@ from leansd.measuring.keeping import fingerprint_module
 from leansd.measuring.profile import profile
 from leansd.measuring.records import name_device
 from leansd.measuring.trajectories import PipelineCall, expand_calls
+from leansd.plans.anatomy import Anatomy
 from leansd.plans.liveness import compile_plan
 from leansd.plans.plan import Plan, Tuned
 from leansd.tuning.calibration import PROBES, Calibration, calibrate, require_tunable
-from leansd.tuning.dynamic import Proposal, find_best
-from leansd.tuning.errors import HEAD_ACTIONS, ErrorModel
+from leansd.tuning.candidates import Candidate
+from leansd.tuning.dynamic import find_best
+from leansd.tuning.errors import ErrorModel
 from leansd.tuning.front import Front, Point
 from leansd.tuning.journal import Journal
 from leansd.tuning.polishing import polish
-from leansd.tuning.refinement import list_neighbours, try_plan
-from leansd.tuning.trials import Bench, Trial, build_plan
+from leansd.tuning.refinement import try_plan
+from leansd.tuning.regimes import TICKS, Regime, list_regimes
+from leansd.tuning.trials import Bench, Trial
 
 FEWEST_CALLS = 4
-TICKS = 16
-"""Ticks of a key step in the dynamic programme's budgets."""
 SPEEDS = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0)
 GRIDS = (1.0, 0.85, 0.7, 0.55)
 """Step counts that plans are sought for, as shares of the full run's."""
@@ -43,7 +44,9 @@ LONGEST = 0.2
 """The most steps between two key steps, as a share of all."""
 
 CANDIDATES = 3
-"""Proposals that are tried for each speed."""
+"""Proposals of the first regime that are tried for each speed."""
+OTHERS = 2
+"""About how many there are of other regimes."""
 POLISHING = 8
 """About how many runs it takes to fit all corrections of a plan together."""
 
@@ -147,7 +150,7 @@ class _Progress:
 
     @property
     def _each(self) -> int:
-        return CANDIDATES + self.tries + POLISHING + 2
+        return CANDIDATES + OTHERS + self.tries + POLISHING + 2
 
     def add(self, text: str, runs: int = 1) -> None:
         self.done += runs
@@ -164,6 +167,7 @@ class _Progress:
 @dataclass
 class _Tuner:
     pipe: Any
+    anatomy: Anatomy
     cost: CostModel
     steps: int
     fit: Bench
@@ -230,7 +234,9 @@ class _Tuner:
         fit = replace(fit, goals=main.finals)
         check = replace(check, goals=check.run(steps))
         progress.add("ran the held-out calls in full")
-        return cls(pipe, cost, steps, fit, check, models, known, tuned, progress)
+        return cls(
+            pipe, read_anatomy(pipe.unet), cost, steps, fit, check, models, known, tuned, progress
+        )
 
     def list_goals(self, speedup: float | None, ms: float | None) -> list[float]:
         """What is wanted as speeds, where any run is so fast."""
@@ -251,7 +257,7 @@ class _Tuner:
     def seek(self, speed: float, tries: int) -> list[Point]:
         """The best plan found for a speed, and the plain run of as many steps as it allows."""
         candidates = self._propose(speed)
-        tried = [(self._try(*each), *each) for each in candidates[:CANDIDATES]]
+        tried = [(self._try(each), each) for each in candidates]
         points = [
             self._check(Plan.full(count, name=f"{count} steps"))
             for count in self._list_plain(speed)
@@ -263,27 +269,33 @@ class _Tuner:
             points.append(self._check(plan))
         return points
 
-    def _propose(self, speed: float) -> list[tuple[Proposal, ErrorModel]]:
-        """The error model's best plan for every step count, best first."""
-        found: list[tuple[float, Proposal, ErrorModel]] = []
+    def _propose(self, speed: float) -> list[Candidate]:
+        """The error model's best plans of all step counts, and the best one of each other regime.
+
+        Errors of different regimes do not compare: of what a cut or an older guidance difference
+        makes better or worse the model knows nothing.
+        """
+        first, *others = [
+            sorted(self._search(speed, regime), key=lambda each: each.error)
+            for regime in list_regimes(self.cost, self.anatomy)
+        ]
+        return [*first[:CANDIDATES], *(each for found in others for each in found[:1])]
+
+    def _search(self, speed: float, regime: Regime) -> Iterator[Candidate]:
         for model, lag in self.models:
             calibration = model.calibration
             budget = self._count_ticks(speed, calibration)
-            proposals = (
-                find_best(
-                    calibration.count,
-                    lambda keys, end, action, model=model: model.judge(keys, end, action).error,
-                    dict.fromkeys(HEAD_ACTIONS, 0),
-                    TICKS,
-                    [budget],
-                    longest=max(4, round(LONGEST * calibration.steps)),
-                )
-                if budget >= TICKS
-                else []
-            )
-            found += [(each.error + lag, each, model) for each in proposals]
-        found.sort(key=lambda each: each[0])
-        return [(proposal, model) for _, proposal, model in found]
+            if budget < regime.key:
+                continue
+            for proposal in find_best(
+                calibration.count,
+                lambda keys, end, action, model=model: model.judge(keys, end, action).error,
+                regime.actions,
+                regime.key,
+                [budget],
+                longest=max(4, round(LONGEST * calibration.steps)),
+            ):
+                yield Candidate(proposal, model, regime, proposal.error + lag)
 
     def _count_ticks(self, speed: float, calibration: Calibration) -> int:
         """The ticks that key steps may take for a run to be so many times faster.
@@ -303,25 +315,25 @@ class _Tuner:
         count = int(left / (self.cost.per_step + self.cost.full_call) + 0.02)
         return [count] if count >= 1 else []
 
-    def _try(self, proposal: Proposal, model: ErrorModel) -> Trial:
-        plan = build_plan(proposal, model.calibration)
+    def _try(self, candidate: Candidate) -> Trial:
+        plan = candidate.build()
         known = self.journal.find(plan)
         if known is not None:
             return known
-        trial = try_plan(plan, self.fit, model.calibration)
+        trial = try_plan(plan, self.fit, candidate.model.calibration)
         self.journal.note(plan, trial)
         self.progress.add(f"{plan.steps} steps, {len(plan.keys)} in full: {trial.psnr:.2f} dB")
         return trial
 
-    def _improve(self, trial: Trial, proposal: Proposal, model: ErrorModel, *, tries: int) -> Trial:
+    def _improve(self, trial: Trial, candidate: Candidate, *, tries: int) -> Trial:
         """Try neighbours, the most promising in the model first, and go on from any better one."""
-        left, tried = tries, {proposal.stretches}
+        left, tried = tries, {candidate.proposal.stretches}
         while left > 0:
             ranked = sorted(
                 (
-                    Proposal(each, self._judge(each, model), proposal.ticks)
-                    for each in list_neighbours(proposal, model.calibration.count)
-                    if each not in tried
+                    each
+                    for each in candidate.list_neighbours()
+                    if each.proposal.stretches not in tried
                 ),
                 key=lambda each: each.error,
             )
@@ -329,10 +341,10 @@ class _Tuner:
                 break
             for neighbour in ranked[:left]:
                 left -= 1
-                tried.add(neighbour.stretches)
-                other = self._try(neighbour, model)
+                tried.add(neighbour.proposal.stretches)
+                other = self._try(neighbour)
                 if other.psnr > trial.psnr:
-                    trial, proposal = other, neighbour
+                    trial, candidate = other, neighbour
                     break
             else:
                 break
@@ -349,13 +361,6 @@ class _Tuner:
         self.progress.add(f"corrections fitted together: {known.psnr:.2f} dB", POLISHING)
         return known
 
-    def _judge(self, stretches: Sequence[Any], model: ErrorModel) -> float:
-        total, keys = 0.0, ()
-        for stretch in stretches:
-            keys = (*keys, stretch.key)[-3:]
-            total += model.judge(keys, stretch.end, stretch.action).error
-        return total
-
     def _check(self, plan: Plan) -> Point:
         """A plan on the held-out calls."""
         known = self.journal.find(plan, "held out")
@@ -365,7 +370,7 @@ class _Tuner:
         self.progress.add(f"held out: {plan.name} {known.psnr:.2f} dB")
         full = self.models[0][0].calibration
         start = plan.steps - round(full.count * plan.steps / full.steps)
-        program = compile_plan(plan, read_anatomy(self.pipe.unet), start=start)
+        program = compile_plan(plan, self.anatomy, start=start)
         seconds = self.cost.predict_run(program)
         whole = self.cost.predict_full_run(full.count)
         return Point(plan, whole / seconds, seconds * 1000, known.psnr)
