@@ -19,6 +19,7 @@ LAYERS = (
     ("tuning",),
     ("emoji",),
     ("loading",),
+    ("exporting",),
     ("faces",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -16,6 +16,7 @@ from leansd.version import __version__
 
 if TYPE_CHECKING:
     from leansd.anatomy import count_macs, dissect
+    from leansd.exporting import export, load_onnx
     from leansd.loading import load
     from leansd.measuring.cost import CostModel
     from leansd.measuring.evaluation import evaluate
@@ -35,9 +36,11 @@ _HOMES = {
     "count_macs": "leansd.anatomy",
     "dissect": "leansd.anatomy",
     "evaluate": "leansd.measuring.evaluation",
+    "export": "leansd.exporting",
     "inherit": "leansd.runtime",
     "inherit_": "leansd.runtime",
     "load": "leansd.loading",
+    "load_onnx": "leansd.exporting",
     "preset": "leansd.plans",
     "profile": "leansd.measuring.profile",
     "release_": "leansd.runtime",
@@ -55,9 +58,11 @@ __all__ = [
     "count_macs",
     "dissect",
     "evaluate",
+    "export",
     "inherit",
     "inherit_",
     "load",
+    "load_onnx",
     "preset",
     "profile",
     "release_",

@@ -25,6 +25,7 @@ COMMANDS = {
     "plan": "Show, draw or save a plan.",
     "evaluate": "Measure plans against the full and the converged run, and the quality of sets.",
     "bench": "Measure ours against every rival in turns: time, fidelity, quality; resumable.",
+    "export": "Write a net, with a plan's graphs, for stock diffusers or ONNX Runtime.",
     "emoji": "The embedded model: train it, measure it.",
 }
 """Each name is also a module of this package that holds a Typer `app`."""
