@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -91,7 +91,7 @@ def check_out(folder: Path, *, replaces: str | None = None) -> Path:
 
 
 @contextmanager
-def replace_folder(folder: Path) -> Iterator[Path]:
+def replace_folder(folder: Path) -> Generator[Path]:
     """An empty folder to write into, which takes the place of `folder` in one move if all is well.
 
     Raises:

@@ -101,7 +101,7 @@ class _Job:
     done: int = 0
 
     def write(self) -> None:
-        from leansd.exporting.weights import bind_weights, read_model, write_weights
+        from leansd.exporting.weights import bind_weights, write_weights
 
         self._begin("writing the weights")
         unet = self.sections[0].unet
@@ -110,10 +110,9 @@ class _Job:
         inputs = self._draw(*TRACED)
         for place, section in enumerate(self.sections):
             self._begin(f"tracing {name_file(place)}")
-            traced = trace(section, [inputs[name] for name in section.inputs])
-            model = read_model(traced)
-            bind_weights(model, weights, places, WEIGHTS)
-            (self.folder / name_file(place)).write_bytes(model.SerializeToString())
+            path = self.folder / name_file(place)
+            trace(section, [inputs[name] for name in section.inputs], path)
+            bind_weights(path, weights, places, WEIGHTS)
 
     def check(self) -> float:
         """The largest difference between ONNX Runtime and PyTorch in all graphs."""

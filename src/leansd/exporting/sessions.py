@@ -32,9 +32,7 @@ class Session:
         known = onnxruntime.get_available_providers()
         unknown = [name for name in providers or () if name not in known]
         if unknown:
-            raise LeansdError(
-                f"ONNX Runtime has no {unknown[0]} here; it has {', '.join(known)}"
-            )
+            raise LeansdError(f"ONNX Runtime has no {unknown[0]} here; it has {', '.join(known)}")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         try:
@@ -46,9 +44,7 @@ class Session:
         self.inputs = tuple(each.name for each in self._session.get_inputs())
         self.outputs = tuple(each.name for each in self._session.get_outputs())
 
-    def run(
-        self, inputs: Mapping[str, torch.Tensor], outputs: Sequence[str]
-    ) -> list[torch.Tensor]:
+    def run(self, inputs: Mapping[str, torch.Tensor], outputs: Sequence[str]) -> list[torch.Tensor]:
         """The outputs of these names; inputs that the graph does not have are passed over."""
         feeds: dict[str, Any] = {
             name: inputs[name].detach().to("cpu", torch.float32).contiguous().numpy()

@@ -8,9 +8,9 @@ Weights stay out of the graph; all graphs of a UNet share one file of them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,9 +73,7 @@ class Section(torch.nn.Module):
 def _sort(graph: Graph, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The given tensors in the order that the graph's structure takes them."""
     named = dict(zip(graph.given, tensors, strict=True))
-    return [
-        named[kept.unit, kept.what] for each in graph.structure.sources for kept in each
-    ]
+    return [named[kept.unit, kept.what] for each in graph.structure.sources for kept in each]
 
 
 def nest(named: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -100,7 +98,7 @@ def draw_inputs(
 @contextmanager
 def open_sections(
     unet: UNet2DConditionModel, graphs: Sequence[Graph]
-) -> Iterator[tuple[Section, ...]]:
+) -> Generator[tuple[Section, ...]]:
     """The graphs as modules, while the engine is woven around the UNet.
 
     Raises:
@@ -124,13 +122,12 @@ def open_sections(
         unet.train(training)
 
 
-def trace(section: Section, inputs: Sequence[torch.Tensor]) -> bytes:
-    """The section as a serialised ONNX model whose weights are inputs, named as in its UNet.
+def trace(section: Section, inputs: Sequence[torch.Tensor], path: Path) -> None:
+    """Write the section as an ONNX file whose weights are inputs, named as in its UNet.
 
     Raises:
         LeansdError: something in the UNet has no counterpart in ONNX.
     """
-    file = BytesIO()
     named = dict(zip(section.outputs, section(*inputs), strict=True))
     named |= dict(zip(section.inputs, inputs, strict=True))
     free = {name: AXES.get(name) or _free(name, each) for name, each in named.items()}
@@ -141,7 +138,7 @@ def trace(section: Section, inputs: Sequence[torch.Tensor]) -> bytes:
             torch.onnx.export(
                 section,
                 tuple(inputs),
-                file,
+                path,
                 dynamo=False,
                 export_params=False,
                 input_names=list(section.inputs),
@@ -154,7 +151,6 @@ def trace(section: Section, inputs: Sequence[torch.Tensor]) -> bytes:
         except (RuntimeError, torch.onnx.errors.OnnxExporterError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise LeansdError(f"the UNet cannot be written as ONNX: {reason}") from error
-    return file.getvalue()
 
 
 def _free(name: str, tensor: torch.Tensor) -> dict[int, str]:

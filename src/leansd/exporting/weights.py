@@ -32,13 +32,11 @@ def write_weights(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, 
     return places
 
 
-def read_model(traced: bytes) -> Any:
-    """What the tracer wrote."""
-    return onnx.load_model_from_string(traced)
-
-
-def bind_weights(model: Any, tensors: Mapping[str, torch.Tensor], places: Mapping[str, Place], location: str) -> None:
+def bind_weights(
+    path: Path, tensors: Mapping[str, torch.Tensor], places: Mapping[str, Place], location: str
+) -> None:
     """Make constants, found in the file `location`, of those inputs that are weights."""
+    model = onnx.load(path, load_external_data=False)
     graph = model.graph
     used = {name for node in graph.node for name in node.input}
     inputs = list(graph.input)
@@ -49,6 +47,7 @@ def bind_weights(model: Any, tensors: Mapping[str, torch.Tensor], places: Mappin
         elif each.name in used:
             constant = graph.initializer.add()
             constant.CopyFrom(_describe(each.name, tensors[each.name], places[each.name], location))
+    path.write_bytes(model.SerializeToString())
 
 
 def _describe(name: str, tensor: torch.Tensor, place: Place, location: str) -> Any:

@@ -8,7 +8,9 @@ import typer
 app = typer.Typer(add_completion=False)
 
 
-@app.command(epilog="Example: leansd export emoji --to onnx --plan fast --steps 30 --out emoji-onnx")
+@app.command(
+    epilog="Example: leansd export emoji --to onnx --plan fast --steps 30 --out emoji-onnx"
+)
 def export_net(
     net: Annotated[
         str, typer.Argument(metavar="NET", help="emoji, a UNet's folder or a model folder.")
