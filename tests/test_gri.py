@@ -1,4 +1,4 @@
-"""GRI attention: against a plain loop, against full attention where they are equal, and its cost."""
+"""GRI attention: against plain loops, against full attention where they are equal, its cost."""
 
 import copy
 import itertools
@@ -208,7 +208,7 @@ def test_the_cost_of_a_shallow_self_attention_falls_to_a_third() -> None:
 
 
 def test_loras_are_part_of_it() -> None:
-    """An attention with LoRAs on its projections is the one whose projections they are merged in."""
+    """An attention with LoRAs on its projections is the one that they are merged into."""
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
