@@ -148,15 +148,6 @@ class CondConv2d(nn.Conv2d):
             dilation=self.dilation,
         )
 
-    @torch.no_grad()
-    def fold(self, routing: torch.Tensor) -> nn.Conv2d:
-        """The plain convolution that this one is at one routing [K]."""
-        assert self.experts is not None
-        (kernel,) = merge_kernels(self.weight, self.experts, routing[None])
-        plain = nn.Conv2d(**_describe_convolution(self))
-        plain.weight, plain.bias = nn.Parameter(kernel), self.bias
-        return plain
-
 
 def _copy_kernel(kernel: torch.Tensor, count: int) -> nn.Parameter:
     copies = kernel.detach().expand(count, *kernel.shape).clone()
@@ -170,6 +161,10 @@ def _describe_convolution(conv: nn.Conv2d) -> dict[str, Any]:
     return {**shape, "bias": conv.bias is not None, "device": "meta"}
 
 
+SHARED = ("norm1", "time_emb_proj", "norm2", "dropout", "nonlinearity", "conv_shortcut")
+"""The modules of a ResNet that do not convolve 3 x 3."""
+
+
 class CondConvResnet(ResnetBlock2D):
     """A ResNet whose two convolutions have experts and share one router.
 
@@ -180,8 +175,9 @@ class CondConvResnet(ResnetBlock2D):
     def __init__(self, resnet: ResnetBlock2D, router: nn.Module, experts: int) -> None:
         check_resnet(resnet)
         with torch.device("meta"):
-            super().__init__(**_describe(resnet))
-        _take_over(self, resnet)
+            super().__init__(**_describe_resnet(resnet))
+        for name in SHARED:
+            setattr(self, name, getattr(resnet, name))
         self.conv1 = CondConv2d.take_over(resnet.conv1, experts)
         self.conv2 = CondConv2d.take_over(resnet.conv2, experts)
         self.router = router
@@ -201,14 +197,6 @@ class CondConvResnet(ResnetBlock2D):
         shortcut = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
         return (shortcut + hidden) / self.output_scale_factor
 
-    def fold(self, routing: torch.Tensor) -> ResnetBlock2D:
-        """The plain ResNet that this one is at one routing [K]; it shares what is not merged."""
-        with torch.device("meta"):
-            plain = ResnetBlock2D(**_describe(self))
-        _take_over(plain, self)
-        plain.conv1, plain.conv2 = self.conv1.fold(routing), self.conv2.fold(routing)
-        return plain.train(self.training)
-
 
 def check_resnet(resnet: ResnetBlock2D) -> None:
     """Raise a `LeansdError` unless `resnet` is one that can have experts."""
@@ -218,7 +206,7 @@ def check_resnet(resnet: ResnetBlock2D) -> None:
         raise LeansdError(f"a ResNet with {resnet.time_embedding_norm} time embedding cannot")
 
 
-def _describe(resnet: ResnetBlock2D) -> dict[str, Any]:
+def _describe_resnet(resnet: ResnetBlock2D) -> dict[str, Any]:
     """The arguments that make a ResNet of the same shape."""
     time = resnet.time_emb_proj
     return {
@@ -233,12 +221,3 @@ def _describe(resnet: ResnetBlock2D) -> dict[str, Any]:
         "output_scale_factor": resnet.output_scale_factor,
         "use_in_shortcut": resnet.conv_shortcut is not None,
     }
-
-
-SHARED = ("norm1", "time_emb_proj", "norm2", "dropout", "nonlinearity", "conv_shortcut")
-"""The modules of a ResNet that do not convolve 3 x 3."""
-
-
-def _take_over(resnet: ResnetBlock2D, source: ResnetBlock2D) -> None:
-    for name in SHARED:
-        setattr(resnet, name, getattr(source, name))
