@@ -18,8 +18,15 @@ from math import isqrt
 from typing import Any, TypeVar
 
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch.nn import functional as F
+
+from leansd.anatomy import read_anatomy
+from leansd.errors import LeansdError
+from leansd.plans.address import covers
+from leansd.plans.anatomy import Unit
+from leansd.surgery.replacements import Options, Replacement
 
 CELL = 2
 """Side of a cell in tokens."""
@@ -194,3 +201,32 @@ def _project(attn: Attention, tokens: torch.Tensor) -> torch.Tensor:
     """What `to_out`, a projection and a dropout, makes of `tokens`."""
     projection, dropout = attn.to_out
     return dropout(projection(tokens))
+
+
+SELF_ATTENTION = "self-attention"
+
+
+def accept(unit: Unit, options: Options) -> None:
+    """Refuse what has no self-attention, and options that are none."""
+    if unit.kind not in ("transformer", SELF_ATTENTION):
+        raise LeansdError(
+            f"{unit.at} is no self-attention; gri is for the likes of *.attn and *.attn.*.sa"
+        )
+    unknown = sorted(set(options) - {"mode"})
+    if unknown:
+        raise LeansdError(f"gri has no option {unknown[0]!r}; there is mode")
+    mode = options.get("mode", next(iter(MODES)))
+    if mode not in MODES:
+        raise LeansdError(f"gri has no mode {mode!r}; there are {', '.join(MODES)}")
+
+
+def build(unet: UNet2DConditionModel, at: str, options: Options) -> None:
+    """Give GRI to a self-attention, or to all of a transformer."""
+    make = MODES[options.get("mode", next(iter(MODES)))]
+    for part in read_anatomy(unet).parts:
+        if part.kind == SELF_ATTENTION and covers(at, part.at):
+            attention: Any = unet.get_submodule(part.path)
+            attention.set_processor(make())
+
+
+REPLACEMENT = Replacement(accept, build)
