@@ -1,1 +1,1 @@
-"""Networks taken apart and put together by address."""
+"""Surgery: UNets cut, assembled and changed by address."""
