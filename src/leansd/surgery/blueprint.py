@@ -191,7 +191,9 @@ def _(edit: Replace, blueprint: Blueprint) -> Blueprint:
                 replacement.accepts(replace(anatomy.by_address[at], at=place), edit.options)
                 if any(each.at == at for each in piece.replaced):
                     raise LeansdError(f"{place} is replaced already; replace it once")
-                new = Replaced(at, edit.by, edit.options)
+                origin = Origin(piece.origin.net, at)
+                options = replacement.settle(origin, edit.options, blueprint.sources)
+                new = Replaced(at, edit.by, options)
                 piece = replace(piece, replaced=(*piece.replaced, new))
             pieces.append(piece)
         blueprint = blueprint.set(pieces)

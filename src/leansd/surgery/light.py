@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
@@ -13,6 +15,7 @@ from leansd.anatomy import read_anatomy
 from leansd.anatomy.absent import Absent
 from leansd.errors import LeansdError
 from leansd.plans.address import SEPARATOR, get_block, get_layer
+from leansd.surgery.gri import call_at_size
 from leansd.surgery.replacements import find_replacement
 
 
@@ -39,6 +42,20 @@ class LightUNet2DConditionModel(UNet2DConditionModel):
             inspect.Parameter("structure", inspect.Parameter.KEYWORD_ONLY, default=None),
         ]
     )
+
+    @functools.wraps(UNet2DConditionModel.forward)
+    def forward(self, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As any UNet's; what depends on the size of the latents [B, C, H, W] knows it."""
+        height, width = sample.shape[-2:]
+        return call_at_size((height, width), super().forward, sample, *args, **kwargs)
+
+    def get_time_embed(self, sample: torch.Tensor, timestep: Any) -> torch.Tensor | None:
+        """One row for a time step that all samples share: what follows from it is done once."""
+        is_shared = not isinstance(timestep, torch.Tensor) or timestep.ndim == 0
+        # A class is joined to it row by row.
+        if is_shared and not self.config.class_embeddings_concat:
+            sample = sample[:1]
+        return super().get_time_embed(sample, timestep)
 
 
 # A saved pipeline names the module that its parts' classes are from, and diffusers opens it again

@@ -18,6 +18,8 @@ from leansd.surgery.lineage import Origin
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
+    from leansd.surgery.blueprint import Source
+
 Options: TypeAlias = Mapping[str, Any]
 
 
@@ -29,6 +31,11 @@ def _inherit_nothing(
     options: Options,
 ) -> None:
     """What has no weights of its own, or takes those that it finds, inherits nothing more."""
+
+
+def _keep_options(origin: Origin, options: Options, sources: Mapping[str, Source]) -> Options:
+    """What has the same options at every place keeps them as they are given."""
+    return options
 
 
 @dataclass(frozen=True)
@@ -53,9 +60,14 @@ class Replacement:
     ] = _inherit_nothing
     """Fills what `build` could not take over: student, address in it, the nets by name, where in
     them the place comes from, options."""
+    settle: Callable[[Origin, Options, Mapping[str, Source]], Options] = _keep_options
+    """All options of one place: where it comes from, the options that an edit gives, and the nets
+    as data by name. What it makes is plain JSON, and what `build` and `inherit` are given."""
 
 
 HOMES: dict[str, str] = {
+    "condconv": "leansd.surgery.clme",
+    "gri": "leansd.surgery.gri",
     "narrow-ff": "leansd.surgery.narrowing",
 }
 """Modules by the name of their replacement; imported when it is first asked for."""
