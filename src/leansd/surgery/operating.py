@@ -94,7 +94,7 @@ def draft(nets: Nets, surgery: Surgery | str | Path) -> Draft:
     bare = _build(expression.config, structure and {**structure, "replace": []})
     paths = read_anatomy(bare)
     _check_outline(layout, paths)
-    came = [paths[each.at].path for each in expression.replaced if not each.is_new]
+    came = [paths.by_address[each.at].path for each in expression.replaced if not each.is_new]
     donors = map_tensors(bare, lineage, named, skip=came)
     outline = _build(expression.config, structure) if expression.replaced else bare
     return Draft(named, layout, expression, lineage, donors, bare, outline)
