@@ -64,13 +64,14 @@ def _map_prefixes(
     for at, origin in lineage.origins.items():
         unit, _, block = at.partition(".attn.t")
         if not block:
-            donor = Donor(origin.net, anatomies[origin.net][origin.at].path)
-            prefixes[anatomy[at].path] = (at, donor)
+            donor = Donor(origin.net, anatomies[origin.net].by_address[origin.at].path)
+            prefixes[anatomy.by_address[at].path] = (at, donor)
             continue
         whole, _, number = origin.at.partition(".attn.t")
-        path = anatomies[origin.net][whole + ".attn"].path
+        path = anatomies[origin.net].by_address[whole + ".attn"].path
         donor = Donor(origin.net, f"{path}.{_BLOCKS}.{number}")
-        prefixes[f"{anatomy[unit + '.attn'].path}.{_BLOCKS}.{block}"] = (at, donor)
+        inner = anatomy.by_address[unit + ".attn"].path
+        prefixes[f"{inner}.{_BLOCKS}.{block}"] = (at, donor)
     return prefixes
 
 
