@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import nn
 
 from leansd.anatomy import read_anatomy
 from leansd.errors import LeansdError
@@ -63,11 +64,16 @@ def operate(nets: Nets, surgery: Surgery | str | Path) -> tuple[UNet2DConditionM
     """
     plan = draft(nets, surgery)
     base = plan.nets[plan.lineage.base]
+    device, dtype = base.device, base.dtype  # diffusers looks for them at every call
     states = {name: net.state_dict() for name, net in plan.nets.items()}
     student = plan.bare
     student.load_state_dict(
         {
-            name: _copy(states[donor.net][donor.name], base, is_own=donor.net == plan.lineage.base)
+            name: _copy(
+                states[donor.net][donor.name],
+                device,
+                None if donor.net == plan.lineage.base else dtype,
+            )
             for name, donor in plan.donors.items()
         },
         strict=False,
@@ -147,9 +153,8 @@ def _check_outline(layout: Layout, anatomy: Anatomy) -> None:
         )
 
 
-def _copy(tensor: torch.Tensor, base: UNet2DConditionModel, *, is_own: bool) -> torch.Tensor:
-    dtype = tensor.dtype if is_own else base.dtype
-    return tensor.detach().to(device=base.device, dtype=dtype, copy=True)
+def _copy(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
+    return tensor.detach().to(device=device, dtype=dtype or tensor.dtype, copy=True)
 
 
 @torch.no_grad()
@@ -178,7 +183,8 @@ def _replace_place(
         # What came as it is: the place of its weights, and then the weights themselves.
         student.get_submodule(path).to_empty(device=base.device)
     replace_place(student, each.at, by=each.by, options=each.options)
-    module = student.get_submodule(path).to(device=base.device, dtype=base.dtype)
+    # That of `nn.Module`: diffusers' own warns where it has nothing to warn of.
+    module = nn.Module.to(student.get_submodule(path), device=base.device, dtype=base.dtype)
     if each.is_new:
         find_replacement(each.by).inherit(student, each.at, plan.nets, origin, each.options)
         return
