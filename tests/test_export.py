@@ -1,4 +1,4 @@
-"""Exported nets: ONNX Runtime gives what PyTorch gives, with any plan, and stock diffusers opens."""
+"""Exported nets: ONNX Runtime gives what PyTorch gives, with any plan; diffusers opens them."""
 
 import json
 import re
@@ -22,6 +22,8 @@ from leansd.exporting.folder import TABLE, WEIGHTS
 from leansd.exporting.graphs import list_graphs
 from leansd.faces.cli import main
 from leansd.plans import Plan
+from leansd.surgery.folding import fold
+from loops import sample
 from tiny import WIDTH, tiny_pipeline, tiny_scheduler, tiny_unet, tiny_xl_unet
 
 pytest.importorskip("onnx")
@@ -176,8 +178,6 @@ def test_without_a_plan_a_bare_call_is_that_of_torch(
 
 
 def test_a_loop_without_a_pipeline(unet: UNet2DConditionModel, folder: Path) -> None:
-    from loops import sample
-
     plan = Plan.load(folder / "plan.json")
     with leansd.inherit(unet, plan):
         wanted = sample(unet, STEPS)
@@ -221,6 +221,75 @@ def test_stock_diffusers_opens_a_plain_net(unet: UNet2DConditionModel, tmp_path:
         leansd.export(net, out, to="diffusers")
         opened = UNet2DConditionModel.from_pretrained(out)
         assert all(map(torch.equal, unet.state_dict().values(), opened.state_dict().values()))
+
+
+# -- operated nets -------------------------------------------------------------------------------
+
+
+def operate(unet: UNet2DConditionModel, surgery: leansd.Surgery) -> UNet2DConditionModel:
+    """An operated net, of which no part gives what it gave before."""
+    net, _ = leansd.operate(unet, surgery)
+    generator = torch.Generator().manual_seed(2)
+    for name, each in net.state_dict().items():
+        if ".router." in name or name.endswith(".experts"):
+            each.add_(0.1 * torch.randn(each.shape, generator=generator))
+    return net
+
+
+def test_operated_nets_follow_plans_in_onnx(unet: UNet2DConditionModel, tmp_path: Path) -> None:
+    surgery = (
+        leansd.Surgery("all")
+        .drop("up0.l1")
+        .drop("dn1.l0")
+        .replace("dn0.*.attn", by="gri")
+        .replace("up1.l0.attn", by="gri", mode="global")
+        .replace("up1.l0.res", by="condconv", donors="up1", routing="time")
+        .replace("up1.l1.res", by="condconv", donors="up1", routing="image")
+    )
+    pipe = tiny_pipeline(unet=operate(unet, surgery))
+    plan = Plan.every(2, cut="up1.l0.res", steps=4)
+    asked = {"height": 40, "width": 56, "steps": 4}
+    leansd.export(pipe.unet, tmp_path / "onnx", to="onnx", plan=plan)
+    with leansd.inherit(pipe, plan):
+        wanted = draw(pipe, **asked)
+    pipe.unet = leansd.load_onnx(tmp_path / "onnx", pipe)
+    assert differ(draw(pipe, **asked), wanted) < TOLERANCE
+
+
+def test_operated_nets_in_stock_diffusers(unet: UNet2DConditionModel, tmp_path: Path) -> None:
+    surgery = leansd.Surgery("plain").replace("dn0.*.attn", by="gri")
+    surgery = surgery.replace("up1.l0.res", by="condconv", donors="up1", routing="time")
+    net = operate(unet, surgery)
+    before = {name: each.clone() for name, each in net.state_dict().items()}
+    written = leansd.export(net, tmp_path / "out", to="diffusers")
+    assert [loss.partition(":")[0] for loss in written.losses] == ["up1.l0.res", "dn0.l0.attn"]
+    opened = UNet2DConditionModel.from_pretrained(tmp_path / "out")
+    merged = dict(fold(net, range(1000)).state_dict())
+    assert all(torch.equal(merged[name], each) for name, each in opened.state_dict().items())
+    assert len(merged) == len(opened.state_dict())
+    assert all(torch.equal(before[name], each) for name, each in net.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("surgery", "message"),
+    [
+        (leansd.Surgery("a").drop("up1.l1.attn"), "without up1.l1.attn"),
+        (
+            leansd.Surgery("b").replace("up1.l0.res", by="condconv", donors="up1", routing="image"),
+            "routed by the image at up1.l0.res",
+        ),
+        (
+            leansd.Surgery("c").replace("up1.l0.attn.t0.ff", by="narrow-ff", share=0.5),
+            "narrow-ff at up1.l0.attn.t0.ff",
+        ),
+    ],
+)
+def test_what_stock_diffusers_cannot_hold(
+    unet: UNet2DConditionModel, tmp_path: Path, surgery: leansd.Surgery, message: str
+) -> None:
+    with pytest.raises(LeansdError, match=message):
+        leansd.export(operate(unet, surgery), tmp_path / "out", to="diffusers")
+    assert not list(tmp_path.iterdir())
 
 
 # -- mistakes ------------------------------------------------------------------------------------

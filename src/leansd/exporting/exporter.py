@@ -13,7 +13,7 @@ from leansd.errors import LeansdError
 from leansd.exporting.folder import TABLE, check_out
 from leansd.exporting.onnx import Tell, write_onnx
 from leansd.exporting.opening import open_net
-from leansd.exporting.plain import write_plain
+from leansd.exporting.plain import describe_losses, write_plain
 from leansd.exporting.sessions import require_packages
 from leansd.plans.plan import Plan
 from leansd.plans.presets import build_for, look_up
@@ -35,6 +35,8 @@ class Exported:
     plan: Plan | None = None
     difference: float | None = None
     """For ONNX, the largest difference from PyTorch that the check saw (see `checking`)."""
+    losses: tuple[str, ...] = ()
+    """What the exported net does otherwise than the net, with the addresses."""
 
 
 def export(
@@ -72,7 +74,7 @@ def export(
     unet, own = open_net(net)
     if to == "diffusers":
         write_plain(unet, home)
-        return Exported(home, _measure(home))
+        return Exported(home, _measure(home), losses=describe_losses(unet))
     chosen = None
     if source is not None:
         count = steps or (source.steps if isinstance(source, Plan) else STEPS)

@@ -1,4 +1,4 @@
-"""An exported UNet in the place of a pipeline's own, following the plan that it was exported with."""
+"""An exported UNet in the place of a pipeline's own, following its plan."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from diffusers import UNet2DConditionModel
 from leansd.errors import LeansdError
 from leansd.exporting.folder import PLAN, read_table
 from leansd.exporting.graphs import list_given, name_feature
-from leansd.exporting.opening import open_outline
 from leansd.exporting.sessions import Session, require_packages
 from leansd.exporting.tracing import ADDED, AXES, NOISE
+from leansd.loading import load_outline
 from leansd.plans.anatomy import HEAD
 from leansd.plans.liveness import GUIDANCE, Kept
 from leansd.plans.plan import Plan
@@ -47,7 +47,7 @@ def load_onnx(
     table = read_table(home)
     plan = Plan.load(home / PLAN) if (home / PLAN).is_file() else None
     sessions = {entry.given: Session(home / entry.file, providers) for entry in table.graphs}
-    return OnnxUNet(open_outline(home), sessions, plan, pipe)
+    return OnnxUNet(load_outline(home), sessions, plan, pipe)
 
 
 class OnnxUNet:
@@ -163,12 +163,17 @@ def _bind(*args: Any, **kwargs: Any) -> dict[str, Any]:
 
 
 def _flatten(arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Arguments of the UNet as inputs of a graph."""
-    batch = arguments["sample"].shape[0]
-    timestep = torch.as_tensor(arguments["timestep"], dtype=torch.float32)
+    """Arguments of the UNet as inputs of a graph.
+
+    Raises:
+        LeansdError: the time steps of a batch differ.
+    """
+    times = torch.as_tensor(arguments["timestep"], dtype=torch.float32).flatten()
+    if (times != times[0]).any():
+        raise LeansdError("an exported UNet takes one time step for the whole batch")
     return {
         "sample": arguments["sample"],
-        "timestep": timestep.reshape(-1).expand(batch),
+        "timestep": times[0],
         "encoder_hidden_states": arguments["encoder_hidden_states"],
         **(arguments.get("added_cond_kwargs") or {}),
     }

@@ -33,14 +33,15 @@ class Session:
         unknown = [name for name in providers or () if name not in known]
         if unknown:
             raise LeansdError(f"ONNX Runtime has no {unknown[0]} here; it has {', '.join(known)}")
+        self._path = path
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what goes wrong is raised as well
         try:
             self._session = onnxruntime.InferenceSession(
                 str(path), options, providers=list(providers or known)
             )
         except Exception as error:  # ONNX Runtime's own classes share no base but this
-            raise LeansdError(f"ONNX Runtime cannot open {path}: {error}") from error
+            raise LeansdError(f"ONNX Runtime cannot open {path}: {_first(error)}") from error
         self.inputs = tuple(each.name for each in self._session.get_inputs())
         self.outputs = tuple(each.name for each in self._session.get_outputs())
 
@@ -50,7 +51,13 @@ class Session:
             name: inputs[name].detach().to("cpu", torch.float32).contiguous().numpy()
             for name in self.inputs
         }
+        try:
+            made = self._session.run(list(outputs), feeds)
+        except Exception as error:
+            raise LeansdError(f"ONNX Runtime cannot run {self._path}: {_first(error)}") from error
         device = inputs["sample"].device
-        return [
-            torch.from_numpy(each).to(device) for each in self._session.run(list(outputs), feeds)
-        ]
+        return [torch.from_numpy(each).to(device) for each in made]
+
+
+def _first(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -30,7 +30,7 @@ ROOT = "unet."
 
 AXES = {
     "sample": {0: "batch", 2: "height", 3: "width"},
-    "timestep": {0: "batch"},
+    "timestep": {},
     "encoder_hidden_states": {0: "batch", 1: "tokens"},
     "text_embeds": {0: "batch"},
     "time_ids": {0: "batch"},
@@ -91,7 +91,7 @@ def draw_inputs(
     drawn = make_inputs(unet, size=size, tokens=tokens, batch=batch, generator=generator)
     drawn |= drawn.pop("added_cond_kwargs", {})
     # Whole numbers up to a million are exact in float32, and some samplers' are not whole.
-    drawn["timestep"] = torch.linspace(1, 981, batch)
+    drawn["timestep"] = drawn["timestep"].float()
     return {name: each.to(unet.device) for name, each in drawn.items()}
 
 
@@ -130,7 +130,7 @@ def trace(section: Section, inputs: Sequence[torch.Tensor], path: Path) -> None:
     """
     named = dict(zip(section.outputs, section(*inputs), strict=True))
     named |= dict(zip(section.inputs, inputs, strict=True))
-    free = {name: AXES.get(name) or _free(name, each) for name, each in named.items()}
+    free = {name: AXES[name] if name in AXES else _free(name, each) for name, each in named.items()}
     with warnings.catch_warnings():
         # What is a number to Python is a constant to the tracer; a check at other sizes follows.
         warnings.simplefilter("ignore")

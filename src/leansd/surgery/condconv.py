@@ -102,7 +102,10 @@ def pick_convolution(routing: torch.Tensor) -> Convolution:
     """The way that suits a routing [R, K] here and now."""
     if routing.shape[0] == 1:
         return convolve_merged
-    return convolve_stacked if torch.is_grad_enabled() else convolve_grouped
+    # The number of groups would be a constant of a trace, and with it the batch.
+    if torch.is_grad_enabled() or torch.jit.is_tracing():
+        return convolve_stacked
+    return convolve_grouped
 
 
 class CondConv2d(nn.Conv2d):

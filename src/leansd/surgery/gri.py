@@ -75,7 +75,7 @@ def find_size(tokens: int) -> Size | None:
         return (side, side) if side * side == tokens else None
     height, width = latent
     while height * width > tokens:
-        height, width = -(-height // 2), -(-width // 2)
+        height, width = (height + 1) // 2, (width + 1) // 2
     return (height, width) if height * width == tokens else None
 
 
@@ -88,10 +88,11 @@ def split_regions(tokens: torch.Tensor, size: Size) -> torch.Tensor:
     height, width = size
     channels = tokens.shape[-1]
     feature = tokens.unflatten(1, size)
-    if height % CELL:
-        feature = torch.cat((feature, feature[:, -1:]), dim=1)
-    if width % CELL:
-        feature = torch.cat((feature, feature[:, :, -1:]), dim=2)
+    # A trace has no sizes: it joins what is missing to a map of any, a row and a column or nothing.
+    if torch.jit.is_tracing() or height % CELL:
+        feature = torch.cat((feature, feature[:, height - height % CELL : height]), dim=1)
+    if torch.jit.is_tracing() or width % CELL:
+        feature = torch.cat((feature, feature[:, :, width - width % CELL : width]), dim=2)
     cells = feature.unflatten(2, (-1, CELL)).unflatten(1, (-1, CELL))  # [B, H/2, 2, W/2, 2, C]
     return cells.permute(0, 2, 4, 1, 3, 5).reshape(tokens.shape[0], REGIONS, -1, channels)
 
@@ -99,7 +100,7 @@ def split_regions(tokens: torch.Tensor, size: Size) -> torch.Tensor:
 def join_regions(regions: torch.Tensor, size: Size) -> torch.Tensor:
     """Regions [B, 4, ceil(H / 2) * ceil(W / 2), C] as tokens [B, H * W, C]: undoes the split."""
     height, width = size
-    rows, columns = -(-height // CELL), -(-width // CELL)
+    rows, columns = (height + CELL - 1) // CELL, (width + CELL - 1) // CELL
     cells = regions.unflatten(2, (rows, columns)).unflatten(1, (CELL, CELL))
     feature = cells.permute(0, 3, 1, 4, 2, 5).flatten(3, 4).flatten(1, 2)
     return feature[:, :height, :width].flatten(1, 2)

@@ -49,15 +49,17 @@ def export_net(
     from leansd.errors import LeansdError
     from leansd.exporting import export
     from leansd.exporting.exporter import check_form
-    from leansd.exporting.opening import find_unet, open_outline, read_sampler
+    from leansd.exporting.opening import find_home, read_sampler
     from leansd.faces.cli.terminal import (
         hush_libraries,
+        note,
         open_progress,
         show_json,
         show_table,
         show_text,
     )
     from leansd.faces.outlines import choose_plan
+    from leansd.loading import load_outline
     from leansd.measuring.tables import Table
     from leansd.runtime.samplers import check_sampler
 
@@ -68,7 +70,7 @@ def export_net(
     if sampler is not None:
         check_sampler(sampler)
     hush_libraries()
-    anatomy = read_anatomy(open_outline(find_unet(net)))
+    anatomy = read_anatomy(load_outline(find_home(net)))
     chosen = None
     if plan is not None:
         own = sampler or read_sampler(net)
@@ -87,6 +89,8 @@ def export_net(
         )
     rows = tuple((name, f"{size / 1e6:.2f}") for name, size in written.files.items())
     show_table(Table(("file", "MB"), rows))
+    for loss in written.losses:
+        note(loss)
     if written.difference is not None:
         show_text(f"largest difference from PyTorch: {written.difference:.1e}")
     show_text(f"wrote {written.folder}")
@@ -102,5 +106,6 @@ def export_net(
                 "fingerprint": chosen.fingerprint if chosen is not None else None,
                 "steps": chosen.steps if chosen is not None else None,
                 "difference": written.difference,
+                "losses": list(written.losses),
             }
         )
