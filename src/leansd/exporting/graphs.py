@@ -89,7 +89,7 @@ def list_given(pattern: Pattern) -> tuple[Feature, ...]:
 
 
 def name_feature(feature: Feature) -> str:
-    """The name of a graph's input or output: the address, `mid.l0.attn`, or `mid.l0.attn.change`."""
+    """The name of a graph's input or output: an address, `mid.l0.attn` or `mid.l0.attn.change`."""
     at, what = feature
     return at if what == "output" else f"{at}.{what}"
 
