@@ -47,9 +47,7 @@ def tabulate_row(plan: str, cells: dict[tuple[str, str], Record]) -> str:
     house = plan in ("quality", "balanced", "fast", "turbo")
     columns = (
         f"**{plan}**" if house else plan,
-        f"{speedup.value:.2f}x ({get(speedup, 'low'):.2f} to {get(speedup, 'high'):.2f})"
-        if psnr is not None
-        else "1.00x",
+        tabulate_ratio(speedup) if psnr is not None else "1.00x",
         f"{cells[plan, 'predicted_speedup'].value:.2f}x",
         f"{psnr.value:.1f} dB" if psnr else "",
         f"{ssim.value:.3f}" if ssim else "",
@@ -85,7 +83,7 @@ def tabulate_overhead() -> str:
     cells = {(each.plan, each.metric): each for each in records}
     ours, theirs = cells["leansd", "speedup"], cells["DeepCache", "speedup"]
     rows = [
-        f"| {name} | {each.value:.2f}x ({get(each, 'low'):.2f} to {get(each, 'high'):.2f}) |"
+        f"| {name} | {tabulate_ratio(each)} |"
         for name, each in (("this package", ours), ("the DeepCache package", theirs))
     ]
     predicted = cells["leansd", "predicted_speedup"].value
@@ -102,6 +100,49 @@ def tabulate_overhead() -> str:
             "",
         ]
     )
+
+
+def tabulate_gri() -> str:
+    """GRI against full attention, one shallow self-attention and a whole UNet, on each device."""
+    records = load_records(RESULTS / "gri.jsonl")
+    speedups = [each for each in records if each.metric == "speedup" and each.plan != "full"]
+    # Records are appended, so that the latest of a kind stands.
+    cells = {(each.device, each.subject, get(each, "latent"), each.plan): each for each in speedups}
+    plans = list(dict.fromkeys(each.plan for each in speedups))
+    parts: list[str] = []
+    for device in dict.fromkeys(each.device for each in speedups):
+        first = next(each for each in speedups if each.device == device)
+        parts.append(f"{device}, {get(first, 'dtype')}; torch {first.torch}:\n")
+        parts += ["| | " + " | ".join(plans) + " |", "|---" * (len(plans) + 1) + "|"]
+        for subject, latent in dict.fromkeys(key[1:3] for key in cells if key[0] == device):
+            row = (tabulate_ratio(cells[device, subject, latent, plan]) for plan in plans)
+            parts.append(f"| {subject}, {latent} x {latent} | " + " | ".join(row) + " |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def tabulate_assembly() -> str:
+    """What each assembled UNet computes and gains against the full one."""
+    records = load_records(RESULTS / "assembly.jsonl")
+    cells = {(each.plan, each.metric): each for each in records}
+    full = cells["full", "seconds"]
+    latent = get(full, "latent")
+    parts = [
+        f"{full.subject}'s size, random weights, latents of {latent} x {latent}, a batch of "
+        f"{get(full, 'batch')} ({full.value:.2f} s a call in full; {full.device}; "
+        f"torch {full.torch}):\n",
+        "| UNet | parameters | GMAC a sample | speed-up |",
+        "|---|---|---|---|",
+    ]
+    for plan in dict.fromkeys(each.plan for each in records):
+        params, macs = cells[plan, "params"].value, cells[plan, "macs"].value
+        ratio = "1.00x" if plan == "full" else tabulate_ratio(cells[plan, "speedup"])
+        parts.append(f"| {plan} | {params:.1f} M | {macs:.1f} | {ratio} |")
+    return "\n".join([*parts, ""])
+
+
+def tabulate_ratio(record: Record) -> str:
+    return f"{record.value:.2f}x ({get(record, 'low'):.2f} to {get(record, 'high'):.2f})"
 
 
 def get(record: Record, name: str) -> object:
@@ -125,6 +166,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "bench": tabulate_bench,
     "gpu": tabulate_gpu,
     "overhead": tabulate_overhead,
+    "gri": tabulate_gri,
+    "assembly": tabulate_assembly,
 }
 
 

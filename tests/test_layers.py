@@ -14,11 +14,13 @@ LAYERS = (
     ("errors", "version"),
     ("plans",),
     ("anatomy",),
+    ("surgery",),
     ("runtime",),
     ("measuring",),
     ("tuning",),
     ("emoji",),
     ("loading",),
+    ("exporting",),
     ("faces",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
 from leansd.errors import LeansdError
+from leansd.surgery.folders import find_class, open_unet
 
 EMBEDDED = "emoji"
 FORMS = (
@@ -79,7 +80,13 @@ def load(
 
 
 def load_outline(model: str | Path) -> UNet2DConditionModel:
-    """The UNet of a model on the meta device: its whole shape, read from its config alone."""
+    """The UNet of a model on the meta device: its whole shape, read from its config alone.
+
+    Args:
+        model: what `load` opens, or the folder of a UNet by itself.
+    """
+    if is_unet_folder(model):
+        return _build_outline(Path(model).expanduser() / "config.json", model)
     where = locate(model)
     if isinstance(where, Path) and where.is_file():
         # A single file has no config to read, so it is opened whole.
@@ -87,12 +94,57 @@ def load_outline(model: str | Path) -> UNet2DConditionModel:
     name = "unet/config.json"
     try:
         file = where / name if isinstance(where, Path) else Path(hf_hub_download(where, name))
-        config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise LeansdError(_explain(where, error)) from error
-    _require_unet_class(config, model)
+    return _build_outline(file, where)
+
+
+def is_unet_folder(model: str | Path) -> bool:
+    """Whether it is the folder of a UNet by itself, without the rest of a model."""
+    folder = Path(model).expanduser()
+    return (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
+
+
+def _build_outline(file: Path, model: str | Path) -> UNet2DConditionModel:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LeansdError(_explain(model, error)) from error
+    kind = find_class(config, f"the UNet of {model}")
     with torch.device("meta"):
-        return UNet2DConditionModel.from_config(config)
+        return kind.from_config(config)
+
+
+def load_unet(
+    folder: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> UNet2DConditionModel:
+    """Open a UNet by itself, plain or operated, as `save_pretrained` wrote it.
+
+    Args:
+        folder: that of a UNet, or of a whole model, whose `unet` is taken.
+        device: by default the GPU where there is one.
+        dtype: by default float16 on a GPU and float32 elsewhere.
+
+    Raises:
+        LeansdError: there is none, or its config does not describe its weights; the message names
+            the address. Weights are only read when they fit.
+    """
+    device = find_device(device)
+    if dtype is None:
+        dtype = torch.float16 if device.type == "cuda" else torch.float32
+    home = Path(folder).expanduser()
+    if (home / "model_index.json").is_file():
+        home = home / "unet"
+    try:
+        with silent_loading():
+            return open_unet(home, dtype).to(device)
+    except _FAILURES as error:
+        if isinstance(error, LeansdError):
+            raise
+        raise LeansdError(f"cannot open the UNet in {home}: {_first(error)}") from error
 
 
 def load_vae(folder: str | Path, *, dtype: torch.dtype | None = None) -> Autoencoder:
@@ -280,14 +332,5 @@ def _require_unet(pipe: DiffusionPipeline, model: str | Path) -> None:
     if not isinstance(unet, UNet2DConditionModel):
         raise LeansdError(
             f"{model} is a {type(pipe).__name__} without a UNet2DConditionModel: "
-            "Stable Diffusion 1.x, 2.x and SDXL have one"
-        )
-
-
-def _require_unet_class(config: dict[str, Any], model: str | Path) -> None:
-    name = config.get("_class_name", "no class")
-    if name != UNet2DConditionModel.__name__:
-        raise LeansdError(
-            f"the UNet of {model} is a {name}, not a UNet2DConditionModel: "
             "Stable Diffusion 1.x, 2.x and SDXL have one"
         )

@@ -180,11 +180,9 @@ class Engine:
         slot = self._find_slot()
         slot.step = step
         try:
-            output = _run_forward(step, forward, *args, **kwargs)
+            return run_step(step, forward, *args, **kwargs)
         finally:
             slot.step = None
-        corrects = any(call.corrects for call in step.calls)
-        return exchange(output, step.correct(output[0])) if corrects else output
 
     def _find_slot(self) -> Any:
         """Where units find their pass: one place a thread, or that of the call being traced."""
@@ -252,8 +250,15 @@ def _is_view(timestep: Any) -> bool:
     return timestep.untyped_storage().nbytes() > timestep.element_size()
 
 
+def run_step(step: Step, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What the UNet gives, or would give, for the whole batch, with `forward` for what runs."""
+    output = _run_forward(step, forward, *args, **kwargs)
+    corrects = any(call.corrects for call in step.calls)
+    return exchange(output, step.correct(output[0])) if corrects else output
+
+
 def _run_forward(step: Step, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What the UNet gives, or would give, for the whole batch; not yet corrected."""
+    """The same, not yet corrected."""
     if step.skips_unet:
         forward = functools.partial(_give_output, step)
     if isinstance(step, Pass) and step.apart is not None:

@@ -234,12 +234,12 @@ class Graphs:
     def _find_run(self, structure: Structure) -> Callable[..., Any]:
         with self._lock:
             if structure not in self._runs:
-                run = _write_run(structure, self._outlines)
+                run = write_run(structure, self._outlines)
                 self._runs[structure] = torch.compile(run, fullgraph=True, **self._options)
             return self._runs[structure]
 
 
-def _write_run(structure: Structure, outlines: Outlines) -> Callable[..., Any]:
+def write_run(structure: Structure, outlines: Outlines) -> Callable[..., Any]:
     """The function of one structure, which gives the UNet's output and what it keeps."""
 
     def run(

@@ -169,7 +169,7 @@ class Pass:
         given = self._pick_input(at, args[0])
         given = given.detach().clone() if self.keeps_change(at) else given
         output = forward(*args, **kwargs)
-        for kept in self._list_keeps(at):
+        for kept in self.list_keeps(at):
             before = self.pick(given, kept.lane) if kept.what == "change" else None
             self.branch.store.keep(kept, self.pick(unwrap(output), kept.lane), before)
         if self.records:
@@ -183,13 +183,16 @@ class Pass:
         if how is None:
             shape = self.branch.shapes[at]
             return shape.make_placeholder(self.batch, writable=self.writable)
-        given = self._pick_input(at, given)
+        return self.make(at, how, self._pick_input(at, given))
+
+    def make(self, at: str, how: How, given: torch.Tensor | None = None) -> torch.Tensor:
+        """The lanes in this batch of what an inherited unit is made from, put together by `how`."""
         lanes = self._recall_lanes(how, self.call.sources[at], given)
         return lanes[0] if len(lanes) == 1 else torch.cat(lanes)
 
     def keeps_change(self, at: str) -> bool:
         """Whether a later call reads what this unit adds to its input."""
-        return any(kept.what == "change" for kept in self._list_keeps(at))
+        return any(kept.what == "change" for kept in self.list_keeps(at))
 
     def recall(
         self, how: How, sources: Sequence[Kept], given: torch.Tensor | None = None
@@ -247,7 +250,7 @@ class Pass:
         if self.apart != "cond":
             self.branch.store.release(self.call.releases)
 
-    def _list_keeps(self, at: str) -> list[Kept]:
+    def list_keeps(self, at: str) -> list[Kept]:
         """What to keep of a unit, of the lanes in this batch."""
         return [kept for kept in self.call.keeps.get(at, ()) if kept.lane in self.lanes]
 

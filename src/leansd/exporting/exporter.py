@@ -1,0 +1,110 @@
+"""`leansd.export`: a net as files that run elsewhere, in stock diffusers or in ONNX Runtime."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from diffusers import UNet2DConditionModel
+
+from leansd.anatomy.reading import read_anatomy
+from leansd.errors import LeansdError
+from leansd.exporting.folder import TABLE, check_out
+from leansd.exporting.onnx import Tell, write_onnx
+from leansd.exporting.opening import open_net
+from leansd.exporting.plain import describe_losses, write_plain
+from leansd.exporting.sessions import require_packages
+from leansd.plans.plan import Plan
+from leansd.plans.presets import build_for, look_up
+from leansd.runtime.samplers import check_sampler
+
+Form = Literal["diffusers", "onnx"]
+FORMS: tuple[Form, ...] = get_args(Form)
+STEPS = 30
+"""Of a run for which a preset is exported, where nobody says."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` has written."""
+
+    folder: Path
+    files: dict[str, int]
+    """Size of each file in bytes."""
+    plan: Plan | None = None
+    difference: float | None = None
+    """For ONNX, the largest difference from PyTorch that the check saw (see `checking`)."""
+    losses: tuple[str, ...] = ()
+    """What the exported net does otherwise than the net, with the addresses."""
+
+
+def export(
+    net: Any,
+    folder: str | Path,
+    *,
+    to: Form,
+    plan: Plan | str | None = None,
+    steps: int | None = None,
+    sampler: str | None = None,
+    tell: Tell = lambda what, done, stages: None,
+) -> Exported:
+    """Write a net, or for ONNX all graphs that a plan makes of it, into a folder.
+
+    Args:
+        net: a `UNet2DConditionModel`, a pipeline, the folder of either, or `emoji`.
+        folder: new, empty, or an earlier export to ONNX, which is replaced.
+        to: `diffusers`, a folder that `UNet2DConditionModel.from_pretrained` opens, or `onnx`,
+            files for ONNX Runtime that serve every batch, size and number of tokens; open them
+            with `leansd.load_onnx`.
+        plan: for ONNX, a plan, a preset or a plan file.
+        steps: of the runs that a preset is for; 30 by default.
+        sampler: short name of the sampler that a preset is for; the model's own by default.
+        tell: called before every stage with what it is, its number and how many there are.
+
+    Raises:
+        LeansdError: the net is none, the plan does not suit it, the form cannot hold it, a package
+            is missing, or the folder holds something else.
+    """
+    home = Path(folder).expanduser()
+    check_form(to, home, plan)
+    source = look_up(plan) if plan is not None else None
+    if sampler is not None:
+        check_sampler(sampler)
+    unet, own = open_net(net)
+    if to == "diffusers":
+        write_plain(unet, home)
+        return Exported(home, _measure(home), losses=describe_losses(unet))
+    chosen = None
+    if source is not None:
+        count = steps or (source.steps if isinstance(source, Plan) else STEPS)
+        chosen = build_for(source, count, _count_up_blocks(unet), sampler or own)
+    difference = write_onnx(unet, home, chosen, tell)
+    return Exported(home, _measure(home), chosen, difference)
+
+
+def check_form(to: str, folder: Path, plan: Plan | str | None = None) -> Form:
+    """The form itself, if there is such a one, it goes with the plan, and `folder` may be written.
+
+    Raises:
+        LeansdError: it is not so, or a package is missing.
+    """
+    form = next((each for each in FORMS if each == to), None)
+    if form is None:
+        raise LeansdError(f"cannot export to {to!r}: there are {', '.join(FORMS)}")
+    if form == "onnx":
+        require_packages()
+    elif plan is not None:
+        raise LeansdError(
+            "stock diffusers follows no plan: leave it out, or export to onnx, which can"
+        )
+    check_out(folder, replaces=TABLE if form == "onnx" else None)
+    return form
+
+
+def _count_up_blocks(unet: UNet2DConditionModel) -> int:
+    return read_anatomy(unet).up_blocks
+
+
+def _measure(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(folder.iterdir())}

@@ -1,0 +1,139 @@
+"""A UNet, or all that a plan makes of it, as files for ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from leansd.anatomy.reading import read_anatomy
+from leansd.errors import LeansdError
+from leansd.exporting.checking import compare
+from leansd.exporting.folder import (
+    PLAN,
+    TABLE,
+    WEIGHTS,
+    Entry,
+    Table,
+    name_file,
+    replace_folder,
+)
+from leansd.exporting.graphs import Graph, list_graphs, name_feature
+from leansd.exporting.sessions import Session, require_packages
+from leansd.exporting.tracing import ROOT, Section, draw_inputs, open_sections, trace
+from leansd.plans.plan import Plan
+from leansd.version import __version__
+
+if TYPE_CHECKING:
+    from leansd.exporting.weights import Place
+
+Tell = Callable[[str, int, int], None]
+"""`(what is being done, stages done, stages in all)`."""
+
+TRACED = (2, (11, 13))
+"""Batch and size of the latents that graphs are traced at: no level of the UNet has equal sides,
+and none halves evenly, so that nothing is taken for a constant that is none."""
+CHECKED = ((1, (16, 24)), (3, (10, 15)))
+"""Those that every graph is checked at."""
+
+
+def write_onnx(unet: UNet2DConditionModel, folder: Path, plan: Plan | None, tell: Tell) -> float:
+    """Write `unet` and the graphs that `plan` needs into `folder`; gives the largest difference.
+
+    Raises:
+        LeansdError: a package is missing, the UNet or the plan cannot be written as ONNX, or ONNX
+            Runtime gives something else than PyTorch.
+    """
+    require_packages()
+    _check(unet)
+    graphs = list_graphs(read_anatomy(unet), plan)
+    with replace_folder(folder) as draft, open_sections(unet, graphs) as sections:
+        job = _Job(draft, sections, tell)
+        job.write()
+        difference = job.check()
+        entries = tuple(_make_entry(place, graph) for place, graph in enumerate(graphs))
+        table = Table(leansd=__version__, difference=difference, graphs=entries)
+        (draft / TABLE).write_text(table.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        unet.save_config(draft)
+        if plan is not None:
+            plan.save(draft / PLAN)
+    return difference
+
+
+def _check(unet: UNet2DConditionModel) -> None:
+    """Refuse what the graphs' inputs cannot say."""
+    config = unet.config
+    conditions = {
+        "class_embed_type": config.class_embed_type,
+        "num_class_embeds": config.num_class_embeds,
+        "time_cond_proj_dim": config.time_cond_proj_dim,
+        "encoder_hid_dim_type": config.encoder_hid_dim_type,
+    }
+    for name, value in conditions.items():
+        if value is not None:
+            raise LeansdError(f"the UNet has {name} {value!r}, which export to ONNX does not know")
+    if config.addition_embed_type not in (None, "text_time"):
+        raise LeansdError(
+            f"the UNet has addition_embed_type {config.addition_embed_type!r}; export to ONNX "
+            "knows SDXL's text_time only"
+        )
+    if unet.dtype != torch.float32:
+        raise LeansdError(f"the UNet is in {unet.dtype}: export it in float32 (unet.float())")
+
+
+def _make_entry(place: int, graph: Graph) -> Entry:
+    given, kept = ([name_feature(each) for each in some] for some in (graph.given, graph.kept))
+    return Entry(file=name_file(place), given=tuple(given), kept=tuple(kept))
+
+
+@dataclass
+class _Job:
+    """Writing and checking some graphs of one UNet."""
+
+    folder: Path
+    sections: Sequence[Section]
+    """The first computes everything, and so gives what the others are given."""
+    tell: Tell
+    done: int = 0
+
+    def write(self) -> None:
+        from leansd.exporting.weights import bind_weights, write_weights
+
+        self._begin("writing the weights")
+        unet = self.sections[0].unet
+        weights = {ROOT + name: each for name, each in unet.state_dict().items()}
+        places: dict[str, Place] = write_weights(self.folder / WEIGHTS, weights)
+        inputs = self._draw(*TRACED)
+        for place, section in enumerate(self.sections):
+            self._begin(f"tracing {name_file(place)}")
+            path = self.folder / name_file(place)
+            trace(section, [inputs[name] for name in section.inputs], path)
+            bind_weights(path, weights, places, WEIGHTS)
+
+    def check(self) -> float:
+        """The largest difference between ONNX Runtime and PyTorch in all graphs."""
+        every = [self._draw(*at) for at in CHECKED]
+        worst = 0.0
+        for place, section in enumerate(self.sections):
+            self._begin(f"checking {name_file(place)}")
+            session = Session(self.folder / name_file(place), ["CPUExecutionProvider"])
+            worst = max(worst, *(compare(section, session, inputs) for inputs in every))
+        return worst
+
+    def _draw(self, batch: int, size: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """Random inputs of the UNet, and features like those that it makes of them.
+
+        They have the other sign, so that a graph that made them itself would be seen.
+        """
+        full = self.sections[0]
+        inputs = draw_inputs(full.unet, batch=batch, size=size)
+        made = full(*(inputs[name] for name in full.inputs))
+        return inputs | {name: -each for name, each in zip(full.outputs, made, strict=True)}
+
+    def _begin(self, stage: str) -> None:
+        self.tell(stage, self.done, 1 + 2 * len(self.sections))
+        self.done += 1

@@ -1,0 +1,68 @@
+"""What a user means by a net: a UNet, a pipeline, a UNet's folder, or a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+from diffusers import UNet2DConditionModel
+
+from leansd.errors import LeansdError
+from leansd.loading import EMBEDDED, is_unet_folder, load_unet, locate
+from leansd.runtime.samplers import name_sampler
+
+FORMS = f"give {EMBEDDED!r}, a UNet's folder with a config.json, or a model in the diffusers layout"
+
+
+class Net(NamedTuple):
+    """A UNet and, where it is known, the short name of the sampler that it is used with."""
+
+    unet: UNet2DConditionModel
+    sampler: str
+
+
+def open_net(net: Any) -> Net:
+    """Open what `export` was given, in float32 where it has to be read.
+
+    Raises:
+        LeansdError: there is no UNet in it.
+    """
+    if isinstance(net, UNet2DConditionModel):
+        return Net(net, "")
+    if isinstance(getattr(net, "unet", None), UNet2DConditionModel):
+        return Net(net.unet, name_sampler(net))
+    if not isinstance(net, str | Path):
+        raise LeansdError(f"no UNet in a {type(net).__name__}: give a UNet or a pipeline; {FORMS}")
+    unet = load_unet(find_home(net), device="cpu", dtype=torch.float32)
+    return Net(unet, read_sampler(net))
+
+
+def find_home(net: str | Path) -> Path:
+    """The folder of a UNet or of a whole model.
+
+    Raises:
+        LeansdError: it is neither.
+    """
+    home = Path(net).expanduser()
+    if str(net) == EMBEDDED:
+        found = locate(net)
+        assert isinstance(found, Path)
+        return found
+    if not is_unet_folder(home) and not (home / "unet" / "config.json").is_file():
+        raise LeansdError(f"no UNet in {net}: {FORMS}")
+    return home
+
+
+def read_sampler(net: str | Path) -> str:
+    """The short name of a model's sampler; empty where a net is a UNet's folder alone."""
+    file = find_home(net) / "scheduler" / "scheduler_config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    except (OSError, ValueError, KeyError, AttributeError):
+        return ""
+    return name_sampler(SimpleNamespace(scheduler=scheduler))  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,111 @@
+"""`leansd export`: a net as files for stock diffusers or for ONNX Runtime."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(
+    epilog="Example: leansd export emoji --to onnx --plan fast --steps 30 --out emoji-onnx"
+)
+def export_net(
+    net: Annotated[
+        str, typer.Argument(metavar="NET", help="emoji, a UNet's folder or a model folder.")
+    ],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="diffusers, a folder that UNet2DConditionModel.from_pretrained opens, or onnx."
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", help="Folder to write: new, empty or an earlier export to onnx."
+        ),
+    ],
+    plan: Annotated[
+        str | None,
+        typer.Option(help="For onnx: a preset or a plan file, whose graphs are written, too."),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps of the runs: 30 for a preset, a plan file's own count."),
+    ] = None,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Stretch a plan file to --steps if it is for others.")
+    ] = False,
+    sampler: Annotated[
+        str | None,
+        typer.Option(help="What a preset is for: ddim, dpm++2m ...; the model's own by default."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
+) -> None:
+    """Export a net; for ONNX, check in ONNX Runtime that it gives what PyTorch gives."""
+    from leansd.anatomy.reading import read_anatomy
+    from leansd.errors import LeansdError
+    from leansd.exporting import export
+    from leansd.exporting.exporter import check_form
+    from leansd.exporting.opening import find_home, read_sampler
+    from leansd.faces.cli.terminal import (
+        hush_libraries,
+        note,
+        open_progress,
+        show_json,
+        show_table,
+        show_text,
+    )
+    from leansd.faces.outlines import choose_plan
+    from leansd.loading import load_outline
+    from leansd.measuring.tables import Table
+    from leansd.runtime.samplers import check_sampler
+
+    # Everything that can be wrong is found before a weight is read.
+    form = check_form(to, out, plan)
+    if plan is None and (steps is not None or fit or sampler is not None):
+        raise LeansdError("--steps, --fit and --sampler say what a plan is for: give --plan, too")
+    if sampler is not None:
+        check_sampler(sampler)
+    hush_libraries()
+    anatomy = read_anatomy(load_outline(find_home(net)))
+    chosen = None
+    if plan is not None:
+        own = sampler or read_sampler(net)
+        chosen = choose_plan(plan, steps, anatomy, fit=fit, sampler=own)
+
+    with open_progress() as progress:
+        bar = progress.add_task("opening the net", total=None)
+        written = export(
+            net,
+            out,
+            to=form,
+            plan=chosen,
+            tell=lambda what, done, stages: progress.update(
+                bar, description=what, completed=done, total=stages
+            ),
+        )
+    rows = tuple((name, f"{size / 1e6:.2f}") for name, size in written.files.items())
+    show_table(Table(("file", "MB"), rows))
+    for loss in written.losses:
+        note(loss)
+    if written.difference is not None:
+        show_text(f"largest difference from PyTorch: {written.difference:.1e}")
+    show_text(f"wrote {written.folder}")
+    if as_json:
+        show_json(
+            {
+                "command": "export",
+                "net": net,
+                "to": to,
+                "folder": str(written.folder),
+                "files": written.files,
+                "plan": chosen.name if chosen is not None else None,
+                "fingerprint": chosen.fingerprint if chosen is not None else None,
+                "steps": chosen.steps if chosen is not None else None,
+                "difference": written.difference,
+                "losses": list(written.losses),
+            }
+        )
