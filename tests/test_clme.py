@@ -121,19 +121,23 @@ def test_saved_nets_come_back(surgery: leansd.Surgery, tmp_path: Path) -> None:
     student, _ = leansd.operate(teach(), surgery)
     expected = run(wake(student), size=(8, 12))
     student.save_pretrained(tmp_path)
-    assert torch.equal(run(leansd.load_unet(tmp_path), size=(8, 12)), expected)
+    loaded, before = leansd.load_unet(tmp_path), student.state_dict()
+    assert all(torch.equal(before[name], each) for name, each in loaded.state_dict().items())
+    # Where tensors lie in memory, what loads them decides, and that decides how sums are rounded.
+    torch.testing.assert_close(run(loaded, size=(8, 12)), expected)
 
 
 def test_pipelines_draw_with_them(tmp_path: Path) -> None:
     pipe = tiny_pipeline()
     student, _ = leansd.operate(pipe.unet, BOTH)
     pipe.unet = wake(student)
-    call: dict[str, Any] = {"num_inference_steps": 3, "output_type": "np", "prompt": "a"}
+    call: dict[str, Any] = {"num_inference_steps": 3, "output_type": "latent", "prompt": "a"}
     expected = pipe(**call, generator=torch.Generator().manual_seed(0)).images
     pipe.save_pretrained(tmp_path)
     again = StableDiffusionPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
-    assert (again(**call, generator=torch.Generator().manual_seed(0)).images == expected).all()
+    found = again(**call, generator=torch.Generator().manual_seed(0)).images
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_they_inherit_features() -> None:
