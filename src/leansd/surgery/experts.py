@@ -90,7 +90,9 @@ def fill_experts(
         LeansdError: there are not as many donors as experts, or a kernel does not fit.
     """
     firsts, seconds = resnet.conv1.experts, resnet.conv2.experts
-    assert firsts is not None and seconds is not None  # a conditional ResNet has experts
+    # A conditional ResNet has experts.
+    assert firsts is not None
+    assert seconds is not None
     if len(donors) != len(firsts):
         raise LeansdError(f"{len(donors)} donors for {len(firsts)} experts")
     for index, (donor, theirs) in enumerate(donors):
