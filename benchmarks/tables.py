@@ -1,4 +1,6 @@
-"""Write the tables of README.md from the committed records; nothing in them is typed by hand.
+"""Write the tables of README.md and docs/surgery.md from the committed records.
+
+Nothing in them is typed by hand.
 
 python benchmarks/tables.py           rewrite the tables
 python benchmarks/tables.py --check   fail if they are not what the records say
@@ -17,7 +19,7 @@ from leansd.measuring.records import Record, load_records
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 COLUMNS = ("", "speed-up, measured", "predicted", "PSNR to full", "SSIM", "CLIP score")
-PAGES = (ROOT / "README.md",)
+PAGES = (ROOT / "README.md", ROOT / "docs" / "surgery.md")
 BLOCK = re.compile(r"(<!-- table: (?P<name>\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -150,6 +152,11 @@ def get(record: Record, name: str) -> object:
     return (record.model_extra or {})[name]
 
 
+def get_number(record: Record, name: str) -> float:
+    """A case's own field that is a number."""
+    return float(str(get(record, name)))
+
+
 def tabulate_bench() -> str:
     """For each contest of `leansd bench`: ours and the best rival at the same speed."""
     records = load_records(RESULTS / "bench.jsonl")
@@ -161,6 +168,22 @@ def tabulate_bench() -> str:
     return f"{circumstances}\n\n{tabulate_summary(read_standings(records)).markdown()}\n"
 
 
+def tabulate_surgeries() -> str:
+    """What each named surgery leaves, as `leansd.preview` counts it."""
+    records = load_records(RESULTS / "surgeries.jsonl")
+    cells = {(each.subject, each.plan, each.metric): each for each in records}
+    lines = ["| surgery | of | edits | units | parameters | MACs |", "|---" * 6 + "|"]
+    for model, name in dict.fromkeys((each.subject, each.plan) for each in records):
+        params, macs, units = (cells[model, name, each] for each in ("params", "macs", "units"))
+        counts = (
+            f"{each.value / scale:.1f} {unit} ({each.value / get_number(each, 'before') - 1:+.1%})"
+            for each, scale, unit in ((params, 1e6, "M"), (macs, 1e9, "G"))
+        )
+        edits = f"`{get(params, 'edits')}`".replace(", ", "`, `")
+        lines.append(f"| {name} | {model} | {edits} | {units.value:.0f} | {' | '.join(counts)} |")
+    return "\n".join([*lines, ""])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "presets": tabulate_presets,
     "bench": tabulate_bench,
@@ -168,6 +191,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "overhead": tabulate_overhead,
     "gri": tabulate_gri,
     "assembly": tabulate_assembly,
+    "surgeries": tabulate_surgeries,
 }
 
 

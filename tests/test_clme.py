@@ -121,23 +121,26 @@ def test_saved_nets_come_back(surgery: leansd.Surgery, tmp_path: Path) -> None:
     student, _ = leansd.operate(teach(), surgery)
     expected = run(wake(student), size=(8, 12))
     student.save_pretrained(tmp_path)
-    assert torch.equal(run(leansd.load_unet(tmp_path), size=(8, 12)), expected)
+    loaded, before = leansd.load_unet(tmp_path), student.state_dict()
+    assert all(torch.equal(before[name], each) for name, each in loaded.state_dict().items())
+    # Where tensors lie in memory, what loads them decides, and that decides how sums are rounded.
+    torch.testing.assert_close(run(loaded, size=(8, 12)), expected)
 
 
 def test_pipelines_draw_with_them(tmp_path: Path) -> None:
     pipe = tiny_pipeline()
     student, _ = leansd.operate(pipe.unet, BOTH)
     pipe.unet = wake(student)
-    call: dict[str, Any] = {"num_inference_steps": 3, "output_type": "np", "prompt": "a"}
+    call: dict[str, Any] = {"num_inference_steps": 3, "output_type": "latent", "prompt": "a"}
     expected = pipe(**call, generator=torch.Generator().manual_seed(0)).images
     pipe.save_pretrained(tmp_path)
     again = StableDiffusionPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
-    assert (again(**call, generator=torch.Generator().manual_seed(0)).images == expected).all()
+    found = again(**call, generator=torch.Generator().manual_seed(0)).images
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_they_inherit_features(compile: bool) -> None:
+def test_they_inherit_features() -> None:
     pipe = tiny_pipeline()
     pipe.unet = wake(leansd.operate(pipe.unet, BOTH)[0])
     call: dict[str, Any] = {"num_inference_steps": 4, "output_type": "latent", "prompt": "a"}
@@ -146,11 +149,29 @@ def test_they_inherit_features(compile: bool) -> None:
         return pipe(**call, generator=torch.Generator().manual_seed(0)).images
 
     expected = draw()
-    options: Any = {"compile": {"backend": "eager"}} if compile else {}
-    with leansd.inherit(pipe, leansd.Plan.full(4), **options):
-        torch.testing.assert_close(draw(), expected)
-    with leansd.inherit(pipe, leansd.preset("deepcache", 4, interval=2), **options):
+    with leansd.inherit(pipe, leansd.Plan.full(4)):
+        assert torch.equal(draw(), expected)
+    with leansd.inherit(pipe, leansd.preset("deepcache", 4, interval=2)):
         assert not torch.equal(draw(), expected)
+
+
+@pytest.mark.slow
+def test_one_graph_holds_a_whole_unet() -> None:
+    """The size of the latents is told inside the trace, where context variables cannot be set."""
+    shallow = tiny_unet(
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        mid_block_type=None,
+    )
+    surgery = leansd.Surgery("shallow").drop("dn*.l1", "up*.l1")
+    surgery = surgery.replace("dn0.l0.attn", by="gri").replace("dn0.l0.res", by="condconv")
+    student = wake(leansd.operate(shallow, surgery)[0])
+    expected = run(student, size=(4, 8), batch=2, t=torch.tensor(500))
+    torch._dynamo.reset()
+    compiled = torch.compile(student, fullgraph=True, backend="eager")
+    found = run(compiled, size=(4, 8), batch=2, t=torch.tensor(500))
+    torch.testing.assert_close(found, expected)
 
 
 def test_plain_checkpoints_run_full_attention() -> None:

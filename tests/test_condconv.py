@@ -166,16 +166,6 @@ def test_half_precision_and_the_meta_device(routing: str) -> None:
     assert meta(draw(2, 24, 6, 5).to("meta"), draw(1, 12).to("meta")).shape == (2, 16, 6, 5)
 
 
-def test_folding_gives_the_plain_resnet_of_a_time() -> None:
-    conditional = wake(make_conditional(make_resnet(), "time"))
-    features, temb = draw(2, 24, 6, 5), draw(1, 12, seed=2)
-    with torch.no_grad():
-        plain = conditional.fold(conditional.router(features, temb)[0])
-        assert type(plain) is ResnetBlock2D
-        torch.testing.assert_close(plain(features, temb), conditional(features, temb))
-    assert plain.state_dict().keys() == make_resnet().state_dict().keys()
-
-
 def test_loras_on_its_convolutions_get_the_routing() -> None:
     from peft import LoraConfig, inject_adapter_in_model
 

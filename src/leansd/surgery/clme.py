@@ -16,7 +16,7 @@ from leansd.errors import LeansdError
 from leansd.plans.anatomy import Unit
 from leansd.surgery.alignment import align_resnet
 from leansd.surgery.condconv import CondConvResnet, check_resnet
-from leansd.surgery.experts import fill_experts, list_donors, read_inputs
+from leansd.surgery.experts import Inputs, fill_experts, list_donors, read_inputs
 from leansd.surgery.lineage import Origin
 from leansd.surgery.replacements import Options, Replacement
 from leansd.surgery.routing import ROUTERS, build_router
@@ -94,7 +94,7 @@ def inherit(
     theirs = read_anatomy(source)
     resnet: Any = student.get_submodule(anatomy[at].path)
     mine = read_inputs(anatomy, at)
-    donors = [
+    donors: list[tuple[Any, Inputs]] = [
         (source.get_submodule(theirs[donor].path), read_inputs(theirs, donor))
         for donor in options["donors"]
     ]

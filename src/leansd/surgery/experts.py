@@ -89,11 +89,15 @@ def fill_experts(
     Raises:
         LeansdError: there are not as many donors as experts, or a kernel does not fit.
     """
-    if len(donors) != len(resnet.conv1.experts):
-        raise LeansdError(f"{len(donors)} donors for {len(resnet.conv1.experts)} experts")
+    firsts, seconds = resnet.conv1.experts, resnet.conv2.experts
+    # A conditional ResNet has experts.
+    assert firsts is not None
+    assert seconds is not None
+    if len(donors) != len(firsts):
+        raise LeansdError(f"{len(donors)} donors for {len(firsts)} experts")
     for index, (donor, theirs) in enumerate(donors):
         first = fit_kernel(resnet.conv1.weight, donor.conv1.weight, mine, theirs)
         inner = Inputs(resnet.out_channels), Inputs(donor.out_channels)
         second = fit_kernel(resnet.conv2.weight, donor.conv2.weight, *inner)
-        resnet.conv1.experts[index].copy_(first)
-        resnet.conv2.experts[index].copy_(second)
+        firsts[index].copy_(first)
+        seconds[index].copy_(second)

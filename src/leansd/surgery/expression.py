@@ -83,24 +83,21 @@ class Block:
     @property
     def dropped(self) -> Iterator[str]:
         """Layers and attentions that are too many."""
+        # The middle block has attention between its ResNets only.
+        attended = len(self.slots) - (self.at == "mid") if self.has_attention else 0
         for number, slot in enumerate(self.slots):
             layer = f"{self.at}.l{number}"
             if slot.resnet is None:
                 yield layer
-            elif self.has_attention and slot.attention is None:
-                # The middle block has attention between its ResNets only.
-                if self.at != "mid" or number < len(self.slots) - 1:
-                    yield f"{layer}.attn"
+            elif slot.attention is None and number < attended:
+                yield f"{layer}.attn"
 
     @property
     def depths(self) -> Depths:
         """How many transformer blocks each layer has; None where that is of no account."""
-        return Depths(
-            self.at,
-            tuple(len(slot.attention.piece.blocks) if slot.attention else None for slot in self.slots)
-            if self.has_attention
-            else (),
-        )
+        slots = self.slots if self.has_attention else ()
+        rows = (slot.attention for slot in slots)
+        return Depths(self.at, tuple(len(row.piece.blocks) if row else None for row in rows))
 
 
 def express(layout: Layout) -> Expression:
@@ -146,9 +143,7 @@ def express(layout: Layout) -> Expression:
     else:
         config |= depths
     dropped = [at for block in (*down, mid, *reversed(up)) for at in block.dropped]
-    return Expression(
-        config, (*_list_missing_samplers(layout, levels), *dropped, *extra), replaced
-    )
+    return Expression(config, (*_list_missing_samplers(layout, levels), *dropped, *extra), replaced)
 
 
 def _check_families(layout: Layout) -> None:
@@ -216,9 +211,7 @@ def _fill_up(layout: Layout, level: int, count: int, channels: Sequence[int]) ->
 def _fill_mid(layout: Layout) -> Block:
     slots = tuple(_list_layers(layout, "mid"))
     if len(slots) > 2:
-        raise LeansdError(
-            f"mid has {len(slots)} ResNets, diffusers builds one or two; drop mid.l1"
-        )
+        raise LeansdError(f"mid has {len(slots)} ResNets, diffusers builds one or two; drop mid.l1")
     return Block("mid", slots, len(slots) == 2)
 
 

@@ -50,10 +50,16 @@ class LightUNet2DConditionModel(UNet2DConditionModel):
         return call_at_size((height, width), super().forward, sample, *args, **kwargs)
 
     def get_time_embed(self, sample: torch.Tensor, timestep: Any) -> torch.Tensor | None:
-        """One row for a time step that all samples share: what follows from it is done once."""
+        """One row for a time step that all samples share, where kernels are merged by it.
+
+        They are then merged once. Elsewhere it is any UNet's, to the bit.
+        """
+        config: Any = self.config
         is_shared = not isinstance(timestep, torch.Tensor) or timestep.ndim == 0
-        # A class is joined to it row by row.
-        if is_shared and not self.config.class_embeddings_concat:
+        replaced = (config.structure or {}).get("replace", ())
+        is_merged = any(each["by"] == "condconv" for each in replaced)
+        # A class is joined to the embedding row by row.
+        if is_shared and is_merged and not config.class_embeddings_concat:
             sample = sample[:1]
         return super().get_time_embed(sample, timestep)
 
