@@ -1,4 +1,4 @@
-"""Anatomies and plans by name, from configurations alone: no weight is read."""
+"""Anatomies, UNets and plans by name; but for UNets that run, no weight is read."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from diffusers import UNet2DConditionModel
+
 from leansd.anatomy.builtin import BUILTIN, open_builtin
 from leansd.anatomy.cost import TOKENS, dissect
 from leansd.errors import LeansdError
-from leansd.loading import EMBEDDED, FORMS, load_outline
+from leansd.loading import EMBEDDED, FORMS, find_device, load, load_outline
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.liveness import compile_plan, predict_speedup
 from leansd.plans.plan import Plan
@@ -35,6 +38,15 @@ def open_anatomy(model: str | Path, *, latent: int | None = None, tokens: int = 
         forms = FORMS.removeprefix("give ")
         raise LeansdError(f"no model {name!r}: give {', '.join(BUILTIN)}, or {forms}")
     return dissect(unet, latent=latent, tokens=tokens, name=name)
+
+
+def open_unet(model: str | Path, *, device: str | None = None) -> UNet2DConditionModel:
+    """The UNet of a model, to run; a built-in configuration has random weights."""
+    if str(model) not in BUILTIN:
+        return load(model, device=device).unet
+    where = find_device(device)
+    unet = UNet2DConditionModel(**BUILTIN[str(model)]).eval()
+    return unet.to(where, torch.float16 if where.type == "cuda" else torch.float32)
 
 
 def choose_plan(
