@@ -46,7 +46,7 @@ def test_the_front_is_what_trying_everything_finds(seed: int) -> None:
     parts = [make_item(draw, f"item {place}") for place in range(4)]
     tree = Every([*parts, make_tree(draw, "tree", 2), make_tree(draw, "other", 2)])
     every = list_all(tree)
-    front = tree.find_front()
+    front = tree.front
     most = max(choice.ticks for choice in every)
     for ticks in range(most + 2):
         able = [choice.error for choice in every if choice.ticks >= ticks]
@@ -58,7 +58,7 @@ def test_the_front_is_what_trying_everything_finds(seed: int) -> None:
 
 def test_the_front_rises() -> None:
     draw = random.Random(0)
-    front = Every([make_item(draw, str(place)) for place in range(60)]).find_front()
+    front = Every([make_item(draw, str(place)) for place in range(60)]).front
     assert front[0] == NOTHING or front[0].error == 0
     for one, other in itertools.pairwise(front):
         assert one.ticks < other.ticks
@@ -68,10 +68,10 @@ def test_the_front_rises() -> None:
 def test_only_one_of_two_ways_is_gone() -> None:
     pair = Every([Item("layer", 5.0, 10), Item("attention of what stays", 1.0, 2)])
     tree = Either([pair, Every([Item("attention", 1.0, 4), Item("other attention", 1.0, 4)])])
-    assert find_best(tree.find_front(), 8) == Choice(8, 2.0, ("attention", "other attention"))
-    assert find_best(tree.find_front(), 9) == Choice(10, 5.0, ("layer",))
-    assert find_best(tree.find_front(), 13) is None
+    assert find_best(tree.front, 8) == Choice(8, 2.0, ("attention", "other attention"))
+    assert find_best(tree.front, 9) == Choice(10, 5.0, ("layer",))
+    assert find_best(tree.front, 13) is None
 
 
 def test_what_saves_nothing_is_never_taken() -> None:
-    assert Item("free", 0.0, 0).find_front() == (NOTHING,)
+    assert Item("free", 0.0, 0).front == (NOTHING,)

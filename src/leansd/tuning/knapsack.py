@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -32,9 +32,10 @@ NOTHING = Choice(0, 0.0, ())
 
 
 class Node(Protocol):
-    """A part of the problem."""
+    """A part of the problem; one that is in several places is solved once."""
 
-    def find_front(self) -> Front: ...
+    @property
+    def front(self) -> Front: ...
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Item:
     """Not negative."""
     ticks: int
 
-    def find_front(self) -> Front:
+    @cached_property
+    def front(self) -> Front:
         taken = Choice(self.ticks, self.error, (self.name,))
         return (NOTHING, taken) if self.ticks > 0 else (NOTHING,)
 
@@ -57,8 +59,9 @@ class Every:
 
     parts: Sequence[Node]
 
-    def find_front(self) -> Front:
-        return reduce(_combine, (part.find_front() for part in self.parts), (NOTHING,))
+    @cached_property
+    def front(self) -> Front:
+        return reduce(_combine, (part.front for part in self.parts), (NOTHING,))
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,9 @@ class Either:
 
     ways: Sequence[Node]
 
-    def find_front(self) -> Front:
-        choices = [choice for way in self.ways for choice in way.find_front()]
+    @cached_property
+    def front(self) -> Front:
+        choices = [choice for way in self.ways for choice in way.front]
         ticks, errors = _list_numbers(choices)
         return tuple(choices[place] for place in _list_best(ticks, errors))
 
