@@ -1,0 +1,1 @@
+"""Surgery: UNets cut, assembled and changed by address."""

@@ -1,0 +1,190 @@
+"""A surgery as data: ordered edits by address, in code or in a YAML file.
+
+A surgery names addresses, not modules, so one surgery serves every UNet that has them. All
+addresses are those of the net that is operated on, from the first edit to the last; only the
+finished net is numbered anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    Tag,
+    ValidationError,
+)
+
+from leansd.errors import LeansdError
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Addresses = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)]
+"""Addresses or globs; a file may hold a single one without brackets."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class Drop(_Frozen):
+    """Take out layers, samplers, blocks, attentions or transformer blocks."""
+
+    drop: Addresses
+
+    def __str__(self) -> str:
+        return f"drop {' '.join(self.drop)}"
+
+
+class Take(_Frozen):
+    """Put what another net has at these addresses in the place of what is there."""
+
+    take: Addresses
+    source: str
+    """Name of the other net, as it is given to `operate`."""
+    places: dict[str, str] = Field(default_factory=dict, alias="as")
+    """What an address of the other net is called in this one, where that differs."""
+
+    def __str__(self) -> str:
+        places = "".join(f", {there} as {here}" for there, here in self.places.items())
+        return f"take {' '.join(self.take)} of {self.source}{places}"
+
+
+class Replace(_Frozen):
+    """Put something else in the place of units, or parts of them: `by` names what."""
+
+    replace: Addresses
+    by: str
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+
+    def __str__(self) -> str:
+        options = "".join(f", {name} {value}" for name, value in self.options.items())
+        return f"replace {' '.join(self.replace)} by {self.by}{options}"
+
+
+def _find_kind(value: Any) -> str | None:
+    """Which edit it is: the one whose name is among its keys."""
+    keys = value if isinstance(value, Mapping) else type(value).model_fields
+    return next((kind for kind in ("drop", "take", "replace") if kind in keys), None)
+
+
+Edit: TypeAlias = Annotated[
+    Annotated[Drop, Tag("drop")]
+    | Annotated[Take, Tag("take")]
+    | Annotated[Replace, Tag("replace")],
+    Discriminator(
+        _find_kind,
+        custom_error_type="edit",
+        custom_error_message="an edit is a drop, a take or a replace",
+    ),
+]
+
+
+class Surgery(_Frozen):
+    """Ordered edits under a name. Every method gives a new surgery and leaves this one as it is."""
+
+    name: str = "surgery"
+    edits: tuple[Edit, ...] = ()
+
+    def __init__(self, name: str = "surgery", edits: Any = (), **unknown: Any) -> None:
+        super().__init__(name=name, edits=edits, **unknown)
+
+    def drop(self, *addresses: str) -> Surgery:
+        """Take out what lies under `addresses` (or globs)."""
+        return self._add({"drop": addresses})
+
+    def take(
+        self, *addresses: str, source: str, places: Mapping[str, str] | None = None
+    ) -> Surgery:
+        """Take what the net `source` has under `addresses`.
+
+        Args:
+            places: `{"up2": "up3"}` puts the other net's `up2` in the place of `up3`.
+        """
+        return self._add({"take": addresses, "source": source, "as": dict(places or {})})
+
+    def replace(self, *addresses: str, by: str, **options: Any) -> Surgery:
+        """Put something else, `gri` for one, in the place of what lies under `addresses`."""
+        return self._add({"replace": addresses, "by": by, "options": options})
+
+    def _add(self, edit: Mapping[str, Any]) -> Surgery:
+        try:
+            return Surgery(self.name, (*self.edits, edit))
+        except ValidationError as error:
+            raise LeansdError(f"surgery {self.name}: {_describe(error)}") from None
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hex digits of the edits; the name has no part in it."""
+        text = json.dumps(self.to_document()["edits"], sort_keys=True)
+        return sha256(text.encode()).hexdigest()[:12]
+
+    def to_document(self) -> dict[str, Any]:
+        """Name and edits as plain JSON values, what is empty left out."""
+        return self.model_dump(mode="json", by_alias=True, exclude_defaults=True) | {
+            "name": self.name,
+            "edits": [
+                edit.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+                for edit in self.edits
+            ],
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write a YAML file, or a JSON file where the name ends in `.json`."""
+        path = Path(path)
+        document = self.to_document()
+        if path.suffix == ".json":
+            text = json.dumps(document, indent=2) + "\n"
+        else:
+            text = yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=100)
+        partial = path.with_name(path.name + ".partial")
+        try:
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, path)
+        except OSError as error:
+            raise LeansdError(f"cannot write the surgery to {path}: {error.strerror}") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Surgery:
+        """Read and check a YAML or JSON file.
+
+        Raises:
+            LeansdError: it is missing or no surgery; the message names the place.
+        """
+        try:
+            document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise LeansdError(f"cannot read the surgery {path}: {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise LeansdError(f"{path} is not a surgery file: it is not YAML") from error
+        if not isinstance(document, dict):
+            raise LeansdError(f"{path} is not a surgery file: it holds no name and edits")
+        try:
+            return cls.model_validate({"name": Path(path).stem} | document)
+        except ValidationError as error:
+            raise LeansdError(f"{path} is not a valid surgery file: {_describe(error)}") from None
+
+    def __str__(self) -> str:
+        lines = [f"surgery {self.name}: {len(self.edits)} edits, fingerprint {self.fingerprint}"]
+        return "\n".join([*lines, *(f"  {n}. {edit}" for n, edit in enumerate(self.edits, 1))])
+
+
+def _describe(error: ValidationError) -> str:
+    """Where a document is wrong, and how."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"]) or "file"
+    return f"{place}: {first['msg']}"

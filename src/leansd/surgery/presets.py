@@ -1,0 +1,82 @@
+"""Surgeries by name: published light UNets as a few edits each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from leansd.errors import LeansdError
+from leansd.surgery.edits import Surgery
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named surgery, and for which nets it is."""
+
+    surgery: Surgery
+    summary: str
+    models: tuple[str, ...]
+    """Built-in shapes that it is published for."""
+
+
+def _assemble(name: str, *levels: int) -> Surgery:
+    """One layer down and one up taken out at each of `levels`, the shallowest first."""
+    down = (f"dn{level}.l1" for level in levels)
+    up = (f"up{3 - level}.l1" for level in levels)
+    return Surgery(name).drop(*down, *up)
+
+
+_SD = ("sd15", "sd21-base")
+_BASE = Surgery("bk-base").drop("dn*.l1", "up*.l1")
+_SMALL = Surgery("bk-small", _BASE.edits).drop("mid")
+_TINY = Surgery("bk-tiny", _SMALL.edits).drop("dn2.down", "dn3", "up0")
+_KOALA = Surgery("koala-1b").drop("dn*.l1", "up*.l1")
+
+PRESETS: dict[str, Preset] = {
+    preset.surgery.name: preset
+    for preset in (
+        Preset(_BASE, "BK-SDM-Base: a layer less a block (arXiv 2305.15798)", _SD),
+        Preset(_SMALL, "BK-SDM-Small: and no middle block", _SD),
+        Preset(_TINY, "BK-SDM-Tiny: and no innermost level", _SD),
+        Preset(_assemble("asdm-1222", 0), "A-SDM: the shallowest level thinned", _SD),
+        Preset(_assemble("asdm-1122", 0, 1), "A-SDM: the two shallowest levels thinned", _SD),
+        Preset(_assemble("asdm-1112", 0, 1, 2), "A-SDM: the three shallowest levels thinned", _SD),
+        Preset(Surgery("asdm-1111", _BASE.edits), "A-SDM: all levels thinned", _SD),
+        Preset(
+            Surgery("ssd-1b")
+            .drop("dn2.*.t[4-9]", "up0.l[01].attn.t[4-9]", "up1.l[12].attn.t1")
+            .drop("mid.l0.attn", "mid.l1"),
+            "SSD-1B: fewer transformer blocks (arXiv 2401.02677)",
+            ("sdxl",),
+        ),
+        Preset(
+            _KOALA.drop("*.attn.t[6-9]"),
+            "KOALA-1B: a layer less a block, six transformer blocks (arXiv 2312.04005)",
+            ("sdxl",),
+        ),
+        Preset(
+            Surgery("koala-700m", _KOALA.edits).drop("mid").drop("*.attn.t[5-9]"),
+            "KOALA-700M: five transformer blocks, no middle block",
+            ("sdxl",),
+        ),
+    )
+}
+
+
+def find_surgery(source: Surgery | str | Path) -> Surgery:
+    """A surgery itself, by its preset's name, or from its file.
+
+    Raises:
+        LeansdError: there is none; the message offers what comes nearest.
+    """
+    if isinstance(source, Surgery):
+        return source
+    name = str(source)
+    if name in PRESETS:
+        return PRESETS[name].surgery
+    if Path(name).is_file():
+        return Surgery.load(name)
+    near = get_close_matches(name, PRESETS, n=2)
+    offer = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(PRESETS)}"
+    raise LeansdError(f"no surgery {name!r}, neither a file nor a preset; {offer}")
