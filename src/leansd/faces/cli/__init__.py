@@ -22,6 +22,7 @@ COMMANDS = {
     "anatomy": "Show a UNet as a tree of units with parameters and multiply-accumulates.",
     "profile": "Measure what every unit and stage costs here; predict what plans gain.",
     "tune": "Find the plans that lose least at every speed, for one model, sampler and machine.",
+    "cut": "Choose what to take out of a UNet for a budget of its cost.",
     "plan": "Show, draw or save a plan.",
     "evaluate": "Measure plans against the full and the converged run, and the quality of sets.",
     "bench": "Measure ours against every rival in turns: time, fidelity, quality; resumable.",
