@@ -14,6 +14,7 @@ LAYERS = (
     ("errors", "version"),
     ("plans",),
     ("anatomy",),
+    ("surgery",),
     ("runtime",),
     ("measuring",),
     ("tuning",),

@@ -16,12 +16,17 @@ from leansd.version import __version__
 
 if TYPE_CHECKING:
     from leansd.anatomy import count_macs, dissect
-    from leansd.loading import load
+    from leansd.loading import load, load_unet
     from leansd.measuring.cost import CostModel
     from leansd.measuring.evaluation import evaluate
     from leansd.measuring.profile import profile
     from leansd.plans import Anatomy, Plan, preset
     from leansd.runtime import Report, inherit, inherit_, release_
+    from leansd.surgery.edits import Surgery
+    from leansd.surgery.light import LightUNet2DConditionModel
+    from leansd.surgery.lineage import Lineage
+    from leansd.surgery.operating import operate
+    from leansd.surgery.previewing import preview
     from leansd.tuning import Front, tune
 
 # Where each public name lives; it is imported when it is first asked for, so that
@@ -30,15 +35,21 @@ _HOMES = {
     "Front": "leansd.tuning",
     "Anatomy": "leansd.plans",
     "CostModel": "leansd.measuring.cost",
+    "LightUNet2DConditionModel": "leansd.surgery.light",
+    "Lineage": "leansd.surgery.lineage",
     "Plan": "leansd.plans",
     "Report": "leansd.runtime",
+    "Surgery": "leansd.surgery.edits",
     "count_macs": "leansd.anatomy",
     "dissect": "leansd.anatomy",
     "evaluate": "leansd.measuring.evaluation",
     "inherit": "leansd.runtime",
     "inherit_": "leansd.runtime",
     "load": "leansd.loading",
+    "load_unet": "leansd.loading",
+    "operate": "leansd.surgery.operating",
     "preset": "leansd.plans",
+    "preview": "leansd.surgery.previewing",
     "profile": "leansd.measuring.profile",
     "release_": "leansd.runtime",
     "tune": "leansd.tuning",
@@ -49,8 +60,11 @@ __all__ = [
     "CostModel",
     "Front",
     "LeansdError",
+    "LightUNet2DConditionModel",
+    "Lineage",
     "Plan",
     "Report",
+    "Surgery",
     "__version__",
     "count_macs",
     "dissect",
@@ -58,17 +72,26 @@ __all__ = [
     "inherit",
     "inherit_",
     "load",
+    "load_unet",
+    "operate",
     "preset",
+    "preview",
     "profile",
     "release_",
     "tune",
 ]
 
 
+# diffusers asks the module of a saved pipeline's part, which for a `LightUNet2DConditionModel` is
+# this one, for the base class that says how to open it.
+_BASES = {"ModelMixin": "diffusers"}
+
+
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    home = _HOMES.get(name) or _BASES.get(name)
+    if home is None:
         raise AttributeError(f"module 'leansd' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(home), name)
 
 
 def __dir__() -> list[str]:

@@ -8,6 +8,7 @@ from itertools import zip_longest
 from diffusers import UNet2DConditionModel
 from torch import nn
 
+from leansd.anatomy.absent import Absent
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import HEAD, STEM, Anatomy, Unit
 
@@ -84,10 +85,16 @@ def _walk(unet: UNet2DConditionModel) -> Iterator[Unit]:
 def _list_layers(block: nn.Module, path: str) -> list[tuple[nn.Module, nn.Module | None]]:
     """The layers of a block: a ResNet each and, where there is one, its attention."""
     resnets = list(getattr(block, "resnets", ()))
-    attentions = list(getattr(block, "attentions", ()))
+    attentions = _list_attentions(block)
     if not resnets or len(attentions) not in (0, len(resnets)):
         raise LeansdError(f"{path} is a {type(block).__name__}, which is not known here")
     return list(zip_longest(resnets, attentions))
+
+
+def _list_attentions(block: nn.Module) -> list[nn.Module | None]:
+    """A block's attentions, None for one that was dropped."""
+    attentions = getattr(block, "attentions", ())
+    return [None if isinstance(each, Absent) else each for each in attentions]
 
 
 def _walk_layer(
@@ -108,7 +115,7 @@ def _walk_layer(
 
 def _walk_mid(block: nn.Module, scale: int, last: Unit) -> Iterator[Unit]:
     """A ResNet, then pairs of attention and ResNet; the attention belongs to the layer before."""
-    attentions = list(block.attentions)
+    attentions = _list_attentions(block)
     for number, resnet in enumerate(block.resnets):
         last = _make_unit(
             resnet, f"mid.l{number}.res", f"mid_block.resnets.{number}", scale, (last.at,)

@@ -189,9 +189,10 @@ def _(edit: Replace, blueprint: Blueprint) -> Blueprint:
                     continue
                 anatomy = blueprint.sources[piece.origin.net].anatomy
                 replacement.accepts(replace(anatomy.by_address[at], at=place), edit.options)
-                others = tuple(each for each in piece.replaced if each.at != at)
+                if any(each.at == at for each in piece.replaced):
+                    raise LeansdError(f"{place} is replaced already; replace it once")
                 new = Replaced(at, edit.by, edit.options)
-                piece = replace(piece, replaced=(*others, new))
+                piece = replace(piece, replaced=(*piece.replaced, new))
             pieces.append(piece)
         blueprint = blueprint.set(pieces)
     return blueprint

@@ -71,6 +71,7 @@ def lay_out(blueprint: Blueprint) -> Layout:
     scales = _find_scales(blueprint.pieces)
     _check_blocks(blueprint.pieces)
     _check_balance(blueprint.pieces, scales)
+    pushing = _list_pushing(blueprint.pieces)
     rows: list[Row] = []
     skips: list[Row] = []
     for piece in blueprint.pieces:
@@ -83,7 +84,7 @@ def lay_out(blueprint: Blueprint) -> Layout:
             piece.unit, at=at, scale=scales[piece.at], reads=tuple(read.at for read in reads)
         )
         rows.append(Row(at, piece, unit))
-        if piece.at in _list_pushing(blueprint.pieces):
+        if piece.at in pushing:
             skips.append(rows[-1])
     return Layout(tuple(rows), blueprint)
 

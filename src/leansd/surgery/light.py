@@ -1,0 +1,110 @@
+"""UNets that no diffusers config can express: what the config builds, less and other than that."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from leansd.anatomy import read_anatomy
+from leansd.anatomy.absent import Absent
+from leansd.errors import LeansdError
+from leansd.plans.address import SEPARATOR, get_block, get_layer
+from leansd.surgery.replacements import find_replacement
+
+
+class LightUNet2DConditionModel(UNet2DConditionModel):
+    """A `UNet2DConditionModel` whose config says what to take out of it and what to replace.
+
+    `structure` is plain JSON: `{"drop": [addresses], "replace": [{"at", "by", "options"}]}`. What
+    is dropped names the network that the rest of the config builds, what is replaced the finished
+    one. Saving, loading, pipelines, LoRA and `leansd.inherit` work as for any UNet.
+    """
+
+    def __init__(self, structure: Mapping[str, Any] | None = None, **config: Any) -> None:
+        super().__init__(**config)
+        structure = structure or {}
+        self.register_to_config(structure=structure)
+        drop_places(self, structure.get("drop", ()))
+        for each in structure.get("replace", ()):
+            replace_place(self, each["at"], by=each["by"], options=each["options"])
+
+    # diffusers takes from a saved config what the signature names.
+    __init__.__signature__ = inspect.signature(UNet2DConditionModel.__init__).replace(  # type: ignore[attr-defined]
+        parameters=[
+            *inspect.signature(UNet2DConditionModel.__init__).parameters.values(),
+            inspect.Parameter("structure", inspect.Parameter.KEYWORD_ONLY, default=None),
+        ]
+    )
+
+
+# A saved pipeline names the module that its parts' classes are from, and diffusers opens it again
+# once that module is imported: `import leansd` is to be enough.
+LightUNet2DConditionModel.__module__ = "leansd"
+
+
+def drop_places(unet: UNet2DConditionModel, addresses: Iterable[str]) -> None:
+    """Take modules out, in place; all addresses are those before anything is taken out.
+
+    Raises:
+        LeansdError: an address names nothing that can be dropped.
+    """
+    gone = set(addresses)
+    units = set(read_anatomy(unet).by_address)
+    layers = {get_layer(at) for at in units}
+    for at in sorted(gone):
+        block = _find_block(unet, at)
+        is_block = any(each.startswith(at + ".sa") or each == at + ".ff" for each in units)
+        if at in layers and at.endswith((".down", ".up")):
+            _drop_sampler(unet, block, at)
+        elif at in units and at.endswith(".attn"):
+            block.attentions[int(_get_number(at, 1))] = Absent()
+        elif not (at in layers or is_block):
+            raise LeansdError(f"{at} cannot be dropped from what the config builds")
+    for at in {at.rpartition(SEPARATOR)[0] for at in gone if at.count(SEPARATOR) == 3}:
+        attention = _find_block(unet, at).attentions[_get_number(at, 1)]
+        attention.transformer_blocks = _thin(attention.transformer_blocks, at + ".t", gone)
+    for at in {get_block(at) for at in gone if at.rpartition(".l")[2].isdecimal()}:
+        block = _find_block(unet, at)
+        block.resnets = _thin(block.resnets, at + ".l", gone)
+        if hasattr(block, "attentions"):
+            block.attentions = _thin(block.attentions, at + ".l", gone)
+
+
+def replace_place(
+    unet: UNet2DConditionModel, at: str, *, by: str, options: Mapping[str, Any]
+) -> None:
+    """Put something in the place of a unit or a part, in place."""
+    replacement = find_replacement(by)
+    replacement.accepts(read_anatomy(unet)[at], options)
+    replacement.build(unet, at, options)
+
+
+def _drop_sampler(unet: UNet2DConditionModel, block: nn.Module, at: str) -> None:
+    if at.endswith(".down"):
+        block.downsamplers = None
+    else:
+        block.upsamplers = None
+        unet.num_upsamplers -= 1
+
+
+def _thin(modules: nn.ModuleList, prefix: str, gone: set[str]) -> nn.ModuleList:
+    """The modules whose addresses, `prefix` and a number, are not gone."""
+    kept = [each for number, each in enumerate(modules) if f"{prefix}{number}" not in gone]
+    return nn.ModuleList(kept)
+
+
+def _find_block(unet: UNet2DConditionModel, at: str) -> Any:
+    block = get_block(at)
+    if block == "mid":
+        return unet.mid_block
+    blocks = unet.down_blocks if block.startswith("dn") else unet.up_blocks
+    return blocks[int(block[2:])]
+
+
+def _get_number(at: str, depth: int) -> int:
+    """The number in a part of an address: 1 of `dn0.l1.attn` at depth 1."""
+    return int(at.split(SEPARATOR)[depth].lstrip("lt"))
