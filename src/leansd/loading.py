@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
 from leansd.errors import LeansdError
+from leansd.surgery.folders import find_class, open_unet
 
 EMBEDDED = "emoji"
 FORMS = (
@@ -90,9 +91,41 @@ def load_outline(model: str | Path) -> UNet2DConditionModel:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise LeansdError(_explain(where, error)) from error
-    _require_unet_class(config, model)
+    kind = find_class(config, f"the UNet of {model}")
     with torch.device("meta"):
-        return UNet2DConditionModel.from_config(config)
+        return kind.from_config(config)
+
+
+def load_unet(
+    folder: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> UNet2DConditionModel:
+    """Open a UNet by itself, plain or operated, as `save_pretrained` wrote it.
+
+    Args:
+        folder: that of a UNet, or of a whole model, whose `unet` is taken.
+        device: by default the GPU where there is one.
+        dtype: by default float16 on a GPU and float32 elsewhere.
+
+    Raises:
+        LeansdError: there is none, or its config does not describe its weights; the message names
+            the address. Weights are only read when they fit.
+    """
+    device = find_device(device)
+    if dtype is None:
+        dtype = torch.float16 if device.type == "cuda" else torch.float32
+    home = Path(folder).expanduser()
+    if (home / "model_index.json").is_file():
+        home = home / "unet"
+    try:
+        with silent_loading():
+            return open_unet(home, dtype).to(device)
+    except _FAILURES as error:
+        if isinstance(error, LeansdError):
+            raise
+        raise LeansdError(f"cannot open the UNet in {home}: {_first(error)}") from error
 
 
 def load_vae(folder: str | Path, *, dtype: torch.dtype | None = None) -> Autoencoder:
@@ -280,14 +313,5 @@ def _require_unet(pipe: DiffusionPipeline, model: str | Path) -> None:
     if not isinstance(unet, UNet2DConditionModel):
         raise LeansdError(
             f"{model} is a {type(pipe).__name__} without a UNet2DConditionModel: "
-            "Stable Diffusion 1.x, 2.x and SDXL have one"
-        )
-
-
-def _require_unet_class(config: dict[str, Any], model: str | Path) -> None:
-    name = config.get("_class_name", "no class")
-    if name != UNet2DConditionModel.__name__:
-        raise LeansdError(
-            f"the UNet of {model} is a {name}, not a UNet2DConditionModel: "
             "Stable Diffusion 1.x, 2.x and SDXL have one"
         )

@@ -33,6 +33,7 @@ BASE = "original"
 class Draft:
     """An operation that can be done: nothing is copied yet."""
 
+    surgery: Surgery
     nets: Mapping[str, UNet2DConditionModel]
     layout: Layout
     expression: Expression
@@ -97,7 +98,7 @@ def draft(nets: Nets, surgery: Surgery | str | Path) -> Draft:
     came = [paths.by_address[each.at].path for each in expression.replaced if not each.is_new]
     donors = map_tensors(bare, lineage, named, skip=came)
     outline = _build(expression.config, structure) if expression.replaced else bare
-    return Draft(named, layout, expression, lineage, donors, bare, outline)
+    return Draft(surgery, named, layout, expression, lineage, donors, bare, outline)
 
 
 def lay_out_surgery(sources: Mapping[str, Source], surgery: Surgery) -> Layout:
