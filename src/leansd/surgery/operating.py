@@ -63,11 +63,18 @@ def operate(nets: Nets, surgery: Surgery | str | Path) -> tuple[UNet2DConditionM
     """
     plan = draft(nets, surgery)
     base = plan.nets[plan.lineage.base]
+    device = base.device  # diffusers looks through all modules for it
     states = {name: net.state_dict() for name, net in plan.nets.items()}
     student = plan.bare
     student.load_state_dict(
         {
-            name: _copy(states[donor.net][donor.name], base, is_own=donor.net == plan.lineage.base)
+            name: states[donor.net][donor.name]
+            .detach()
+            .to(
+                device=device,
+                dtype=None if donor.net == plan.lineage.base else base.dtype,
+                copy=True,
+            )
             for name, donor in plan.donors.items()
         },
         strict=False,
@@ -87,7 +94,7 @@ def draft(nets: Nets, surgery: Surgery | str | Path) -> Draft:
     """
     surgery = find_surgery(surgery)
     named: Mapping[str, UNet2DConditionModel] = nets if isinstance(nets, Mapping) else {BASE: nets}
-    sources = {name: _describe(name, net) for name, net in named.items()}
+    sources = {name: describe_net(name, net) for name, net in named.items()}
     layout = lay_out_surgery(sources, surgery)
     expression = express(layout)
     lineage = make_lineage(layout, surgery.name, surgery.fingerprint)
@@ -110,7 +117,7 @@ def lay_out_surgery(sources: Mapping[str, Source], surgery: Surgery) -> Layout:
         raise LeansdError(f"surgery {surgery.name}: {error}") from None
 
 
-def _describe(name: str, net: UNet2DConditionModel) -> Source:
+def describe_net(name: str, net: UNet2DConditionModel) -> Source:
     """A net as data."""
     anatomy = read_anatomy(net, name=name)
     config: dict[str, Any] = {k: v for k, v in net.config.items() if not k.startswith("_")}
@@ -145,11 +152,6 @@ def _check_outline(layout: Layout, anatomy: Anatomy) -> None:
             f"the new net would have {len(anatomy)} units instead of {len(layout.rows)}: diffusers "
             "builds no such network"
         )
-
-
-def _copy(tensor: torch.Tensor, base: UNet2DConditionModel, *, is_own: bool) -> torch.Tensor:
-    dtype = tensor.dtype if is_own else base.dtype
-    return tensor.detach().to(device=base.device, dtype=dtype, copy=True)
 
 
 @torch.no_grad()

@@ -27,8 +27,7 @@ from leansd.measuring.trajectories import PipelineCall, expand_calls
 from leansd.measuring.units import time_units
 from leansd.plans.anatomy import Anatomy
 from leansd.surgery.edits import Surgery
-from leansd.surgery.operating import _describe as describe_net
-from leansd.surgery.operating import lay_out_surgery, operate
+from leansd.surgery.operating import BASE, describe_net, lay_out_surgery, operate
 from leansd.tuning.knapsack import Choice, find_best
 from leansd.tuning.outputs import KeptCall, keep_calls, measure_error
 from leansd.tuning.removals import Removal, Removals, list_removals
@@ -307,7 +306,7 @@ def study_removals(
     anatomy = dissect(unet, latent=tuple(sample.shape[-2:]))
     tell("timing", 0.1)
     prices = list_prices(unet, anatomy, of, cost, guided=kept[0].guidance is not None)
-    sources = {"original": describe_net("original", unet)}
+    sources = {BASE: describe_net(BASE, unet)}
     removals = list_removals(
         anatomy, lambda addresses: lay_out_surgery(sources, Surgery("cut").drop(*addresses))
     )

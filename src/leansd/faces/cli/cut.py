@@ -80,7 +80,7 @@ def cut_unet(
     from leansd.measuring.files import check_file
     from leansd.measuring.records import load_records, stamp
     from leansd.runtime.samplers import check_sampler, set_sampler
-    from leansd.surgery import preview
+    from leansd.surgery.previewing import preview
     from leansd.tuning.cutting import CALLS, check_budget, cut
 
     # Everything that can be wrong is found before a weight is read.
