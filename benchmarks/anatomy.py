@@ -62,7 +62,9 @@ def main(
             kept += measure(model, time=time, batch=batch, repeats=repeats)
             kept += [] if time else old
             write_records(results, kept)
-    for path in write_figures(images, [each for each in read_spent(kept) if each.subject in chosen]):
+    for path in write_figures(
+        images, [each for each in read_spent(kept) if each.subject in chosen]
+    ):
         print(path)
 
 

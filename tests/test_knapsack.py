@@ -35,9 +35,7 @@ def make_tree(draw: random.Random, name: str, depth: int) -> Node:
     if depth == 0:
         return make_item(draw, name)
     kind = draw.choice([Every, Either])
-    return kind(
-        [make_tree(draw, f"{name}.{place}", draw.randrange(depth)) for place in range(2)]
-    )
+    return kind([make_tree(draw, f"{name}.{place}", draw.randrange(depth)) for place in range(2)])
 
 
 @pytest.mark.parametrize("seed", range(12))

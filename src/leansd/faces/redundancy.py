@@ -201,9 +201,7 @@ def draw_units(models: Sequence[Spent]) -> Figure:
     return figure
 
 
-def _draw_row(
-    axes: Axes, spent: Spent, values: Mapping[str, float], what: str, title: str
-) -> None:
+def _draw_row(axes: Axes, spent: Spent, values: Mapping[str, float], what: str, title: str) -> None:
     addresses = list(spent.kinds)
     for kind, colour in KINDS.items():
         own = [
@@ -243,4 +241,6 @@ def _finish(axes: Axes, title: str) -> None:
 
 
 def _name(spent: Spent) -> str:
-    return f"{spent.subject}, {spent.fields['latent_width']}x{spent.fields['latent_height']} latents"
+    return (
+        f"{spent.subject}, {spent.fields['latent_width']}x{spent.fields['latent_height']} latents"
+    )

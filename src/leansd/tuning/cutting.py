@@ -346,4 +346,5 @@ def list_prices(
 
 def make_surgery(removals: Sequence[Removal], name: str = "cut") -> Surgery:
     """The surgery that takes all of them out."""
-    return Surgery(name).drop(*(at for removal in removals for at in removal.addresses))
+    addresses = [at for removal in removals for at in removal.addresses]
+    return Surgery(name).drop(*addresses) if addresses else Surgery(name)

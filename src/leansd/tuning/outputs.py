@@ -54,7 +54,9 @@ def keep_calls(
         LeansdError: the pipeline follows a plan.
     """
     if list_attachments(pipe.unet):
-        raise LeansdError("release the plan that the UNet follows first: a cut is of the whole UNet")
+        raise LeansdError(
+            "release the plan that the UNet follows first: a cut is of the whole UNet"
+        )
     if moments < 1:
         raise LeansdError(f"{moments} moments: at least 1 is needed")
     clock = SchedulerClock(pipe)

@@ -157,9 +157,7 @@ def _list_thinnings(
     )
 
 
-def _list_inner(
-    anatomy: Anatomy, is_legal: Callable[..., bool]
-) -> Iterator[tuple[Removal, int]]:
+def _list_inner(anatomy: Anatomy, is_legal: Callable[..., bool]) -> Iterator[tuple[Removal, int]]:
     """The innermost levels, one or more, with the sampler that leads to them."""
     levels = _list_levels(anatomy)
     for first in range(1, len(levels)):

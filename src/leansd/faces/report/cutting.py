@@ -156,4 +156,3 @@ def _plot(cut: Cut) -> Drawing:
         y_name="squared error over the output",
         alt=alt,
     )
-
