@@ -19,6 +19,7 @@ from test_demo import read_page
 from tiny import tiny_pipeline, tiny_unet, tiny_xl_unet
 
 SMALL = {
+    "layers_per_block": (2, 1),
     "block_out_channels": (32, 32),
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
