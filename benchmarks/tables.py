@@ -1,4 +1,4 @@
-"""Write the tables of README.md from the committed records; nothing in them is typed by hand.
+"""Write the tables of README.md and docs/surgery.md from the committed records; nothing in them is typed by hand.
 
 python benchmarks/tables.py           rewrite the tables
 python benchmarks/tables.py --check   fail if they are not what the records say
@@ -17,7 +17,7 @@ from leansd.measuring.records import Record, load_records
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 COLUMNS = ("", "speed-up, measured", "predicted", "PSNR to full", "SSIM", "CLIP score")
-PAGES = (ROOT / "README.md",)
+PAGES = (ROOT / "README.md", ROOT / "docs" / "surgery.md")
 BLOCK = re.compile(r"(<!-- table: (?P<name>\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -120,11 +120,28 @@ def tabulate_bench() -> str:
     return f"{circumstances}\n\n{tabulate_summary(read_standings(records)).markdown()}\n"
 
 
+def tabulate_surgeries() -> str:
+    """What each named surgery leaves, as `leansd.preview` counts it."""
+    records = load_records(RESULTS / "surgeries.jsonl")
+    cells = {(each.subject, each.plan, each.metric): each for each in records}
+    lines = ["| surgery | of | edits | units | parameters | MACs |", "|---" * 6 + "|"]
+    for model, name in dict.fromkeys((each.subject, each.plan) for each in records):
+        params, macs, units = (cells[model, name, each] for each in ("params", "macs", "units"))
+        counts = (
+            f"{each.value / scale:.1f} {unit} ({each.value / float(str(get(each, 'before'))) - 1:+.1%})"
+            for each, scale, unit in ((params, 1e6, "M"), (macs, 1e9, "G"))
+        )
+        edits = f"`{get(params, 'edits')}`".replace(", ", "`, `")
+        lines.append(f"| {name} | {model} | {edits} | {units.value:.0f} | {' | '.join(counts)} |")
+    return "\n".join([*lines, ""])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "presets": tabulate_presets,
     "bench": tabulate_bench,
     "gpu": tabulate_gpu,
     "overhead": tabulate_overhead,
+    "surgeries": tabulate_surgeries,
 }
 
 

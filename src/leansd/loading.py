@@ -80,7 +80,13 @@ def load(
 
 
 def load_outline(model: str | Path) -> UNet2DConditionModel:
-    """The UNet of a model on the meta device: its whole shape, read from its config alone."""
+    """The UNet of a model on the meta device: its whole shape, read from its config alone.
+
+    Args:
+        model: what `load` opens, or the folder of a UNet by itself.
+    """
+    if is_unet_folder(model):
+        return _build_outline(Path(model).expanduser() / "config.json", model)
     where = locate(model)
     if isinstance(where, Path) and where.is_file():
         # A single file has no config to read, so it is opened whole.
@@ -88,9 +94,22 @@ def load_outline(model: str | Path) -> UNet2DConditionModel:
     name = "unet/config.json"
     try:
         file = where / name if isinstance(where, Path) else Path(hf_hub_download(where, name))
-        config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise LeansdError(_explain(where, error)) from error
+    return _build_outline(file, where)
+
+
+def is_unet_folder(model: str | Path) -> bool:
+    """Whether it is the folder of a UNet by itself, without the rest of a model."""
+    folder = Path(model).expanduser()
+    return (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
+
+
+def _build_outline(file: Path, model: str | Path) -> UNet2DConditionModel:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LeansdError(_explain(model, error)) from error
     kind = find_class(config, f"the UNet of {model}")
     with torch.device("meta"):
         return kind.from_config(config)

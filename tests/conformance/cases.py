@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers.callbacks import SDCFGCutoffCallback, SDXLCFGCutoffCallback
 
+import leansd
 from conformance.models import (
     SIDE,
     draw_mask,
@@ -102,6 +103,19 @@ def build_without_mid(scheduler: Any) -> Any:
     return make_pipeline("StableDiffusionPipeline", small_unet(mid_block_type=None), scheduler)
 
 
+def build_cut(scheduler: Any) -> Any:
+    """Cut to what a plain config says."""
+    unet, _ = leansd.operate(tiny_unet(), "bk-tiny")
+    return make_pipeline("StableDiffusionPipeline", unet, scheduler)
+
+
+def build_light(scheduler: Any) -> Any:
+    """Cut to what no plain config says: an attention less, unequal counts of layers."""
+    surgery = leansd.Surgery("odd").drop("up3.l1.attn", "dn2.down", "up0.up", "up0.l1")
+    unet, _ = leansd.operate(tiny_unet(), surgery)
+    return make_pipeline("StableDiffusionPipeline", unet, scheduler)
+
+
 def build_freeu(scheduler: Any) -> Any:
     pipe = build_sd(scheduler)
     pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.3, b2=1.4)
@@ -157,6 +171,8 @@ CASES = {
              {"prediction_type": "v_prediction"}),
         Case("xl", build_xl, (text(),), ("euler", "heun"), ALL_PLANS),
         Case("no-mid", build_without_mid, (text(),)),
+        Case("cut", build_cut, (text(),)),
+        Case("light", build_light, (text(),), plans=("full", "reuse", "residual", "parts")),
         Case("guidance-off", build_sd, (unguided(), text(guidance_scale=7.5)),
              plans=("full", "reuse", *GUIDANCE_PLANS)),
         Case("guidance-rescale", build_sd, (text(guidance_rescale=0.7),),

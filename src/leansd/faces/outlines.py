@@ -29,15 +29,18 @@ FORMATS = (".png", ".svg", ".pdf")
 
 def open_anatomy(model: str | Path, *, latent: int | None = None, tokens: int = TOKENS) -> Anatomy:
     """The anatomy of a built-in configuration or of any model that `leansd.load` opens."""
+    return dissect(open_outline(model), latent=latent, tokens=tokens, name=str(model))
+
+
+def open_outline(model: str | Path) -> UNet2DConditionModel:
+    """The UNet, on the meta device, of a built-in configuration, a model or a UNet's folder."""
     name = str(model)
     if name in BUILTIN:
-        unet = open_builtin(name)
-    elif name == EMBEDDED or "/" in name or Path(name).exists():
-        unet = load_outline(model)
-    else:
-        forms = FORMS.removeprefix("give ")
-        raise LeansdError(f"no model {name!r}: give {', '.join(BUILTIN)}, or {forms}")
-    return dissect(unet, latent=latent, tokens=tokens, name=name)
+        return open_builtin(name)
+    if name == EMBEDDED or "/" in name or Path(name).exists():
+        return load_outline(model)
+    forms = FORMS.removeprefix("give ")
+    raise LeansdError(f"no model {name!r}: give {', '.join(BUILTIN)}, or {forms}")
 
 
 def open_unet(model: str | Path, *, device: str | None = None) -> UNet2DConditionModel:

@@ -113,9 +113,7 @@ def draw_blueprint(sources: Mapping[str, Source], surgery: Surgery) -> Blueprint
         try:
             blueprint = apply_edit(edit, blueprint)
         except LeansdError as error:
-            raise LeansdError(
-                f"surgery {surgery.name}, edit {number} ({edit}): {error}"
-            ) from None
+            raise LeansdError(f"surgery {surgery.name}, edit {number} ({edit}): {error}") from None
     return blueprint
 
 
@@ -283,9 +281,7 @@ def _select_in(net: str, pattern: str, anatomy: Anatomy) -> tuple[str, ...]:
         raise LeansdError(f"net {net}: {error}") from None
 
 
-def _rename(
-    at: str, names: Mapping[str, str], *, barred: Iterable[str] = ()
-) -> str | None:
+def _rename(at: str, names: Mapping[str, str], *, barred: Iterable[str] = ()) -> str | None:
     """An address under its other name; None for one whose name means something else there."""
     for name, other in names.items():
         if covers(name, at):

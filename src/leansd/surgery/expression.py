@@ -97,7 +97,9 @@ class Block:
         """How many transformer blocks each layer has; None where that is of no account."""
         return Depths(
             self.at,
-            tuple(len(slot.attention.piece.blocks) if slot.attention else None for slot in self.slots)
+            tuple(
+                len(slot.attention.piece.blocks) if slot.attention else None for slot in self.slots
+            )
             if self.has_attention
             else (),
         )
@@ -146,9 +148,7 @@ def express(layout: Layout) -> Expression:
     else:
         config |= depths
     dropped = [at for block in (*down, mid, *reversed(up)) for at in block.dropped]
-    return Expression(
-        config, (*_list_missing_samplers(layout, levels), *dropped, *extra), replaced
-    )
+    return Expression(config, (*_list_missing_samplers(layout, levels), *dropped, *extra), replaced)
 
 
 def _check_families(layout: Layout) -> None:
@@ -216,9 +216,7 @@ def _fill_up(layout: Layout, level: int, count: int, channels: Sequence[int]) ->
 def _fill_mid(layout: Layout) -> Block:
     slots = tuple(_list_layers(layout, "mid"))
     if len(slots) > 2:
-        raise LeansdError(
-            f"mid has {len(slots)} ResNets, diffusers builds one or two; drop mid.l1"
-        )
+        raise LeansdError(f"mid has {len(slots)} ResNets, diffusers builds one or two; drop mid.l1")
     return Block("mid", slots, len(slots) == 2)
 
 

@@ -72,9 +72,7 @@ class Lineage(BaseModel):
         if net not in self.nets:
             raise LeansdError(f"no net {net!r} took part: there are {', '.join(self.nets)}")
         return tuple(
-            at
-            for at in self.units
-            if self.origins[at].net == net and at not in self.changed
+            at for at in self.units if self.origins[at].net == net and at not in self.changed
         )
 
     def trace(self, earlier: Mapping[str, Lineage]) -> Lineage:

@@ -51,7 +51,7 @@ def operate(nets: Nets, surgery: Surgery | str | Path) -> tuple[UNet2DConditionM
 
     What is given is never touched, and nothing is shared with it. The new UNet is a plain
     `UNet2DConditionModel` where its config can say what it is, else a `LightUNet2DConditionModel`;
-    dtype, device and training mode are those of the first net.
+    dtype, device and training mode are those of the first net, which may be on the meta device.
 
     Args:
         nets: a UNet, or UNets by name: the first is operated on, `take` names the others.
@@ -81,7 +81,8 @@ def operate(nets: Nets, surgery: Surgery | str | Path) -> tuple[UNet2DConditionM
         assign=True,
     )
     _replace_places(student, plan, base)
-    if any(tensor.is_meta for tensor in chain(student.parameters(), student.buffers())):
+    tensors = chain(student.parameters(), student.buffers())
+    if base.device.type != "meta" and any(tensor.is_meta for tensor in tensors):
         raise LeansdError("the new net has tensors that come from nowhere")
     return student.train(base.training), plan.lineage
 

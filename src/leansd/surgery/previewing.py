@@ -194,7 +194,8 @@ def _find_like(row: Row, before: Anatomy) -> Unit:
 
 def _compare(before: float, after: float, unit: str) -> str:
     change = 100 * (after / before - 1) if before else 0.0
-    return f"{before:.2f} {unit} -> {after:.2f} {unit} ({change:+.1f} %)"
+    digits = 2 if before >= 10 else 4
+    return f"{before:.{digits}f} {unit} -> {after:.{digits}f} {unit} ({change:+.1f} %)"
 
 
 def _list(items: list[str]) -> str:

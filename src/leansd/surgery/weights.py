@@ -85,9 +85,7 @@ def _find_prefix(name: str, prefixes: Mapping[str, object]) -> str:
     return ""
 
 
-def _explain(
-    at: str, donor: Donor, found: torch.Tensor | None, wanted: torch.Tensor
-) -> str:
+def _explain(at: str, donor: Donor, found: torch.Tensor | None, wanted: torch.Tensor) -> str:
     if found is None:
         has = f"no tensor {donor.name}"
     else:

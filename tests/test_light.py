@@ -1,0 +1,156 @@
+"""Operated UNets in use: pipelines, LoRA, inheritance, replacements."""
+
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig
+
+import leansd
+from leansd.anatomy import read_anatomy
+from leansd.anatomy.cost import make_inputs
+from leansd.errors import LeansdError
+from leansd.surgery.narrowing import count_kept
+from tiny import tiny_pipeline, tiny_unet
+
+ODD = (
+    leansd.Surgery("odd")
+    .drop("up3.l1.attn", "dn2.down", "up0.up", "up0.l1")
+    .replace("dn0.*.ff", by="narrow-ff", share=0.5)
+)
+
+
+def make_light() -> leansd.LightUNet2DConditionModel:
+    student, _ = leansd.operate(tiny_unet(), ODD)
+    assert isinstance(student, leansd.LightUNet2DConditionModel)
+    return student
+
+
+def draw(pipe: Any) -> torch.Tensor:
+    return pipe(
+        "a cat", num_inference_steps=3, generator=torch.manual_seed(0), output_type="latent"
+    ).images
+
+
+def run(unet: torch.nn.Module) -> torch.Tensor:
+    inputs = make_inputs(unet, size=(8, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return unet(**inputs).sample
+
+
+def test_what_is_not_there_does_nothing() -> None:
+    """A dropped attention is the network with that transformer's change taken away."""
+    unet = tiny_unet()
+    student, _ = leansd.operate(unet, leansd.Surgery().drop("up3.l1.attn", "mid.l0.attn"))
+    for block in (unet.up_blocks[3].attentions[1], unet.mid_block.attentions[0]):
+        block.forward = lambda hidden_states, **_: (hidden_states,)
+    assert torch.equal(run(student), run(unet))
+    missing = set(read_anatomy(unet).addresses) - set(read_anatomy(student).addresses)
+    assert missing == {"up3.l1.attn", "mid.l0.attn"}
+    assert student.config.structure["drop"] == ["mid.l0.attn", "up3.l1.attn"]
+
+
+def test_a_pipeline_with_it_is_saved_and_opened(tmp_path: Path) -> None:
+    pipe = tiny_pipeline(unet=make_light())
+    expected = draw(pipe)
+    pipe.save_pretrained(tmp_path)
+    code = (
+        "import sys, leansd; assert 'leansd.surgery.light' not in sys.modules; "
+        "from diffusers import StableDiffusionPipeline as P; import torch; "
+        f"pipe = P.from_pretrained({str(tmp_path)!r}); "
+        "assert type(pipe.unet) is leansd.LightUNet2DConditionModel; "
+        f"torch.save(pipe.unet.conv_out.weight, {str(tmp_path / 'w.pt')!r})"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    weight = torch.load(tmp_path / "w.pt", weights_only=True)
+    assert torch.equal(weight, pipe.unet.conv_out.weight)
+    for opened in (
+        StableDiffusionPipeline.from_pretrained(tmp_path),
+        StableDiffusionPipeline.from_pretrained(tmp_path, unet=pipe.unet),
+        leansd.load(tmp_path, device="cpu"),
+    ):
+        opened.set_progress_bar_config(disable=True)
+        assert torch.equal(draw(opened), expected)
+    assert torch.equal(run(leansd.load_unet(tmp_path, device="cpu")), run(pipe.unet))
+
+
+def test_copies_are_whole() -> None:
+    unet = make_light()
+    expected = run(unet)
+    assert torch.equal(run(copy.deepcopy(unet)), expected)
+    assert torch.equal(run(pickle.loads(pickle.dumps(unet))), expected)
+    again = leansd.LightUNet2DConditionModel.from_config(unet.config)
+    assert read_anatomy(again).fingerprint == read_anatomy(unet).fingerprint
+
+
+def test_lora_is_put_on_and_off() -> None:
+    unet = make_light()
+    expected = run(unet)
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "conv1"], init_lora_weights=False))
+    assert not torch.equal(run(unet), expected)
+    with pytest.raises(LeansdError, match="unload its LoRA"):
+        leansd.operate(unet, "asdm-1222")
+    unet.delete_adapters("default")
+    assert torch.equal(run(unet), expected)
+
+
+def test_it_trains() -> None:
+    unet = make_light().train()
+    unet.enable_gradient_checkpointing()
+    unet(**make_inputs(unet, size=(8, 8))).sample.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in unet.parameters())
+
+
+def test_operations_go_on_from_it() -> None:
+    unet = make_light()
+    again, lineage = leansd.operate({"light": unet}, leansd.Surgery("none"))
+    assert again.config.structure == unet.config.structure
+    assert torch.equal(run(again), run(unet))
+    assert lineage.frozen("light") == read_anatomy(unet).addresses
+    less, _ = leansd.operate({"light": unet}, leansd.Surgery().drop("dn0.l0", "up3.l1"))
+    assert less.config.structure["replace"] == [
+        {"at": "dn0.l0.attn.t0.ff", "by": "narrow-ff", "options": {"share": 0.5}}
+    ]
+    assembled, lineage = leansd.operate(
+        {"original": tiny_unet(seed=1), "light": unet}, leansd.Surgery().take("dn0", source="light")
+    )
+    path = "down_blocks.0.attentions.1.transformer_blocks.0.ff.net.2.weight"
+    assert torch.equal(assembled.get_parameter(path), unet.get_parameter(path))
+    assert assembled.config.structure["drop"] == []
+
+
+# -- narrow feed-forwards ----------------------------------------------------------------------
+
+
+def test_a_whole_share_is_the_feed_forward_itself() -> None:
+    unet = tiny_unet()
+    student, lineage = leansd.operate(
+        unet, leansd.Surgery().replace("*.ff", by="narrow-ff", share=1.0)
+    )
+    assert torch.equal(run(student), run(unet))
+    assert "dn0.l0.attn" in lineage.changed
+
+
+def test_the_largest_hidden_units_are_kept() -> None:
+    unet = tiny_unet()
+    net = unet.get_submodule("down_blocks.0.attentions.0.transformer_blocks.0.ff").net
+    hidden = net[2].in_features
+    silent = torch.randperm(hidden, generator=torch.Generator().manual_seed(0))[: hidden // 2]
+    with torch.no_grad():
+        net[0].proj.weight[silent] = 0
+        net[0].proj.weight[silent + hidden] = 0
+        net[0].proj.bias[silent] = 0
+        net[2].weight[:, silent] = 0
+    surgery = leansd.Surgery().replace("dn0.l0.attn.t0.ff", by="narrow-ff", share=0.5)
+    student, lineage = leansd.operate(unet, surgery)
+    narrow = student.get_submodule("down_blocks.0.attentions.0.transformer_blocks.0.ff").net
+    assert narrow[2].in_features == hidden // 2 == count_kept(hidden, 0.5)
+    assert torch.allclose(run(student), run(unet), atol=1e-5)
+    assert lineage.changed == ("dn0.l0.attn",)
+    assert "dn0.l0.attn" not in lineage.frozen("original")
