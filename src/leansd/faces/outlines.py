@@ -12,7 +12,15 @@ from diffusers import UNet2DConditionModel
 from leansd.anatomy.builtin import BUILTIN, open_builtin
 from leansd.anatomy.cost import TOKENS, dissect
 from leansd.errors import LeansdError
-from leansd.loading import EMBEDDED, FORMS, find_device, load, load_outline
+from leansd.loading import (
+    EMBEDDED,
+    FORMS,
+    find_device,
+    is_unet_folder,
+    load,
+    load_outline,
+    load_unet,
+)
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.liveness import compile_plan, predict_speedup
 from leansd.plans.plan import Plan
@@ -45,6 +53,8 @@ def open_outline(model: str | Path) -> UNet2DConditionModel:
 
 def open_unet(model: str | Path, *, device: str | None = None) -> UNet2DConditionModel:
     """The UNet of a model, to run; a built-in configuration has random weights."""
+    if is_unet_folder(model):
+        return load_unet(model, device=device)
     if str(model) not in BUILTIN:
         return load(model, device=device).unet
     where = find_device(device)
