@@ -1,4 +1,6 @@
-"""Write the tables of README.md and docs/surgery.md from the committed records; nothing in them is typed by hand.
+"""Write the tables of README.md and docs/surgery.md from the committed records.
+
+Nothing in them is typed by hand.
 
 python benchmarks/tables.py           rewrite the tables
 python benchmarks/tables.py --check   fail if they are not what the records say
@@ -109,6 +111,11 @@ def get(record: Record, name: str) -> object:
     return (record.model_extra or {})[name]
 
 
+def get_number(record: Record, name: str) -> float:
+    """A case's own field that is a number."""
+    return float(str(get(record, name)))
+
+
 def tabulate_bench() -> str:
     """For each contest of `leansd bench`: ours and the best rival at the same speed."""
     records = load_records(RESULTS / "bench.jsonl")
@@ -128,7 +135,7 @@ def tabulate_surgeries() -> str:
     for model, name in dict.fromkeys((each.subject, each.plan) for each in records):
         params, macs, units = (cells[model, name, each] for each in ("params", "macs", "units"))
         counts = (
-            f"{each.value / scale:.1f} {unit} ({each.value / float(str(get(each, 'before'))) - 1:+.1%})"
+            f"{each.value / scale:.1f} {unit} ({each.value / get_number(each, 'before') - 1:+.1%})"
             for each, scale, unit in ((params, 1e6, "M"), (macs, 1e9, "G"))
         )
         edits = f"`{get(params, 'edits')}`".replace(", ", "`, `")

@@ -71,7 +71,7 @@ def test_a_file_may_be_short(tmp_path: Path) -> None:
         ("edits: [{drop: mid}, {take: dn0, sorce: a}]", "edits.1.take.source: Field required"),
         ("edits: [{drop: mid, by: gri}]", "edits.0.drop.by: Extra inputs"),
         ("edits: [{tkae: dn0}]", "edits.0: an edit is a drop, a take or a replace"),
-        ("edits: [{drop: []}]", "edits.0.drop.drop: Tuple should have at least 1"),
+        ("edits: [{drop: []}]", "edits.0.drop.drop: Value should have at least 1"),
         ("edits: 3", "edits: Input should be a valid"),
         ("name: a\nedit: []", "edit: Extra inputs"),
         ("[1, 2]", "no name and edits"),

@@ -7,7 +7,8 @@ then numbers them anew and checks what fits together.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import singledispatch
 from typing import Any, NamedTuple
@@ -110,11 +111,18 @@ def draw_blueprint(sources: Mapping[str, Source], surgery: Surgery) -> Blueprint
     base = next(iter(sources))
     blueprint = Blueprint(list_pieces(base, sources[base]), sources)
     for number, edit in enumerate(surgery.edits, 1):
-        try:
+        with _naming(f"surgery {surgery.name}, edit {number} ({edit})"):
             blueprint = apply_edit(edit, blueprint)
-        except LeansdError as error:
-            raise LeansdError(f"surgery {surgery.name}, edit {number} ({edit}): {error}") from None
     return blueprint
+
+
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Put what was being done before the message of an error."""
+    try:
+        yield
+    except LeansdError as error:
+        raise LeansdError(f"{what}: {error}") from None
 
 
 @singledispatch
@@ -275,10 +283,8 @@ def _check_layers(blueprint: Blueprint, gone: set[str]) -> None:
 
 def _select_in(net: str, pattern: str, anatomy: Anatomy) -> tuple[str, ...]:
     """The units of another net under a pattern."""
-    try:
+    with _naming(f"net {net}"):
         return select(pattern, anatomy.addresses)
-    except LeansdError as error:
-        raise LeansdError(f"net {net}: {error}") from None
 
 
 def _rename(at: str, names: Mapping[str, str], *, barred: Iterable[str] = ()) -> str | None:

@@ -83,26 +83,21 @@ class Block:
     @property
     def dropped(self) -> Iterator[str]:
         """Layers and attentions that are too many."""
+        # The middle block has attention between its ResNets only.
+        attended = len(self.slots) - (self.at == "mid") if self.has_attention else 0
         for number, slot in enumerate(self.slots):
             layer = f"{self.at}.l{number}"
             if slot.resnet is None:
                 yield layer
-            elif self.has_attention and slot.attention is None:
-                # The middle block has attention between its ResNets only.
-                if self.at != "mid" or number < len(self.slots) - 1:
-                    yield f"{layer}.attn"
+            elif slot.attention is None and number < attended:
+                yield f"{layer}.attn"
 
     @property
     def depths(self) -> Depths:
         """How many transformer blocks each layer has; None where that is of no account."""
-        return Depths(
-            self.at,
-            tuple(
-                len(slot.attention.piece.blocks) if slot.attention else None for slot in self.slots
-            )
-            if self.has_attention
-            else (),
-        )
+        slots = self.slots if self.has_attention else ()
+        rows = (slot.attention for slot in slots)
+        return Depths(self.at, tuple(len(row.piece.blocks) if row else None for row in rows))
 
 
 def express(layout: Layout) -> Expression:

@@ -150,7 +150,7 @@ def _shorten(gone: set[str], anatomy: Anatomy) -> tuple[str, ...]:
         for depth in range(1, len(parts) + 1):
             whole = SEPARATOR.join(parts[:depth])
             under = [each for each in anatomy.addresses if f"{each}.".startswith(f"{whole}.")]
-            if at == whole or gone.issuperset(under) and under:
+            if at == whole or (gone.issuperset(under) and under):
                 short[whole] = None
                 break
     return tuple(short)

@@ -59,8 +59,8 @@ def operate_on_unet(
     chosen = find_surgery(surgery)
     hush_libraries()
 
-    from leansd.faces.outlines import open_outline
     from leansd.faces.operations import list_nets, operate_into
+    from leansd.faces.outlines import open_outline
     from leansd.measuring.files import check_folder
     from leansd.surgery.previewing import preview
 
