@@ -121,6 +121,7 @@ def cut_unet(
                 bar, description=text, completed=round(100 * share)
             ),
         )
+    out.parent.mkdir(parents=True, exist_ok=True)
     found.surgery.save(out)
     write_page(
         page,
