@@ -7,10 +7,11 @@ the whole front: for every saving the least error, so one solution serves all bu
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
@@ -31,15 +32,20 @@ Front: TypeAlias = tuple[Choice, ...]
 NOTHING = Choice(0, 0.0, ())
 
 
-class Node(Protocol):
+class Node(ABC):
     """A part of the problem; one that is in several places is solved once."""
 
-    @property
-    def front(self) -> Front: ...
+    @cached_property
+    def front(self) -> Front:
+        """The best choices that there are in it."""
+        return self._solve()
+
+    @abstractmethod
+    def _solve(self) -> Front: ...
 
 
 @dataclass(frozen=True)
-class Item:
+class Item(Node):
     """What can be taken or left."""
 
     name: str
@@ -47,31 +53,28 @@ class Item:
     """Not negative."""
     ticks: int
 
-    @cached_property
-    def front(self) -> Front:
+    def _solve(self) -> Front:
         taken = Choice(self.ticks, self.error, (self.name,))
         return (NOTHING, taken) if self.ticks > 0 else (NOTHING,)
 
 
 @dataclass(frozen=True)
-class Every:
+class Every(Node):
     """Parts that do not touch one another; each is decided for itself."""
 
     parts: Sequence[Node]
 
-    @cached_property
-    def front(self) -> Front:
+    def _solve(self) -> Front:
         return reduce(_combine, (part.front for part in self.parts), (NOTHING,))
 
 
 @dataclass(frozen=True)
-class Either:
+class Either(Node):
     """Ways of which only one can be gone."""
 
     ways: Sequence[Node]
 
-    @cached_property
-    def front(self) -> Front:
+    def _solve(self) -> Front:
         choices = [choice for way in self.ways for choice in way.front]
         ticks, errors = _list_numbers(choices)
         return tuple(choices[place] for place in _list_best(ticks, errors))

@@ -69,8 +69,8 @@ def keep_calls(
         if tick is not None and tick.index in _spread(count, moments):
             noise = output[0].detach()
             scale = float(pipe.guidance_scale) if is_guided(pipe, len(noise)) else None
-            given = map_rows((args, kwargs), len(noise), lambda tensor: tensor.detach().clone())
-            kept.append(KeptCall(tick.index, *given, scale, guide(noise, scale)))
+            taken, named = map_rows((args, kwargs), len(noise), lambda each: each.detach().clone())
+            kept.append(KeptCall(tick.index, taken, named, scale, guide(noise, scale)))
         return output
 
     with Weave({"unet": pipe.unet}, around):
