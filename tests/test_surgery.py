@@ -315,7 +315,7 @@ REFUSED = {
     "skips": (("dn0.l1",), "unbalanced skips", "up3.l2.res", "1 more on the way up"),
     "skips up": (("up3.l1",), "unbalanced skips", "dn0.l1.attn", "1 more on the way down"),
     "channels": (("dn1.l0", "up2.l1"), "dn1.l1.res takes 640 channels and would get 320 from"),
-    "skip channels": (("dn1.l1", "up2.l2"), "up3.l0.res", "320"),
+    "skip channels": (("dn1.l1", "up2.l2"), "up2.l1.res takes 640 channels by its skip", "320"),
     "address": (("dn0.l5",), "matches nothing", "did you mean dn0.l1"),
     "twice": (("mid", "mid"), "'mid' matches nothing"),
     "stem": (("stem",), "stem cannot be dropped"),
@@ -352,7 +352,7 @@ def test_take_and_replace_are_refused_with_the_address() -> None:
         (make.take("dn0", source="light"), "no net 'light' is given"),
         (make.take("dn7", source="xl"), "net xl: address 'dn7' matches nothing"),
         (make.take("dn0", source="xl"), "net xl is built with addition_"),
-        (make.take("dn0", source="wide"), "dn1.l0.res takes 32 channels and would get 64"),
+        (make.take("dn0", source="wide"), "dn0.l0.res takes 64 channels and would get 32"),
         (make.take("dn0", source="heads"), "attention_head_dim"),
         (make.take("dn0", source="other", places={"dn1": "dn0"}), "dn1 is said to be called dn0"),
         (make.take("dn0", source="other", places={"dn0": "up3"}), "dn0 cannot come to up3"),
@@ -395,7 +395,7 @@ def test_weights_that_are_not_the_configs_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())
     for change, at in (
-        ({"layers_per_block": 2}, "dn0.l1.res"),
+        ({"layers_per_block": 2}, "dn0.l1"),
         ({"mid_block_type": None}, "mid"),
         ({"norm_num_groups": 8, "cross_attention_dim": 16}, "dn0.l0.attn"),
     ):

@@ -57,6 +57,9 @@ def open_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
     unet = kind.from_pretrained(
         folder, use_safetensors=True, local_files_only=True, torch_dtype=dtype
     )
+    for parameter in unet.parameters():
+        # Mapped from the file they lie unaligned, and kernels then round otherwise.
+        parameter.data = parameter.data.clone()
     return unet.eval()
 
 

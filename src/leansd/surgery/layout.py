@@ -213,9 +213,12 @@ def _check_channels(piece: Piece, reads: tuple[Row, ...]) -> None:
     takes = piece.unit.channels[0] - piece.skip
     gets = reads[0].unit.channels[1]
     if takes != gets:
+        before = reads[0].piece
+        remedy = "keep the layer between them that changes their number"
+        if before.origin.net != piece.origin.net:
+            remedy = f"take {get_block(before.at)} of net {piece.origin.net}, too"
         raise LeansdError(
-            f"{piece.at} takes {takes} channels and would get {gets} from "
-            f"{reads[0].piece.at}; keep the layer between them that changes their number"
+            f"{piece.at} takes {takes} channels and would get {gets} from {before.at}; {remedy}"
         )
     if piece.skip and piece.skip != reads[1].unit.channels[1]:
         raise LeansdError(
