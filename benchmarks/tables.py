@@ -184,7 +184,33 @@ def tabulate_surgeries() -> str:
     return "\n".join([*lines, ""])
 
 
+def tabulate_cuts() -> str:
+    """What cuts of equal cost leave of a UNet's output: the preset's, and ours at its cost."""
+    records = load_records(RESULTS / "cuts.jsonl")
+    cells = {(each.plan, each.metric): each.value for each in records}
+    first = records[0]
+    ways = {"preset": "{}", "by addition": "knapsack at {}", "by trial": "cut at {}"}
+    heads = [f"{way}: {what}" for way in ways for what in ("error", "PSNR")]
+    lines = ["| at the MACs of | left | " + " | ".join(heads) + " |", "|---" * 8 + "|"]
+    for name in dict.fromkeys(str(get(each, "at_cost_of")) for each in records):
+        if name == "full":
+            continue
+        numbers = [
+            f"{cells[way.format(name), 'output_error']:.4f} | "
+            f"{cells[way.format(name), 'psnr']:.1f} dB"
+            for way in ways.values()
+        ]
+        left = cells[name, "macs"] / cells["full", "macs"]
+        lines.append(f"| {name} | {left:.1%} | " + " | ".join(numbers) + " |")
+    setting = (
+        f"{first.subject}, {get(first, 'pictures')} held-out pictures, {get(first, 'steps')} steps, "
+        f"guidance {get(first, 'guidance'):g}; chosen on {get(first, 'calibration')} others:\n"
+    )
+    return "\n".join([setting, *lines, ""])
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "cuts": tabulate_cuts,
     "presets": tabulate_presets,
     "bench": tabulate_bench,
     "gpu": tabulate_gpu,

@@ -28,11 +28,12 @@ if TYPE_CHECKING:
     from leansd.surgery.lineage import Lineage
     from leansd.surgery.operating import operate
     from leansd.surgery.previewing import preview
-    from leansd.tuning import Front, tune
+    from leansd.tuning import Cut, Front, cut, tune
 
 # Where each public name lives; it is imported when it is first asked for, so that
 # `import leansd` costs nothing and plans never pull in torch.
 _HOMES = {
+    "Cut": "leansd.tuning",
     "Front": "leansd.tuning",
     "Anatomy": "leansd.plans",
     "CostModel": "leansd.measuring.cost",
@@ -42,6 +43,7 @@ _HOMES = {
     "Report": "leansd.runtime",
     "Surgery": "leansd.surgery.edits",
     "count_macs": "leansd.anatomy",
+    "cut": "leansd.tuning",
     "dissect": "leansd.anatomy",
     "evaluate": "leansd.measuring.evaluation",
     "export": "leansd.exporting",
@@ -61,6 +63,7 @@ _HOMES = {
 __all__ = [
     "Anatomy",
     "CostModel",
+    "Cut",
     "Front",
     "LeansdError",
     "LightUNet2DConditionModel",
@@ -70,6 +73,7 @@ __all__ = [
     "Surgery",
     "__version__",
     "count_macs",
+    "cut",
     "dissect",
     "evaluate",
     "export",

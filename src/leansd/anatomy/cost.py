@@ -70,7 +70,7 @@ def count_macs(
     tokens: int = TOKENS,
 ) -> Ledger:
     """Run the UNet's shapes on the meta device and count every matrix product and convolution."""
-    size = _pick_size(unet, latent)
+    size = pick_size(unet, latent)
     skeleton = copy_skeleton(unet)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         skeleton(**make_inputs(unet, size=size, tokens=tokens, device="meta"))
@@ -124,6 +124,15 @@ def make_inputs(
     return inputs
 
 
+def pick_size(unet: UNet2DConditionModel, latent: int | tuple[int, int] | None) -> tuple[int, int]:
+    """Latent (height, width): what was asked for, or the UNet's own."""
+    chosen = latent if latent is not None else unet.config.sample_size or 64
+    if isinstance(chosen, int):
+        return chosen, chosen
+    height, width = chosen
+    return height, width
+
+
 def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
     meta = tensor.detach().to("meta")
     if isinstance(tensor, torch.nn.Parameter):
@@ -133,11 +142,3 @@ def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
 
 def _get_text_width(width: int | tuple[int, ...]) -> int:
     return width if isinstance(width, int) else width[0]
-
-
-def _pick_size(unet: UNet2DConditionModel, latent: int | tuple[int, int] | None) -> tuple[int, int]:
-    chosen = latent if latent is not None else unet.config.sample_size or 64
-    if isinstance(chosen, int):
-        return chosen, chosen
-    height, width = chosen
-    return height, width

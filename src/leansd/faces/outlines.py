@@ -1,4 +1,4 @@
-"""Anatomies and plans by name, from configurations alone: no weight is read."""
+"""Anatomies, UNets and plans by name; but for UNets that run, no weight is read."""
 
 from __future__ import annotations
 
@@ -6,12 +6,21 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from diffusers import UNet2DConditionModel
 
 from leansd.anatomy.builtin import BUILTIN, open_builtin
 from leansd.anatomy.cost import TOKENS, dissect
 from leansd.errors import LeansdError
-from leansd.loading import EMBEDDED, FORMS, load_outline
+from leansd.loading import (
+    EMBEDDED,
+    FORMS,
+    find_device,
+    is_unet_folder,
+    load,
+    load_outline,
+    load_unet,
+)
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.liveness import compile_plan, predict_speedup
 from leansd.plans.plan import Plan
@@ -40,6 +49,17 @@ def open_outline(model: str | Path) -> UNet2DConditionModel:
         return load_outline(model)
     forms = FORMS.removeprefix("give ")
     raise LeansdError(f"no model {name!r}: give {', '.join(BUILTIN)}, or {forms}")
+
+
+def open_unet(model: str | Path, *, device: str | None = None) -> UNet2DConditionModel:
+    """The UNet of a model, to run; a built-in configuration has random weights."""
+    if is_unet_folder(model):
+        return load_unet(model, device=device)
+    if str(model) not in BUILTIN:
+        return load(model, device=device).unet
+    where = find_device(device)
+    unet = UNet2DConditionModel(**BUILTIN[str(model)]).eval()
+    return unet.to(where, torch.float16 if where.type == "cuda" else torch.float32)
 
 
 def choose_plan(

@@ -94,7 +94,7 @@ def draft(nets: Nets, surgery: Surgery | str | Path) -> Draft:
     """
     surgery = find_surgery(surgery)
     named: Mapping[str, UNet2DConditionModel] = nets if isinstance(nets, Mapping) else {BASE: nets}
-    sources = {name: _describe(name, net) for name, net in named.items()}
+    sources = {name: describe_net(name, net) for name, net in named.items()}
     layout = lay_out_surgery(sources, surgery)
     expression = express(layout)
     lineage = make_lineage(layout, surgery.name, surgery.fingerprint)
@@ -117,7 +117,7 @@ def lay_out_surgery(sources: Mapping[str, Source], surgery: Surgery) -> Layout:
         raise LeansdError(f"surgery {surgery.name}: {error}") from None
 
 
-def _describe(name: str, net: UNet2DConditionModel) -> Source:
+def describe_net(name: str, net: UNet2DConditionModel) -> Source:
     """A net as data."""
     anatomy = read_anatomy(net, name=name)
     config: dict[str, Any] = {k: v for k, v in net.config.items() if not k.startswith("_")}

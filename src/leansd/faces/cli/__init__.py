@@ -22,6 +22,7 @@ COMMANDS = {
     "anatomy": "Show a UNet as a tree of units with parameters and multiply-accumulates.",
     "profile": "Measure what every unit and stage costs here; predict what plans gain.",
     "tune": "Find the plans that lose least at every speed, for one model, sampler and machine.",
+    "cut": "Choose what to take out of a UNet for a budget of its cost.",
     "plan": "Show, draw or save a plan.",
     "operate": "Cut a UNet, or assemble one from several; write it, or only say what is left.",
     "evaluate": "Measure plans against the full and the converged run, and the quality of sets.",

@@ -1,5 +1,6 @@
 """`leansd anatomy`: where a UNet keeps its weights and spends its time."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -7,7 +8,7 @@ import typer
 app = typer.Typer(add_completion=False)
 
 
-@app.command(epilog="Example: leansd anatomy sd15 --latent 64")
+@app.command(epilog="Example: leansd anatomy sd15 --time --out anatomy")
 def show_anatomy(
     model: Annotated[
         str,
@@ -20,19 +21,82 @@ def show_anatomy(
         int | None, typer.Option(min=1, help="Side of the latents; the model's own by default.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Text tokens.")] = 77,
+    time: Annotated[
+        bool, typer.Option("--time", help="Measure the latency of every unit here.")
+    ] = False,
+    batch: Annotated[
+        int, typer.Option(min=1, help="With --time: samples a call; 2 is a guided picture.")
+    ] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="With --time: timed calls.")] = 3,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the records, two figures and a page.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="With --time: cpu, cuda; the GPU by default.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="End with one line of JSON holding every row.")
     ] = False,
 ) -> None:
-    """Show a UNet as a tree of blocks, layers and units, with parameters and MACs."""
+    """Show a UNet as a tree of blocks, layers and units, with parameters and MACs.
+
+    With --time every unit is timed in full calls on random inputs; a bare shape gets random
+    weights. With --out: parameters and computation by block, latency and parameters by unit.
+    """
     from dataclasses import asdict
 
-    from leansd.faces.cli.terminal import hush_libraries, show_json, show_text
-    from leansd.faces.outlines import open_anatomy
+    from leansd.faces.cli.terminal import (
+        hush_libraries,
+        note,
+        open_progress,
+        show_json,
+        show_table,
+        show_text,
+    )
+    from leansd.faces.outlines import open_anatomy, open_unet
+    from leansd.faces.redundancy import list_records, read_spent, tabulate_spent
+    from leansd.faces.report.redundancy import headline, write_redundancy
+    from leansd.loading import find_device
+    from leansd.measuring.files import check_folder
+    from leansd.measuring.records import stamp, write_records
+    from leansd.measuring.units import time_units
 
+    if out is not None:
+        check_folder(out)
+    where = find_device(device)
     hush_libraries()
     anatomy = open_anatomy(model, latent=latent, tokens=tokens)
     show_text(str(anatomy))
+
+    times = None
+    if time:
+        note(f"opening {model} on {where}")
+        unet = open_unet(model, device=device)
+        with open_progress() as progress:
+            bar = progress.add_task("warming up", total=repeats + 1)
+
+            def follow(seconds: float) -> None:
+                if progress.tasks[bar].completed == 0:
+                    expected = f"{seconds:.1f} s a call, about {seconds * repeats:.0f} s to go"
+                    progress.console.print(expected)
+                progress.update(bar, advance=1, description="timing")
+
+            times = time_units(
+                unet, batch=batch, latent=latent, tokens=tokens, repeats=repeats, on_call=follow
+            )
+    circumstances = stamp(where if time else "meta")
+    records = list_records(anatomy, times, circumstances)
+    (spent,) = read_spent(records)
+    if times is not None:
+        show_table(tabulate_spent(spent))
+    files: list[Path] = []
+    if out is not None:
+        files = [
+            write_records(out / "records.jsonl", records),
+            *write_redundancy(out, spent, circumstances),
+        ]
+        show_text(headline(spent))
+        show_text("wrote " + ", ".join(map(str, files)))
     if as_json:
         show_json(
             {
@@ -46,5 +110,9 @@ def show_anatomy(
                 "tokens": anatomy.tokens,
                 "fingerprint": anatomy.fingerprint,
                 "rows": [asdict(unit) for unit in anatomy],
+                "batch": times.batch if times is not None else None,
+                "call_time": times.call.median if times is not None else None,
+                "unit_times": times.medians if times is not None else None,
+                "files": [str(path) for path in files],
             }
         )

@@ -55,22 +55,22 @@ def draw_bars(bars: Sequence[Bar], *, names: Sequence[str], alt: str) -> Drawing
     line = thick * len(names) + 3.4
     width, height = 520, top + len(bars) * line + 4
     scale = (width - left - right) / max(max(bar.shares) for bar in bars)
-    parts = [_open(width, height)]
+    parts = [open_svg(width, height)]
     for place, (name, colour) in enumerate(zip(names, colours, strict=False)):
         x = left + place * 120
         parts.append(f'<rect x="{x}" y="2" width="9" height="9" fill="{colour}"/>')
-        parts.append(_text(x + 13, 10, name, anchor="start", size=9.5))
+        parts.append(place_text(x + 13, 10, name, anchor="start", size=9.5))
     for row, bar in enumerate(bars):
         y = top + row * line
         middle = y + thick * len(names) / 2 + 3
-        parts.append(_text(left - 6, middle, bar.name, anchor="end", size=8.5))
+        parts.append(place_text(left - 6, middle, bar.name, anchor="end", size=8.5))
         for place, (share, colour) in enumerate(zip(bar.shares, colours, strict=False)):
             parts.append(
                 f'<rect x="{left}" y="{y + place * thick:.1f}" width="{share * scale:.1f}" '
                 f'height="{thick - 0.4:.1f}" fill="{colour}"/>'
             )
         end = left + max(bar.shares) * scale + 5
-        parts.append(_text(end, middle, bar.remark, anchor="start", size=8.5))
+        parts.append(place_text(end, middle, bar.remark, anchor="start", size=8.5))
     return Drawing("".join(parts) + "</svg>", alt)
 
 
@@ -80,12 +80,12 @@ def draw_plan(plan: Plan, anatomy: Anatomy, caption: str = "") -> Drawing:
     left, top, line = 46, 4, 6.4
     cell = 360 / plan.steps
     width, height = left + 362, top + len(states) * line + 34
-    parts = [_open(width, height)]
+    parts = [open_svg(width, height)]
     blocks = [(block, len(list(rows))) for block, rows in groupby(states, key=get_block)]
     row = 0
     for block, count in blocks:
         middle = top + (row + count / 2) * line
-        parts.append(_text(left - 6, middle + 3, block, anchor="end", size=8.5))
+        parts.append(place_text(left - 6, middle + 3, block, anchor="end", size=8.5))
         row += count
     for index, marks in enumerate(states.values()):
         y, x = top + index * line, 0
@@ -98,7 +98,7 @@ def draw_plan(plan: Plan, anatomy: Anatomy, caption: str = "") -> Drawing:
             x += length
     base = top + len(states) * line
     parts += [
-        _text(left + (step + 0.5) * cell, base + 11, str(step), size=8.5)
+        place_text(left + (step + 0.5) * cell, base + 11, str(step), size=8.5)
         for step in range(0, plan.steps, max(1, 5 * round(plan.steps / 30)))
     ]
     used = [state for state in STATES if any(state in marks for marks in states.values())]
@@ -107,7 +107,7 @@ def draw_plan(plan: Plan, anatomy: Anatomy, caption: str = "") -> Drawing:
         parts.append(
             f'<rect x="{x:.0f}" y="{base + 19:.1f}" width="9" height="9" fill="var(--{state})"/>'
         )
-        parts.append(_text(x + 13, base + 27, STATES[state], anchor="start", size=9.5))
+        parts.append(place_text(x + 13, base + 27, STATES[state], anchor="start", size=9.5))
         x += 26 + 5.4 * len(STATES[state])
     alt = (
         f"Plan {plan.name}: {len(plan.keys)} of {plan.steps} steps run the whole UNet, "
@@ -125,10 +125,10 @@ def draw_heat(rows: Mapping[str, Mapping[int, float]], *, caption: str) -> Drawi
     line = 6.4 if len(rows) > 12 else 12.0
     cell = 360 / steps
     width, height = left + 362, top + len(rows) * line + 30
-    parts = [_open(width, height)]
+    parts = [open_svg(width, height)]
     for index, (name, row) in enumerate(rows.items()):
         y = top + index * line
-        parts.append(_text(left - 6, y + line - 1, name, anchor="end", size=min(8.5, line)))
+        parts.append(place_text(left - 6, y + line - 1, name, anchor="end", size=min(8.5, line)))
         for step, value in row.items():
             share = math.log(value / low) / math.log(high / low) if 0 < low < high and value else 0
             parts.append(
@@ -137,11 +137,11 @@ def draw_heat(rows: Mapping[str, Mapping[int, float]], *, caption: str) -> Drawi
             )
     base = top + len(rows) * line
     parts += [
-        _text(left + (step + 0.5) * cell, base + 11, str(step), size=8.5)
+        place_text(left + (step + 0.5) * cell, base + 11, str(step), size=8.5)
         for step in range(0, steps, max(1, 5 * round(steps / 30)))
     ]
     scale = f"{low:.2g} (light) to {high:.2g} (dark)"
-    parts.append(_text(left, base + 25, scale, anchor="start", size=9.5))
+    parts.append(place_text(left, base + 25, scale, anchor="start", size=9.5))
     highest = max(rows, key=lambda name: max(rows[name].values(), default=0.0), default="")
     alt = f"{caption}: from {low:.2g} to {high:.2g}, most at {highest}."
     return Drawing("".join(parts) + "</svg>", alt, caption)
@@ -160,21 +160,18 @@ def plot_tradeoff(points: Sequence[Point], *, x_name: str, y_name: str, alt: str
         share = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
         return height - bottom - share * (height - top - bottom)
 
-    parts = [_open(width, height)]
+    parts = [open_svg(width, height)]
     for tick in x_ticks:
         x = place_x(tick)
         parts.append(_rule(x, top, x, height - bottom))
-        parts.append(_text(x, height - bottom + 17, f"{tick:g}x"))
+        parts.append(place_text(x, height - bottom + 17, f"{tick:g}x"))
     for tick in y_ticks:
         y = place_y(tick)
         parts.append(_rule(left, y, width - right, y))
-        parts.append(_text(left - 8, y + 4, f"{tick:g}", anchor="end"))
-    parts.append(_text((left + width - right) / 2, height - 6, x_name))
+        parts.append(place_text(left - 8, y + 4, f"{tick:g}", anchor="end"))
+    parts.append(place_text((left + width - right) / 2, height - 6, x_name))
     middle = (top + height - bottom) / 2
-    parts.append(
-        f'<text x="12" y="{middle:.0f}" text-anchor="middle" font-size="12.5" fill="var(--soft)" '
-        f'transform="rotate(-90 12 {middle:.0f})">{escape(y_name)}</text>'
-    )
+    parts.append(_turn(12, middle, y_name))
     taken: list[tuple[float, float]] = []
     for point in points:
         x, y = place_x(point.x), place_y(point.y)
@@ -193,7 +190,7 @@ def plot_tradeoff(points: Sequence[Point], *, x_name: str, y_name: str, alt: str
             label += 15 if label > y else 31
         taken.append((x, label))
         parts.append(
-            _text(
+            place_text(
                 x + (-11 if leans_left else 11),
                 label,
                 point.name,
@@ -203,6 +200,54 @@ def plot_tradeoff(points: Sequence[Point], *, x_name: str, y_name: str, alt: str
             )
         )
     return Drawing("".join(parts) + "</svg>", alt)
+
+
+def plot_curve(
+    curve: Sequence[tuple[float, float]],
+    points: Mapping[str, tuple[float, float]],
+    *,
+    x_name: str,
+    y_name: str,
+    alt: str,
+) -> Drawing:
+    """A line through (x, y), and named points beside it."""
+    width, height, left, right, top, bottom = 520, 300, 56, 20, 16, 46
+    every = [*curve, *points.values()]
+    x_ticks = _ticks(min(x for x, _ in every), max(x for x, _ in every))
+    y_ticks = _ticks(min(0.0, *(y for _, y in every)), max(y for _, y in every))
+
+    def place(point: tuple[float, float]) -> tuple[float, float]:
+        across = (point[0] - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+        up = (point[1] - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        return left + across * (width - left - right), height - bottom - up * (
+            height - top - bottom
+        )
+
+    parts = [open_svg(width, height)]
+    for tick in x_ticks:
+        x, y = place((tick, y_ticks[0]))
+        parts += [_rule(x, top, x, y), place_text(x, y + 17, f"{tick:g}")]
+    for tick in y_ticks:
+        x, y = place((x_ticks[0], tick))
+        parts.append(_rule(x, y, width - right, y))
+        parts.append(place_text(x - 8, y + 4, f"{tick:g}", anchor="end"))
+    parts.append(place_text((left + width - right) / 2, height - 6, x_name))
+    parts.append(_turn(12, (top + height - bottom) / 2, y_name))
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, curve))
+    parts.append(f'<polyline points="{line}" fill="none" stroke="var(--soft)" stroke-width="1.6"/>')
+    for name, point in points.items():
+        x, y = place(point)
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="var(--mark)"/>')
+        parts.append(place_text(x + 11, y - 9, name, anchor="start", size=13, fill="var(--ink)"))
+    return Drawing("".join(parts) + "</svg>", alt)
+
+
+def _turn(x: float, y: float, text: str) -> str:
+    """Text that runs upwards."""
+    return (
+        f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="middle" font-size="12.5" fill="var(--soft)" '
+        f'transform="rotate(-90 {x:.0f} {y:.0f})">{escape(text)}</text>'
+    )
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -216,14 +261,14 @@ def _ticks(low: float, high: float) -> list[float]:
     return [round(step * count, 10) for count in range(first, last + 1)]
 
 
-def _open(width: float, height: float) -> str:
+def open_svg(width: float, height: float) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
         'font-family="inherit" aria-hidden="true">'
     )
 
 
-def _text(
+def place_text(
     x: float,
     y: float,
     text: str,

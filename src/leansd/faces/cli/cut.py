@@ -1,0 +1,164 @@
+"""`leansd cut`: choose what to take out of a UNet for a budget of its cost."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(epilog="Example: leansd cut emoji --budget 0.75 --of macs -o light.yaml")
+def cut_unet(
+    model: Annotated[
+        str,
+        typer.Argument(help="emoji (embedded), a model folder, a .safetensors file or a hub id."),
+    ] = "emoji",
+    budget: Annotated[
+        float, typer.Option(help="Share of the UNet's cost that may be left, as in 0.8.")
+    ] = 0.8,
+    of: Annotated[
+        str, typer.Option(help="What costs: ms (of a call here), macs or params.")
+    ] = "ms",
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="File of the surgery; the report lies beside it.")
+    ] = Path("surgery.yaml"),
+    cost: Annotated[
+        Path | None,
+        typer.Option(help="Records of leansd profile, for ms; measured here by default."),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file, a prompt a line; some simple ones by default.")
+    ] = None,
+    count: Annotated[
+        int, typer.Option(min=1, help="Pictures that errors are measured on, prompts in turns.")
+    ] = 8,
+    steps: Annotated[int, typer.Option(min=2, help="Sampler steps of their runs.")] = 30,
+    moments: Annotated[
+        int, typer.Option(min=1, help="Time steps of each run that count, evenly spread.")
+    ] = 6,
+    sampler: Annotated[
+        str | None,
+        typer.Option(help="ddim, dpm++2m, euler ...; the model's own by default."),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Guidance scale; 4 for emoji, the pipeline's own for other models."),
+    ] = None,
+    tries: Annotated[
+        int, typer.Option(min=0, help="Cuts near the first answer that are measured.")
+    ] = 24,
+    seed: Annotated[int, typer.Option(min=0, help="Picture i has seed SEED + i.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 8,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda; the GPU where there is one by default.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
+) -> None:
+    """Measure what every removal does to the UNet's output, and choose the best cut.
+
+    What goes is a surgery: leansd operate builds the lighter UNet from it, to be trained.
+    """
+    from textwrap import fill
+    from typing import Any
+
+    from leansd.anatomy import dissect
+    from leansd.faces.cli.terminal import (
+        hush_libraries,
+        note,
+        open_progress,
+        show_json,
+        show_table,
+        show_text,
+    )
+    from leansd.faces.contests import find_guidance
+    from leansd.faces.prompts import read_prompts
+    from leansd.faces.report import write_page
+    from leansd.faces.report.cutting import describe, make_sections
+    from leansd.loading import find_device, load, locate
+    from leansd.measuring.cost import CostModel
+    from leansd.measuring.files import check_file
+    from leansd.measuring.records import load_records, stamp
+    from leansd.runtime.samplers import check_sampler, set_sampler
+    from leansd.surgery.previewing import preview
+    from leansd.tuning.cutting import CALLS, check_budget, cut
+
+    # Everything that can be wrong is found before a weight is read.
+    page = check_file(out.with_suffix(".html"))
+    check_file(out)
+    check_budget(budget, of)
+    find_device(device)
+    if sampler is not None:
+        check_sampler(sampler)
+    locate(model)
+    texts = read_prompts(prompts) if prompts is not None else list(CALLS)
+    profile = CostModel.from_records(load_records(cost)) if cost is not None else None
+    hush_libraries()
+
+    pipe: Any = load(model, device=device)
+    if sampler is not None:
+        set_sampler(pipe, sampler)
+    pipe.set_progress_bar_config(disable=True)
+    scale = find_guidance(pipe, model) if guidance is None else guidance
+    calls = [texts[place % len(texts)] for place in range(count)]
+    note(f"cutting on {len(calls)} pictures on {pipe.device}")
+    with open_progress() as progress:
+        bar = progress.add_task("", total=100)
+        found = cut(
+            pipe,
+            calls,
+            budget=budget,
+            of=of,  # type: ignore[arg-type]
+            cost=profile,
+            steps=steps,
+            moments=moments,
+            settings={"guidance_scale": scale},
+            seed=seed,
+            batch=batch,
+            tries=tries,
+            name=out.stem,
+            tell=lambda text, share: progress.update(
+                bar, description=text, completed=round(100 * share)
+            ),
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    found.surgery.save(out)
+    write_page(
+        page,
+        title=f"A cut of {model}",
+        lead=describe(found),
+        sections=make_sections(found, dissect(pipe.unet, name=model), stamp(pipe.device)),
+        foot="Written by leansd cut.",
+    )
+    show_table(found.tabulate())
+    show_text(str(preview(pipe.unet, found.surgery)))
+    show_text(fill(describe(found), 80))
+    show_text(f"wrote {out}, {page}")
+    if as_json:
+        show_json(
+            {
+                "command": "cut",
+                "model": model,
+                "budget": budget,
+                "of": of,
+                "cost": found.cost,
+                "least_cost": found.least_cost,
+                "predicted_error": found.predicted_error,
+                "measured_error": found.measured_error,
+                "surgery": found.surgery.to_document(),
+                "fingerprint": found.surgery.fingerprint,
+                "candidates": [
+                    {
+                        "addresses": list(each.removal.addresses),
+                        "error": each.error,
+                        "saves": each.saves,
+                        "cut": each.removal in found.removals,
+                    }
+                    for each in found.candidates
+                ],
+                "steps": steps,
+                "seed": seed,
+                "guidance": scale,
+                "files": [str(out), str(page)],
+            }
+        )

@@ -1,0 +1,103 @@
+"""UNet calls of real runs, kept, and how far another UNet's output of the same calls is off.
+
+The error is that of the guided output: it is what the scheduler steps with, and guidance multiplies
+what a cut does to the difference of the two halves. A call's squared error is taken over the
+squared output, so that every time step counts alike, and the calls' mean is the error of a cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from leansd.errors import LeansdError
+from leansd.measuring.trajectories import PipelineCall, run_calls
+from leansd.runtime.clock import SchedulerClock
+from leansd.runtime.engine import list_attachments
+from leansd.runtime.guidance import is_guided
+from leansd.runtime.rows import map_rows
+from leansd.runtime.weave import Weave
+
+
+@dataclass(frozen=True)
+class KeptCall:
+    """One UNet call with what came out."""
+
+    step: int
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    guidance: float | None
+    """The scale, of a batch of unconditional and conditional halves; None of any other."""
+    output: Tensor
+    """The guided output [B, C, H, W]."""
+
+
+def keep_calls(
+    pipe: Any,
+    calls: Sequence[PipelineCall],
+    steps: int,
+    *,
+    moments: int = 6,
+    seed: int = 0,
+    batch: int = 8,
+    settings: Mapping[str, Any] | None = None,
+    on_step: Callable[[int, int, int], None] | None = None,
+) -> list[KeptCall]:
+    """Run a pipeline in full and keep its UNet calls at `moments` steps, evenly spread.
+
+    Raises:
+        LeansdError: the pipeline follows a plan.
+    """
+    if list_attachments(pipe.unet):
+        raise LeansdError(
+            "release the plan that the UNet follows first: a cut is of the whole UNet"
+        )
+    if moments < 1:
+        raise LeansdError(f"{moments} moments: at least 1 is needed")
+    clock = SchedulerClock(pipe)
+    kept: list[KeptCall] = []
+
+    def around(_: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        tick = clock.tell(args[1] if len(args) > 1 else kwargs["timestep"])
+        output = forward(*args, **kwargs)
+        count = len(tick.course.rows) if tick is not None else 0
+        if tick is not None and tick.index in _spread(count, moments):
+            noise = output[0].detach()
+            scale = float(pipe.guidance_scale) if is_guided(pipe, len(noise)) else None
+            taken, named = map_rows((args, kwargs), len(noise), lambda each: each.detach().clone())
+            kept.append(KeptCall(tick.index, taken, named, scale, guide(noise, scale)))
+        return output
+
+    with Weave({"unet": pipe.unet}, around):
+        run_calls(pipe, calls, steps, seed=seed, batch=batch, settings=settings, on_step=on_step)
+    return kept
+
+
+@torch.no_grad()
+def measure_error(unet: UNet2DConditionModel, kept: Sequence[KeptCall]) -> float:
+    """The mean over calls of the squared error of a UNet's guided output, over the output's own."""
+    return sum(_measure_one(unet, call) for call in kept) / len(kept)
+
+
+def guide(noise: Tensor, scale: float | None) -> Tensor:
+    """The guided output [B/2, C, H, W] of a whole batch [B, C, H, W]; the same without guidance."""
+    if scale is None:
+        return noise.clone()
+    rest, cond = noise.chunk(2)
+    return rest + scale * (cond - rest)
+
+
+def _measure_one(unet: UNet2DConditionModel, call: KeptCall) -> float:
+    output = guide(unet(*call.args, **call.kwargs)[0], call.guidance).double()
+    true = call.output.double()
+    return float((output - true).square().sum() / true.square().sum())
+
+
+def _spread(count: int, moments: int) -> set[int]:
+    """`moments` of `count` steps, each in the middle of its stretch."""
+    return {int((place + 0.5) * count / moments) for place in range(moments)}

@@ -1,0 +1,189 @@
+"""What can be taken out of a UNet and leaves one that runs, as the tree of a knapsack.
+
+A down layer hands a skip to an up layer of its level, so the two go together; any pair will do
+whose neighbours then fit. Attentions go alone, and so do the blocks of long transformers. A level's
+pairs exclude one another and so does what lies in a layer and the layer itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, product
+from typing import Protocol
+
+from leansd.errors import LeansdError
+from leansd.plans.address import covers, get_block, get_layer
+from leansd.plans.anatomy import Anatomy, Unit
+from leansd.tuning.knapsack import Either, Every, Item, Node
+
+MID = "mid"
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Addresses that go together; a surgery drops them."""
+
+    addresses: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return " + ".join(self.addresses)
+
+    def takes(self, at: str) -> bool:
+        """Whether a unit or part goes with it."""
+        return any(covers(address, at) for address in self.addresses)
+
+
+class Weigh(Protocol):
+    """Error and ticks of a removal."""
+
+    def __call__(self, removal: Removal) -> tuple[float, int]: ...
+
+
+@dataclass(frozen=True)
+class Removals:
+    """Everything that can go, and what excludes what."""
+
+    levels: tuple[tuple[Thinning, ...], ...]
+    """For every level, and the middle, the ways of which one is gone."""
+    inner: tuple[tuple[Removal, int], ...]
+    """Whole inner levels, each with the number of the outermost level that goes."""
+
+    def __iter__(self) -> Iterator[Removal]:
+        every = [
+            removal
+            for ways in self.levels
+            for way in ways
+            for removal in (way.layers, *(each for group in way.attentions for each in group.every))
+            if removal is not None
+        ]
+        every += [removal for removal, _ in self.inner]
+        return iter(dict.fromkeys(every))
+
+    def make_tree(self, weigh: Weigh) -> Node:
+        """The knapsack's problem."""
+        thinnings = [way for ways in self.levels for way in ways]
+        trees = {each: each.make_tree(weigh) for way in thinnings for each in way.attentions}
+
+        def make_way(way: Thinning) -> Node:
+            first = [_make_item(way.layers, weigh)] if way.layers is not None else []
+            return Every([*first, *(trees[each] for each in way.attentions)])
+
+        *levels, middle = [Either([make_way(way) for way in ways]) for ways in self.levels]
+        inner = [
+            Every([_make_item(removal, weigh), *levels[:first], middle])
+            for removal, first in self.inner
+        ]
+        return Either([Every([*levels, middle]), *inner])
+
+
+@dataclass(frozen=True)
+class Thinning:
+    """One way to thin a level: layers that go, and attentions of those that stay."""
+
+    layers: Removal | None
+    attentions: tuple[Attention, ...]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A transformer: it goes as a whole, or some of its blocks do, but never all of them."""
+
+    whole: Removal
+    blocks: tuple[Removal, ...]
+    """Empty where it has but one."""
+
+    @property
+    def every(self) -> tuple[Removal, ...]:
+        return (self.whole, *self.blocks)
+
+    def make_tree(self, weigh: Weigh) -> Node:
+        items = [_make_item(block, weigh) for block in self.blocks]
+        ways = [Every([*items[:kept], *items[kept + 1 :]]) for kept in range(len(items))]
+        return Either([_make_item(self.whole, weigh), *ways])
+
+
+def list_removals(anatomy: Anatomy, check: Callable[[Sequence[str]], object]) -> Removals:
+    """What can be taken out of a UNet.
+
+    Args:
+        check: raises a `LeansdError` for addresses without which the UNet does not fit together.
+    """
+
+    def is_legal(*addresses: str) -> bool:
+        try:
+            check(addresses)
+        except LeansdError:
+            return False
+        return True
+
+    attentions = {
+        unit.at: _read_attention(unit, anatomy)
+        for unit in anatomy
+        if unit.kind == "transformer" and is_legal(unit.at)
+    }
+    levels: list[tuple[Thinning, ...]] = []
+    for down, up in _list_levels(anatomy):
+        layers = [_list_layers(anatomy, block) for block in (down, up)]
+        pairs = [
+            (*some, *others)
+            for count in range(1, min(map(len, layers)))
+            for some, others in product(*(combinations(each, count) for each in layers))
+            if is_legal(*some, *others)
+        ]
+        levels.append(_list_thinnings([(), *pairs], [down, up], attentions))
+    middle: list[tuple[str, ...]] = [()]
+    if MID in anatomy.blocks:
+        *inside, last = _list_layers(anatomy, MID)
+        # What ends the middle block has to be a ResNet, so the last takes the attention before it.
+        before = [at for at in attentions if get_layer(at) in inside[-1:]]
+        wanted = [(MID,), *((layer,) for layer in inside), (*before, last)]
+        middle += [way for way in wanted if is_legal(*way)]
+    levels.append(_list_thinnings(middle, [MID], attentions))
+    return Removals(tuple(levels), tuple(_list_inner(anatomy, is_legal)))
+
+
+def _list_thinnings(
+    ways: Sequence[tuple[str, ...]], blocks: Sequence[str], attentions: Mapping[str, Attention]
+) -> tuple[Thinning, ...]:
+    own = {at: each for at, each in attentions.items() if get_block(at) in blocks}
+    return tuple(
+        Thinning(
+            Removal(gone) if gone else None,
+            tuple(each for at, each in own.items() if not Removal(gone).takes(at)),
+        )
+        for gone in ways
+    )
+
+
+def _list_inner(anatomy: Anatomy, is_legal: Callable[..., bool]) -> Iterator[tuple[Removal, int]]:
+    """The innermost levels, one or more, with the sampler that leads to them."""
+    levels = _list_levels(anatomy)
+    for first in range(1, len(levels)):
+        gone = (f"{levels[first - 1][0]}.down", *(at for pair in levels[first:] for at in pair))
+        if is_legal(*gone):
+            yield Removal(gone), first
+
+
+def _list_levels(anatomy: Anatomy) -> list[tuple[str, str]]:
+    """The down and the up block of every level, the shallowest first."""
+    downs = [block for block in anatomy.blocks if block.startswith("dn")]
+    ups = [block for block in anatomy.blocks if block.startswith("up")]
+    return list(zip(downs, reversed(ups), strict=True))
+
+
+def _list_layers(anatomy: Anatomy, block: str) -> list[str]:
+    layers = dict.fromkeys(get_layer(unit.at) for unit in anatomy.select(block))
+    return [layer for layer in layers if f"{layer}.res" in anatomy.addresses]
+
+
+def _read_attention(unit: Unit, anatomy: Anatomy) -> Attention:
+    inside = [part.at.rpartition(".")[0] for part in anatomy.parts if part.reads[0] == unit.at]
+    blocks = tuple(Removal((at,)) for at in dict.fromkeys(inside))
+    return Attention(Removal((unit.at,)), blocks if len(blocks) > 1 else ())
+
+
+def _make_item(removal: Removal, weigh: Weigh) -> Item:
+    error, ticks = weigh(removal)
+    return Item(removal.name, error, ticks)
