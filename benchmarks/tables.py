@@ -203,7 +203,8 @@ def tabulate_cuts() -> str:
         left = cells[name, "macs"] / cells["full", "macs"]
         lines.append(f"| {name} | {left:.1%} | " + " | ".join(numbers) + " |")
     setting = (
-        f"{first.subject}, {get(first, 'pictures')} held-out pictures, {get(first, 'steps')} steps, "
+        f"{first.subject}, {get(first, 'pictures')} held-out pictures, "
+        f"{get(first, 'steps')} steps, "
         f"guidance {get(first, 'guidance'):g}; chosen on {get(first, 'calibration')} others:\n"
     )
     return "\n".join([setting, *lines, ""])
