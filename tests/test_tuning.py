@@ -29,7 +29,7 @@ from leansd.tuning.dynamic import Keys, find_best
 from leansd.tuning.errors import HEAD_ACTIONS, Action, ErrorModel
 from leansd.tuning.journal import Journal
 from leansd.tuning.refinement import Bench, Trial, try_plan
-from tiny import tiny_pipeline, tiny_scheduler
+from tiny import shallow_unet, tiny_pipeline, tiny_scheduler
 
 STEPS = 8
 PROMPTS = ("a boat", "a tree", "a cat", "a house")
@@ -48,7 +48,7 @@ def make_scheduler(name: str):
 
 @pytest.fixture(scope="module")
 def pipe():
-    return tiny_pipeline()
+    return tiny_pipeline(unet=shallow_unet())
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def cost(pipe) -> CostModel:
         subject="tiny",
         pictures=1,
         size=(32, 32),
-        units={unit.at: {"whole": 2e-3, "half": 1e-3} for unit in anatomy},
+        units={unit.at: {"whole": 14e-3, "half": 7e-3} for unit in anatomy},
         blocks={block: {"whole": 1e-4, "half": 1e-4} for block in anatomy.blocks},
         fixed={"whole": 1e-3, "half": 1e-3, "none": 1e-4},
         other=1e-2,
@@ -304,8 +304,9 @@ def test_a_stopped_tuning_goes_on_and_ends_the_same(
 
 
 @pytest.mark.slow
-def test_the_journal_keeps_the_profile(quick, pipe, tmp_path, monkeypatch) -> None:
+def test_the_journal_keeps_the_profile(quick, pipe, cost, tmp_path, monkeypatch) -> None:
     journal = tmp_path / "journal.jsonl"
+    monkeypatch.setattr(tuner, "profile", lambda *_, **__: cost)
     first = tune(pipe, None, tries=0, journal=journal)
     monkeypatch.setattr(tuner, "profile", lambda *_, **__: pytest.fail("profiled again"))
     assert tune(pipe, None, tries=0, journal=journal) == first
