@@ -14,7 +14,7 @@ demo: $(VENV)/.user
 	$(BIN)/leansd demo
 
 test: $(VENV)/.developer
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 check: lint types test
 

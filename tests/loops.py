@@ -1,8 +1,10 @@
 """Sampling loops and counters for tests, written without anything of this package's engine."""
 
+import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +42,16 @@ def sample(
             noise = unet(scaled, t, **inputs, return_dict=False)[0]
             latents = scheduler.step(noise, t, latents, return_dict=False)[0]
     return latents
+
+
+def load_script(path: Path) -> Any:
+    """A script as a module, without a process of its own, which would import torch again."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @contextmanager

@@ -30,24 +30,24 @@ from leansd.runtime.graphs import read_options, uses_cuda_graphs
 from test_control import draw as draw_controlled
 from test_control import make_pipeline as make_control_pipeline
 from test_inheritance import Loop
-from tiny import tiny_pipeline, tiny_unet, tiny_xl_unet
+from tiny import SHALLOW, WIDTH, shallow_unet, tiny_pipeline, tiny_xl_unet
 
 pytestmark = pytest.mark.slow
 
 STEPS = 6
-SMALL: dict[str, Any] = {
-    "block_out_channels": (32, 64),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "layers_per_block": 1,
+SAMPLERS: dict[str, Any] = {
+    "block_out_channels": (32, 32),
+    "down_block_types": ("DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D"),
+    "mid_block_type": None,
 }
-"""A few seconds to trace, where the 44 units of `tiny_unet` take many."""
+"""Changes of `shallow_unet` to two blocks a side, and so to a sampler each way."""
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing compiled before; and the tracer's log of all it does stays out of the report."""
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
+    """Nothing compiled before; and the tracer's log of all it does is not written."""
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "handlers", [])
     torch.compiler.reset()
     counters.clear()
     yield
@@ -60,8 +60,14 @@ def counter() -> CompileCounterWithBackend:
     return CompileCounterWithBackend("eager")
 
 
-def small_unet(**changes: Any) -> UNet2DConditionModel:
-    return tiny_unet(**(SMALL | changes))
+def bare_unet() -> UNet2DConditionModel:
+    """For runs without guidance: there is no transformer in it, so that it answers no prompt."""
+    return shallow_unet(mid_block_type=None)
+
+
+def shallow_xl_unet(**changes: Any) -> UNet2DConditionModel:
+    options = SHALLOW | {"transformer_layers_per_block": 1, "attention_head_dim": 4}
+    return tiny_xl_unet(**(options | changes))
 
 
 def count_structures(unet: UNet2DConditionModel, *plans: Plan, guided: bool = False) -> int:
@@ -87,12 +93,13 @@ def draw(pipe: Any, steps: int = STEPS, **options: Any) -> torch.Tensor:
 
 
 PLANS = {
-    "reuse": Plan.every(3, cut="up0", steps=STEPS),
+    "reuse": Plan.every(3, cut="up0.l0", steps=STEPS),
+    "reuse of what comes in a tuple": Plan.every(2, cut="mid.l0.attn", steps=STEPS),
     "residual": Plan.every(2, cut="mid", steps=STEPS, how="residual"),
-    "forecast": Plan.every(2, cut="up0", steps=STEPS, how="forecast"),
+    "forecast": Plan.every(2, cut="up0.l0", steps=STEPS, how="forecast"),
     "parts": Plan.full(STEPS).inherit("*.sa", "*.ca", at=[1, 3], how="reuse"),
-    "parabola": Plan.between([0, 1, 2, 4], cut="up0", steps=STEPS, how="forecast2"),
-    "parabola from the start": Plan.every(2, cut="up0", steps=STEPS, how="forecast2"),
+    "parabola": Plan.between([0, 1, 2, 4], cut="up0.l0", steps=STEPS, how="forecast2"),
+    "parabola from the start": Plan.every(2, cut="up0.l0", steps=STEPS, how="forecast2"),
     "whole steps": Plan.every(2, cut="head", steps=STEPS),
     "changes of whole steps": Plan.every(2, cut="head", steps=STEPS, how="residual"),
     "corrections": Plan.every(2, cut="head", steps=STEPS, how="forecast").correct(
@@ -106,7 +113,7 @@ GRAPHS = {"whole steps": 1, "changes of whole steps": 1, "parabola from the star
 def test_compiled_runs_have_the_bits_of_eager_ones(
     name: str, counter: CompileCounterWithBackend
 ) -> None:
-    loop, plan = Loop(small_unet()), PLANS[name]
+    loop, plan = Loop(shallow_unet()), PLANS[name]
     with leansd.inherit(loop, plan):
         expected = loop(STEPS)
     with leansd.inherit(loop, plan, compile={"backend": counter}) as run:
@@ -118,8 +125,8 @@ def test_compiled_runs_have_the_bits_of_eager_ones(
 
 
 def test_one_graph_a_pattern_whatever_the_step_count(counter: CompileCounterWithBackend) -> None:
-    loop = Loop(small_unet())
-    plans = [Plan.every(3, cut="up0", steps=steps, how="forecast") for steps in (6, 7, 11)]
+    loop = Loop(bare_unet())
+    plans = [Plan.every(3, cut="up0.l0", steps=steps, how="forecast") for steps in (6, 7, 11)]
     for plan in plans:
         with leansd.inherit(loop, plan):
             expected = loop(plan.steps)
@@ -130,8 +137,8 @@ def test_one_graph_a_pattern_whatever_the_step_count(counter: CompileCounterWith
 
 @pytest.mark.parametrize("guidance", ["inherit", "forecast", "drop"])
 def test_half_batches(guidance: Any, counter: CompileCounterWithBackend) -> None:
-    pipe = tiny_pipeline(unet=small_unet())
-    plan = Plan.every(3, cut="up0", steps=STEPS, how="forecast").guide(guidance, at=[2, 3, 5])
+    pipe = tiny_pipeline(unet=shallow_unet())
+    plan = Plan.every(3, cut="up0.l0", steps=STEPS, how="forecast").guide(guidance, at=[2, 3, 5])
     with leansd.inherit(pipe, plan):
         expected = draw(pipe)
     with leansd.inherit(pipe, plan, compile={"backend": counter}):
@@ -144,7 +151,7 @@ def test_half_batches(guidance: Any, counter: CompileCounterWithBackend) -> None
 def test_weights_of_corrections_are_no_part_of_a_graph(
     how: Any, counter: CompileCounterWithBackend
 ) -> None:
-    pipe = tiny_pipeline(unet=small_unet())
+    pipe = tiny_pipeline(unet=shallow_unet())
     frame = Plan.between([0, 1, 2, 4, 5], cut="head", steps=STEPS, how=how).guide("drop", at=1)
     drawn: list[torch.Tensor] = []
     for weight in (0.5, -0.25):
@@ -159,10 +166,10 @@ def test_weights_of_corrections_are_no_part_of_a_graph(
 
 @pytest.mark.parametrize("name", ["easycache", "guarded"])
 def test_adaptive_plans_run_eagerly(name: str, counter: CompileCounterWithBackend) -> None:
-    loop = Loop(small_unet())
+    loop = Loop(bare_unet())
     plan = {
         "easycache": leansd.preset("easycache", steps=STEPS, threshold=0.2),
-        "guarded": Plan.every(3, cut="up0", steps=STEPS).guard("stem", threshold=0.02),
+        "guarded": Plan.every(3, cut="up0.l0", steps=STEPS).guard("stem", threshold=0.02),
     }[name]
     with leansd.inherit(loop, plan):
         expected = loop(STEPS)
@@ -180,8 +187,8 @@ def test_forecasts_through_all_outputs_run_eagerly(
     how: Any, counter: CompileCounterWithBackend
 ) -> None:
     """They draw on one output more after every key step: each call would be a graph."""
-    loop = Loop(small_unet())
-    plan = Plan.between([0, 1, 2, 4], cut="up0", steps=STEPS, how=how)
+    loop = Loop(bare_unet())
+    plan = Plan.between([0, 1, 2, 4], cut="up0.l0", steps=STEPS, how=how)
     with leansd.inherit(loop, plan):
         expected = loop(STEPS)
     with leansd.inherit(loop, plan, compile={"backend": counter}):
@@ -193,8 +200,9 @@ def test_branches_that_share_what_they_keep_run_eagerly(
     counter: CompileCounterWithBackend,
 ) -> None:
     pipe = make_modular(ClassifierFreeGuidance(guidance_scale=4.0))
-    shared = Plan.every(2, cut="up2.l1", steps=5).guide("inherit", at=[1, 2])
-    apart = Plan.every(4, cut="up2.l1", steps=5)
+    pipe.update_components(unet=shallow_xl_unet(cross_attention_dim=2 * WIDTH))
+    shared = Plan.every(2, cut="up0.l0", steps=5).guide("inherit", at=[1, 2])
+    apart = Plan.every(4, cut="up0.l0", steps=5)
     for plan, graphs in ((shared, 0), (apart, 2)):
         with leansd.inherit(pipe, plan):
             expected = draw_apart(pipe)
@@ -206,7 +214,7 @@ def test_branches_that_share_what_they_keep_run_eagerly(
 def test_dynamic_shapes_compile_nothing_for_another_size(
     counter: CompileCounterWithBackend,
 ) -> None:
-    loop = Loop(small_unet())
+    loop = Loop(shallow_unet(**SAMPLERS))
     plan = PLANS["forecast"]
     # PyTorch takes sides that are equal at first for equal for good.
     sizes = [(8, 12), (12, 8), (10, 14)]
@@ -219,7 +227,7 @@ def test_dynamic_shapes_compile_nothing_for_another_size(
 
 
 def test_odd_sizes(counter: CompileCounterWithBackend) -> None:
-    loop = Loop(small_unet())
+    loop = Loop(shallow_unet(**SAMPLERS))
     plan = PLANS["reuse"]
     with leansd.inherit(loop, plan):
         expected = loop(STEPS, size=(7, 9))
@@ -228,7 +236,7 @@ def test_odd_sizes(counter: CompileCounterWithBackend) -> None:
 
 
 def test_uneven_padding_runs_odd_sizes_eagerly(counter: CompileCounterWithBackend) -> None:
-    loop = Loop(small_unet(downsample_padding=0))
+    loop = Loop(shallow_unet(**SAMPLERS, downsample_padding=0))
     with leansd.inherit(loop, PLANS["reuse"]):
         expected = loop(STEPS, size=(8, 8))
     with leansd.inherit(loop, PLANS["reuse"], compile={"backend": counter}):
@@ -239,7 +247,7 @@ def test_uneven_padding_runs_odd_sizes_eagerly(counter: CompileCounterWithBacken
 
 
 def test_compiled_full_plan_is_the_plain_unet(counter: CompileCounterWithBackend) -> None:
-    loop = Loop(small_unet())
+    loop = Loop(bare_unet())
     expected = loop(3)
     with leansd.inherit(loop, Plan.full(3), compile={"backend": counter}):
         assert torch.equal(loop(3), expected)
@@ -249,7 +257,7 @@ def test_compiled_full_plan_is_the_plain_unet(counter: CompileCounterWithBackend
 def test_graphs_outlive_the_attachment_but_not_in_copies(
     counter: CompileCounterWithBackend,
 ) -> None:
-    loop, plan = Loop(small_unet()), PLANS["reuse"]
+    loop, plan = Loop(bare_unet()), PLANS["reuse"]
     forwards = [vars(module).get("forward") for module in loop.unet.modules()]
     for _ in range(10):
         with leansd.inherit(loop, plan, compile={"backend": counter}):
@@ -264,7 +272,7 @@ def test_graphs_outlive_the_attachment_but_not_in_copies(
 
 
 def test_what_is_released_without_references_is_freed(counter: CompileCounterWithBackend) -> None:
-    loop = Loop(small_unet())
+    loop = Loop(bare_unet())
     with leansd.inherit(loop, Plan.full(2), compile={"backend": counter}):
         loop(2)
     gone = weakref.ref(loop.unet)
@@ -275,8 +283,8 @@ def test_what_is_released_without_references_is_freed(counter: CompileCounterWit
 
 
 def test_lora_is_never_stale(counter: CompileCounterWithBackend) -> None:
-    plan = Plan.every(2, cut="up0", steps=2)
-    pipe = tiny_pipeline(unet=small_unet())
+    plan = Plan.every(2, cut="mid.l0.res", steps=2)  # the transformer runs at both steps
+    pipe = tiny_pipeline(unet=shallow_unet())
 
     def check() -> torch.Tensor:
         with leansd.inherit(reference, plan):
@@ -303,25 +311,25 @@ def test_lora_is_never_stale(counter: CompileCounterWithBackend) -> None:
 
 
 def test_freeu_switched_on_and_off(counter: CompileCounterWithBackend) -> None:
-    pipe = tiny_pipeline(unet=small_unet())
-    plan = Plan.every(2, cut="up0.up", steps=2)
+    pipe = tiny_pipeline(unet=shallow_unet())
+    plan = Plan.every(2, cut="up0.l0", steps=2)
 
     def run(**options: Any) -> list[torch.Tensor]:
         with leansd.inherit(pipe, plan, **options):
             found = [draw(pipe, 2)]
-            # FreeU knows the up blocks by their channels.
             pipe.unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
             found.append(draw(pipe, 2))
             pipe.unet.disable_freeu()
             return [*found, draw(pipe, 2)]
 
     expected = run()
+    assert not torch.equal(*expected[:2])
     assert all(map(torch.equal, run(compile={"backend": counter}), expected))
 
 
 def test_sdxl(counter: CompileCounterWithBackend) -> None:
-    loop = Loop(tiny_xl_unet(transformer_layers_per_block=(1, 1, 1)))
-    plan = Plan.every(2, cut="up1", steps=2)
+    loop = Loop(shallow_xl_unet())
+    plan = Plan.every(2, cut="mid.l0.res", steps=2)
     with leansd.inherit(loop, plan):
         expected = loop(2)
     with leansd.inherit(loop, plan, compile={"backend": counter}):
@@ -330,7 +338,7 @@ def test_sdxl(counter: CompileCounterWithBackend) -> None:
 
 
 def test_controlnet(counter: CompileCounterWithBackend) -> None:
-    unet = small_unet()
+    unet = shallow_unet()
     pipe = make_control_pipeline(tiny_controlnet(unet))
     pipe.unet = unet
     plan = PLANS["reuse"]
@@ -343,7 +351,7 @@ def test_controlnet(counter: CompileCounterWithBackend) -> None:
 
 
 def test_integer_time_steps_are_no_part_of_a_graph(counter: CompileCounterWithBackend) -> None:
-    unet = small_unet()
+    unet = bare_unet()
     sample, text = torch.randn(1, 4, 8, 8), torch.randn(1, 77, 32)
     with torch.no_grad():
         with leansd.inherit(unet, PLANS["reuse"]):
@@ -355,7 +363,7 @@ def test_integer_time_steps_are_no_part_of_a_graph(counter: CompileCounterWithBa
 
 
 def test_threads_share_a_unet(counter: CompileCounterWithBackend) -> None:
-    unet = small_unet()
+    unet = bare_unet()
     plans = [PLANS["reuse"], PLANS["forecast"], None]
     loops = [Loop(unet) for _ in plans]
     expected = []
@@ -395,8 +403,8 @@ def test_outputs_in_memory_of_cuda_graphs_are_copied() -> None:
 
         return replay
 
-    loop = Loop(small_unet())
-    plan = Plan.between([0, 1, 3], cut="up0", steps=STEPS, how="forecast")
+    loop = Loop(bare_unet())
+    plan = Plan.between([0, 1, 3], cut="up0.l0", steps=STEPS, how="forecast")
     with leansd.inherit(loop, plan):
         expected = loop(STEPS)
     choice = {"backend": backend, "options": {"triton.cudagraphs": True}}
@@ -419,7 +427,7 @@ def test_what_cannot_be_compiled_runs_eagerly_with_one_warning() -> None:
     def backend(graph: Any, inputs: Any) -> Any:
         raise NotImplementedError("no such device")
 
-    loop, plan = Loop(small_unet()), PLANS["forecast"]
+    loop, plan = Loop(bare_unet()), PLANS["forecast"]
     with leansd.inherit(loop, plan):
         expected = loop(STEPS)
     with leansd.inherit(loop, plan, compile={"backend": backend}):
@@ -439,7 +447,7 @@ def test_failing_in_the_middle_of_a_run_goes_on_eagerly() -> None:
             raise NotImplementedError("a second graph")
         return graph.forward
 
-    loop, plan = Loop(small_unet()), PLANS["reuse"]
+    loop, plan = Loop(bare_unet()), PLANS["reuse"]
     with leansd.inherit(loop, plan):
         expected = loop(STEPS)
     with (
@@ -450,7 +458,7 @@ def test_failing_in_the_middle_of_a_run_goes_on_eagerly() -> None:
 
 
 def test_errors_of_the_caller_stay_what_they_are(counter: CompileCounterWithBackend) -> None:
-    unet = small_unet()
+    unet = shallow_unet()
     narrow = torch.randn(1, 77, 31)
     with (
         leansd.inherit(unet, Plan.full(2), compile={"backend": counter}),
@@ -462,7 +470,7 @@ def test_errors_of_the_caller_stay_what_they_are(counter: CompileCounterWithBack
 
 
 def test_stance_of_eager_execution_is_obeyed(counter: CompileCounterWithBackend) -> None:
-    loop, plan = Loop(small_unet()), PLANS["forecast"]
+    loop, plan = Loop(bare_unet()), PLANS["forecast"]
     with leansd.inherit(loop, plan):
         expected = loop(STEPS)
     with (
@@ -474,9 +482,9 @@ def test_stance_of_eager_execution_is_obeyed(counter: CompileCounterWithBackend)
 
 
 def test_until_released(counter: CompileCounterWithBackend) -> None:
-    loop = Loop(small_unet())
+    loop = Loop(bare_unet())
     expected = loop(3)
-    leansd.inherit_(loop, Plan.every(3, cut="mid", steps=3), compile={"backend": counter})
+    leansd.inherit_(loop, Plan.every(3, cut="up0.l0", steps=3), compile={"backend": counter})
     assert not torch.equal(loop(3), expected)
     assert counter.frame_count == 2
     leansd.release_(loop)
@@ -484,7 +492,7 @@ def test_until_released(counter: CompileCounterWithBackend) -> None:
 
 
 def test_options_are_checked() -> None:
-    unet = small_unet()
+    unet = shallow_unet()
     assert read_options(False) is None
     assert read_options(True) == {}
     with pytest.raises(LeansdError, match=r"unknown option 'fullgraph'.*backend, mode"):
@@ -494,8 +502,8 @@ def test_options_are_checked() -> None:
 
 
 def test_structures_forget_calls_and_step_counts() -> None:
-    anatomy = read_anatomy(small_unet())
-    plan = Plan.every(3, cut="up0", steps=9, how="forecast").guide("inherit", at=[1, 2, 4])
+    anatomy = read_anatomy(shallow_unet())
+    plan = Plan.every(3, cut="up0.l0", steps=9, how="forecast").guide("inherit", at=[1, 2, 4])
     program = compile_plan(plan, anatomy)
     structures = list_structures(program)
     patterns = {(call.pattern.active, call.lanes, call.guidance) for call in program.calls}
@@ -511,8 +519,9 @@ def test_structures_forget_calls_and_step_counts() -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_inductor(dynamic: bool) -> None:
-    loop, plan = Loop(small_unet()), Plan.every(2, cut="up0", steps=4, how="forecast")
-    plain = loop(4)
+    """Code is generated for few units, since its compiler takes seconds for each of their kinds."""
+    loop = Loop(bare_unet())
+    plan = Plan.every(2, cut="up0.l0", steps=4, how="forecast")
     with leansd.inherit(loop, plan):
         expected = loop(4)
     with leansd.inherit(loop, plan, compile={"dynamic": dynamic}):
@@ -521,5 +530,3 @@ def test_inductor(dynamic: bool) -> None:
         assert torch.equal(loop(4), first)
     assert graphs == counters["stats"]["unique_graphs"] == count_structures(loop.unet, plan) == 2
     assert torch.allclose(first, expected, atol=1e-4, rtol=1e-4)
-    with leansd.inherit(loop, Plan.full(4), compile={"dynamic": dynamic}):
-        assert torch.allclose(loop(4), plain, atol=1e-4, rtol=1e-4)

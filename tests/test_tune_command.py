@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 import leansd
+from conformance.models import small_unet
 from leansd.faces.cli import main
 from leansd.measuring.records import load_records
 from leansd.tuning import Front, Point, calibration, tuner
@@ -16,7 +17,7 @@ from tiny import tiny_pipeline
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_pipeline().save_pretrained(path)
+    tiny_pipeline(unet=small_unet()).save_pretrained(path)
     return str(path)
 
 
@@ -88,17 +89,18 @@ def test_tune_tells_what_is_wrong_before_it_runs(fails, model, prompts, tmp_path
     assert not (tmp_path / "plan.json").exists()
 
 
-@pytest.fixture
-def tuned(model, tmp_path):
+@pytest.fixture(scope="module")
+def tuned(model, tmp_path_factory):
     """A plan as `leansd tune` would write it for the model with Euler, and a front of it."""
+    folder = tmp_path_factory.mktemp("tuned")
     pipe = leansd.load(model, device="cpu")
     subject = tuner.fingerprint_module(pipe.unet)
     plan = leansd.Plan.between([0, 1, 3], cut="head", steps=4, how="forecast", name="tuned 1.3x")
     plan = replace(plan, tuned=tuner.Tuned("euler", subject, 3.0))
-    plan.save(tmp_path / "plan.json")
+    plan.save(folder / "plan.json")
     front = Front.of(subject, "euler", 6, [Point(plan, 1.3, 10.0, 30.0)])
-    front.save(tmp_path / "front.json")
-    return tmp_path
+    front.save(folder / "front.json")
+    return folder
 
 
 def draw(model, folder, *options):
@@ -124,7 +126,7 @@ def test_a_tuned_plan_is_refused_elsewhere_without_force(model, tuned, fails, ca
     )  # fmt: skip
     assert "was tuned for sampler euler, not ddim" in said
     other = tmp_path / "other"
-    tiny_pipeline(seed=1).save_pretrained(other)
+    tiny_pipeline(unet=small_unet(seed=1)).save_pretrained(other)
     assert "other weights" in fails(*draw(str(other), tuned, "--sampler", "euler"))
     assert main([str(each) for each in draw(model, tuned, "--force", "--guidance", 5)]) == 0
     told = capsys.readouterr().err

@@ -32,6 +32,20 @@ def tiny_unet(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
     return UNet2DConditionModel(**(options | changes)).eval()
 
 
+SHALLOW: dict[str, Any] = {
+    "block_out_channels": (32,),
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+    "layers_per_block": 1,
+}
+"""One block a side: where what is tested is the same in every unit, and each of them takes long."""
+
+
+def shallow_unet(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
+    """A UNet of 6 units and 2 ends; its one transformer is in the middle."""
+    return tiny_unet(seed, **(SHALLOW | changes))
+
+
 def tiny_xl_unet(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
     """A UNet with the SDXL topology, all 32 units and 2 ends."""
     options: dict[str, Any] = {
