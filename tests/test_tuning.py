@@ -390,7 +390,7 @@ def test_tuned_plans_run_and_say_what_they_were_tuned_for(
     tuned = [point.plan for point in points if not point.is_plain]
     assert len(tuned) >= 1
     assert any(plan.guides for plan in ran)
-    assert any("up1.l1" in row.inherit for plan in ran for row in plan.rows)
+    assert any("up0.l1" in row.inherit for plan in ran for row in plan.rows)
     for plan in tuned:
         assert plan.tuned == Tuned("DDIMScheduler", front.subject, 3.0)
         with leansd.inherit(pipe, plan) as run:
