@@ -99,7 +99,8 @@ def test_version_and_bare_call(run):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["genrate"], "Did you mean 'generate'? (see leansd --help)"),
+        (["genrate"], "Did you mean 'generate'"),
+        (["genrate"], "(see leansd --help)"),
         (["generate"], "Missing argument"),
         (["generate", "a", "--steps", "many"], "--steps"),
         (["generate", "a", "--steps", "0"], "--steps"),
@@ -297,4 +298,57 @@ def test_plan_tells_what_is_wrong(fails, model, tmp_path):
     assert "must end in" in fails("plan", "fast", "--model", model, "--picture", tmp_path / "a.doc")
     assert "is not a folder" in fails(
         "plan", "fast", "--model", model, "-o", tmp_path / "file" / "a.json"
+    )
+
+
+# -- operate -----------------------------------------------------------------------------------
+
+
+def test_operate_writes_a_unet_that_opens(run, model, tmp_path):
+    (tmp_path / "light.yaml").write_text("edits: [{drop: [dn0.l1, up3.l1, up2.l0.attn]}]")
+    out = tmp_path / "new" / "light"
+    code, printed, _ = run(
+        "operate", tmp_path / "light.yaml", "--model", model, "--out", out, "--json"
+    )
+    assert code == 0
+    facts = json.loads(printed.splitlines()[-1])
+    assert (facts["units"], facts["class"]) == (39, "LightUNet2DConditionModel")
+    assert facts["dropped"] == ["dn0.l1", "up2.l0.attn", "up3.l1"]
+    unet = leansd.load_unet(out, device="cpu")
+    assert sum(each.numel() for each in unet.parameters()) == facts["params"][1]
+    assert leansd.Surgery.load(out / "surgery.yaml").fingerprint == facts["fingerprint"]
+    assert len(leansd.Lineage.load(out).frozen("original")) == 41
+    (tmp_path / "taken.yaml").write_text("edits: [{take: dn0, source: light}]")
+    whole = tmp_path / "whole"
+    code, *_ = run(
+        "operate", tmp_path / "taken.yaml", "--model", model, "--net", f"light={out}",
+        "--out", whole, "--whole",
+    )  # fmt: skip
+    assert code == 2  # dn0 has a layer less, up3 does not
+    code, *_ = run("operate", "bk-small", "--model", model, "--out", whole, "--whole")
+    assert code == 0
+    assert leansd.load(whole, device="cpu").unet.mid_block is None
+
+
+def test_operate_lists_and_previews(run, model):
+    code, out, _ = run("operate", "--json")
+    assert code == 0
+    assert set(json.loads(out.splitlines()[-1])["presets"]) >= {"bk-tiny", "asdm-1222"}
+    code, out, _ = run("operate", "bk-tiny", "--model", model, "--preview", "--latent", 8)
+    assert code == 0
+    assert "44 units become 22" in out
+    assert "wrote" not in out
+
+
+def test_operate_tells_what_is_wrong(fails, model, tmp_path):
+    (tmp_path / "bad.yaml").write_text("edits: [{drop: mid, why: not}]")
+    (tmp_path / "half.yaml").write_text("edits: [{drop: dn0.l1}]")
+    shared = ("--model", model, "--out", tmp_path / "out")
+    assert "give --out" in fails("operate", "bk-tiny", "--model", model)
+    assert "did you mean bk-tiny" in fails("operate", "bk-tini", *shared)
+    assert "edits.0.drop.why" in fails("operate", tmp_path / "bad.yaml", *shared)
+    assert "unbalanced skips" in fails("operate", tmp_path / "half.yaml", *shared)
+    assert "give NAME=MODEL" in fails("operate", "bk-tiny", *shared, "--net", "light")
+    assert "is not a folder" in fails(
+        "operate", "bk-tiny", "--model", model, "--out", tmp_path / "bad.yaml" / "out"
     )

@@ -23,10 +23,12 @@ def accept(unit: Unit, options: Options) -> None:
         raise LeansdError(f"{unit.at} is no feed-forward; narrow-ff is for the likes of *.ff")
     unknown = set(options) - {"share"}
     if unknown:
-        raise LeansdError(f"narrow-ff has no option {unknown.pop()!r}; there is share")
+        raise LeansdError(f"{unit.at}: narrow-ff has no option {unknown.pop()!r}; there is share")
     share = options.get("share")
     if not isinstance(share, int | float) or not 0 < share <= 1:
-        raise LeansdError(f"narrow-ff keeps a share in (0, 1], not {share!r}; give share=0.5")
+        raise LeansdError(
+            f"{unit.at}: narrow-ff keeps a share in (0, 1], not {share!r}; give share=0.5"
+        )
 
 
 def build(unet: UNet2DConditionModel, at: str, options: Options) -> None:
