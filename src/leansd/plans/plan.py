@@ -269,7 +269,7 @@ class Plan:
     def fingerprint(self) -> str:
         """Twelve hex digits of what the plan does; its name does not count."""
         rows = [
-            [_order(row.inherit), row.guidance, *(row.correct if any(row.correct) else [])]
+            [_order(row.inherit), row.guidance, *(row.correct if any(row.correct) else ())]
             for row in self.rows
         ]
         does = rows if self.drift is None else [rows, *_list_values(self.drift)]

@@ -5,15 +5,24 @@ from typing import Annotated
 
 import typer
 
+from leansd.faces.cli.options import (
+    Clip,
+    ConvergedSteps,
+    Count,
+    Device,
+    Guidance,
+    Json,
+    ModelOption,
+    PromptFile,
+    SeedsForSpread,
+)
+
 app = typer.Typer(add_completion=False)
 
 
 @app.command(epilog="Example: leansd bench --quick --rivals fewer,deepcache --out quick.jsonl")
 def bench(
-    model: Annotated[
-        str,
-        typer.Option(help="emoji (embedded), a model folder, a .safetensors file or a hub id."),
-    ] = "emoji",
+    model: ModelOption = "emoji",
     rivals: Annotated[
         str, typer.Option(help="all, or some: fewer, samplers, deepcache, tgate, tomesd ...")
     ] = "all",
@@ -33,27 +42,16 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="A first look: 8 prompts, one sampler and step count.")
     ] = False,
-    prompts: Annotated[
-        Path | None, typer.Option(help="Text file, a prompt a line; 64 are built in.")
-    ] = None,
-    count: Annotated[int, typer.Option(min=2, help="Pictures; prompts are taken in turns.")] = 64,
+    prompts: PromptFile = None,
+    count: Count = 64,
     seed: Annotated[
         int, typer.Option(min=0, help="Picture i has seed SEED + i; nothing is tuned on these.")
     ] = 500_000,
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once: a round.")] = 8,
-    guidance: Annotated[
-        float | None,
-        typer.Option(help="Guidance scale; 4 for emoji, the pipeline's own for other models."),
-    ] = None,
-    converged_steps: Annotated[
-        int, typer.Option(min=2, help="Steps of the converged run, same sampler.")
-    ] = 150,
-    seeds_for_spread: Annotated[
-        int, typer.Option(min=0, help="Further sets of the full run, to tell chance from effect.")
-    ] = 2,
-    clip: Annotated[
-        Path | None, typer.Option(help="Folder of a CLIP for the quality of sets.")
-    ] = None,
+    guidance: Guidance = None,
+    converged_steps: ConvergedSteps = 150,
+    seeds_for_spread: SeedsForSpread = 2,
+    clip: Clip = None,
     out: Annotated[Path, typer.Option(help="File of records.")] = Path(
         "benchmarks/results/bench.jsonl"
     ),
@@ -61,10 +59,8 @@ def bench(
     resume: Annotated[
         bool, typer.Option(help="Go on where a stopped run with the same settings was.")
     ] = True,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, mps; the GPU where there is one by default.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
+    device: Device = None,
+    as_json: Json = False,
 ) -> None:
     """Measure ours against every rival: time and fidelity of the same runs, interleaved.
 

@@ -5,15 +5,23 @@ from typing import Annotated
 
 import typer
 
+from leansd.faces.cli.options import (
+    Batch,
+    Guidance,
+    Json,
+    ModelArgument,
+    PromptFile,
+    Sampler,
+    Seed,
+    TimingDevice,
+)
+
 app = typer.Typer(add_completion=False)
 
 
 @app.command(epilog="Example: leansd cut emoji --budget 0.75 --of macs -o light.yaml")
 def cut_unet(
-    model: Annotated[
-        str,
-        typer.Argument(help="emoji (embedded), a model folder, a .safetensors file or a hub id."),
-    ] = "emoji",
+    model: ModelArgument = "emoji",
     budget: Annotated[
         float, typer.Option(help="Share of the UNet's cost that may be left, as in 0.8.")
     ] = 0.8,
@@ -27,9 +35,7 @@ def cut_unet(
         Path | None,
         typer.Option(help="Records of leansd profile, for ms; measured here by default."),
     ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="Text file, a prompt a line; some simple ones by default.")
-    ] = None,
+    prompts: PromptFile = None,
     count: Annotated[
         int, typer.Option(min=1, help="Pictures that errors are measured on, prompts in turns.")
     ] = 8,
@@ -37,23 +43,15 @@ def cut_unet(
     moments: Annotated[
         int, typer.Option(min=1, help="Time steps of each run that count, evenly spread.")
     ] = 6,
-    sampler: Annotated[
-        str | None,
-        typer.Option(help="ddim, dpm++2m, euler ...; the model's own by default."),
-    ] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(help="Guidance scale; 4 for emoji, the pipeline's own for other models."),
-    ] = None,
+    sampler: Sampler = None,
+    guidance: Guidance = None,
     tries: Annotated[
         int, typer.Option(min=0, help="Cuts near the first answer that are measured.")
     ] = 24,
-    seed: Annotated[int, typer.Option(min=0, help="Picture i has seed SEED + i.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 8,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda; the GPU where there is one by default.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
+    seed: Seed = 0,
+    batch: Batch = 8,
+    device: TimingDevice = None,
+    as_json: Json = False,
 ) -> None:
     """Measure what every removal does to the UNet's output, and choose the best cut.
 

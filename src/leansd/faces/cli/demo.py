@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from leansd.faces.cli.options import Device, Guidance, ModelOption, OnlyJson, Sampler
+
 app = typer.Typer(add_completion=False)
 
 
@@ -13,28 +15,16 @@ def show_demo(
     out: Annotated[
         Path, typer.Option(help="Folder for the report, the pictures and the records.")
     ] = Path("demo"),
-    model: Annotated[
-        str, typer.Option(help="emoji (embedded), a model folder, a .safetensors file or a hub id.")
-    ] = "emoji",
+    model: ModelOption = "emoji",
     steps: Annotated[int, typer.Option(min=2, help="Sampler steps of the full run.")] = 30,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first prompt.")] = 0,
     prompts: Annotated[
         list[str] | None, typer.Option(help="A prompt; give the option once for each.")
     ] = None,
-    sampler: Annotated[
-        str | None,
-        typer.Option(help="ddim, dpm++2m, euler, heun, unipc ...; the model's own by default."),
-    ] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(help="Guidance scale; 4 for emoji, the pipeline's own for other models."),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, mps; the GPU where there is one by default.")
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Only the JSON line on standard output, no table.")
-    ] = False,
+    sampler: Sampler = None,
+    guidance: Guidance = None,
+    device: Device = None,
+    as_json: OnlyJson = False,
 ) -> None:
     """Draw the same prompts in full and with every preset plan; compare time and pictures.
 

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from leansd.faces.cli.options import Json
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -78,7 +80,7 @@ def evaluate(
     steps: Annotated[int, typer.Option(min=1)] = 30,
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 7.5,
     seed: Annotated[int, typer.Option()] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Measure reconstruction, caption retrieval and Fréchet distance of a trained model."""
     from leansd.emoji.assembly import load_clip, load_pipeline

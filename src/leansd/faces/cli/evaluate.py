@@ -5,6 +5,22 @@ from typing import Annotated
 
 import typer
 
+from leansd.faces.cli.options import (
+    Batch,
+    Clip,
+    ConvergedSteps,
+    Count,
+    Device,
+    Fit,
+    Guidance,
+    Json,
+    ModelArgument,
+    PromptFile,
+    Sampler,
+    Seed,
+    SeedsForSpread,
+)
+
 app = typer.Typer(add_completion=False)
 
 
@@ -15,27 +31,17 @@ def evaluate_plans(
     plan: Annotated[
         list[str], typer.Option(help="A preset or a plan file; give the option once for each.")
     ],
-    model: Annotated[
-        str,
-        typer.Argument(help="emoji (embedded), a model folder, a .safetensors file or a hub id."),
-    ] = "emoji",
+    model: ModelArgument = "emoji",
     steps: Annotated[int, typer.Option(min=2, help="Sampler steps of full run and plans.")] = 30,
-    fit: Annotated[
-        bool, typer.Option("--fit", help="Stretch a plan file to --steps if it is for others.")
-    ] = False,
+    fit: Fit = False,
     force: Annotated[
         bool, typer.Option("--force", help="Use a plan file also where it was not tuned for.")
     ] = False,
-    sampler: Annotated[
-        str | None,
-        typer.Option(help="ddim, dpm++2m, euler, heun, unipc ...; the model's own by default."),
-    ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="Text file, a prompt a line; emoji has its own.")
-    ] = None,
-    count: Annotated[int, typer.Option(min=2, help="Pictures; prompts are taken in turns.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Picture i has seed SEED + i.")] = 1000,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 8,
+    sampler: Sampler = None,
+    prompts: PromptFile = None,
+    count: Count = 64,
+    seed: Seed = 1000,
+    batch: Batch = 8,
     reference: Annotated[
         list[str] | None,
         typer.Option(
@@ -43,33 +49,22 @@ def evaluate_plans(
             "full and converged by default."
         ),
     ] = None,
-    converged_steps: Annotated[
-        int, typer.Option(min=2, help="Steps of the converged run, same sampler.")
-    ] = 150,
+    converged_steps: ConvergedSteps = 150,
     rival: Annotated[
         list[str] | None,
         typer.Option(help="SAMPLER:STEPS to measure like a plan, as in unipc:15; once for each."),
     ] = None,
-    seeds_for_spread: Annotated[
-        int, typer.Option(min=0, help="Further sets of the full run, to tell chance from effect.")
-    ] = 2,
-    clip: Annotated[
-        Path | None, typer.Option(help="Folder of a CLIP for the quality of sets.")
-    ] = None,
+    seeds_for_spread: SeedsForSpread = 2,
+    clip: Clip = None,
     lpips: Annotated[
         Path | None, typer.Option(help="AlexNet weights of torchvision, for LPIPS.")
     ] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(help="Guidance scale; 4 for emoji, the pipeline's own for other models."),
-    ] = None,
+    guidance: Guidance = None,
     out: Annotated[
         Path, typer.Option(help="Folder for report, records and what resumes a stopped run.")
     ] = Path("evaluation"),
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, mps; the GPU where there is one by default.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
+    device: Device = None,
+    as_json: Json = False,
 ) -> None:
     """Measure plans: fidelity to references from the same seeds, and the quality of whole sets.
 

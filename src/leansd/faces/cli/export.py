@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from leansd.faces.cli.options import Fit, Json
+
 app = typer.Typer(add_completion=False)
 
 
@@ -35,14 +37,12 @@ def export_net(
         int | None,
         typer.Option(min=1, help="Steps of the runs: 30 for a preset, a plan file's own count."),
     ] = None,
-    fit: Annotated[
-        bool, typer.Option("--fit", help="Stretch a plan file to --steps if it is for others.")
-    ] = False,
+    fit: Fit = False,
     sampler: Annotated[
         str | None,
         typer.Option(help="What a preset is for: ddim, dpm++2m ...; the model's own by default."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Export a net; for ONNX, check in ONNX Runtime that it gives what PyTorch gives."""
     from leansd.anatomy.reading import read_anatomy

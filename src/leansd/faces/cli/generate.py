@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from leansd.faces.cli.options import Device, Fit, Json, ModelOption, OwnGuidance, Sampler, Size
+
 app = typer.Typer(add_completion=False)
 
 
@@ -13,9 +15,7 @@ app = typer.Typer(add_completion=False)
 )
 def generate_pictures(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw.")],
-    model: Annotated[
-        str, typer.Option(help="emoji (embedded), a model folder, a .safetensors file or a hub id.")
-    ] = "emoji",
+    model: ModelOption = "emoji",
     plan: Annotated[
         str,
         typer.Option(
@@ -29,9 +29,7 @@ def generate_pictures(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Sampler steps; 30, or what the plan file is for.")
     ] = None,
-    fit: Annotated[
-        bool, typer.Option("--fit", help="Stretch a plan file to --steps if it is for others.")
-    ] = False,
+    fit: Fit = False,
     force: Annotated[
         bool,
         typer.Option(
@@ -40,20 +38,13 @@ def generate_pictures(
             "was not tuned for.",
         ),
     ] = False,
-    guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale; the pipeline's own by default.")
-    ] = None,
+    guidance: OwnGuidance = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture of a prompt.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="Pictures a prompt, each a seed further.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("pictures"),
     negative: Annotated[str, typer.Option(help="What to steer away from.")] = "",
-    sampler: Annotated[
-        str | None,
-        typer.Option(help="ddim, dpm++2m, euler, heun, unipc ...; the model's own by default."),
-    ] = None,
-    size: Annotated[
-        str | None, typer.Option(help="512, or width first 768x512; the model's own by default.")
-    ] = None,
+    sampler: Sampler = None,
+    size: Size = None,
     init: Annotated[
         Path | None, typer.Option(help="Start from this picture (image-to-image).")
     ] = None,
@@ -64,10 +55,8 @@ def generate_pictures(
         Path | None,
         typer.Option(help="Folder of another autoencoder, such as a small one, to decode with."),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, mps; the GPU where there is one by default.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
+    device: Device = None,
+    as_json: Json = False,
 ) -> None:
     """Draw pictures from prompts, each as a PNG that carries its prompt, seed and plan."""
     from dataclasses import replace

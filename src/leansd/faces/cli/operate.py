@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from leansd.faces.cli.options import Json
+
 app = typer.Typer(add_completion=False)
 
 
@@ -40,7 +42,7 @@ def operate_on_unet(
     latent: Annotated[
         int | None, typer.Option(min=1, help="Side of the latents that MACs are counted at.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Cut a UNet, or assemble one from several, and write it."""
     from leansd.errors import LeansdError

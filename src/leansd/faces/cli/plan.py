@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from leansd.faces.cli.options import Fit, Json
+
 app = typer.Typer(add_completion=False)
 
 
@@ -18,9 +20,7 @@ def show_plan(
         int | None,
         typer.Option(min=1, help="Steps of the sampler: 30 for a preset, a file's own count."),
     ] = None,
-    fit: Annotated[
-        bool, typer.Option("--fit", help="Stretch a plan file to --steps if it is for others.")
-    ] = False,
+    fit: Fit = False,
     model: Annotated[
         str, typer.Option(help="The model whose units are drawn; sd15, sd21-base, sdxl work too.")
     ] = "emoji",
@@ -30,7 +30,7 @@ def show_plan(
     picture: Annotated[
         Path | None, typer.Option(help="Write the grid as a PNG, SVG or PDF file.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show a plan as a grid of units and steps; save it, or a picture of it."""
     from leansd.faces.cli.terminal import hush_libraries, show_json, show_table, show_text

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from leansd.faces.cli.options import Batch, OnlyJson, OwnGuidance, Size, TimingDevice
+
 app = typer.Typer(add_completion=False)
 
 
@@ -20,30 +22,22 @@ def profile_model(
     out: Annotated[Path, typer.Option(help="Folder for the report and the records.")] = Path(
         "profile"
     ),
-    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 1,
-    size: Annotated[
-        str | None, typer.Option(help="512, or width first 768x512; the model's own by default.")
-    ] = None,
+    batch: Batch = 1,
+    size: Size = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
     steps: Annotated[int, typer.Option(min=2, help="Steps of the runs that are split.")] = 30,
     check: Annotated[
         int, typer.Option(min=0, help="Steps of the held-out runs in each round; 0 for none.")
     ] = 6,
-    guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale; the pipeline's own by default.")
-    ] = None,
+    guidance: OwnGuidance = None,
     vae: Annotated[
         str | None,
         typer.Option(
             help="What another autoencoder would gain: its folder, or tiny for TAESD's shape."
         ),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda; the GPU where there is one by default.")
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Only the JSON line on standard output, no table.")
-    ] = False,
+    device: TimingDevice = None,
+    as_json: OnlyJson = False,
 ) -> None:
     """Time every unit, whole UNet calls and the pipeline's stages; predict what plans gain.
 

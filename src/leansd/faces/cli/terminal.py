@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,3 +84,5 @@ def hush_libraries() -> None:
         library.set_verbosity_error()
         library.disable_progress_bar()
     huggingface_hub.logging.set_verbosity_error()
+    # Commands say so themselves, before anything runs.
+    warnings.filterwarnings("ignore", "plan .* was tuned for sampler", UserWarning)

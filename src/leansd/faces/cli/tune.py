@@ -5,15 +5,23 @@ from typing import Annotated
 
 import typer
 
+from leansd.faces.cli.options import (
+    Batch,
+    Guidance,
+    Json,
+    ModelArgument,
+    PromptFile,
+    Sampler,
+    Seed,
+    TimingDevice,
+)
+
 app = typer.Typer(add_completion=False)
 
 
 @app.command(epilog="Example: leansd tune emoji --speedup 2.5 --sampler ddim -o ddim.json")
 def tune_plans(
-    model: Annotated[
-        str,
-        typer.Argument(help="emoji (embedded), a model folder, a .safetensors file or a hub id."),
-    ] = "emoji",
+    model: ModelArgument = "emoji",
     out: Annotated[
         Path, typer.Option("--out", "-o", help="File of the chosen plan; all else lies beside it.")
     ] = Path("plan.json"),
@@ -27,23 +35,15 @@ def tune_plans(
         float | None, typer.Option(help="Choose the best plan of so many milliseconds a call.")
     ] = None,
     steps: Annotated[int, typer.Option(min=4, help="Sampler steps of the full run.")] = 30,
-    sampler: Annotated[
-        str | None,
-        typer.Option(help="ddim, dpm++2m, euler ...; the model's own by default."),
-    ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="Text file, a prompt a line; emoji has its own.")
-    ] = None,
+    sampler: Sampler = None,
+    prompts: PromptFile = None,
     count: Annotated[
         int | None,
         typer.Option(min=1, help="Pictures, prompts in turns; all of a file's, 24 for emoji."),
     ] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(help="Guidance scale; 4 for emoji, the pipeline's own for other models."),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Picture i has seed SEED + i.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 8,
+    guidance: Guidance = None,
+    seed: Seed = 0,
+    batch: Batch = 8,
     tries: Annotated[
         int, typer.Option(min=0, help="Moves of key steps that are tried for each speed.")
     ] = 6,
@@ -60,10 +60,8 @@ def tune_plans(
     drift: Annotated[
         Path | None, typer.Option(help="File of records of what changes from step to step.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda; the GPU where there is one by default.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
+    device: TimingDevice = None,
+    as_json: Json = False,
 ) -> None:
     """Tune plans on some calls, let others decide, and save the whole front.
 
