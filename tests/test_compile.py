@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import logging
 import threading
 import warnings
 import weakref
@@ -45,9 +44,8 @@ SAMPLERS: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing compiled before; and the tracer's log of all it does is not written."""
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "handlers", [])
+def fresh() -> Iterator[None]:
+    """Nothing compiled before."""
     torch.compiler.reset()
     counters.clear()
     yield
@@ -94,7 +92,6 @@ def draw(pipe: Any, steps: int = STEPS, **options: Any) -> torch.Tensor:
 
 PLANS = {
     "reuse": Plan.every(3, cut="up0.l0", steps=STEPS),
-    "reuse of what comes in a tuple": Plan.every(2, cut="mid.l0.attn", steps=STEPS),
     "residual": Plan.every(2, cut="mid", steps=STEPS, how="residual"),
     "forecast": Plan.every(2, cut="up0.l0", steps=STEPS, how="forecast"),
     "parts": Plan.full(STEPS).inherit("*.sa", "*.ca", at=[1, 3], how="reuse"),
@@ -216,8 +213,9 @@ def test_dynamic_shapes_compile_nothing_for_another_size(
 ) -> None:
     loop = Loop(shallow_unet(**SAMPLERS))
     plan = PLANS["forecast"]
-    # PyTorch takes sides that are equal at first for equal for good.
-    sizes = [(8, 12), (12, 8), (10, 14)]
+    # PyTorch takes lengths that are equal at first for equal for good: a half of a side, say, and
+    # the number of steps.
+    sizes = [(10, 14), (14, 10), (16, 18)]
     with leansd.inherit(loop, plan):
         expected = [loop(STEPS, size=size) for size in sizes]
     with leansd.inherit(loop, plan, compile={"backend": counter, "dynamic": True}):
@@ -329,7 +327,7 @@ def test_freeu_switched_on_and_off(counter: CompileCounterWithBackend) -> None:
 
 def test_sdxl(counter: CompileCounterWithBackend) -> None:
     loop = Loop(shallow_xl_unet())
-    plan = Plan.every(2, cut="mid.l0.res", steps=2)
+    plan = Plan.every(2, cut="mid.l0.attn", steps=2)  # what comes in a tuple
     with leansd.inherit(loop, plan):
         expected = loop(2)
     with leansd.inherit(loop, plan, compile={"backend": counter}):
