@@ -21,9 +21,9 @@ from leansd.anatomy.reading import read_anatomy
 from leansd.errors import LeansdError
 from leansd.plans.address import get_layer
 from leansd.plans.anatomy import HEAD, Anatomy
+from leansd.plans.gate import Attend
 from leansd.plans.liveness import Program, compile_plan
 from leansd.plans.plan import Plan
-from leansd.plans.gate import Attend
 from leansd.runtime.graphs import Graphs, Slot, freeze
 from leansd.runtime.guidance import (
     complete,
