@@ -31,7 +31,11 @@ MARKS = {
     "gri": "g",
     "full-attention": "f",
 }
-ATTEND_STATES: dict[Attend, str] = {"gri": "gri", "full": "full-attention"}
+ATTEND_STATES: dict[Attend | None, str] = {
+    None: "compute",
+    "gri": "gri",
+    "full": "full-attention",
+}
 GUIDANCE_STATES: dict[Guidance, str] = {
     "compute": "compute",
     "inherit": "reuse",
@@ -87,8 +91,7 @@ def list_row_states(plan: Plan) -> dict[str, list[str]]:
         pattern: [row.inherit.get(pattern, "compute") for row in plan.rows] for pattern in patterns
     }
     for pattern in dict.fromkeys(pattern for row in plan.rows for pattern in row.attend):
-        marks = [row.attend.get(pattern) for row in plan.rows]
-        states[f"attend {pattern}"] = [ATTEND_STATES[by] if by else "compute" for by in marks]
+        states[f"attend {pattern}"] = [ATTEND_STATES[row.attend.get(pattern)] for row in plan.rows]
     if any(row.guidance != "compute" for row in plan.rows):
         states[GUIDANCE] = [GUIDANCE_STATES[row.guidance] for row in plan.rows]
     return states

@@ -217,13 +217,12 @@ class Plan:
     def attend(self, *patterns: str, by: Attend, at: int | Iterable[int]) -> Plan:
         """This plan with self-attentions computed `by` GRI or in full at the steps `at`.
 
-        Only what is computed is concerned; elsewhere the UNet attends as it has it. GRI has no
-        parameters of its own, so any UNet can be told to attend by it, but only one that was
-        distilled to it draws as well: measure a plan that gates another (`leansd evaluate`).
+        Only what is computed is concerned; elsewhere the UNet attends as it has it. GRI needs no
+        parameters, so any UNet can attend by it, but only one that was distilled to it draws as
+        well: measure a plan that gates another (`leansd evaluate`). Later calls overrule.
 
         Args:
-            patterns: addresses or globs of self-attentions, `dn0.l0.attn.t0.sa`, or of what they
-                lie in, `dn0.*.attn`. A later call overrules an earlier one.
+            patterns: what self-attentions are or lie in, `dn0.l0.attn.t0.sa` or `dn0.*.attn`.
         """
         rows = list(self.rows)
         for step in self._check_steps(at):
@@ -291,13 +290,14 @@ class Plan:
     @cached_property
     def fingerprint(self) -> str:
         """Twelve hex digits of what the plan does; its name does not count."""
-        rows = [
-            [_order(row.inherit), row.guidance, *(row.correct if any(row.correct) else [])]
-            + ([_order(row.attend)] if row.attend else [])
+        rows: list[list[object]] = [
+            [_order(row.inherit), row.guidance, *(row.correct if any(row.correct) else ())]
             for row in self.rows
         ]
-        does = rows if self.drift is None else [rows, *_list_values(self.drift)]
-        return sha256(json.dumps(does).encode()).hexdigest()[:12]
+        for does, row in zip(rows, self.rows, strict=True):
+            does.extend([_order(row.attend)] if row.attend else [])
+        told = rows if self.drift is None else [rows, *_list_values(self.drift)]
+        return sha256(json.dumps(told).encode()).hexdigest()[:12]
 
     def resolve(self, anatomy: Anatomy) -> tuple[dict[str, How], ...]:
         """For every step, the units that inherit and how.
