@@ -61,7 +61,7 @@ def list_graphs(anatomy: Anatomy, plan: Plan | None = None) -> tuple[Graph, ...]
     start late, start over or make several calls a step find in it what they need.
 
     Raises:
-        LeansdError: the plan names what this UNet has not, or decides as it runs.
+        LeansdError: the plan names what this UNet has not, decides as it runs, or has gates.
     """
     full = find_pattern(anatomy, {})
     if plan is None:
@@ -70,6 +70,12 @@ def list_graphs(anatomy: Anatomy, plan: Plan | None = None) -> tuple[Graph, ...]
         raise LeansdError(
             f"plan {plan.name} decides as it runs what each picture inherits (probe "
             f"{plan.drift.probe}), which a graph cannot: export a plan without a drift"
+        )
+    gated = next((at for gates in plan.resolve_gates(anatomy) for at in gates), None)
+    if gated is not None:
+        raise LeansdError(
+            f"plan {plan.name} gates {gated} from step to step, which exported graphs cannot: "
+            "operate on the net instead (replace by gri), or export a plan without gates"
         )
     patterns = [find_pattern(anatomy, inherits) for inherits in plan.resolve(anatomy)]
     entering = [pattern for pattern in (full, *patterns) if HEAD not in pattern.inherited]

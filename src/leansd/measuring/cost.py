@@ -17,6 +17,7 @@ from leansd.errors import LeansdError
 from leansd.measuring.records import Record
 from leansd.plans.address import get_block
 from leansd.plans.anatomy import HEAD, STEM
+from leansd.plans.gate import Attend
 from leansd.plans.liveness import Call, Kept, Program
 
 Batch = Literal["whole", "half", "none"]
@@ -38,7 +39,10 @@ class CostModel:
     size: tuple[int, int]
     """Width and height of a picture, in pixels."""
     units: Times
-    """A unit, or a part of one, when it is computed; the parts' time is in their unit's too."""
+    """A unit, or a part of one, when it is computed; the parts' time is in their unit's too.
+
+    Of gated self-attentions by the names of `name_gated`.
+    """
     blocks: Times
     """What a block spends besides its units when anything in it runs."""
     output_bytes: Mapping[str, int] = field(default_factory=dict[str, int])
@@ -78,7 +82,7 @@ class CostModel:
         """Seconds of one UNet call.
 
         Raises:
-            LeansdError: the call has a unit, or a batch, that was not measured.
+            LeansdError: the call has a unit, a gate or a batch that was not measured.
         """
         batch = get_batch(call)
         if batch not in self.fixed:
@@ -86,6 +90,8 @@ class CostModel:
         pattern = call.pattern
         units = sum(self._get_time(at, batch) for at in pattern.computed)
         units -= sum(self._get_time(at, batch) for at in pattern.parts)
+        for at, attend in call.gates.items():
+            units += self._get_time(name_gated(at, attend), batch) - self._get_time(at, batch)
         copies = self.per_byte * self.count_bytes(call)
         return units + self.predict_joins(call) + self.fixed[batch] + copies
 
@@ -207,7 +213,7 @@ class CostModel:
         except KeyError:
             raise LeansdError(
                 f"the cost of {at} was not measured ({batch} batch): the profile of {self.subject} "
-                "is of another UNet, or was taken without guidance"
+                "is of another UNet, or was taken without guidance or without this gate (attend=)"
             ) from None
 
     def _get_bytes(self, kept: Kept) -> float:
@@ -235,6 +241,11 @@ MISSING: Mapping[Batch, str] = {
     "none": "that computes nothing: the profile has none; profile the model again",
 }
 """What to say where a kind of call was not measured."""
+
+
+def name_gated(at: str, attend: Attend) -> str:
+    """What a self-attention that a plan gates is called among units: it has a time of its own."""
+    return f"{at}:{attend}"
 
 
 def get_batch(call: Call) -> Batch:

@@ -18,13 +18,22 @@ import torch
 
 from leansd.anatomy.reading import read_anatomy
 from leansd.errors import LeansdError
-from leansd.measuring.cost import Batch, CostModel, Observed, fit_overheads, get_batch, scale_calls
+from leansd.measuring.cost import (
+    Batch,
+    CostModel,
+    Observed,
+    fit_overheads,
+    get_batch,
+    name_gated,
+    scale_calls,
+)
 from leansd.measuring.laps import RunLaps, measure_peaks, time_run
 from leansd.measuring.timing import time_cases
 from leansd.plans.address import get_block
 from leansd.plans.anatomy import HEAD, STEM, Anatomy
+from leansd.plans.gate import ATTENDS
 from leansd.plans.liveness import Call
-from leansd.plans.plan import Plan
+from leansd.plans.plan import Guidance, Plan, Row
 from leansd.runtime.engine import list_attachments
 
 PROMPT = "a red apple"
@@ -38,6 +47,7 @@ def profile(
     size: tuple[int, int] | None = None,
     repeats: int = 5,
     subject: str | None = None,
+    attend: Sequence[str] = (),
     on_run: Callable[[], None] = lambda: None,
 ) -> CostModel:
     """Measure what everything in a pipeline costs on the device that it is on.
@@ -50,12 +60,15 @@ def profile(
         size: width and height in pixels; the pipeline's own by default.
         repeats: timed probing runs, after one short run to warm up.
         subject: the model's name in records.
+        attend: self-attentions to time by GRI and in full as well, for plans that gate them.
         on_run: called after each probing run.
 
     Raises:
         LeansdError: the pipeline follows a plan already, or does not call its UNet once a step.
     """
-    probe = prepare_probe(pipe, call=call, pictures=pictures, size=size, subject=subject)
+    probe = prepare_probe(
+        pipe, call=call, pictures=pictures, size=size, subject=subject, attend=attend
+    )
     runs: list[RunLaps] = []
     for _ in range(check_count(repeats, "repeats")):
         runs.append(probe.run())
@@ -99,6 +112,7 @@ def prepare_probe(
     pictures: int = 1,
     size: tuple[int, int] | None = None,
     subject: str | None = None,
+    attend: Sequence[str] = (),
 ) -> Probe:
     """Run a pipeline once for a step, which warms it up, and lay out its probing run."""
     if list_attachments(pipe.unet):
@@ -110,6 +124,7 @@ def prepare_probe(
     if kind not in ("cpu", "cuda"):
         raise LeansdError(f"calls on {kind} cannot be timed from inside; use device cpu or cuda")
     anatomy = read_anatomy(pipe.unet)
+    Plan.full(1).attend(*attend, by="gri", at=0).resolve_gates(anatomy)
     arguments = make_arguments(call or {}, check_count(pictures, "pictures"), size)
     peaks = measure_peaks(pipe, {**arguments, "num_inference_steps": 1}, anatomy)
     # Whether a pipeline guides is known once it has been called.
@@ -118,7 +133,7 @@ def prepare_probe(
         pipe=pipe,
         subject=subject or type(pipe).__name__,
         anatomy=anatomy,
-        plan=make_probing_plan(anatomy, guided=guided),
+        plan=make_probing_plan(anatomy, guided=guided, attend=attend),
         arguments=arguments,
         pictures=pictures,
         size=size or get_size(pipe),
@@ -167,10 +182,11 @@ def time_decoder(probe: Probe, vae: Any, *, rounds: int) -> float:
     return time_cases({"decode": decode}, rounds=rounds, device=vae.device)["decode"].median
 
 
-def make_probing_plan(anatomy: Anatomy, *, guided: bool) -> Plan:
+def make_probing_plan(anatomy: Anatomy, *, guided: bool, attend: Sequence[str] = ()) -> Plan:
     """A run whose calls differ in all that the cost of a call depends on.
 
-    Its first and its last call keep nothing, the others inherit from the second.
+    Its first and its last call keep nothing, the others inherit from the second. Where
+    self-attentions are gated, calls that compute everything follow, one for each attention.
     """
     last = anatomy.up_blocks - 1
     encoder = ["stem", *(block for block in anatomy.blocks if not block.startswith("up"))]
@@ -187,7 +203,15 @@ def make_probing_plan(anatomy: Anatomy, *, guided: bool) -> Plan:
     plan = Plan.full(2 + len(cuts) + len(halves), name="probing")
     for step, patterns in enumerate((*cuts, *halves), start=2):
         plan = plan.inherit(*patterns, at=step)
-    return plan.guide("inherit", at=range(2 + len(cuts), plan.steps)) if guided else plan
+    plan = plan.guide("inherit", at=range(2 + len(cuts), plan.steps)) if guided else plan
+    batches: tuple[Guidance, ...] = ("compute", "inherit") if guided else ("compute",)
+    further = [
+        Row(guidance=each, attend=dict.fromkeys(attend, by))
+        for each in batches
+        for by in ATTENDS
+        if attend
+    ]
+    return replace(plan, rows=(*plan.rows, *further))
 
 
 def model_costs(
@@ -249,11 +273,13 @@ Lapped = tuple[str, Batch, float]
 
 
 def _list_unit_laps(run: RunLaps) -> Iterable[Lapped]:
-    """Units and parts where they were computed whole, without a part copied in or out."""
+    """Units and parts where they were computed whole, no part copied in or out, or gated."""
     for call, laps in _list_calls(run):
-        broken = {at.rsplit(".", 2)[0] for at in (*call.pattern.parts, *call.keeps)}
+        changed = (*call.pattern.parts, *call.keeps, *call.gates)
+        broken = {at.rsplit(".", 2)[0] for at in changed}
         for at in call.pattern.active - broken:
-            yield at, get_batch(call), laps[at]
+            gate = call.gates.get(at)
+            yield name_gated(at, gate) if gate else at, get_batch(call), laps[at]
 
 
 def _list_block_laps(run: RunLaps) -> Iterable[Lapped]:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from leansd.errors import LeansdError
 from leansd.plans.drift import Drift, Measure
+from leansd.plans.gate import Attend
 from leansd.plans.plan import NO_CORRECTION, Correction, Guidance, How, Plan, Row, Tuned
 
 VERSION = 1
@@ -22,6 +23,7 @@ class RowDocument(BaseModel):
     inherit: dict[str, How] = Field(default_factory=dict)
     guidance: Guidance = "compute"
     correct: tuple[FiniteFloat, FiniteFloat] = NO_CORRECTION
+    attend: dict[str, Attend] = Field(default_factory=dict)
 
 
 class DriftDocument(BaseModel):
@@ -87,7 +89,12 @@ def read_plan(path: Path) -> Plan:
 def make_document(plan: Plan) -> PlanDocument:
     """A plan as what its file holds."""
     rows = [
-        RowDocument(inherit=dict(row.inherit), guidance=row.guidance, correct=row.correct)
+        RowDocument(
+            inherit=dict(row.inherit),
+            guidance=row.guidance,
+            correct=row.correct,
+            attend=dict(row.attend),
+        )
         for row in plan.rows
     ]
     drift = None if plan.drift is None else DriftDocument(**asdict(plan.drift))
@@ -97,5 +104,8 @@ def make_document(plan: Plan) -> PlanDocument:
 def make_plan(document: PlanDocument) -> Plan:
     """The plan that a file holds."""
     drift = None if document.drift is None else Drift(**document.drift.model_dump())
-    rows = tuple(Row(row.inherit, row.guidance, Correction(*row.correct)) for row in document.rows)
+    rows = tuple(
+        Row(row.inherit, row.guidance, Correction(*row.correct), row.attend)
+        for row in document.rows
+    )
     return Plan(rows, document.name, drift, document.tuned)

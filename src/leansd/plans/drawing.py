@@ -1,8 +1,8 @@
 """Anatomies and plans as text, and plans as pictures.
 
 A grid has a line a unit and a column a step: `#` computed, `=` reused, `+` residual, `~` forecast,
-`^` forecast by a parabola, `.` idle. Parts and guidance have lines where the plan says anything of
-them.
+`^` forecast by a parabola, `.` idle, and of self-attentions that are gated `g` by GRI and `f` in
+full. Parts and guidance have lines where the plan says anything of them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from leansd.plans.address import get_block, get_layer
 from leansd.plans.anatomy import Anatomy, Unit
+from leansd.plans.gate import Attend
 from leansd.plans.liveness import GUIDANCE, compile_plan
 from leansd.plans.plan import Guidance, Plan
 
@@ -27,6 +28,13 @@ MARKS = {
     "chebyshev": "%",
     "chebyshev-line": "&",
     "idle": ".",
+    "gri": "g",
+    "full-attention": "f",
+}
+ATTEND_STATES: dict[Attend | None, str] = {
+    None: "compute",
+    "gri": "gri",
+    "full": "full-attention",
 }
 GUIDANCE_STATES: dict[Guidance, str] = {
     "compute": "compute",
@@ -43,19 +51,23 @@ COLOURS = {
     "chebyshev": "#be185d",
     "chebyshev-line": "#9d174d",
     "idle": "#e5e7eb",
+    "gri": "#7dd3fc",
+    "full-attention": "#1e3a8a",
 }
 
 
 def list_states(plan: Plan, anatomy: Anatomy) -> dict[str, list[str]]:
     """For every unit (parts and guidance if need be) its state at every step: a key of `MARKS`."""
     calls = compile_plan(plan, anatomy).calls
-    inheriting = {at for call in calls for at in call.pattern.parts}
-    parts = [part.at for part in anatomy.parts if part.at in inheriting]
+    told = {at for call in calls for at in (*call.pattern.parts, *call.gates)}
+    parts = [part.at for part in anatomy.parts if part.at in told]
     states: dict[str, list[str]] = {at: [] for at in (*anatomy.addresses, *parts)}
     for call in calls:
-        inherited = {**call.pattern.inherited, **call.pattern.parts}
+        does: dict[str, str] = dict.fromkeys(call.pattern.active, "compute")
+        does |= {at: ATTEND_STATES[attend] for at, attend in call.gates.items()}
+        does |= {**call.pattern.inherited, **call.pattern.parts}
         for at, row in states.items():
-            row.append("compute" if at in call.pattern.active else inherited.get(at, "idle"))
+            row.append(does.get(at, "idle"))
     if any(call.guidance != "compute" for call in calls):
         states[GUIDANCE] = [GUIDANCE_STATES[call.guidance] for call in calls]
     return states
@@ -78,6 +90,8 @@ def list_row_states(plan: Plan) -> dict[str, list[str]]:
     states: dict[str, list[str]] = {
         pattern: [row.inherit.get(pattern, "compute") for row in plan.rows] for pattern in patterns
     }
+    for pattern in dict.fromkeys(pattern for row in plan.rows for pattern in row.attend):
+        states[f"attend {pattern}"] = [ATTEND_STATES[row.attend.get(pattern)] for row in plan.rows]
     if any(row.guidance != "compute" for row in plan.rows):
         states[GUIDANCE] = [GUIDANCE_STATES[row.guidance] for row in plan.rows]
     return states

@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import HEAD, Anatomy
 from leansd.plans.drift import SAMPLE, Drift
+from leansd.plans.gate import Attend, Gates, count_attention
 from leansd.plans.plan import NO_CORRECTION, Correction, Guidance, How, Plan
 
 Lane = Literal["all", "rest", "cond"]
@@ -88,6 +89,8 @@ class Call:
     """For each lane, the earlier outputs that the correction is by, latest first."""
     is_upgraded: bool = False
     """Whether everything is computed although the plan would have inherited."""
+    attend: Gates = field(default_factory=dict[str, Attend])
+    """Self-attentions that attend otherwise than the UNet has them, wherever they are computed."""
 
     @property
     def inherits(self) -> bool:
@@ -103,6 +106,12 @@ class Call:
     def is_full(self) -> bool:
         """Whether everything is computed, for the whole batch."""
         return self.computes_all and not self.is_half
+
+    @property
+    def gates(self) -> Gates:
+        """The gates of what is computed."""
+        active = self.pattern.active
+        return {at: attend for at, attend in self.attend.items() if at in active}
 
     @property
     def is_half(self) -> bool:
@@ -196,7 +205,7 @@ def compile_plan(
         compile_plan, plan, anatomy, start=start, rows=rows, moments=moments, guided=guided
     )
     rows = range(plan.steps) if rows is None else rows
-    resolved = plan.resolve(anatomy)
+    resolved, gates = plan.resolve(anatomy), plan.resolve_gates(anatomy)
     guidance: list[Guidance] = [
         plan.rows[rows[index]].guidance if guided and index > start else "compute"
         for index in range(start, len(rows))
@@ -226,6 +235,7 @@ def compile_plan(
             correct=weights[index - start] if corrects[index - start] else NO_CORRECTION,
             corrects=corrects[index - start],
             is_upgraded=index in upgrades,
+            attend=gates[rows[index]],
         )
         for index in range(start, len(rows))
     )
@@ -275,11 +285,14 @@ def predict_speedup(calls: Sequence[Call], anatomy: Anatomy) -> float:
     if not anatomy.macs:
         raise LeansdError("this anatomy has no cost; leansd.dissect(unet) counts it")
     parts = {part.at: part.macs for part in anatomy.parts}
+    size = anatomy.size or (0, 0)
     spent = 0.0
     for call in calls:
         pattern = call.pattern
         macs = anatomy.macs - sum(parts[at] for at in pattern.parts)
         macs -= sum(unit.macs for unit in anatomy if unit.at not in pattern.computed)
+        for at, attend in call.gates.items():
+            macs += count_attention(anatomy.by_address[at], attend, size) - parts[at]
         spent += macs / 2 if call.is_half else macs
     return anatomy.macs * len(calls) / spent
 

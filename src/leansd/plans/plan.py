@@ -19,6 +19,7 @@ from leansd.errors import LeansdError
 from leansd.plans import keysteps
 from leansd.plans.anatomy import HEAD, STEM, Anatomy
 from leansd.plans.drift import Drift, Measure
+from leansd.plans.gate import Attend, Gates, check_gates, resolve_gates
 
 How = Literal["reuse", "residual", "forecast", "forecast2", "chebyshev", "chebyshev-line"]
 """How a unit gives an output that it does not compute.
@@ -68,6 +69,8 @@ class Row:
     guidance: Guidance = "compute"
     correct: Correction = NO_CORRECTION
     """How far the UNet's output is moved on beyond what was computed, see `Plan.correct`."""
+    attend: Gates = field(default_factory=dict[str, Attend])
+    """Self-attentions that are computed otherwise than the UNet has them, see `Plan.attend`."""
 
     @property
     def is_key(self) -> bool:
@@ -119,6 +122,7 @@ class Plan:
                     f"step {step}: a correction needs both halves of a guided batch; "
                     f"it cannot go with guidance {row.guidance!r}"
                 )
+            check_gates(step, row.attend)
             for pattern, how in row.inherit.items():
                 if how not in HOWS:
                     known = ", ".join(HOWS)
@@ -210,6 +214,22 @@ class Plan:
             rows[step] = replace(rows[step], correct=pair)
         return replace(self, rows=tuple(rows))
 
+    def attend(self, *patterns: str, by: Attend, at: int | Iterable[int]) -> Plan:
+        """This plan with self-attentions computed `by` GRI or in full at the steps `at`.
+
+        Only what is computed is concerned; elsewhere the UNet attends as it has it. GRI needs no
+        parameters, so any UNet can attend by it, but only one that was distilled to it draws as
+        well: measure a plan that gates another (`leansd evaluate`). Later calls overrule.
+
+        Args:
+            patterns: what self-attentions are or lie in, `dn0.l0.attn.t0.sa` or `dn0.*.attn`.
+        """
+        rows = list(self.rows)
+        for step in self._check_steps(at):
+            kept = {each: how for each, how in rows[step].attend.items() if each not in patterns}
+            rows[step] = replace(rows[step], attend={**kept, **dict.fromkeys(patterns, by)})
+        return replace(self, rows=tuple(rows))
+
     def _check_steps(self, at: int | Iterable[int]) -> set[int]:
         steps = {at} if isinstance(at, int) else set(at)
         outside = sorted(step for step in steps if not 0 <= step < self.steps)
@@ -224,7 +244,7 @@ class Plan:
         """The same plan stretched to another number of steps.
 
         Key steps keep their density over the run, so that the speed-up stays about the same; every
-        other step does what the nearest such step of this plan did.
+        other step does what the nearest such step of this plan did. Gates keep their place.
         """
         if steps == self.steps:
             return self
@@ -232,8 +252,9 @@ class Plan:
             raise LeansdError(f"a plan needs at least one step, not {steps}")
         old_keys = [step for step, row in enumerate(self.rows) if row.is_key]
         others = [step for step, row in enumerate(self.rows) if not row.is_key]
+        gates = [self.rows[step * self.steps // steps].attend for step in range(steps)]
         if not others:
-            return Plan.full(steps, name=self.name)
+            return Plan(tuple(Row(attend=each) for each in gates), self.name)
         scale = steps / self.steps
         count = min(steps, max(1, round(len(old_keys) * scale)))
         ends = [*old_keys, self.steps]
@@ -246,7 +267,8 @@ class Plan:
             else self.rows[min(others, key=lambda old: abs(old - step / scale))]
             for step in range(steps)
         )
-        return replace(self, rows=rows)
+        gated = (replace(row, attend=each) for row, each in zip(rows, gates, strict=True))
+        return replace(self, rows=tuple(gated))
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -268,12 +290,14 @@ class Plan:
     @cached_property
     def fingerprint(self) -> str:
         """Twelve hex digits of what the plan does; its name does not count."""
-        rows = [
+        rows: list[list[object]] = [
             [_order(row.inherit), row.guidance, *(row.correct if any(row.correct) else ())]
             for row in self.rows
         ]
-        does = rows if self.drift is None else [rows, *_list_values(self.drift)]
-        return sha256(json.dumps(does).encode()).hexdigest()[:12]
+        for does, row in zip(rows, self.rows, strict=True):
+            does.extend([_order(row.attend)] if row.attend else [])
+        told = rows if self.drift is None else [rows, *_list_values(self.drift)]
+        return sha256(json.dumps(told).encode()).hexdigest()[:12]
 
     def resolve(self, anatomy: Anatomy) -> tuple[dict[str, How], ...]:
         """For every step, the units that inherit and how.
@@ -283,6 +307,14 @@ class Plan:
                 The message names the step and the address.
         """
         return tuple(_resolve_row(step, row, anatomy) for step, row in enumerate(self.rows))
+
+    def resolve_gates(self, anatomy: Anatomy) -> tuple[Gates, ...]:
+        """For every step, the self-attentions that are gated, by full address.
+
+        Raises:
+            LeansdError: an address matches no self-attention of this UNet.
+        """
+        return tuple(resolve_gates(step, row.attend, anatomy) for step, row in enumerate(self.rows))
 
     def draw(self, anatomy: Anatomy | None = None, *, picture: str | Path | None = None) -> str:
         """The plan as a grid in text: of a UNet's units, or without one of what the plan names.
@@ -352,10 +384,10 @@ def _resolve_row(step: int, row: Row, anatomy: Anatomy) -> dict[str, How]:
     return resolved
 
 
-def _order(inherit: Mapping[str, How]) -> list[tuple[str, How]]:
+def _order(choices: Mapping[str, str]) -> list[tuple[str, str]]:
     """The entries of a row; their order means something only where they differ in how."""
-    entries = list(inherit.items())
-    return entries if len(set(inherit.values())) > 1 else sorted(entries)
+    entries = list(choices.items())
+    return entries if len(set(choices.values())) > 1 else sorted(entries)
 
 
 def _list_values(drift: Drift) -> tuple[str, float, str]:

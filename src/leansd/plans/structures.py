@@ -70,7 +70,8 @@ def _sign(call: Call) -> Hashable:
     corrects = len(call.corrects)
     # A line with one source to stand in for both is that source; a parabola would be rounded.
     curves = tuple(len(each) > 2 for each in _list_sources(call, sorted(call.sources)))
-    return pattern.active, made, call.lanes, call.guidance, corrects, curves
+    gates = frozenset(call.gates.items())
+    return pattern.active, made, call.lanes, call.guidance, corrects, curves, gates
 
 
 def _share(sign: Hashable, calls: Sequence[Call]) -> Structure:
@@ -90,6 +91,7 @@ def _share(sign: Hashable, calls: Sequence[Call]) -> Structure:
         keeps=keeps,
         releases=frozenset(),
         corrects=corrects,
+        attend=first.gates,
     )
     return Structure((sign, tuple(sources.items()), tuple(keeps.items()), corrects), call)
 

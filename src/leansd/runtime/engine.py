@@ -21,6 +21,7 @@ from leansd.anatomy.reading import read_anatomy
 from leansd.errors import LeansdError
 from leansd.plans.address import get_layer
 from leansd.plans.anatomy import HEAD, Anatomy
+from leansd.plans.gate import Attend
 from leansd.plans.liveness import Program, compile_plan
 from leansd.plans.plan import Plan
 from leansd.runtime.graphs import Graphs, Slot, freeze
@@ -34,7 +35,9 @@ from leansd.runtime.guidance import (
 )
 from leansd.runtime.passes import Pass, Step
 from leansd.runtime.report import start_lap
-from leansd.runtime.weave import EndOfCall, Weave
+from leansd.runtime.weave import EndOfCall, Weave, exchange_forward
+from leansd.surgery.gating import attend, find_processor
+from leansd.surgery.gri import call_at_size
 
 if TYPE_CHECKING:
     from leansd.runtime.attachment import Attachment
@@ -141,7 +144,18 @@ class Engine:
             return forward(*args, **kwargs)
         if name in self._blocks:
             return self._run_block(step, name, forward, *args, **kwargs)
+        by = step.call.attend.get(name)
+        if by is not None:
+            forward = self._gate(name, by, forward)
         return step.run_unit(name, forward, *args, **kwargs)
+
+    def _gate(self, name: str, by: Attend, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The forward of a self-attention that attends otherwise in this call."""
+        attention: Any = self.unet.get_submodule(self._paths[name])
+        processor = find_processor(attention, by)
+        if processor is None:
+            return forward
+        return exchange_forward(forward, functools.partial(attend, attention, processor))
 
     def _run_unet(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         sample = args[0] if args else kwargs["sample"]
@@ -179,8 +193,13 @@ class Engine:
         """The UNet's forward for the lanes that run, with its units following `step`."""
         slot = self._find_slot()
         slot.step = step
+        run: Callable[..., Any] = run_step
+        if step.call.attend:
+            # A gate to GRI has to know what feature map its tokens are.
+            height, width = (args[0] if args else kwargs["sample"]).shape[-2:]
+            run = functools.partial(call_at_size, (height, width), run_step)
         try:
-            return run_step(step, forward, *args, **kwargs)
+            return run(step, forward, *args, **kwargs)
         finally:
             slot.step = None
 

@@ -41,7 +41,9 @@ class Report:
     predicted_speedup: float
     """Full run's over this run's multiply-accumulates, UNet only."""
     measured_speedup: float
-    """What the run would have taken with every call like its median full one, over what it took."""
+    """What the run would have taken with every call like its median full one, over what it took.
+
+    A full one is one without gates, if there is any."""
     seconds: float
     """In the UNet."""
     control_calls: int = 0
@@ -51,6 +53,8 @@ class Report:
     """Under a plan with a drift: calls at which it inherits, counted once for each picture."""
     drifted: int = 0
     """Of these, those that were computed in full because the picture had drifted too far."""
+    gated: int = 0
+    """Calls in which the plan had self-attentions computed otherwise than the UNet has them."""
 
     def __str__(self) -> str:
         control = ""
@@ -59,11 +63,12 @@ class Report:
         drift = ""
         if self.guarded:
             drift = f"{self.drifted} of {self.guarded} times a picture drifted and was computed; "
+        gates = f"self-attentions gated in {self.gated} calls; " if self.gated else ""
         units = self.computed + self.inherited + self.idle
         return (
             f"plan {self.plan.name}: {self.calls} UNet calls, {self.full_calls} in full; "
             f"of {units} unit runs {self.computed} computed, {self.inherited} inherited, "
-            f"{self.idle} idle; {self.bytes_kept / 2**20:.2f} MiB kept; {control}{drift}"
+            f"{self.idle} idle; {self.bytes_kept / 2**20:.2f} MiB kept; {control}{drift}{gates}"
             f"UNet {self.seconds:.2f} s, speed-up {self.measured_speedup:.2f}x "
             f"(predicted {self.predicted_speedup:.2f}x)"
         )
@@ -96,7 +101,8 @@ class Tally:
         guarded = drifted + sum(call.inherits for call in every) if self.plan.drift else 0
         seconds = [lap() for lap in self.laps]
         full = [all(call.is_full for call in calls) for calls in self.calls]
-        whole = median(lap for lap, is_full in zip(seconds, full, strict=True) if is_full)
+        gated = [any(call.gates for call in calls) for calls in self.calls]
+        whole = _find_whole(seconds, full, gated)
         return Report(
             plan=self.plan,
             calls=len(self.calls),
@@ -112,6 +118,7 @@ class Tally:
             control_runs=self.control.runs if self.control is not None else 0,
             guarded=guarded,
             drifted=drifted,
+            gated=sum(gated),
         )
 
 
@@ -122,6 +129,13 @@ def _count_units(calls: Sequence[Call]) -> tuple[int, int, int]:
     inherited = frozenset[str]().union(*(pattern.inherited for pattern in patterns)) - computed
     idle = frozenset[str]().union(*(pattern.idle for pattern in patterns)) - computed - inherited
     return len(computed), len(inherited), len(idle)
+
+
+def _find_whole(seconds: Sequence[float], full: Sequence[bool], gated: Sequence[bool]) -> float:
+    """Median seconds of full calls: of those without gates, where there are any."""
+    rows = [row for row in zip(gated, seconds, full, strict=True) if row[2]]
+    least = min(is_gated for is_gated, _, _ in rows)
+    return median(lap for is_gated, lap, _ in rows if is_gated == least)
 
 
 def start_lap(device: torch.device) -> Callable[[], Lap]:

@@ -44,6 +44,17 @@ def call_around(strand: Strand, forward: Forward, *args: Any, **kwargs: Any) -> 
     return around(strand.name, forward, *args, **kwargs)
 
 
+def exchange_forward(forward: Forward, own: Forward) -> Forward:
+    """`forward` of a module with `own` in the place of the module's own, below all that is woven.
+
+    For one call: nothing is put on the module.
+    """
+    if isinstance(forward, functools.partial) and forward.func is call_around:
+        strand, before = forward.args
+        return functools.partial(call_around, strand, exchange_forward(before, own))
+    return own
+
+
 @dataclass(frozen=True, slots=True)
 class Woven:
     """One module with what was put in the place of its forward."""

@@ -26,11 +26,8 @@ from leansd.anatomy import read_anatomy
 from leansd.errors import LeansdError
 from leansd.plans.address import covers
 from leansd.plans.anatomy import Unit
+from leansd.plans.gate import CELL, REGIONS, SELF_ATTENTION
 from leansd.surgery.replacements import Options, Replacement
-
-CELL = 2
-"""Side of a cell in tokens."""
-REGIONS = CELL * CELL
 
 Size = tuple[int, int]
 Result = TypeVar("Result")
@@ -202,9 +199,6 @@ def _project(attn: Attention, tokens: torch.Tensor) -> torch.Tensor:
     """What `to_out`, a projection and a dropout, makes of `tokens`."""
     projection, dropout = attn.to_out
     return dropout(projection(tokens))
-
-
-SELF_ATTENTION = "self-attention"
 
 
 def accept(unit: Unit, options: Options) -> None:

@@ -36,6 +36,12 @@ def profile_model(
             help="What another autoencoder would gain: its folder, or tiny for TAESD's shape."
         ),
     ] = None,
+    attend: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Self-attentions to time by GRI and in full as well, as dn0.*.attn; repeatable."
+        ),
+    ] = None,
     device: TimingDevice = None,
     as_json: OnlyJson = False,
 ) -> None:
@@ -96,7 +102,9 @@ def profile_model(
         autoencoder.to(device=pipe.device, dtype=pipe.dtype)
     note(f"warming up {model} on {pipe.device}")
     call = {} if guidance is None else {"guidance_scale": guidance}
-    probe = prepare_probe(pipe, call=call, pictures=batch, size=pixels, subject=model)
+    probe = prepare_probe(
+        pipe, call=call, pictures=batch, size=pixels, subject=model, attend=attend or ()
+    )
     plans = hold_out(probe.anatomy, check, guided=probe.is_guided) if check else {}
     with open_progress() as progress:
         bar = progress.add_task("profiling", total=repeats * (1 + len(plans)))

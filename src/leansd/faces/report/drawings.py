@@ -24,6 +24,8 @@ STATES = {
     "chebyshev": "Chebyshev",
     "chebyshev-line": "Chebyshev, line",
     "idle": "idle",
+    "gri": "GRI",
+    "full-attention": "full attention",
 }
 
 
