@@ -164,7 +164,8 @@ def weigh_correction(
 ) -> tuple[float, dict[Kept, float]]:
     """The weight of the output of `call` itself, and of `sources`, in the corrected output."""
     line = weigh_sources(sources, call, log_snr)
-    weights = {kept: -correct.line * weight for kept, weight in line.items()}
+    # In their own order, which decides how the sum is rounded.
+    weights = {kept: -correct.line * line[kept] for kept in sources if kept in line}
     weights[sources[0]] -= correct.last
     return 1 + correct.line + correct.last, weights
 
