@@ -190,6 +190,21 @@ def list_stages(pipe: Any) -> dict[str, list[nn.Module]]:
     }
 
 
+def check_timing(device: torch.device) -> None:
+    """Refuse a device whose calls cannot be timed from the inside."""
+    if device.type not in ("cpu", "cuda"):
+        raise LeansdError(
+            f"calls on {device.type} cannot be timed from inside; use device cpu or cuda"
+        )
+
+
+def check_count(count: int, what: str) -> int:
+    """The count itself, if it is one."""
+    if count < 1:
+        raise LeansdError(f"{count} {what}: at least 1 is needed")
+    return count
+
+
 def wait_for(device: torch.device) -> None:
     """Wait until a GPU has done all that it was given."""
     if device.type == "cuda":

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from leansd.measuring.cost import CostModel
-from leansd.measuring.laps import RunLaps, time_run
-from leansd.measuring.profile import Probe, check_count
+from leansd.measuring.laps import RunLaps, check_count, time_run
+from leansd.measuring.profile import Probe
 from leansd.measuring.records import Record
 from leansd.measuring.timing import Ratio, Timing, compare_timings
 from leansd.plans.anatomy import Anatomy

@@ -27,7 +27,7 @@ from leansd.measuring.cost import (
     name_gated,
     scale_calls,
 )
-from leansd.measuring.laps import RunLaps, measure_peaks, time_run
+from leansd.measuring.laps import RunLaps, check_count, check_timing, measure_peaks, time_run
 from leansd.measuring.timing import time_cases
 from leansd.plans.address import get_block
 from leansd.plans.anatomy import HEAD, STEM, Anatomy
@@ -120,9 +120,7 @@ def prepare_probe(
             "already attached: the UNet follows a plan; leave that `with` block first, or call "
             "leansd.release_"
         )
-    kind = torch.device(pipe.device).type
-    if kind not in ("cpu", "cuda"):
-        raise LeansdError(f"calls on {kind} cannot be timed from inside; use device cpu or cuda")
+    check_timing(torch.device(pipe.device))
     anatomy = read_anatomy(pipe.unet)
     Plan.full(1).attend(*attend, by="gri", at=0).resolve_gates(anatomy)
     arguments = make_arguments(call or {}, check_count(pictures, "pictures"), size)
@@ -139,13 +137,6 @@ def prepare_probe(
         size=size or get_size(pipe),
         peaks=peaks,
     )
-
-
-def check_count(count: int, what: str) -> int:
-    """The count itself, if it is one."""
-    if count < 1:
-        raise LeansdError(f"{count} {what}: at least 1 is needed")
-    return count
 
 
 def make_arguments(

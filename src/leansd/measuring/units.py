@@ -16,8 +16,7 @@ from diffusers import UNet2DConditionModel
 
 from leansd.anatomy.cost import TOKENS, make_inputs, pick_size
 from leansd.anatomy.reading import read_anatomy
-from leansd.errors import LeansdError
-from leansd.measuring.laps import list_units, wait_for
+from leansd.measuring.laps import check_count, check_timing, list_units, wait_for
 from leansd.measuring.timing import Timing
 from leansd.runtime.report import Lap, start_lap
 from leansd.runtime.weave import Weave
@@ -63,14 +62,10 @@ def time_units(
     Raises:
         LeansdError: a count is under 1, or calls on the UNet's device cannot be timed.
     """
-    for count, what in ((batch, "samples"), (repeats, "repeats")):
-        if count < 1:
-            raise LeansdError(f"{count} {what}: at least 1 is needed")
+    check_count(batch, "samples")
+    check_count(repeats, "repeats")
     device = unet.device
-    if device.type not in ("cpu", "cuda"):
-        raise LeansdError(
-            f"calls on {device.type} cannot be timed from inside; use device cpu or cuda"
-        )
+    check_timing(device)
     size = pick_size(unet, latent)
     inputs = make_inputs(
         unet, size=size, tokens=tokens, batch=batch, device=device, dtype=unet.dtype

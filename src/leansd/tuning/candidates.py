@@ -19,7 +19,13 @@ class Candidate:
     proposal: Proposal
     model: ErrorModel
     regime: Regime
-    error: float
+    lag: float
+    """Squared error of the full run of its step count against that of all steps."""
+
+    @property
+    def error(self) -> float:
+        """What the model expects of it."""
+        return self.proposal.error + self.lag
 
     def build(self) -> Plan:
         return self.regime.dress(build_plan(self.proposal, self.model.calibration))
@@ -34,5 +40,4 @@ class Candidate:
         for stretch in stretches:
             keys = (*keys, stretch.key)[-3:]
             error += self.model.judge(keys, stretch.end, stretch.action).error
-        proposal = Proposal(stretches, error, self.proposal.ticks)
-        return replace(self, proposal=proposal, error=error)
+        return replace(self, proposal=Proposal(stretches, error, self.proposal.ticks))

@@ -90,7 +90,7 @@ class _Fitting:
 
 def _solve(normal: torch.Tensor, target: torch.Tensor) -> tuple[float, float]:
     """Line and last of least squares, slightly damped, and within the limit."""
-    damped = normal + DAMPING * normal.trace() * torch.eye(2, dtype=normal.dtype)
+    damped = normal + DAMPING * normal.trace() * torch.eye(2).to(normal)
     line, last = torch.linalg.solve(damped, target).clamp(-LIMIT, LIMIT).tolist()
     return round(line, 4), round(last, 4)
 

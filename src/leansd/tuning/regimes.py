@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from leansd.measuring.cost import CostModel
-from leansd.plans.anatomy import HEAD, Anatomy
+from leansd.plans.anatomy import Anatomy
 from leansd.plans.liveness import compile_plan
 from leansd.plans.plan import Plan
-from leansd.tuning.errors import Action
+from leansd.tuning.errors import HEAD_ACTIONS, Action
 
 TICKS = 16
 """Ticks of a key step that runs both lanes, in the dynamic programme's budgets."""
@@ -55,7 +55,7 @@ def list_regimes(cost: CostModel, anatomy: Anatomy) -> list[Regime]:
         call = compile_plan(plan, anatomy).calls[step]
         return (cost.predict_call(call) - nothing) / whole
 
-    heads = {Action(HEAD, how): 0 for how in ("forecast", "forecast2")}
+    heads = dict.fromkeys(HEAD_ACTIONS, 0)
     regimes = [Regime(heads)]
     if cost.is_guided:
         half = share(Plan.full(4).guide("forecast", at=3), 3)

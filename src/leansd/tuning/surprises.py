@@ -38,7 +38,9 @@ class Memory:
         return torch.stack([output - self.forecast(place, how) for how in CORRECTION_HOWS])
 
 
-def move_on(output: torch.Tensor, correct: tuple[float, float], surprises: torch.Tensor):
-    """The corrected output [B, C, H, W]."""
+def move_on(
+    output: torch.Tensor, correct: tuple[float, float], surprises: torch.Tensor
+) -> torch.Tensor:
+    """The corrected output [B, C, H, W], by surprises [2, B, C, H, W]."""
     line, last = correct
     return output + line * surprises[0] + last * surprises[1]

@@ -166,8 +166,8 @@ class _Progress:
 
 @dataclass
 class _Tuner:
-    pipe: Any
     anatomy: Anatomy
+    regimes: list[Regime]
     cost: CostModel
     steps: int
     fit: Bench
@@ -234,9 +234,9 @@ class _Tuner:
         fit = replace(fit, goals=main.finals)
         check = replace(check, goals=check.run(steps))
         progress.add("ran the held-out calls in full")
-        return cls(
-            pipe, read_anatomy(pipe.unet), cost, steps, fit, check, models, known, tuned, progress
-        )
+        anatomy = read_anatomy(pipe.unet)
+        regimes = list_regimes(cost, anatomy)
+        return cls(anatomy, regimes, cost, steps, fit, check, models, known, tuned, progress)
 
     def list_goals(self, speedup: float | None, ms: float | None) -> list[float]:
         """What is wanted as speeds, where any run is so fast."""
@@ -277,7 +277,7 @@ class _Tuner:
         """
         first, *others = [
             sorted(self._search(speed, regime), key=lambda each: each.error)
-            for regime in list_regimes(self.cost, self.anatomy)
+            for regime in self.regimes
         ]
         return [*first[:CANDIDATES], *(each for found in others for each in found[:1])]
 
@@ -295,7 +295,7 @@ class _Tuner:
                 [budget],
                 longest=max(4, round(LONGEST * calibration.steps)),
             ):
-                yield Candidate(proposal, model, regime, proposal.error + lag)
+                yield Candidate(proposal, model, regime, lag)
 
     def _count_ticks(self, speed: float, calibration: Calibration) -> int:
         """The ticks that key steps may take for a run to be so many times faster.
