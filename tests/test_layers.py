@@ -21,6 +21,7 @@ LAYERS = (
     ("emoji",),
     ("loading",),
     ("exporting",),
+    ("incubation",),
     ("faces",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
