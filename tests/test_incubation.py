@@ -112,3 +112,19 @@ def test_the_lineage_leads_back_to_the_teacher(finished: Run) -> None:
     lineage = Lineage.load(finished.folder / NET)
     assert set(lineage.nets) == {"teacher"}
     assert lineage.origins["up0.l1.res"] == ("teacher", "up0.l2.res")
+
+
+def test_a_dry_run_counts_what_a_stage_computes() -> None:
+    from leansd.anatomy import count_macs
+    from leansd.incubation.dryrun import estimate
+
+    parts = make_parts()
+    decoupled = {**ASSEMBLED, "name": "apart", "mode": "decoupled"}
+    recipe = write_recipe(LIGHT, ASSEMBLED, decoupled)
+    seen = estimate(recipe, parts.unet, macs_per_second=1e9, device="cpu")
+    whole, together, apart = seen.stages
+    assert whole.teacher_macs == count_macs(parts.unet).total
+    assert apart.student_macs < together.student_macs < whole.teacher_macs
+    assert apart.activations < together.activations
+    assert apart.backward_macs < together.backward_macs < whole.backward_macs
+    assert "decoupled" in str(seen)

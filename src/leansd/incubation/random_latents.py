@@ -14,6 +14,7 @@ from torch import Tensor
 from leansd.errors import LeansdError
 from leansd.incubation.batches import Batch, State
 from leansd.incubation.noise import seed_generator
+from leansd.incubation.recipe import DataSettings
 from leansd.incubation.sources import DataSetting
 
 
@@ -84,11 +85,12 @@ class RandomStream:
         return torch.randn(self.source.shape, generator=generator), row
 
 
-def open_source(options: Mapping[str, Any], setting: DataSetting) -> RandomLatents:
+def open_source(data: DataSettings, setting: DataSetting) -> RandomLatents:
     """
     Raises:
         LeansdError: there are no prompts, or an option is none.
     """
+    options = data.options
     unknown = sorted(set(options) - {"prompts"})
     if unknown:
         raise LeansdError(f"data: random has no option {unknown[0]!r}; there is prompts")

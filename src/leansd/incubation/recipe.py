@@ -146,7 +146,7 @@ class Recipe(_Frozen):
     trainer: TrainerSettings = TrainerSettings()
     validation: ValidationSettings = ValidationSettings()
     projection: str | None = None
-    """A file that maps latents to RGB, for losses of pictures; fitted to the VAE if there is none."""
+    """A file that maps latents to RGB, for losses of pictures; by default it is fitted."""
     stages: tuple[Stage, ...] = Field(min_length=1)
 
     @model_validator(mode="after")

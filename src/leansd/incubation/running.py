@@ -47,23 +47,19 @@ class Run:
 def incubate(
     run: Run,
     *,
-    resume: bool = False,
     report: Report | None = None,
     make_look: Callable[[Stage, Student], Look] | None = None,
 ) -> Path:
-    """Run all stages; what is done already is not done again.
+    """Run all stages, each from its last checkpoint; what is done is not done again.
 
     Returns:
         the folder of the finished net.
 
     Raises:
-        LeansdError: the folder holds another run, or what training raises.
+        LeansdError: what training raises.
     """
     recipe = run.recipe
     accelerator = make_accelerator(recipe, run.folder)
-    if accelerator.is_main_process:
-        claim_folder(run, resume=resume)
-    accelerator.wait_for_everyone()
     if recipe.trainer.trackers:
         accelerator.init_trackers("leansd", recipe.to_document())
     schedule = Schedule.read(run.pipe.scheduler)
@@ -114,27 +110,27 @@ def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
     )
 
 
-def claim_folder(run: Run, *, resume: bool) -> None:
-    """Make the run's folder, or see that it is this recipe's.
+def claim_folder(folder: Path, recipe: Recipe, *, resume: bool) -> None:
+    """Make a run's folder, or see that it is this recipe's.
 
     Raises:
         LeansdError: it holds another run, or this one and is not to be resumed.
     """
-    file = run.folder / RECIPE
-    mark = run.folder / "fingerprint"
+    file = folder / RECIPE
+    mark = folder / "fingerprint"
     if mark.exists():
         if not resume:
-            raise LeansdError(f"{run.folder} holds a run: go on with it by --resume")
-        if mark.read_text().strip() != run.recipe.fingerprint:
+            raise LeansdError(f"{folder} holds a run: go on with it by --resume")
+        if mark.read_text().strip() != recipe.fingerprint:
             raise LeansdError(
-                f"{run.folder} holds a run of another recipe: see {file}, or choose another folder"
+                f"{folder} holds a run of another recipe: see {file}, or choose another folder"
             )
         return
-    if run.folder.exists() and any(run.folder.iterdir()):
-        raise LeansdError(f"{run.folder} is not empty and holds no run: choose another folder")
-    run.folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(run.recipe.write(), encoding="utf-8")
-    mark.write_text(run.recipe.fingerprint + "\n")
+    if folder.exists() and any(folder.iterdir()):
+        raise LeansdError(f"{folder} is not empty and holds no run: choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(recipe.write(), encoding="utf-8")
+    mark.write_text(recipe.fingerprint + "\n")
 
 
 def open_nets(run: Run, stage: Stage) -> dict[str, Net]:

@@ -1,11 +1,11 @@
 """Sources of samples by the kind that a recipe's `data` names.
 
-A new kind is a module with an `open_source(options, setting)`, and a line here.
+A new kind is a module with an `open_source(data, setting)`, and a line here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
@@ -20,9 +20,9 @@ from leansd.incubation.recipe import DataSettings
 
 SOURCES: Mapping[str, str] = {
     "random": "leansd.incubation.random_latents",
-    "drawn": "leansd.incubation.data.drawn",
-    "folder": "leansd.incubation.data.folder",
-    "shards": "leansd.incubation.data.shards",
+    "drawn": "leansd.incubation.cached_data",
+    "folder": "leansd.incubation.cached_data",
+    "shards": "leansd.incubation.cached_data",
 }
 
 
@@ -37,6 +37,9 @@ class DataSetting:
     device: torch.device
     rank: int = 0
     world: int = 1
+    wait: Callable[[], None] = lambda: None
+    """For all processes."""
+    note: Callable[[str], None] = lambda message: None
 
 
 def open_source(data: DataSettings, setting: DataSetting) -> Source:
@@ -49,4 +52,4 @@ def open_source(data: DataSettings, setting: DataSetting) -> Source:
         near = get_close_matches(data.kind, SOURCES, n=1)
         offer = f"did you mean {near[0]}?" if near else f"there are {', '.join(SOURCES)}"
         raise LeansdError(f"data: no kind {data.kind!r}; {offer}")
-    return import_module(SOURCES[data.kind]).open_source(data.options, setting)
+    return import_module(SOURCES[data.kind]).open_source(data, setting)
