@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ from leansd.incubation.data.samples import Shard, digest
 from leansd.measuring.files import write_file
 
 FORMAT = 1
+ABANDONED = 3600
+"""Seconds after which nobody writes to a draft any more."""
 log = logging.getLogger(__name__)
 
 
@@ -117,6 +120,12 @@ class Cache:
             log.warning("%s; it is made anew", error)
             return False
         return True
+
+    def sweep(self, shard: Shard[Any]) -> None:
+        """Remove what writers that were killed have left half-written."""
+        for draft in self.locate(shard).glob(".*.part"):
+            if time.time() - draft.stat().st_mtime > ABANDONED:
+                draft.unlink(missing_ok=True)
 
     def finish(self, shard: Shard[Any], parts: int) -> Tally:
         """Note that a shard has no more parts."""

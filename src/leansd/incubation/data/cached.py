@@ -8,6 +8,7 @@ processes share one order.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -130,14 +131,25 @@ class CachedStream:
         )
         self._order = Order(source.counts, seed, source.chances.window)
         self._open = lru_cache(OPEN_FILES)(self._open_part)
+        self._reader = ThreadPoolExecutor(1, "incubation-data")
+        self._ahead: Future[Batch] | None = None
 
     def __iter__(self) -> CachedStream:
         return self
 
     def __next__(self) -> Batch:
-        begin = self.place + self.rank * self.batch
-        rows = [self._read(place) for place in range(begin, begin + self.batch)]
+        ready = self._ahead or self._submit()
+        batch = ready.result()
         self.place += self.batch * self.world
+        self._ahead = self._submit()
+        return batch
+
+    def _submit(self) -> Future[Batch]:
+        """Read the next batch while the last one is trained on."""
+        return self._reader.submit(self._read_batch, self.place + self.rank * self.batch)
+
+    def _read_batch(self, begin: int) -> Batch:
+        rows = [self._read(place) for place in range(begin, begin + self.batch)]
         added = {name: torch.cat([each.added[name] for each in rows]) for name in rows[0].added}
         latents, text = (torch.cat([getattr(e, k) for e in rows]) for k in ("latents", "text"))
         return Batch(latents, text, added, tuple(key for each in rows for key in each.keys))

@@ -219,8 +219,10 @@ def _find_scale(vae: Any) -> tuple[float, float]:
 def _in_safe_precision(vae: Any) -> Iterator[None]:
     """Autoencoders that say so overflow in half precision."""
     dtype = vae.dtype
-    if vae.config.get("force_upcast", False):
-        vae.to(torch.float32)
+    if dtype != torch.float16 or not vae.config.get("force_upcast", False):
+        yield
+        return
+    vae.to(torch.float32)
     try:
         yield
     finally:

@@ -78,6 +78,7 @@ def _fill_shard(
     if tally is not None:
         yield tally.samples, tally.flaws
         return
+    cache.sweep(shard)
     number = 0
     for number, found in enumerate(_cut(shard.read(), rows), 1):
         if not cache.has_part(shard, number - 1):

@@ -83,11 +83,9 @@ def pack(part: Part, dtype: torch.dtype) -> bytes:
         for name in part.latents[0].added:
             # As they are: sizes in pixels are more than half a precision can count.
             tensors[f"row.{name}"] = torch.stack([each.added[name] for each in part.latents])
-    notes = {
-        "keys": json.dumps(part.keys),
-        "flaws": json.dumps([[flaw.key, flaw.reason] for flaw in part.flaws]),
-    }
-    return save({name: rows.contiguous() for name, rows in tensors.items()}, metadata=notes)
+    # One entry: safetensors writes several in an order of chance.
+    notes = json.dumps({"keys": part.keys, "flaws": [vars(flaw) for flaw in part.flaws]})
+    return save({name: rows.contiguous() for name, rows in tensors.items()}, {"part": notes})
 
 
 class OpenPart:
@@ -101,9 +99,9 @@ class OpenPart:
         self.path = path
         with self._reading():
             file = safe_open(path, framework="pt")
-            notes = file.metadata()
-            self.keys: tuple[str, ...] = tuple(json.loads(notes["keys"]))
-            self.flaws = tuple(Flaw(*each) for each in json.loads(notes["flaws"]))
+            notes = json.loads(file.metadata()["part"])
+            self.keys: tuple[str, ...] = tuple(notes["keys"])
+            self.flaws = tuple(Flaw(**each) for each in notes["flaws"])
             self._rows = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             self._caption: list[int] = file.get_tensor("caption").tolist()
             self._first: list[int] = file.get_tensor("first").tolist()
