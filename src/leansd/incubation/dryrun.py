@@ -103,8 +103,8 @@ class Estimate:
                 f"{each.name} ({each.mode}): {each.steps} steps, {each.samples} samples",
                 f"  trains  {trained:.3g} of {whole:.3g} M parameters",
                 f"  MACs    {each.macs / 1e9:.3g} G a sample: teacher + student + back {parts}",
-                f"  memory  {self.memory(each) / GIB:.3g} GiB: weights and optimizer {weights:.3g}, "
-                f"{activations:.3g} a sample",
+                f"  memory  {self.memory(each) / GIB:.3g} GiB: {weights:.3g} for weights and "
+                f"optimizer, {activations:.3g} a sample",
                 f"  disk    {each.disk / GIB:.3g} GiB",
                 f"  time    {self.hours(each):.3g} hours",
             ]
