@@ -264,8 +264,12 @@ def _make_sample(unet: UNet2DConditionModel) -> tuple[Batch, Draw]:
     return batch, Draw(timesteps, torch.empty_like(inputs["sample"]))
 
 
+ENOUGH = 2.0
+"""Seconds of calls after which no more are measured."""
+
+
 @torch.no_grad()
-def measure_rate(unet: UNet2DConditionModel, macs: int, *, times: int = 3) -> float:
+def measure_rate(unet: UNet2DConditionModel, macs: int, *, most: int = 10) -> float:
     """Multiply-accumulates a second of a UNet's forward on one sample, where it is."""
     inputs = make_inputs(unet, size=pick_size(unet, None), device=unet.device, dtype=unet.dtype)
     added = inputs.get("added_cond_kwargs", {})
@@ -279,4 +283,7 @@ def measure_rate(unet: UNet2DConditionModel, macs: int, *, times: int = 3) -> fl
         return time.perf_counter() - start
 
     call()
-    return macs / min(call() for _ in range(times))
+    laps = [call()]
+    while len(laps) < most and sum(laps) < ENOUGH:
+        laps.append(call())
+    return macs / min(laps)
