@@ -194,10 +194,11 @@ def count_step(
     unet = student.unet.train()
     if gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    config: Any = unet.config
     setting = Setting(
         student.lineage,
         student.list_comparisons(stage.mode),
-        torch.empty(unet.config.in_channels + 1, 3, device="meta"),
+        torch.empty(config.in_channels + 1, 3, device="meta"),
         "meta",
     )
     terms = [
