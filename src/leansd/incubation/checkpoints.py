@@ -49,6 +49,12 @@ class Checkpoints:
         there = sorted(self._list())
         return there[-1] if there else None
 
+    def clean(self) -> None:
+        """Take away what a kill left half-written or half-deleted."""
+        for ending in (PARTIAL, OLD):
+            for path in self.folder.glob("*" + ending):
+                shutil.rmtree(path, ignore_errors=True)
+
     def save(self, accelerator: Accelerator, average: Average | None, position: Position) -> Path:
         """Write one, with the state of all processes.
 
