@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from leansd.errors import LeansdError
 from leansd.incubation.batches import Batch
+from leansd.incubation.curves import Curves
 from leansd.incubation.guards import Guard
 from leansd.incubation.noise import Schedule
 from leansd.incubation.random_latents import RandomLatents
@@ -86,11 +88,17 @@ def make_training(folder: Path, recipe: Recipe, number: int = 0) -> Training:
         Schedule.read(run.pipe.scheduler),
         folder / stage.name,
     )
-    return Training(Accelerator(cpu=True), lesson, student, run.pipe.unet)
+    accelerator = Accelerator(cpu=True, mixed_precision=recipe.trainer.precision)
+    return Training(accelerator, lesson, student, run.pipe.unet)
 
 
 def read_net(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((folder / NET).iterdir())}
+
+
+def read_curves(folder: Path) -> list[dict[str, float]]:
+    rows = Curves(folder / "losses.jsonl").load()
+    return [{k: v for k, v in row.items() if k != "steps_per_second"} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +179,8 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
     assert not (tmp_path / NET).exists()
     incubate(make_run(tmp_path))
     assert read_net(tmp_path) == read_net(finished.folder)
+    for stage in ("light", "assembled"):
+        assert read_curves(tmp_path / stage) == read_curves(finished.folder / stage)
 
 
 def test_only_as_many_checkpoints_stay_as_are_asked_for(finished: Run) -> None:
@@ -327,3 +337,22 @@ def test_accumulated_steps_are_those_of_a_larger_batch(tmp_path: Path) -> None:
         training.release()
     for one, other in zip(*nets, strict=True):
         assert torch.allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["end-to-end", "decoupled"])
+def test_losses_and_what_trains_are_float32_in_bf16(tmp_path: Path, mode: str) -> None:
+    AcceleratorState._reset_state()
+    losses = {**ALL_LOSSES, "mid": {}} if mode == "end-to-end" else ALL_LOSSES
+    stage = {**LIGHT, "mode": mode, "train": ["dn0", "up0"], "losses": losses}
+    training = make_training(tmp_path, write_recipe(stage, precision="bf16"))
+    assert training.teacher.unet.dtype == torch.bfloat16
+    _, parts = training.weigh(see(training))
+    assert {part.dtype for part in parts.values()} == {torch.float32}
+    before = [each.detach().clone() for each in training.student.unet.parameters()]
+    training._take_step(make_source().open(batch=2, seed=0))
+    after = list(training.student.unet.parameters())
+    assert {each.dtype for each in after} == {torch.float32}
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert training.guard.skipped == 0
+    training.release()
+    AcceleratorState._reset_state()

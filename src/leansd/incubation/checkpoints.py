@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,9 @@ class Position:
     stream: Mapping[str, Any]
     skipped: int = 0
     row: int = 0
+    sums: Mapping[str, float] = field(default_factory=dict)
+    """Of what was not logged yet, over `count` steps."""
+    count: int = 0
 
 
 @dataclass(frozen=True)

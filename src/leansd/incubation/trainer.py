@@ -134,12 +134,13 @@ class Training:
         self.guard = Guard(lesson.folder / "skipped")
         self.curves = Curves(lesson.folder / FILE)
         self.checkpoints = Checkpoints(lesson.folder / "checkpoints", settings.keep)
+        self.sums = Sums()
         self.step = 0
 
     def run(self, report: Report | None = None, look: Look | None = None) -> None:
         """Train to the end."""
         stream = self._resume()
-        sums, stage = Sums(), self.lesson.stage
+        sums, stage = self.sums, self.lesson.stage
         tick, ticked = time.monotonic(), self.step
         while self.step < stage.steps:
             sums.add(self._take_step(stream))
@@ -169,7 +170,7 @@ class Training:
             return learn(self.model, self.teacher, batch, draw, self.schedule)
 
     def weigh(self, outcome: Outcome) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and its parts before they are weighed; float32 scalars."""
+        """The loss, and its parts before they are weighed: float32 scalars, outside autocast."""
         progress = self.step / self.lesson.stage.steps
         parts = {term.name: term.loss(outcome) for term in self.terms}
         weights = {term.name: term.weigh(progress) for term in self.terms}
@@ -244,6 +245,7 @@ class Training:
             position = self.checkpoints.load(self.accelerator, self.average, last)
             self.step, state = position.step, position.stream
             self.guard.skipped, self.guard.row = position.skipped, position.row
+            self.sums = Sums(dict(position.sums), position.count)
         self.lesson.folder.mkdir(parents=True, exist_ok=True)
         if self.accelerator.is_main_process:
             self.curves.cut(self.step)
@@ -257,7 +259,14 @@ class Training:
         )
 
     def _save(self, stream: Stream) -> None:
-        position = Position(self.step, stream.state(), self.guard.skipped, self.guard.row)
+        position = Position(
+            self.step,
+            stream.state(),
+            self.guard.skipped,
+            self.guard.row,
+            self.sums.values,
+            self.sums.count,
+        )
         self.checkpoints.save(self.accelerator, self.average, position)
 
     def _log(self, values: dict[str, float], report: Report | None) -> None:

@@ -30,13 +30,12 @@ class Perception:
     compares: tuple[Comparison, ...] = ()
 
     def __call__(self, outcome: Outcome) -> Tensor:
-        with torch.autocast(outcome.student.device.type, enabled=False):
-            student = self._see(outcome, outcome.student)
-            with torch.no_grad():
-                teacher = self._see(outcome, outcome.teacher)
-            errors = [compare_samples(student[number], teacher[number]) for number in self.stages]
-            weight = outcome.schedule.alphas[outcome.timesteps]
-            return (weight * torch.stack(errors).mean(0)).mean()
+        student = self._see(outcome, outcome.student)
+        with torch.no_grad():
+            teacher = self._see(outcome, outcome.teacher)
+        errors = [compare_samples(student[number], teacher[number]) for number in self.stages]
+        weight = outcome.schedule.alphas[outcome.timesteps]
+        return (weight * torch.stack(errors).mean(0)).mean()
 
     def _see(self, outcome: Outcome, output: Tensor) -> list[Tensor]:
         clean = outcome.schedule.predict_clean(
