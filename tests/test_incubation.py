@@ -1,5 +1,6 @@
 """Incubation end to end on tiny nets: what trains, what is frozen, what comes out."""
 
+import copy
 import dataclasses
 import multiprocessing
 import os
@@ -12,16 +13,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from leansd.anatomy.cost import make_inputs
 from leansd.errors import LeansdError
 from leansd.incubation.batches import Batch
 from leansd.incubation.curves import Curves
 from leansd.incubation.guards import Guard
-from leansd.incubation.noise import Schedule
+from leansd.incubation.learning import Learner, Teacher, learn
+from leansd.incubation.noise import Draw, Schedule
 from leansd.incubation.random_latents import RandomLatents
 from leansd.incubation.recipe import Recipe
 from leansd.incubation.running import NET, Run, claim_folder, incubate
 from leansd.incubation.students import Net, make_student
-from leansd.incubation.trainer import Lesson, Training
+from leansd.incubation.trainer import Lesson, Look, Training, prepare_teacher
 from leansd.loading import load_unet
 from leansd.surgery.lineage import Lineage
 from tiny import LATENT, WIDTH, shallow_unet, tiny_scheduler
@@ -89,7 +92,7 @@ def make_training(folder: Path, recipe: Recipe, number: int = 0) -> Training:
         folder / stage.name,
     )
     accelerator = Accelerator(cpu=True, mixed_precision=recipe.trainer.precision)
-    return Training(accelerator, lesson, student, run.pipe.unet)
+    return Training(accelerator, lesson, student, prepare_teacher(accelerator, run.pipe.unet))
 
 
 def read_net(folder: Path) -> dict[str, bytes]:
@@ -163,7 +166,7 @@ def run_until_dead(folder: Path, *, moves: int = 0, looks: int = 0) -> None:
     def work() -> None:
         move = os.replace
         os.replace = lambda *args, **kwargs: (count("moves"), move(*args, **kwargs))  # type: ignore[assignment]
-        incubate(make_run(folder), make_look=lambda *_: lambda step: count("looks"))
+        incubate(make_run(folder), make_look=lambda *_: Look(1, lambda step: count("looks")))
 
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
@@ -356,3 +359,34 @@ def test_losses_and_what_trains_are_float32_in_bf16(tmp_path: Path, mode: str) -
     assert training.guard.skipped == 0
     training.release()
     AcceleratorState._reset_state()
+
+
+def test_what_is_frozen_is_not_rounded_in_bf16(tmp_path: Path) -> None:
+    AcceleratorState._reset_state()
+    stages = ({**LIGHT, "steps": 1}, {**ASSEMBLED, "steps": 1})
+    run = make_run(tmp_path, write_recipe(*stages, precision="bf16"))
+    teacher = {name: each.clone() for name, each in run.pipe.unet.state_dict().items()}
+    net = load_unet(incubate(run), device="cpu", dtype=torch.float32).state_dict()
+    frozen = [name for name in net if name.startswith("mid_block")]
+    assert all(torch.equal(net[name], teacher[name]) for name in frozen)
+    AcceleratorState._reset_state()
+
+
+def test_any_topology_has_blocks_apart(any_unet: Any) -> None:
+    teacher = copy.deepcopy(any_unet)
+    last = f"up{len(teacher.up_blocks) - 1}"
+    stage = write_recipe({**APART, "train": ["dn0", last]}).stages[0]
+    student = make_student(stage, {"teacher": Net(teacher)})
+    compares = student.list_comparisons("decoupled")
+    learner = Learner(student, compares, "decoupled")
+    tutor = Teacher(teacher, (*(each.teacher for each in compares), *learner.needs))
+    inputs = make_inputs(teacher, size=(LATENT, LATENT), batch=2)
+    added = inputs.get("added_cond_kwargs", {})
+    batch = Batch(inputs["sample"], inputs["encoder_hidden_states"], added)
+    draw = Draw(torch.tensor([10, 900]), torch.randn_like(inputs["sample"]))
+    outcome = learn(learner, tutor, batch, draw, Schedule.read(tiny_scheduler()))
+    assert torch.equal(outcome.student, outcome.teacher)
+    blocks = {each.student.partition(".")[0] for each in compares}
+    assert blocks == {"dn0", last}
+    tutor.release()
+    learner.release()

@@ -10,6 +10,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from leansd.incubation.running import NET, incubate
+from leansd.incubation.trainer import Look
 from leansd.loading import load_unet
 from test_incubation import LIGHT, make_run, write_recipe
 
@@ -38,7 +39,7 @@ def take_part(folder: Path, rank: int, port: int, stops_after: int | None) -> No
         if step == stops_after:
             os._exit(7)
 
-    incubate(run, make_look=lambda *_: stop)
+    incubate(run, make_look=lambda *_: Look(1, stop))
     os._exit(0)
 
 

@@ -51,8 +51,9 @@ def incubate_into(folder: Path, recipe: Recipe, *, resume: bool, note: Note) -> 
             f"{row['steps_per_second']:.3g} steps/s, {describe_time(left)} left"
         )
 
-    def make_look(stage: Stage, student: Student) -> Look:
-        return Comparing(pipe, student.unet, recipe.validation, run.get_home(stage))
+    def make_look(stage: Stage, student: Student, teacher: UNet2DConditionModel) -> Look:
+        seen = Comparing(pipe, teacher, student.unet, recipe.validation, run.get_home(stage))
+        return Look(recipe.validation.every, seen)
 
     look = make_look if recipe.validation.prompts else None
     return incubate(run, report=report, make_look=look)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from leansd.errors import LeansdError
@@ -19,7 +20,7 @@ from leansd.incubation.checkpoints import writing
 from leansd.incubation.noise import Schedule
 from leansd.incubation.recipe import TEACHER, Recipe, Stage
 from leansd.incubation.students import Net, Student, make_student, read_frozen, save_net
-from leansd.incubation.trainer import Lesson, Look, train_stage
+from leansd.incubation.trainer import Lesson, Look, prepare_teacher, train_stage
 from leansd.incubation.vgg import fit_projection, load_projection, save_projection
 from leansd.loading import load_unet
 from leansd.measuring.files import write_file
@@ -49,7 +50,7 @@ def incubate(
     run: Run,
     *,
     report: Report | None = None,
-    make_look: Callable[[Stage, Student], Look] | None = None,
+    make_look: Callable[[Stage, Student, UNet2DConditionModel], Look] | None = None,
 ) -> Path:
     """Run all stages, each from its last checkpoint; what is done is not done again.
 
@@ -65,6 +66,7 @@ def incubate(
         accelerator.init_trackers("leansd", recipe.to_document())
     schedule = Schedule.read(run.pipe.scheduler)
     projection = find_projection(run, accelerator)
+    teacher = prepare_teacher(accelerator, run.pipe.unet)
     for number, stage in enumerate(recipe.stages):
         home = run.get_home(stage)
         if not (home / NET).exists():
@@ -78,14 +80,13 @@ def incubate(
                 home,
                 projection,
             )
-            teacher = run.pipe.unet
             train_stage(
                 accelerator,
                 lesson,
                 student,
                 teacher,
                 report=None if report is None else _name_reports(report, stage.name),
-                look=None if make_look is None else make_look(stage, student),
+                look=None if make_look is None else make_look(stage, student, teacher),
             )
             if accelerator.is_main_process:
                 keep_net(recipe, stage, student, home / NET)

@@ -6,6 +6,7 @@ whole random state: a run that was killed and resumed equals one that was not, b
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -34,8 +35,16 @@ from leansd.incubation.students import Student
 
 LOG_EVERY = 10
 Report = Callable[[Mapping[str, float]], None]
-Look = Callable[[int], None]
-"""What is done with the student as it is after so many steps: validation."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is done with the averaged student on the way: validation."""
+
+    every: int
+    """Steps from one to the next."""
+    show: Callable[[int], None]
+    """Given the steps so far."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,9 @@ def train_stage(
 
     It is left with its averaged parameters.
 
+    Args:
+        teacher: as `prepare_teacher` makes it.
+
     Raises:
         LeansdError: a loss cannot be had, nothing teaches what is to train, steps are not finite
             again and again, the data end, or a checkpoint cannot be written.
@@ -124,7 +136,7 @@ class Training:
             student.unet.compile_repeated_blocks()
         self.learner = Learner(student, compares, stage.mode)
         self.teacher = Teacher(
-            teacher.to(accelerator.device, pick_dtype(accelerator)),
+            teacher,
             (*(each.teacher for each in compares), *self.learner.needs),
         )
         optimizer = build_optimizer(settings, list_trained(student.unet), stage.learning_rate)
@@ -153,8 +165,8 @@ class Training:
                 self._log(sums.take() | {"steps_per_second": rate}, report)
             if self.step % self.lesson.settings.checkpoint_every == 0 or is_last:
                 self._save(stream)
-            if look is not None:
-                self._show(look)
+            if look is not None and self.step % look.every == 0:
+                self._show(look.show)
         if self.average is not None:
             self.average.settle(self.student.unet)
         self.release()
@@ -278,17 +290,17 @@ class Training:
         name = self.lesson.stage.name
         self.accelerator.log({f"{name}/{key}": value for key, value in values.items()}, self.step)
 
-    def _show(self, look: Look) -> None:
+    def _show(self, show: Callable[[int], None]) -> None:
         """Let the averaged student be looked at."""
         if not self.accelerator.is_main_process:
             return
         unet = self.student.unet
         self.learner.rest()
         if self.average is None:
-            look(self.step)
+            show(self.step)
             return
         with self.average.applied(unet):
-            look(self.step)
+            show(self.step)
 
 
 def build_terms(
@@ -314,6 +326,15 @@ def list_trained(net: nn.Module) -> list[nn.Parameter]:
     return [each for each in net.parameters() if each.requires_grad]
 
 
-def pick_dtype(accelerator: Accelerator) -> torch.dtype:
-    """What a frozen net is kept in."""
-    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+def prepare_teacher(
+    accelerator: Accelerator, original: UNet2DConditionModel
+) -> UNet2DConditionModel:
+    """The original on the device; a copy in the precision of frozen nets, where that is another.
+
+    Students are made of the original itself, whose weights no precision has rounded.
+    """
+    if accelerator.mixed_precision != "bf16":
+        return original.to(accelerator.device)
+    original.to("cpu")
+    # That of `nn.Module`: diffusers' own warns where it has nothing to warn of.
+    return nn.Module.to(copy.deepcopy(original), accelerator.device, torch.bfloat16)
