@@ -20,12 +20,12 @@ from leansd.errors import LeansdError
 from leansd.incubation.data.cache import Cache
 from leansd.incubation.data.cached import CachedSource, Chances
 from leansd.incubation.data.encoding import PictureEncoder, TextEncoder, read_picture
-from leansd.incubation.data.filling import fill
+from leansd.incubation.data.filling import Progress, Telling, fill
 from leansd.incubation.data.folder import list_folder
 from leansd.incubation.data.order import Order
 from leansd.incubation.data.parts import Conditions, Latents
 from leansd.incubation.data.samples import Flaw, Sample, digest
-from leansd.incubation.data.settings import Dataset, prepare_data
+from leansd.incubation.data.settings import Dataset, estimate_bytes, prepare_data
 from leansd.incubation.data.settings import DataSettings as KindSettings
 from leansd.incubation.data.shards import list_tars
 from leansd.incubation.recipe import DataSettings
@@ -607,3 +607,23 @@ def test_xl_latents_are_drawn_with_the_sizes_of_the_pipeline(tmp_path: Path, xl_
     batch = next(dataset.open().open(batch=1, seed=0))
     assert batch.added["time_ids"].tolist() == [[SIDE, SIDE, 0, 0, SIDE, SIDE]]
     assert set(batch.added) == {"text_embeds", "time_ids"}
+
+
+def test_the_size_of_the_cache_is_known_before(tmp_path: Path, pipe: Any) -> None:
+    data = write_shards(tmp_path / "data", shards=1, samples=4)
+    options = {"kind": "shards", "path": str(data), "flip": True, "resolution": SIDE}
+    dataset = prepare(pipe, tmp_path / "cache", **options)
+    dataset.fill()
+    estimate = 4 * estimate_bytes(TypeAdapter(KindSettings).validate_python(options), pipe)
+    assert estimate <= dataset.open().size <= estimate + 2000  # names and header
+
+
+def test_progress_has_a_rate_and_what_is_left() -> None:
+    said: list[str] = []
+    times = iter([0.0, 10.0, 20.0, 60.0])
+    tell = Telling(said.append, lambda: next(times))
+    for done, samples in ((4, 400), (4, 450), (6, 600)):
+        tell(Progress("00006", done, 8, samples, 3))
+    assert said == [
+        "00006: 6 of 8 shards, 600 samples in the cache, 3 left out, 4.0 samples/s, 0.0 hours left"
+    ]

@@ -35,29 +35,35 @@ class Progress:
 
 
 class Telling:
-    """Says how far a filling has come, at most twice a minute.
+    """Says how far a filling has come and how long it still takes, at most twice a minute.
 
     Args:
         say: is given the line.
+        clock: tells seconds.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
-        self.began = self.told = monotonic()
-        self.known: int | None = None
-        """Samples that were in the cache before."""
+    def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = monotonic) -> None:
+        self.say, self.clock = say, clock
+        self.began = self.told = clock()
+        self.first: Progress | None = None
+        """What the cache had already, at least."""
 
     def __call__(self, progress: Progress) -> None:
-        now = monotonic()
-        if self.known is None:
-            self.known = progress.samples
-        if now - self.told < SECONDS:
+        now = self.clock()
+        if self.first is None:
+            self.first, self.began = progress, now
+        if now - self.told < SECONDS or progress.samples == self.first.samples:
             return
         self.told = now
-        rate = (progress.samples - self.known) / (now - self.began)
+        rate = (progress.samples - self.first.samples) / (now - self.began)
+        shards = progress.done - self.first.done
+        left = ""
+        if shards:
+            hours = (progress.shards - progress.done) / shards * (now - self.began) / 3600
+            left = f", {hours:.1f} hours left"
         self.say(
-            f"{progress.shard}: {progress.done} of {progress.shards} shards are in the cache, "
-            f"{progress.samples} samples, {progress.flaws} left out, {rate:.1f} samples/s"
+            f"{progress.shard}: {progress.done} of {progress.shards} shards, {progress.samples} "
+            f"samples in the cache, {progress.flaws} left out, {rate:.1f} samples/s{left}"
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from leansd.incubation.data.cache import Cache
@@ -146,6 +146,17 @@ def prepare_data(settings: DataSettings, pipe: DiffusionPipeline, folder: str | 
     cache = Cache(settings.cache or folder, facts, dtype)
     chances = Chances(settings.empty, settings.other, settings.window)
     return Dataset(shards, encoder, texts, cache, chances)
+
+
+def estimate_bytes(settings: DataSettings, pipe: DiffusionPipeline) -> int:
+    """What one sample with one caption takes in the cache."""
+    side = settings.find_resolution(pipe) // pipe.vae_scale_factor
+    spread = isinstance(pipe.vae, AutoencoderKL) and not isinstance(settings, DrawnData)
+    views = 2 if getattr(settings, "flip", False) else 1
+    latents = pipe.unet.config.in_channels * side * side * views * (2 if spread else 1)
+    empty = TextEncoder(pipe).encode_empty()
+    text = sum(rows.numel() for rows in (empty.text, *empty.added.values()))
+    return (latents + text) * getattr(torch, settings.precision).itemsize
 
 
 @singledispatch
