@@ -1,6 +1,9 @@
 """Incubation end to end on tiny nets: what trains, what is frozen, what comes out."""
 
 import dataclasses
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +11,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from leansd.errors import LeansdError
+from leansd.incubation.batches import Batch
+from leansd.incubation.guards import Guard
 from leansd.incubation.noise import Schedule
 from leansd.incubation.random_latents import RandomLatents
 from leansd.incubation.recipe import Recipe
-from leansd.incubation.running import NET, Run, incubate
+from leansd.incubation.running import NET, Run, claim_folder, incubate
 from leansd.incubation.students import Net, make_student
 from leansd.incubation.trainer import Lesson, Training
 from leansd.loading import load_unet
@@ -84,7 +90,7 @@ def make_training(folder: Path, recipe: Recipe, number: int = 0) -> Training:
 
 
 def read_net(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {path.name: path.read_bytes() for path in sorted((folder / NET).iterdir())}
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +134,196 @@ def test_a_dry_run_counts_what_a_stage_computes() -> None:
     assert apart.activations < together.activations
     assert apart.backward_macs < together.backward_macs < whole.backward_macs
     assert "decoupled" in str(seen)
+
+
+# -- resuming ----------------------------------------------------------------------------------
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_until_dead(folder: Path, *, moves: int = 0, looks: int = 0) -> None:
+    """Run in a process that kills itself before a file is moved, or after a step is taken."""
+    left = {"moves": moves, "looks": looks}
+
+    def count(what: str) -> None:
+        left[what] -= 1
+        if left[what] == 0:
+            die()
+
+    def work() -> None:
+        move = os.replace
+        os.replace = lambda *args, **kwargs: (count("moves"), move(*args, **kwargs))  # type: ignore[assignment]
+        incubate(make_run(folder), make_look=lambda *_: lambda step: count("looks"))
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join(240)
+    assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("at", [{"moves": 1}, {"looks": 3}, {"moves": 4}, {"looks": 5}])
+def test_a_killed_run_ends_as_if_it_had_not_been(
+    finished: Run, tmp_path: Path, at: dict[str, int]
+) -> None:
+    run_until_dead(tmp_path, **at)
+    assert not (tmp_path / NET).exists()
+    incubate(make_run(tmp_path))
+    assert read_net(tmp_path) == read_net(finished.folder)
+
+
+def test_only_as_many_checkpoints_stay_as_are_asked_for(finished: Run) -> None:
+    names = [path.name for path in sorted((finished.folder / "light/checkpoints").iterdir())]
+    assert names == ["step-00000002", "step-00000003"]
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    recipe = write_recipe()
+    claim_folder(tmp_path / "run", recipe, resume=False)
+    claim_folder(tmp_path / "run", recipe, resume=True)
+    with pytest.raises(LeansdError, match="--resume"):
+        claim_folder(tmp_path / "run", recipe, resume=False)
+    with pytest.raises(LeansdError, match="another recipe"):
+        claim_folder(tmp_path / "run", write_recipe(LIGHT), resume=True)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: Any) -> None:
+    run = make_run(tmp_path, write_recipe(LIGHT, checkpoint_every=1))
+    save, saved = Accelerator.save_state, []
+
+    def fill_up(self: Accelerator, folder: str) -> None:
+        if saved:
+            raise OSError(28, "No space left on device")
+        saved.append(folder)
+        save(self, folder)
+
+    monkeypatch.setattr(Accelerator, "save_state", fill_up)
+    with pytest.raises(LeansdError, match=r"No space left.*step-00000001 is whole"):
+        incubate(run)
+    assert (tmp_path / "light/checkpoints/step-00000001/position-0.json").exists()
+
+
+# -- guards ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Broken:
+    """Batches of which some are not numbers."""
+
+    stream: Any
+    bad: frozenset[int]
+    count: int = 0
+
+    def __next__(self) -> Batch:
+        batch = next(self.stream)
+        self.count += 1
+        if self.count - 1 in self.bad:
+            return dataclasses.replace(batch, latents=batch.latents * float("nan"))
+        return batch
+
+
+def test_a_step_that_is_no_number_is_skipped_and_its_batch_kept(tmp_path: Path) -> None:
+    training = make_training(tmp_path, write_recipe(LIGHT))
+    training.step = 1
+    stream = Broken(make_source().open(batch=2, seed=0), frozenset({0}))
+    before = [each.detach().clone() for each in training.student.unet.parameters()]
+    training._take_step(stream)  # type: ignore[arg-type]
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, training.student.unet.parameters(), strict=True)
+    )
+    assert (training.guard.skipped, training.guard.row) == (1, 1)
+    assert len(list((tmp_path / "light/skipped").iterdir())) == 1
+    training._take_step(stream)  # type: ignore[arg-type]
+    assert (training.guard.skipped, training.guard.row) == (1, 0)
+    training.release()
+
+
+def test_a_run_that_goes_nowhere_is_stopped(tmp_path: Path) -> None:
+    guard = Guard(tmp_path, most=2)
+    guard.skip_step(7)
+    with pytest.raises(LeansdError, match="2 steps in a row, up to 8"):
+        guard.skip_step(8)
+
+
+def test_what_no_loss_teaches_is_refused(tmp_path: Path) -> None:
+    shallow = {**LIGHT, "mode": "decoupled", "train": ["dn0", "up0"], "losses": {"output": {}}}
+    training = make_training(tmp_path, write_recipe(shallow))
+    with pytest.raises(LeansdError, match=r"no loss teaches dn0\.l0\.res"):
+        training._take_step(make_source().open(batch=2, seed=0))
+    training.release()
+
+
+def test_a_stage_that_trains_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LeansdError, match="trains nothing"):
+        make_training(tmp_path, write_recipe({"name": "same", "steps": 1}))
+
+
+# -- blocks apart ------------------------------------------------------------------------------
+
+ALL_LOSSES = {name: {} for name in ("denoising", "output", "features", "normalised-features")}
+APART = {
+    "name": "apart",
+    "mode": "decoupled",
+    "train": ["dn0", "up0"],
+    "steps": 1,
+    "losses": ALL_LOSSES,
+}
+
+
+def see(training: Training) -> Any:
+    batch = next(make_source().open(batch=2, seed=0))
+    return training.compare(batch, training._draw(batch, 0))
+
+
+def test_blocks_apart_on_the_teachers_features_give_the_teachers(tmp_path: Path) -> None:
+    training = make_training(tmp_path, write_recipe(APART))
+    outcome = see(training)
+    assert torch.equal(outcome.student, outcome.teacher)
+    _, parts = training.weigh(outcome)
+    assert [name for name, value in parts.items() if value != 0] == ["denoising"]
+    training.release()
+
+
+def test_blocks_apart_compute_nothing_else(tmp_path: Path) -> None:
+    training = make_training(tmp_path, write_recipe(APART))
+    with torch.no_grad():
+        for parameter in training.student.unet.mid_block.parameters():
+            parameter.fill_(float("nan"))
+        for parameter in training.student.unet.down_blocks[0].parameters():
+            parameter.mul_(1.5)
+    outcome = see(training)
+    # Neither the middle nor what `dn0` became reaches `up0`: it has the teacher's features.
+    assert torch.equal(outcome.student, outcome.teacher)
+    _, parts = training.weigh(outcome)
+    assert parts["features"] > 0
+    training.release()
+
+
+@pytest.mark.parametrize("mode", ["end-to-end", "decoupled"])
+def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path, mode: str) -> None:
+    stage = {**LIGHT, "mode": mode, "train": ["dn0", "up0"]}
+    gradients = []
+    for checkpointing in (False, True):
+        training = make_training(
+            tmp_path, write_recipe(stage, gradient_checkpointing=checkpointing)
+        )
+        loss, _ = training.weigh(see(training))
+        loss.backward()
+        trained = [p for p in training.student.unet.parameters() if p.requires_grad]
+        gradients.append([p.grad for p in trained])
+        training.release()
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_accumulated_steps_are_those_of_a_larger_batch(tmp_path: Path) -> None:
+    nets = []
+    for trainer in ({"batch": 4}, {"batch": 2, "accumulate": 2}):
+        training = make_training(tmp_path, write_recipe({**LIGHT, "steps": 2}, **trainer))
+        training.accelerator.gradient_accumulation_steps = trainer.get("accumulate", 1)
+        stream = make_source().open(batch=trainer["batch"], seed=0)
+        training._take_step(stream)
+        nets.append([p.detach().clone() for p in training.student.unet.parameters()])
+        training.release()
+    for one, other in zip(*nets, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)

@@ -22,7 +22,6 @@ LAYERS = (
     ("loading",),
     ("incubation",),
     ("exporting",),
-    ("incubation",),
     ("faces",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from diffusers import UNet2DConditionModel
 
 from leansd.anatomy import count_macs
-from leansd.faces.outlines import open_unet
+from leansd.anatomy.cost import copy_skeleton
+from leansd.faces.outlines import open_outline
 from leansd.incubation.dryrun import Estimate, estimate, measure_rate
 from leansd.incubation.recipe import Recipe, Stage
 from leansd.incubation.running import Run, claim_folder, incubate
@@ -59,15 +61,20 @@ def incubate_into(folder: Path, recipe: Recipe, *, resume: bool, note: Note) -> 
 def estimate_recipe(recipe: Recipe) -> Estimate:
     """What a recipe takes on this machine."""
     state = PartialState()
-    teacher = open_unet(recipe.model, device=str(state.device))
-    rate = measure_rate(teacher, count_macs(teacher).total)
+    outline = open_outline(recipe.model)
+    rate = measure_rate(fill_outline(outline, state.device), count_macs(outline).total)
     return estimate(
-        recipe,
-        teacher,
-        macs_per_second=rate,
-        device=str(state.device),
-        world=state.num_processes,
+        recipe, outline, macs_per_second=rate, device=str(state.device), world=state.num_processes
     )
+
+
+@torch.no_grad()
+def fill_outline(outline: UNet2DConditionModel, device: torch.device) -> UNet2DConditionModel:
+    """A UNet of this shape with random weights: it takes as long as any."""
+    unet: UNet2DConditionModel = copy_skeleton(outline).to_empty(device=device).eval()
+    for parameter in unet.parameters():
+        parameter.normal_(std=0.02)
+    return unet.half() if device.type == "cuda" else unet
 
 
 def describe_time(seconds: float) -> str:

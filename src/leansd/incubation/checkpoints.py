@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from leansd.errors import LeansdError
 from leansd.incubation.averages import Average
 
-PARTIAL = ".partial"
+PARTIAL, OLD = ".partial", ".old"
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -107,7 +107,7 @@ class Checkpoints:
 
 def discard(folder: Path) -> None:
     """Take a folder away; killed half-way, it is not there either."""
-    gone = folder.with_name(folder.name + ".old")
+    gone = folder.with_name(folder.name + OLD)
     shutil.rmtree(gone, ignore_errors=True)
     os.replace(folder, gone)
     shutil.rmtree(gone, ignore_errors=True)

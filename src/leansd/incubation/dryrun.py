@@ -103,8 +103,8 @@ class Estimate:
                 f"{each.name} ({each.mode}): {each.steps} steps, {each.samples} samples",
                 f"  trains  {trained:.3g} of {whole:.3g} M parameters",
                 f"  MACs    {each.macs / 1e9:.3g} G a sample: teacher + student + back {parts}",
-                f"  memory  {self.memory(each) / GIB:.3g} GiB: weights and optimizer {weights:.3g}, "
-                f"{activations:.3g} a sample",
+                f"  memory  {self.memory(each) / GIB:.3g} GiB: {weights:.3g} for weights and "
+                f"optimizer, {activations:.3g} a sample",
                 f"  disk    {each.disk / GIB:.3g} GiB",
                 f"  time    {self.hours(each):.3g} hours",
             ]
@@ -194,10 +194,11 @@ def count_step(
     unet = student.unet.train()
     if gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    config: Any = unet.config
     setting = Setting(
         student.lineage,
         student.list_comparisons(stage.mode),
-        torch.empty(unet.config.in_channels + 1, 3, device="meta"),
+        torch.empty(config.in_channels + 1, 3, device="meta"),
         "meta",
     )
     terms = [
@@ -264,8 +265,12 @@ def _make_sample(unet: UNet2DConditionModel) -> tuple[Batch, Draw]:
     return batch, Draw(timesteps, torch.empty_like(inputs["sample"]))
 
 
+ENOUGH = 2.0
+"""Seconds of calls after which no more are measured."""
+
+
 @torch.no_grad()
-def measure_rate(unet: UNet2DConditionModel, macs: int, *, times: int = 3) -> float:
+def measure_rate(unet: UNet2DConditionModel, macs: int, *, most: int = 10) -> float:
     """Multiply-accumulates a second of a UNet's forward on one sample, where it is."""
     inputs = make_inputs(unet, size=pick_size(unet, None), device=unet.device, dtype=unet.dtype)
     added = inputs.get("added_cond_kwargs", {})
@@ -279,4 +284,7 @@ def measure_rate(unet: UNet2DConditionModel, macs: int, *, times: int = 3) -> fl
         return time.perf_counter() - start
 
     call()
-    return macs / min(call() for _ in range(times))
+    laps = [call()]
+    while len(laps) < most and sum(laps) < ENOUGH:
+        laps.append(call())
+    return macs / min(laps)

@@ -54,7 +54,7 @@ class _Frozen(BaseModel):
 class LossSettings(_Frozen):
     """How much a loss counts, and its own options."""
 
-    weight: float = Field(1.0, ge=0)
+    weight: float = Field(default=1.0, ge=0)
     schedule: RampName = "constant"
     options: dict[str, JsonValue] = {}
 
@@ -73,9 +73,9 @@ class Stage(_Frozen):
     train: Addresses | None = None
     """Addresses or globs; by default all but what came frozen from the teacher."""
     steps: int = Field(gt=0)
-    learning_rate: float = Field(5e-5, gt=0)
+    learning_rate: float = Field(default=5e-5, gt=0)
     decay: RampName = "constant"
-    warmup: int = Field(0, ge=0)
+    warmup: int = Field(default=0, ge=0)
     losses: dict[str, LossSettings] = Field(
         default={"denoising": LossSettings(), "output": LossSettings(), "features": LossSettings()}
     )
@@ -94,18 +94,18 @@ class Stage(_Frozen):
 class TrainerSettings(_Frozen):
     """How steps are taken."""
 
-    batch: int = Field(8, gt=0)
+    batch: int = Field(default=8, gt=0)
     """Samples of one process in one go."""
-    accumulate: int = Field(1, gt=0)
+    accumulate: int = Field(default=1, gt=0)
     precision: Literal["no", "bf16"] = "no"
-    ema: float | None = Field(0.999, gt=0, lt=1)
-    checkpoint_every: int = Field(500, gt=0)
-    keep: int = Field(2, gt=0)
+    ema: float | None = Field(default=0.999, gt=0, lt=1)
+    checkpoint_every: int = Field(default=500, gt=0)
+    keep: int = Field(default=2, gt=0)
     """Checkpoints kept of each stage."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
-    clip: float = Field(1.0, gt=0)
+    clip: float = Field(default=1.0, gt=0)
     """The largest norm of a step's gradient."""
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -117,8 +117,8 @@ class ValidationSettings(_Frozen):
     """Pictures of teacher and student from the same seeds."""
 
     prompts: Addresses = ()
-    every: int = Field(1000, gt=0)
-    steps: int = Field(20, gt=0)
+    every: int = Field(default=1000, gt=0)
+    steps: int = Field(default=20, gt=0)
     guidance: float = 5.0
     seed: int = 0
 

@@ -22,6 +22,7 @@ from leansd.incubation.students import Net, Student, make_student, read_frozen, 
 from leansd.incubation.trainer import Lesson, Look, train_stage
 from leansd.incubation.vgg import fit_projection, load_projection, save_projection
 from leansd.loading import load_unet
+from leansd.measuring.files import write_file
 from leansd.surgery.lineage import Lineage
 
 NET, RECIPE, PROJECTION = "net", "recipe.yaml", "projection.safetensors"
@@ -90,7 +91,7 @@ def incubate(
                 keep_net(recipe, stage, student, home / NET)
             accelerator.wait_for_everyone()
             accelerator.free_memory()
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not (run.folder / NET).exists():
         last = run.get_home(recipe.stages[-1]) / NET
         with writing(run.folder / NET) as partial:
             shutil.copytree(last, partial, dirs_exist_ok=True)
@@ -117,20 +118,18 @@ def claim_folder(folder: Path, recipe: Recipe, *, resume: bool) -> None:
         LeansdError: it holds another run, or this one and is not to be resumed.
     """
     file = folder / RECIPE
-    mark = folder / "fingerprint"
-    if mark.exists():
+    mark = f"# {recipe.fingerprint}\n"
+    if file.exists():
         if not resume:
             raise LeansdError(f"{folder} holds a run: go on with it by --resume")
-        if mark.read_text().strip() != recipe.fingerprint:
+        if not file.read_text(encoding="utf-8").startswith(mark):
             raise LeansdError(
                 f"{folder} holds a run of another recipe: see {file}, or choose another folder"
             )
         return
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(not each.name.startswith(".") for each in folder.iterdir()):
         raise LeansdError(f"{folder} is not empty and holds no run: choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(recipe.write(), encoding="utf-8")
-    mark.write_text(recipe.fingerprint + "\n")
+    write_file(file, mark + recipe.write())
 
 
 def open_nets(run: Run, stage: Stage) -> dict[str, Net]:

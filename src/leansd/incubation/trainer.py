@@ -181,6 +181,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = stage.learning_rate * factor
         sums = Sums()
+        outcome: Outcome | None = None
         for part in range(settings.accumulate):
             with self.accelerator.accumulate(self.model):
                 batch = next(stream).to(self.accelerator.device)
@@ -202,6 +203,7 @@ class Training:
                 self.average.update(self.student.unet)
             self.guard.pass_step()
         else:
+            assert outcome is not None
             self.guard.dump(outcome, self.step, self.accelerator.process_index)
             self.guard.skip_step(self.step)
         self.optimizer.zero_grad()
@@ -245,6 +247,7 @@ class Training:
         self.lesson.folder.mkdir(parents=True, exist_ok=True)
         if self.accelerator.is_main_process:
             self.curves.cut(self.step)
+            self.checkpoints.clean()
         return self.lesson.source.open(
             batch=self.lesson.settings.batch,
             seed=self.lesson.seed,
