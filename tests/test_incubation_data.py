@@ -20,13 +20,16 @@ from leansd.errors import LeansdError
 from leansd.incubation.data.cache import Cache
 from leansd.incubation.data.cached import CachedSource, Chances
 from leansd.incubation.data.encoding import PictureEncoder, TextEncoder, read_picture
-from leansd.incubation.data.filling import fill
+from leansd.incubation.data.filling import Progress, Telling, fill
 from leansd.incubation.data.folder import list_folder
 from leansd.incubation.data.order import Order
 from leansd.incubation.data.parts import Conditions, Latents
 from leansd.incubation.data.samples import Flaw, Sample, digest
-from leansd.incubation.data.settings import Dataset, DataSettings, prepare_data
+from leansd.incubation.data.settings import Dataset, estimate_bytes, prepare_data
+from leansd.incubation.data.settings import DataSettings as KindSettings
 from leansd.incubation.data.shards import list_tars
+from leansd.incubation.recipe import DataSettings
+from leansd.incubation.sources import DataSetting, open_source
 from tiny import tiny_pipeline, tiny_scheduler, tiny_vae
 
 SIDE = 16
@@ -75,9 +78,9 @@ def pipe() -> Any:
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cache, list["Made"]]:
     """A cache of three shards of made-up latents, which needs no networks."""
-    cache = Cache(tmp_path_factory.mktemp("cache"), {"networks": "none"}, torch.float32)
+    cache = Cache(tmp_path_factory.mktemp("cache"), {}, torch.float32, rows=3)
     shards = [Made(f"made-{number}", 5 + number) for number in range(3)]
-    fill(cache, shards, Making(), Wording(), rows=3)  # pyright: ignore[reportArgumentType]
+    fill(cache, shards, Making(), Wording())  # pyright: ignore[reportArgumentType]
     return cache, shards
 
 
@@ -256,10 +259,10 @@ def test_a_stopped_filling_goes_on_to_the_same_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards = [Made("a", 7), Made("b", 4)]
-    whole = Cache(tmp_path / "whole", {})
-    fill(whole, shards, Making(), Wording(), rows=3)  # pyright: ignore[reportArgumentType]
+    whole = Cache(tmp_path / "whole", {}, rows=3)
+    fill(whole, shards, Making(), Wording())  # pyright: ignore[reportArgumentType]
     shards = [Made("a", 7), Made("b", 4)]
-    stopped = Cache(tmp_path / "stopped", {})
+    stopped = Cache(tmp_path / "stopped", {}, rows=3)
     written: list[Path] = []
     write = Path.write_bytes
 
@@ -272,7 +275,7 @@ def test_a_stopped_filling_goes_on_to_the_same_files(
 
     monkeypatch.setattr(Path, "write_bytes", run_out)
     with pytest.raises(LeansdError, match=r"No space left.*make room"):
-        fill(stopped, shards, Making(), Wording(), rows=3)  # pyright: ignore[reportArgumentType]
+        fill(stopped, shards, Making(), Wording())  # pyright: ignore[reportArgumentType]
     kept = read_files(stopped.folder)
     assert stopped.find(shards[0]) is None
     with pytest.raises(LeansdError, match="shard a is not in"):
@@ -281,11 +284,11 @@ def test_a_stopped_filling_goes_on_to_the_same_files(
     draft = stopped.locate_part(shards[0], 1).with_name(".00001.safetensors.1.part")
     draft.write_bytes(b"of a writer that was killed")
     os.utime(draft, (0, 0))
-    fill(stopped, shards, Making(), Wording(), rows=3)  # pyright: ignore[reportArgumentType]
+    fill(stopped, shards, Making(), Wording())  # pyright: ignore[reportArgumentType]
     assert read_files(stopped.folder) == read_files(whole.folder)
     assert kept.items() <= read_files(whole.folder).items()
     reads = shards[0].reads
-    fill(stopped, shards, Making(), Wording(), rows=3)  # pyright: ignore[reportArgumentType]
+    fill(stopped, shards, Making(), Wording())  # pyright: ignore[reportArgumentType]
     assert shards[0].reads == reads
 
 
@@ -300,15 +303,15 @@ def test_processes_share_the_work_of_filling(tmp_path: Path) -> None:
 
 
 def test_a_damaged_part_is_made_anew_and_never_read(tmp_path: Path) -> None:
-    cache, shards = Cache(tmp_path, {}), [Made("a", 7)]
-    fill(cache, shards, Making(), Wording(), rows=3)  # pyright: ignore[reportArgumentType]
+    cache, shards = Cache(tmp_path, {}, rows=3), [Made("a", 7)]
+    fill(cache, shards, Making(), Wording())  # pyright: ignore[reportArgumentType]
     before = read_files(cache.folder)
     path = cache.locate_part(shards[0], 1)
     source = CachedSource(cache, shards)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(LeansdError, match=r"00001\.safetensors.*remove it"):
         next(source.open(batch=7, seed=0))
-    fill(cache, shards, Making(), Wording(), rows=3)  # pyright: ignore[reportArgumentType]
+    fill(cache, shards, Making(), Wording())  # pyright: ignore[reportArgumentType]
     assert read_files(cache.folder) == before
 
 
@@ -462,12 +465,9 @@ def test_transparency_is_white() -> None:
     assert read[0].eq(255).all()
 
 
-def load_settings(**settings: Any) -> DataSettings:
-    return TypeAdapter(DataSettings).validate_python({"resolution": SIDE, "batch": 2, **settings})
-
-
 def prepare(pipe: Any, folder: Path, **settings: Any) -> Dataset:
-    return prepare_data(load_settings(**settings), pipe, folder)
+    settings = {"resolution": SIDE, "batch": 2, **settings}
+    return prepare_data(TypeAdapter(KindSettings).validate_python(settings), pipe, folder)
 
 
 def test_what_is_cached_is_what_the_networks_make(tmp_path: Path, pipe: Any) -> None:
@@ -519,13 +519,13 @@ def test_drawn_latents_are_drawn_once_and_more_are_added(tmp_path: Path, pipe: A
     options = {"kind": "drawn", "prompts": str(prompts), "steps": 2, "sampler": "ddim"}
     dataset = prepare(pipe, tmp_path / "cache", **options, other=0.5)
     told = []
-    dataset.fill(rows=2, report=told.append)
-    assert [each.samples for each in told] == [2, 3]
+    dataset.fill(report=told.append)
+    assert [each.samples for each in told] == [3]
     source = dataset.open()
     assert len(source) == 3
     kept = read_files(dataset.cache.folder)
     more = prepare(pipe, tmp_path / "cache", **options, each=2)
-    more.fill(rows=2)
+    more.fill()
     assert len(more.open()) == 6
     assert kept.items() <= read_files(dataset.cache.folder).items()
     batch = next(more.open().open(batch=6, seed=0))
@@ -536,11 +536,29 @@ def test_drawn_latents_are_drawn_once_and_more_are_added(tmp_path: Path, pipe: A
     assert other.cache.folder != more.cache.folder
 
 
-def test_unknown_settings_are_errors() -> None:
-    with pytest.raises(ValueError, match="emtpy"):
-        load_settings(kind="drawn", prompts=["a"], emtpy=0.1)
-    with pytest.raises(ValueError, match="empty"):
-        load_settings(kind="drawn", prompts=["a"], empty=1.5)
+def test_every_kind_opens_as_a_recipe_names_it(tmp_path: Path, pipe: Any) -> None:
+    write_shards(tmp_path / "tars", shards=1, samples=2)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(make_picture(5))
+    (tmp_path / "pictures" / "a.txt").write_text("a thing")
+    setting = DataSetting(pipe, tmp_path / "run", torch.device("cpu"))
+    for kind, options, count in (
+        ("shards", {"path": str(tmp_path / "tars")}, 2),
+        ("folder", {"path": str(tmp_path / "pictures")}, 1),
+        ("drawn", {"prompts": ["a cat", "a dog"], "steps": 1}, 2),
+    ):
+        data = DataSettings(kind=kind, **options)  # pyright: ignore[reportArgumentType]
+        source = open_source(data, setting)
+        batch = next(source.open(batch=3, seed=0))
+        assert len(set(batch.keys)) == count
+        assert batch.latents.shape == (3, 4, 8, 8)  # the UNet's own size
+        assert batch.latents.dtype == batch.text.dtype == torch.float32
+        assert (tmp_path / "run" / "cache").is_dir()
+        assert source.fingerprint == open_source(data, setting).fingerprint
+    with pytest.raises(LeansdError, match=r"data\.emtpy: "):
+        open_source(DataSettings(kind="shards", path="x", emtpy=0.1), setting)  # pyright: ignore[reportCallIssue]
+    with pytest.raises(LeansdError, match=r"data\.empty: "):
+        open_source(DataSettings(kind="drawn", prompts=["a"], empty=1.5), setting)  # pyright: ignore[reportCallIssue]
 
 
 def test_a_source_without_a_usable_sample_is_refused(tmp_path: Path, pipe: Any) -> None:
@@ -589,3 +607,23 @@ def test_xl_latents_are_drawn_with_the_sizes_of_the_pipeline(tmp_path: Path, xl_
     batch = next(dataset.open().open(batch=1, seed=0))
     assert batch.added["time_ids"].tolist() == [[SIDE, SIDE, 0, 0, SIDE, SIDE]]
     assert set(batch.added) == {"text_embeds", "time_ids"}
+
+
+def test_the_size_of_the_cache_is_known_before(tmp_path: Path, pipe: Any) -> None:
+    data = write_shards(tmp_path / "data", shards=1, samples=4)
+    options = {"kind": "shards", "path": str(data), "flip": True, "resolution": SIDE}
+    dataset = prepare(pipe, tmp_path / "cache", **options)
+    dataset.fill()
+    estimate = 4 * estimate_bytes(TypeAdapter(KindSettings).validate_python(options), pipe)
+    assert estimate <= dataset.open().size <= estimate + 2000  # names and header
+
+
+def test_progress_has_a_rate_and_what_is_left() -> None:
+    said: list[str] = []
+    times = iter([0.0, 10.0, 20.0, 60.0])
+    tell = Telling(said.append, lambda: next(times))
+    for done, samples in ((4, 400), (4, 450), (6, 600)):
+        tell(Progress("00006", done, 8, samples, 3))
+    assert said == [
+        "00006: 6 of 8 shards, 600 samples in the cache, 3 left out, 4.0 samples/s, 0.0 hours left"
+    ]

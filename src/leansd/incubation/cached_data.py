@@ -7,6 +7,7 @@ from pydantic import TypeAdapter, ValidationError
 from leansd.errors import LeansdError
 from leansd.incubation.batches import Source
 from leansd.incubation.data import settings as kinds
+from leansd.incubation.data.filling import Telling
 from leansd.incubation.recipe import DataSettings
 from leansd.incubation.sources import DataSetting
 
@@ -28,6 +29,6 @@ def open_source(data: DataSettings, setting: DataSetting) -> Source:
         place = ".".join(str(part) for part in first["loc"][1:])
         raise LeansdError(f"data.{place}: {first['msg']}") from None
     dataset = kinds.prepare_data(wanted, setting.pipe, setting.folder / CACHE)
-    dataset.fill(rank=setting.rank, world=setting.world)
+    dataset.fill(rank=setting.rank, world=setting.world, report=Telling(setting.note))
     setting.wait()
     return dataset.open()

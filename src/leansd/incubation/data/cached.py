@@ -61,14 +61,16 @@ class CachedSource:
     ) -> None:
         self.cache, self.chances = cache, chances or Chances()
         self.parts: list[tuple[Shard[Any], int]] = []
+        counts: list[int] = []
         self.flaws = self.size = 0
         for shard in shards:
             tally = cache.find(shard)
             if tally is None:
                 raise LeansdError(f"shard {shard.name} is not in {cache.folder} yet: fill it first")
-            self.parts += [(shard, number) for number in range(tally.parts)]
+            self.parts += [(shard, number) for number in range(len(tally.counts))]
+            counts += tally.counts
             self.flaws, self.size = self.flaws + tally.flaws, self.size + tally.size
-        self.counts = tuple(len(cache.open_part(*part)) for part in self.parts)
+        self.counts = tuple(counts)
         if not len(self):
             raise LeansdError(
                 f"no sample of {len(shards)} shards could be used, {self.flaws} are left out: see "
@@ -106,7 +108,7 @@ class CachedSource:
             if state.get(name) != value:
                 raise LeansdError(
                     f"these data cannot be gone on from: the {name} was {state.get(name)} and is "
-                    f"{value}; give the same data, networks and seed, or begin anew"
+                    f"{value}; give the same data, shares and seed, or begin anew"
                 )
         return int(state["place"])
 

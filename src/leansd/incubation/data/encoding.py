@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import singledispatch
 from hashlib import sha256
@@ -67,6 +69,7 @@ class PictureEncoder:
                 f"multiple of {step}"
             )
         self.pipe, self.resolution, self.flip, self.batch = pipe, resolution, flip, batch
+        self._readers = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes without the lock
 
     def describe(self) -> dict[str, Any]:
         vae = fingerprint_module(self.pipe.vae)
@@ -79,7 +82,7 @@ class PictureEncoder:
         }
 
     def encode(self, samples: Sequence[Sample[bytes]]) -> list[Latents | Flaw]:
-        read = [read_picture(each, self.resolution) for each in samples]
+        read = list(self._readers.map(lambda each: read_picture(each, self.resolution), samples))
         good = [each for each in read if not isinstance(each, Flaw)]
         encoded = iter(self._encode([pixels for pixels, _ in good]) if good else [])
         sized = has_sizes(self.pipe)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from time import monotonic
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -15,8 +16,8 @@ from leansd.incubation.data.encoding import Encoder, TextEncoder
 from leansd.incubation.data.parts import Conditions, Latents, Part
 from leansd.incubation.data.samples import Flaw, Sample, Shard
 
-ROWS = 512
-"""Samples of a part: about 100 MB at 512 px."""
+SECONDS = 30.0
+"""Between two lines of progress."""
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,39 @@ class Progress:
     flaws: int
 
 
+class Telling:
+    """Says how far a filling has come and how long it still takes, at most twice a minute.
+
+    Args:
+        say: is given the line.
+        clock: tells seconds.
+    """
+
+    def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = monotonic) -> None:
+        self.say, self.clock = say, clock
+        self.began = self.told = clock()
+        self.first: Progress | None = None
+        """What the cache had already, at least."""
+
+    def __call__(self, progress: Progress) -> None:
+        now = self.clock()
+        if self.first is None:
+            self.first, self.began = progress, now
+        if now - self.told < SECONDS or progress.samples == self.first.samples:
+            return
+        self.told = now
+        rate = (progress.samples - self.first.samples) / (now - self.began)
+        shards = progress.done - self.first.done
+        left = ""
+        if shards:
+            hours = (progress.shards - progress.done) / shards * (now - self.began) / 3600
+            left = f", {hours:.1f} hours left"
+        self.say(
+            f"{progress.shard}: {progress.done} of {progress.shards} shards, {progress.samples} "
+            f"samples in the cache, {progress.flaws} left out, {rate:.1f} samples/s{left}"
+        )
+
+
 OnProgress: TypeAlias = Callable[[Progress], None]
 
 
@@ -42,7 +76,6 @@ def fill(
     encoder: Encoder[T],
     texts: TextEncoder,
     *,
-    rows: int = ROWS,
     rank: int = 0,
     world: int = 1,
     report: OnProgress | None = None,
@@ -50,7 +83,6 @@ def fill(
     """Encode what the cache does not have yet.
 
     Args:
-        rows: samples of a part, the flawed ones included.
         rank, world: of several processes, each takes every `world`-th shard. Wait for all before
             the cache is read.
 
@@ -62,7 +94,7 @@ def fill(
     own = shards[rank::world]
     samples = flaws = 0
     for done, shard in enumerate(own):
-        for part_samples, part_flaws in _fill_shard(cache, shard, encoder, texts, rows):
+        for part_samples, part_flaws in _fill_shard(cache, shard, encoder, texts):
             samples, flaws = samples + part_samples, flaws + part_flaws
             if report is not None:
                 report(Progress(shard.name, done, len(own), samples, flaws))
@@ -71,7 +103,7 @@ def fill(
 
 
 def _fill_shard(
-    cache: Cache, shard: Shard[T], encoder: Encoder[T], texts: TextEncoder, rows: int
+    cache: Cache, shard: Shard[T], encoder: Encoder[T], texts: TextEncoder
 ) -> Iterator[tuple[int, int]]:
     """Samples and flaws of each part, as it is done."""
     tally = cache.find(shard)
@@ -80,7 +112,7 @@ def _fill_shard(
         return
     cache.sweep(shard)
     number = 0
-    for number, found in enumerate(_cut(shard.read(), rows), 1):
+    for number, found in enumerate(_cut(shard.read(), cache.rows), 1):
         if not cache.has_part(shard, number - 1):
             cache.write_part(shard, number - 1, _make_part(found, encoder, texts))
         part = cache.open_part(shard, number - 1)

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from leansd.errors import LeansdError
-from leansd.incubation.data.samples import Flaw, Sample, clean_captions, digest
-from leansd.incubation.data.shards import PICTURES
+from leansd.incubation.data.samples import PICTURES, Flaw, Sample, clean_captions, digest
 
 METADATA = "metadata.jsonl"
 ROWS = 1024

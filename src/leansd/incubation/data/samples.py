@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Generic, Protocol, TypeVar
 
+PICTURES = ("jpg", "jpeg", "png", "webp")
+"""The endings of picture files."""
 T = TypeVar("T", covariant=True)
 
 

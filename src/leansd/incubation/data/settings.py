@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from leansd.incubation.data.cache import Cache
 from leansd.incubation.data.cached import CachedSource, Chances
 from leansd.incubation.data.drawn import Drawer, Drawing, list_drawings, read_prompts
 from leansd.incubation.data.encoding import Encoder, PictureEncoder, TextEncoder
-from leansd.incubation.data.filling import ROWS, OnProgress, fill
+from leansd.incubation.data.filling import OnProgress, fill
 from leansd.incubation.data.folder import list_folder
 from leansd.incubation.data.samples import Shard
 from leansd.incubation.data.shards import list_tars
@@ -28,16 +28,16 @@ class _Settings(BaseModel):
     """What all kinds of data share.
 
     Attributes:
-        resolution: the side of the pictures, in pixels.
+        resolution: the side of the pictures, in pixels; by default the UNet's own.
         batch: samples that are encoded or drawn at once.
-        cache: where encoded samples are kept; by default in the run's own folder.
+        cache: where encoded samples are kept, for runs to share; by default in the run's folder.
         precision: of what is kept.
         empty, other, window: see `Chances`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    resolution: PositiveInt
+    resolution: PositiveInt | None = None
     batch: PositiveInt = 8
     cache: Path | None = None
     precision: Literal["float16", "float32"] = "float16"
@@ -45,23 +45,39 @@ class _Settings(BaseModel):
     other: Share = 0.0
     window: PositiveInt = 8192
 
+    def find_resolution(self, pipe: DiffusionPipeline) -> int:
+        """The side of the pictures, in pixels."""
+        return self.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
 
-class ShardData(_Settings):
+
+class _PictureSettings(_Settings):
+    """What data with pictures share.
+
+    Attributes:
+        path: where they are.
+        flip: keep the mirrored pictures too, and draw one of the two each time.
+    """
+
+    path: str
+    flip: bool = False
+
+    def make_encoder(self, pipe: DiffusionPipeline) -> PictureEncoder:
+        """What encodes the pictures."""
+        return PictureEncoder(pipe, self.find_resolution(pipe), flip=self.flip, batch=self.batch)
+
+
+class ShardData(_PictureSettings):
     """Tar shards; `caption` is an ending of their files, or an entry of their JSON."""
 
     kind: Literal["shards"]
-    path: str
     caption: str = "txt"
-    flip: bool = False
 
 
-class FolderData(_Settings):
+class FolderData(_PictureSettings):
     """An imagefolder; `caption` is the entry of its metadata."""
 
     kind: Literal["folder"]
-    path: str
     caption: str = "text"
-    flip: bool = False
 
 
 class DrawnData(_Settings):
@@ -92,7 +108,6 @@ class Dataset:
     def fill(
         self,
         *,
-        rows: int = ROWS,
         rank: int = 0,
         world: int = 1,
         report: OnProgress | None = None,
@@ -103,7 +118,6 @@ class Dataset:
             self.shards,
             self.encoder,
             self.texts,
-            rows=rows,
             rank=rank,
             world=world,
             report=report,
@@ -134,6 +148,17 @@ def prepare_data(settings: DataSettings, pipe: DiffusionPipeline, folder: str | 
     return Dataset(shards, encoder, texts, cache, chances)
 
 
+def estimate_bytes(settings: DataSettings, pipe: DiffusionPipeline) -> int:
+    """What one sample with one caption takes in the cache."""
+    side = settings.find_resolution(pipe) // pipe.vae_scale_factor
+    spread = isinstance(pipe.vae, AutoencoderKL) and not isinstance(settings, DrawnData)
+    views = 2 if getattr(settings, "flip", False) else 1
+    latents = pipe.unet.config.in_channels * side * side * views * (2 if spread else 1)
+    empty = TextEncoder(pipe).encode_empty()
+    text = sum(rows.numel() for rows in (empty.text, *empty.added.values()))
+    return (latents + text) * getattr(torch, settings.precision).itemsize
+
+
 @singledispatch
 def find_data(settings: Any, pipe: DiffusionPipeline) -> tuple[Sequence[Shard[Any]], Encoder[Any]]:
     """The shards that settings name, and what encodes them."""
@@ -142,19 +167,18 @@ def find_data(settings: Any, pipe: DiffusionPipeline) -> tuple[Sequence[Shard[An
 
 @find_data.register
 def _(settings: ShardData, pipe: DiffusionPipeline) -> tuple[Sequence[Shard[Any]], Encoder[Any]]:
-    encoder = PictureEncoder(pipe, settings.resolution, flip=settings.flip, batch=settings.batch)
-    return list_tars(settings.path, settings.caption), encoder
+    return list_tars(settings.path, settings.caption), settings.make_encoder(pipe)
 
 
 @find_data.register
 def _(settings: FolderData, pipe: DiffusionPipeline) -> tuple[Sequence[Shard[Any]], Encoder[Any]]:
-    encoder = PictureEncoder(pipe, settings.resolution, flip=settings.flip, batch=settings.batch)
-    return list_folder(settings.path, settings.caption), encoder
+    return list_folder(settings.path, settings.caption), settings.make_encoder(pipe)
 
 
 @find_data.register
 def _(settings: DrawnData, pipe: DiffusionPipeline) -> tuple[Sequence[Shard[Any]], Encoder[Any]]:
-    drawing = Drawing(settings.resolution, settings.steps, settings.guidance, settings.sampler)
+    side = settings.find_resolution(pipe)
+    drawing = Drawing(side, settings.steps, settings.guidance, settings.sampler)
     wanted = settings.prompts
     prompts = read_prompts(wanted) if isinstance(wanted, Path) else wanted
     shards = list_drawings(prompts, each=settings.each, seed=settings.seed)

@@ -16,9 +16,8 @@ from operator import itemgetter
 from pathlib import Path, PurePosixPath
 
 from leansd.errors import LeansdError
-from leansd.incubation.data.samples import Flaw, Sample, clean_captions, digest
+from leansd.incubation.data.samples import PICTURES, Flaw, Sample, clean_captions, digest
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
 _REMEDY = "download it anew, or take it out of the data set"
 
 
