@@ -63,7 +63,7 @@ def incubate(
     recipe = run.recipe
     accelerator = make_accelerator(recipe, run.folder)
     if recipe.trainer.trackers:
-        accelerator.init_trackers("leansd", recipe.to_document())
+        accelerator.init_trackers("leansd", {"recipe": recipe.write()})  # trackers want it flat
     schedule = Schedule.read(run.pipe.scheduler)
     projection = find_projection(run, accelerator)
     teacher = prepare_teacher(accelerator, run.pipe.unet)
