@@ -2,9 +2,6 @@
 
 import copy
 import dataclasses
-import multiprocessing
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from leansd.incubation.students import Net, make_student
 from leansd.incubation.trainer import Lesson, Look, Training, prepare_teacher
 from leansd.loading import load_unet
 from leansd.surgery.lineage import Lineage
+from processes import die, die_before_moving, run_until_dead
 from tiny import LATENT, WIDTH, shallow_unet, tiny_scheduler
 
 LIGHT = {
@@ -150,35 +148,24 @@ def test_a_dry_run_counts_what_a_stage_computes() -> None:
 # -- resuming ----------------------------------------------------------------------------------
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def work_until_dead(folder: Path, moves: int, looks: int) -> None:
+    """Run until so many files are about to be moved, or so many steps are taken."""
+    left = [looks]
 
-
-def run_until_dead(folder: Path, *, moves: int = 0, looks: int = 0) -> None:
-    """Run in a process that kills itself before a file is moved, or after a step is taken."""
-    left = {"moves": moves, "looks": looks}
-
-    def count(what: str) -> None:
-        left[what] -= 1
-        if left[what] == 0:
+    def look(step: int) -> None:
+        left[0] -= 1
+        if left[0] == 0:
             die()
 
-    def work() -> None:
-        move = os.replace
-        os.replace = lambda *args, **kwargs: (count("moves"), move(*args, **kwargs))  # type: ignore[assignment]
-        incubate(make_run(folder), make_look=lambda *_: Look(1, lambda step: count("looks")))
-
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    process.join(240)
-    assert process.exitcode == -signal.SIGKILL
+    die_before_moving(moves)
+    incubate(make_run(folder), make_look=lambda *_: Look(1, look))
 
 
-@pytest.mark.parametrize("at", [{"moves": 1}, {"looks": 3}, {"moves": 4}, {"looks": 5}])
+@pytest.mark.parametrize(("moves", "looks"), [(1, 0), (0, 3), (4, 0), (0, 5)])
 def test_a_killed_run_ends_as_if_it_had_not_been(
-    finished: Run, tmp_path: Path, at: dict[str, int]
+    finished: Run, tmp_path: Path, moves: int, looks: int
 ) -> None:
-    run_until_dead(tmp_path, **at)
+    run_until_dead(work_until_dead, tmp_path, moves, looks)
     assert not (tmp_path / NET).exists()
     incubate(make_run(tmp_path))
     assert read_net(tmp_path) == read_net(finished.folder)

@@ -1,17 +1,16 @@
 """Two processes that share a batch are one process with all of it."""
 
-import multiprocessing
 import os
 import socket
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from leansd.incubation.running import NET, incubate
 from leansd.incubation.trainer import Look
 from leansd.loading import load_unet
+from processes import start
 from test_incubation import LIGHT, make_run, write_recipe
 
 
@@ -23,8 +22,6 @@ def find_port() -> int:
 
 def take_part(folder: Path, rank: int, port: int, stops_after: int | None) -> None:
     """One of two processes, as `accelerate launch --cpu` starts them."""
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -44,12 +41,8 @@ def take_part(folder: Path, rank: int, port: int, stops_after: int | None) -> No
 
 
 def launch(folder: Path, *, stops_after: int | None = None) -> list[int | None]:
-    fork, port = multiprocessing.get_context("fork"), find_port()
-    processes = [
-        fork.Process(target=take_part, args=(folder, rank, port, stops_after)) for rank in (0, 1)
-    ]
-    for process in processes:
-        process.start()
+    port = find_port()
+    processes = [start(take_part, folder, rank, port, stops_after) for rank in (0, 1)]
     processes[0].join(200)
     processes[1].join(20)
     for process in processes:
