@@ -333,8 +333,11 @@ def prepare_teacher(
 
     Students are made of the original itself, whose weights no precision has rounded.
     """
+    # `to` is that of `nn.Module`: diffusers' own warns where it has nothing to warn of.
     if accelerator.mixed_precision != "bf16":
-        return original.to(accelerator.device)
-    original.to("cpu")
-    # That of `nn.Module`: diffusers' own warns where it has nothing to warn of.
-    return nn.Module.to(copy.deepcopy(original), accelerator.device, torch.bfloat16)
+        nn.Module.to(original, accelerator.device)
+        return original
+    nn.Module.to(original, "cpu")
+    teacher = copy.deepcopy(original)
+    nn.Module.to(teacher, accelerator.device, torch.bfloat16)
+    return teacher
