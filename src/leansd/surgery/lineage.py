@@ -63,6 +63,16 @@ class Lineage(BaseModel):
         ends = {get_block(at): at for at in self.units if at not in (STEM, HEAD)}
         return tuple(Pair(at, self._absorb(self.origins[at])) for at in ends.values())
 
+    def stands_for(self, at: str) -> Origin:
+        """What a unit's output is to be like: what it comes from, or what was dropped after that.
+
+        Raises:
+            LeansdError: there is no such unit.
+        """
+        if at not in self.origins:
+            raise LeansdError(f"{at} is no unit of the net that surgery {self.surgery} makes")
+        return self._absorb(self.origins[at])
+
     def frozen(self, net: str) -> tuple[str, ...]:
         """The units that came from `net` unchanged: what the second stage of A-SDM freezes.
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "tune": "Find the plans that lose least at every speed, for one model, sampler and machine.",
     "cut": "Choose what to take out of a UNet for a budget of its cost.",
     "plan": "Show, draw or save a plan.",
+    "incubate": "Distil a lighter UNet from a pipeline, in stages, as a recipe says.",
     "operate": "Cut a UNet, or assemble one from several; write it, or only say what is left.",
     "evaluate": "Measure plans against the full and the converged run, and the quality of sets.",
     "bench": "Measure ours against every rival in turns: time, fidelity, quality; resumable.",

@@ -1,0 +1,85 @@
+"""Recipes from the command line to runs and estimates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from diffusers import UNet2DConditionModel
+
+from leansd.anatomy import count_macs
+from leansd.anatomy.cost import copy_skeleton
+from leansd.faces.outlines import open_outline
+from leansd.incubation.dryrun import Estimate, estimate, measure_rate
+from leansd.incubation.recipe import Recipe, Stage
+from leansd.incubation.running import Run, claim_folder, incubate
+from leansd.incubation.sources import DataSetting, open_source
+from leansd.incubation.students import Student
+from leansd.incubation.trainer import Look
+from leansd.incubation.validation import Comparing
+from leansd.loading import load
+
+Note = Callable[[str], None]
+
+
+def incubate_into(folder: Path, recipe: Recipe, *, resume: bool, note: Note) -> Path:
+    """Run a recipe, and say on the way how it goes."""
+    state = PartialState()
+    pipe = load(recipe.model, device=state.device, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    setting = DataSetting(
+        pipe,
+        folder,
+        state.device,
+        state.process_index,
+        state.num_processes,
+        state.wait_for_everyone,
+        note,
+    )
+    if state.is_main_process:
+        claim_folder(folder, recipe, resume=resume)
+    state.wait_for_everyone()
+    run = Run(recipe, folder, pipe, open_source(recipe.data, setting))
+    steps = {stage.name: stage.steps for stage in recipe.stages}
+
+    def report(stage: str, row: Mapping[str, float]) -> None:
+        left = (steps[stage] - row["step"]) / max(row["steps_per_second"], 1e-9)
+        note(
+            f"{stage} {row['step']:.0f}/{steps[stage]} loss {row['loss']:.4g} "
+            f"{row['steps_per_second']:.3g} steps/s, {describe_time(left)} left"
+        )
+
+    def make_look(stage: Stage, student: Student, teacher: UNet2DConditionModel) -> Look:
+        seen = Comparing(pipe, teacher, student.unet, recipe.validation, run.get_home(stage))
+        return Look(recipe.validation.every, seen)
+
+    look = make_look if recipe.validation.prompts else None
+    return incubate(run, report=report, make_look=look)
+
+
+def estimate_recipe(recipe: Recipe) -> Estimate:
+    """What a recipe takes on this machine."""
+    state = PartialState()
+    outline = open_outline(recipe.model)
+    rate = measure_rate(fill_outline(outline, state.device), count_macs(outline).total)
+    return estimate(
+        recipe, outline, macs_per_second=rate, device=str(state.device), world=state.num_processes
+    )
+
+
+@torch.no_grad()
+def fill_outline(outline: UNet2DConditionModel, device: torch.device) -> UNet2DConditionModel:
+    """A UNet of this shape with random weights: it takes as long as any."""
+    unet: UNet2DConditionModel = copy_skeleton(outline).to_empty(device=device).eval()
+    for parameter in unet.parameters():
+        parameter.normal_(std=0.02)
+    return unet.half() if device.type == "cuda" else unet
+
+
+def describe_time(seconds: float) -> str:
+    """Hours and minutes, or minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

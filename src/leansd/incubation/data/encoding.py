@@ -1,0 +1,232 @@
+"""From pictures and captions to latents and conditions, by a pipeline's own networks."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import singledispatch
+from hashlib import sha256
+from io import BytesIO
+from struct import error as StructError
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from leansd.errors import LeansdError
+from leansd.incubation.data.parts import Conditions, Latents
+from leansd.incubation.data.samples import Flaw, Sample
+from leansd.measuring.keeping import fingerprint_module
+
+T = TypeVar("T", contravariant=True)
+_TEXT_PARTS = ("text_encoder", "text_encoder_2")
+# What Pillow raises for files that are no pictures, cut off or absurdly large.
+_UNREADABLE = (
+    *(OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError),
+    *(OverflowError, StructError, zlib.error, Image.DecompressionBombError),
+)
+
+
+class Encoder(Protocol[T]):
+    """Makes latents of samples."""
+
+    @property
+    def batch(self) -> int:
+        """Samples that are encoded at once."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What the latents follow from besides the samples, as JSON values."""
+        ...
+
+    def encode(self, samples: Sequence[Sample[T]]) -> list[Latents | Flaw]:
+        """The latents of each sample, on the CPU, or why there are none."""
+        ...
+
+
+class PictureEncoder:
+    """Encodes pictures: the shorter side scaled to the resolution, the middle cut out.
+
+    Args:
+        resolution: the side, in pixels.
+        flip: encode the mirrored picture too.
+        batch: pictures that the autoencoder takes at once.
+    """
+
+    def __init__(
+        self, pipe: DiffusionPipeline, resolution: int, *, flip: bool = False, batch: int = 8
+    ) -> None:
+        step = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+        if resolution < step or resolution % step:
+            raise LeansdError(
+                f"a resolution of {resolution} px does not come out even in the latents: give a "
+                f"multiple of {step}"
+            )
+        self.pipe, self.resolution, self.flip, self.batch = pipe, resolution, flip, batch
+        self._readers = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes without the lock
+
+    def describe(self) -> dict[str, Any]:
+        vae = fingerprint_module(self.pipe.vae)
+        return {
+            "latents": "encoded",
+            "vae": vae,
+            "scale": [*_find_scale(self.pipe.vae)],
+            "resolution": self.resolution,
+            "flip": self.flip,
+        }
+
+    def encode(self, samples: Sequence[Sample[bytes]]) -> list[Latents | Flaw]:
+        read = list(self._readers.map(lambda each: read_picture(each, self.resolution), samples))
+        good = [each for each in read if not isinstance(each, Flaw)]
+        encoded = iter(self._encode([pixels for pixels, _ in good]) if good else [])
+        sized = has_sizes(self.pipe)
+        made: list[Latents | Flaw] = []
+        for sample, each in zip(samples, read, strict=True):
+            if isinstance(each, Flaw):
+                made.append(each)
+                continue
+            mean, std = next(encoded)
+            if not mean.isfinite().all() or (std is not None and not std.isfinite().all()):
+                made.append(Flaw(sample.key, "its latents are not finite"))
+                continue
+            made.append(Latents(mean, std, {"time_ids": each[1]} if sized else {}))
+        return made
+
+    @torch.no_grad()
+    def _encode(self, pictures: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+        vae = self.pipe.vae
+        shift, scale = _find_scale(vae)
+        with _in_safe_precision(vae):
+            pixels = torch.stack(list(pictures)).to(vae.device).float() / 127.5 - 1
+            means, stds = [], []
+            for view in (pixels, pixels.flip(-1)) if self.flip else (pixels,):
+                encoded = vae.encode(view.to(vae.dtype))
+                spread = getattr(encoded, "latent_dist", None)
+                mean = encoded.latents if spread is None else spread.mean
+                means.append((mean.float() - shift) * scale)
+                stds.append(None if spread is None else spread.std.float() * scale)
+        mean = torch.stack(means, 1).cpu()
+        if stds[0] is None:
+            return [(each, None) for each in mean]
+        return list(zip(mean, torch.stack(stds, 1).cpu(), strict=True))
+
+
+class TextEncoder:
+    """Encodes captions as the pipeline does.
+
+    Args:
+        batch: captions that are encoded at once.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, batch: int = 64) -> None:
+        self.pipe, self.batch = pipe, batch
+
+    def describe(self) -> dict[str, Any]:
+        modules = [getattr(self.pipe, name, None) for name in _TEXT_PARTS]
+        words = str(sorted(self.pipe.tokenizer.get_vocab().items()))
+        return {
+            "text": [fingerprint_module(module) for module in modules if module is not None],
+            "tokenizer": sha256(words.encode()).hexdigest()[:16],
+        }
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> Conditions:
+        """A row each caption, on the CPU."""
+        rows = [
+            embed(self.pipe, list(captions[begin : begin + self.batch]))
+            for begin in range(0, len(captions), self.batch)
+        ]
+        added = {name: torch.cat([each.added[name] for each in rows]) for name in rows[0].added}
+        return Conditions(torch.cat([each.text for each in rows]), added)
+
+    @torch.no_grad()
+    def encode_empty(self) -> Conditions:
+        """What stands for no prompt, as the unconditional half of a guided call has it."""
+        empty = embed(self.pipe, [""])
+        if not self.pipe.config.get("force_zeros_for_empty_prompt", False):
+            return empty
+        added = {name: torch.zeros_like(rows) for name, rows in empty.added.items()}
+        return Conditions(torch.zeros_like(empty.text), added)
+
+
+@singledispatch
+def embed(pipe: DiffusionPipeline, captions: list[str]) -> Conditions:
+    """What a pipeline's UNet is given for captions, on the CPU."""
+    raise LeansdError(
+        f"{type(pipe).__name__} encodes its prompts in a way that is not known here: Stable "
+        "Diffusion 1.x, 2.x and SDXL can be incubated"
+    )
+
+
+@embed.register
+def _(pipe: StableDiffusionPipeline, captions: list[str]) -> Conditions:
+    return Conditions(pipe.encode_prompt(captions, pipe.device, 1, False)[0].cpu())
+
+
+@embed.register
+def _(pipe: StableDiffusionXLPipeline, captions: list[str]) -> Conditions:
+    text, _, pooled, _ = pipe.encode_prompt(
+        captions, device=pipe.device, do_classifier_free_guidance=False
+    )
+    return Conditions(text.cpu(), {"text_embeds": pooled.cpu()})
+
+
+def has_sizes(pipe: DiffusionPipeline) -> bool:
+    """Whether the UNet is told the picture's size and where it was cut: SDXL's time ids."""
+    return pipe.unet.config.addition_embed_type == "text_time"
+
+
+def make_time_ids(size: tuple[int, int], corner: tuple[int, int], resolution: int) -> Tensor:
+    """SDXL's time ids: the size before scaling, where the picture was cut, its size now; [6]."""
+    return torch.tensor([*size, *corner, resolution, resolution], dtype=torch.float32)
+
+
+def read_picture(sample: Sample[bytes], resolution: int) -> tuple[Tensor, Tensor] | Flaw:
+    """Pixels of 8 bits, [3, H, W], with transparency on white; and the time ids."""
+    try:
+        with Image.open(BytesIO(sample.content)) as opened:
+            image = _flatten(ImageOps.exif_transpose(opened))
+    except _UNREADABLE as error:
+        return Flaw(sample.key, f"unreadable picture: {error}")
+    scale = resolution / min(image.size)
+    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    left, top = (width - resolution) // 2, (height - resolution) // 2
+    size = sample.size or (image.height, image.width)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    image = image.crop((left, top, left + resolution, top + resolution))
+    pixels = torch.from_numpy(np.array(image)).movedim(-1, 0)
+    return pixels, make_time_ids(size, (top, left), resolution)
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+
+
+def _find_scale(vae: Any) -> tuple[float, float]:
+    """To the UNet's scale: what is taken from latents, and what they are then multiplied by."""
+    config: Mapping[str, Any] = vae.config
+    return config.get("shift_factor") or 0.0, config.get("scaling_factor") or 1.0
+
+
+@contextmanager
+def _in_safe_precision(vae: Any) -> Iterator[None]:
+    """Autoencoders that say so overflow in half precision."""
+    dtype = vae.dtype
+    if dtype != torch.float16 or not vae.config.get("force_upcast", False):
+        yield
+        return
+    vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        vae.to(dtype)

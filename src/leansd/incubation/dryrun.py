@@ -1,0 +1,290 @@
+"""What a recipe takes, before anything is trained: counted on the meta device.
+
+One step of every stage is run there, forward and backward: products are counted as they come, and
+what autograd keeps is what the step needs in memory. Nothing is estimated but the time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from leansd.anatomy.cost import copy_skeleton, make_inputs, pick_size
+from leansd.incubation.batches import Batch
+from leansd.incubation.learning import Learner, Teacher, call_unet, learn
+from leansd.incubation.losses import Setting, build_loss
+from leansd.incubation.noise import Draw, Schedule
+from leansd.incubation.recipe import TEACHER, Recipe, Stage
+from leansd.incubation.students import Net, Student, make_student
+
+GIB = 2**30
+BYTES = {"no": 4, "bf16": 2}
+"""Of a number of a frozen net."""
+FULL = 4
+"""Bytes of a float32: what trains is kept in it, whatever the precision."""
+MOMENTS = {"adamw": 2 * FULL, "adamw8bit": 2}
+"""Bytes of an optimizer's state for each parameter."""
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What one stage takes."""
+
+    name: str
+    mode: str
+    steps: int
+    samples: int
+    parameters: int
+    trained: int
+    """Of the parameters."""
+    teacher_macs: int
+    """Of one sample's forward; so is the next."""
+    student_macs: int
+    backward_macs: int
+    """Of one sample's way back."""
+    weights: int
+    """Bytes of teacher and student, gradients, optimizer and averages."""
+    activations: int
+    """Bytes that are kept for one sample's way back."""
+    disk: int
+    """Bytes of checkpoints and nets."""
+
+    @property
+    def macs(self) -> int:
+        """Of one sample, all together."""
+        return self.teacher_macs + self.student_macs + self.backward_macs
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a recipe takes."""
+
+    recipe: str
+    batch: int
+    """Samples of one process in one go."""
+    stages: tuple[StageCost, ...]
+    macs_per_second: float
+    device: str
+
+    def hours(self, cost: StageCost) -> float:
+        """At the rate of the teacher's forward, measured here."""
+        return cost.samples * cost.macs / self.macs_per_second / 3600
+
+    def memory(self, cost: StageCost) -> int:
+        """Bytes of one process at the recipe's batch."""
+        return cost.weights + self.batch * cost.activations
+
+    def to_fields(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        stages = [
+            {**asdict(each), "memory": self.memory(each), "hours": self.hours(each)}
+            for each in self.stages
+        ]
+        rate = {"macs_per_second": self.macs_per_second, "device": self.device}
+        return {"recipe": self.recipe, "batch": self.batch, "stages": stages, **rate}
+
+    def __str__(self) -> str:
+        lines = [f"{self.recipe}: batches of {self.batch}"]
+        for each in self.stages:
+            macs = (each.teacher_macs, each.student_macs, each.backward_macs)
+            parts = " + ".join(f"{part / 1e9:.3g}" for part in macs)
+            trained, whole = each.trained / 1e6, each.parameters / 1e6
+            weights, activations = each.weights / GIB, each.activations / GIB
+            lines += [
+                f"{each.name} ({each.mode}): {each.steps} steps, {each.samples} samples",
+                f"  trains  {trained:.3g} of {whole:.3g} M parameters",
+                f"  MACs    {each.macs / 1e9:.3g} G a sample: teacher + student + back {parts}",
+                f"  memory  {self.memory(each) / GIB:.3g} GiB: {weights:.3g} for weights and "
+                f"optimizer, {activations:.3g} a sample",
+                f"  disk    {each.disk / GIB:.3g} GiB",
+                f"  time    {self.hours(each):.3g} hours",
+            ]
+        lines.append(
+            f"time: one {self.device} at {self.macs_per_second / 1e9:.3g} G MACs a second, as "
+            "measured on the teacher's forward"
+        )
+        return "\n".join(lines)
+
+
+def estimate(
+    recipe: Recipe,
+    teacher: UNet2DConditionModel,
+    *,
+    macs_per_second: float,
+    device: str,
+    world: int = 1,
+) -> Estimate:
+    """Count every stage of a recipe.
+
+    Args:
+        teacher: only its shape is asked for; it may be on the meta device.
+        macs_per_second: of this machine; see `measure_rate`.
+    """
+    skeleton = copy_skeleton(teacher)
+    nets: dict[str, Net] = {TEACHER: Net(skeleton)}
+    costs: list[StageCost] = []
+    for stage in recipe.stages:
+        student = make_student(stage, nets)
+        costs.append(count_stage(recipe, stage, student, skeleton, world))
+        nets[stage.name] = Net(student.unet, student.lineage, student.frozen)
+    return Estimate(recipe.name, recipe.trainer.batch, tuple(costs), macs_per_second, device)
+
+
+def count_stage(
+    recipe: Recipe,
+    stage: Stage,
+    student: Student,
+    teacher: UNet2DConditionModel,
+    world: int,
+) -> StageCost:
+    """Run one step of one sample on the meta device."""
+    settings = recipe.trainer
+    count = count_step(stage, student, teacher, settings.gradient_checkpointing)
+    parameters = sum(each.numel() for each in student.unet.parameters())
+    trained = sum(each.numel() for each in student.unet.parameters() if each.requires_grad)
+    of_teacher = sum(each.numel() for each in teacher.parameters())
+    average = FULL if settings.ema is not None else 0
+    kept = MOMENTS[settings.optimizer] + average
+    checkpoint = parameters * FULL + trained * kept
+    return StageCost(
+        name=stage.name,
+        mode=stage.mode,
+        steps=stage.steps,
+        samples=stage.steps * settings.batch * settings.accumulate * world,
+        parameters=parameters,
+        trained=trained,
+        teacher_macs=count.teacher,
+        student_macs=count.student,
+        backward_macs=count.backward,
+        weights=of_teacher * BYTES[settings.precision]
+        + parameters * FULL
+        + trained * (FULL + kept),
+        activations=count.kept,
+        disk=checkpoint * settings.keep + parameters * FULL,
+    )
+
+
+@dataclass
+class Count:
+    """Multiply-accumulates of one step, and the bytes that autograd kept for it."""
+
+    teacher: int = 0
+    student: int = 0
+    backward: int = 0
+    kept: int = 0
+    seen: set[int] = field(default_factory=set)
+
+
+def count_step(
+    stage: Stage,
+    student: Student,
+    teacher: UNet2DConditionModel,
+    gradient_checkpointing: bool = False,
+) -> Count:
+    """What one sample's step takes of a student and teacher on the meta device."""
+    unet = student.unet.train()
+    if gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    config: Any = unet.config
+    setting = Setting(
+        student.lineage,
+        student.list_comparisons(stage.mode),
+        torch.empty(config.in_channels + 1, 3, device="meta"),
+        "meta",
+    )
+    terms = [
+        build_loss(name, each.options, setting)
+        for name, each in stage.losses.items()
+        if each.weight
+    ]
+    compares = tuple(dict.fromkeys(each for term in terms for each in term.compares))
+    learner = Learner(student, compares, stage.mode)
+    tutor = Teacher(teacher, (*(each.teacher for each in compares), *learner.needs))
+    batch, draw = _make_sample(teacher)
+    schedule = Schedule(torch.empty(1000, device="meta"), "epsilon")
+    count = Count()
+    try:
+        inputs = (batch.latents, draw.timesteps, batch.text, batch.added)
+        with counting() as counter:
+            tutor(*inputs)
+        count.teacher = counter()
+        with counting() as counter, keeping(count, unet):
+            outcome = learn(learner, tutor, batch, draw, schedule)
+            loss = torch.stack([term(outcome) for term in terms]).sum()
+        count.student = counter() - count.teacher
+        with counting() as counter:
+            loss.backward()
+        count.backward = counter()
+    finally:
+        unet.zero_grad()
+        unet.disable_gradient_checkpointing()
+        learner.release()
+        tutor.release()
+    return count
+
+
+@contextmanager
+def counting() -> Iterator[Any]:
+    """A function that says the multiply-accumulates of what ran within."""
+    with FlopCounterMode(display=False) as counter:
+        yield lambda: counter.get_total_flops() // 2
+
+
+@contextmanager
+def keeping(count: Count, unet: UNet2DConditionModel) -> Iterator[None]:
+    """Add up what autograd keeps within, parameters apart."""
+    alive: list[Tensor] = []
+    own = {id(each) for each in unet.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        base = tensor if tensor._base is None else tensor._base
+        if id(base) not in own and id(base) not in count.seen:
+            count.seen.add(id(base))
+            alive.append(base)  # its id is its own as long as it lives
+            count.kept += base.numel() * base.element_size()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield
+
+
+def _make_sample(unet: UNet2DConditionModel) -> tuple[Batch, Draw]:
+    inputs = make_inputs(unet, size=pick_size(unet, None), device="meta")
+    added: Mapping[str, Tensor] = inputs.get("added_cond_kwargs", {})
+    batch = Batch(inputs["sample"], inputs["encoder_hidden_states"], added)
+    timesteps = torch.zeros(1, dtype=torch.long, device="meta")
+    return batch, Draw(timesteps, torch.empty_like(inputs["sample"]))
+
+
+ENOUGH = 2.0
+"""Seconds of calls after which no more are measured."""
+
+
+@torch.no_grad()
+def measure_rate(unet: UNet2DConditionModel, macs: int, *, most: int = 10) -> float:
+    """Multiply-accumulates a second of a UNet's forward on one sample, where it is."""
+    inputs = make_inputs(unet, size=pick_size(unet, None), device=unet.device, dtype=unet.dtype)
+    added = inputs.get("added_cond_kwargs", {})
+    moment = inputs["timestep"].reshape(1)
+
+    def call() -> float:
+        start = time.perf_counter()
+        call_unet(unet, inputs["sample"], moment, inputs["encoder_hidden_states"], added)
+        if unet.device.type == "cuda":
+            torch.cuda.synchronize(unet.device)
+        return time.perf_counter() - start
+
+    call()
+    laps = [call()]
+    while len(laps) < most and sum(laps) < ENOUGH:
+        laps.append(call())
+    return macs / min(laps)

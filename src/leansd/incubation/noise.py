@@ -1,0 +1,120 @@
+"""Noise and time steps of a batch, and the diffusion schedule that mixes them in.
+
+Every sample has a generator of its own, from the seed and the number of the sample, so what is
+drawn depends neither on how many processes share a batch nor on where a run was resumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leansd.errors import LeansdError
+
+
+def seed_generator(*parts: int | str) -> torch.Generator:
+    """A generator that only `parts` decide: a seed, what it is for, a number."""
+    digest = blake2b(repr(parts).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What is drawn for a batch."""
+
+    timesteps: Tensor
+    """[B], whole numbers."""
+    noise: Tensor
+    """[B, C, h, w]."""
+
+
+def draw_noise(
+    seed: int, numbers: Sequence[int], shape: Sequence[int], *, strata: int, timesteps: int
+) -> Draw:
+    """Time steps and noise of the samples `numbers`, on the CPU.
+
+    Args:
+        shape: of one sample's latents, (C, h, w).
+        strata: samples of one optimizer step: each draws its time step from a share of its own of
+            all of them, which leaves less chance in the gradient.
+        timesteps: how many time steps the schedule has.
+    """
+    moments: list[int] = []
+    noises: list[Tensor] = []
+    for number in numbers:
+        generator = seed_generator(seed, "noise", number)
+        place = float(torch.rand((), generator=generator, dtype=torch.float64))
+        moments.append(int((number % strata + place) / strata * timesteps))
+        noises.append(torch.randn(tuple(shape), generator=generator))
+    return Draw(torch.tensor(moments), torch.stack(noises))
+
+
+Mix = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Of two tensors [B, C, h, w], and the shares of signal and noise [B, 1, 1, 1]."""
+
+TARGETS: dict[str, Mix] = {
+    "epsilon": lambda clean, noise, signal, deviation: noise,
+    "v_prediction": lambda clean, noise, signal, deviation: signal * noise - deviation * clean,
+    "sample": lambda clean, noise, signal, deviation: clean,
+}
+"""What a UNet is to predict, from clean latents and noise."""
+CLEAN: dict[str, Mix] = {
+    "epsilon": lambda noised, output, signal, deviation: (noised - deviation * output) / signal,
+    "v_prediction": lambda noised, output, signal, deviation: signal * noised - deviation * output,
+    "sample": lambda noised, output, signal, deviation: output,
+}
+"""The clean latents that a prediction means, from noised latents and output."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The diffusion that a teacher was trained for."""
+
+    alphas: Tensor
+    """Share of the signal's variance at every time step (alpha-bar), [T], float32."""
+    prediction: str
+
+    @classmethod
+    def read(cls, scheduler: Any) -> Schedule:
+        """That of any diffusers scheduler.
+
+        Raises:
+            LeansdError: it is none of variance-preserving diffusion.
+        """
+        prediction = scheduler.config.get("prediction_type", "epsilon")
+        alphas = getattr(scheduler, "alphas_cumprod", None)
+        if alphas is None or prediction not in TARGETS:
+            raise LeansdError(
+                f"{type(scheduler).__name__} with prediction {prediction!r} is no schedule to "
+                f"train for; there are {', '.join(TARGETS)}"
+            )
+        return cls(torch.as_tensor(alphas, dtype=torch.float32), prediction)
+
+    def __len__(self) -> int:
+        return len(self.alphas)
+
+    def to(self, device: torch.device | str) -> Schedule:
+        """The same on another device."""
+        return Schedule(self.alphas.to(device), self.prediction)
+
+    def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Noised latents [B, C, h, w] at `timesteps` [B]."""
+        signal, deviation = self._shares(timesteps)
+        return signal * clean + deviation * noise
+
+    def make_target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What a UNet is to predict, [B, C, h, w]."""
+        return TARGETS[self.prediction](clean, noise, *self._shares(timesteps))
+
+    def predict_clean(self, noised: Tensor, output: Tensor, timesteps: Tensor) -> Tensor:
+        """The clean latents [B, C, h, w] that a UNet's output [B, C, h, w] means (x0)."""
+        return CLEAN[self.prediction](noised, output, *self._shares(timesteps))
+
+    def _shares(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        alphas = self.alphas[timesteps][:, None, None, None]
+        return alphas.sqrt(), (1 - alphas).sqrt()

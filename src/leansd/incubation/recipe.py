@@ -1,0 +1,268 @@
+"""A recipe: what is trained from what, in which stages. Plain data, read from YAML.
+
+A recipe may name a `base`, another file that it is a small difference to. Unknown keys are errors
+that name their place.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
+
+from leansd.errors import LeansdError
+from leansd.incubation.losses import check_loss
+from leansd.incubation.ramps import RampName
+from leansd.surgery.edits import Surgery
+from leansd.surgery.operating import BASE
+from leansd.surgery.presets import find_surgery
+
+TEACHER = "teacher"
+"""What the original net is called among the nets of a stage."""
+MOST_BASES = 16
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _read_surgery(value: Any) -> Any:
+    """A surgery by its preset's name or file, or written out."""
+    return find_surgery(value) if isinstance(value, str) else value
+
+
+Addresses = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class LossSettings(_Frozen):
+    """How much a loss counts, and its own options."""
+
+    weight: float = Field(default=1.0, ge=0)
+    schedule: RampName = "constant"
+    options: dict[str, JsonValue] = {}
+
+
+class Stage(_Frozen):
+    """One distillation."""
+
+    name: str = Field(pattern=r"^[\w-]+$")
+    surgery: Annotated[Surgery, BeforeValidator(_read_surgery)] = Surgery("same")
+    """What makes the student; without edits it is a copy of the net operated on."""
+    nets: dict[str, str] = {BASE: TEACHER}
+    """What the surgery's nets are: the teacher, or what an earlier stage made. The first is
+    operated on."""
+    mode: Literal["end-to-end", "decoupled"] = "end-to-end"
+    """Decoupled, only the blocks that train are computed, on the teacher's features."""
+    train: Addresses | None = None
+    """Addresses or globs; by default all but what came frozen from the teacher."""
+    steps: int = Field(gt=0)
+    learning_rate: float = Field(default=5e-5, gt=0)
+    decay: RampName = "constant"
+    warmup: int = Field(default=0, ge=0)
+    losses: dict[str, LossSettings] = Field(
+        default={"denoising": LossSettings(), "output": LossSettings(), "features": LossSettings()}
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Stage:
+        for name in self.losses:
+            check_loss(name)
+        if not any(each.weight for each in self.losses.values()):
+            raise ValueError("a stage needs a loss with a weight above 0")
+        if not self.nets:
+            raise ValueError("a stage needs a net to operate on")
+        return self
+
+
+class TrainerSettings(_Frozen):
+    """How steps are taken."""
+
+    batch: int = Field(default=8, gt=0)
+    """Samples of one process in one go."""
+    accumulate: int = Field(default=1, gt=0)
+    precision: Literal["no", "bf16"] = "no"
+    ema: float | None = Field(default=0.999, gt=0, lt=1)
+    checkpoint_every: int = Field(default=500, gt=0)
+    keep: int = Field(default=2, gt=0)
+    """Checkpoints kept of each stage."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    weight_decay: float = Field(default=0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = Field(default=1.0, gt=0)
+    """The largest norm of a step's gradient."""
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    """Whether transformer blocks are compiled."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+
+class ValidationSettings(_Frozen):
+    """Pictures of teacher and student from the same seeds."""
+
+    prompts: Addresses = ()
+    every: int = Field(default=1000, gt=0)
+    steps: int = Field(default=20, gt=0)
+    guidance: float = 5.0
+    seed: int = 0
+
+
+class DataSettings(BaseModel):
+    """Where samples come from; what else it holds is the kind's own."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    kind: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What is not the kind."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class Recipe(_Frozen):
+    """Everything that decides what comes out, but the machine."""
+
+    name: str
+    model: str = "emoji"
+    """The teacher: what `leansd.load` opens."""
+    seed: int = 0
+    data: DataSettings
+    trainer: TrainerSettings = TrainerSettings()
+    validation: ValidationSettings = ValidationSettings()
+    projection: str | None = None
+    """A file that maps latents to RGB, for losses of pictures; by default it is fitted."""
+    stages: tuple[Stage, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        known = {TEACHER}
+        for stage in self.stages:
+            if stage.name in known:
+                raise ValueError(f"two stages or nets are called {stage.name}")
+            for name in stage.nets.values():
+                if name not in known:
+                    raise ValueError(
+                        f"stage {stage.name} wants net {name!r}; there are {', '.join(known)}"
+                    )
+            known.add(stage.name)
+        return self
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hex digits of all that decides what comes out."""
+        document = self.to_document()
+        for name in ("checkpoint_every", "keep", "trackers"):
+            document["trainer"].pop(name)
+        del document["name"], document["validation"]
+        return sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:12]
+
+    def to_document(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        document = self.model_dump(mode="json")
+        for stage, each in zip(document["stages"], self.stages, strict=True):
+            stage["surgery"] = each.surgery.to_document()
+        return document
+
+    def write(self) -> str:
+        """The whole recipe as YAML, without a base."""
+        return yaml.safe_dump(self.to_document(), sort_keys=False, width=100)
+
+
+def load_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
+    """Read a recipe with its bases and apply `key=value` changes by dotted path.
+
+    Raises:
+        LeansdError: a file is missing, or a key or value is none; the message names the place.
+    """
+    path = Path(path)
+    document = {"name": path.stem} | _read_document(path, MOST_BASES)
+    for change in changes:
+        _change(document, change)
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "file"
+        raise LeansdError(
+            f"{path} is no valid recipe: {place}: {first['msg'].removeprefix('Value error, ')}"
+        ) from None
+
+
+def _read_document(path: Path, deep: int) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LeansdError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise LeansdError(f"{path} is no recipe: it is not YAML") from error
+    if not isinstance(document, dict):
+        raise LeansdError(f"{path} is no recipe: it holds no keys")
+    for stage in document.get("stages", ()):
+        _find_surgery_file(stage, path.parent)
+    base = document.pop("base", None)
+    if base is None:
+        return document
+    if not deep:
+        raise LeansdError(f"{path}: its base leads back to itself")
+    return merge(_read_document(path.parent / base, deep - 1), document)
+
+
+def _find_surgery_file(stage: Any, folder: Path) -> None:
+    """A surgery's file lies beside the recipe that names it."""
+    named = stage.get("surgery") if isinstance(stage, dict) else None
+    if isinstance(named, str) and (folder / named).is_file():
+        stage["surgery"] = str(folder / named)
+
+
+def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the differences of `change`: mappings by key, all else as a whole."""
+    merged = dict(base)
+    for key, value in change.items():
+        before = merged.get(key)
+        both = isinstance(before, Mapping) and isinstance(value, Mapping)
+        merged[key] = merge(before, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _change(document: dict[str, Any], change: str) -> None:
+    """Set one value: `trainer.batch=4`, `stages.0.steps=10`, `stages.light.steps=10`."""
+    key, sign, text = change.partition("=")
+    if not (sign and key):
+        raise LeansdError(f"{change!r} changes nothing: give key=value, trainer.batch=4")
+    *path, last = key.split(".")
+    place: Any = document
+    for part in path:
+        place = place.setdefault(part, {}) if isinstance(place, dict) else _pick(place, part, key)
+    if isinstance(place, list):
+        place[int(last)] = yaml.safe_load(text)
+    elif isinstance(place, dict):
+        place[last] = yaml.safe_load(text)
+    else:
+        raise LeansdError(f"{key} is no place in the recipe")
+
+
+def _pick(listed: Any, part: str, key: str) -> Any:
+    """An entry of a list, by number or by name."""
+    if isinstance(listed, list):
+        named = {each.get("name"): each for each in listed if isinstance(each, dict)}
+        if part in named:
+            return named[part]
+        if part.isdecimal() and int(part) < len(listed):
+            return listed[int(part)]
+    raise LeansdError(f"{key} is no place in the recipe: there is no {part}")

@@ -1,0 +1,146 @@
+"""The student of a stage: made by surgery, with what trains, what is frozen and what is compared.
+
+Frozen is what came unchanged from the teacher and was never trained. What an earlier stage left
+frozen stays so when a later one takes it over.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import UNet2DConditionModel
+
+from leansd.anatomy import read_anatomy
+from leansd.errors import LeansdError
+from leansd.incubation.losses import Comparison
+from leansd.incubation.recipe import TEACHER, Stage
+from leansd.incubation.taps import list_boundary
+from leansd.plans.address import get_block
+from leansd.plans.anatomy import Anatomy
+from leansd.surgery.lineage import Lineage
+from leansd.surgery.operating import operate
+
+FILE = "incubation.json"
+
+
+@dataclass(frozen=True)
+class Net:
+    """A UNet that a stage may start from."""
+
+    unet: UNet2DConditionModel
+    lineage: Lineage | None = None
+    """Back to the teacher; none of the teacher itself."""
+    frozen: frozenset[str] = frozenset()
+    """Units that are still the teacher's."""
+
+
+@dataclass(frozen=True)
+class Student:
+    """What a stage trains."""
+
+    unet: UNet2DConditionModel
+    lineage: Lineage
+    """Back to the teacher."""
+    anatomy: Anatomy
+    trained: tuple[str, ...]
+    """Units, in running order."""
+    frozen: frozenset[str]
+    """Units that are the teacher's, and stay so."""
+
+    @property
+    def stands(self) -> dict[str, str]:
+        """The teacher's unit that each unit of the student is to be like."""
+        return {at: self.lineage.stands_for(at).at for at in self.lineage.units}
+
+    def list_comparisons(self, mode: str) -> tuple[Comparison, ...]:
+        """What to distil: the end of every block, or all that leaves the blocks that train.
+
+        Where blocks are trained apart, the skips that they hand over have no other teacher.
+        """
+        if mode == "end-to-end":
+            return tuple(Comparison(each.student, each.teacher.at) for each in self.lineage.pairs())
+        blocks = dict.fromkeys(get_block(at) for at in self.trained)
+        leaving = [at for block in blocks for at in list_boundary(self.anatomy, block)]
+        return tuple(Comparison(at, self.stands[at]) for at in leaving)
+
+
+def make_student(stage: Stage, nets: Mapping[str, Net]) -> Student:
+    """Operate as a stage says, and freeze all but what it trains.
+
+    Args:
+        nets: the teacher, and what earlier stages made, by name.
+
+    Raises:
+        LeansdError: the surgery cannot be done, or nothing would train.
+    """
+    unet, made = operate({name: nets[net].unet for name, net in stage.nets.items()}, stage.surgery)
+    earlier = {
+        name: lineage
+        for name, net in stage.nets.items()
+        if (lineage := nets[net].lineage) is not None
+    }
+    lineage = rename_teacher(made, {n for n, net in stage.nets.items() if net == TEACHER})
+    lineage = lineage.trace(earlier) if earlier else lineage
+    anatomy = read_anatomy(unet)
+    untouched = frozenset(at for at in made.units if _is_untouched(at, made, stage, nets))
+    trained = pick_trained(stage, anatomy, untouched)
+    freeze(unet, anatomy, trained, whole=stage.train is not None and "*" in stage.train)
+    return Student(unet, lineage, anatomy, trained, untouched - set(trained))
+
+
+def rename_teacher(lineage: Lineage, names: Collection[str]) -> Lineage:
+    """A lineage that calls the teacher so, whatever a surgery called it."""
+    origins = {
+        at: origin._replace(net=TEACHER) if origin.net in names else origin
+        for at, origin in lineage.origins.items()
+    }
+    nets = {TEACHER if name in names else name: units for name, units in lineage.nets.items()}
+    base = TEACHER if lineage.base in names else lineage.base
+    return lineage.model_copy(update={"origins": origins, "nets": nets, "base": base})
+
+
+def _is_untouched(at: str, made: Lineage, stage: Stage, nets: Mapping[str, Net]) -> bool:
+    """Whether a unit is the teacher's still, bit for bit."""
+    origin = made.origins[at]
+    net = stage.nets[origin.net]
+    return at not in made.changed and (net == TEACHER or origin.at in nets[net].frozen)
+
+
+def pick_trained(stage: Stage, anatomy: Anatomy, untouched: Collection[str]) -> tuple[str, ...]:
+    """The units that a stage trains, in running order."""
+    if stage.train is None:
+        picked = set(anatomy.addresses) - set(untouched)
+    else:
+        picked = {unit.at for each in stage.train for unit in anatomy.select(each)}
+    if not picked:
+        raise LeansdError(
+            f"stage {stage.name} trains nothing, since all of its student is the teacher's "
+            "unchanged; say what trains, train: ['*'] for all of it"
+        )
+    return tuple(at for at in anatomy.addresses if at in picked)
+
+
+def freeze(
+    unet: UNet2DConditionModel, anatomy: Anatomy, trained: Collection[str], *, whole: bool
+) -> None:
+    """Let the parameters of some units train, or of all and what lies in no unit."""
+    unet.requires_grad_(whole)
+    for at in trained:
+        unet.get_submodule(anatomy[at].path).requires_grad_(True)
+
+
+def save_net(student: Student, folder: Path, about: Mapping[str, Any]) -> None:
+    """Write a UNet in diffusers' layout, with its lineage and what of it is still the teacher's."""
+    student.unet.save_pretrained(folder)
+    student.lineage.save(folder / "lineage.json")
+    text = json.dumps({**about, "frozen": sorted(student.frozen)}, indent=1)
+    (folder / FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_frozen(folder: Path) -> frozenset[str]:
+    """What of a saved net is still the teacher's."""
+    return frozenset(json.loads((folder / FILE).read_text(encoding="utf-8"))["frozen"])

@@ -1,0 +1,154 @@
+"""Outputs of units by address, and units fed with another UNet's: both through weaves.
+
+A tapped UNet stays woven while it is trained, since gradient checkpointing calls its units again
+on the way back. Unless it is watched or fed, its units run as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from leansd.anatomy import read_anatomy
+from leansd.plans.address import get_block
+from leansd.plans.anatomy import HEAD, Anatomy, Unit
+from leansd.runtime.weave import Forward, Weave
+
+Features = dict[str, Tensor]
+"""Outputs [B, C, h, w] of units by address."""
+
+
+def get_features(output: Any) -> Tensor:
+    """The tensor that a unit gives: transformers wrap it."""
+    return output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+
+
+def wrap_features(forward: Forward, kwargs: Mapping[str, Any], features: Tensor) -> Any:
+    """Features in the form that a unit's caller takes: transformers are asked for a tuple."""
+    return (features,) if kwargs.get("return_dict") is False else features
+
+
+class Taps:
+    """The outputs of some units of a UNet, while it is watched."""
+
+    def __init__(self, unet: UNet2DConditionModel, addresses: Collection[str]) -> None:
+        """
+        Raises:
+            LeansdError: an address is no unit's.
+        """
+        anatomy = read_anatomy(unet)
+        modules = {at: unet.get_submodule(anatomy[at].path) for at in addresses}
+        self._features: Features | None = None
+        self._weave = Weave(modules, self._keep)
+
+    @contextmanager
+    def watching(self) -> Iterator[Features]:
+        """Outputs of the call within, filled as it runs."""
+        self._features = features = {}
+        try:
+            yield features
+        finally:
+            self._features = None
+
+    def release(self) -> None:
+        """Leave the UNet as it was."""
+        self._weave.release()
+
+    def _keep(self, at: str, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        if self._features is not None:
+            self._features[at] = get_features(output)
+        return output
+
+
+class Feeds:
+    """A student that computes only the blocks that it trains, on the teacher's features.
+
+    Units that are not trained give what they stand for, the head apart; a unit that reads another
+    block's output is given what that stands for. No gradient then leaves a block but to the head.
+    """
+
+    def __init__(
+        self, unet: UNet2DConditionModel, trained: Collection[str], stands: Mapping[str, str]
+    ) -> None:
+        """
+        Args:
+            trained: addresses of units.
+            stands: the teacher's unit that each unit of the student stands for.
+        """
+        self.anatomy = read_anatomy(unet)
+        self.trained = frozenset(trained)
+        self.stands = stands
+        modules = {
+            unit.at: unet.get_submodule(unit.path)
+            for unit in self.anatomy
+            if unit.at != HEAD and (unit.at not in self.trained or list_foreign(unit))
+        }
+        self._given: Mapping[str, Tensor] | None = None
+        self._weave = Weave(modules, self._feed)
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The teacher's units whose outputs are needed."""
+        outside = {unit.at for unit in self.anatomy if unit.at not in self.trained}
+        read = {at for unit in self.anatomy if unit.at in self.trained for at in list_foreign(unit)}
+        return tuple(dict.fromkeys(self.stands[at] for at in (outside - {HEAD}) | read))
+
+    def feed(self, given: Mapping[str, Tensor]) -> None:
+        """Run on these outputs of the teacher, until others are given.
+
+        They must outlive the call: gradient checkpointing reads them again on the way back.
+        """
+        self._given = given
+
+    def stop(self) -> None:
+        """Let the UNet compute all of itself again."""
+        self._given = None
+
+    def release(self) -> None:
+        """Leave the UNet as it was."""
+        self._weave.release()
+
+    def _feed(self, at: str, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        given = self._given
+        if given is None:
+            return forward(*args, **kwargs)
+        if at not in self.trained:
+            return wrap_features(forward, kwargs, given[self.stands[at]])
+        inputs = replace_inputs(self.anatomy, self.anatomy[at], args[0], self._get_foreign(at))
+        return forward(inputs, *args[1:], **kwargs)
+
+    def _get_foreign(self, at: str) -> Features:
+        assert self._given is not None
+        return {each: self._given[self.stands[each]] for each in list_foreign(self.anatomy[at])}
+
+
+def list_foreign(unit: Unit) -> tuple[str, ...]:
+    """What a unit reads of other blocks."""
+    return tuple(at for at in unit.reads if get_block(at) != get_block(unit.at))
+
+
+def list_boundary(anatomy: Anatomy, block: str) -> tuple[str, ...]:
+    """The units of a block whose outputs leave it, skips included."""
+    read = {at for unit in anatomy for at in list_foreign(unit)}
+    return tuple(unit.at for unit in anatomy if unit.at in read and get_block(unit.at) == block)
+
+
+def replace_inputs(
+    anatomy: Anatomy, unit: Unit, inputs: Tensor, others: Mapping[str, Tensor]
+) -> Tensor:
+    """A unit's input [B, C, h, w], the hidden state and then the skip, with `others` in it."""
+    parts: list[Tensor] = []
+    start = 0
+    hidden = unit.channels[0] - sum(anatomy[at].channels[1] for at in unit.reads[1:])
+    for at in unit.reads:
+        width = hidden if not parts else anatomy[at].channels[1]
+        own = inputs[:, start : start + width]
+        parts.append(others.get(at, own).to(inputs.dtype))
+        start += width
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
