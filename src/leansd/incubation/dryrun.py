@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from leansd.incubation.learning import Learner, Teacher, call_unet, learn
 from leansd.incubation.losses import Setting, build_loss
 from leansd.incubation.noise import Draw, Schedule
 from leansd.incubation.recipe import TEACHER, Recipe, Stage
-from leansd.incubation.students import Net, Student, make_student
+from leansd.incubation.students import Net, Student, make_student, outline_net
 
 GIB = 2**30
 BYTES = {"no": 4, "bf16": 2}
@@ -131,6 +132,7 @@ def estimate(
     """
     skeleton = copy_skeleton(teacher)
     nets: dict[str, Net] = {TEACHER: Net(skeleton)}
+    nets |= {name: outline_net(Path(folder)) for name, folder in recipe.nets.items()}
     costs: list[StageCost] = []
     for stage in recipe.stages:
         student = make_student(stage, nets)

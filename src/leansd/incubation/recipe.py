@@ -143,6 +143,8 @@ class Recipe(_Frozen):
     """The teacher: what `leansd.load` opens."""
     seed: int = 0
     data: DataSettings
+    nets: dict[Annotated[str, Field(pattern=r"^[\w-]+$")], str] = {}
+    """Further nets that stages may start from, by name: folders that earlier runs left."""
     trainer: TrainerSettings = TrainerSettings()
     validation: ValidationSettings = ValidationSettings()
     projection: str | None = None
@@ -151,7 +153,9 @@ class Recipe(_Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
-        known = {TEACHER}
+        if TEACHER in self.nets:
+            raise ValueError(f"a net cannot be called {TEACHER}: that is the original")
+        known = {TEACHER: "", **self.nets}
         for stage in self.stages:
             if stage.name in known:
                 raise ValueError(f"two stages or nets are called {stage.name}")
@@ -160,7 +164,7 @@ class Recipe(_Frozen):
                     raise ValueError(
                         f"stage {stage.name} wants net {name!r}; there are {', '.join(known)}"
                     )
-            known.add(stage.name)
+            known[stage.name] = ""
         return self
 
     @property

@@ -19,12 +19,10 @@ from leansd.incubation.batches import Source
 from leansd.incubation.checkpoints import writing
 from leansd.incubation.noise import Schedule
 from leansd.incubation.recipe import TEACHER, Recipe, Stage
-from leansd.incubation.students import Net, Student, make_student, read_frozen, save_net
+from leansd.incubation.students import Net, Student, make_student, open_net, save_net
 from leansd.incubation.trainer import Lesson, Look, prepare_teacher, train_stage
 from leansd.incubation.vgg import fit_projection, load_projection, save_projection
-from leansd.loading import load_unet
 from leansd.measuring.files import write_file
-from leansd.surgery.lineage import Lineage
 
 NET, RECIPE, PROJECTION = "net", "recipe.yaml", "projection.safetensors"
 FITTED_BATCHES = 4
@@ -140,9 +138,8 @@ def open_nets(run: Run, stage: Stage) -> dict[str, Net]:
         if name == TEACHER:
             nets[name] = Net(run.pipe.unet)
             continue
-        folder = run.folder / name / NET
-        unet = load_unet(folder, device="cpu", dtype=torch.float32)
-        nets[name] = Net(unet, Lineage.load(folder), read_frozen(folder))
+        folder = Path(run.recipe.nets.get(name, run.folder / name / NET)).expanduser()
+        nets[name] = open_net(folder)
     return nets
 
 

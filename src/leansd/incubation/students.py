@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import UNet2DConditionModel
 
 from leansd.anatomy import read_anatomy
@@ -19,6 +20,7 @@ from leansd.errors import LeansdError
 from leansd.incubation.losses import Comparison
 from leansd.incubation.recipe import TEACHER, Stage
 from leansd.incubation.taps import list_boundary
+from leansd.loading import load_outline, load_unet
 from leansd.plans.address import get_block
 from leansd.plans.anatomy import Anatomy
 from leansd.surgery.lineage import Lineage
@@ -141,6 +143,31 @@ def save_net(student: Student, folder: Path, about: Mapping[str, Any]) -> None:
     (folder / FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def read_frozen(folder: Path) -> frozenset[str]:
-    """What of a saved net is still the teacher's."""
-    return frozenset(json.loads((folder / FILE).read_text(encoding="utf-8"))["frozen"])
+def open_net(folder: Path) -> Net:
+    """A net as `save_net` wrote it, on the CPU in float32.
+
+    Raises:
+        LeansdError: there is none, or none that incubation left.
+    """
+    return Net(load_unet(folder, device="cpu", dtype=torch.float32), *read_origin(folder))
+
+
+def outline_net(folder: Path) -> Net:
+    """The same on the meta device, for counting.
+
+    Raises:
+        LeansdError: as `open_net`.
+    """
+    return Net(load_outline(folder), *read_origin(folder))
+
+
+def read_origin(folder: Path) -> tuple[Lineage, frozenset[str]]:
+    """The lineage of a saved net, and what of it is still the teacher's."""
+    try:
+        about = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        return Lineage.load(folder), frozenset(about["frozen"])
+    except (OSError, ValueError, KeyError) as error:
+        raise LeansdError(
+            f"{folder} holds no net that incubation left: give the folder of a stage's or a run's "
+            f"net, which has a {FILE}"
+        ) from error

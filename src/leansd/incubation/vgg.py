@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from leansd.emoji.location import model_folder
 from leansd.errors import LeansdError
 
 CONVOLUTIONS = (2, 2, 3, 3, 3)
@@ -23,7 +24,7 @@ CONVOLUTIONS = (2, 2, 3, 3, 3)
 STAGES = len(CONVOLUTIONS)
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet's channels in [0, 1], which its VGG was trained with."""
-IMAGENET, RANDOM = "imagenet", "random"
+IMAGENET, EMOJI, RANDOM = "imagenet", "emoji", "random"
 RANDOM_WIDTHS = (8, 16, 32, 32, 32)
 
 
@@ -71,7 +72,8 @@ def load_vgg(weights: str | Path, *, stages: int = STAGES) -> Vgg:
     """A frozen VGG16, as deep as is asked for.
 
     Args:
-        weights: `imagenet`, `random` (the same every time), or a safetensors file.
+        weights: `imagenet`, `emoji` (the embedded model's own), `random` (the same every time),
+            or a safetensors file.
 
     Raises:
         LeansdError: the weights cannot be had, or are no VGG16's.
@@ -81,7 +83,7 @@ def load_vgg(weights: str | Path, *, stages: int = STAGES) -> Vgg:
             torch.manual_seed(0)
             vgg = Vgg(RANDOM_WIDTHS[:stages])
         return vgg.eval()
-    state = _load_imagenet() if weights == IMAGENET else _read_weights(Path(weights))
+    state = _load_imagenet() if weights == IMAGENET else _read_weights(_find_file(weights))
     state = {name: tensor for name, tensor in state.items() if name.startswith("features.")}
     widths = [tensor.shape[0] for tensor in state.values() if tensor.ndim == 4]
     places = [sum(CONVOLUTIONS[:stage]) for stage in range(stages)]
@@ -94,6 +96,10 @@ def load_vgg(weights: str | Path, *, stages: int = STAGES) -> Vgg:
         raise LeansdError(f"{weights} holds no VGG16: {wrong[0]} is missing or of another shape")
     vgg.load_state_dict({name: state[name].float() for name in own})
     return vgg.eval()
+
+
+def _find_file(weights: str | Path) -> Path:
+    return model_folder() / "vgg" / "vgg.safetensors" if weights == EMOJI else Path(weights)
 
 
 def _load_imagenet() -> dict[str, Tensor]:

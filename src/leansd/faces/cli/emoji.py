@@ -153,6 +153,58 @@ def grid(
     print(out)
 
 
+@app.command(epilog="Example: leansd emoji pictures --out emoji")
+def pictures(
+    out: Annotated[Path, typer.Option(help="Folder to write: train and held-out.")],
+    data: Data = None,
+    cache: Cache = CACHE,
+    size: Annotated[int, typer.Option(min=8, help="Picture side in pixels.")] = 64,
+) -> None:
+    """Write the pictures with captions as Hugging Face's imagefolder, for `leansd incubate`."""
+    from leansd.emoji.folder import write_pictures
+    from leansd.emoji.recipe import read_pictures
+    from leansd.faces.cli.terminal import note
+
+    found = read_pictures(data, cache.expanduser(), size)
+    write_pictures(found, out)
+    note(f"{len(found.train)} pictures to train on, {len(found.held_out)} held out")
+    print(out)
+
+
+@app.command(epilog="Example: leansd emoji vgg --out runs/vgg")
+def vgg(
+    out: Annotated[Path, typer.Option(help="Folder of the run; a run in it goes on.")],
+    data: Data = None,
+    cache: Cache = CACHE,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 2500,
+    seed: Annotated[int, typer.Option()] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Train a small VGG to tell emoji groups apart: OUT/vgg.safetensors, for the `vgg` loss."""
+    from leansd.emoji.recipe import read_pictures
+    from leansd.emoji.training import Budget
+    from leansd.faces.cli.terminal import note, open_progress, show_json
+    from leansd.incubation.vgg_training import PIXELS, train_vgg
+
+    check_device(device)
+    found = read_pictures(data, cache.expanduser(), PIXELS)
+    with open_progress() as progress:
+        task = progress.add_task("vgg", total=1000)
+        result = train_vgg(
+            found,
+            out,
+            Budget(steps=steps),
+            seed=seed,
+            device=device,
+            on_log=lambda row: progress.update(task, completed=int(1000 * row["progress"])),
+        )
+    note(f"groups told right: {result['train']:.1%} in training, {result['held_out']:.1%} held out")
+    print(out / "vgg.safetensors")
+    if as_json:
+        show_json({"command": "emoji vgg", **result})
+
+
 @app.command(epilog="Example: leansd emoji card")
 def card(
     model: Model = None,

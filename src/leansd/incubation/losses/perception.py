@@ -51,8 +51,8 @@ def build(
 ) -> Perception:
     """
     Args:
-        weights: `imagenet` (torchvision's, downloaded or cached), a safetensors file of a VGG16
-            of any width, or `random` for smoke tests.
+        weights: `imagenet` (torchvision's, downloaded or cached), `emoji` (the embedded model's
+            own), a safetensors file of a VGG16 of any width, or `random` for smoke tests.
         stages: the stages compared, 0 to 4; each halves the picture after it.
     """
     if setting.projection is None:

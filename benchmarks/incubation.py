@@ -1,0 +1,208 @@
+"""Incubation on the embedded model: every stage, and every ingredient left out in turn.
+
+    python benchmarks/incubation.py train --data emoji [--seed 0 --seed 1] [--arm full]
+    python benchmarks/incubation.py measure --data emoji
+
+Nets lie in `runs/incubation/ARM-SEED`; what is trained is not trained again, and what was stopped
+goes on. Stages that arms share are trained once for each seed. Arms that are trained end to end
+get as many steps as make their multiply-accumulates equal to those of `full` with all its stages.
+Records go to `benchmarks/results/incubation.jsonl`, the curves of all runs to
+`benchmarks/results/incubation-curves.jsonl`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from leansd.faces.cli.terminal import hush_libraries
+from leansd.faces.incubating import incubate_into
+from leansd.incubation.dryrun import Estimate, estimate
+from leansd.incubation.recipe import TEACHER, LossSettings, Recipe, Stage, load_recipe
+from leansd.incubation.running import NET
+from leansd.loading import load_outline
+from leansd.surgery.edits import Replace, Surgery
+from leansd.surgery.presets import find_surgery
+
+ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / "recipes"
+RUNS = ROOT / "runs" / "incubation"
+SEEDS = [0, 1, 2]
+LIGHT, ASSEMBLED, EQUIPPED, WHOLE = "light", "assembled", "equipped", "whole"
+FULL = "full"
+
+Change = Callable[[Stage], Stage]
+
+
+def keep(stage: Stage) -> Stage:
+    return stage
+
+
+def without_loss(name: str) -> Change:
+    """The stage without one of its losses."""
+
+    def change(stage: Stage) -> Stage:
+        losses = {key: value for key, value in stage.losses.items() if key != name}
+        return stage.model_copy(update={"losses": losses})
+
+    return change
+
+
+def without_part(kind: str) -> Change:
+    """The stage without the edits that put one kind of part in place."""
+
+    def change(stage: Stage) -> Stage:
+        edits = [
+            each
+            for each in stage.surgery.edits
+            if not (isinstance(each, Replace) and each.by == kind)
+        ]
+        return stage.model_copy(update={"surgery": Surgery(stage.surgery.name, edits)})
+
+    return change
+
+
+def with_raw_experts(stage: Stage) -> Stage:
+    """The stage with experts whose channels stay in the order that their layers have them."""
+    edits = [
+        each.model_copy(update={"options": {**each.options, "align": False}})
+        if isinstance(each, Replace) and each.by == "condconv"
+        else each
+        for each in stage.surgery.edits
+    ]
+    return stage.model_copy(update={"surgery": Surgery(stage.surgery.name, edits)})
+
+
+ABLATIONS: Mapping[str, Change] = {
+    FULL: keep,
+    "no CLME": without_part("condconv"),
+    "raw experts": with_raw_experts,
+    "no GRI": without_part("gri"),
+    "no mid": without_loss("mid"),
+    "no VGG": without_loss("vgg"),
+}
+"""What becomes of the third stage."""
+ENDED = "ended"
+DIRECT, BK = "direct", "bk"
+"""The assembled and equipped net, and BK-SDM's, each distilled end to end from the teacher."""
+ARMS = (LIGHT, ASSEMBLED, *ABLATIONS, ENDED, DIRECT, BK)
+
+
+@dataclass(frozen=True)
+class Study:
+    """All arms of one seed."""
+
+    seed: int
+    home: Path
+    data: Path
+
+    def get_folder(self, arm: str) -> Path:
+        """Where an arm's run lies."""
+        return self.home / f"{arm.replace(' ', '-')}-{self.seed}"
+
+    def get_net(self, arm: str) -> str:
+        """The finished net of an arm."""
+        return str(self.get_folder(arm) / NET)
+
+    def write_recipe(self, arm: str) -> Recipe:
+        """What an arm trains, from nets that other arms have left."""
+        recipe, stages = self._read("emoji-asdm.yaml")
+        if arm in ABLATIONS:
+            nets = {ASSEMBLED: self.get_net(ASSEMBLED)}
+            return self._keep(recipe, [ABLATIONS[arm](stages[EQUIPPED])], nets)
+        return MAKERS[arm](self, recipe, stages)
+
+    def make_light(self, recipe: Recipe, stages: Mapping[str, Stage]) -> Recipe:
+        return self._keep(recipe, [stages[LIGHT]])
+
+    def make_assembled(self, recipe: Recipe, stages: Mapping[str, Stage]) -> Recipe:
+        return self._keep(recipe, [stages[ASSEMBLED]], {LIGHT: self.get_net(LIGHT)})
+
+    def make_ended(self, recipe: Recipe, stages: Mapping[str, Stage]) -> Recipe:
+        return self._keep(recipe, [stages[WHOLE]], {EQUIPPED: self.get_net(FULL)})
+
+    def make_direct(self, recipe: Recipe, stages: Mapping[str, Stage]) -> Recipe:
+        last = stages[EQUIPPED]
+        edits = [*find_surgery("asdm-1222").edits, *last.surgery.edits]
+        changes: dict[str, Any] = {
+            "surgery": Surgery(DIRECT, edits),
+            "nets": {"original": TEACHER, "teacher": TEACHER},
+            "train": ("*",),
+        }
+        return self._spend(recipe, last.model_copy(update=changes))
+
+    def make_bk(self, recipe: Recipe, stages: Mapping[str, Stage]) -> Recipe:
+        bk, own = self._read("emoji-bk.yaml")
+        (student,) = own.values()
+        return self._spend(bk, student)
+
+    def _spend(self, recipe: Recipe, stage: Stage) -> Recipe:
+        """A stage with the compute of all stages up to `full`."""
+        whole, stages = self._read("emoji-asdm.yaml")
+        first = [stages[name] for name in (LIGHT, ASSEMBLED, EQUIPPED)]
+        spent = sum(each.macs * each.samples for each in _count(self._keep(whole, first)).stages)
+        (own,) = _count(self._keep(recipe, [stage])).stages
+        steps = round(spent / own.macs * stage.steps / own.samples)
+        return self._keep(recipe, [stage.model_copy(update={"steps": steps})])
+
+    def _read(self, name: str) -> tuple[Recipe, dict[str, Stage]]:
+        changes = (f"seed={self.seed}", f"data.path={self.data / 'train'}",
+                   f"data.cache={self.home / 'cache'}")  # fmt: skip
+        recipe = load_recipe(RECIPES / name, changes)
+        return recipe, {stage.name: stage for stage in recipe.stages}
+
+    def _keep(
+        self, recipe: Recipe, stages: list[Stage], nets: Mapping[str, str] | None = None
+    ) -> Recipe:
+        document = recipe.model_copy(update={"stages": tuple(stages), "nets": dict(nets or {})})
+        return Recipe.model_validate(document.to_document())
+
+
+MAKERS: Mapping[str, Callable[[Study, Recipe, Mapping[str, Stage]], Recipe]] = {
+    LIGHT: Study.make_light,
+    ASSEMBLED: Study.make_assembled,
+    ENDED: Study.make_ended,
+    DIRECT: Study.make_direct,
+    BK: Study.make_bk,
+}
+
+
+def _count(recipe: Recipe) -> Estimate:
+    return estimate(recipe, load_outline(recipe.model), macs_per_second=1.0, device="")
+
+
+app = typer.Typer(add_completion=False, help=__doc__)
+Data = Annotated[Path, typer.Option(help="What `leansd emoji pictures --out` wrote.")]
+
+
+@app.command()
+def train(
+    data: Data = Path("emoji"),
+    seed: Annotated[list[int], typer.Option()] = SEEDS,
+    arm: Annotated[list[str], typer.Option()] = list(ARMS),
+    out: Path = RUNS,
+) -> None:
+    """Train arms, seed by seed."""
+    hush_libraries()
+    for number in seed:
+        study = Study(number, out.resolve(), data.resolve())
+        for name in arm:
+            folder = study.get_folder(name)
+            if (folder / NET).exists():
+                continue
+            print(f"-- {name}, seed {number}", flush=True)
+            recipe = study.write_recipe(name)
+            with torch.enable_grad():
+                incubate_into(
+                    folder, recipe, resume=folder.exists(), note=lambda line: print(line, flush=True)
+                )
+
+
+if __name__ == "__main__":
+    app()
