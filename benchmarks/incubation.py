@@ -1,30 +1,26 @@
 """Incubation on the embedded model: every stage, and every ingredient left out in turn.
 
-    python benchmarks/incubation.py train --data emoji [--seed 0 --seed 1] [--arm full]
-    python benchmarks/incubation.py measure --data emoji
+    python benchmarks/incubation.py --data emoji [--seed 0 --seed 1] [--arm full]
 
 Nets lie in `runs/incubation/ARM-SEED`; what is trained is not trained again, and what was stopped
 goes on. Stages that arms share are trained once for each seed. Arms that are trained end to end
 get as many steps as make their multiply-accumulates equal to those of `full` with all its stages.
-Records go to `benchmarks/results/incubation.jsonl`, the curves of all runs to
-`benchmarks/results/incubation-curves.jsonl`.
+`benchmarks/incubated.py` measures them.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from leansd.faces.cli.terminal import hush_libraries
 from leansd.faces.incubating import incubate_into
 from leansd.incubation.dryrun import Estimate, estimate
-from leansd.incubation.recipe import TEACHER, LossSettings, Recipe, Stage, load_recipe
+from leansd.incubation.recipe import TEACHER, Recipe, Stage, load_recipe
 from leansd.incubation.running import NET
 from leansd.loading import load_outline
 from leansd.surgery.edits import Replace, Surgery
@@ -91,7 +87,7 @@ ABLATIONS: Mapping[str, Change] = {
 ENDED = "ended"
 DIRECT, BK = "direct", "bk"
 """The assembled and equipped net, and BK-SDM's, each distilled end to end from the teacher."""
-ARMS = (LIGHT, ASSEMBLED, *ABLATIONS, ENDED, DIRECT, BK)
+EVERY = [LIGHT, ASSEMBLED, *ABLATIONS, ENDED, DIRECT, BK]
 
 
 @dataclass(frozen=True)
@@ -177,15 +173,13 @@ def _count(recipe: Recipe) -> Estimate:
     return estimate(recipe, load_outline(recipe.model), macs_per_second=1.0, device="")
 
 
-app = typer.Typer(add_completion=False, help=__doc__)
 Data = Annotated[Path, typer.Option(help="What `leansd emoji pictures --out` wrote.")]
 
 
-@app.command()
-def train(
+def main(
     data: Data = Path("emoji"),
     seed: Annotated[list[int], typer.Option()] = SEEDS,
-    arm: Annotated[list[str], typer.Option()] = list(ARMS),
+    arm: Annotated[list[str], typer.Option()] = EVERY,
     out: Path = RUNS,
 ) -> None:
     """Train arms, seed by seed."""
@@ -198,11 +192,12 @@ def train(
                 continue
             print(f"-- {name}, seed {number}", flush=True)
             recipe = study.write_recipe(name)
-            with torch.enable_grad():
-                incubate_into(
-                    folder, recipe, resume=folder.exists(), note=lambda line: print(line, flush=True)
-                )
+            incubate_into(folder, recipe, resume=folder.exists(), note=tell)
+
+
+def tell(line: str) -> None:
+    print(line, flush=True)
 
 
 if __name__ == "__main__":
-    app()
+    typer.run(main)

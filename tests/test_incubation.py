@@ -19,7 +19,7 @@ from leansd.incubation.learning import Learner, Teacher, learn
 from leansd.incubation.noise import Draw, Schedule
 from leansd.incubation.random_latents import RandomLatents
 from leansd.incubation.recipe import Recipe
-from leansd.incubation.running import NET, Run, claim_folder, incubate
+from leansd.incubation.running import NET, Run, claim_folder, incubate, open_nets
 from leansd.incubation.students import Net, make_student
 from leansd.incubation.trainer import Lesson, Look, Training, prepare_teacher
 from leansd.loading import load_unet
@@ -127,6 +127,34 @@ def test_the_lineage_leads_back_to_the_teacher(finished: Run) -> None:
     lineage = Lineage.load(finished.folder / NET)
     assert set(lineage.nets) == {"teacher"}
     assert lineage.origins["up0.l1.res"] == ("teacher", "up0.l2.res")
+
+
+def test_a_stage_starts_from_what_an_earlier_run_left(finished: Run, tmp_path: Path) -> None:
+    nets = {"mine": str(finished.folder / "light" / NET)}
+    stage = {**ASSEMBLED, "nets": {"original": "teacher", "light": "mine"}}
+    document = {**write_recipe().to_document(), "nets": nets, "stages": [stage]}
+    run = make_run(tmp_path / "run", Recipe.model_validate(document))
+    incubate(run)
+    assert Lineage.load(run.folder / NET).origins == Lineage.load(finished.folder / NET).origins
+    (student,) = (make_student(each, open_nets(run, each)) for each in run.recipe.stages)
+    first = make_student(finished.recipe.stages[1], open_nets(finished, finished.recipe.stages[1]))
+    assert student.trained == first.trained
+    for own, other in zip(student.unet.parameters(), first.unet.parameters(), strict=True):
+        assert torch.equal(own, other)
+
+
+def test_nets_that_no_run_left_are_refused(finished: Run, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    finished.pipe.unet.save_pretrained(plain)
+    document = {
+        **write_recipe().to_document(),
+        "nets": {"mine": str(plain)},
+        "stages": [{**LIGHT, "nets": {"original": "mine"}}],
+    }
+    with pytest.raises(LeansdError, match="holds no net that incubation left"):
+        incubate(make_run(tmp_path / "run", Recipe.model_validate(document)))
+    with pytest.raises(ValueError, match="two stages or nets are called light"):
+        Recipe.model_validate({**document, "nets": {"light": str(plain)}})
 
 
 def test_a_dry_run_counts_what_a_stage_computes() -> None:

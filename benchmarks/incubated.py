@@ -1,0 +1,260 @@
+"""What incubation made of the embedded model: every net of `benchmarks/incubation.py` measured.
+
+    python benchmarks/incubated.py --data emoji [--arm full] [--captions 192]
+
+On pictures that nobody was trained on: the error of the predicted noise by time step, against the
+noise itself and against the teacher's prediction. On their captions: pictures of the same seeds as
+the teacher's, by PSNR and SSIM, retrieval and the Fréchet distance to the training pictures in the
+tiny CLIP's features. All nets take turns to be timed. Records go to
+`benchmarks/results/incubation.jsonl`, the curves to `incubation-curves.jsonl`, a grid of pictures
+to `docs/images/incubation.png`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from diffusers import UNet2DConditionModel
+from incubation import ASSEMBLED, EVERY, LIGHT, RECIPES, ROOT, RUNS, SEEDS, Study
+from torch import Tensor
+
+import leansd
+from leansd.anatomy.cost import count_macs
+from leansd.emoji.autoencoder import encode_pixels
+from leansd.emoji.data import write_captions
+from leansd.emoji.drawing import paste_grid, save_picture
+from leansd.emoji.recipe import Pictures, read_pictures
+from leansd.faces.cli.terminal import hush_libraries
+from leansd.faces.prompts import GUIDANCE
+from leansd.faces.scoring import find_embedder
+from leansd.incubation.curves import FILE
+from leansd.incubation.noise import Schedule, seed_generator
+from leansd.incubation.recipe import load_recipe
+from leansd.measuring.fidelity import psnr, ssim
+from leansd.measuring.files import write_file
+from leansd.measuring.quality import (
+    Embedder,
+    clip_score,
+    embed_pictures,
+    embed_prompts,
+    frechet_distance,
+    rank_prompts,
+)
+from leansd.measuring.records import Record, stamp, write_records
+from leansd.measuring.timing import compare_timings, time_cases
+from leansd.measuring.trajectories import run_calls
+from leansd.runtime.samplers import make_scheduler
+
+RESULTS = ROOT / "benchmarks" / "results"
+TEACHER, PRUNED, UNTRAINED = "teacher", "pruned", "assembled, untrained"
+SEED = 500_000
+"""Far from what anything was trained on."""
+MOMENTS = tuple(range(50, 1000, 100))
+SHOWN = (TEACHER, PRUNED, LIGHT, UNTRAINED, ASSEMBLED, "full", "ended", "bk")
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What nets are measured on; made once."""
+
+    pipe: Any
+    embedder: Embedder
+    schedule: Schedule
+    latents: Tensor
+    """Of held-out pictures, [n, 4, h, w]."""
+    texts: Tensor
+    """Of their captions, [n, tokens, width]."""
+    captions: tuple[str, ...]
+    real: Tensor
+    """The tiny CLIP's features of the training pictures."""
+
+    def noise(self, number: int) -> Tensor:
+        """The noise that all nets are given at one time step."""
+        generator = seed_generator(SEED, "held out", number)
+        return torch.randn(self.latents.shape, generator=generator)
+
+
+def prepare_ground(pictures: Pictures, captions: int, errors: int) -> Ground:
+    """Everything that is the same for all nets."""
+    pipe: Any = leansd.load("emoji", device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = make_scheduler(pipe, "dpm++2m")
+    embedder = find_embedder("emoji")
+    assert embedder is not None
+    # A stride that meets all groups: pairs are sorted by code.
+    said = [write_captions(pair)[0] for pair in pictures.split.held_out]
+    order = torch.randperm(len(said), generator=torch.Generator().manual_seed(SEED)).tolist()
+    few = order[:errors]
+    texts, _ = pipe.encode_prompt([said[place] for place in few], "cpu", 1, False)
+    return Ground(
+        pipe=pipe,
+        embedder=embedder,
+        schedule=Schedule.read(pipe.scheduler),
+        latents=encode_pixels(pipe.vae, pictures.held_out[few]) * pipe.vae.config.scaling_factor,
+        texts=texts,
+        captions=tuple(said[place] for place in order[:captions]),
+        real=embed_pictures(embedder, pictures.train).features,
+    )
+
+
+def predict_noise(ground: Ground, unet: UNet2DConditionModel) -> Tensor:
+    """Predictions [moments, n, 4, h, w] for the noised held-out latents."""
+    predictions: list[Tensor] = []
+    for number, moment in enumerate(MOMENTS):
+        timesteps = torch.full((len(ground.latents),), moment)
+        noised = ground.schedule.add_noise(ground.latents, ground.noise(number), timesteps)
+        predictions.append(unet(noised, timesteps, ground.texts).sample)
+    return torch.stack(predictions)
+
+
+def draw(ground: Ground, unet: UNet2DConditionModel, steps: int) -> Tensor:
+    """A picture of every caption, 8 bits [n, 3, H, W]."""
+    before = ground.pipe.unet
+    ground.pipe.unet = unet
+    try:
+        settings = {"guidance_scale": GUIDANCE}
+        finals = run_calls(
+            ground.pipe, ground.captions, steps, seed=SEED, batch=16, settings=settings
+        )
+    finally:
+        ground.pipe.unet = before
+    return finals.pictures.mul(255).round().byte()
+
+
+def judge(ground: Ground, drawn: Tensor) -> Iterator[tuple[str, float, str]]:
+    """Metric, value and unit of a set of pictures by itself."""
+    seen = embed_pictures(ground.embedder, drawn)
+    choices = embed_prompts(ground.embedder, ground.captions)
+    own = list(range(len(ground.captions)))
+    ranks = rank_prompts(seen.vectors, choices, own)
+    yield "retrieval", float((ranks == 0).double().mean()), ""
+    yield "retrieval_top5", float((ranks < 5).double().mean()), ""
+    yield "clip_score", float(clip_score(seen.vectors, choices).mean()), ""
+    yield "frechet", frechet_distance(seen.features, ground.real), ""
+
+
+def open_untrained(study: Study) -> Mapping[str, UNet2DConditionModel]:
+    """What surgery alone leaves: of the teacher, and of the teacher with a trained light net."""
+    teacher = leansd.load("emoji", device="cpu").unet
+    pruned, _ = leansd.operate(teacher, "bk-base")
+    stages = {stage.name: stage for stage in load_recipe(RECIPES / "emoji-asdm.yaml").stages}
+    nets = {"original": teacher, LIGHT: leansd.load_unet(study.get_net(LIGHT), device="cpu")}
+    assembled, _ = leansd.operate(nets, stages[ASSEMBLED].surgery)
+    return {PRUNED: pruned, UNTRAINED: assembled}
+
+
+def list_nets(study: Study, arms: list[str]) -> Iterator[tuple[str, UNet2DConditionModel]]:
+    """All that there is of one seed."""
+    yield from open_untrained(study).items()
+    for arm in arms:
+        if Path(study.get_net(arm)).exists():
+            yield arm, leansd.load_unet(study.get_net(arm), device="cpu")
+
+
+def main(
+    data: Annotated[Path | None, typer.Option(help="node_modules of the emoji packages")] = None,
+    seed: Annotated[list[int], typer.Option()] = SEEDS,
+    arm: Annotated[list[str], typer.Option()] = EVERY,
+    captions: int = 192,
+    errors: Annotated[int, typer.Option(help="held-out pictures for noise errors")] = 96,
+    steps: int = 20,
+    rounds: int = 5,
+    runs: Path = RUNS,
+) -> None:
+    hush_libraries()
+    cache = Path("~/.cache/leansd/emoji").expanduser()
+    ground = prepare_ground(read_pictures(data, cache, 64), captions, errors)
+    teacher = ground.pipe.unet
+    shared: dict[str, Any] = {
+        **stamp("cpu"), "subject": "emoji", "captions": captions, "errors": errors, "steps": steps,
+        "guidance": GUIDANCE,
+    }  # fmt: skip
+    taught, aim = predict_noise(ground, teacher), draw(ground, teacher, steps)
+    noises = torch.stack([ground.noise(number) for number in range(len(MOMENTS))])
+    records: list[Record] = []
+    shown: dict[str, Tensor] = {TEACHER: aim}
+    timed: dict[str, UNet2DConditionModel] = {TEACHER: teacher}
+
+    def measure(name: str, unet: UNet2DConditionModel, number: int | None) -> None:
+        base = {**shared, "plan": name, "training_seed": number}
+
+        def add(metric: str, value: float, unit: str = "", **fields: Any) -> None:
+            records.append(
+                Record(**base, **fields, seed=SEED, metric=metric, value=value, unit=unit)
+            )
+
+        drawn = aim if unet is teacher else draw(ground, unet, steps)
+        predicted = taught if unet is teacher else predict_noise(ground, unet)
+        for place, moment in enumerate(MOMENTS):
+            error = (predicted[place] - noises[place]).square().mean()
+            add("noise_error", float(error), timestep=moment)
+            if unet is not teacher:
+                off = (predicted[place] - taught[place]).square().mean()
+                add("teacher_error", float(off), timestep=moment)
+        if unet is not teacher:
+            add("psnr", float(psnr(drawn, aim).mean()), "dB")
+            add("ssim", float(ssim(drawn, aim).mean()))
+        for metric, value, unit in judge(ground, drawn):
+            add(metric, value, unit)
+        add("macs", count_macs(unet).total / 1e9, "GMAC")
+        add("params", sum(each.numel() for each in unet.parameters()) / 1e6, "M")
+        shown.setdefault(name, drawn)
+        timed.setdefault(name, unet)
+        said = {each.metric: each.value for each in records if each.plan == name}
+        print(name, number, {key: round(value, 4) for key, value in said.items()}, flush=True)
+
+    measure(TEACHER, teacher, None)
+    for number in seed:
+        study = Study(number, runs.resolve(), Path())
+        for name, unet in list_nets(study, arm):
+            measure(name, unet, number)
+        write_records(RESULTS / "incubation.jsonl", records)
+    records += time_nets(timed, ground, rounds, shared)
+    write_records(RESULTS / "incubation.jsonl", records)
+    keep_curves(seed, arm, runs)
+    rows = [shown[name][:8] for name in SHOWN if name in shown]
+    save_picture(paste_grid(torch.cat(rows), 8), ROOT / "docs" / "images" / "incubation.png")
+
+
+def time_nets(
+    nets: Mapping[str, UNet2DConditionModel], ground: Ground, rounds: int, shared: dict[str, Any]
+) -> Iterator[Record]:
+    """One call of every net, in turns."""
+    count = min(16, len(ground.latents))
+    timesteps = torch.full((count,), MOMENTS[len(MOMENTS) // 2])
+
+    def call(unet: UNet2DConditionModel, turn: int) -> None:
+        unet(ground.latents[:count], timesteps, ground.texts[:count])
+
+    timings = time_cases({name: partial(call, net) for name, net in nets.items()}, rounds=rounds)
+    for name, timing in timings.items():
+        ratio = compare_timings(timings[TEACHER], timing)
+        yield Record(
+            **shared, plan=name, metric="speedup", value=ratio.median, unit="x", low=ratio.low,
+            high=ratio.high, rounds=rounds, batch=count,
+        )  # fmt: skip
+
+
+def keep_curves(seeds: list[int], arms: list[str], runs: Path) -> None:
+    """All runs' losses, every tenth line of them, as one file."""
+    rows: list[str] = []
+    for number in seeds:
+        study = Study(number, runs.resolve(), Path())
+        for arm in arms:
+            for file in sorted(study.get_folder(arm).glob(f"*/{FILE}")):
+                for line in file.read_text(encoding="utf-8").splitlines()[::5]:
+                    row = {"arm": arm, "seed": number, "stage": file.parent.name}
+                    rows.append(json.dumps(row | json.loads(line)) + "\n")
+    write_file(RESULTS / "incubation-curves.jsonl", "".join(rows))
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    typer.run(main)
