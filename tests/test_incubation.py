@@ -9,13 +9,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch import Tensor
 
 from leansd.anatomy.cost import make_inputs
 from leansd.errors import LeansdError
 from leansd.incubation.batches import Batch
 from leansd.incubation.curves import Curves
 from leansd.incubation.guards import Guard
-from leansd.incubation.learning import Learner, Teacher, learn
+from leansd.incubation.learning import Learner, Teacher, learn, teach
 from leansd.incubation.noise import Draw, Schedule
 from leansd.incubation.random_latents import RandomLatents
 from leansd.incubation.recipe import Recipe
@@ -171,6 +172,11 @@ def test_a_dry_run_counts_what_a_stage_computes() -> None:
     assert apart.activations < together.activations
     assert apart.backward_macs < together.backward_macs < whole.backward_macs
     assert "decoupled" in str(seen)
+    (kept,) = estimate(
+        write_recipe({**LIGHT, "cached": 1}), parts.unet, macs_per_second=1e9, device="cpu"
+    ).stages
+    assert kept.disk > whole.disk
+    assert whole.all_macs - kept.all_macs == 2 * 2 * whole.teacher_macs
 
 
 # -- resuming ----------------------------------------------------------------------------------
@@ -199,6 +205,41 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
     assert read_net(tmp_path) == read_net(finished.folder)
     for stage in ("light", "assembled"):
         assert read_curves(tmp_path / stage) == read_curves(finished.folder / stage)
+
+
+CACHED = {**LIGHT, "steps": 5, "cached": 2}
+
+
+def work_on_kept_until_dead(folder: Path, looks: int) -> None:
+    left = [looks]
+
+    def look(step: int) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            die()
+
+    incubate(make_run(folder, write_recipe(CACHED)), make_look=lambda *_: Look(1, look))
+
+
+def test_the_teacher_is_asked_once_where_its_tensors_are_kept(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    asked: list[Tensor] = []
+    ask = Teacher.__call__
+
+    def count(self: Teacher, noised: Tensor, *rest: Any) -> Any:
+        asked.append(noised)
+        return ask(self, noised, *rest)
+
+    monkeypatch.setattr(Teacher, "__call__", count)
+    incubate(make_run(tmp_path / "whole", write_recipe(CACHED)))
+    assert len(asked) == 2
+    assert not (tmp_path / "whole/light/teacher").exists()
+    for looks in (1, 4):  # killed before and after the teacher is needed no more
+        folder = tmp_path / str(looks)
+        run_until_dead(work_on_kept_until_dead, folder, looks)
+        incubate(make_run(folder, write_recipe(CACHED)))
+        assert read_net(folder) == read_net(tmp_path / "whole")
 
 
 def test_only_as_many_checkpoints_stay_as_are_asked_for(finished: Run) -> None:
@@ -301,7 +342,7 @@ APART = {
 
 def see(training: Training) -> Any:
     batch = next(make_source().open(batch=2, seed=0))
-    return training.compare(batch, training._draw(batch, 0))
+    return training.compare(training.show(batch, training._draw(batch, 0)))
 
 
 def test_blocks_apart_on_the_teachers_features_give_the_teachers(tmp_path: Path) -> None:
@@ -399,7 +440,8 @@ def test_any_topology_has_blocks_apart(any_unet: Any) -> None:
     added = inputs.get("added_cond_kwargs", {})
     batch = Batch(inputs["sample"], inputs["encoder_hidden_states"], added)
     draw = Draw(torch.tensor([10, 900]), torch.randn_like(inputs["sample"]))
-    outcome = learn(learner, tutor, batch, draw, Schedule.read(tiny_scheduler()))
+    schedule = Schedule.read(tiny_scheduler())
+    outcome = learn(learner, teach(tutor, batch, draw, schedule), schedule)
     assert torch.equal(outcome.student, outcome.teacher)
     blocks = {each.student.partition(".")[0] for each in compares}
     assert blocks == {"dn0", last}

@@ -21,11 +21,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from leansd.anatomy.cost import copy_skeleton, make_inputs, pick_size
 from leansd.incubation.batches import Batch
-from leansd.incubation.learning import Learner, Teacher, call_unet, learn
+from leansd.incubation.learning import Learner, Teacher, call_unet, learn, teach
 from leansd.incubation.losses import Setting, build_loss
 from leansd.incubation.noise import Draw, Schedule
 from leansd.incubation.recipe import TEACHER, Recipe, Stage
 from leansd.incubation.students import Net, Student, make_student, outline_net
+from leansd.incubation.teacher_cache import pack
 
 GIB = 2**30
 BYTES = {"no": 4, "bf16": 2}
@@ -57,12 +58,20 @@ class StageCost:
     activations: int
     """Bytes that are kept for one sample's way back."""
     disk: int
-    """Bytes of checkpoints and nets."""
+    """Bytes of checkpoints, nets and the teacher's tensors where they are kept."""
+    taught: int
+    """Samples that the teacher sees: fewer than all, where what it made of them is kept."""
 
     @property
     def macs(self) -> int:
-        """Of one sample, all together."""
+        """Of one sample that both see."""
         return self.teacher_macs + self.student_macs + self.backward_macs
+
+    @property
+    def all_macs(self) -> int:
+        """Of the whole stage."""
+        own = self.student_macs + self.backward_macs
+        return self.taught * self.teacher_macs + self.samples * own
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ class Estimate:
 
     def hours(self, cost: StageCost) -> float:
         """At the rate of the teacher's forward, measured here."""
-        return cost.samples * cost.macs / self.macs_per_second / 3600
+        return cost.all_macs / self.macs_per_second / 3600
 
     def memory(self, cost: StageCost) -> int:
         """Bytes of one process at the recipe's batch."""
@@ -157,11 +166,13 @@ def count_stage(
     average = FULL if settings.ema is not None else 0
     kept = MOMENTS[settings.optimizer] + average
     checkpoint = parameters * FULL + trained * kept
+    a_step = settings.batch * settings.accumulate * world
+    cached = 0 if stage.cached is None else min(stage.cached, stage.steps)
     return StageCost(
         name=stage.name,
         mode=stage.mode,
         steps=stage.steps,
-        samples=stage.steps * settings.batch * settings.accumulate * world,
+        samples=stage.steps * a_step,
         parameters=parameters,
         trained=trained,
         teacher_macs=count.teacher,
@@ -171,7 +182,8 @@ def count_stage(
         + parameters * FULL
         + trained * (FULL + kept),
         activations=count.kept,
-        disk=checkpoint * settings.keep + parameters * FULL,
+        disk=checkpoint * settings.keep + parameters * FULL + cached * a_step * count.example,
+        taught=(cached or stage.steps) * a_step,
     )
 
 
@@ -183,6 +195,8 @@ class Count:
     student: int = 0
     backward: int = 0
     kept: int = 0
+    example: int = 0
+    """Bytes of one sample with what the teacher makes of it."""
     seen: set[int] = field(default_factory=set)
 
 
@@ -215,14 +229,14 @@ def count_step(
     schedule = Schedule(torch.empty(1000, device="meta"), "epsilon")
     count = Count()
     try:
-        inputs = (batch.latents, draw.timesteps, batch.text, batch.added)
         with counting() as counter:
-            tutor(*inputs)
+            example = teach(tutor, batch, draw, schedule)
         count.teacher = counter()
+        count.example = sum(tensor.nbytes for tensor in pack(example).values())
         with counting() as counter, keeping(count, unet):
-            outcome = learn(learner, tutor, batch, draw, schedule)
+            outcome = learn(learner, example, schedule)
             loss = torch.stack([term(outcome) for term in terms]).sum()
-        count.student = counter() - count.teacher
+        count.student = counter()
         with counting() as counter:
             loss.backward()
         count.backward = counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -100,27 +101,47 @@ def call_unet(
     return unet(noised, timesteps, text, return_dict=False, **options)[0]
 
 
-def learn(
-    learner: nn.Module, teacher: Teacher, batch: Batch, draw: Draw, schedule: Schedule
-) -> Outcome:
-    """Show a batch to both.
+@dataclass(frozen=True)
+class Example:
+    """A noised batch, and what the teacher makes of it."""
+
+    batch: Batch
+    draw: Draw
+    noised: Tensor
+    """[B, C, h, w]."""
+    output: Tensor
+    """The teacher's, [B, C, h, w]."""
+    features: Features
+    """The teacher's, by its addresses."""
+
+
+def teach(teacher: Teacher, batch: Batch, draw: Draw, schedule: Schedule) -> Example:
+    """Show a batch to the teacher.
+
+    Args:
+        batch: on the device; so are `draw` and `schedule`.
+    """
+    noised = schedule.add_noise(batch.latents, draw.noise, draw.timesteps)
+    output, features = teacher(noised, draw.timesteps, batch.text, batch.added)
+    return Example(batch, draw, noised, output, features)
+
+
+def learn(learner: nn.Module, example: Example, schedule: Schedule) -> Outcome:
+    """Show a batch to the student.
 
     Args:
         learner: a `Learner`, or what distributed training wraps it in.
-        batch: on the device; so are `draw` and `schedule`.
     """
-    timesteps = draw.timesteps
-    noised = schedule.add_noise(batch.latents, draw.noise, timesteps)
-    taught, teacher_features = teacher(noised, timesteps, batch.text, batch.added)
-    output, features = learner(noised, timesteps, batch.text, batch.added, teacher_features)
+    batch, timesteps = example.batch, example.draw.timesteps
+    output, features = learner(example.noised, timesteps, batch.text, batch.added, example.features)
     return Outcome(
         batch=batch,
         schedule=schedule,
         timesteps=timesteps,
-        noised=noised,
-        target=schedule.make_target(batch.latents, draw.noise, timesteps),
+        noised=example.noised,
+        target=schedule.make_target(batch.latents, example.draw.noise, timesteps),
         student=output,
-        teacher=taught,
+        teacher=example.output,
         student_features=features,
-        teacher_features=teacher_features,
+        teacher_features=example.features,
     )

@@ -73,6 +73,8 @@ class Stage(_Frozen):
     train: Addresses | None = None
     """Addresses or globs; by default all but what came frozen from the teacher."""
     steps: int = Field(gt=0)
+    cached: int | None = Field(default=None, gt=0)
+    """Steps whose teacher's tensors are kept on disk; later steps learn from those again."""
     learning_rate: float = Field(default=5e-5, gt=0)
     decay: RampName = "constant"
     warmup: int = Field(default=0, ge=0)

@@ -25,13 +25,14 @@ from leansd.incubation.batches import Batch, Source, Stream
 from leansd.incubation.checkpoints import Checkpoints, Position
 from leansd.incubation.curves import FILE, Curves
 from leansd.incubation.guards import Guard, is_finite
-from leansd.incubation.learning import Learner, Teacher, learn
+from leansd.incubation.learning import Example, Learner, Teacher, learn, teach
 from leansd.incubation.losses import Comparison, Loss, Outcome, Setting, build_loss
 from leansd.incubation.noise import Draw, Schedule, draw_noise
 from leansd.incubation.optimizers import build_optimizer
 from leansd.incubation.ramps import RAMPS, warm_up
 from leansd.incubation.recipe import LossSettings, Stage, TrainerSettings
 from leansd.incubation.students import Student
+from leansd.incubation.teacher_cache import TeacherCache
 
 LOG_EVERY = 10
 Report = Callable[[Mapping[str, float]], None]
@@ -146,6 +147,11 @@ class Training:
         self.guard = Guard(lesson.folder / "skipped")
         self.curves = Curves(lesson.folder / FILE)
         self.checkpoints = Checkpoints(lesson.folder / "checkpoints", settings.keep)
+        self.cache = (
+            None
+            if stage.cached is None
+            else TeacherCache(lesson.folder / "teacher", stage.cached, accelerator.process_index)
+        )
         self.sums = Sums()
         self.step = 0
 
@@ -169,6 +175,8 @@ class Training:
                 self._show(look.show)
         if self.average is not None:
             self.average.settle(self.student.unet)
+        if self.cache is not None and self.accelerator.is_main_process:
+            self.cache.clear()
         self.release()
 
     def release(self) -> None:
@@ -176,10 +184,26 @@ class Training:
         self.learner.release()
         self.teacher.release()
 
-    def compare(self, batch: Batch, draw: Draw) -> Outcome:
-        """One batch through both."""
+    def compare(self, example: Example) -> Outcome:
+        """What the student makes of an example, beside the teacher's."""
         with self.accelerator.autocast():
-            return learn(self.model, self.teacher, batch, draw, self.schedule)
+            return learn(self.model, example, self.schedule)
+
+    def show(self, batch: Batch, draw: Draw) -> Example:
+        """A batch as the teacher sees it."""
+        with self.accelerator.autocast():
+            return teach(self.teacher, batch, draw, self.schedule)
+
+    def _take_example(self, stream: Stream, part: int) -> Example:
+        """The next batch of the stream, or what is kept of an earlier one."""
+        device, cache = self.accelerator.device, self.cache
+        if cache is not None and self.step >= cache.steps:
+            return cache.load(self.step, part, device)
+        batch = next(stream).to(device)
+        example = self.show(batch, self._draw(batch, part))
+        if cache is not None:
+            cache.keep(self.step, part, example)
+        return example
 
     def weigh(self, outcome: Outcome) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and its parts before they are weighed: float32 scalars, outside autocast."""
@@ -197,8 +221,7 @@ class Training:
         outcome: Outcome | None = None
         for part in range(settings.accumulate):
             with self.accelerator.accumulate(self.model):
-                batch = next(stream).to(self.accelerator.device)
-                outcome = self.compare(batch, self._draw(batch, part))
+                outcome = self.compare(self._take_example(stream, part))
                 loss, parts = self.weigh(outcome)
                 if not is_finite(loss):
                     self.guard.dump(outcome, self.step, self.accelerator.process_index)
