@@ -29,9 +29,9 @@ from leansd.measuring.laps import time_run
 from leansd.measuring.records import Record, stamp, write_records
 from leansd.measuring.rivals.deepcache import cache
 from leansd.measuring.timing import compare_timings, time_cases
-from leansd.plans.liveness import compile_plan
 from leansd.plans.plan import Plan
 from leansd.plans.presets import preset
+from leansd.plans.tracing import compile_plan
 from leansd.runtime.engine import Engine
 from leansd.runtime.weave import Weave
 

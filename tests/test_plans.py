@@ -13,7 +13,8 @@ from leansd.anatomy.builtin import open_builtin
 from leansd.errors import LeansdError
 from leansd.plans import Anatomy, Plan, address, keysteps, presets
 from leansd.plans.drawing import draw_picture, list_states
-from leansd.plans.liveness import compile_plan, find_pattern
+from leansd.plans.liveness import Net, find_pattern
+from leansd.plans.tracing import compile_plan
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +217,8 @@ def test_every_preset_fits_every_step_count_and_model(name: str, steps: int, mod
     anatomy = read_anatomy(open_builtin(model))
     plan = leansd.preset(name, steps=steps, blocks=anatomy.up_blocks)
     assert plan.name == name
-    assert len(compile_plan(plan, anatomy).calls) == steps
+    nets = {net: Net(anatomy) for net in plan.nets}
+    assert len(compile_plan(plan, anatomy, nets=nets).calls) == steps
 
 
 def test_unknown_presets_and_options_say_what_there_is() -> None:

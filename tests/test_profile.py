@@ -26,8 +26,9 @@ from leansd.measuring.laps import time_run
 from leansd.measuring.prediction import hold_out
 from leansd.measuring.profile import make_arguments, make_probing_plan, profile
 from leansd.measuring.records import Record, load_records, stamp
-from leansd.plans.liveness import Program, compile_plan
+from leansd.plans.liveness import Program
 from leansd.plans.plan import Plan
+from leansd.plans.tracing import compile_plan
 from test_demo import read_page
 from tiny import tiny_pipeline, tiny_unet, tiny_vae
 

@@ -21,7 +21,8 @@ from diffusers import (
 import leansd
 from leansd.errors import LeansdError
 from leansd.measuring.cost import CostModel
-from leansd.plans.plan import NO_CORRECTION, Correction, Plan, Tuned
+from leansd.plans.plan import Plan, Tuned
+from leansd.plans.row import NO_CORRECTION, Correction
 from leansd.runtime.clock import read_course
 from leansd.runtime.store import weigh
 from leansd.tuning import Front, Point, calibration, tuner

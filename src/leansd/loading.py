@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from leansd.errors import LeansdError
 from leansd.surgery.folders import find_class, open_unet
+from leansd.surgery.sharing import share_weights
 
 EMBEDDED = "emoji"
 FORMS = (
@@ -120,6 +121,7 @@ def load_unet(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    beside: UNet2DConditionModel | None = None,
 ) -> UNet2DConditionModel:
     """Open a UNet by itself, plain or operated, as `save_pretrained` wrote it.
 
@@ -127,11 +129,17 @@ def load_unet(
         folder: that of a UNet, or of a whole model, whose `unet` is taken.
         device: by default the GPU where there is one.
         dtype: by default float16 on a GPU and float32 elsewhere.
+        beside: a UNet to stand beside, on its device and in its precision; what the two have in
+            common is held once. For nets that take turns, not for training.
 
     Raises:
         LeansdError: there is none, or its config does not describe its weights; the message names
             the address. Weights are only read when they fit.
     """
+    if beside is not None:
+        unet = load_unet(folder, device="cpu", dtype=beside.dtype)
+        share_weights(unet, beside)
+        return unet
     device = find_device(device)
     if dtype is None:
         dtype = torch.float16 if device.type == "cuda" else torch.float32

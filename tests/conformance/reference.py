@@ -16,9 +16,9 @@ from conformance.cases import STEPS, Call
 from conformance.samplers import Sampler
 from leansd.plans import Anatomy, Plan, preset
 from leansd.plans.liveness import Call as UNetCall
-from leansd.plans.liveness import compile_plan
+from leansd.plans.tracing import compile_plan
 from leansd.runtime.attachment import Attachment
-from leansd.runtime.engine import list_attachments
+from leansd.runtime.engines import list_attachments
 from leansd.runtime.store import Store
 
 PLANS: Mapping[str, Callable[[int], Plan]] = {

@@ -16,7 +16,8 @@ from conformance.reference import Output, is_empty, is_plain, recall, watch_stor
 from conformance.samplers import SAMPLERS
 from leansd.anatomy import read_anatomy
 from leansd.plans import Anatomy, Plan
-from leansd.plans.liveness import Call, compile_plan
+from leansd.plans.liveness import Call
+from leansd.plans.tracing import compile_plan
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import HEAD, Anatomy
 from leansd.plans.liveness import Call, Kept, Pattern, What, find_pattern
-from leansd.plans.plan import How, Plan
+from leansd.plans.plan import Plan
+from leansd.plans.row import How
 from leansd.plans.structures import Structure
 
 Feature = tuple[str, What]

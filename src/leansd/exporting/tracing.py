@@ -19,8 +19,10 @@ from diffusers import UNet2DConditionModel
 from leansd.anatomy.cost import make_inputs
 from leansd.errors import LeansdError
 from leansd.exporting.graphs import Graph, name_feature
-from leansd.runtime.engine import Engine, list_attachments
-from leansd.runtime.graphs import Outlines, write_run
+from leansd.runtime.engine import Engine
+from leansd.runtime.engines import list_attachments
+from leansd.runtime.graphs import write_run
+from leansd.runtime.outlines import Outlines
 
 NOISE = "noise"
 """The name of what the UNet gives."""

@@ -10,9 +10,10 @@ from leansd.measuring.cost import CostModel
 from leansd.measuring.prediction import Prediction
 from leansd.measuring.tables import Table
 from leansd.plans.anatomy import Anatomy
-from leansd.plans.liveness import Program, compile_plan
+from leansd.plans.liveness import Program
 from leansd.plans.plan import Plan
 from leansd.plans.presets import HOUSE, preset
+from leansd.plans.tracing import compile_plan
 
 EXAMPLE = "balanced"
 """The preset whose run is split beside the full one's."""

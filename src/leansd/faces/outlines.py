@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,9 +23,10 @@ from leansd.loading import (
     load_unet,
 )
 from leansd.plans.anatomy import Anatomy
-from leansd.plans.liveness import compile_plan, predict_speedup
-from leansd.plans.plan import Plan
+from leansd.plans.liveness import Net, predict_speedup
+from leansd.plans.plan import NO_NETS, Plan
 from leansd.plans.presets import PRESETS, resolve
+from leansd.plans.tracing import compile_plan
 from leansd.tuning.front import Front
 
 if TYPE_CHECKING:
@@ -63,9 +65,15 @@ def open_unet(model: str | Path, *, device: str | None = None) -> UNet2DConditio
 
 
 def choose_plan(
-    source: str, steps: int | None, anatomy: Anatomy, *, fit: bool = False, sampler: str = ""
+    source: str,
+    steps: int | None,
+    anatomy: Anatomy,
+    *,
+    nets: Mapping[str, Anatomy] = NO_NETS,
+    fit: bool = False,
+    sampler: str = "",
 ) -> Plan:
-    """A preset or a plan file, checked against a UNet.
+    """A preset or a plan file, checked against a UNet and the others that it runs.
 
     Without `steps` a file keeps its own count; with others it is refused unless `fit` is set.
     """
@@ -80,8 +88,25 @@ def choose_plan(
             plan = plan.fit(steps)
     else:
         plan = resolve(source, steps or STEPS, blocks=anatomy.up_blocks, sampler=sampler)
-    plan.resolve(anatomy)
+    plan.resolve(anatomy, nets)
     return plan
+
+
+def read_nets(given: Sequence[str]) -> dict[str, str]:
+    """Folders of UNets by the names that plans call them by, from `NAME=FOLDER`.
+
+    Raises:
+        LeansdError: one is not of this form, or a name comes twice.
+    """
+    nets: dict[str, str] = {}
+    for each in given:
+        name, sign, path = each.partition("=")
+        if not (name and sign and path):
+            raise LeansdError(f"--net {each} names no net; give NAME=FOLDER, light=runs/asdm/net")
+        if name in nets:
+            raise LeansdError(f"--net {each}: {name} is given twice")
+        nets[name] = path
+    return nets
 
 
 def read_front(source: str, steps: int | None, anatomy: Anatomy, *, speedup: float) -> Plan:
@@ -95,9 +120,11 @@ def read_front(source: str, steps: int | None, anatomy: Anatomy, *, speedup: flo
     return plan
 
 
-def predict_gain(plan: Plan, anatomy: Anatomy) -> float:
+def predict_gain(plan: Plan, anatomy: Anatomy, nets: Mapping[str, Anatomy] = NO_NETS) -> float:
     """How many times fewer multiply-accumulates the UNet does over a run of `plan`."""
-    return predict_speedup(compile_plan(plan, anatomy).calls, anatomy)
+    others = {name: Net(each) for name, each in nets.items()}
+    calls = compile_plan(plan, anatomy, nets=others).calls
+    return predict_speedup(calls, anatomy, others)
 
 
 def encode_figure(figure: Figure, path: Path) -> bytes:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
@@ -19,6 +19,7 @@ from leansd.errors import LeansdError
 from leansd.measuring.files import write_file
 from leansd.plans.plan import Plan
 from leansd.runtime import Attachment, Report, inherit
+from leansd.runtime.inheritance import NO_NETS
 
 OnStep = Callable[[int, int], None]
 
@@ -70,6 +71,7 @@ def paint(
     request: Request,
     plan: Plan | None = None,
     on_step: OnStep | None = None,
+    nets: Mapping[str, UNet2DConditionModel] = NO_NETS,
 ) -> Painting:
     """Draw one picture; without a plan nothing of this package touches the pipeline."""
     options: dict[str, Any] = {
@@ -87,7 +89,7 @@ def paint(
     if on_step is not None:
         options["callback_on_step_end"] = _follow(on_step)
     start = time.perf_counter()
-    with inherit(pipe, plan) if plan is not None else nullcontext() as run:
+    with inherit(pipe, plan, nets=nets) if plan is not None else nullcontext() as run:
         image = pipe(**options).images[0]
     seconds = time.perf_counter() - start
     return Painting(image, seconds, run)

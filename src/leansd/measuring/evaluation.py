@@ -26,9 +26,10 @@ from leansd.measuring.measures import FULL, Judge, compare_drawings
 from leansd.measuring.quality import Embedder, embed_pictures
 from leansd.measuring.records import Record, stamp
 from leansd.measuring.trajectories import PipelineCall, expand_calls
-from leansd.plans.liveness import compile_plan, predict_speedup
+from leansd.plans.liveness import predict_speedup
 from leansd.plans.plan import Plan
 from leansd.plans.presets import resolve
+from leansd.plans.tracing import compile_plan
 from leansd.runtime.samplers import name_sampler
 
 CONVERGED = "converged"

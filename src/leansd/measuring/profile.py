@@ -33,8 +33,9 @@ from leansd.plans.address import get_block
 from leansd.plans.anatomy import HEAD, STEM, Anatomy
 from leansd.plans.gate import ATTENDS
 from leansd.plans.liveness import Call
-from leansd.plans.plan import Guidance, Plan, Row
-from leansd.runtime.engine import list_attachments
+from leansd.plans.plan import Plan
+from leansd.plans.row import Guidance, Row
+from leansd.runtime.engines import list_attachments
 
 PROMPT = "a red apple"
 

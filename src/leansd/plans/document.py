@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from leansd.errors import LeansdError
 from leansd.plans.drift import Drift, Measure
 from leansd.plans.gate import Attend
-from leansd.plans.plan import NO_CORRECTION, Correction, Guidance, How, Plan, Row, Tuned
+from leansd.plans.plan import Plan, Tuned
+from leansd.plans.row import NO_CORRECTION, OWN, Correction, Guidance, How, Row
 
 VERSION = 1
 
@@ -24,6 +25,7 @@ class RowDocument(BaseModel):
     guidance: Guidance = "compute"
     correct: tuple[FiniteFloat, FiniteFloat] = NO_CORRECTION
     attend: dict[str, Attend] = Field(default_factory=dict)
+    net: str = OWN
 
 
 class DriftDocument(BaseModel):
@@ -94,6 +96,7 @@ def make_document(plan: Plan) -> PlanDocument:
             guidance=row.guidance,
             correct=row.correct,
             attend=dict(row.attend),
+            net=row.net,
         )
         for row in plan.rows
     ]
@@ -105,7 +108,7 @@ def make_plan(document: PlanDocument) -> Plan:
     """The plan that a file holds."""
     drift = None if document.drift is None else Drift(**document.drift.model_dump())
     rows = tuple(
-        Row(row.inherit, row.guidance, Correction(*row.correct), row.attend)
+        Row(row.inherit, row.guidance, Correction(*row.correct), row.attend, row.net)
         for row in document.rows
     )
     return Plan(rows, document.name, drift, document.tuned)

@@ -2,7 +2,8 @@
 
 A grid has a line a unit and a column a step: `#` computed, `=` reused, `+` residual, `~` forecast,
 `^` forecast by a parabola, `.` idle, and of self-attentions that are gated `g` by GRI and `f` in
-full. Parts and guidance have lines where the plan says anything of them.
+full. Parts, guidance and other nets have lines where the plan says anything of them; where another
+net runs, the units of the pipeline's own are `:`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from typing import TYPE_CHECKING
 from leansd.plans.address import get_block, get_layer
 from leansd.plans.anatomy import Anatomy, Unit
 from leansd.plans.gate import Attend
-from leansd.plans.liveness import GUIDANCE, compile_plan
-from leansd.plans.plan import Guidance, Plan
+from leansd.plans.liveness import GUIDANCE, Net
+from leansd.plans.plan import Plan
+from leansd.plans.row import OWN, Guidance
+from leansd.plans.tracing import compile_plan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,6 +33,7 @@ MARKS = {
     "idle": ".",
     "gri": "g",
     "full-attention": "f",
+    "elsewhere": ":",
 }
 ATTEND_STATES: dict[Attend | None, str] = {
     None: "compute",
@@ -53,12 +57,15 @@ COLOURS = {
     "idle": "#e5e7eb",
     "gri": "#7dd3fc",
     "full-attention": "#1e3a8a",
+    "elsewhere": "#f8fafc",
 }
 
 
 def list_states(plan: Plan, anatomy: Anatomy) -> dict[str, list[str]]:
     """For every unit (parts and guidance if need be) its state at every step: a key of `MARKS`."""
-    calls = compile_plan(plan, anatomy).calls
+    # What other nets are is not known here: only that they run.
+    nets = {name: Net(anatomy) for name in plan.nets}
+    calls = compile_plan(plan, anatomy, nets=nets).calls
     told = {at for call in calls for at in (*call.pattern.parts, *call.gates)}
     parts = [part.at for part in anatomy.parts if part.at in told]
     states: dict[str, list[str]] = {at: [] for at in (*anatomy.addresses, *parts)}
@@ -67,10 +74,19 @@ def list_states(plan: Plan, anatomy: Anatomy) -> dict[str, list[str]]:
         does |= {at: ATTEND_STATES[attend] for at, attend in call.gates.items()}
         does |= {**call.pattern.inherited, **call.pattern.parts}
         for at, row in states.items():
-            row.append(does.get(at, "idle"))
+            row.append(does.get(at, "idle") if call.net == OWN else "elsewhere")
+    states |= list_nets(plan)
     if any(call.guidance != "compute" for call in calls):
         states[GUIDANCE] = [GUIDANCE_STATES[call.guidance] for call in calls]
     return states
+
+
+def list_nets(plan: Plan) -> dict[str, list[str]]:
+    """For every other net of a plan, at which steps it runs."""
+    return {
+        f"net {name}": ["compute" if row.net == name else "idle" for row in plan.rows]
+        for name in plan.nets
+    }
 
 
 def draw_grid(plan: Plan, anatomy: Anatomy) -> str:
@@ -92,6 +108,7 @@ def list_row_states(plan: Plan) -> dict[str, list[str]]:
     }
     for pattern in dict.fromkeys(pattern for row in plan.rows for pattern in row.attend):
         states[f"attend {pattern}"] = [ATTEND_STATES[row.attend.get(pattern)] for row in plan.rows]
+    states |= list_nets(plan)
     if any(row.guidance != "compute" for row in plan.rows):
         states[GUIDANCE] = [GUIDANCE_STATES[row.guidance] for row in plan.rows]
     return states

@@ -12,17 +12,17 @@ inherits or drops guidance, only the conditional lane runs, and what is kept is 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from itertools import chain
+from functools import cached_property
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import HEAD, Anatomy
 from leansd.plans.drift import SAMPLE, Drift
 from leansd.plans.gate import Attend, Gates, count_attention
-from leansd.plans.plan import NO_CORRECTION, Correction, Guidance, How, Plan
+from leansd.plans.row import NO_CORRECTION, OWN, Correction, Guidance, How
 
 Lane = Literal["all", "rest", "cond"]
 """`all` of a batch; or of a guided one the `cond`itional half, which comes last, and the `rest`."""
@@ -69,6 +69,24 @@ class Kept(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Net:
+    """A UNet that runs at some steps of a plan."""
+
+    anatomy: Anatomy
+    names: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What units, parts and the difference of guidance are called among all nets, where that is not
+    their address: the same name is the same unit, weights and all, so that what either of two nets
+    computes both may inherit."""
+
+    def name(self, at: str) -> str:
+        """What a unit is called among all nets."""
+        return self.names.get(at, at)
+
+
+NO_NETS: Mapping[str, Net] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
 class Call:
     """One UNet call of a run: its pattern, what inherited outputs are made of, what is kept."""
 
@@ -91,6 +109,8 @@ class Call:
     """Whether everything is computed although the plan would have inherited."""
     attend: Gates = field(default_factory=dict[str, Attend])
     """Self-attentions that attend otherwise than the UNet has them, wherever they are computed."""
+    net: str = OWN
+    """The UNet that runs; units are called by its addresses, what is kept by names of all nets."""
 
     @property
     def inherits(self) -> bool:
@@ -176,72 +196,6 @@ def find_pattern(anatomy: Anatomy, inherits: Mapping[str, How]) -> Pattern:
     return Pattern(frozenset(computed), inherited, frozenset(idle), parts, frozenset(active))
 
 
-def compile_plan(
-    plan: Plan,
-    anatomy: Anatomy,
-    *,
-    start: int = 0,
-    rows: Sequence[int] | None = None,
-    moments: Sequence[float] | None = None,
-    guided: bool = True,
-    upgrades: frozenset[int] = frozenset(),
-) -> Program:
-    """The UNet calls of a run that follows `plan`, from call `start` on.
-
-    A run that starts late (image-to-image) or has to start over (another batch size midway) is the
-    same plan with another `start`: its first call computes everything.
-
-    Args:
-        rows: the plan's row for each UNet call, where a sampler makes several in a step.
-        moments: the time step of each call; forecasts draw on outputs of distinct moments.
-        guided: whether the batch has an unconditional and a conditional half; without them what the
-            plan says of guidance means nothing.
-        upgrades: calls to compute in full where the plan inherits; guidance stays the plan's.
-
-    Raises:
-        LeansdError: the plan does not suit this UNet, or its probe runs too late.
-    """
-    retrace = partial(
-        compile_plan, plan, anatomy, start=start, rows=rows, moments=moments, guided=guided
-    )
-    rows = range(plan.steps) if rows is None else rows
-    resolved, gates = plan.resolve(anatomy), plan.resolve_gates(anatomy)
-    guidance: list[Guidance] = [
-        plan.rows[rows[index]].guidance if guided and index > start else "compute"
-        for index in range(start, len(rows))
-    ]
-    patterns = [
-        find_pattern(anatomy, {} if index == start or index in upgrades else resolved[rows[index]])
-        for index in range(start, len(rows))
-    ]
-    probe = find_probe(plan.drift, anatomy, patterns) if plan.drift is not None else None
-    lanes = [_pick_lanes(each, guides=guided and plan.guides) for each in guidance]
-    weights = [plan.rows[rows[index]].correct for index in range(start, len(rows))]
-    sources, corrects = _trace_sources(patterns, guidance, lanes, weights, start, moments)
-    last_use = {
-        kept: index
-        for index, (read, before) in enumerate(zip(sources, corrects, strict=True), start)
-        for kept in (*_flatten(read), *chain.from_iterable(before))
-    }
-    calls = tuple(
-        Call(
-            index=index,
-            pattern=patterns[index - start],
-            lanes=lanes[index - start],
-            guidance=guidance[index - start],
-            sources=sources[index - start],
-            keeps=_group(kept for kept in last_use if kept.call == index),
-            releases=frozenset(kept for kept, last in last_use.items() if last == index),
-            correct=weights[index - start] if corrects[index - start] else NO_CORRECTION,
-            corrects=corrects[index - start],
-            is_upgraded=index in upgrades,
-            attend=gates[rows[index]],
-        )
-        for index in range(start, len(rows))
-    )
-    return Program(start, calls, probe, upgrades, retrace)
-
-
 def find_probe(drift: Drift, anatomy: Anatomy, patterns: Sequence[Pattern]) -> str:
     """The full address of the unit that tells the drift.
 
@@ -276,95 +230,32 @@ def _list_early(anatomy: Anatomy, patterns: Sequence[Pattern]) -> list[str]:
     return early
 
 
-def predict_speedup(calls: Sequence[Call], anatomy: Anatomy) -> float:
+def predict_speedup(
+    calls: Sequence[Call], anatomy: Anatomy, nets: Mapping[str, Net] = NO_NETS
+) -> float:
     """Multiply-accumulates of computing everything in every call, over those of these calls.
+
+    Args:
+        anatomy: of the pipeline's own UNet, which everything is computed by.
+        nets: the others that the calls run, by name.
 
     Raises:
         LeansdError: the anatomy's cost was not counted (`leansd.dissect` does).
     """
-    if not anatomy.macs:
-        raise LeansdError("this anatomy has no cost; leansd.dissect(unet) counts it")
-    parts = {part.at: part.macs for part in anatomy.parts}
-    size = anatomy.size or (0, 0)
-    spent = 0.0
-    for call in calls:
-        pattern = call.pattern
-        macs = anatomy.macs - sum(parts[at] for at in pattern.parts)
-        macs -= sum(unit.macs for unit in anatomy if unit.at not in pattern.computed)
-        for at, attend in call.gates.items():
-            macs += count_attention(anatomy.by_address[at], attend, size) - parts[at]
-        spent += macs / 2 if call.is_half else macs
+    there = {OWN: anatomy, **{name: net.anatomy for name, net in nets.items()}}
+    for each in there.values():
+        if not each.macs:
+            raise LeansdError("this anatomy has no cost; leansd.dissect(unet) counts it")
+    spent = sum(_count_macs(call, there[call.net]) for call in calls)
     return anatomy.macs * len(calls) / spent
 
 
-def _pick_lanes(guidance: Guidance, *, guides: bool) -> tuple[Lane, ...]:
-    """The lanes that a call runs; a plan that computes guidance throughout needs no lanes."""
-    if not guides:
-        return ("all",)
-    return ("rest", "cond") if guidance == "compute" else ("cond",)
-
-
-def _trace_sources(
-    patterns: Sequence[Pattern],
-    guidance: Sequence[Guidance],
-    lanes: Sequence[tuple[Lane, ...]],
-    weights: Sequence[Correction],
-    start: int,
-    moments: Sequence[float] | None,
-) -> tuple[list[dict[str, tuple[tuple[Kept, ...], ...]]], list[tuple[tuple[Kept, ...], ...]]]:
-    """For every call, what each inherited unit is made from: its latest computed outputs.
-
-    And what a correction of the UNet's output is made from, at calls that have one.
-    """
-    computed_at: dict[tuple[str, Lane], tuple[int, ...]] = {}
-
-    def note(unit: str, lane: Lane, index: int) -> None:
-        before = computed_at.get((unit, lane), ())
-        if before and moments is not None and moments[before[0]] == moments[index]:
-            before = before[1:]
-        computed_at[unit, lane] = (index, *before)
-
-    def trace(unit: str, lane: Lane, how: How) -> tuple[Kept, ...]:
-        what: What = "change" if how == "residual" else "output"
-        if unit == GUIDANCE:
-            what = "difference"
-        return tuple(
-            Kept(unit, call, what, lane) for call in computed_at[unit, lane][: DEPTHS[how]]
-        )
-
-    sources: list[dict[str, tuple[tuple[Kept, ...], ...]]] = []
-    corrects: list[tuple[tuple[Kept, ...], ...]] = []
-    inherits = False  # whether the head was inherited since it was last computed
-    for index, pattern in enumerate(patterns, start):
-        here, guide = lanes[index - start], guidance[index - start]
-        inherited: dict[str, How] = {**pattern.inherited}
-        inherited.update(pattern.parts)
-        read = {
-            unit: tuple(trace(unit, lane, how) for lane in here) for unit, how in inherited.items()
-        }
-        if guide in ("inherit", "forecast"):
-            how: How = "forecast" if guide == "forecast" else "reuse"
-            read[GUIDANCE] = (trace(GUIDANCE, "cond", how),)
-        sources.append(read)
-        inherits = inherits or HEAD in pattern.inherited
-        corrected = inherits and any(weights[index - start])
-        corrects.append(tuple(trace(HEAD, lane, "forecast") for lane in here) if corrected else ())
-        if HEAD in pattern.active:
-            inherits = False
-        for unit in pattern.active:
-            for lane in here:
-                note(unit, lane, index)
-        if guide == "compute":
-            note(GUIDANCE, "cond", index)
-    return sources, corrects
-
-
-def _flatten(read: Mapping[str, tuple[tuple[Kept, ...], ...]]) -> Iterable[Kept]:
-    return (kept for lanes in read.values() for sources in lanes for kept in sources)
-
-
-def _group(items: Iterable[Kept]) -> dict[str, tuple[Kept, ...]]:
-    grouped: dict[str, tuple[Kept, ...]] = {}
-    for kept in items:
-        grouped[kept.unit] = (*grouped.get(kept.unit, ()), kept)
-    return grouped
+def _count_macs(call: Call, anatomy: Anatomy) -> float:
+    """Multiply-accumulates of a call, for a whole guided batch one sample's."""
+    parts = {part.at: part.macs for part in anatomy.parts}
+    pattern, size = call.pattern, anatomy.size or (0, 0)
+    macs = anatomy.macs - sum(parts[at] for at in pattern.parts)
+    macs -= sum(unit.macs for unit in anatomy if unit.at not in pattern.computed)
+    for at, attend in call.gates.items():
+        macs += count_attention(anatomy.by_address[at], attend, size) - parts[at]
+    return macs / 2 if call.is_half else macs

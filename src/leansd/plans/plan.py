@@ -7,75 +7,21 @@ row means for one UNet (what runs, what is read, what nobody needs) follows from
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from types import MappingProxyType
 
 from leansd.errors import LeansdError
 from leansd.plans import keysteps
-from leansd.plans.anatomy import HEAD, STEM, Anatomy
+from leansd.plans.anatomy import Anatomy
 from leansd.plans.drift import Drift, Measure
-from leansd.plans.gate import Attend, Gates, check_gates, resolve_gates
+from leansd.plans.gate import Attend, Gates, resolve_gates
+from leansd.plans.row import OWN, Correction, Guidance, How, Row, check_row, resolve_row
 
-How = Literal["reuse", "residual", "forecast", "forecast2", "chebyshev", "chebyshev-line"]
-"""How a unit gives an output that it does not compute.
-
-`reuse`     the output it gave when it was last computed.
-`residual`  its present input plus what it added to its input when it was last computed; for the
-            head, whose output is the UNet's, the input is the UNet's own.
-`forecast`  the line through its last two computed outputs, over log-SNR.
-`forecast2` the parabola through its last three, over log-SNR.
-`chebyshev` Spectrum's ridge regression on Chebyshev polynomials over the calls, of all computed
-            outputs (`runtime/spectrum.py`).
-`chebyshev-line` the mean of that and of the line through its last two, over the calls.
-"""
-HOWS: tuple[How, ...] = get_args(How)
-
-Guidance = Literal["compute", "inherit", "forecast", "drop"]
-"""What a guided call does with its unconditional half.
-
-`compute`   runs it.
-`inherit`   leaves it out: unconditional output = conditional output - the last computed difference.
-`forecast`  the same with the line through the last two differences, over log-SNR.
-`drop`      leaves it out: no guidance at this step.
-"""
-GUIDANCES: tuple[Guidance, ...] = get_args(Guidance)
-
-
-class Correction(NamedTuple):
-    """How far a computed output of the UNet is moved on, to make good what was inherited before.
-
-    Multiples of what a forecast of it would have been wrong by.
-    """
-
-    line: float = 0.0
-    """Of the forecast by the line through the last two outputs computed before."""
-    last: float = 0.0
-    """Of the last of them as it was."""
-
-
-NO_CORRECTION = Correction()
-
-
-@dataclass(frozen=True)
-class Row:
-    """What one step does: `inherit` maps addresses or globs to how they inherit."""
-
-    inherit: Mapping[str, How] = field(default_factory=dict[str, How])
-    guidance: Guidance = "compute"
-    correct: Correction = NO_CORRECTION
-    """How far the UNet's output is moved on beyond what was computed, see `Plan.correct`."""
-    attend: Gates = field(default_factory=dict[str, Attend])
-    """Self-attentions that are computed otherwise than the UNet has them, see `Plan.attend`."""
-
-    @property
-    def is_key(self) -> bool:
-        """Whether the whole UNet is computed, for the conditional half at least."""
-        return not self.inherit
+NO_NETS: Mapping[str, Anatomy] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -110,25 +56,12 @@ class Plan:
         if self.rows[0].guidance != "compute":
             raise LeansdError("step 0 must compute guidance: no difference is known before it")
         for step, row in enumerate(self.rows):
-            if row.guidance not in GUIDANCES:
-                known = ", ".join(GUIDANCES)
-                raise LeansdError(f"step {step}: unknown guidance {row.guidance!r}; it can {known}")
-            if not all(map(math.isfinite, row.correct)):
-                raise LeansdError(
-                    f"step {step}: cannot correct by {tuple(row.correct)}; give numbers"
-                )
-            if any(row.correct) and row.guidance != "compute":
-                raise LeansdError(
-                    f"step {step}: a correction needs both halves of a guided batch; "
-                    f"it cannot go with guidance {row.guidance!r}"
-                )
-            check_gates(step, row.attend)
-            for pattern, how in row.inherit.items():
-                if how not in HOWS:
-                    known = ", ".join(HOWS)
-                    raise LeansdError(
-                        f"step {step}, {pattern}: unknown how {how!r}; there are {known}"
-                    )
+            check_row(step, row)
+        if self.drift is not None and self.nets:
+            raise LeansdError(
+                f"a plan with a drift runs one UNet: pictures of a batch that differ in what they "
+                f"inherit cannot switch to {self.nets[0]} together"
+            )
 
     def __hash__(self) -> int:
         return hash(self.fingerprint)
@@ -230,6 +163,20 @@ class Plan:
             rows[step] = replace(rows[step], attend={**kept, **dict.fromkeys(patterns, by)})
         return replace(self, rows=tuple(rows))
 
+    def switch(self, net: str, *, at: int | Iterable[int]) -> Plan:
+        """This plan with another UNet running at the steps `at`.
+
+        What it inherits there must have been computed by itself since it was switched to, or by
+        units of other nets that are the same, weights and all; what was not is computed.
+
+        Args:
+            net: its name among the `nets` of `leansd.inherit`; `""` for the pipeline's own UNet.
+        """
+        rows = list(self.rows)
+        for step in self._check_steps(at):
+            rows[step] = replace(rows[step], net=net)
+        return replace(self, rows=tuple(rows))
+
     def _check_steps(self, at: int | Iterable[int]) -> set[int]:
         steps = {at} if isinstance(at, int) else set(at)
         outside = sorted(step for step in steps if not 0 <= step < self.steps)
@@ -244,7 +191,8 @@ class Plan:
         """The same plan stretched to another number of steps.
 
         Key steps keep their density over the run, so that the speed-up stays about the same; every
-        other step does what the nearest such step of this plan did. Gates keep their place.
+        other step does what the nearest such step of this plan did. Gates and nets keep their
+        place.
         """
         if steps == self.steps:
             return self
@@ -252,9 +200,9 @@ class Plan:
             raise LeansdError(f"a plan needs at least one step, not {steps}")
         old_keys = [step for step, row in enumerate(self.rows) if row.is_key]
         others = [step for step, row in enumerate(self.rows) if not row.is_key]
-        gates = [self.rows[step * self.steps // steps].attend for step in range(steps)]
+        placed = [self.rows[step * self.steps // steps] for step in range(steps)]
         if not others:
-            return Plan(tuple(Row(attend=each) for each in gates), self.name)
+            return Plan(tuple(Row(attend=each.attend, net=each.net) for each in placed), self.name)
         scale = steps / self.steps
         count = min(steps, max(1, round(len(old_keys) * scale)))
         ends = [*old_keys, self.steps]
@@ -267,8 +215,11 @@ class Plan:
             else self.rows[min(others, key=lambda old: abs(old - step / scale))]
             for step in range(steps)
         )
-        gated = (replace(row, attend=each) for row, each in zip(rows, gates, strict=True))
-        return replace(self, rows=tuple(gated))
+        there = (
+            replace(row, attend=each.attend, net=each.net)
+            for row, each in zip(rows, placed, strict=True)
+        )
+        return replace(self, rows=tuple(there))
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -283,6 +234,11 @@ class Plan:
         return tuple(step for step, row in enumerate(self.rows) if row.is_key)
 
     @cached_property
+    def nets(self) -> tuple[str, ...]:
+        """The nets that it runs besides the pipeline's own UNet, in the order of their turns."""
+        return tuple(dict.fromkeys(row.net for row in self.rows if row.net != OWN))
+
+    @cached_property
     def guides(self) -> bool:
         """Whether it does anything but compute guidance at some step."""
         return any(row.guidance != "compute" for row in self.rows)
@@ -290,31 +246,54 @@ class Plan:
     @cached_property
     def fingerprint(self) -> str:
         """Twelve hex digits of what the plan does; its name does not count."""
-        rows: list[list[object]] = [
-            [_order(row.inherit), row.guidance, *(row.correct if any(row.correct) else ())]
-            for row in self.rows
-        ]
-        for does, row in zip(rows, self.rows, strict=True):
-            does.extend([_order(row.attend)] if row.attend else [])
+        rows = [row.describe() for row in self.rows]
         told = rows if self.drift is None else [rows, *_list_values(self.drift)]
         return sha256(json.dumps(told).encode()).hexdigest()[:12]
 
-    def resolve(self, anatomy: Anatomy) -> tuple[dict[str, How], ...]:
+    def resolve(
+        self, anatomy: Anatomy, nets: Mapping[str, Anatomy] = NO_NETS
+    ) -> tuple[dict[str, How], ...]:
         """For every step, the units that inherit and how.
+
+        Args:
+            anatomy: of the pipeline's own UNet.
+            nets: of the others, by name.
 
         Raises:
             LeansdError: an address matches nothing in this UNet, or a unit cannot inherit that way.
-                The message names the step and the address.
+                The message names the step and the address. Or there is no such net.
         """
-        return tuple(_resolve_row(step, row, anatomy) for step, row in enumerate(self.rows))
+        there = self._pick_anatomies(anatomy, nets)
+        return tuple(
+            resolve_row(step, row, each)
+            for step, (row, each) in enumerate(zip(self.rows, there, strict=True))
+        )
 
-    def resolve_gates(self, anatomy: Anatomy) -> tuple[Gates, ...]:
+    def resolve_gates(
+        self, anatomy: Anatomy, nets: Mapping[str, Anatomy] = NO_NETS
+    ) -> tuple[Gates, ...]:
         """For every step, the self-attentions that are gated, by full address.
 
         Raises:
             LeansdError: an address matches no self-attention of this UNet.
         """
-        return tuple(resolve_gates(step, row.attend, anatomy) for step, row in enumerate(self.rows))
+        there = self._pick_anatomies(anatomy, nets)
+        return tuple(
+            resolve_gates(step, row.attend, each)
+            for step, (row, each) in enumerate(zip(self.rows, there, strict=True))
+        )
+
+    def _pick_anatomies(self, own: Anatomy, nets: Mapping[str, Anatomy]) -> list[Anatomy]:
+        """The UNet of every step."""
+        known = {**nets, OWN: own}
+        for step, row in enumerate(self.rows):
+            if row.net not in known:
+                there = ", ".join(nets) or "none"
+                raise LeansdError(
+                    f"step {step} runs net {row.net!r}, and the nets given are: {there}; give it "
+                    f"to leansd.inherit(pipe, plan, nets={{{row.net!r}: unet}})"
+                )
+        return [known[row.net] for row in self.rows]
 
     def draw(self, anatomy: Anatomy | None = None, *, picture: str | Path | None = None) -> str:
         """The plan as a grid in text: of a UNet's units, or without one of what the plan names.
@@ -351,43 +330,6 @@ class Plan:
         from leansd.plans.document import read_plan
 
         return read_plan(Path(path))
-
-
-def _resolve_row(step: int, row: Row, anatomy: Anatomy) -> dict[str, How]:
-    resolved: dict[str, How] = {}
-    for pattern, how in row.inherit.items():
-        try:
-            units = anatomy.select(pattern)
-        except LeansdError as error:
-            raise LeansdError(f"step {step}: {error}") from None
-        for unit in units:
-            if how == "residual" and len(unit.at.split(".")) > 3:
-                raise LeansdError(
-                    f"step {step}: {unit.at} is itself added to its input; use reuse or forecast"
-                )
-            given = anatomy[STEM].channels[0] if unit.at == HEAD else unit.channels[0]
-            # Further channels of the UNet's input (masks, other pictures) follow the latents.
-            fits = given >= unit.channels[1] if unit.at == HEAD else given == unit.channels[1]
-            if how == "residual" and not fits:
-                raise LeansdError(
-                    f"step {step}: {unit.at} cannot inherit its residual: it takes "
-                    f"{given} channels, gives {unit.channels[1]}; use reuse or forecast"
-                )
-            if how == "residual" and unit.kind.endswith("sampler"):
-                raise LeansdError(
-                    f"step {step}: {unit.at} cannot inherit its residual: it changes the size; "
-                    "use reuse or forecast"
-                )
-            resolved[unit.at] = how
-    if any(row.correct) and HEAD in resolved:
-        raise LeansdError(f"step {step} inherits {HEAD}: there is no computed output to correct")
-    return resolved
-
-
-def _order(choices: Mapping[str, str]) -> list[tuple[str, str]]:
-    """The entries of a row; their order means something only where they differ in how."""
-    entries = list(choices.items())
-    return entries if len(set(choices.values())) > 1 else sorted(entries)
 
 
 def _list_values(drift: Drift) -> tuple[str, float, str]:

@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from leansd.errors import LeansdError
-from leansd.plans import house, rivals  # noqa: F401  # pyright: ignore[reportUnusedImport]
+from leansd.plans import (  # noqa: F401
+    house,  # pyright: ignore[reportUnusedImport]
+    rivals,  # pyright: ignore[reportUnusedImport]
+    switching,  # pyright: ignore[reportUnusedImport]
+)
 from leansd.plans.house import HOUSE
 from leansd.plans.plan import Plan
 from leansd.plans.registry import PRESETS, Preset

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from leansd.errors import LeansdError
 from leansd.plans import keysteps
 from leansd.plans.drift import SAMPLE
-from leansd.plans.plan import How, Plan
+from leansd.plans.plan import Plan
 from leansd.plans.registry import register
+from leansd.plans.row import How
 
 
 @register("deepcache", "DeepCache's uniform 1:N schedule (options interval, branch)")

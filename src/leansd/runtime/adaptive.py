@@ -116,7 +116,7 @@ class AdaptivePass:
         running = [turn for turn in here if at in turn.step.call.pattern.active]
         given = args[0]
         if not running:
-            output = here[0].picture.branch.shapes[at].wrap(self.give(at, given))
+            output = here[0].step.shapes[at].wrap(self.give(at, given))
         else:
             if any(turn.step.keeps_change(at) for turn in running):
                 given = given.detach().clone()  # the unit may overwrite it
@@ -171,7 +171,7 @@ class AdaptivePass:
         rows = [None] * len(here) if given is None else split_rows(given, len(here))
         if all(at in turn.step.call.pattern.idle for turn in here):
             batch = sum(turn.step.batch for turn in here)
-            shape = here[0].picture.branch.shapes[at]
+            shape = here[0].step.shapes[at]
             return shape.make_placeholder(batch, writable=self.writable)
         output = join_rows(
             [turn.step.give(at, mine) for turn, mine in zip(here, rows, strict=True)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -13,9 +13,11 @@ from diffusers import UNet2DConditionModel
 
 from leansd.anatomy.reading import read_anatomy
 from leansd.errors import LeansdError
-from leansd.plans.liveness import Lane, compile_plan
+from leansd.plans.liveness import Lane, Program
 from leansd.plans.plan import Plan
 from leansd.plans.presets import Preset, build_for, suits
+from leansd.plans.row import OWN
+from leansd.plans.tracing import compile_plan
 from leansd.runtime.adaptive import AdaptiveBranch
 from leansd.runtime.clock import Clock, Course, LoopClock, SchedulerClock, Tick
 from leansd.runtime.control import (
@@ -25,8 +27,10 @@ from leansd.runtime.control import (
     attach_control,
     detach_control,
 )
-from leansd.runtime.engine import Engine, attach, detach
+from leansd.runtime.engine import Engine
+from leansd.runtime.engines import attach, detach
 from leansd.runtime.guidance import count_pictures, find_lane, guides, is_guided
+from leansd.runtime.nets import ALONE, Company
 from leansd.runtime.passes import Branch, Step
 from leansd.runtime.report import Lap, Report, Tally
 from leansd.runtime.samplers import name_sampler
@@ -41,21 +45,27 @@ class Attachment:
         pipe: Any | None,
         source: Plan | Preset,
         compile_options: Mapping[str, Any] | None = None,
+        company: Company = ALONE,
     ) -> None:
         self.unet = unet
         self.pipe = pipe
         self.source = source
         self.compile_options = compile_options
         """Of `torch.compile`; None where nothing is compiled."""
+        self.company = company
+        """The UNets that its plan may run besides."""
+        self.hosts: dict[str, Engine] = {}
+        """Their engines, while it is attached."""
         self.thread: int | None = None
         """The thread it was entered in; None for one that holds until it is released."""
+        self._compile = lru_cache(maxsize=64)(self._make_program)
         self._engine: Engine | None = None
         self._control: Control | None = None
         self._local = threading.local()
         self._last: Tally | None = None
-        anatomy = read_anatomy(unet)
+        self._anatomy = read_anatomy(unet)
         if isinstance(source, Plan):
-            compile_plan(source, anatomy)
+            compile_plan(source, self._anatomy, nets=company.nets)
         elif pipe is None:
             raise LeansdError(
                 f"a bare UNet does not say how many steps a run has; give the pipeline, or a plan "
@@ -95,9 +105,26 @@ class Attachment:
             raise LeansdError(
                 "nothing has run yet: call the pipeline first, then ask for the report"
             )
-        return self._last.summarise(self.unet)
+        return self._last.summarise(self.unet, self.company.unets)
 
     # -- engine's side -----------------------------------------------------------------------
+
+    def _make_program(
+        self,
+        plan: Plan,
+        start: int,
+        rows: tuple[int, ...],
+        moments: tuple[float, ...],
+        guided: bool,
+    ) -> Program:
+        return compile_plan(
+            plan, self._anatomy,
+            nets=self.company.nets, start=start, rows=rows, moments=moments, guided=guided,
+        )  # fmt: skip
+
+    def find_host(self, net: str) -> Engine | None:
+        """Who runs a call instead of the pipeline's own UNet; None where that one does."""
+        return None if net == OWN else self.hosts[net]
 
     def get_clock(self) -> Clock:
         """This thread's clock."""
@@ -135,7 +162,7 @@ class Attachment:
         guided = is_guided(self.pipe, sample.shape[0])
         if not branch.expects(tick.index, sample, guided):
             course = tick.course
-            program = engine.compile(local.plan, tick.index, course.rows, course.moments, guided)
+            program = self._compile(local.plan, tick.index, course.rows, course.moments, guided)
             branch.start_over(program, sample, guided)
         return branch.take(tick, engine.pick_latents(sample))
 
@@ -155,7 +182,7 @@ class Attachment:
         if lane == "cond" and not branch.expects(tick.index, sample, True):
             course = tick.course
             plan = self._local.plan
-            program = engine.compile(plan, tick.index, course.rows, course.moments, True)
+            program = self._compile(plan, tick.index, course.rows, course.moments, True)
             branch.start_over(program, sample, True)
         return branch.open(tick, engine.pick_latents(sample), lane)
 
@@ -172,7 +199,7 @@ class Attachment:
             plan, branch = Plan.full(plan.steps), None
         if branch is not None and branch.follows(tick.index):
             return Prospect(tick.index, branch.program, starts=False)
-        program = engine.compile(plan, tick.index, course.rows, course.moments, guides(self.pipe))
+        program = self._compile(plan, tick.index, course.rows, course.moments, guides(self.pipe))
         return Prospect(tick.index, program, tick.starts)
 
     def get_control_run(self, prospect: Prospect) -> ControlRun:

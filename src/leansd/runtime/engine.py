@@ -10,20 +10,15 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import WeakValueDictionary
 
 import torch
 from diffusers import UNet2DConditionModel
 
 from leansd.anatomy.reading import read_anatomy
-from leansd.errors import LeansdError
 from leansd.plans.address import get_layer
 from leansd.plans.anatomy import HEAD, Anatomy
 from leansd.plans.gate import Attend
-from leansd.plans.liveness import Program, compile_plan
-from leansd.plans.plan import Plan
 from leansd.runtime.graphs import Graphs, Slot, freeze
 from leansd.runtime.guidance import (
     complete,
@@ -33,6 +28,8 @@ from leansd.runtime.guidance import (
     take_conditional,
     wrap_output,
 )
+from leansd.runtime.nets import select_residuals
+from leansd.runtime.outlines import Outlines
 from leansd.runtime.passes import Pass, Step
 from leansd.runtime.report import start_lap
 from leansd.runtime.weave import EndOfCall, Weave, exchange_forward
@@ -43,8 +40,8 @@ if TYPE_CHECKING:
     from leansd.runtime.attachment import Attachment
 
 UNET = "unet"
-KEEPSAKE = "_leansd_engine"
-"""Where a UNet keeps the engine that has compiled it."""
+LOCK = threading.Lock()
+"""Held while UNets are woven, and taken off again."""
 
 
 class Link(NamedTuple):
@@ -64,7 +61,9 @@ class Engine:
         self.anatomy: Anatomy = read_anatomy(unet)
         self._channels = self.anatomy[HEAD].channels[1]
         self.attachments: tuple[Attachment, ...] = ()
-        self.compile = lru_cache(maxsize=64)(self._compile)
+        self.guests: tuple[Attachment, ...] = ()
+        """Attachments of other UNets whose plans run this one at some steps."""
+        self.outlines = Outlines(unet, self.anatomy)
         self._active = threading.local()
         self._traced = Slot()
         self._graphs: dict[object, Graphs] = {}
@@ -112,22 +111,10 @@ class Engine:
         """Weave what has been put in the place of woven modules: peft wraps and unwraps layers."""
         if all(children.get(name) is child for children, name, child in self._links):
             return
-        with _LOCK:
-            if self.attachments:  # not released meanwhile
+        with LOCK:
+            if self.attachments or self.guests:  # not released meanwhile
                 self.weave.renew(self._list_modules())
                 self._links = self._list_links()
-
-    def _compile(
-        self,
-        plan: Plan,
-        start: int,
-        rows: tuple[int, ...],
-        moments: tuple[float, ...],
-        guided: bool,
-    ) -> Program:
-        return compile_plan(
-            plan, self.anatomy, start=start, rows=rows, moments=moments, guided=guided
-        )
 
     def pick_latents(self, sample: torch.Tensor) -> torch.Tensor:
         """The channels [B, C, H, W] of the UNet's input that its output stands for.
@@ -158,6 +145,9 @@ class Engine:
         return exchange_forward(forward, functools.partial(attend, attention, processor))
 
     def _run_unet(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        guest: tuple[Attachment, Step] | None = vars(self._active).pop("guest", None)
+        if guest is not None:
+            return self._follow(*guest, forward, *args, **kwargs)
         sample = args[0] if args else kwargs["sample"]
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         attachment = find_attachment(self.attachments, timestep)
@@ -166,21 +156,56 @@ class Engine:
         step = attachment.begin(self, sample, timestep) if attachment is not None else None
         if attachment is None or step is None:
             return forward(*args, **kwargs)
-        step.writable = self._has_freeu() or _adds_in_place(kwargs)
         text = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
         attachment.note_size(sample, text)
-        graphs = self._find_graphs(attachment)
+        host = attachment.find_host(step.call.net)
+        run = self._follow if host is None else host.receive
         end_lap = start_lap(sample.device)
         try:
-            if graphs is not None and isinstance(step, Pass) and graphs.take(step, sample):
-                output = graphs.run(step, forward, *args, **kwargs)
-            else:
-                output = self.run_lanes(step, forward, *args, **kwargs)
+            output = run(attachment, step, forward, *args, **kwargs)
         except BaseException:
             attachment.abort()
             raise
         attachment.end(step, end_lap())
         return output
+
+    def receive(
+        self,
+        attachment: Attachment,
+        step: Step,
+        instead: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """A call of this UNet `instead` of the one that a pipeline has called."""
+        self._mend()
+        self._active.guest = attachment, step
+        kwargs = select_residuals(kwargs, attachment.unet, self.unet)
+        try:
+            # The module, not its forward: what is hooked to it, offloading for one, comes along.
+            return self.unet(*args, **kwargs)
+        finally:
+            vars(self._active).pop("guest", None)
+
+    def _follow(
+        self,
+        attachment: Attachment,
+        step: Step,
+        forward: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """One call of this UNet, compiled where that is asked for and possible."""
+        sample = args[0] if args else kwargs["sample"]
+        step.writable = self._has_freeu() or _adds_in_place(kwargs)
+        if not isinstance(step, Pass):
+            return self.run_lanes(step, forward, *args, **kwargs)
+        if not (step.shapes or step.records):
+            step.shapes.update(self.outlines.make_shapes(sample))
+        graphs = self._find_graphs(attachment)
+        if graphs is not None and graphs.take(step, sample):
+            return graphs.run(step, forward, *args, **kwargs)
+        return self.run_lanes(step, forward, *args, **kwargs)
 
     def _end_call(self) -> None:
         """A pipeline call is over in this thread, also one that was interrupted: keep nothing."""
@@ -214,7 +239,7 @@ class Engine:
             return None
         key = freeze(options)
         if key not in self._graphs:
-            with _LOCK:
+            with LOCK:
                 self._graphs.setdefault(key, Graphs(self, options))
         return self._graphs[key]
 
@@ -245,11 +270,6 @@ def find_attachment(attachments: Sequence[Attachment], timestep: Any) -> Attachm
     mine = [each for each in attachments if each.thread == here]
     loose = mine or [each for each in attachments if each.thread is None]
     return loose[-1] if len(loose) == 1 else None
-
-
-def _share_thread(one: Attachment, other: Attachment) -> bool:
-    """Whether both would answer in some thread; a pipeline serves one thread at a time."""
-    return one.pipe is not None or None in (one.thread, other.thread) or one.thread == other.thread
 
 
 def _adds_in_place(kwargs: dict[str, Any]) -> bool:
@@ -312,69 +332,3 @@ def _list_block_outputs(
         path = anatomy[units[0]].path.rsplit(".", 2)[0]
         table[block] = (path, units, outputs)
     return table
-
-
-_ENGINES: WeakValueDictionary[int, Engine] = WeakValueDictionary()
-"""By the id of the UNet, which the engine keeps alive."""
-_LOCK = threading.Lock()
-
-
-def attach(attachment: Attachment) -> Engine:
-    """Weave the UNet, if it is not woven yet, and let the attachment's calls follow its plan.
-
-    Raises:
-        LeansdError: the same pipeline is attached already.
-    """
-    with _LOCK:
-        engine = _ENGINES.get(id(attachment.unet))
-        if engine is None:
-            engine = _revive(attachment.unet) or Engine(attachment.unet)
-        if attachment.compile_options is not None:
-            setattr(attachment.unet, KEEPSAKE, Keepsake(engine))
-        for other in engine.attachments:
-            if other.pipe is attachment.pipe and _share_thread(other, attachment):
-                raise LeansdError(
-                    f"already attached: it follows plan {other.source.name}; leave that `with` "
-                    "block first, or call leansd.release_"
-                )
-        engine.attachments += (attachment,)
-        _ENGINES[id(attachment.unet)] = engine
-        return engine
-
-
-def detach(attachment: Attachment) -> None:
-    """Undo `attach`; after the last one the UNet is as it was before the first."""
-    with _LOCK:
-        engine = _ENGINES.get(id(attachment.unet))
-        if engine is None:
-            return
-        engine.attachments = tuple(each for each in engine.attachments if each is not attachment)
-        if not engine.attachments:
-            engine.release()
-            del _ENGINES[id(attachment.unet)]
-
-
-class Keepsake:
-    """Keeps an engine, and so its graphs, for as long as its UNet lives; a copy keeps none."""
-
-    def __init__(self, engine: Engine | None = None) -> None:
-        self.engine = engine
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Keepsake:
-        return Keepsake()
-
-    def __reduce__(self) -> tuple[type[Keepsake], tuple[()]]:
-        return Keepsake, ()
-
-
-def _revive(unet: UNet2DConditionModel) -> Engine | None:
-    """The engine that a UNet keeps, woven again, unless its modules have changed."""
-    engine = getattr(unet, KEEPSAKE, Keepsake()).engine
-    if engine is None or engine.unet is not unet:
-        return None
-    return engine if engine.resume() else None
-
-
-def list_attachments(unet: UNet2DConditionModel) -> tuple[Attachment, ...]:
-    engine = _ENGINES.get(id(unet))
-    return engine.attachments if engine is not None else ()

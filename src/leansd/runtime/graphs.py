@@ -17,14 +17,13 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from leansd.errors import LeansdError
-from leansd.plans.anatomy import Anatomy
 from leansd.plans.liveness import Call, Kept
-from leansd.plans.plan import How
+from leansd.plans.row import How
 from leansd.plans.structures import Structure, list_structures
+from leansd.runtime.outlines import Outlines
 from leansd.runtime.passes import Branch, Pass, Step
 from leansd.runtime.store import RECALLS, Shape, Store, combine, weigh_correction, weigh_sources
 
@@ -94,7 +93,7 @@ class TracedPass(Pass):
         latents: torch.Tensor,
     ) -> None:
         branch = Branch()
-        branch.shapes = shapes
+        branch.shapes[structure.call.net] = shapes
         super().__init__(branch, structure.call, None, latents, records=False)
         # Costs nothing: what nobody reads, a compiler leaves out.
         self.writable = True
@@ -131,47 +130,13 @@ def _lerp(before: torch.Tensor, latest: torch.Tensor, weight: torch.Tensor) -> t
     return line.to(latest.dtype)
 
 
-class Outlines:
-    """What the units of a UNet give, told by the size of its sample."""
-
-    def __init__(self, unet: UNet2DConditionModel, anatomy: Anatomy) -> None:
-        self._rows: dict[str, tuple[int, int, bool]] = {}
-        for unit in (*anatomy.units, *anatomy.parts):
-            takes = inspect.signature(unet.get_submodule(unit.path).forward).parameters
-            self._rows[unit.at] = (
-                unit.channels[1],
-                unit.scale,
-                "return_dict" in takes,
-            )
-        self._scale = max(unit.scale for unit in anatomy)
-        # Padded on all sides, a downsampler halves and rounds up.
-        self._rounds_up = unet.config.get("downsample_padding") == 1
-
-    def suit(self, sample: torch.Tensor) -> bool:
-        """Whether they are known for this sample [B, C, H, W]."""
-        return self._rounds_up or all(side % self._scale == 0 for side in sample.shape[-2:])
-
-    def make_shapes(self, sample: torch.Tensor) -> dict[str, Shape]:
-        """The shape of each unit's output; of a part's, only whether it is in a tuple."""
-        batch, _, height, width = sample.shape
-        return {
-            at: Shape(
-                (batch, channels, -(-height // scale), -(-width // scale)),
-                sample.dtype,
-                sample.device,
-                in_tuple,
-            )
-            for at, (channels, scale, in_tuple) in self._rows.items()
-        }
-
-
 class Graphs:
     """The compiled calls of one engine under one choice of `torch.compile`'s options."""
 
     def __init__(self, engine: Engine, options: Mapping[str, Any]) -> None:
         self._engine = engine
         self._options = options
-        self._outlines = Outlines(engine.unet, engine.anatomy)
+        self._outlines = engine.outlines
         self._clones = uses_cuda_graphs(options)
         self._runs: dict[Structure, Callable[..., Any]] = {}
         self._list_structures = lru_cache(maxsize=64)(list_structures)
@@ -214,7 +179,7 @@ class Graphs:
         assert program is not None
         sample = arguments["sample"]
         if step.records:
-            step.branch.shapes.update(self._outlines.make_shapes(sample))
+            step.shapes.update(self._outlines.make_shapes(sample))
         structure = self._list_structures(program)[call.index - program.start]
         sources = structure.list_sources(call)
         inputs = (

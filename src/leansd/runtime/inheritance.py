@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from diffusers import UNet2DConditionModel
@@ -11,12 +12,19 @@ from leansd.errors import LeansdError
 from leansd.plans.plan import Plan
 from leansd.plans.presets import look_up
 from leansd.runtime.attachment import Attachment
-from leansd.runtime.engine import list_attachments
+from leansd.runtime.engines import list_attachments
 from leansd.runtime.graphs import read_options
+from leansd.runtime.nets import keep_company
+
+NO_NETS: Mapping[str, UNet2DConditionModel] = MappingProxyType({})
 
 
 def inherit(
-    target: Any, plan: Plan | str, *, compile: bool | Mapping[str, Any] = False
+    target: Any,
+    plan: Plan | str,
+    *,
+    nets: Mapping[str, UNet2DConditionModel] = NO_NETS,
+    compile: bool | Mapping[str, Any] = False,
 ) -> Attachment:
     """Let a pipeline, or a bare UNet, follow a plan inside a `with` block.
 
@@ -24,6 +32,8 @@ def inherit(
         target: a diffusers pipeline with a `unet`, or a `UNet2DConditionModel`.
         plan: a `Plan`, the name of a preset (which fits itself to every run's step count) or the
             path of a plan file.
+        nets: UNets by the names that the plan calls them by (`Plan.switch`). They run in the place
+            of the pipeline's own at some steps; nothing of the pipeline is changed.
         compile: True, or options of `torch.compile` such as `{"mode": "reduce-overhead"}`: compile
             the UNet, one whole graph for each pattern of the plan. Graphs stay with the UNet for
             the next time. What cannot be compiled runs eagerly, with one warning.
@@ -33,14 +43,18 @@ def inherit(
             the target is attached already. A run with another step count than the plan's is refused
             before its first step.
     """
-    return _make_attachment(target, plan, compile)
+    return _make_attachment(target, plan, nets, compile)
 
 
 def inherit_(
-    target: Any, plan: Plan | str, *, compile: bool | Mapping[str, Any] = False
+    target: Any,
+    plan: Plan | str,
+    *,
+    nets: Mapping[str, UNet2DConditionModel] = NO_NETS,
+    compile: bool | Mapping[str, Any] = False,
 ) -> Attachment:
     """The same without a `with`: until `release_(target)`, in every thread."""
-    return _make_attachment(target, plan, compile).attach()
+    return _make_attachment(target, plan, nets, compile).attach()
 
 
 def release_(target: Any) -> None:
@@ -52,10 +66,13 @@ def release_(target: Any) -> None:
 
 
 def _make_attachment(
-    target: Any, plan: Plan | str, compile: bool | Mapping[str, Any]
+    target: Any,
+    plan: Plan | str,
+    nets: Mapping[str, UNet2DConditionModel],
+    compile: bool | Mapping[str, Any],
 ) -> Attachment:
     pipe, unet = _split_target(target)
-    return Attachment(unet, pipe, look_up(plan), read_options(compile))
+    return Attachment(unet, pipe, look_up(plan), read_options(compile), keep_company(unet, nets))
 
 
 def _split_target(target: Any) -> tuple[Any | None, UNet2DConditionModel]:

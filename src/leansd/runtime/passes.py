@@ -9,7 +9,7 @@ import torch
 
 from leansd.plans.anatomy import HEAD
 from leansd.plans.liveness import GUIDANCE, Call, Kept, Lane, Program
-from leansd.plans.plan import How
+from leansd.plans.row import How
 from leansd.runtime.clock import Course, Tick
 from leansd.runtime.store import (
     RECALLS,
@@ -74,7 +74,8 @@ class Branch:
 
     def __init__(self) -> None:
         self.store = Store()
-        self.shapes: dict[str, Shape] = {}
+        self.shapes: dict[str, dict[str, Shape]] = {}
+        """Of what units and parts give, for each net."""
         self.program: Program | None = None
         self._last = -1
         self._signature: object = None
@@ -156,6 +157,8 @@ class Pass:
         """The run's; None where a graph is traced, which has it from its arguments."""
         self.records = records
         """Whether to note what the outputs of the units look like."""
+        self.shapes = branch.shapes.setdefault(call.net, {})
+        """What the outputs of the units look like, as far as it is known."""
 
     @property
     def calls(self) -> tuple[Call, ...]:
@@ -164,7 +167,7 @@ class Pass:
     def run_unit(self, at: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What a unit, or a part of one, gives in this call."""
         if at not in self.call.pattern.active:
-            return self.branch.shapes[at].wrap(self.give(at, args[0]))
+            return self.shapes[at].wrap(self.give(at, args[0]))
         # The unit may overwrite its input, so what a change is measured against is copied first.
         given = self._pick_input(at, args[0])
         given = given.detach().clone() if self.keeps_change(at) else given
@@ -173,7 +176,7 @@ class Pass:
             before = self.pick(given, kept.lane) if kept.what == "change" else None
             self.branch.store.keep(kept, self.pick(unwrap(output), kept.lane), before)
         if self.records:
-            self.branch.shapes[at] = Shape.of(output)
+            self.shapes[at] = Shape.of(output)
         return output
 
     def give(self, at: str, given: torch.Tensor | None = None) -> torch.Tensor:
@@ -181,7 +184,7 @@ class Pass:
         pattern = self.call.pattern
         how = pattern.inherited.get(at) or pattern.parts.get(at)
         if how is None:
-            shape = self.branch.shapes[at]
+            shape = self.shapes[at]
             return shape.make_placeholder(self.batch, writable=self.writable)
         return self.make(at, how, self._pick_input(at, given))
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
 from diffusers import UNet2DConditionModel
 
 from leansd.anatomy.cost import dissect
-from leansd.plans.liveness import Call, predict_speedup
+from leansd.plans.liveness import Call, Net, predict_speedup
 from leansd.plans.plan import Plan
 
 if TYPE_CHECKING:
     from leansd.runtime.control import ControlRun
+
+NOTHING: Mapping[str, UNet2DConditionModel] = MappingProxyType({})
 
 Lap = Callable[[], float]
 """Gives the seconds of a UNet call; on a GPU it waits for that call, so ask after the run."""
@@ -92,8 +95,14 @@ class Tally:
         self.laps.append(lap)
         self.bytes_kept = max(self.bytes_kept, bytes_kept)
 
-    def summarise(self, unet: UNet2DConditionModel) -> Report:
+    def summarise(
+        self, unet: UNet2DConditionModel, others: Mapping[str, UNet2DConditionModel] = NOTHING
+    ) -> Report:
         anatomy = dissect(unet, latent=self.size, tokens=self.tokens)
+        nets = {
+            name: Net(dissect(each, latent=self.size, tokens=self.tokens))
+            for name, each in others.items()
+        }
         counts = [_count_units(calls) for calls in self.calls]
         computed, inherited, idle = (sum(each) for each in zip(*counts, strict=True))
         every = [call for calls in self.calls for call in calls]
@@ -111,7 +120,7 @@ class Tally:
             inherited=inherited,
             idle=idle,
             bytes_kept=self.bytes_kept,
-            predicted_speedup=predict_speedup(every, anatomy),
+            predicted_speedup=predict_speedup(every, anatomy, nets),
             measured_speedup=whole * len(seconds) / sum(seconds),
             seconds=sum(seconds),
             control_calls=self.control.calls if self.control is not None else 0,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from leansd.plans.liveness import Kept
-from leansd.plans.plan import Correction, How
+from leansd.plans.row import Correction, How
 from leansd.runtime.clock import Course
 from leansd.runtime.spectrum import weigh_chebyshev
 

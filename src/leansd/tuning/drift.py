@@ -20,9 +20,9 @@ from leansd.measuring.records import Record, stamp
 from leansd.measuring.trajectories import PipelineCall, run_calls
 from leansd.plans.anatomy import HEAD, Anatomy
 from leansd.plans.liveness import DEPTHS, Pattern, find_pattern
-from leansd.plans.plan import How
+from leansd.plans.row import How
 from leansd.runtime.clock import SchedulerClock, Tick
-from leansd.runtime.engine import list_attachments
+from leansd.runtime.engines import list_attachments
 from leansd.runtime.guidance import is_guided
 from leansd.runtime.store import Shape, unwrap, weigh
 from leansd.runtime.weave import Weave

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from leansd.plans.liveness import DEPTHS
-from leansd.plans.plan import NO_CORRECTION, Correction, How
+from leansd.plans.row import NO_CORRECTION, Correction, How
 from leansd.runtime.store import weigh
 from leansd.tuning.calibration import Calibration
 from leansd.tuning.surprises import CORRECTION_HOWS

@@ -18,7 +18,7 @@ from torch import Tensor
 from leansd.errors import LeansdError
 from leansd.measuring.trajectories import PipelineCall, run_calls
 from leansd.runtime.clock import SchedulerClock
-from leansd.runtime.engine import list_attachments
+from leansd.runtime.engines import list_attachments
 from leansd.runtime.guidance import is_guided
 from leansd.runtime.rows import map_rows
 from leansd.runtime.weave import Weave

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from leansd.measuring.cost import CostModel
 from leansd.plans.anatomy import Anatomy
-from leansd.plans.liveness import compile_plan
 from leansd.plans.plan import Plan
+from leansd.plans.tracing import compile_plan
 from leansd.tuning.errors import HEAD_ACTIONS, Action
 
 TICKS = 16

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from leansd.plans.liveness import DEPTHS
-from leansd.plans.plan import How
+from leansd.plans.row import How
 from leansd.runtime.store import weigh
 
 CORRECTION_HOWS: tuple[How, ...] = ("forecast", "reuse")

@@ -23,8 +23,8 @@ from leansd.measuring.profile import profile
 from leansd.measuring.records import name_device
 from leansd.measuring.trajectories import PipelineCall, expand_calls
 from leansd.plans.anatomy import Anatomy
-from leansd.plans.liveness import compile_plan
 from leansd.plans.plan import Plan, Tuned
+from leansd.plans.tracing import compile_plan
 from leansd.tuning.calibration import PROBES, Calibration, calibrate, require_tunable
 from leansd.tuning.candidates import Candidate
 from leansd.tuning.dynamic import find_best

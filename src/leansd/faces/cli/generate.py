@@ -5,7 +5,16 @@ from typing import Annotated
 
 import typer
 
-from leansd.faces.cli.options import Device, Fit, Json, ModelOption, OwnGuidance, Sampler, Size
+from leansd.faces.cli.options import (
+    Device,
+    Fit,
+    Json,
+    ModelOption,
+    Nets,
+    OwnGuidance,
+    Sampler,
+    Size,
+)
 
 app = typer.Typer(add_completion=False)
 
@@ -23,6 +32,7 @@ def generate_pictures(
             "nothing."
         ),
     ] = "balanced",
+    net: Nets = None,
     speedup: Annotated[
         float | None, typer.Option(help="With a front of leansd tune: the speed to take it at.")
     ] = None,
@@ -69,7 +79,7 @@ def generate_pictures(
         show_text,
     )
     from leansd.faces.contests import find_guidance
-    from leansd.faces.outlines import STEPS, choose_plan, open_anatomy, read_front
+    from leansd.faces.outlines import STEPS, choose_plan, open_anatomy, read_front, read_nets
     from leansd.faces.pictures import (
         Request,
         default_size,
@@ -82,7 +92,15 @@ def generate_pictures(
         save_picture,
     )
     from leansd.faces.provenance import check_tuned
-    from leansd.loading import as_image_to_image, find_device, load, load_vae, locate, set_vae
+    from leansd.loading import (
+        as_image_to_image,
+        find_device,
+        load,
+        load_unet,
+        load_vae,
+        locate,
+        set_vae,
+    )
     from leansd.measuring.files import check_folder
     from leansd.plans.plan import Plan
     from leansd.plans.presets import look_up, suits
@@ -106,10 +124,12 @@ def generate_pictures(
     locate(model)
     hush_libraries()
     anatomy = open_anatomy(model)
+    folders = read_nets(net or [])
+    anatomies = {name: open_anatomy(folder) for name, folder in folders.items()}
     if speedup is not None:
         chosen = read_front(plan, steps, anatomy, speedup=speedup)
     else:
-        chosen = choose_plan(plan, steps, anatomy, fit=fit)
+        chosen = choose_plan(plan, steps, anatomy, nets=anatomies, fit=fit)
     autoencoder = load_vae(vae) if vae is not None else None
 
     pipe = load(model, device=device)
@@ -117,6 +137,7 @@ def generate_pictures(
         set_vae(pipe, autoencoder)
     if sampler is not None:
         set_sampler(pipe, sampler)
+    nets = {name: load_unet(folder, beside=pipe.unet) for name, folder in folders.items()}
     if picture is not None:
         picture = fit_picture(picture, base.size or default_size(pipe))
         pipe = as_image_to_image(pipe)
@@ -145,6 +166,7 @@ def generate_pictures(
                 request,
                 chosen,
                 lambda done, total, bar=bar: progress.update(bar, completed=done, total=total),
+                nets,
             )
             progress.remove_task(bar)
             facts = {
@@ -156,6 +178,7 @@ def generate_pictures(
                 "guidance": getattr(pipe, "guidance_scale", guidance),
                 "model": model,
                 "plan": chosen.name,
+                "nets": " ".join(net or []) or None,
                 "vae": vae,
                 "plan_fingerprint": chosen.fingerprint,
                 "leansd": __version__,

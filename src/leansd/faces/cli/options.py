@@ -18,6 +18,12 @@ Guidance = Annotated[
 OwnGuidance = Annotated[
     float | None, typer.Option(help="Guidance scale; the pipeline's own by default.")
 ]
+Nets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--net", metavar="NAME=FOLDER", help="A UNet that the plan switches to; repeat it."
+    ),
+]
 PromptFile = Annotated[
     Path | None, typer.Option(help="Text file, a prompt a line; some are built in.")
 ]

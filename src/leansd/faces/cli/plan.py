@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from leansd.faces.cli.options import Fit, Json
+from leansd.faces.cli.options import Fit, Json, Nets
 
 app = typer.Typer(add_completion=False)
 
@@ -30,11 +30,18 @@ def show_plan(
     picture: Annotated[
         Path | None, typer.Option(help="Write the grid as a PNG, SVG or PDF file.")
     ] = None,
+    net: Nets = None,
     as_json: Json = False,
 ) -> None:
     """Show a plan as a grid of units and steps; save it, or a picture of it."""
     from leansd.faces.cli.terminal import hush_libraries, show_json, show_table, show_text
-    from leansd.faces.outlines import choose_plan, encode_figure, open_anatomy, predict_gain
+    from leansd.faces.outlines import (
+        choose_plan,
+        encode_figure,
+        open_anatomy,
+        predict_gain,
+        read_nets,
+    )
     from leansd.measuring.files import check_file, write_file
     from leansd.measuring.tables import Table
     from leansd.plans.drawing import draw_picture
@@ -52,10 +59,11 @@ def show_plan(
             check_file(path)
     hush_libraries()
     anatomy = open_anatomy(model)
-    chosen = choose_plan(plan, steps, anatomy, fit=fit)
+    nets = {name: open_anatomy(folder) for name, folder in read_nets(net or []).items()}
+    chosen = choose_plan(plan, steps, anatomy, nets=nets, fit=fit)
     grid = chosen.draw(anatomy)
     drawn = encode_figure(draw_picture(chosen, anatomy), picture) if picture is not None else b""
-    speedup = predict_gain(chosen, anatomy)
+    speedup = predict_gain(chosen, anatomy, nets)
     show_text(grid)
     show_text(f"fingerprint {chosen.fingerprint}, predicted speed-up of the UNet {speedup:.2f}x")
     if out is not None:
