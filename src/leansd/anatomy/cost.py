@@ -14,6 +14,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from accelerate.hooks import ModelHook, remove_hook_from_module
 from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -88,7 +89,12 @@ def copy_skeleton(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     tensors = chain(unet.parameters(), unet.buffers())
     # deepcopy takes what the memo holds for an object, so no weight is ever copied.
     memo: dict[int, Any] = {id(tensor): _to_meta(tensor) for tensor in tensors}
-    return copy.deepcopy(unet, memo)
+    # Offloading keeps the weights in hooks, and would look for them when the copy runs.
+    hooks = (getattr(module, "_hf_hook", None) for module in unet.modules())
+    memo |= {id(hook): ModelHook() for hook in hooks if hook is not None}
+    skeleton = copy.deepcopy(unet, memo)
+    remove_hook_from_module(skeleton, recurse=True)
+    return skeleton
 
 
 def make_inputs(

@@ -8,7 +8,7 @@ residuals of its last run. Of those, only the ones that somebody reads are kept.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from leansd.plans.anatomy import Anatomy
-from leansd.plans.liveness import Call, Program
+from leansd.plans.liveness import NO_NETS, Call, Net, Program
+from leansd.plans.row import OWN
 from leansd.runtime.engine import find_attachment
 from leansd.runtime.store import Shape
 from leansd.runtime.weave import Weave
@@ -91,7 +92,7 @@ class Control:
         ordinal = run.count(prospect.index)
         scale = repr(kwargs.get("conditioning_scale"))
         circumstances = (sample.shape, sample.dtype, sample.device, scale)
-        reads = list_reads(self._anatomy, prospect)
+        reads = list_reads(self._anatomy, prospect, attachment.company.nets)
         memory = run.memories.get(ordinal)
         fits = memory is not None and memory.circumstances == circumstances
         if memory is not None and fits and not runs_control(prospect.program[prospect.index]):
@@ -152,26 +153,30 @@ def runs_control(call: Call) -> bool:
     return not any(at.startswith("dn") for at in skipped)
 
 
-def list_reads(anatomy: Anatomy, prospect: Prospect) -> set[int]:
+def list_reads(anatomy: Anatomy, prospect: Prospect, nets: Mapping[str, Net] = NO_NETS) -> set[int]:
     """Places of the residuals that are read after this call and before the next ControlNet run.
 
     The residuals are added to the skips, in their order, and the last of them to the mid block's
-    output.
+    output. Another net takes those of the skips that it has.
     """
-    readers = list_readers(anatomy)
+    there = {OWN: anatomy, **{name: net.anatomy for name, net in nets.items()}}
+    own = list(find_readers(anatomy))
     places: set[int] = set()
     program = prospect.program
     for call in program.calls[prospect.index - program.start + 1 :]:
         if runs_control(call):
             break
+        readers = find_readers(there[call.net])
         computed = call.pattern.computed
-        places.update(place for place, at in enumerate(readers) if at in computed)
+        places.update(
+            place for place, at in enumerate(own) if at in readers and readers[at] in computed
+        )
     return places
 
 
-def list_readers(anatomy: Anatomy) -> Sequence[str]:
+def find_readers(anatomy: Anatomy) -> dict[str, str]:
     """For every skip in the order they are made, the unit that reads it; last, the mid's reader."""
     ups = [unit for unit in anatomy if unit.at.startswith("up") and len(unit.reads) == 2]
     by_skip = {unit.reads[1]: unit.at for unit in ups}
-    skips = [unit.at for unit in anatomy if unit.at in by_skip]
-    return [*(by_skip[at] for at in skips), ups[0].at]
+    skips = {unit.at: by_skip[unit.at] for unit in anatomy if unit.at in by_skip}
+    return {**skips, "mid": ups[0].at}

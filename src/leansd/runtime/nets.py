@@ -79,7 +79,9 @@ def check_place(name: str, unet: UNet2DConditionModel, own: UNet2DConditionModel
                 f"net {name!r} cannot take the place of the pipeline's UNet: its {key} is "
                 f"{theirs}, not {mine}"
             )
-    if (unet.device, unet.dtype) != (own.device, own.dtype):
+    # Offloaded weights lie nowhere until they are used; whoever offloads one UNet does all.
+    is_away = "meta" in (unet.device.type, own.device.type)
+    if unet.dtype != own.dtype or not (is_away or unet.device == own.device):
         raise LeansdError(
             f"net {name!r} lies on {unet.device} in {unet.dtype}, the pipeline's UNet on "
             f"{own.device} in {own.dtype}: move it with net.to(pipe.device, pipe.dtype)"
@@ -174,8 +176,10 @@ def is_same(one: nn.Module, other: nn.Module) -> bool:
 
 
 def are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors are one, or hold the same numbers."""
-    if one.data_ptr() == other.data_ptr() and one.shape == other.shape and not one.is_meta:
+    """Whether two tensors are one, or hold the same numbers, as far as can be seen."""
+    if one.is_meta or other.is_meta:
+        return False
+    if one.data_ptr() == other.data_ptr() and one.shape == other.shape:
         return True
     return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
 
