@@ -21,6 +21,7 @@ LAYERS = (
     ("emoji",),
     ("loading",),
     ("incubation",),
+    ("bulk",),
     ("exporting",),
     ("faces",),
 )

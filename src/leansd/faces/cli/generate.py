@@ -23,7 +23,17 @@ app = typer.Typer(add_completion=False)
     epilog="Example: leansd generate 'a red apple' 'a pizza' --plan fast --seed 1 --out pictures"
 )
 def generate_pictures(
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw.")],
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="What to draw.")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            help="A .jsonl or .parquet of rows (id, prompt, and if you like seed, negative_prompt, "
+            "init_image, strength); pictures go to OUT/shard-*.tar, and a stopped run goes on.",
+        ),
+    ] = None,
     model: ModelOption = "emoji",
     plan: Annotated[
         str,
@@ -65,12 +75,30 @@ def generate_pictures(
         Path | None,
         typer.Option(help="Folder of another autoencoder, such as a small one, to decode with."),
     ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="With --prompts: pictures at once.")] = 8,
+    shard: Annotated[int, typer.Option(min=1, help="With --prompts: pictures a shard.")] = 256,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="With --prompts: stop at a malformed row.")
+    ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="With --prompts: a Ray cluster, or local for one here."
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="With --ray: models at once; one a GPU by default.")
+    ] = None,
+    threads: Annotated[
+        int, typer.Option(min=0, help="With --prompts: of a model on a CPU; 0 for all.")
+    ] = 0,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Draw pictures from prompts, each as a PNG that carries its prompt, seed and plan."""
     from dataclasses import replace
 
+    from leansd.errors import LeansdError
     from leansd.faces.cli.terminal import (
         hush_libraries,
         note,
@@ -108,6 +136,8 @@ def generate_pictures(
     from leansd.version import __version__
 
     # Everything that can be wrong is found before a weight is read.
+    if (prompts is None) == (prompt_file is None):
+        raise LeansdError("give prompts, or a file of them by --prompts; one of the two")
     check_folder(out)
     base = Request(
         prompt="",
@@ -130,6 +160,53 @@ def generate_pictures(
         chosen = read_front(plan, steps, anatomy, speedup=speedup)
     else:
         chosen = choose_plan(plan, steps, anatomy, nets=anatomies, fit=fit)
+    if prompt_file is not None:
+        from leansd.faces.bulk import carry_out, place_order, read_prompts_file
+
+        order = place_order(
+            read_prompts_file(prompt_file, strict=strict, note=note),
+            out,
+            chosen,
+            {
+                "model": model,
+                "steps": chosen.steps,
+                "nets": folders,
+                "guidance": guidance,
+                "sampler": sampler,
+                "size": base.size,
+                "seed": seed,
+                "strength": strength,
+                "batch": batch,
+                "shard": shard,
+                "threads": threads or (1 if ray is not None else 0),
+                "device": device,
+            },
+        )
+        total = len(order.sheet.rows)
+        note(f"{order.left} of {total} pictures to draw, {len(order.missing)} shards")
+        with open_progress() as progress:
+            bar = progress.add_task("pictures", total=total, completed=total - order.left)
+            carry_out(
+                order,
+                out,
+                address=ray,
+                workers=workers,
+                on_pictures=lambda count: progress.advance(bar, count),
+            )
+        show_text(f"{total} pictures in {len(order.parts)} shards in {out}")
+        if as_json:
+            show_json(
+                {
+                    "command": "generate",
+                    "pictures": total,
+                    "drawn": order.left,
+                    "flaws": [str(flaw) for flaw in order.sheet.flaws],
+                    "shards": [str(out / part.name) for part in order.parts],
+                    "fingerprint": order.job.fingerprint,
+                }
+            )
+        return
+    assert prompts is not None
     autoencoder = load_vae(vae) if vae is not None else None
 
     pipe = load(model, device=device)

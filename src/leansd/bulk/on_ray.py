@@ -1,0 +1,100 @@
+"""A job on a Ray cluster: a pool of actors, each with the model, that shards are streamed through.
+
+Ray Data starts actors anew where a worker or a node goes down, and draws again what was lost with
+them. Shards come back to the driver, which alone writes, so no file system has to be shared.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from leansd.bulk.drawing import Drawer
+from leansd.bulk.jobs import Job, Part
+from leansd.bulk.rows import Row
+from leansd.bulk.running import Work
+from leansd.errors import LeansdError
+
+LOCAL = "local"
+
+
+class Worker:
+    """Has a job's model, and draws shards."""
+
+    def __init__(self, job: Mapping[str, Any]) -> None:
+        self._drawer = Drawer(Job(**job))
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
+        (number,), (rows,) = batch["number"], batch["rows"]
+        part = Part(int(number), tuple(Row.model_validate_json(row) for row in rows.splitlines()))
+        return {"number": [part.number], "content": [self._drawer.draw(part)]}
+
+
+def draw_on_ray(
+    job: Job, parts: Sequence[Part], *, address: str, workers: int | None = None
+) -> Iterator[tuple[Part, bytes]]:
+    """Shards as the pool finishes them.
+
+    Args:
+        address: of a cluster, or `local` for one on this machine.
+        workers: actors; by default one for each GPU, or where there is none for as many
+            processors as the job has threads.
+
+    Raises:
+        LeansdError: Ray is not installed or cannot be reached.
+    """
+    ray = connect(address)
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    threads = job.threads or 1
+    pool = workers or gpus or max(1, cpus // threads)
+    by_number = {part.number: part for part in parts}
+    items = [
+        {"number": part.number, "rows": "\n".join(row.model_dump_json() for row in part.rows)}
+        for part in parts
+    ]
+    drawn = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        Worker,
+        fn_constructor_args=({**asdict(job), "threads": threads if not gpus else 0},),
+        batch_size=1,
+        concurrency=min(pool, len(items)),
+        num_gpus=1 if gpus else 0,
+        num_cpus=0 if gpus else threads,
+    )
+    for row in drawn.iter_rows():
+        yield by_number[int(row["number"])], bytes(row["content"])
+
+
+def connect(address: str) -> Any:
+    """Ray, connected to a cluster.
+
+    Raises:
+        LeansdError: it is not installed, or nobody answers.
+    """
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise LeansdError(
+            "Ray is not installed: install leansd[ray], or leave --ray out"
+        ) from error
+    if ray.is_initialized():
+        return ray
+    where = None if address == LOCAL else address
+    try:
+        ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise LeansdError(
+            f"no Ray cluster answers at {address}: {first}; start one with `ray start --head`, or "
+            "give --ray local"
+        ) from error
+    return ray
+
+
+def work_on_ray(address: str, *, workers: int | None = None) -> Work:
+    """`draw_on_ray` for `run_job`."""
+    return partial(draw_on_ray, address=address, workers=workers)
