@@ -1,4 +1,4 @@
-"""Pictures by the thousand: rows in, shards out, exactly once, the same bytes whoever draws them."""
+"""Pictures by the thousand: rows in, shards out, once each, the same bytes whoever draws them."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -19,9 +19,8 @@ from tiny import shallow_unet, tiny_pipeline
 
 
 def write_rows(path: Path, rows: Sequence[Any]) -> Path:
-    path.write_text(
-        "".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows)
-    )
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(f"{line}\n" for line in lines))
     return path
 
 
