@@ -1,0 +1,156 @@
+"""A real Ray cluster of two nodes: whatever goes down, every picture is there once, byte for byte."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from leansd.bulk.jobs import Job, Part, cut_parts, list_missing
+from leansd.bulk.rows import read_sheet
+from leansd.bulk.running import run_job
+from leansd.bulk.shards import list_shards
+from leansd.errors import LeansdError
+from tiny import shallow_unet, tiny_pipeline
+
+ray = pytest.importorskip("ray")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+ROWS, SHARD = 16, 2
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, and a file of prompts."""
+    home = tmp_path_factory.mktemp("bulk")
+    tiny_pipeline(unet=shallow_unet()).save_pretrained(home / "model")
+    rows = [{"id": f"{number:02d}", "prompt": f"thing {number}"} for number in range(ROWS)]
+    (home / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return home
+
+
+@pytest.fixture(scope="module")
+def job(home: Path) -> Job:
+    return Job(str(home / "model"), steps=8, shard=SHARD, threads=1, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def parts(home: Path) -> list[Part]:
+    return cut_parts(read_sheet(home / "prompts.jsonl").rows, SHARD)
+
+
+@pytest.fixture(scope="module")
+def expected(home: Path, job: Job, parts: list[Part]) -> dict[str, bytes]:
+    """Every shard, drawn one after the other in this process."""
+    run_job(job, parts, home / "serial")
+    return read_shards(home / "serial")
+
+
+def read_shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in list_shards(folder)}
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
+    try:
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def list_workers() -> list[psutil.Process]:
+    """The processes that have a model."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = " ".join(process.info["cmdline"] or ())
+        if command.startswith("ray::") and "MapWorker" in command:
+            found.append(process)
+    return found
+
+
+def draw(cluster: Any, job: Job, parts: list[Part], folder: Path, on_first: Any = None) -> None:
+    from leansd.bulk.on_ray import work_on_ray
+
+    left = [on_first]
+
+    def on_part(part: Part) -> None:
+        act, left[0] = left[0], None
+        if act is not None:
+            act()
+
+    run_job(job, parts, folder, work=work_on_ray(cluster.address, workers=2), on_part=on_part)
+
+
+def test_two_nodes_draw_what_one_process_does(
+    cluster: Any, job: Job, parts: list[Part], expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    cluster.add_node(num_cpus=1)
+    draw(cluster, job, parts, tmp_path)
+    assert read_shards(tmp_path) == expected
+
+
+def test_a_killed_worker_costs_time_only(
+    cluster: Any, job: Job, parts: list[Part], expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    cluster.add_node(num_cpus=1)
+    killed: list[int] = []
+
+    def kill() -> None:
+        worker = list_workers()[0]
+        killed.append(worker.pid)
+        worker.send_signal(signal.SIGKILL)
+
+    draw(cluster, job, parts, tmp_path, kill)
+    assert killed
+    assert read_shards(tmp_path) == expected
+
+
+def test_a_lost_node_costs_time_only(
+    cluster: Any, job: Job, parts: list[Part], expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    node = cluster.add_node(num_cpus=1)
+    draw(cluster, job, parts, tmp_path, lambda: cluster.remove_node(node))
+    assert read_shards(tmp_path) == expected
+
+
+def test_a_killed_driver_goes_on(
+    cluster: Any, home: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    cluster.add_node(num_cpus=1)
+    command = [
+        sys.executable, "-m", "leansd.faces.cli", "generate",
+        "--prompts", str(home / "prompts.jsonl"), "--model", str(home / "model"),
+        "--plan", "full", "--steps", "8", "--shard", str(SHARD), "--threads", "1",
+        "--ray", cluster.address, "--workers", "2", "--out", str(tmp_path / "out"),
+        "--device", "cpu",
+    ]  # fmt: skip
+    first = subprocess.Popen(command, start_new_session=True)
+    deadline = time.monotonic() + 240
+    while not list_shards(tmp_path / "out") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    done = len(list_shards(tmp_path / "out"))
+    assert 0 < done < len(expected)
+    subprocess.run(command, check=True, timeout=240)
+    assert read_shards(tmp_path / "out") == expected
+
+
+def test_nobody_there_is_said(job: Job, parts: list[Part], tmp_path: Path) -> None:
+    from leansd.bulk.on_ray import work_on_ray
+
+    with pytest.raises(LeansdError, match=r"no Ray cluster answers at 127\.0\.0\.1:1"):
+        run_job(job, parts, tmp_path, work=work_on_ray("127.0.0.1:1"))
+    assert list_missing(parts, tmp_path) == parts
