@@ -1,4 +1,4 @@
-"""A real Ray cluster of two nodes: whatever goes down, every picture is there once, byte for byte."""
+"""A real Ray cluster of two nodes: whatever goes down, every picture is there once, as it was."""
 
 import json
 import os

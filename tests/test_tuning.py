@@ -1,5 +1,6 @@
 """Tuning: the error model is what schedulers do, the search is the best there is, runs agree."""
 
+import copy
 import itertools
 import json
 import random
@@ -24,16 +25,18 @@ from leansd.measuring.cost import CostModel
 from leansd.plans.plan import Plan, Tuned
 from leansd.plans.row import NO_CORRECTION, Correction
 from leansd.runtime.clock import read_course
+from leansd.runtime.nets import keep_company
 from leansd.runtime.store import weigh
 from leansd.tuning import Front, Point, calibration, tuner
 from leansd.tuning.calibration import Calibration, calibrate, measure_response
 from leansd.tuning.dynamic import Keys, find_best
-from leansd.tuning.errors import HEAD_ACTIONS, Action, ErrorModel
+from leansd.tuning.errors import HEAD_ACTIONS, Action, ErrorModel, Key
 from leansd.tuning.journal import Journal
 from leansd.tuning.polishing import polish, replay
 from leansd.tuning.refinement import try_plan
-from leansd.tuning.regimes import TICKS, list_regimes
+from leansd.tuning.regimes import list_regimes
 from leansd.tuning.trials import Bench, Trial
+from leansd.tuning.variants import FULL, TICKS, Variant, allows, list_variants, measure_deviation
 from tiny import shallow_unet, tiny_pipeline, tiny_scheduler
 
 STEPS = 8
@@ -75,56 +78,63 @@ def cost(pipe) -> CostModel:
 # -- dynamic programming ---------------------------------------------------------------------------
 
 
-def list_all(count: int, longest: int, actions: Sequence[Action]):
-    """Every set of key steps with every choice of actions, as `(keys, end, action)` each stretch.
+def list_all(count: int, longest: int, actions: Sequence[Action], variants: int):
+    """Every set of key steps with every choice of actions, as `(key, end, action)` each stretch.
 
     A stretch without steps between has the first action, which does nothing there.
     """
     for size in range(1, count + 1):
         for others in itertools.combinations(range(1, count), size - 1):
-            keys = (0, *others)
+            steps = (0, *others)
             ends = (*others, count)
-            if any(end - key - 1 > longest for key, end in zip(keys, ends, strict=True)):
+            if any(end - step - 1 > longest for step, end in zip(steps, ends, strict=True)):
                 continue
             choices = [
-                actions if end - key > 1 else actions[:1]
-                for key, end in zip(keys, ends, strict=True)
+                actions if end - step > 1 else actions[:1]
+                for step, end in zip(steps, ends, strict=True)
             ]
             for chosen in itertools.product(*choices):
-                yield tuple(zip(keys, ends, chosen, strict=True))
+                for run in itertools.product(range(variants), repeat=size):
+                    keys = map(Key, steps, run)
+                    yield tuple(zip(keys, ends, chosen, strict=True))
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("longest", [3, 7])
-def test_dynamic_programming_equals_brute_force(seed: int, longest: int) -> None:
-    count, key_cost, costs = 7, 5, {LINE: 1, PARABOLA: 2}
+@pytest.mark.parametrize("key_costs", [(5,), (5, 3)])
+def test_dynamic_programming_equals_brute_force(
+    seed: int, longest: int, key_costs: tuple[int, ...]
+) -> None:
+    count, costs = 7 if len(key_costs) == 1 else 5, {LINE: 1, PARABOLA: 2}
     draw = random.Random(seed)
     table: dict[tuple[Keys, int, Action], float] = {}
 
     def judge(keys: Keys, end: int, action: Action) -> float:
-        if end - keys[-1] == 1:
+        if keys[0] == Key(0, 1):
+            return float("inf")  # what may not be
+        if end - keys[-1].step == 1 and not keys[-1].variant:
             return 0.0
         return table.setdefault((keys[-3:], end, action), draw.random())
 
     budgets = (6, 11, 14, 18, 23, 29, 35)
     least = dict.fromkeys(budgets, float("inf"))
-    for stretches in list_all(count, longest, list(costs)):
+    for stretches in list_all(count, longest, list(costs), len(key_costs)):
         keys = tuple(key for key, _, _ in stretches)
-        ticks = sum(key_cost + (e - k - 1) * costs[a] for k, e, a in stretches)
+        ticks = sum(key_costs[k.variant] + (e - k.step - 1) * costs[a] for k, e, a in stretches)
         error = sum(judge(keys[: i + 1][-3:], e, a) for i, (_, e, a) in enumerate(stretches))
         for budget in budgets:
             if ticks <= budget:
                 least[budget] = min(least[budget], error)
     reachable = [budget for budget in budgets if least[budget] < float("inf")]
-    found = find_best(count, judge, costs, key_cost, budgets, longest=longest)
+    found = find_best(count, judge, costs, key_costs, budgets, longest=longest)
     assert [proposal.error for proposal in found] == pytest.approx([least[b] for b in reachable])
     for budget, proposal in zip(reachable, found, strict=True):
         parts = [(s.key, s.end, s.action) for s in proposal.stretches]
         again = sum(judge(proposal.keys[: i + 1][-3:], e, a) for i, (_, e, a) in enumerate(parts))
         assert again == pytest.approx(proposal.error)
-        ticks = sum(key_cost + (e - k - 1) * costs[a] for k, e, a in parts)
+        ticks = sum(key_costs[k.variant] + (e - k.step - 1) * costs[a] for k, e, a in parts)
         assert ticks == proposal.ticks <= budget
-        assert [k for k, _, _ in parts] == [0, *(e for _, e, _ in parts[:-1])]
+        assert [k.step for k, _, _ in parts] == [0, *(e for _, e, _ in parts[:-1])]
         assert parts[-1][1] == count
 
 
@@ -182,7 +192,7 @@ def test_the_error_of_a_stretch_is_what_the_scheduler_makes_of_forecasts(
 ) -> None:
     torch.manual_seed(1)
     outputs = torch.randn(STEPS, 1, 4, 3, 3, dtype=torch.float64)
-    model = ErrorModel(make_calibration(name, outputs))
+    model = ErrorModel.of(make_calibration(name, outputs))
     log_snr = model.calibration.log_snr.tolist()
     keys, end = (0, 1, 3), 6
     known = keys[-2:] if action is LINE else keys
@@ -206,7 +216,7 @@ def test_the_error_of_a_stretch_is_what_the_scheduler_makes_of_forecasts(
     def miss(correct: Correction) -> float:
         return float((run(correct) - run(None)).square().mean())
 
-    judged = model.judge(keys, end, action)
+    judged = model.judge([Key(key) for key in keys], end, action)
     assert judged.error == pytest.approx(miss(judged.correct), rel=1e-4)
     line, last = judged.correct
     for nudge in (-0.1, -0.01, 0.01, 0.1):
@@ -214,9 +224,44 @@ def test_the_error_of_a_stretch_is_what_the_scheduler_makes_of_forecasts(
         assert miss(judged.correct) < miss(Correction(line, last + nudge))
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("end", [4, 6])
+def test_the_error_of_a_key_step_that_is_not_full_counts_with_its_stretch(
+    name: str, end: int
+) -> None:
+    torch.manual_seed(2)
+    outputs = torch.randn(STEPS, 1, 4, 3, 3, dtype=torch.float64)
+    wrong = 0.1 * torch.randn(STEPS, 1, 4, 3, 3, dtype=torch.float64)
+    calibration = make_calibration(name, outputs)
+    basis = torch.cat([outputs, wrong]).reshape(2 * STEPS, -1)
+    model = ErrorModel(calibration, (basis @ basis.T / basis.shape[1]).numpy())
+    keys = (Key(0), Key(2, 1), Key(3, 1))
+    judged = model.judge(keys, end, LINE)
+    log_snr = calibration.log_snr.tolist()
+    known = [outputs[2] + wrong[2], outputs[3] + wrong[3]]
+
+    def forecast(step: int) -> torch.Tensor:
+        weights = [weigh(log_snr[step], point, log_snr[2:4]) for point in log_snr[2:4]]
+        return weights[0] * known[0] + weights[1] * known[1]
+
+    given = outputs.clone()
+    given[3] = known[1]
+    for step in range(4, end):
+        given[step] = forecast(step)
+    if end > 4:
+        given[end] += judged.correct.line * (outputs[end] - forecast(end))
+        given[end] += judged.correct.last * (outputs[end] - known[1])
+    samples = []
+    for each in (given, outputs):
+        scheduler = make_scheduler(name)
+        scheduler.set_timesteps(STEPS)
+        samples.append(follow(scheduler, each, torch.zeros_like(outputs[0]))[end + 1].double())
+    assert judged.error == pytest.approx(float((samples[0] - samples[1]).square().mean()), rel=1e-4)
+
+
 def test_a_stretch_without_steps_between_costs_nothing() -> None:
-    model = ErrorModel(make_calibration("ddim", torch.randn(STEPS, 5, dtype=torch.float64)))
-    assert model.judge((0, 1), 2, LINE) == (0.0, NO_CORRECTION)
+    model = ErrorModel.of(make_calibration("ddim", torch.randn(STEPS, 5, dtype=torch.float64)))
+    assert model.judge((Key(0), Key(1)), 2, LINE) == (0.0, NO_CORRECTION)
 
 
 @pytest.mark.parametrize(
@@ -293,20 +338,75 @@ def test_polishing_leads_nearer_to_the_full_run(pipe) -> None:
 
 def test_regimes_are_those_that_save_time_here(pipe, cost) -> None:
     anatomy = leansd.dissect(pipe.unet)
-    heads, guided, cut = list_regimes(cost, anatomy)
+    heads, cut = list_regimes(cost, anatomy, [FULL, Variant("half", 9, guidance="forecast")])
     assert set(heads.actions) == set(HEAD_ACTIONS)
-    assert heads.key == TICKS
-    assert guided.alternates
-    assert 0.7 * TICKS < guided.key < TICKS  # half a batch takes half the units' time, and more
+    assert heads.key_costs == (TICKS, 9)
     (action,) = cut.actions
     assert action.cut == f"up{anatomy.up_blocks - 1}.l1"
     assert 0 < cut.actions[action] < TICKS / 2
+    assert cut.key_costs == (TICKS,)
+
+
+# -- what key steps run ----------------------------------------------------------------------------
+
+
+def make_light_cost(cost: CostModel) -> CostModel:
+    """Half of everything."""
+    units = {at: {batch: t / 2 for batch, t in times.items()} for at, times in cost.units.items()}
+    return replace(cost, units=units)
+
+
+def test_variants_are_those_that_save_time_here(pipe, cost) -> None:
+    anatomy = leansd.dissect(pipe.unet)
+    nets = keep_company(pipe.unet, {"light": shallow_unet(seed=1)}).nets
+    priced = replace(cost, nets={"light": make_light_cost(cost)})
+    full, light, half = list_variants(priced, anatomy, nets)
+    assert full == FULL
+    assert (light.net, half.guidance) == ("light", "forecast")
+    assert light.ticks == pytest.approx(TICKS / 2, abs=1)
+    assert 0.5 * TICKS <= half.ticks < 0.9 * TICKS
     dear = {at: dict.fromkeys(("whole", "half"), 1e-3) for at in cost.units}
-    assert not any(each.alternates for each in list_regimes(replace(cost, units=dear), anatomy))
-    plan = Plan.between([0, 1, 3, 5, 6, 7], cut="head", steps=STEPS)
-    rows = guided.dress(plan).rows
-    assert [row.guidance for row in rows[4:]] == ["compute", "forecast", "compute", "forecast"]
-    assert heads.dress(plan) == plan
+    assert list_variants(replace(cost, units=dear), anatomy, {}) == (FULL,)
+    variants = (full, half)
+    assert not allows(variants, [Key(0), Key(1, 1)])
+    assert allows(variants, [Key(0), Key(1), Key(2, 1)])
+    assert not allows(variants, [Key(1), Key(2, 1), Key(3, 1)])
+    plan = half.dress(light.dress(Plan.full(4), 3), 2)
+    assert [row.net for row in plan.rows] == ["", "", "", "light"]
+    assert plan.rows[2].guidance == "forecast"
+
+
+def test_a_deviation_is_what_a_variant_gives_on_the_full_runs_latents(pipe) -> None:
+    options = {"seed": 0, "batch": 8, "settings": SETTINGS}
+    seen = calibrate(pipe, PROMPTS[:2], STEPS, **options)
+    twin, other = copy.deepcopy(pipe.unet), copy.deepcopy(pipe.unet)
+    with torch.no_grad():
+        other.conv_out.weight.mul_(1.5)
+        other.conv_out.bias.mul_(1.5)
+    bench = Bench(pipe, PROMPTS[:2], **options, nets={"twin": twin, "other": other})
+    assert not measure_deviation(Variant(net="twin"), bench, seen).any()
+    wrong = measure_deviation(Variant(net="other"), bench, seen)
+    assert np.allclose(wrong, 0.5 * seen.outputs, rtol=1e-3, atol=1e-5)
+    half = measure_deviation(Variant(guidance="forecast"), bench, seen)
+    assert not half[:2].any()
+    assert all(row.any() for row in half[2:])
+
+
+def test_nets_are_tuned_with_all_else(pipe, cost) -> None:
+    """A net as good as the pipeline's own at half the cost draws every key step."""
+    priced = replace(cost, nets={"light": make_light_cost(cost)})
+    front = leansd.tune(
+        pipe, PROMPTS, steps=STEPS, held_out=PROMPTS, settings=SETTINGS, speeds=[1.6], grids=[1.0],
+        tries=0, cost=priced, nets={"light": copy.deepcopy(pipe.unet)},
+    )  # fmt: skip
+    best = max(front.points, key=lambda point: point.psnr)
+    assert {row.net for row in best.plan.rows if row.is_key} >= {"light"}
+    assert best.psnr > 60
+    alone = leansd.tune(
+        pipe, PROMPTS, steps=STEPS, held_out=PROMPTS, settings=SETTINGS, speeds=[1.6], grids=[1.0],
+        tries=0, cost=cost,
+    )  # fmt: skip
+    assert best.psnr > max(point.psnr for point in alone.points) + 3
 
 
 @pytest.fixture
@@ -509,5 +609,5 @@ def test_nothing_warns_where_an_output_repeats() -> None:
     flat = torch.ones(STEPS, 5, dtype=torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        judged = ErrorModel(make_calibration("ddim", flat)).judge((0, 1), 4, LINE)
+        judged = ErrorModel.of(make_calibration("ddim", flat)).judge((Key(0), Key(1)), 4, LINE)
     assert judged.error == pytest.approx(0.0, abs=1e-12)

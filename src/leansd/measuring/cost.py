@@ -19,6 +19,7 @@ from leansd.plans.address import get_block
 from leansd.plans.anatomy import HEAD, STEM
 from leansd.plans.gate import Attend
 from leansd.plans.liveness import Call, Kept, Program
+from leansd.plans.row import OWN
 
 Batch = Literal["whole", "half", "none"]
 """What a call runs: the `whole` batch, only the conditional `half` of a guided one, or `none` of
@@ -61,6 +62,8 @@ class CostModel:
     """A run's rest: attaching, tokens, first latents, conversion to pictures."""
     per_step: float = 0.0
     """Scheduler and pipeline between two UNet calls."""
+    nets: Mapping[str, CostModel] = field(default_factory=dict)
+    """Of the UNets that plans switch to, in the place of the pipeline's own; not in the records."""
 
     @property
     def overhead_per_run(self) -> float:
@@ -84,6 +87,10 @@ class CostModel:
         Raises:
             LeansdError: the call has a unit, a gate or a batch that was not measured.
         """
+        if call.net != OWN:
+            if call.net not in self.nets:
+                raise LeansdError(f"no cost is known of net {call.net!r} ({self.subject})")
+            return self.nets[call.net].predict_call(replace(call, net=OWN))
         batch = get_batch(call)
         if batch not in self.fixed:
             raise LeansdError(f"no cost is known of a call {MISSING[batch]} ({self.subject})")

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from leansd.errors import LeansdError
 from leansd.plans.plan import Plan
 from leansd.runtime import inherit
+from leansd.runtime.inheritance import NO_NETS
 
 PipelineCall: TypeAlias = str | Mapping[str, Any]
 """A prompt, or arguments of the pipeline: `prompt_embeds`, `image`, `strength` and so on."""
@@ -64,6 +65,7 @@ def run_calls(
     batch: int = 8,
     scheduler: Any | None = None,
     settings: Mapping[str, Any] | None = None,
+    nets: Mapping[str, UNet2DConditionModel] = NO_NETS,
     on_step: OnStep | None = None,
 ) -> Finals:
     """Run every call, with the plan or without.
@@ -76,6 +78,7 @@ def run_calls(
             or a tensor whose first dimension is 1; others run alone.
         scheduler: takes the place of the pipeline's own for this run.
         settings: arguments that all calls share, such as `guidance_scale`.
+        nets: UNets that the plan switches to.
 
     Raises:
         LeansdError: there are no calls, a call sets what is set here, or the results differ in
@@ -85,7 +88,7 @@ def run_calls(
     latents: list[Tensor] = []
     pictures: list[Tensor] = []
     seconds: list[float] = []
-    following = inherit(pipe, plan) if plan is not None else nullcontext()
+    following = inherit(pipe, plan, nets=nets) if plan is not None else nullcontext()
     with _sampled_by(pipe, scheduler), following:
         for places in split_calls(calls, batch):
             start = time.perf_counter()

@@ -49,6 +49,11 @@ class Calibration:
     finals: Finals
 
     @property
+    def outputs(self) -> np.ndarray:
+        """The guided outputs of every call, of all runs together, [n, numbers]."""
+        return stack_outputs(self.runs)
+
+    @property
     def count(self) -> int:
         """UNet calls of a run."""
         return len(self.log_snr)
@@ -85,9 +90,8 @@ def calibrate(
     response = measure_response(pipe.scheduler, course.steps, start)
     log_snr = np.array(course.log_snr[start:])
     carry = _measure_carry(pipe, runs, run) if like is None else _borrow_carry(like, log_snr)
-    outputs = [torch.cat([each[i].output.flatten() for each in runs]) for i in range(count)]
-    stacked = torch.stack(outputs).double()
-    products = (stacked @ stacked.T / stacked.shape[1]).numpy()
+    outputs = stack_outputs(runs)
+    products = outputs @ outputs.T / outputs.shape[1]
     return Calibration(
         steps=course.steps,
         log_snr=log_snr,
@@ -97,6 +101,14 @@ def calibrate(
         runs=tuple(runs),
         finals=finals,
     )
+
+
+def stack_outputs(runs: Sequence[Run]) -> np.ndarray:
+    """The guided outputs of every call, of all runs together, [n, numbers], double precision."""
+    outputs = [
+        torch.cat([run[place].output.flatten() for run in runs]) for place in range(len(runs[0]))
+    ]
+    return torch.stack(outputs).double().cpu().numpy()
 
 
 def require_tunable(scheduler: Any, steps: int) -> None:

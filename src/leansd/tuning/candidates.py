@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from leansd.plans.plan import Plan
-from leansd.tuning.dynamic import Proposal, Stretch
+from leansd.tuning.dynamic import MEMORY, Proposal, Stretch
 from leansd.tuning.errors import ErrorModel
 from leansd.tuning.refinement import list_neighbours
 from leansd.tuning.regimes import Regime
 from leansd.tuning.trials import build_plan
+from leansd.tuning.variants import allows
 
 
 @dataclass(frozen=True)
@@ -28,16 +31,25 @@ class Candidate:
         return self.proposal.error + self.lag
 
     def build(self) -> Plan:
-        return self.regime.dress(build_plan(self.proposal, self.model.calibration))
+        calibration = self.model.calibration
+        plan = build_plan(self.proposal, calibration)
+        start = calibration.steps - calibration.count
+        for key in self.proposal.keys:
+            plan = self.regime.variants[key.variant].dress(plan, start + key.step)
+        return plan
 
     def list_neighbours(self) -> list[Candidate]:
         count = self.model.calibration.count
         found = list_neighbours(self.proposal, count, self.regime.actions)
-        return [self._move(stretches) for stretches in found]
+        moved = (self._move(stretches) for stretches in found)
+        return [each for each in moved if np.isfinite(each.error)]
 
     def _move(self, stretches: tuple[Stretch, ...]) -> Candidate:
         error, keys = 0.0, ()
         for stretch in stretches:
-            keys = (*keys, stretch.key)[-3:]
+            keys = (*keys, stretch.key)[-MEMORY:]
+            if not allows(self.regime.variants, keys):
+                error = float("inf")
+                break
             error += self.model.judge(keys, stretch.end, stretch.action).error
         return replace(self, proposal=Proposal(stretches, error, self.proposal.ticks))

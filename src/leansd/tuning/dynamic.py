@@ -1,8 +1,8 @@
 """Dynamic programming over key steps: the least error for every budget, in the error model.
 
-The errors of stretches add up and each depends on the last three key steps before it, so a state is
-those three. Costs are counted in whole ticks, and for every state and number of ticks the least
-error is kept.
+The errors of stretches add up and each depends on the last three key steps before it, and on what
+those run, so a state is those three. Costs are counted in whole ticks, and for every state and
+number of ticks the least error is kept.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import TypeAlias
 
 import numpy as np
 
-from leansd.tuning.errors import Action
+from leansd.tuning.errors import Action, Key
 
-Keys: TypeAlias = tuple[int, ...]
+Keys: TypeAlias = tuple[Key, ...]
 Judge: TypeAlias = Callable[[Keys, int, Action], float]
 """`(last key steps, end of the stretch, action) -> error`."""
 
@@ -27,7 +27,7 @@ MEMORY = 3
 class Stretch:
     """From a key step up to the next one, or to the end of the run."""
 
-    key: int
+    key: Key
     end: int
     action: Action
 
@@ -49,7 +49,7 @@ def find_best(
     count: int,
     judge: Judge,
     costs: Mapping[Action, int],
-    key_cost: int,
+    key_costs: Sequence[int],
     budgets: Sequence[int],
     *,
     longest: int,
@@ -59,34 +59,43 @@ def find_best(
     Args:
         count: UNet calls of a run, the first of which is a key step.
         costs: ticks of a step between key steps, by what it does.
-        key_cost: ticks of a key step.
+        key_costs: ticks of a key step, by what it runs.
         longest: the most steps between two key steps.
     """
     most = max(budgets)
     actions = list(costs)
-    table: dict[Keys, _Reached] = {(0,): _Reached(most)}
+    table: dict[Keys, _Reached] = {}
     done = _Reached(most)
-    if key_cost <= most:
-        table[0,].errors[key_cost] = 0.0
-    states: list[Keys] = [(0,)]
-    number: dict[Keys, int] = {(0,): 0}
-    for key in range(count):
-        for state in [state for state in states if state[-1] == key]:
+    states: list[Keys] = []
+    number: dict[Keys, int] = {}
+
+    def find(state: Keys) -> _Reached:
+        if state not in table:
+            table[state] = _Reached(most)
+            number[state] = len(states)
+            states.append(state)
+        return table[state]
+
+    for variant, cost in enumerate(key_costs):
+        if cost <= most:
+            find((Key(0, variant),)).errors[cost] = 0.0
+    for step in range(count):
+        for state in [state for state in states if state[-1].step == step]:
             reached = table[state].errors
-            for end in range(key + 1, min(key + longest + 1, count) + 1):
-                between = end - key - 1
+            for end in range(step + 1, min(step + longest + 1, count) + 1):
+                between = end - step - 1
                 for place, action in enumerate(actions if between else actions[:1]):
-                    spent = between * costs[action] + (key_cost if end < count else 0)
-                    if spent > most:
+                    error = judge(state, end, action)
+                    if not np.isfinite(error):
                         continue
-                    after = (*state, end)[-MEMORY:]
-                    if end < count and after not in table:
-                        table[after] = _Reached(most)
-                        number[after] = len(states)
-                        states.append(after)
-                    target = done if end == count else table[after]
-                    total = reached[: most + 1 - spent] + judge(state, end, action)
-                    target.improve(total, spent, number[state], place)
+                    for variant, cost in enumerate(key_costs if end < count else (0,)):
+                        spent = between * costs[action] + cost
+                        if spent > most:
+                            continue
+                        after = (*state, Key(end, variant))[-MEMORY:]
+                        target = done if end == count else find(after)
+                        total = reached[: most + 1 - spent] + error
+                        target.improve(total, spent, number[state], place)
     proposals: list[Proposal] = []
     for budget in budgets:
         ticks = int(done.errors[: budget + 1].argmin())
@@ -95,13 +104,14 @@ def find_best(
         error, spent = float(done.errors[ticks]), ticks
         stretches: list[Stretch] = []
         at: _Reached = done
-        end = count
+        end, after = count, None
         while at.states[ticks] >= 0:
             state = states[int(at.states[ticks])]
             action = actions[int(at.actions[ticks])]
             stretches.append(Stretch(state[-1], end, action))
-            ticks -= (end - state[-1] - 1) * costs[action] + (key_cost if end < count else 0)
-            at, end = table[state], state[-1]
+            step, cost = state[-1].step, 0 if after is None else key_costs[after.variant]
+            ticks -= (end - step - 1) * costs[action] + cost
+            at, end, after = table[state], step, state[-1]
         proposals.append(Proposal(tuple(reversed(stretches)), error, spent))
     return proposals
 

@@ -31,6 +31,14 @@ class Action(NamedTuple):
 HEAD_ACTIONS = (Action("head", "forecast"), Action("head", "forecast2"))
 
 
+class Key(NamedTuple):
+    """A key step."""
+
+    step: int
+    variant: int = 0
+    """What it runs, by its place among the variants of the error model; 0 is the UNet in full."""
+
+
 class Judgement(NamedTuple):
     """The model's view of one stretch."""
 
@@ -42,13 +50,34 @@ class Judgement(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ErrorModel:
-    """Errors of stretches in which the UNet's output is forecast."""
+    """Errors of stretches in which the UNet's output is forecast.
+
+    The outputs of all calls are its basis, and behind them, for every variant of a key step, by how
+    much that is wrong at all calls: [n (1 + variants)].
+    """
 
     calibration: Calibration
+    products: np.ndarray
+    """Mean products of every two of the basis."""
     _known: dict[Any, Judgement] = field(default_factory=dict[Any, Judgement], repr=False)
 
-    def judge(self, keys: Sequence[int], end: int, action: Action) -> Judgement:
+    @classmethod
+    def of(cls, calibration: Calibration, deviations: Sequence[np.ndarray] = ()) -> ErrorModel:
+        """The model of a full run.
+
+        Args:
+            deviations: for every variant but the full one, its outputs at all calls minus the full
+                ones, [n, numbers], as `calibration.outputs` has those.
+        """
+        if not deviations:
+            return cls(calibration, calibration.products)
+        basis = np.concatenate([calibration.outputs, *deviations])
+        return cls(calibration, basis @ basis.T / basis.shape[1])
+
+    def judge(self, keys: Sequence[Key], end: int, action: Action) -> Judgement:
         """The stretch from the last of `keys` to `end`, the next key step or the end of the run.
+
+        What is wrong with the last key step itself counts with it.
 
         Remembered: the dynamic programme asks the same of every stretch for every speed.
         """
@@ -57,40 +86,48 @@ class ErrorModel:
             self._known[asked] = self._judge(keys, end, action)
         return self._known[asked]
 
-    def _judge(self, keys: Sequence[int], end: int, action: Action) -> Judgement:
-        calibration = self.calibration
+    def _judge(self, keys: Sequence[Key], end: int, action: Action) -> Judgement:
+        calibration, products = self.calibration, self.products
         count = calibration.count
-        between = range(keys[-1] + 1, end)
-        if not between:
-            return Judgement(0.0)
+        between = range(keys[-1].step + 1, end)
         after = min(end + 1, count)
-        change = np.zeros(count)
+        change = np.zeros(len(products))
+        if keys[-1].variant:
+            change[self._place(keys[-1])] += calibration.response[after, keys[-1].step]
+        if not between and not keys[-1].variant:
+            return Judgement(0.0)
         for step in between:
             wrong = self._combine(keys, step, action.how)
             wrong[step] -= 1
             change += calibration.response[after, step] * wrong
         correct = NO_CORRECTION
-        if end < count:
+        if between and end < count:
             remedies = np.stack([self._combine(keys, end, how) for how in CORRECTION_HOWS], axis=1)
             remedies = -remedies
             remedies[end] += 1
             remedies *= calibration.response[after, end]
-            products = calibration.products
             # Where one output is known the two are the same; least squares shares between them.
             solution = np.linalg.lstsq(
                 remedies.T @ products @ remedies, -remedies.T @ products @ change, rcond=1e-9
             )[0]
             correct = Correction(*solution.tolist())
             change = change + remedies @ solution
-        error = float(change @ calibration.products @ change)
+        error = float(change @ products @ change)
         return Judgement(error * float(calibration.carry[after]), correct)
 
-    def _combine(self, keys: Sequence[int], step: int, how: How) -> np.ndarray:
-        """The outputs of which a forecast at `step` is made, as weights of all calls, [n]."""
+    def _place(self, key: Key) -> int:
+        """Where in the basis lies what is wrong with a key step that is not full."""
+        return self.calibration.count * key.variant + key.step
+
+    def _combine(self, keys: Sequence[Key], step: int, how: How) -> np.ndarray:
+        """What a forecast at `step` is made of, in the basis."""
         known = list(keys)[-DEPTHS[how] :]
-        points = [float(self.calibration.log_snr[key]) for key in known]
+        points = [float(self.calibration.log_snr[key.step]) for key in known]
         at = float(self.calibration.log_snr[step])
-        weights = np.zeros(self.calibration.count)
+        weights = np.zeros(len(self.products))
         for key, here in zip(known, points, strict=True):
-            weights[key] = weigh(at, here, points)
+            weight = weigh(at, here, points)
+            weights[key.step] += weight
+            if key.variant:
+                weights[self._place(key)] += weight
         return weights

@@ -8,7 +8,7 @@ has to be computed again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -85,8 +85,19 @@ def replay(
     keys = {0, *(key for key in plan.keys if key >= since)}
     follower = _Follower(plan, calibration, since, past)
     with tap(bench.pipe.scheduler, follower.steer):
-        finals = bench.run(plan.steps, Plan.between(keys, cut=HEAD, steps=plan.steps))
+        finals = bench.run(plan.steps, _keep_keys(plan, keys))
     return finals.latents.double().flatten(), list(follower.outputs)
+
+
+def _keep_keys(plan: Plan, keys: Collection[int]) -> Plan:
+    """What a plan computes at some of its key steps, and nothing else of it."""
+    bare = Plan.between(keys, cut=HEAD, steps=plan.steps)
+    for step in keys:
+        row = plan.rows[step]
+        bare = bare.switch(row.net, at=step)
+        for at, by in row.attend.items():
+            bare = bare.attend(at, by=by, at=step)
+    return bare
 
 
 class _Follower:

@@ -16,7 +16,7 @@ from leansd.plans.liveness import DEPTHS
 from leansd.plans.plan import Plan
 from leansd.tuning.calibration import Calibration
 from leansd.tuning.dynamic import Proposal, Stretch
-from leansd.tuning.errors import Action
+from leansd.tuning.errors import Action, Key
 from leansd.tuning.surprises import Memory, move_on
 from leansd.tuning.taps import Seen, Step, tap
 from leansd.tuning.trials import Bench, Trial
@@ -98,16 +98,27 @@ def _solve(normal: torch.Tensor, target: torch.Tensor) -> tuple[float, float]:
 def list_neighbours(
     proposal: Proposal, count: int, choices: Collection[Action]
 ) -> list[tuple[Stretch, ...]]:
-    """Every proposal with one key step moved by one place, or one stretch forecast otherwise."""
+    """Every proposal with one small change that costs nothing.
+
+    One key step moved by one place, two neighbours that change what they run, or one stretch
+    forecast otherwise.
+    """
     keys, actions = proposal.keys, [stretch.action for stretch in proposal.stretches]
+    taken = {key.step for key in keys}
     neighbours: list[tuple[Stretch, ...]] = []
     for place in range(1, len(keys)):
-        for moved in (keys[place] - 1, keys[place] + 1):
-            if moved < count and moved not in keys:
+        for step in (keys[place].step - 1, keys[place].step + 1):
+            if step < count and step not in taken:
+                moved = keys[place]._replace(step=step)
                 others = [*keys[:place], moved, *keys[place + 1 :]]
                 neighbours.append(_join(others, actions, count))
+    for place in range(len(keys) - 1):
+        one, other = keys[place : place + 2]
+        if one.variant != other.variant:
+            swapped = one._replace(variant=other.variant), other._replace(variant=one.variant)
+            neighbours.append(_join([*keys[:place], *swapped, *keys[place + 2 :]], actions, count))
     for place, stretch in enumerate(proposal.stretches):
-        if stretch.end - stretch.key > 1:
+        if stretch.end - stretch.key.step > 1:
             for action in choices:
                 # With fewer key steps behind it, a parabola is a line.
                 if action != stretch.action and place + 1 >= DEPTHS[action.how]:
@@ -116,8 +127,8 @@ def list_neighbours(
     return neighbours
 
 
-def _join(keys: Sequence[int], actions: Sequence[Action], count: int) -> tuple[Stretch, ...]:
-    ends = [*keys[1:], count]
+def _join(keys: Sequence[Key], actions: Sequence[Action], count: int) -> tuple[Stretch, ...]:
+    ends = [*(key.step for key in keys[1:]), count]
     return tuple(
         Stretch(key, end, action) for key, end, action in zip(keys, ends, actions, strict=True)
     )

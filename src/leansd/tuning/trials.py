@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from diffusers import UNet2DConditionModel
 
 from leansd.measuring.fidelity import psnr
 from leansd.measuring.trajectories import Finals, PipelineCall, run_calls
@@ -33,11 +35,13 @@ class Bench:
     settings: Mapping[str, Any]
     goals: Finals | None = None
     """What the full run ends with."""
+    nets: Mapping[str, UNet2DConditionModel] = field(default_factory=dict)
+    """UNets that plans may switch to."""
 
     def run(self, steps: int, plan: Plan | None = None) -> Finals:
         return run_calls(
             self.pipe, self.calls, steps, plan,
-            seed=self.seed, batch=self.batch, settings=self.settings,
+            seed=self.seed, batch=self.batch, settings=self.settings, nets=self.nets,
         )  # fmt: skip
 
     def score(self, finals: Finals) -> float:
@@ -51,7 +55,7 @@ def build_plan(proposal: Proposal, calibration: Calibration, name: str = "tuned"
     plan = Plan.full(calibration.steps, name=name)
     start = calibration.steps - calibration.count
     for stretch in proposal.stretches:
-        between = [start + step for step in range(stretch.key + 1, stretch.end)]
+        between = [start + step for step in range(stretch.key.step + 1, stretch.end)]
         if between:
             plan = plan.inherit(stretch.action.cut, at=between, how=stretch.action.how)
     return plan

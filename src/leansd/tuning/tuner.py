@@ -1,6 +1,7 @@
 """Tuning a pipeline: propose plans in the error model, try the best, let unseen calls decide.
 
-1. The full run, at the step count asked for and at a few smaller ones, calibrates an error model.
+1. The full run, at the step count asked for and at a few smaller ones, calibrates an error model;
+   so does what key steps may run instead: other nets, GRI, guidance forecast.
 2. Dynamic programming in it proposes key steps and forecasts for every speed, under measured time.
 3. The best proposals run, their corrections fitted on the way; around the best of each speed, key
    steps are moved while that helps.
@@ -9,11 +10,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
+
+from diffusers import UNet2DConditionModel
 
 from leansd.anatomy.reading import read_anatomy
 from leansd.errors import LeansdError
@@ -23,18 +27,23 @@ from leansd.measuring.profile import profile
 from leansd.measuring.records import name_device
 from leansd.measuring.trajectories import PipelineCall, expand_calls
 from leansd.plans.anatomy import Anatomy
+from leansd.plans.liveness import Net
 from leansd.plans.plan import Plan, Tuned
 from leansd.plans.tracing import compile_plan
+from leansd.runtime.inheritance import NO_NETS
+from leansd.runtime.nets import keep_company
 from leansd.tuning.calibration import PROBES, Calibration, calibrate, require_tunable
 from leansd.tuning.candidates import Candidate
-from leansd.tuning.dynamic import find_best
-from leansd.tuning.errors import ErrorModel
+from leansd.tuning.dynamic import Keys, find_best
+from leansd.tuning.errors import Action, ErrorModel
 from leansd.tuning.front import Front, Point
 from leansd.tuning.journal import Journal
 from leansd.tuning.polishing import polish
+from leansd.tuning.progress import CANDIDATES, POLISHING, Progress, Tell
 from leansd.tuning.refinement import try_plan
-from leansd.tuning.regimes import TICKS, Regime, list_regimes
+from leansd.tuning.regimes import Regime, list_regimes
 from leansd.tuning.trials import Bench, Trial
+from leansd.tuning.variants import TICKS, allows, list_variants, measure_deviation
 
 FEWEST_CALLS = 4
 SPEEDS = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0)
@@ -42,16 +51,6 @@ GRIDS = (1.0, 0.85, 0.7, 0.55)
 """Step counts that plans are sought for, as shares of the full run's."""
 LONGEST = 0.2
 """The most steps between two key steps, as a share of all."""
-
-CANDIDATES = 3
-"""Proposals of the first regime that are tried for each speed."""
-OTHERS = 2
-"""About how many there are of other regimes."""
-POLISHING = 8
-"""About how many runs it takes to fit all corrections of a plan together."""
-
-Tell: TypeAlias = Callable[[str, float], None]
-"""Told in a few words what goes on, and the share of the work that is done."""
 
 
 def tune(
@@ -68,6 +67,8 @@ def tune(
     tries: int = 6,
     seed: int = 0,
     batch: int = 8,
+    nets: Mapping[str, UNet2DConditionModel] = NO_NETS,
+    attend: Sequence[str] = (),
     cost: CostModel | None = None,
     sampler: str = "",
     journal: str | Path | None = None,
@@ -85,7 +86,10 @@ def tune(
         speedup: one more speed, the one that is wanted.
         ms: milliseconds of the whole call that are wanted; one more speed as well.
         tries: moves of key steps that are tried for each speed.
-        cost: of `leansd.profile`; measured here by default.
+        nets: UNets by name that plans may switch to.
+        attend: self-attentions, addresses or globs, that plans may compute by GRI.
+        cost: of `leansd.profile`, with `attend` and with the nets' own in `nets`; measured here by
+            default.
         sampler: its name in the front; the scheduler's class by default.
         journal: a file that remembers every plan tried, so that a stopped tuning goes on.
 
@@ -103,9 +107,23 @@ def tune(
         fingerprint_module(pipe.unet),
         wanted.get("guidance_scale"),
     )
-    progress = _Progress(tell, tries, len(speeds) + (speedup is not None) + (ms is not None))
+    wanted_speeds = len(speeds) + (speedup is not None) + (ms is not None)
+    progress = Progress(tell, tries, wanted_speeds, len(grids))
     tuner = _Tuner.prepare(
-        pipe, calls, steps, held_out, wanted, grids, seed, batch, cost, journal, tuned, progress
+        pipe,
+        calls,
+        steps,
+        held_out,
+        wanted,
+        grids,
+        seed,
+        batch,
+        nets,
+        attend,
+        cost,
+        journal,
+        tuned,
+        progress,
     )
     goals = tuner.list_goals(speedup, ms)
     points: list[Point] = []
@@ -113,6 +131,13 @@ def tune(
         points += tuner.seek(speed, tries)
         progress.end_speed(place)
     return Front.of(tuned.unet, tuned.sampler, steps, points)
+
+
+def _exchange(pipe: Any, unet: UNet2DConditionModel) -> Any:
+    """The pipeline with another UNet."""
+    other = copy.copy(pipe)
+    other.unet = unet
+    return other
 
 
 def split_calls(
@@ -135,38 +160,9 @@ def split_calls(
 
 
 @dataclass
-class _Progress:
-    """Counts runs of the calls; how many a speed will take is known only after it."""
-
-    tell: Tell
-    tries: int
-    speeds: int
-    done: float = 0.0
-
-    @property
-    def _first(self) -> int:
-        # Profiling counts as two runs, the held-out full run as one.
-        return 2 + len(PROBES) + len(GRIDS) + 1
-
-    @property
-    def _each(self) -> int:
-        return CANDIDATES + OTHERS + self.tries + POLISHING + 2
-
-    def add(self, text: str, runs: int = 1) -> None:
-        self.done += runs
-        self._say(text)
-
-    def end_speed(self, place: int) -> None:
-        self.done = self._first + (place + 1) * self._each
-        self._say("next speed" if place + 1 < self.speeds else "done")
-
-    def _say(self, text: str) -> None:
-        self.tell(text, min(1.0, self.done / (self._first + self.speeds * self._each)))
-
-
-@dataclass
 class _Tuner:
     anatomy: Anatomy
+    nets: Mapping[str, Net]
     regimes: list[Regime]
     cost: CostModel
     steps: int
@@ -176,7 +172,7 @@ class _Tuner:
     """For every step count, and the error of its full run against that of all steps."""
     journal: Journal
     tuned: Tuned
-    progress: _Progress
+    progress: Progress
 
     @classmethod
     def prepare(
@@ -189,10 +185,12 @@ class _Tuner:
         grids: Sequence[float],
         seed: int,
         batch: int,
+        nets: Mapping[str, UNet2DConditionModel],
+        attend: Sequence[str],
         cost: CostModel | None,
         journal: str | Path | None,
         tuned: Tuned,
-        progress: _Progress,
+        progress: Progress,
     ) -> _Tuner:
         """Calibrate on the full run of every step count."""
         fitted, checked = split_calls(calls, held_out)
@@ -207,17 +205,29 @@ class _Tuner:
             "calls": expand_calls(fitted),
             "held out": expand_calls(checked),
             "settings": settings,
+            "nets": {name: fingerprint_module(net) for name, net in nets.items()},
+            "attend": list(attend),
         }
         known = Journal.open(journal, facts)
         cost = cost or known.cost
         if cost is None:
             pictures = min(batch, len(fitted))
             progress.add("profiling", 0)
-            cost = profile(pipe, call=settings, pictures=pictures)
+            cost = profile(pipe, call=settings, pictures=pictures, attend=attend)
             known.note_cost(cost, pipe.device)
+        if missing := [name for name in nets if name not in cost.nets]:
+            pictures = min(batch, len(fitted))
+            own = {
+                name: profile(_exchange(pipe, nets[name]), call=settings, pictures=pictures)
+                for name in missing
+            }
+            cost = replace(cost, nets={**cost.nets, **own})
         progress.add("profiled", 2)
-        fit = Bench(pipe, fitted, seed, batch, settings)
-        check = Bench(pipe, checked, seed + 10_000, batch, settings)
+        anatomy = read_anatomy(pipe.unet)
+        company = keep_company(pipe.unet, nets).nets
+        variants = list_variants(cost, anatomy, company, attend)
+        fit = Bench(pipe, fitted, seed, batch, settings, nets=nets)
+        check = Bench(pipe, checked, seed + 10_000, batch, settings, nets=nets)
         models: list[tuple[ErrorModel, float]] = []
         main: Calibration | None = None
         for count in sorted({steps, *(max(2, round(share * steps)) for share in grids)})[::-1]:
@@ -229,14 +239,18 @@ class _Tuner:
             progress.add(f"ran {count} steps in full", runs)
             main = main or calibration
             lag = calibration.finals.latents.double() - main.finals.latents.double()
-            models.append((ErrorModel(calibration), float(lag.square().mean())))
+            wrong = [measure_deviation(each, fit, calibration) for each in variants[1:]]
+            if wrong:
+                progress.add(f"ran {count} steps by {len(wrong)} cheaper ways", 0)
+            models.append((ErrorModel.of(calibration, wrong), float(lag.square().mean())))
         assert main is not None
         fit = replace(fit, goals=main.finals)
         check = replace(check, goals=check.run(steps))
         progress.add("ran the held-out calls in full")
-        anatomy = read_anatomy(pipe.unet)
-        regimes = list_regimes(cost, anatomy)
-        return cls(anatomy, regimes, cost, steps, fit, check, models, known, tuned, progress)
+        regimes = list_regimes(cost, anatomy, variants)
+        return cls(
+            anatomy, company, regimes, cost, steps, fit, check, models, known, tuned, progress
+        )
 
     def list_goals(self, speedup: float | None, ms: float | None) -> list[float]:
         """What is wanted as speeds, where any run is so fast."""
@@ -285,13 +299,19 @@ class _Tuner:
         for model, lag in self.models:
             calibration = model.calibration
             budget = self._count_ticks(speed, calibration)
-            if budget < regime.key:
+            if budget < min(regime.key_costs):
                 continue
+
+            def judge(keys: Keys, end: int, action: Action, model: ErrorModel = model) -> float:
+                if not allows(regime.variants, keys):
+                    return float("inf")
+                return model.judge(keys, end, action).error
+
             for proposal in find_best(
                 calibration.count,
-                lambda keys, end, action, model=model: model.judge(keys, end, action).error,
+                judge,
                 regime.actions,
-                regime.key,
+                regime.key_costs,
                 [budget],
                 longest=max(4, round(LONGEST * calibration.steps)),
             ):
@@ -370,7 +390,7 @@ class _Tuner:
         self.progress.add(f"held out: {plan.name} {known.psnr:.2f} dB")
         full = self.models[0][0].calibration
         start = plan.steps - round(full.count * plan.steps / full.steps)
-        program = compile_plan(plan, self.anatomy, start=start)
+        program = compile_plan(plan, self.anatomy, nets=self.nets, start=start)
         seconds = self.cost.predict_run(program)
         whole = self.cost.predict_full_run(full.count)
         return Point(plan, whole / seconds, seconds * 1000, known.psnr)
