@@ -1,6 +1,7 @@
 """Predicted against measured: how right the cost model is, on plans that it was not made from.
 
-    python benchmarks/prediction.py [--model emoji --model sd15] [--repeats 8] [--steps 12]
+    python benchmarks/prediction.py --model emoji [--repeats 8] [--steps 12]
+    python benchmarks/prediction.py --model sd15 --side 256 --repeats 3
 
 The embedded model, and a pipeline of Stable Diffusion 1.5's size with random weights. Probing runs
 and held-out runs take turns; records go to `benchmarks/results/prediction.jsonl`, those of each
@@ -44,13 +45,15 @@ def list_plans(probe: Probe, steps: int) -> dict[str, Plan]:
     return plans
 
 
-def measure_model(model: str, *, repeats: int, steps: int, device: str | None) -> list[Record]:
+def measure_model(
+    model: str, *, repeats: int, steps: int, side: int | None, device: str | None
+) -> list[Record]:
     """Records of the cost model and of every held-out plan."""
     pipe: Any = (
         build_stand_in(model, device=device) if model in BUILTIN else load(model, device=device)
     )
     pipe.set_progress_bar_config(disable=True)
-    probe = prepare_probe(pipe, subject=model)
+    probe = prepare_probe(pipe, subject=model, size=(side, side) if side else None)
     plans = list_plans(probe, steps)
     with Progress() as progress:
         task = progress.add_task(model, total=repeats * (1 + len(plans)))
@@ -70,13 +73,14 @@ def main(
     model: Annotated[list[str], typer.Option(help="repeat for several")] = ["emoji", "sd15"],  # noqa: B006
     repeats: int = 8,
     steps: int = 12,
+    side: Annotated[int | None, typer.Option(help="pixels; the model's own by default")] = None,
     device: str | None = None,
     out: Path = RESULTS,
 ) -> None:
     hush_libraries()
     for name in model:
         kept = load_records(out) if out.exists() else []
-        records = measure_model(name, repeats=repeats, steps=steps, device=device)
+        records = measure_model(name, repeats=repeats, steps=steps, side=side, device=device)
         write_records(out, [*(each for each in kept if each.subject != name), *records])
 
 

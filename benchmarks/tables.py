@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/surgery.md from the committed records.
+"""Write the tables of README.md and some pages of docs from the committed records.
 
 Nothing in them is typed by hand.
 
@@ -19,7 +19,7 @@ from leansd.measuring.records import Record, load_records
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 COLUMNS = ("", "speed-up, measured", "predicted", "PSNR to full", "SSIM", "CLIP score")
-PAGES = (ROOT / "README.md", ROOT / "docs" / "surgery.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "surgery.md", ROOT / "docs" / "reproduce.md")
 BLOCK = re.compile(r"(<!-- table: (?P<name>\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -136,11 +136,37 @@ def tabulate_assembly() -> str:
         "| UNet | parameters | GMAC a sample | speed-up |",
         "|---|---|---|---|",
     ]
-    for plan in dict.fromkeys(each.plan for each in records):
+    plans = list(dict.fromkeys(each.plan for each in records))
+    for plan in sorted(plans, key=lambda plan: cells[plan, "speedup"].value):
         params, macs = cells[plan, "params"].value, cells[plan, "macs"].value
         ratio = "1.00x" if plan == "full" else tabulate_ratio(cells[plan, "speedup"])
         parts.append(f"| {plan} | {params:.1f} M | {macs:.1f} | {ratio} |")
     return "\n".join([*parts, ""])
+
+
+def tabulate_prediction() -> str:
+    """The UNet's speed-up under plans that the profile was not made from, and as measured."""
+    records = load_records(RESULTS / "prediction.jsonl")
+    held = [each for each in records if each.metric == "unet_speedup" and each.plan != "full"]
+    cells = {(each.subject, each.plan, each.metric): each for each in records}
+    parts: list[str] = []
+    for subject in dict.fromkeys(each.subject for each in held):
+        first = next(each for each in held if each.subject == subject)
+        parts += [
+            f"{subject}, {get(first, 'width')} x {get(first, 'height')} pixels, "
+            f"{get(first, 'steps')} steps, {get(first, 'repeats')} repeats; {first.device}; "
+            f"torch {first.torch}:\n",
+            "| plan | predicted | measured | off by |",
+            "|---|---|---|---|",
+        ]
+        for each in (each for each in held if each.subject == subject):
+            predicted = cells[subject, each.plan, "predicted_unet_speedup"].value
+            parts.append(
+                f"| {each.plan} | {predicted:.2f}x | {tabulate_ratio(each)} "
+                f"| {predicted / each.value - 1:+.1%} |"
+            )
+        parts.append("")
+    return "\n".join(parts)
 
 
 def tabulate_ratio(record: Record) -> str:
@@ -218,6 +244,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "overhead": tabulate_overhead,
     "gri": tabulate_gri,
     "assembly": tabulate_assembly,
+    "prediction": tabulate_prediction,
     "surgeries": tabulate_surgeries,
 }
 
