@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from leansd.measuring.keeping import fingerprint_case
 from leansd.measuring.records import Record, stamp
 from leansd.plans.document import PlanDocument, make_document, make_plan
 from leansd.plans.plan import Plan
+from leansd.plans.row import OWN
 from leansd.tuning.trials import Trial
 
 
@@ -48,7 +49,8 @@ class Journal:
             if row["case"] != self.case:
                 return
             if "cost" in row:
-                self.cost = CostModel.from_records(map(Record.model_validate, row["cost"]))
+                cost = CostModel.from_records(map(Record.model_validate, row["cost"]))
+                self._take_cost(cost, row.get("net", OWN))
             else:
                 plan = make_plan(PlanDocument.model_validate(row["plan"]))
                 self.known[row["key"]] = Trial(plan, row["psnr"])
@@ -62,10 +64,18 @@ class Journal:
         plan_document = make_document(trial.plan).model_dump(exclude_defaults=True)
         self._write({"key": key, "psnr": trial.psnr, "plan": plan_document})
 
-    def note_cost(self, cost: CostModel, device: Any) -> None:
-        self.cost = cost
+    def note_cost(self, cost: CostModel, device: Any, net: str = OWN) -> None:
+        """Note what a UNet costs: the pipeline's own first, then the others."""
+        self._take_cost(cost, net)
         records = cost.list_records(stamp(device))
-        self._write({"cost": [record.model_dump(exclude_none=True) for record in records]})
+        kept = [record.model_dump(exclude_none=True) for record in records]
+        self._write({"cost": kept, "net": net})
+
+    def _take_cost(self, cost: CostModel, net: str) -> None:
+        if net == OWN:
+            self.cost = cost
+        elif self.cost is not None:
+            self.cost = replace(self.cost, nets={**self.cost.nets, net: cost})
 
     def _write(self, row: Mapping[str, Any]) -> None:
         if self.path is None:

@@ -215,13 +215,11 @@ class _Tuner:
             progress.add("profiling", 0)
             cost = profile(pipe, call=settings, pictures=pictures, attend=attend)
             known.note_cost(cost, pipe.device)
-        if missing := [name for name in nets if name not in cost.nets]:
+        for name in (name for name in nets if name not in cost.nets):
             pictures = min(batch, len(fitted))
-            own = {
-                name: profile(_exchange(pipe, nets[name]), call=settings, pictures=pictures)
-                for name in missing
-            }
-            cost = replace(cost, nets={**cost.nets, **own})
+            own = profile(_exchange(pipe, nets[name]), call=settings, pictures=pictures)
+            known.note_cost(own, pipe.device, name)
+            cost = replace(cost, nets={**cost.nets, name: own})
         progress.add("profiled", 2)
         anatomy = read_anatomy(pipe.unet)
         company = keep_company(pipe.unet, nets).nets

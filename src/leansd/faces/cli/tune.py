@@ -10,6 +10,7 @@ from leansd.faces.cli.options import (
     Guidance,
     Json,
     ModelArgument,
+    Nets,
     PromptFile,
     Sampler,
     Seed,
@@ -33,6 +34,11 @@ def tune_plans(
     ] = None,
     ms: Annotated[
         float | None, typer.Option(help="Choose the best plan of so many milliseconds a call.")
+    ] = None,
+    net: Nets = None,
+    attend: Annotated[
+        list[str] | None,
+        typer.Option(help="Self-attentions that may go by GRI, as in dn0.*.attn; repeat it."),
     ] = None,
     steps: Annotated[int, typer.Option(min=4, help="Sampler steps of the full run.")] = 30,
     sampler: Sampler = None,
@@ -83,10 +89,11 @@ def tune_plans(
     )
     from leansd.faces.contests import find_guidance
     from leansd.faces.fronts import describe_choice, tabulate_front
+    from leansd.faces.outlines import read_nets
     from leansd.faces.prompts import read_prompts
     from leansd.faces.report import write_page
     from leansd.faces.report.tuning import make_sections
-    from leansd.loading import EMBEDDED, find_device, load, locate
+    from leansd.loading import EMBEDDED, find_device, load, load_unet, locate
     from leansd.measuring.files import check_file
     from leansd.measuring.records import stamp, write_records
     from leansd.runtime.samplers import (
@@ -122,6 +129,7 @@ def tune_plans(
     wanted = count or (len(texts) if prompts is not None else 24)
     calls = [texts[place % len(texts)] for place in range(wanted)]
     split_calls(calls, None)
+    folders = read_nets(net or [])
     sought = parse_speeds(speeds) if speeds is not None else SPEEDS
     hush_libraries()
 
@@ -129,6 +137,7 @@ def tune_plans(
     if sampler is not None:
         set_sampler(pipe, sampler)
     pipe.set_progress_bar_config(disable=True)
+    nets = {name: load_unet(path, beside=pipe.unet) for name, path in folders.items()}
     require_tunable(pipe.scheduler, steps)
     scale = find_guidance(pipe, model) if guidance is None else guidance
     settings = {"guidance_scale": scale}
@@ -146,6 +155,8 @@ def tune_plans(
             tries=tries,
             seed=seed,
             batch=batch,
+            nets=nets,
+            attend=attend or (),
             sampler=name_sampler(pipe),
             journal=journal_file,
             tell=lambda text, share: progress.update(

@@ -1,0 +1,101 @@
+"""What drawing by the ten thousand costs: in one process, and on Ray with one worker and with two.
+
+    python benchmarks/bulk.py [--pictures 96] [--rounds 3]
+
+The same job, a model on one core each, drawn into new folders in turns; every folder must hold the
+same bytes. Seconds are those of the whole command: opening the model, and for Ray starting its
+cluster's actors, are in them; so the time that a picture takes by itself is found from two sizes
+of job. Records go to `benchmarks/results/bulk.jsonl`.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from leansd.bulk.jobs import Job, Part, cut_parts
+from leansd.bulk.on_ray import connect, work_on_ray
+from leansd.bulk.rows import read_sheet
+from leansd.bulk.running import Work, draw_here, run_job
+from leansd.bulk.shards import list_shards
+from leansd.faces.cli.terminal import hush_libraries
+from leansd.faces.prompts import GUIDANCE, THINGS
+from leansd.measuring.records import Record, stamp, write_records
+from leansd.plans.document import make_document
+from leansd.plans.presets import preset
+
+RESULTS = Path(__file__).parent / "results" / "bulk.jsonl"
+SHARD = 16
+
+
+def write_prompts(path: Path, count: int) -> Path:
+    """So many rows of the embedded model's prompts."""
+    rows = [{"id": f"{n:05d}", "prompt": THINGS[n % len(THINGS)]} for n in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def run(job: Job, parts: list[Part], work: Work) -> tuple[float, list[bytes]]:
+    """Seconds of a whole job, and what came out."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        run_job(job, parts, Path(folder), work=work)
+        spent = time.perf_counter() - start
+        return spent, [path.read_bytes() for path in list_shards(Path(folder))]
+
+
+def main(pictures: int = 96, rounds: int = 3, steps: int = 30, plan: str = "balanced") -> None:
+    hush_libraries()
+    followed = make_document(preset(plan, steps, sampler="dpm++2m"))
+    job = Job(
+        "emoji", steps=steps, plan=followed.model_dump(mode="json", exclude_defaults=True),
+        guidance=GUIDANCE, batch=8, shard=SHARD, threads=1, device="cpu",
+    )  # fmt: skip
+    ways: Mapping[str, Callable[[], Work]] = {
+        "one process": lambda: draw_here,
+        "Ray, 1 worker": partial(work_on_ray, "local", workers=1),
+        "Ray, 2 workers": partial(work_on_ray, "local", workers=2),
+    }
+    connect("local")
+    with tempfile.TemporaryDirectory() as home:
+        parts = cut_parts(read_sheet(write_prompts(Path(home) / "p.jsonl", pictures)).rows, SHARD)
+    seconds: dict[tuple[str, int], list[float]] = {}
+    expected: dict[int, list[bytes]] = {}
+    few = parts[: max(1, len(parts) // 3)]
+    for turn in range(rounds):
+        order = list(ways)
+        for name in order[turn % len(order) :] + order[: turn % len(order)]:
+            for some in (few, parts):
+                spent, drawn = run(job, some, ways[name]())
+                assert drawn == expected.setdefault(len(some), drawn), f"{name} draws otherwise"
+                seconds.setdefault((name, len(some)), []).append(spent)
+                print(f"{name}: {len(some) * SHARD} pictures in {spent:.1f} s", flush=True)
+    records: list[Record] = []
+    shared: dict[str, Any] = {**stamp("cpu"), "subject": "emoji", "steps": steps, "rounds": rounds}
+    for name in ways:
+        least, most = (seconds[name, len(some)] for some in (few, parts))
+        more = (len(parts) - len(few)) * SHARD
+        each = sorted((b - a) / more for a, b in zip(least, most, strict=True))
+        start = sorted(a - len(few) * SHARD * e for a, e in zip(least, each, strict=True))
+        for metric, values, unit in (
+            ("seconds_a_picture", each, "s"),
+            ("seconds_to_start", start, "s"),
+        ):
+            records.append(
+                Record(
+                    **shared, plan=name, metric=metric, value=values[len(values) // 2], unit=unit,
+                    low=values[0], high=values[-1], drawn_by=plan, pictures=len(parts) * SHARD,
+                )
+            )  # fmt: skip
+    write_records(RESULTS, records)
+
+
+if __name__ == "__main__":
+    typer.run(main)
