@@ -101,7 +101,7 @@ def test_version_and_bare_call(run):
     [
         (["genrate"], "Did you mean 'generate'"),
         (["genrate"], "(see leansd --help)"),
-        (["generate"], "Missing argument"),
+        (["generate"], "give prompts, or a file of them"),
         (["generate", "a", "--steps", "many"], "--steps"),
         (["generate", "a", "--steps", "0"], "--steps"),
         (["generate", "a", "--colour"], "--colour"),
