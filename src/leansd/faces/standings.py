@@ -137,17 +137,18 @@ def tabulate_all(standing: Standing) -> Table:
 def tabulate_summary(standings: Sequence[Standing]) -> Table:
     """The margin table of a README: a row a contest, a column a speed."""
     rows = [
-        (
-            standing.title,
-            *(
-                f"{show_point(margin.ours)} / {show_rival(margin)}"
-                for margin in standing.find_margins()
-            ),
-        )
+        (standing.title, *(summarise_margin(each) for each in standing.find_margins()))
         for standing in standings
     ]
-    columns = ("ours / best rival, PSNR to full", *(f"at {speed:g}x" for speed in SPEEDS))
+    columns = ("ours and the best rival, dB to full", *(f"at {speed:g}x" for speed in SPEEDS))
     return Table(columns, tuple(rows))
+
+
+def summarise_margin(margin: Margin) -> str:
+    """Both and the difference, in few words."""
+    ours = "–" if margin.ours is None else f"{margin.ours.quality:.1f}"
+    rival = "–" if margin.rival is None else f"{margin.rival.quality:.1f} ({margin.family})"
+    return f"{ours} / {rival}: {show_margin(margin)}"
 
 
 def show_point(point: Point | None) -> str:
