@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,31 +80,24 @@ def list_workers() -> list[psutil.Process]:
     return found
 
 
-def draw(cluster: Any, job: Job, parts: list[Part], folder: Path, on_first: Any = None) -> None:
+def draw(
+    cluster: Any, job: Job, parts: list[Part], folder: Path, acts: list[Callable[[], None]]
+) -> None:
+    """Draw on the cluster; after each of the first shards something happens."""
     from leansd.bulk.on_ray import work_on_ray
 
-    left = [on_first]
+    left = iter(acts)
 
     def on_part(part: Part) -> None:
-        act, left[0] = left[0], None
-        if act is not None:
-            act()
+        next(left, lambda: None)()
 
     run_job(job, parts, folder, work=work_on_ray(cluster.address, workers=2), on_part=on_part)
 
 
-def test_two_nodes_draw_what_one_process_does(
+def test_a_killed_worker_and_a_lost_node_cost_time_only(
     cluster: Any, job: Job, parts: list[Part], expected: dict[str, bytes], tmp_path: Path
 ) -> None:
-    cluster.add_node(num_cpus=1)
-    draw(cluster, job, parts, tmp_path)
-    assert read_shards(tmp_path) == expected
-
-
-def test_a_killed_worker_costs_time_only(
-    cluster: Any, job: Job, parts: list[Part], expected: dict[str, bytes], tmp_path: Path
-) -> None:
-    cluster.add_node(num_cpus=1)
+    node = cluster.add_node(num_cpus=1)
     killed: list[int] = []
 
     def kill() -> None:
@@ -112,16 +105,8 @@ def test_a_killed_worker_costs_time_only(
         killed.append(worker.pid)
         worker.send_signal(signal.SIGKILL)
 
-    draw(cluster, job, parts, tmp_path, kill)
+    draw(cluster, job, parts, tmp_path, [kill, lambda: None, lambda: cluster.remove_node(node)])
     assert killed
-    assert read_shards(tmp_path) == expected
-
-
-def test_a_lost_node_costs_time_only(
-    cluster: Any, job: Job, parts: list[Part], expected: dict[str, bytes], tmp_path: Path
-) -> None:
-    node = cluster.add_node(num_cpus=1)
-    draw(cluster, job, parts, tmp_path, lambda: cluster.remove_node(node))
     assert read_shards(tmp_path) == expected
 
 

@@ -7,6 +7,8 @@ them. Shards come back to the driver, which alone writes, so no file system has 
 from __future__ import annotations
 
 import logging
+import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -84,15 +86,30 @@ def connect(address: str) -> Any:
     if ray.is_initialized():
         return ray
     where = None if address == LOCAL else address
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
+        knock(address)
         ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise LeansdError(
             f"no Ray cluster answers at {address}: {first}; start one with `ray start --head`, or "
             "give --ray local"
         ) from error
     return ray
+
+
+def knock(address: str) -> None:
+    """Whether anybody listens at `HOST:PORT`: Ray itself would try for minutes.
+
+    Raises:
+        OSError: nobody does.
+    """
+    host, sign, port = address.rsplit("/", 1)[-1].rpartition(":")
+    if sign and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=5).close()
 
 
 def work_on_ray(address: str, *, workers: int | None = None) -> Work:
