@@ -22,7 +22,7 @@ import leansd
 from leansd.anatomy.builtin import BUILTIN
 from leansd.anatomy.cost import count_macs, make_inputs
 from leansd.faces.cli.terminal import hush_libraries
-from leansd.measuring.records import Record, load_records, stamp, write_records
+from leansd.measuring.records import Record, put_records, stamp
 from leansd.measuring.timing import compare_timings, time_cases
 from leansd.surgery.edits import Surgery
 from leansd.surgery.presets import find_surgery
@@ -117,8 +117,7 @@ def main(
             Record(**fields, metric="params", value=params, unit="M"),
         ]  # fmt: skip
     # A run of some nets leaves the others' records; every speed-up is over the full net of its run.
-    others = load_records(results) if results.exists() else []
-    write_records(results, [*(each for each in others if each.plan not in nets), *records])
+    put_records(results, records, lambda record: record.plan)
 
 
 def _run(net: UNet2DConditionModel, inputs: Mapping[str, Any], turn: int) -> None:

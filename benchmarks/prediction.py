@@ -27,7 +27,7 @@ from leansd.measuring.prediction import (
     list_prediction_records,
 )
 from leansd.measuring.profile import Probe, prepare_probe
-from leansd.measuring.records import Record, load_records, stamp, write_records
+from leansd.measuring.records import Record, put_records, stamp
 from leansd.plans.plan import Plan
 from leansd.plans.presets import preset
 
@@ -79,9 +79,8 @@ def main(
 ) -> None:
     hush_libraries()
     for name in model:
-        kept = load_records(out) if out.exists() else []
         records = measure_model(name, repeats=repeats, steps=steps, side=side, device=device)
-        write_records(out, [*(each for each in kept if each.subject != name), *records])
+        put_records(out, records, lambda record: record.subject)
 
 
 if __name__ == "__main__":

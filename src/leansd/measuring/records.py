@@ -6,7 +6,7 @@ Every measuring command writes these and every table, plot and report is made fr
 import math
 import platform
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -96,6 +96,16 @@ def append_records(path: str | Path, records: Iterable[Record]) -> Path:
     path = Path(path)
     kept = load_records(path) if path.exists() else []
     return write_records(path, [*kept, *records])
+
+
+def put_records(
+    path: str | Path, records: Sequence[Record], place: Callable[[Record], Hashable]
+) -> Path:
+    """Add records to a file, in the place of those there that have the same `place`."""
+    path = Path(path)
+    kept = load_records(path) if path.exists() else []
+    places = {place(record) for record in records}
+    return write_records(path, [*(each for each in kept if place(each) not in places), *records])
 
 
 def write_records(path: str | Path, records: Iterable[Record]) -> Path:

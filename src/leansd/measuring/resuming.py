@@ -9,7 +9,7 @@ from typing import Any
 from leansd.measuring.bench import LineUp, Stage, describe_contest
 from leansd.measuring.contest import Contest
 from leansd.measuring.keeping import fingerprint_call, fingerprint_case
-from leansd.measuring.records import Record, load_records, write_records
+from leansd.measuring.records import Record, load_records, put_records
 from leansd.measuring.trajectories import expand_calls
 
 SETTINGS = "settings"
@@ -50,9 +50,7 @@ def list_done(path: str | Path) -> set[str]:
 
 def put_contest(path: str | Path, records: Sequence[Record]) -> Path:
     """Add the records of one contest, in the place of those of the same contest and model."""
-    kept = load_records(path) if Path(path).exists() else []
-    places = {_place(record) for record in records}
-    return write_records(path, [*(r for r in kept if _place(r) not in places), *records])
+    return put_records(path, records, _place)
 
 
 def get_field(record: Record, name: str) -> Any:
