@@ -19,7 +19,7 @@ from leansd.measuring.records import Record, load_records
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 COLUMNS = ("", "speed-up, measured", "predicted", "PSNR to full", "SSIM", "CLIP score")
-PAGES = (ROOT / "README.md", ROOT / "docs" / "surgery.md", ROOT / "docs" / "reproduce.md")
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"(<!-- table: (?P<name>\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -169,6 +169,102 @@ def tabulate_prediction() -> str:
     return "\n".join(parts)
 
 
+def tabulate_incubation() -> str:
+    """What became of each net of `benchmarks/incubated.py`; over the seeds of its training."""
+    records = load_records(RESULTS / "incubation.jsonl")
+    found: dict[tuple[str, str], list[float]] = {}
+    for each in records:
+        found.setdefault((each.plan, each.metric), []).append(each.value)
+    first = records[0]
+    metrics = ("teacher_error", "psnr", "ssim", "retrieval", "frechet")
+    parts = [
+        f"{first.subject}; errors of {get(first, 'errors')} held-out pictures at {MOMENTS} time "
+        f"steps, times 1,000; {get(first, 'captions')} of their captions drawn in "
+        f"{get(first, 'steps')} steps, guidance {get(first, 'guidance'):g}; {first.device}; "
+        f"torch {first.torch}. Of several trainings their mean, the least and the most:\n",
+        "| net | trained | MACs | speed-up | noise off by | PSNR | SSIM | retrieval | Fréchet |",
+        "|---" * 9 + "|",
+    ]
+    cells = {(each.plan, each.metric): each for each in records}
+    for plan in dict.fromkeys(each.plan for each in records):
+        speed = tabulate_ratio(cells[plan, "speedup"]) if plan != "teacher" else "1.00x"
+        values = [tabulate_values(found.get((plan, metric), []), metric) for metric in metrics]
+        seeds = {get(each, "training_seed") for each in records if each.plan == plan} - {None}
+        trained = str(len(seeds)) if "untrained" not in plan and plan != "pruned" else ""
+        macs = f"{cells[plan, 'macs'].value:.3f} G"
+        parts.append(f"| {plan} | {trained} | {macs} | {speed} | " + " | ".join(values) + " |")
+    return "\n".join([*parts, ""])
+
+
+def tabulate_values(values: list[float], metric: str) -> str:
+    """Their mean and range; errors per thousand, each net's over its time steps first."""
+    if not values:
+        return ""
+    if metric == "teacher_error":
+        values = [1000 * sum(part) / len(part) for part in batch(values, MOMENTS)]
+    digits = {"psnr": 1, "frechet": 1, "ssim": 3, "retrieval": 3}.get(metric, 2)
+    mean, low, high = sum(values) / len(values), min(values), max(values)
+    spread = f" ({low:.{digits}f} to {high:.{digits}f})" if len(values) > 1 else ""
+    return f"{mean:.{digits}f}{spread}"
+
+
+MOMENTS = 10
+"""Time steps that errors of predictions are measured at."""
+
+
+def batch(values: list[float], size: int) -> list[list[float]]:
+    return [values[place : place + size] for place in range(0, len(values), size)]
+
+
+def tabulate_modes() -> str:
+    """What one sample's step takes in each mode of incubation."""
+    cells = {(each.plan, each.metric): each.value for each in load_records(RESULTS / "modes.jsonl")}
+    parts = [
+        "| stage | trains | forward, teacher + student | backward | weights and optimizer "
+        "| activations of a sample | with gradient checkpointing |",
+        "|---" * 7 + "|",
+    ]
+    for plan in dict.fromkeys(plan for plan, _ in cells):
+        own = {metric: value for (name, metric), value in cells.items() if name == plan}
+        parts.append(
+            f"| {plan} | {own['trained'] / 1e6:.3g} M "
+            f"| {own['teacher_macs'] / 1e9:.0f} + {own['student_macs'] / 1e9:.0f} G "
+            f"| {own['backward_macs'] / 1e9:.0f} G | {own['weights'] / 2**30:.1f} GiB "
+            f"| {own['activations'] / 2**30:.2f} GiB "
+            f"| {own['activations_checkpointed'] / 2**30:.2f} GiB |"
+        )
+    return "\n".join([*parts, ""])
+
+
+def tabulate_joint() -> str:
+    """The joint search, each axis alone, and rivals that switch nets, on calls held out."""
+    records = load_records(RESULTS / "joint.jsonl")
+    first = records[0]
+    parts = [
+        f"{first.subject}, {get(first, 'steps')} steps, guidance {get(first, 'guidance'):g}, "
+        f"{get(first, 'pictures')} pictures; {first.device}; torch {first.torch}; timed in turns:\n"
+    ]
+    for sampler in dict.fromkeys(get(each, "sampler") for each in records):
+        own = [each for each in records if get(each, "sampler") == sampler]
+        cells = {(each.plan, get_number(each, "goal"), each.metric): each for each in own}
+        goals = sorted({goal for _, goal, _ in cells})
+        parts += [
+            f"| {sampler} | " + " | ".join(f"for {goal:g}x" for goal in goals) + " |",
+            "|---" * (1 + len(goals)) + "|",
+        ]
+        for plan in dict.fromkeys(each.plan for each in own):
+            row: list[str] = []
+            for goal in goals:
+                close, fast = (cells.get((plan, goal, m)) for m in ("psnr", "speedup"))
+                reached = close is not None and fast is not None
+                row.append(
+                    f"{close.value:.1f} dB at {fast.value:.2f}x" if reached else "not so fast"
+                )
+            parts.append(f"| {plan} | " + " | ".join(row) + " |")
+        parts.append("")
+    return "\n".join(parts)
+
+
 def tabulate_ratio(record: Record) -> str:
     return f"{record.value:.2f}x ({get(record, 'low'):.2f} to {get(record, 'high'):.2f})"
 
@@ -244,6 +340,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "overhead": tabulate_overhead,
     "gri": tabulate_gri,
     "assembly": tabulate_assembly,
+    "incubation": tabulate_incubation,
+    "joint": tabulate_joint,
+    "modes": tabulate_modes,
     "prediction": tabulate_prediction,
     "surgeries": tabulate_surgeries,
 }

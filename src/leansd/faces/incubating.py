@@ -63,7 +63,8 @@ def estimate_recipe(recipe: Recipe) -> Estimate:
     """What a recipe takes on this machine."""
     state = PartialState()
     outline = open_outline(recipe.model)
-    rate = measure_rate(fill_outline(outline, state.device), count_macs(outline).total)
+    macs = count_macs(outline).total
+    rate = measure_rate(fill_outline(outline, state.device), macs, recipe.trainer.batch)
     return estimate(
         recipe, outline, macs_per_second=rate, device=str(state.device), world=state.num_processes
     )

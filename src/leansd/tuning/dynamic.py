@@ -53,8 +53,8 @@ def find_best(
     budgets: Sequence[int],
     *,
     longest: int,
-) -> list[Proposal]:
-    """The proposal of least error within each budget, in ticks; budgets too small give none.
+) -> list[Proposal | None]:
+    """The proposal of least error within each budget, in ticks; None where it is too small.
 
     Args:
         count: UNet calls of a run, the first of which is a key step.
@@ -62,7 +62,7 @@ def find_best(
         key_costs: ticks of a key step, by what it runs.
         longest: the most steps between two key steps.
     """
-    most = max(budgets)
+    most = max(0, *budgets)
     actions = list(costs)
     table: dict[Keys, _Reached] = {}
     done = _Reached(most)
@@ -96,10 +96,11 @@ def find_best(
                         target = done if end == count else find(after)
                         total = reached[: most + 1 - spent] + error
                         target.improve(total, spent, number[state], place)
-    proposals: list[Proposal] = []
+    proposals: list[Proposal | None] = []
     for budget in budgets:
-        ticks = int(done.errors[: budget + 1].argmin())
-        if not np.isfinite(done.errors[ticks]):
+        ticks = int(done.errors[: max(budget, 0) + 1].argmin())
+        if budget < 0 or not np.isfinite(done.errors[ticks]):
+            proposals.append(None)
             continue
         error, spent = float(done.errors[ticks]), ticks
         stretches: list[Stretch] = []

@@ -15,6 +15,7 @@ from leansd.measuring.files import write_file
 from leansd.measuring.tables import Table
 from leansd.plans.document import PlanDocument, make_document, make_plan
 from leansd.plans.plan import Plan
+from leansd.plans.row import Row
 
 SLACK = 0.02
 """What a point may miss a goal of time by: no measured time is truer than that."""
@@ -35,7 +36,7 @@ class Point:
     @property
     def is_plain(self) -> bool:
         """Whether it only takes fewer steps."""
-        return len(self.plan.keys) == self.plan.steps
+        return all(row == Row() for row in self.plan.rows)
 
 
 @dataclass(frozen=True)

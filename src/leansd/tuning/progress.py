@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from leansd.tuning.calibration import PROBES
+from leansd.tuning.proposals import CANDIDATES
 
-CANDIDATES = 3
-"""Proposals of the first regime that are tried for each speed."""
 OTHERS = 2
 """About how many there are of other regimes."""
 POLISHING = 8

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,23 +34,21 @@ from leansd.runtime.inheritance import NO_NETS
 from leansd.runtime.nets import keep_company
 from leansd.tuning.calibration import PROBES, Calibration, calibrate, require_tunable
 from leansd.tuning.candidates import Candidate
-from leansd.tuning.dynamic import Keys, find_best
-from leansd.tuning.errors import Action, ErrorModel
+from leansd.tuning.errors import ErrorModel
 from leansd.tuning.front import Front, Point
 from leansd.tuning.journal import Journal
 from leansd.tuning.polishing import polish
-from leansd.tuning.progress import CANDIDATES, POLISHING, Progress, Tell
+from leansd.tuning.progress import POLISHING, Progress, Tell
+from leansd.tuning.proposals import Model, propose
 from leansd.tuning.refinement import try_plan
-from leansd.tuning.regimes import Regime, list_regimes
+from leansd.tuning.regimes import list_regimes
 from leansd.tuning.trials import Bench, Trial
-from leansd.tuning.variants import TICKS, allows, list_variants, measure_deviation
+from leansd.tuning.variants import Variant, list_variants, measure_deviation
 
 FEWEST_CALLS = 4
 SPEEDS = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0)
 GRIDS = (1.0, 0.85, 0.7, 0.55)
 """Step counts that plans are sought for, as shares of the full run's."""
-LONGEST = 0.2
-"""The most steps between two key steps, as a share of all."""
 
 
 def tune(
@@ -110,25 +108,14 @@ def tune(
     wanted_speeds = len(speeds) + (speedup is not None) + (ms is not None)
     progress = Progress(tell, tries, wanted_speeds, len(grids))
     tuner = _Tuner.prepare(
-        pipe,
-        calls,
-        steps,
-        held_out,
-        wanted,
-        grids,
-        seed,
-        batch,
-        nets,
-        attend,
-        cost,
-        journal,
-        tuned,
-        progress,
-    )
+        pipe, calls, steps, held_out, wanted, grids, seed, batch, nets, attend, cost, journal,
+        tuned, progress,
+    )  # fmt: skip
     goals = tuner.list_goals(speedup, ms)
     points: list[Point] = []
-    for place, speed in enumerate(sorted({*speeds, *goals})):
-        points += tuner.seek(speed, tries)
+    every = sorted({*speeds, *goals})
+    for place, candidates in enumerate(tuner.propose(every)):
+        points += tuner.seek(every[place], candidates, tries)
         progress.end_speed(place)
     return Front.of(tuned.unet, tuned.sampler, steps, points)
 
@@ -163,13 +150,13 @@ def split_calls(
 class _Tuner:
     anatomy: Anatomy
     nets: Mapping[str, Net]
-    regimes: list[Regime]
+    variants: tuple[Variant, ...]
     cost: CostModel
     steps: int
     fit: Bench
     check: Bench
-    models: list[tuple[ErrorModel, float]]
-    """For every step count, and the error of its full run against that of all steps."""
+    calibrations: list[Calibration]
+    """The full run of every step count, that of all steps first."""
     journal: Journal
     tuned: Tuned
     progress: Progress
@@ -226,33 +213,49 @@ class _Tuner:
         variants = list_variants(cost, anatomy, company, attend)
         fit = Bench(pipe, fitted, seed, batch, settings, nets=nets)
         check = Bench(pipe, checked, seed + 10_000, batch, settings, nets=nets)
-        models: list[tuple[ErrorModel, float]] = []
-        main: Calibration | None = None
+        calibrations: list[Calibration] = []
         for count in sorted({steps, *(max(2, round(share * steps)) for share in grids)})[::-1]:
-            calibration = calibrate(
-                pipe, fitted, count, seed=seed, batch=batch, settings=settings,
-                like=main,
+            main = calibrations[0] if calibrations else None
+            calibrations.append(
+                calibrate(
+                    pipe, fitted, count, seed=seed, batch=batch, settings=settings, like=main
+                )
             )  # fmt: skip
-            runs = 1 if main is not None else 1 + len(PROBES)
-            progress.add(f"ran {count} steps in full", runs)
-            main = main or calibration
-            lag = calibration.finals.latents.double() - main.finals.latents.double()
-            wrong = [measure_deviation(each, fit, calibration) for each in variants[1:]]
-            if wrong:
-                progress.add(f"ran {count} steps by {len(wrong)} cheaper ways", 0)
-            models.append((ErrorModel.of(calibration, wrong), float(lag.square().mean())))
-        assert main is not None
-        fit = replace(fit, goals=main.finals)
+            progress.add(f"ran {count} steps in full", 1 if main else 1 + len(PROBES))
+        fit = replace(fit, goals=calibrations[0].finals)
         check = replace(check, goals=check.run(steps))
         progress.add("ran the held-out calls in full")
-        regimes = list_regimes(cost, anatomy, variants)
         return cls(
-            anatomy, company, regimes, cost, steps, fit, check, models, known, tuned, progress
-        )
+            anatomy, company, variants, cost, steps, fit, check, calibrations, known, tuned,
+            progress,
+        )  # fmt: skip
+
+    def propose(self, speeds: Sequence[float]) -> list[list[Candidate]]:
+        """What to try for each speed."""
+        regimes = list_regimes(self.cost, self.anatomy, self.variants)
+        whole = self.cost.predict_full_run(self.calibrations[0].count)
+
+        def tell(text: str) -> None:
+            self.progress.add(text, 0)
+
+        return propose(self._build_models(), regimes, self.cost, whole, speeds, tell)
+
+    def _build_models(self) -> list[Model]:
+        """Measure what key steps may run instead of the whole UNet, at every step count."""
+        goal = self.calibrations[0].finals.latents.double()
+        models: list[Model] = []
+        for calibration in self.calibrations:
+            lag = calibration.finals.latents.double() - goal
+            wrong = [measure_deviation(each, self.fit, calibration) for each in self.variants[1:]]
+            if wrong:
+                ways = f"{len(wrong)} cheaper ways" if len(wrong) > 1 else self.variants[1].name
+                self.progress.add(f"ran {calibration.steps} steps by {ways}", 0)
+            models.append(Model(ErrorModel.of(calibration, wrong), float(lag.square().mean())))
+        return models
 
     def list_goals(self, speedup: float | None, ms: float | None) -> list[float]:
         """What is wanted as speeds, where any run is so fast."""
-        count = self.models[0][0].calibration.count
+        count = self.calibrations[0].count
         whole, least = self.cost.predict_full_run(count), self.cost.predict_full_run(1)
         wanted = [speed for speed in (speedup, whole * 1000 / ms if ms else None) if speed]
         for speed in wanted:
@@ -266,9 +269,8 @@ class _Tuner:
 
     # -- one speed ---------------------------------------------------------------------------
 
-    def seek(self, speed: float, tries: int) -> list[Point]:
+    def seek(self, speed: float, candidates: Sequence[Candidate], tries: int) -> list[Point]:
         """The best plan found for a speed, and the plain run of as many steps as it allows."""
-        candidates = self._propose(speed)
         tried = [(self._try(each), each) for each in candidates]
         points = [
             self._check(Plan.full(count, name=f"{count} steps"))
@@ -280,51 +282,6 @@ class _Tuner:
             plan = replace(trial.plan, name=f"tuned {speed:.3g}x", tuned=self.tuned)
             points.append(self._check(plan))
         return points
-
-    def _propose(self, speed: float) -> list[Candidate]:
-        """The error model's best plans of all step counts, and the best one of each other regime.
-
-        Errors of different regimes do not compare: of what a cut or an older guidance difference
-        makes better or worse the model knows nothing.
-        """
-        first, *others = [
-            sorted(self._search(speed, regime), key=lambda each: each.error)
-            for regime in self.regimes
-        ]
-        return [*first[:CANDIDATES], *(each for found in others for each in found[:1])]
-
-    def _search(self, speed: float, regime: Regime) -> Iterator[Candidate]:
-        for model, lag in self.models:
-            calibration = model.calibration
-            budget = self._count_ticks(speed, calibration)
-            if budget < min(regime.key_costs):
-                continue
-
-            def judge(keys: Keys, end: int, action: Action, model: ErrorModel = model) -> float:
-                if not allows(regime.variants, keys):
-                    return float("inf")
-                return model.judge(keys, end, action).error
-
-            for proposal in find_best(
-                calibration.count,
-                judge,
-                regime.actions,
-                regime.key_costs,
-                [budget],
-                longest=max(4, round(LONGEST * calibration.steps)),
-            ):
-                yield Candidate(proposal, model, regime, lag)
-
-    def _count_ticks(self, speed: float, calibration: Calibration) -> int:
-        """The ticks that key steps may take for a run to be so many times faster.
-
-        What a call takes that computes nothing, every step takes; ticks are of the rest.
-        """
-        whole = self.cost.predict_full_run(self.models[0][0].calibration.count)
-        left = whole / speed - self.cost.overhead_per_run
-        nothing = self.cost.fixed.get("none", 0.0)
-        left -= calibration.count * (self.cost.per_step + nothing)
-        return int(left / (self.cost.full_call - nothing) * TICKS + 0.5)
 
     def _list_plain(self, speed: float) -> list[int]:
         """The most steps of a plain run that is so fast."""
@@ -372,8 +329,7 @@ class _Tuner:
         known = self.journal.find(trial.plan, "polished")
         if known is None:
             steps = trial.plan.steps
-            calibrations = (model.calibration for model, _ in self.models)
-            fitting = next(each for each in calibrations if each.steps == steps)
+            fitting = next(each for each in self.calibrations if each.steps == steps)
             known = polish(trial, self.fit, fitting)
             self.journal.note(trial.plan, known, "polished")
         self.progress.add(f"corrections fitted together: {known.psnr:.2f} dB", POLISHING)
@@ -386,7 +342,7 @@ class _Tuner:
             known = Trial(plan, self.check.score(self.check.run(plan.steps, plan)))
             self.journal.note(plan, known, "held out")
         self.progress.add(f"held out: {plan.name} {known.psnr:.2f} dB")
-        full = self.models[0][0].calibration
+        full = self.calibrations[0]
         start = plan.steps - round(full.count * plan.steps / full.steps)
         program = compile_plan(plan, self.anatomy, nets=self.nets, start=start)
         seconds = self.cost.predict_run(program)
