@@ -60,6 +60,7 @@ class ErrorModel:
     products: np.ndarray
     """Mean products of every two of the basis."""
     _known: dict[Any, Judgement] = field(default_factory=dict[Any, Judgement], repr=False)
+    _made: dict[Any, np.ndarray] = field(default_factory=dict[Any, np.ndarray], repr=False)
 
     @classmethod
     def of(cls, calibration: Calibration, deviations: Sequence[np.ndarray] = ()) -> ErrorModel:
@@ -97,9 +98,8 @@ class ErrorModel:
         if not between and not keys[-1].variant:
             return Judgement(0.0)
         for step in between:
-            wrong = self._combine(keys, step, action.how)
-            wrong[step] -= 1
-            change += calibration.response[after, step] * wrong
+            change += calibration.response[after, step] * self._combine(keys, step, action.how)
+            change[step] -= calibration.response[after, step]
         correct = NO_CORRECTION
         if between and end < count:
             remedies = np.stack([self._combine(keys, end, how) for how in CORRECTION_HOWS], axis=1)
@@ -120,8 +120,14 @@ class ErrorModel:
         return self.calibration.count * key.variant + key.step
 
     def _combine(self, keys: Sequence[Key], step: int, how: How) -> np.ndarray:
-        """What a forecast at `step` is made of, in the basis."""
-        known = list(keys)[-DEPTHS[how] :]
+        """What a forecast at `step` is made of, in the basis; not to be written to."""
+        known = tuple(keys)[-DEPTHS[how] :]
+        asked = known, step, how
+        if asked not in self._made:
+            self._made[asked] = self._make_forecast(known, step)
+        return self._made[asked]
+
+    def _make_forecast(self, known: Sequence[Key], step: int) -> np.ndarray:
         points = [float(self.calibration.log_snr[key.step]) for key in known]
         at = float(self.calibration.log_snr[step])
         weights = np.zeros(len(self.products))
