@@ -19,6 +19,7 @@ from rich.progress import (
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from leansd.faces.cli.silence import is_silent
 from leansd.measuring.tables import Table
 
 
@@ -35,9 +36,9 @@ def open_progress() -> Progress:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=Console(stderr=True, quiet=is_silent()),
         transient=True,
-        disable=not sys.stderr.isatty(),
+        disable=is_silent() or not sys.stderr.isatty(),
     )
 
 
@@ -70,7 +71,13 @@ def show_json(fields: Mapping[str, Any]) -> None:
 
 
 def note(message: str) -> None:
-    """Say something on standard error."""
+    """Say on standard error what is being done."""
+    if not is_silent():
+        print(message, file=sys.stderr, flush=True)
+
+
+def warn(message: str) -> None:
+    """Say on standard error what the user should know, `--quiet` or not."""
     print(message, file=sys.stderr, flush=True)
 
 
