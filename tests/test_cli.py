@@ -97,6 +97,7 @@ def test_version_and_bare_call(run):
         (["generate", "a", "--steps", "0"], "--steps"),
         (["generate", "a", "--colour"], "--colour"),
         (["--colour"], "--colour"),
+        (["generate", "a", "--plan"], "(see leansd generate --help)"),
     ],
 )
 def test_usage_errors_are_one_line(fails, arguments, said):

@@ -17,6 +17,7 @@ from leansd.errors import LeansdError
 from leansd.faces.cli.examples import give_examples
 from leansd.faces.cli.failures import explain_failure
 from leansd.faces.cli.silence import keep_silent
+from leansd.faces.cli.wrapping import fit
 from leansd.version import __version__
 
 PROGRAM = "leansd"
@@ -59,7 +60,7 @@ class LazyGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)
-        if name in self.commands:
+        if name is not None and name in self.commands:
             command = self.open_command(name)
         return name, command, rest
 
@@ -123,7 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if type(error).__name__ == "NoArgsIsHelpError":  # a group by itself, as leansd by itself
             print(error.format_message())
             return DONE
-        where = error.ctx.command_path if getattr(error, "ctx", None) else PROGRAM
+        # An option without its value does not know whose it is.
+        asked = " ".join([PROGRAM, *(word for word in given[:1] if word in COMMANDS)])
+        where = error.ctx.command_path if getattr(error, "ctx", None) else asked
         return _complain(f"{error.format_message().rstrip('.')} (see {where} --help)", MISTAKE)
     except (KeyboardInterrupt, typer.Abort):
         return _complain("stopped", STOPPED)
@@ -142,5 +145,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"{PROGRAM}: {' '.join(message.split())}", file=sys.stderr)
+    print(fit(f"{PROGRAM}: {' '.join(message.split())}", sys.stderr), file=sys.stderr)
     return code

@@ -50,7 +50,13 @@ def show_plan(
     quiet: Quiet = False,
 ) -> None:
     """Show a plan as a grid of units and steps; save it, or a picture of it."""
-    from leansd.faces.cli.terminal import hush_libraries, show_json, show_table, show_text
+    from leansd.faces.cli.terminal import (
+        hush_libraries,
+        show_grid,
+        show_json,
+        show_table,
+        show_text,
+    )
     from leansd.measuring.tables import Table
     from leansd.plans.presets import PRESETS
 
@@ -82,7 +88,7 @@ def show_plan(
     grid = chosen.draw(anatomy)
     drawn = encode_figure(draw_picture(chosen, anatomy), picture) if picture is not None else b""
     speedup = predict_gain(chosen, anatomy, nets)
-    show_text(grid)
+    show_grid(grid, chosen.steps)
     show_text(f"fingerprint {chosen.fingerprint}, predicted speed-up of the UNet {speedup:.2f}x")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
