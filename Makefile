@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test check lint types format bench tables clean
+.PHONY: demo test check lint types format bench tables manual clean
 
 demo: $(VENV)/.user
 	$(BIN)/leansd demo
@@ -35,6 +35,10 @@ bench: $(VENV)/.developer
 
 tables: $(VENV)/.developer
 	$(BIN)/python benchmarks/tables.py
+
+manual: $(VENV)/.developer
+	$(BIN)/leansd manual --to markdown --out docs/commands.md
+	$(BIN)/leansd manual --to roff --out docs/leansd.1
 
 clean:
 	rm -rf $(VENV) demo build dist

@@ -14,27 +14,36 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from leansd.errors import LeansdError
+from leansd.faces.cli.examples import give_examples
+from leansd.faces.cli.failures import explain_failure
+from leansd.faces.cli.silence import keep_silent
+from leansd.faces.cli.wrapping import fit
 from leansd.version import __version__
 
+PROGRAM = "leansd"
+
 COMMANDS = {
-    "demo": "Draw the same prompts in full and with every preset plan, and compare.",
+    "demo": "Draw prompts in full and with every preset, and compare.",
     "generate": "Draw pictures from prompts, with a plan.",
-    "anatomy": "Show a UNet as a tree of units with parameters and multiply-accumulates.",
-    "profile": "Measure what every unit and stage costs here; predict what plans gain.",
-    "tune": "Find the plans that lose least at every speed, for one model, sampler and machine.",
+    "anatomy": "Show a UNet as a tree of units with what each takes.",
+    "profile": "Measure what every unit costs here; predict what plans gain.",
+    "tune": "Find the plans that lose least at every speed, here.",
     "cut": "Choose what to take out of a UNet for a budget of its cost.",
     "plan": "Show, draw or save a plan.",
-    "incubate": "Distil a lighter UNet from a pipeline, in stages, as a recipe says.",
-    "operate": "Cut a UNet, or assemble one from several; write it, or only say what is left.",
-    "evaluate": "Measure plans against the full and the converged run, and the quality of sets.",
-    "bench": "Measure ours against every rival in turns: time, fidelity, quality; resumable.",
-    "export": "Write a net, with a plan's graphs, for stock diffusers or ONNX Runtime.",
+    "incubate": "Distil a lighter UNet from a pipeline, as a recipe says.",
+    "operate": "Cut a UNet, or assemble one from several.",
+    "evaluate": "Measure how true and how good the pictures of plans are.",
+    "bench": "Measure ours against every rival in turns.",
+    "export": "Write a net for stock diffusers or ONNX Runtime.",
     "emoji": "The embedded model: train it, measure it.",
+    "manual": "Show every command with its options and examples.",
 }
-"""Each name is also a module of this package that holds a Typer `app`."""
+"""Each name is also a module of this package that holds a Typer `app`; a summary has 60 letters."""
 
-STOPPED = 130
+DONE = 0
+FAILED = 1
 MISTAKE = 2
+STOPPED = 130
 
 # The base of Typer's usage errors, whether it brings its own copy of click or not.
 _UsageError: Any = typer.BadParameter.__mro__[1]
@@ -51,13 +60,21 @@ class LazyGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)
-        if name in self.commands:
-            module = import_module(f"{__name__}.{name}")
-            command = typer.main.get_command(module.app)
+        if name is not None and name in self.commands:
+            command = self.open_command(name)
         return name, command, rest
 
+    def open_command(self, name: str) -> Any:
+        """The whole of a command, its module imported."""
+        module = import_module(f"{__name__}.{name}")
+        # Plain text: Typer's tables cut words at 80 columns, and take rich to import.
+        module.app.rich_markup_mode = None
+        command = typer.main.get_command(module.app)
+        command.name = name
+        return command
 
-app = typer.Typer(cls=LazyGroup, rich_markup_mode="rich", add_completion=False)
+
+app = typer.Typer(cls=LazyGroup, rich_markup_mode=None)
 
 
 def _show_version(asked: bool) -> None:
@@ -66,37 +83,67 @@ def _show_version(asked: bool) -> None:
         raise typer.Exit()
 
 
-@app.callback(epilog="Example: leansd generate 'a red apple' --plan balanced --out pictures")
+@app.callback(
+    epilog=give_examples(
+        "leansd demo",
+        "leansd generate 'a red apple' --plan balanced --out pictures",
+        "leansd plan fast",
+        after=[
+            "leansd COMMAND --help says more of each; leansd manual has it all.",
+            "Exit codes: 0 done, 1 failed on the way, 2 wrongly asked, 130 stopped.",
+        ],
+    )
+)
 def _describe(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="The version.")
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
     """Lean Stable Diffusion: the same pictures from the same UNet in less time."""
 
 
+def open_program() -> Any:
+    """The whole command line, as `main` runs it."""
+    return typer.main.get_command(app)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code; a user's mistake is one line on stderr."""
+    """Run the command line and return its exit code; what went wrong is one line on stderr."""
     # Read when transformers is first imported; it would remark on optional packages.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    keep_silent(False)
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        result = typer.main.get_command(app)(given, prog_name="leansd", standalone_mode=False)
+        result = open_program()(given, prog_name=PROGRAM, standalone_mode=False)
+        # A reader that has gone is noticed here, not when Python ends.
+        sys.stdout.flush()
     except LeansdError as error:
         return _complain(str(error), MISTAKE)
     except _UsageError as error:
-        if type(error).__name__ == "NoArgsIsHelpError":  # rich has shown the help already
-            print(error.format_message(), end="")
-            return MISTAKE
-        where = error.ctx.command_path if getattr(error, "ctx", None) else "leansd"
+        if type(error).__name__ == "NoArgsIsHelpError":  # a group by itself, as leansd by itself
+            print(error.format_message())
+            return DONE
+        # An option without its value does not know whose it is.
+        asked = " ".join([PROGRAM, *(word for word in given[:1] if word in COMMANDS)])
+        where = error.ctx.command_path if getattr(error, "ctx", None) else asked
         return _complain(f"{error.format_message().rstrip('.')} (see {where} --help)", MISTAKE)
     except (KeyboardInterrupt, typer.Abort):
         return _complain("stopped", STOPPED)
+    except BrokenPipeError:
+        # Whoever read has gone, as `head` does: nothing is left to say, nor anybody to hear it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        told = explain_failure(error)
+        if told is None:
+            raise
+        return _complain(told, FAILED)
     if result == STOPPED:
         return _complain("stopped", STOPPED)
-    return result if isinstance(result, int) else 0
+    return result if isinstance(result, int) else DONE
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"leansd: {' '.join(message.split())}", file=sys.stderr)
+    print(fit(f"{PROGRAM}: {' '.join(message.split())}", sys.stderr), file=sys.stderr)
     return code

@@ -5,16 +5,27 @@ from typing import Annotated
 
 import typer
 
+from leansd.faces.cli.completions import complete_device, complete_shape
+from leansd.faces.cli.examples import give_examples
+from leansd.faces.cli.options import Quiet
+
 app = typer.Typer(add_completion=False)
 
 
-@app.command(epilog="Example: leansd anatomy sd15 --time --out anatomy")
+@app.command(
+    epilog=give_examples(
+        "leansd anatomy",
+        "leansd anatomy sd15 --latent 64",
+        "leansd anatomy emoji --time --out anatomy --json",
+    )
+)
 def show_anatomy(
     model: Annotated[
         str,
         typer.Argument(
             help="emoji, a model folder, a .safetensors file, a hub id, or the bare shape of "
-            "sd15, sd21-base or sdxl."
+            "sd15, sd21-base or sdxl.",
+            autocompletion=complete_shape,
         ),
     ] = "emoji",
     latent: Annotated[
@@ -32,11 +43,15 @@ def show_anatomy(
         Path | None, typer.Option(help="Folder for the records, two figures and a page.")
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="With --time: cpu, cuda; the GPU by default.")
+        str | None,
+        typer.Option(
+            help="With --time: cpu, cuda; the GPU by default.", autocompletion=complete_device
+        ),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="End with one line of JSON holding every row.")
     ] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Show a UNet as a tree of blocks, layers and units, with parameters and MACs.
 

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from leansd.faces.cli.completions import complete_plan, complete_sampler
+from leansd.faces.cli.examples import give_examples
 from leansd.faces.cli.options import (
     Clip,
     ConvergedSteps,
@@ -14,13 +16,19 @@ from leansd.faces.cli.options import (
     Json,
     ModelOption,
     PromptFile,
+    Quiet,
     SeedsForSpread,
 )
 
 app = typer.Typer(add_completion=False)
 
 
-@app.command(epilog="Example: leansd bench --quick --rivals fewer,deepcache --out quick.jsonl")
+@app.command(
+    epilog=give_examples(
+        "leansd bench --quick --rivals fewer,deepcache --out quick.jsonl",
+        "leansd bench --sampler ddim --steps 30 --count 16 --report ddim",
+    )
+)
 def bench(
     model: ModelOption = "emoji",
     rivals: Annotated[
@@ -30,11 +38,16 @@ def bench(
         list[str] | None,
         typer.Option(
             help="Ours: a preset, a plan file, or a folder of SAMPLER-STEPS-GOAL.json; once for "
-            "each. The house presets by default."
+            "each. The house presets by default.",
+            autocompletion=complete_plan,
         ),
     ] = None,
     sampler: Annotated[
-        list[str] | None, typer.Option(help="Once for each; dpm++2m, ddim and euler by default.")
+        list[str] | None,
+        typer.Option(
+            help="Once for each; dpm++2m, ddim and euler by default.",
+            autocompletion=complete_sampler,
+        ),
     ] = None,
     steps: Annotated[
         list[int] | None, typer.Option(min=2, help="Once for each; 20, 30 and 50 by default.")
@@ -61,6 +74,7 @@ def bench(
     ] = True,
     device: Device = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure ours against every rival: time and fidelity of the same runs, interleaved.
 

@@ -5,12 +5,15 @@ from typing import Annotated
 
 import typer
 
+from leansd.faces.cli.completions import offer
+from leansd.faces.cli.examples import give_examples
 from leansd.faces.cli.options import (
     Batch,
     Guidance,
     Json,
     ModelArgument,
     PromptFile,
+    Quiet,
     Sampler,
     Seed,
     TimingDevice,
@@ -19,14 +22,23 @@ from leansd.faces.cli.options import (
 app = typer.Typer(add_completion=False)
 
 
-@app.command(epilog="Example: leansd cut emoji --budget 0.75 --of macs -o light.yaml")
+@app.command(
+    epilog=give_examples(
+        "leansd cut emoji --budget 0.75 --of macs --out light.yaml",
+        "leansd cut emoji --budget 0.8 --of ms --guidance 7.5 --json",
+    )
+)
 def cut_unet(
     model: ModelArgument = "emoji",
     budget: Annotated[
         float, typer.Option(help="Share of the UNet's cost that may be left, as in 0.8.")
     ] = 0.8,
     of: Annotated[
-        str, typer.Option(help="What costs: ms (of a call here), macs or params.")
+        str,
+        typer.Option(
+            help="What costs: ms (of a call here), macs or params.",
+            autocompletion=offer("ms", "macs", "params"),
+        ),
     ] = "ms",
     out: Annotated[
         Path, typer.Option("--out", "-o", help="File of the surgery; the report lies beside it.")
@@ -52,6 +64,7 @@ def cut_unet(
     batch: Batch = 8,
     device: TimingDevice = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure what every removal does to the UNet's output, and choose the best cut.
 

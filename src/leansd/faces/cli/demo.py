@@ -5,12 +5,18 @@ from typing import Annotated
 
 import typer
 
-from leansd.faces.cli.options import Device, Guidance, ModelOption, OnlyJson, Sampler
+from leansd.faces.cli.examples import give_examples
+from leansd.faces.cli.options import Device, Guidance, ModelOption, OnlyJson, Quiet, Sampler
 
 app = typer.Typer(add_completion=False)
 
 
-@app.command(epilog="Example: leansd demo --out demo --prompts 'a pizza' --prompts 'a panda face'")
+@app.command(
+    epilog=give_examples(
+        "leansd demo",
+        "leansd demo --prompts 'a pizza' --prompts 'a panda face' --out pets",
+    )
+)
 def show_demo(
     out: Annotated[
         Path, typer.Option(help="Folder for the report, the pictures and the records.")
@@ -25,6 +31,7 @@ def show_demo(
     guidance: Guidance = None,
     device: Device = None,
     as_json: OnlyJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Draw the same prompts in full and with every preset plan; compare time and pictures.
 

@@ -5,12 +5,18 @@ from typing import Annotated
 
 import typer
 
-from leansd.faces.cli.options import Json
+from leansd.faces.cli.completions import offer
+from leansd.faces.cli.examples import give_examples
+from leansd.faces.cli.options import Json, Quiet
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     help="The embedded model: train it, measure it, write its card.",
+    epilog=give_examples(
+        "leansd emoji grid --out grid.png",
+        "leansd emoji train --out runs/emoji --minutes 240",
+    ),
 )
 
 Data = Annotated[
@@ -21,26 +27,41 @@ Cache = Annotated[Path, typer.Option(help="Where npm installs the packages.")]
 Model = Annotated[
     Path | None, typer.Option(help="Model folder; the embedded one by default.", exists=False)
 ]
+Where = Annotated[str, typer.Option(help="cpu or cuda.", autocompletion=offer("cpu", "cuda"))]
 CACHE = Path("~/.cache/leansd/emoji")
 
 
-@app.command(epilog="Example: leansd emoji train --out runs/emoji --minutes 240")
+@app.command(
+    short_help="Train autoencoder, CLIP and UNet.",
+    epilog=give_examples(
+        "leansd emoji train --out runs/emoji --minutes 240",
+        "leansd emoji train --out runs/emoji --minutes 240 --resume",
+    ),
+)
 def train(
     out: Annotated[Path, typer.Option(help="Folder of the run: checkpoints, logs, model.")],
     data: Data = None,
     cache: Cache = CACHE,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Where = "cpu",
     minutes: Annotated[float | None, typer.Option(help="Training time, all stages.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoiser steps, instead of --minutes.")] = None,
     size: Annotated[int, typer.Option(help="Picture side: 64, or 128 for a GPU.")] = 64,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train autoencoder, CLIP and UNet from the packages to a pipeline in OUT/model."""
     from leansd.emoji.curves import plot_curves
     from leansd.emoji.recipe import STAGES, choose_recipe, read_pictures, train_model
     from leansd.emoji.training import Budget
     from leansd.errors import LeansdError
-    from leansd.faces.cli.terminal import hush_libraries, note, open_progress
+    from leansd.faces.cli.terminal import (
+        hush_libraries,
+        note,
+        open_progress,
+        show_json,
+        show_text,
+    )
 
     hush_libraries()
     recipe = choose_recipe(size)
@@ -64,10 +85,24 @@ def train(
             recipe, pictures, out, budget, device=device, resume=resume, report=report
         )
     plot_curves(out)
-    print(model)
+    show_text(f"wrote {model}")
+    if as_json:
+        show_json(
+            {
+                "command": "emoji train",
+                "model": str(model),
+                "train": len(pictures.train),
+                "held_out": len(pictures.held_out),
+            }
+        )
 
 
-@app.command(epilog="Example: leansd emoji evaluate --data DIR --out evaluation.json")
+@app.command(
+    short_help="Measure a trained model.",
+    epilog=give_examples(
+        "leansd emoji evaluate --count 50 --out evaluation.json",
+    ),
+)
 def evaluate(
     model: Model = None,
     data: Data = None,
@@ -75,19 +110,20 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(help="JSON to write; MODEL/evaluation.json by default.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Where = "cpu",
     count: Annotated[int, typer.Option(min=1, help="Training captions, and held-out pairs.")] = 200,
-    steps: Annotated[int, typer.Option(min=1)] = 30,
+    steps: Annotated[int, typer.Option(min=1, help="Sampler steps.")] = 30,
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 7.5,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 0,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure reconstruction, caption retrieval and Fréchet distance of a trained model."""
     from leansd.emoji.assembly import load_clip, load_pipeline
     from leansd.emoji.evaluation import evaluate_model
     from leansd.emoji.recipe import read_pictures
     from leansd.emoji.training import save_json
-    from leansd.faces.cli.terminal import hush_libraries, note, open_progress, show_json
+    from leansd.faces.cli.terminal import hush_libraries, open_progress, show_json, show_text
 
     hush_libraries()
     check_device(device)
@@ -111,29 +147,36 @@ def evaluate(
         )
     path = out or folder / "evaluation.json"
     save_json(result, path)
-    note(f"wrote {path}")
+    show_text(f"wrote {path}")
     if as_json:
-        show_json(result)
+        show_json({"command": "emoji evaluate", **result, "files": [str(path)]})
 
 
-@app.command(epilog="Example: leansd emoji grid --out grid.png")
+@app.command(
+    epilog=give_examples(
+        "leansd emoji grid --out grid.png",
+        "leansd emoji grid --out one.png --prompt 'a panda face'",
+    )
+)
 def grid(
     out: Annotated[Path, typer.Option(help="PNG to write.")],
     model: Model = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="A prompt; repeat it. 36 of the card's by default.")
     ] = None,
-    columns: Annotated[int, typer.Option(min=1)] = 6,
-    steps: Annotated[int, typer.Option(min=1)] = 30,
+    columns: Annotated[int, typer.Option(min=1, help="Pictures in a row.")] = 6,
+    steps: Annotated[int, typer.Option(min=1, help="Sampler steps.")] = 30,
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 5.0,
-    seed: Annotated[int, typer.Option()] = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 0,
+    device: Where = "cpu",
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Draw a grid of pictures."""
     from leansd.emoji.assembly import load_pipeline
     from leansd.emoji.card import GRID_PROMPTS
     from leansd.emoji.drawing import draw_captions, paste_grid, save_picture
-    from leansd.faces.cli.terminal import hush_libraries, open_progress
+    from leansd.faces.cli.terminal import hush_libraries, open_progress, show_json, show_text
 
     hush_libraries()
     check_device(device)
@@ -150,41 +193,74 @@ def grid(
             on_batch=lambda count: progress.advance(task, count),
         )
     save_picture(paste_grid(drawn, columns), out)
-    print(out)
+    show_text(f"wrote {out}")
+    if as_json:
+        show_json(
+            {
+                "command": "emoji grid",
+                "prompts": prompts,
+                "steps": steps,
+                "guidance": guidance,
+                "seed": seed,
+                "files": [str(out)],
+            }
+        )
 
 
-@app.command(epilog="Example: leansd emoji pictures --out emoji")
+@app.command(
+    short_help="Write the pictures with captions, to train on.",
+    epilog=give_examples(
+        "leansd emoji pictures --out emoji",
+    ),
+)
 def pictures(
     out: Annotated[Path, typer.Option(help="Folder to write: train and held-out.")],
     data: Data = None,
     cache: Cache = CACHE,
     size: Annotated[int, typer.Option(min=8, help="Picture side in pixels.")] = 64,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write the pictures with captions as Hugging Face's imagefolder, for `leansd incubate`."""
     from leansd.emoji.folder import write_pictures
     from leansd.emoji.recipe import read_pictures
-    from leansd.faces.cli.terminal import note
+    from leansd.faces.cli.terminal import note, show_json, show_text
 
     found = read_pictures(data, cache.expanduser(), size)
     write_pictures(found, out)
     note(f"{len(found.train)} pictures to train on, {len(found.held_out)} held out")
-    print(out)
+    show_text(f"wrote {out}")
+    if as_json:
+        show_json(
+            {
+                "command": "emoji pictures",
+                "folder": str(out),
+                "train": len(found.train),
+                "held_out": len(found.held_out),
+            }
+        )
 
 
-@app.command(epilog="Example: leansd emoji vgg --out runs/vgg")
+@app.command(
+    short_help="Train a small VGG, for the vgg loss.",
+    epilog=give_examples(
+        "leansd emoji vgg --out runs/vgg --steps 500",
+    ),
+)
 def vgg(
     out: Annotated[Path, typer.Option(help="Folder of the run; a run in it goes on.")],
     data: Data = None,
     cache: Cache = CACHE,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 2500,
-    seed: Annotated[int, typer.Option()] = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
+    device: Where = "cpu",
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train a small VGG to tell emoji groups apart: OUT/vgg.safetensors, for the `vgg` loss."""
     from leansd.emoji.recipe import read_pictures
     from leansd.emoji.training import Budget
-    from leansd.faces.cli.terminal import note, open_progress, show_json
+    from leansd.faces.cli.terminal import open_progress, show_json, show_text
     from leansd.incubation.vgg_training import PIXELS, train_vgg
 
     check_device(device)
@@ -199,20 +275,32 @@ def vgg(
             device=device,
             on_log=lambda row: progress.update(task, completed=int(1000 * row["progress"])),
         )
-    note(f"groups told right: {result['train']:.1%} in training, {result['held_out']:.1%} held out")
-    print(out / "vgg.safetensors")
+    told = f"{result['train']:.1%} in training, {result['held_out']:.1%} held out"
+    show_text(f"groups told right: {told}")
+    show_text(f"wrote {out / 'vgg.safetensors'}")
     if as_json:
         show_json({"command": "emoji vgg", **result})
 
 
-@app.command(epilog="Example: leansd emoji card")
+@app.command(
+    short_help="Write the model card.",
+    epilog=give_examples(
+        "leansd emoji card",
+    ),
+)
 def card(
     model: Model = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write the model card, MODEL/README.md, from MODEL/evaluation.json and MODEL/training.json."""
     from leansd.emoji.card import write_card
+    from leansd.faces.cli.terminal import show_json, show_text
 
-    print(write_card(find_model(model)))
+    path = write_card(find_model(model))
+    show_text(f"wrote {path}")
+    if as_json:
+        show_json({"command": "emoji card", "files": [str(path)]})
 
 
 def find_model(model: Path | None) -> Path:

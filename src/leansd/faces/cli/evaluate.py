@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from leansd.faces.cli.completions import complete_plan, offer
+from leansd.faces.cli.examples import give_examples
 from leansd.faces.cli.options import (
     Batch,
     Clip,
@@ -16,6 +18,7 @@ from leansd.faces.cli.options import (
     Json,
     ModelArgument,
     PromptFile,
+    Quiet,
     Sampler,
     Seed,
     SeedsForSpread,
@@ -25,11 +28,18 @@ app = typer.Typer(add_completion=False)
 
 
 @app.command(
-    epilog="Example: leansd evaluate emoji --plan balanced --plan fast --rival unipc:15 --out run"
+    epilog=give_examples(
+        "leansd evaluate --plan balanced --count 16 --out balanced",
+        "leansd evaluate --plan fast --plan turbo --rival unipc:15 --json",
+    )
 )
 def evaluate_plans(
     plan: Annotated[
-        list[str], typer.Option(help="A preset or a plan file; give the option once for each.")
+        list[str],
+        typer.Option(
+            help="A preset or a plan file; give the option once for each.",
+            autocompletion=complete_plan,
+        ),
     ],
     model: ModelArgument = "emoji",
     steps: Annotated[int, typer.Option(min=2, help="Sampler steps of full run and plans.")] = 30,
@@ -46,7 +56,8 @@ def evaluate_plans(
         list[str] | None,
         typer.Option(
             help="full, converged, or SAMPLER:STEPS as in dpm++2m:150; once for each. "
-            "full and converged by default."
+            "full and converged by default.",
+            autocompletion=offer("full", "converged"),
         ),
     ] = None,
     converged_steps: ConvergedSteps = 150,
@@ -65,6 +76,7 @@ def evaluate_plans(
     ] = Path("evaluation"),
     device: Device = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure plans: fidelity to references from the same seeds, and the quality of whole sets.
 
@@ -79,6 +91,7 @@ def evaluate_plans(
         show_json,
         show_table,
         show_text,
+        warn,
     )
     from leansd.faces.contests import find_guidance
     from leansd.faces.outlines import choose_plan, open_anatomy
@@ -163,7 +176,7 @@ def evaluate_plans(
     scale = GUIDANCE if guidance is None and model == EMBEDDED else guidance
     applied = find_guidance(pipe, model) if guidance is None else guidance
     for warning in (w for p in plans for w in check_tuned(p, pipe, guidance=applied, force=force)):
-        note(warning)
+        warn(warning)
     drawn = [texts[place % len(texts)] for place in range(count)]
     conditions = Conditions(
         pipe,

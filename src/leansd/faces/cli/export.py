@@ -5,22 +5,33 @@ from typing import Annotated
 
 import typer
 
-from leansd.faces.cli.options import Fit, Json
+from leansd.faces.cli.completions import complete_model, complete_plan, complete_sampler, offer
+from leansd.faces.cli.examples import give_examples
+from leansd.faces.cli.options import Fit, Json, Quiet
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command(
-    epilog="Example: leansd export emoji --to onnx --plan fast --steps 30 --out emoji-onnx"
+    epilog=give_examples(
+        "leansd export emoji --to onnx --plan fast --out emoji-onnx",
+        "leansd export emoji --to diffusers --out emoji-unet",
+    )
 )
 def export_net(
     net: Annotated[
-        str, typer.Argument(metavar="NET", help="emoji, a UNet's folder or a model folder.")
+        str,
+        typer.Argument(
+            metavar="NET",
+            help="emoji, a UNet's folder or a model folder.",
+            autocompletion=complete_model,
+        ),
     ],
     to: Annotated[
         str,
         typer.Option(
-            help="diffusers, a folder that UNet2DConditionModel.from_pretrained opens, or onnx."
+            help="diffusers, a folder that UNet2DConditionModel.from_pretrained opens, or onnx.",
+            autocompletion=offer("diffusers", "onnx"),
         ),
     ],
     out: Annotated[
@@ -31,7 +42,10 @@ def export_net(
     ],
     plan: Annotated[
         str | None,
-        typer.Option(help="For onnx: a preset or a plan file, whose graphs are written, too."),
+        typer.Option(
+            help="For onnx: a preset or a plan file, whose graphs are written, too.",
+            autocompletion=complete_plan,
+        ),
     ] = None,
     steps: Annotated[
         int | None,
@@ -40,9 +54,13 @@ def export_net(
     fit: Fit = False,
     sampler: Annotated[
         str | None,
-        typer.Option(help="What a preset is for: ddim, dpm++2m ...; the model's own by default."),
+        typer.Option(
+            help="What a preset is for: ddim, dpm++2m ...; the model's own by default.",
+            autocompletion=complete_sampler,
+        ),
     ] = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Export a net; for ONNX, check in ONNX Runtime that it gives what PyTorch gives."""
     from leansd.anatomy.reading import read_anatomy
@@ -52,11 +70,11 @@ def export_net(
     from leansd.exporting.opening import find_home, read_sampler
     from leansd.faces.cli.terminal import (
         hush_libraries,
-        note,
         open_progress,
         show_json,
         show_table,
         show_text,
+        warn,
     )
     from leansd.faces.outlines import choose_plan
     from leansd.loading import load_outline
@@ -90,7 +108,7 @@ def export_net(
     rows = tuple((name, f"{size / 1e6:.2f}") for name, size in written.files.items())
     show_table(Table(("file", "MB"), rows))
     for loss in written.losses:
-        note(loss)
+        warn(loss)
     if written.difference is not None:
         show_text(f"largest difference from PyTorch: {written.difference:.1e}")
     show_text(f"wrote {written.folder}")

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from leansd.faces.cli.completions import complete_plan
+from leansd.faces.cli.examples import give_examples
 from leansd.faces.cli.options import (
     Device,
     Fit,
@@ -12,6 +14,7 @@ from leansd.faces.cli.options import (
     ModelOption,
     Nets,
     OwnGuidance,
+    Quiet,
     Sampler,
     Size,
 )
@@ -20,11 +23,15 @@ app = typer.Typer(add_completion=False)
 
 
 @app.command(
-    epilog="Example: leansd generate 'a red apple' 'a pizza' --plan fast --seed 1 --out pictures"
+    epilog=give_examples(
+        "leansd generate 'a red apple' 'a pizza' --plan fast --out pictures",
+        "leansd generate 'a pizza' --count 4 --seed 7 --sampler ddim --json",
+        "leansd generate --prompts rows.jsonl --out shards --batch 16",
+    )
 )
 def generate_pictures(
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="What to draw.")
+        list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw.")
     ] = None,
     prompt_file: Annotated[
         Path | None,
@@ -39,7 +46,8 @@ def generate_pictures(
         str,
         typer.Option(
             help="A preset (see leansd plan), a plan file, or a front with --speedup; full skips "
-            "nothing."
+            "nothing.",
+            autocompletion=complete_plan,
         ),
     ] = "balanced",
     net: Nets = None,
@@ -94,6 +102,7 @@ def generate_pictures(
     ] = 0,
     device: Device = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Draw pictures from prompts, each as a PNG that carries its prompt, seed and plan."""
     from dataclasses import replace
@@ -105,6 +114,7 @@ def generate_pictures(
         open_progress,
         show_json,
         show_text,
+        warn,
     )
     from leansd.faces.contests import find_guidance
     from leansd.faces.outlines import STEPS, choose_plan, open_anatomy, read_front, read_nets
@@ -164,7 +174,7 @@ def generate_pictures(
         from leansd.faces.bulk import carry_out, place_order, read_prompts_file
 
         order = place_order(
-            read_prompts_file(prompt_file, strict=strict, note=note),
+            read_prompts_file(prompt_file, strict=strict, note=warn),
             out,
             chosen,
             {
@@ -193,7 +203,7 @@ def generate_pictures(
                 workers=workers,
                 on_pictures=lambda count: progress.advance(bar, count),
             )
-        show_text(f"{total} pictures in {len(order.parts)} shards in {out}")
+        show_text(f"wrote {total} pictures in {len(order.parts)} shards in {out}")
         if as_json:
             show_json(
                 {
@@ -221,9 +231,9 @@ def generate_pictures(
     base = replace(base, steps=chosen.steps, init=picture)
     own = find_guidance(pipe, model="") if guidance is None else guidance
     for warning in check_tuned(chosen, pipe, guidance=own, force=force):
-        note(warning)
+        warn(warning)
     if speedup is None and not force and not suits(look_up(plan), chosen.steps):
-        note(f"{chosen.steps} steps run in full, so few gain nothing; --force follows {plan}")
+        warn(f"{chosen.steps} steps run in full, so few gain nothing; --force follows {plan}")
         chosen = Plan.full(chosen.steps)
     pipe.set_progress_bar_config(disable=True)
 
@@ -269,6 +279,8 @@ def generate_pictures(
             progress.console.print(told, highlight=False, markup=False, soft_wrap=True)
     assert painting is not None
     show_text(str(painting.report))
+    place = str(written[0][0]) if len(written) == 1 else f"{len(written)} pictures in {out}"
+    show_text(f"wrote {place}")
     if as_json:
         show_json(
             {

@@ -5,15 +5,24 @@ from typing import Annotated
 
 import typer
 
+from leansd.faces.cli.examples import give_examples
+from leansd.faces.cli.options import Quiet
+
 app = typer.Typer(add_completion=False)
 
 
-@app.command(epilog="Example: leansd incubate recipes/smoke.yaml --out runs/smoke trainer.batch=4")
+@app.command(
+    epilog=give_examples(
+        "leansd incubate recipes/smoke.yaml --dry-run",
+        "leansd incubate recipes/smoke.yaml --out runs/smoke trainer.batch=4",
+        "leansd incubate recipes/smoke.yaml --out runs/smoke --resume",
+    )
+)
 def incubate_recipe(
     recipe: Annotated[Path, typer.Argument(help="A YAML file; recipes/ holds some.")],
     changes: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Changes by dotted path."),
+        typer.Argument(metavar="KEY=VALUE", help="Changes by dotted path."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder of the run; the net is OUT/net.")
@@ -24,6 +33,7 @@ def incubate_recipe(
         typer.Option("--dry-run", help="Only say what it takes: compute, memory, disk, hours."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Distil, assemble and distil again; accelerate launch -m leansd.faces.cli for several GPUs."""
     from leansd.errors import LeansdError

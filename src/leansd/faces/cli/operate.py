@@ -5,22 +5,34 @@ from typing import Annotated
 
 import typer
 
-from leansd.faces.cli.options import Json
+from leansd.faces.cli.completions import complete_shape, complete_surgery
+from leansd.faces.cli.examples import give_examples
+from leansd.faces.cli.options import Json, Quiet
 
 app = typer.Typer(add_completion=False)
 
 
-@app.command(epilog="Example: leansd operate bk-base --model emoji --out nets/light")
+@app.command(
+    epilog=give_examples(
+        "leansd operate",
+        "leansd operate bk-base --model sd15 --preview",
+        "leansd operate bk-base --model emoji --out nets/light",
+    )
+)
 def operate_on_unet(
     surgery: Annotated[
         str | None,
-        typer.Argument(help="A YAML file or a preset; without it, the presets are listed."),
+        typer.Argument(
+            help="A YAML file or a preset; without it, the presets are listed.",
+            autocompletion=complete_surgery,
+        ),
     ] = None,
     model: Annotated[
         str,
         typer.Option(
             help="Whose UNet is operated on: emoji, a model folder, a UNet's folder, a "
-            ".safetensors file or a hub id; with --preview also sd15, sd21-base and sdxl."
+            ".safetensors file or a hub id; with --preview also sd15, sd21-base and sdxl.",
+            autocompletion=complete_shape,
         ),
     ] = "emoji",
     nets: Annotated[
@@ -43,6 +55,7 @@ def operate_on_unet(
         int | None, typer.Option(min=1, help="Side of the latents that MACs are counted at.")
     ] = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Cut a UNet, or assemble one from several, and write it."""
     from leansd.errors import LeansdError

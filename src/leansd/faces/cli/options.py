@@ -5,12 +5,15 @@ from typing import Annotated
 
 import typer
 
+from leansd.faces.cli.completions import complete_device, complete_model, complete_sampler
+from leansd.faces.cli.silence import keep_silent
+
 _MODELS = "emoji (embedded), a model folder, a .safetensors file or a hub id."
 _SAMPLERS = "ddim, dpm++2m, euler, heun, unipc ...; the model's own by default."
 
-ModelArgument = Annotated[str, typer.Argument(help=_MODELS)]
-ModelOption = Annotated[str, typer.Option(help=_MODELS)]
-Sampler = Annotated[str | None, typer.Option(help=_SAMPLERS)]
+ModelArgument = Annotated[str, typer.Argument(help=_MODELS, autocompletion=complete_model)]
+ModelOption = Annotated[str, typer.Option(help=_MODELS, autocompletion=complete_model)]
+Sampler = Annotated[str | None, typer.Option(help=_SAMPLERS, autocompletion=complete_sampler)]
 Guidance = Annotated[
     float | None,
     typer.Option(help="Guidance scale; 4 for emoji, the pipeline's own for other models."),
@@ -44,12 +47,30 @@ SeedsForSpread = Annotated[
 ]
 Clip = Annotated[Path | None, typer.Option(help="Folder of a CLIP for the quality of sets.")]
 Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, mps; the GPU where there is one by default.")
+    str | None,
+    typer.Option(
+        help="cpu, cuda, mps; the GPU where there is one by default.",
+        autocompletion=complete_device,
+    ),
 ]
 TimingDevice = Annotated[
-    str | None, typer.Option(help="cpu, cuda; the GPU where there is one by default.")
+    str | None,
+    typer.Option(
+        help="cpu, cuda; the GPU where there is one by default.", autocompletion=complete_device
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]
 OnlyJson = Annotated[
     bool, typer.Option("--json", help="Only the JSON line on standard output, no table.")
 ]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        "-q",
+        callback=keep_silent,
+        expose_value=False,
+        help="No progress, no notes: only results, warnings and errors.",
+    ),
+]
+"""Every command takes it; it says so to `silence`, and the command itself need not look."""

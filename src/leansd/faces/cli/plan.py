@@ -5,16 +5,27 @@ from typing import Annotated
 
 import typer
 
-from leansd.faces.cli.options import Fit, Json, Nets
+from leansd.faces.cli.completions import complete_plan, complete_shape
+from leansd.faces.cli.examples import give_examples
+from leansd.faces.cli.options import Fit, Json, Nets, Quiet
 
 app = typer.Typer(add_completion=False)
 
 
-@app.command(epilog="Example: leansd plan balanced --steps 30 -o plan.json --picture plan.png")
+@app.command(
+    epilog=give_examples(
+        "leansd plan",
+        "leansd plan balanced --steps 30",
+        "leansd plan fast --model sd15 -o plan.json --picture plan.png",
+    )
+)
 def show_plan(
     plan: Annotated[
         str | None,
-        typer.Argument(help="A preset or a plan file; without it, the presets are listed."),
+        typer.Argument(
+            help="A preset or a plan file; without it, the presets are listed.",
+            autocompletion=complete_plan,
+        ),
     ] = None,
     steps: Annotated[
         int | None,
@@ -22,7 +33,11 @@ def show_plan(
     ] = None,
     fit: Fit = False,
     model: Annotated[
-        str, typer.Option(help="The model whose units are drawn; sd15, sd21-base, sdxl work too.")
+        str,
+        typer.Option(
+            help="The model whose units are drawn; sd15, sd21-base, sdxl work too.",
+            autocompletion=complete_shape,
+        ),
     ] = "emoji",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the plan as a JSON file.")
@@ -32,19 +47,17 @@ def show_plan(
     ] = None,
     net: Nets = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Show a plan as a grid of units and steps; save it, or a picture of it."""
-    from leansd.faces.cli.terminal import hush_libraries, show_json, show_table, show_text
-    from leansd.faces.outlines import (
-        choose_plan,
-        encode_figure,
-        open_anatomy,
-        predict_gain,
-        read_nets,
+    from leansd.faces.cli.terminal import (
+        hush_libraries,
+        show_grid,
+        show_json,
+        show_table,
+        show_text,
     )
-    from leansd.measuring.files import check_file, write_file
     from leansd.measuring.tables import Table
-    from leansd.plans.drawing import draw_picture
     from leansd.plans.presets import PRESETS
 
     if plan is None:
@@ -54,6 +67,17 @@ def show_plan(
         if as_json:
             show_json({"command": "plan", "presets": {p.name: p.summary for p in PRESETS.values()}})
         return
+
+    from leansd.faces.outlines import (
+        choose_plan,
+        encode_figure,
+        open_anatomy,
+        predict_gain,
+        read_nets,
+    )
+    from leansd.measuring.files import check_file, write_file
+    from leansd.plans.drawing import draw_picture
+
     for path in (out, picture):
         if path is not None:
             check_file(path)
@@ -64,7 +88,7 @@ def show_plan(
     grid = chosen.draw(anatomy)
     drawn = encode_figure(draw_picture(chosen, anatomy), picture) if picture is not None else b""
     speedup = predict_gain(chosen, anatomy, nets)
-    show_text(grid)
+    show_grid(grid, chosen.steps)
     show_text(f"fingerprint {chosen.fingerprint}, predicted speed-up of the UNet {speedup:.2f}x")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -5,18 +5,26 @@ from typing import Annotated
 
 import typer
 
-from leansd.faces.cli.options import Batch, OnlyJson, OwnGuidance, Size, TimingDevice
+from leansd.faces.cli.completions import complete_shape
+from leansd.faces.cli.examples import give_examples
+from leansd.faces.cli.options import Batch, OnlyJson, OwnGuidance, Quiet, Size, TimingDevice
 
 app = typer.Typer(add_completion=False)
 
 
-@app.command(epilog="Example: leansd profile emoji --repeats 10 --out profile")
+@app.command(
+    epilog=give_examples(
+        "leansd profile emoji --repeats 10 --out profile",
+        "leansd profile sd15 --size 512 --repeats 1 --check 0 --json",
+    )
+)
 def profile_model(
     model: Annotated[
         str,
         typer.Argument(
             help="emoji, a model folder, a .safetensors file, a hub id, or sd15 or sd21-base for "
-            "a pipeline of that size with random weights."
+            "a pipeline of that size with random weights.",
+            autocompletion=complete_shape,
         ),
     ] = "emoji",
     out: Annotated[Path, typer.Option(help="Folder for the report and the records.")] = Path(
@@ -44,6 +52,7 @@ def profile_model(
     ] = None,
     device: TimingDevice = None,
     as_json: OnlyJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Time every unit, whole UNet calls and the pipeline's stages; predict what plans gain.
 

@@ -19,6 +19,8 @@ from rich.progress import (
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from leansd.faces.cli.silence import is_silent
+from leansd.faces.cli.wrapping import fit, fold_grid
 from leansd.measuring.tables import Table
 
 
@@ -35,9 +37,9 @@ def open_progress() -> Progress:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=Console(stderr=True, quiet=is_silent()),
         transient=True,
-        disable=not sys.stderr.isatty(),
+        disable=is_silent() or not sys.stderr.isatty(),
     )
 
 
@@ -60,8 +62,13 @@ def show_table(table: Table) -> None:
 
 
 def show_text(text: str) -> None:
-    """Print text as it is."""
-    print(text)
+    """Print text: as it is, but for a terminal that is narrower."""
+    print(fit(text, sys.stdout))
+
+
+def show_grid(grid: str, steps: int) -> None:
+    """Print a plan's grid, in pieces on a terminal that is narrower."""
+    show_text(fold_grid(grid, steps, open_console().width) if sys.stdout.isatty() else grid)
 
 
 def show_json(fields: Mapping[str, Any]) -> None:
@@ -70,8 +77,14 @@ def show_json(fields: Mapping[str, Any]) -> None:
 
 
 def note(message: str) -> None:
-    """Say something on standard error."""
-    print(message, file=sys.stderr, flush=True)
+    """Say on standard error what is being done."""
+    if not is_silent():
+        print(fit(message, sys.stderr), file=sys.stderr, flush=True)
+
+
+def warn(message: str) -> None:
+    """Say on standard error what the user should know, `--quiet` or not."""
+    print(fit(message, sys.stderr), file=sys.stderr, flush=True)
 
 
 def hush_libraries() -> None:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from leansd.faces.cli.examples import give_examples
 from leansd.faces.cli.options import (
     Batch,
     Guidance,
@@ -12,6 +13,7 @@ from leansd.faces.cli.options import (
     ModelArgument,
     Nets,
     PromptFile,
+    Quiet,
     Sampler,
     Seed,
     TimingDevice,
@@ -20,7 +22,12 @@ from leansd.faces.cli.options import (
 app = typer.Typer(add_completion=False)
 
 
-@app.command(epilog="Example: leansd tune emoji --speedup 2.5 --sampler ddim -o ddim.json")
+@app.command(
+    epilog=give_examples(
+        "leansd tune emoji --speedup 2.5 --sampler ddim --out ddim.json",
+        "leansd tune emoji --psnr 40 --steps 20 --drift drift.jsonl",
+    )
+)
 def tune_plans(
     model: ModelArgument = "emoji",
     out: Annotated[
@@ -68,6 +75,7 @@ def tune_plans(
     ] = None,
     device: TimingDevice = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Tune plans on some calls, let others decide, and save the whole front.
 
