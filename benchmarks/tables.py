@@ -19,7 +19,10 @@ from leansd.measuring.records import Record, load_records
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 COLUMNS = ("", "speed-up, measured", "predicted", "PSNR to full", "SSIM", "CLIP score")
-PAGES = (ROOT / "README.md", ROOT / "docs" / "surgery.md", ROOT / "docs" / "reproduce.md")
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / name for name in ("surgery.md", "reproduce.md", "benchmarks.md")),
+)
 BLOCK = re.compile(r"(<!-- table: (?P<name>\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
