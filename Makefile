@@ -38,7 +38,7 @@ tables: $(VENV)/.developer
 	$(BIN)/python benchmarks/tables.py
 
 docs: $(VENV)/.developer
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) demo build dist

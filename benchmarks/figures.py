@@ -29,8 +29,8 @@ KEPT, GONE, RIVAL, OURS = "#0f766e", "#e2e8f0", "#94a3b8", "#c2410c"
 
 
 def draw_plan() -> Figure:
-    """The plan of the page: a key step every third, forecast between, and the middle block."""
-    plan = Plan.every(3, cut="up2.up", steps=12, how="forecast").inherit("mid", at=[4, 5])
+    """The plan of the page: a key step every third, forecast between, half the batch at two."""
+    plan = Plan.every(3, cut="up2.up", steps=12, how="forecast").guide("inherit", at=[7, 8])
     return draw_picture(plan.rename("every 3, cut at up2.up"), open_anatomy("sd15"))
 
 
