@@ -36,6 +36,7 @@ bench: $(VENV)/.developer
 
 tables: $(VENV)/.developer
 	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/figures.py
 
 docs: $(VENV)/.developer
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

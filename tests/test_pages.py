@@ -119,13 +119,18 @@ BUILDERS: dict[str, Callable[[Chapter], Any]] = {
 """What pages assume to be there."""
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS, ids=[chapter.name for chapter in CHAPTERS])
+def mark(chapter: Chapter) -> Any:
+    marks = pytest.mark.slow if chapter.uses("emoji") else ()
+    return pytest.param(chapter, marks=marks, id=chapter.name)
+
+
+@pytest.mark.parametrize("chapter", [mark(chapter) for chapter in CHAPTERS])
 def test_python_runs(chapter: Chapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     if chapter.uses("onnx"):
         pytest.importorskip("onnxruntime")
     if chapter.uses("emoji"):
-        monkeypatch.setattr(leansd, "load", lambda _: load_embedded())
+        monkeypatch.setattr(leansd, "load", {"emoji": load_embedded()}.__getitem__)
     names = {name: make(chapter) for name, make in BUILDERS.items() if chapter.uses(name)}
     missing: list[str] = []
     for number, fence in enumerate(chapter.fences, 1):
@@ -159,18 +164,17 @@ def test_python_that_cannot_run_names_what_is_there(code: str) -> None:
             assert all(hasattr(module, each.name) for each in node.names)
         if isinstance(node, Attribute) and isinstance(node.value, Name):
             assert node.value.id != "leansd" or node.attr in leansd.__all__
-        if isinstance(node, Call) and is_public(node.func):
-            taken = signature(getattr(leansd, node.func.attr)).parameters
+        name = get_public(node.func) if isinstance(node, Call) else ""
+        if isinstance(node, Call) and name:
+            taken = signature(getattr(leansd, name)).parameters
             if not any(each.kind is Parameter.VAR_KEYWORD for each in taken.values()):
                 assert {each.arg for each in node.keywords} <= set(taken)
 
 
-def is_public(function: Any) -> bool:
-    return (
-        isinstance(function, Attribute)
-        and isinstance(function.value, Name)
-        and function.value.id == "leansd"
-    )
+def get_public(function: Any) -> str:
+    """What is called, if it is a name of `leansd` itself."""
+    value = function.value if isinstance(function, Attribute) else None
+    return function.attr if isinstance(value, Name) and value.id == "leansd" else ""
 
 
 def test_the_cookbook_has_what_users_ask_for() -> None:
@@ -240,7 +244,8 @@ def test_surgery_files_are_read(tmp_path: Path) -> None:
     tiny = leansd.operate(tiny_pipeline().unet, "bk-tiny")[0]
     nets = {"original": tiny_pipeline().unet, "tiny": tiny}
     assert len(surgery.edits) == 3
-    assert leansd.operate(nets, surgery)[0].config.layers_per_block[0] == 1
+    config: Any = leansd.operate(nets, surgery)[0].config
+    assert config.layers_per_block[0] == 1
 
 
 def test_what_a_page_would_fetch_is_refused() -> None:
