@@ -112,6 +112,7 @@ BUILDERS: dict[str, Callable[[Chapter], Any]] = {
         tiny_scheduler(),
     ),
     "control_pipe": lambda _: make_pipeline(make_controlnet()),
+    "call": lambda _: {"prompt": "a lighthouse", "num_inference_steps": 12},
     "photo": lambda _: Image.new("RGB", (32, 32), "teal"),
     "edges": lambda _: Image.new("RGB", (32, 32), "white"),
     "leansd": lambda _: leansd,
