@@ -1,5 +1,6 @@
 # make demo   see it work: sets up .venv on the first call, then runs the demo
 # make test   the tests (make check adds lint and types)
+# make docs   the documentation as a site: build/site/index.html
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test check lint types format bench tables manual clean
+.PHONY: demo test check lint types format bench tables docs manual clean
 
 demo: $(VENV)/.user
 	$(BIN)/leansd demo
@@ -35,6 +36,10 @@ bench: $(VENV)/.developer
 
 tables: $(VENV)/.developer
 	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/figures.py
+
+docs: $(VENV)/.developer
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 manual: $(VENV)/.developer
 	$(BIN)/leansd manual --to markdown --out docs/commands.md

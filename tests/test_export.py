@@ -1,7 +1,6 @@
 """Exported nets: ONNX Runtime gives what PyTorch gives, with any plan; diffusers opens them."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -422,15 +421,3 @@ def test_the_embedded_model_with_a_tuned_preset(tmp_path: Path) -> None:
         wanted = draw(pipe, steps=12)
     pipe.unet = leansd.load_onnx(tmp_path / "emoji", pipe)
     assert differ(draw(pipe, steps=12), wanted) < TOLERANCE
-
-
-# -- the page ------------------------------------------------------------------------------------
-
-PAGE = Path(__file__).parent.parent / "docs" / "export.md"
-
-
-def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
-        pipe = tiny_pipeline(unet=tiny_unet(**SMALL))
-        exec(compile(code, PAGE.name, "exec"), {"leansd": leansd, "pipe": pipe})

@@ -61,6 +61,10 @@ def load(
         model: `emoji` (embedded), a folder, a `.safetensors` file or a hub id.
         device: by default the GPU where there is one.
         dtype: by default float16 on a GPU and float32 elsewhere.
+
+    Raises:
+        LeansdError: there is no such model or device, it cannot be read, holds anything but
+            safetensors, or has no `UNet2DConditionModel`.
     """
     device = find_device(device)
     if dtype is None:

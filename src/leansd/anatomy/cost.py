@@ -55,6 +55,10 @@ def dissect(
     Args:
         latent: height (and width) in latent pixels; by default the UNet's own sample size.
         tokens: length of the text condition.
+        name: what the anatomy calls the UNet where it is printed.
+
+    Raises:
+        LeansdError: it is no `UNet2DConditionModel`, or a block is built in a way not known here.
     """
     anatomy = read_anatomy(unet, name=name)
     ledger = count_macs(unet, latent=latent, tokens=tokens)
@@ -70,7 +74,14 @@ def count_macs(
     latent: int | tuple[int, int] | None = None,
     tokens: int = TOKENS,
 ) -> Ledger:
-    """Run the UNet's shapes on the meta device and count every matrix product and convolution."""
+    """Run the UNet's shapes on the meta device and count every matrix product and convolution.
+
+    Counted are multiply-accumulates of one forward on one sample, attention's products included.
+
+    Args:
+        latent: height (and width) in latent pixels; by default the UNet's own sample size.
+        tokens: length of the text condition.
+    """
     size = pick_size(unet, latent)
     skeleton = copy_skeleton(unet)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -49,14 +49,30 @@ def as_batch(pictures: Pictures) -> Tensor:
 
 
 def psnr(pictures: Pictures, reference: Pictures) -> Tensor:
-    """Peak signal-to-noise ratio in dB, one a picture, shape [n]; at most `CEILING`."""
+    """Peak signal-to-noise ratio in dB, one a picture, shape [n]; at most `CEILING`.
+
+    Args:
+        pictures: [n, 3, H, W] in 0..1, or a list of PIL images.
+        reference: as many, of the same size.
+
+    Raises:
+        LeansdError: they differ in number or size.
+    """
     ours, theirs = _pair(pictures, reference)
     ratio = peak_signal_noise_ratio(ours, theirs, data_range=1.0, reduction="none", dim=(1, 2, 3))
     return ratio.clamp(max=CEILING)
 
 
 def ssim(pictures: Pictures, reference: Pictures) -> Tensor:
-    """Structural similarity (Gaussian window of 11), one a picture, shape [n]; 1 is equal."""
+    """Structural similarity (Gaussian window of 11), one a picture, shape [n]; 1 is equal.
+
+    Args:
+        pictures: [n, 3, H, W] in 0..1, or a list of PIL images.
+        reference: as many, of the same size.
+
+    Raises:
+        LeansdError: they differ in number or size, or are under 11 pixels a side.
+    """
     ours, theirs = _pair(pictures, reference)
     height, width = ours.shape[-2:]
     if min(height, width) < 11:
@@ -114,6 +130,9 @@ def latent_error(latents: Tensor, reference: Tensor) -> Tensor:
     """Root mean square error over the reference's own root mean square, one a sample, shape [n].
 
     Both are [n, channels, height, width]. 0 is equal; about 1.4 is unrelated.
+
+    Raises:
+        LeansdError: their shapes differ.
     """
     if latents.shape != reference.shape:
         raise LeansdError(

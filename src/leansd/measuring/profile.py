@@ -64,6 +64,9 @@ def profile(
         attend: self-attentions to time by GRI and in full as well, for plans that gate them.
         on_run: called after each probing run.
 
+    Returns:
+        Seconds of units, blocks, calls and stages, and what predicts the time of any plan.
+
     Raises:
         LeansdError: the pipeline follows a plan already, or does not call its UNet once a step.
     """

@@ -150,9 +150,10 @@ class Plan:
     def attend(self, *patterns: str, by: Attend, at: int | Iterable[int]) -> Plan:
         """This plan with self-attentions computed `by` GRI or in full at the steps `at`.
 
-        Only what is computed is concerned; elsewhere the UNet attends as it has it. GRI needs no
-        parameters, so any UNet can attend by it, but only one that was distilled to it draws as
-        well: measure a plan that gates another (`leansd evaluate`). Later calls overrule.
+        Only what is computed is concerned; elsewhere the UNet attends as it has it. GRI (A-SDM,
+        arXiv 2406.00210) needs no parameters, so any UNet can attend by it, but only one that was
+        distilled to it draws as well: measure a plan that gates another (`leansd evaluate`). Later
+        calls overrule.
 
         Args:
             patterns: what self-attentions are or lie in, `dn0.l0.attn.t0.sa` or `dn0.*.attn`.

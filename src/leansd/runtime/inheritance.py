@@ -28,6 +28,10 @@ def inherit(
 ) -> Attachment:
     """Let a pipeline, or a bare UNet, follow a plan inside a `with` block.
 
+    Feature inheritance is that of A-SDM (arXiv 2406.00210), for any unit, step and way. Latents
+    [B, C, H, W] may be of any size; where a batch or size changes midway, the step is computed in
+    full.
+
     Args:
         target: a diffusers pipeline with a `unet`, or a `UNet2DConditionModel`.
         plan: a `Plan`, the name of a preset (which fits itself to every run's step count) or the
@@ -53,7 +57,11 @@ def inherit_(
     nets: Mapping[str, UNet2DConditionModel] = NO_NETS,
     compile: bool | Mapping[str, Any] = False,
 ) -> Attachment:
-    """The same without a `with`: until `release_(target)`, in every thread."""
+    """The same without a `with`: until `release_(target)`, in every thread.
+
+    Raises:
+        LeansdError: what `inherit` would raise.
+    """
     return _make_attachment(target, plan, nets, compile).attach()
 
 

@@ -53,6 +53,8 @@ def operate(nets: Nets, surgery: Surgery | str | Path) -> tuple[UNet2DConditionM
     What is given is never touched, and nothing is shared with it. The new UNet is a plain
     `UNet2DConditionModel` where its config can say what it is, else a `LightUNet2DConditionModel`;
     dtype, device and training mode are those of the first net, which may be on the meta device.
+    Copying weights by structure is as in BK-SDM (arXiv 2305.15798), putting a UNet together from
+    several as in A-SDM (arXiv 2406.00210).
 
     Args:
         nets: a UNet, or UNets by name: the first is operated on, `take` names the others.

@@ -147,6 +147,9 @@ def cut(
 ) -> Cut:
     """Choose what to cut out of a pipeline's UNet, before any training.
 
+    Removals are measured one by one and chosen by a knapsack, as in LAPTOP-Diff (arXiv 2404.11098);
+    errors are those of the guided output.
+
     Args:
         calls: prompts, or dicts of pipeline arguments, that errors are measured on.
         budget: share of the UNet's cost that may be left.
@@ -155,8 +158,11 @@ def cut(
         steps: of the runs that errors are measured on.
         moments: how many of their steps, evenly spread.
         settings: arguments that all calls share, such as `guidance_scale`.
+        seed: of the first picture.
+        batch: pictures drawn at once.
         tries: cuts near the knapsack's answer that are built and measured.
         name: of the surgery.
+        tell: told in a few words what goes on, and the share of the work that is done.
 
     Raises:
         LeansdError: the budget is out of reach; the message says what can be reached.

@@ -74,6 +74,9 @@ def tune(
 ) -> Front:
     """Find plans for the pipeline with its present scheduler.
 
+    Errors are taken to be linear in the UNet's outputs, as schedulers are; corrections compare with
+    UniPC (arXiv 2302.04867). What the error model proposes, runs decide.
+
     Args:
         calls: prompts, or dicts of pipeline arguments; each gives one picture.
         steps: of the full run that plans are to be like.
@@ -84,12 +87,15 @@ def tune(
         speedup: one more speed, the one that is wanted.
         ms: milliseconds of the whole call that are wanted; one more speed as well.
         tries: moves of key steps that are tried for each speed.
+        seed: of the first picture.
+        batch: pictures drawn at once.
         nets: UNets by name that plans may switch to.
         attend: self-attentions, addresses or globs, that plans may compute by GRI.
         cost: of `leansd.profile`, with `attend` and with the nets' own in `nets`; measured here by
             default.
         sampler: its name in the front; the scheduler's class by default.
         journal: a file that remembers every plan tried, so that a stopped tuning goes on.
+        tell: told in a few words what goes on, and the share of the work that is done.
 
     Raises:
         LeansdError: there are too few calls, the sampler cannot be tuned for, or what is wanted

@@ -1,0 +1,126 @@
+"""Draw the figures of the pages on concepts: from built-in shapes and committed records alone.
+
+    python benchmarks/figures.py          writes docs/images/concepts/*.svg
+
+What the boxes of `weave.svg` say is no number, so that one is drawn by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from leansd.faces.outlines import open_anatomy, open_outline
+from leansd.measuring.records import Record, load_records
+from leansd.plans import Plan
+from leansd.plans.drawing import draw_picture
+from leansd.plans.house import HOUSE
+from leansd.surgery.operating import operate
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+IMAGES = ROOT / "docs" / "images" / "concepts"
+SAMPLER = "ddim"
+KEPT, GONE, RIVAL, OURS = "#0f766e", "#e2e8f0", "#94a3b8", "#c2410c"
+
+
+def draw_plan() -> Figure:
+    """The plan of the page: a key step every third, forecast between, half the batch at two."""
+    plan = Plan.every(3, cut="up2.up", steps=12, how="forecast").guide("inherit", at=[7, 8])
+    return draw_picture(plan.rename("every 3, cut at up2.up"), open_anatomy("sd15"))
+
+
+def draw_surgery() -> Figure:
+    """Parameters and computation of every unit of SD 1.5, and which of them asdm-1222 drops."""
+    outline = open_outline("sd15")
+    before = open_anatomy("sd15")
+    _, lineage = operate(outline, "asdm-1222")
+    kept = {lineage.origins[at].at for at in lineage.units}
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    axes = figure.add_subplot()
+    columns = [(block, before.select(block)) for block in ("stem", *before.blocks, "head")]
+    for place, (_, units) in enumerate(columns):
+        bottom = 0.0
+        for unit in units:
+            share = unit.macs / before.macs
+            axes.bar(
+                place, share, bottom=bottom, width=0.8, edgecolor="white", linewidth=1,
+                color=KEPT if unit.at in kept else GONE,
+                hatch=None if unit.at in kept else "///",
+            )  # fmt: skip
+            bottom += share
+    axes.set_xticks(range(len(columns)), [block for block, _ in columns])
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.set_ylabel("share of computation")
+    axes.set_title("asdm-1222 on SD 1.5: hatched units are dropped", loc="left", fontsize=10)
+    hide_frame(axes)
+    return figure
+
+
+def draw_front() -> Figure:
+    """Speed and fidelity of the presets, DeepCache's schedules and fewer steps."""
+    records = [
+        record
+        for record in load_records(RESULTS / "presets.jsonl")
+        if (record.model_extra or {}).get("sampler") == SAMPLER
+    ]
+    cells = {(record.plan, record.metric): record for record in records}
+    plans = [plan for plan in dict.fromkeys(each.plan for each in records) if plan != "full"]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    groups = {
+        "presets": ([plan for plan in plans if plan in HOUSE], OURS, "o"),
+        "DeepCache's schedule": ([plan for plan in plans if "deepcache" in plan], RIVAL, "s"),
+        "fewer steps": ([plan for plan in plans if plan.endswith(" steps")], "#334155", "^"),
+    }
+    for name, (members, colour, marker) in groups.items():
+        plot_group(axes, name, members, cells, colour, marker)
+    axes.set_xlabel("speed-up of the whole call, measured")
+    axes.set_ylabel("PSNR to the full run [dB]")
+    first = cells["full", "seconds"]
+    extra = first.model_extra or {}
+    title = f"{first.subject}, {SAMPLER}, {extra['steps']} steps; {first.device}"
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.legend(frameon=False)
+    axes.grid(color="#e2e8f0")
+    hide_frame(axes)
+    return figure
+
+
+def plot_group(
+    axes: Axes,
+    name: str,
+    plans: list[str],
+    cells: Mapping[tuple[str, str], Record],
+    colour: str,
+    marker: str,
+) -> None:
+    points = sorted((cells[plan, "speedup"].value, cells[plan, "psnr"].value) for plan in plans)
+    axes.plot(
+        [x for x, _ in points], [y for _, y in points], color=colour, marker=marker, label=name
+    )
+
+
+def hide_frame(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+
+
+FIGURES = {"plan": draw_plan, "surgery": draw_surgery, "front": draw_front}
+
+
+def main() -> None:
+    # The same bytes every time: text stays text, ids and dates follow from nothing else.
+    matplotlib.rcParams["svg.fonttype"] = "none"
+    matplotlib.rcParams["svg.hashsalt"] = "leansd"
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    for name, draw in FIGURES.items():
+        draw().savefig(IMAGES / f"{name}.svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
