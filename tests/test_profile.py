@@ -29,7 +29,7 @@ from leansd.measuring.records import Record, load_records, stamp
 from leansd.plans.liveness import Program
 from leansd.plans.plan import Plan
 from leansd.plans.tracing import compile_plan
-from test_demo import read_page
+from pages import read_page
 from tiny import tiny_pipeline, tiny_unet, tiny_vae
 
 ANATOMY = leansd.dissect(tiny_unet())

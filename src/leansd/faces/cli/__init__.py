@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from leansd.errors import LeansdError
+from leansd.faces.cli.invocation import GIVEN
 from leansd.version import __version__
 
 COMMANDS = {
@@ -80,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Read when transformers is first imported; it would remark on optional packages.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    GIVEN.set(given)
     try:
         result = typer.main.get_command(app)(given, prog_name="leansd", standalone_mode=False)
     except LeansdError as error:

@@ -40,7 +40,12 @@ def train(
     from leansd.emoji.recipe import STAGES, choose_recipe, read_pictures, train_model
     from leansd.emoji.training import Budget
     from leansd.errors import LeansdError
+    from leansd.faces.cli.invocation import quote_command
     from leansd.faces.cli.terminal import hush_libraries, note, open_progress
+    from leansd.faces.courses import read_emoji_run
+    from leansd.faces.report import Origin, write_report
+    from leansd.faces.report.training import make_report
+    from leansd.measuring.records import stamp
 
     hush_libraries()
     recipe = choose_recipe(size)
@@ -64,6 +69,8 @@ def train(
             recipe, pictures, out, budget, device=device, resume=resume, report=report
         )
     plot_curves(out)
+    course = read_emoji_run(out, ended=True)
+    write_report(out / "report.html", make_report(course, Origin(quote_command(), stamp(device))))
     print(model)
 
 
