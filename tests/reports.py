@@ -190,7 +190,8 @@ def report_plan(folder: Path) -> Report:
 
 def report_surgery(folder: Path) -> Report:
     surgery = Surgery("light").drop("dn0.l1", "up3.l1").drop("mid.l0.attn")
-    return operating.make_report(leansd.preview(tiny_unet(), surgery, latent=8), ORIGIN)
+    seen = leansd.preview(tiny_unet(), surgery, latent=8)
+    return operating.make_report(seen, "tiny", ORIGIN)
 
 
 def report_export(folder: Path) -> Report:

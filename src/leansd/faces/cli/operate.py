@@ -83,7 +83,7 @@ def operate_on_unet(
         from leansd.faces.report.operating import make_report
         from leansd.measuring.records import stamp
 
-        page = make_report(seen, Origin(quote_command(), stamp("meta")))
+        page = make_report(seen, model, Origin(quote_command(), stamp("meta")))
         written.append(write_report(report, page))
     show_text(str(seen))
     for path in written:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from leansd.faces.report.differences import DECIBELS
 from leansd.faces.report.plots import Family, plot_families
 from leansd.faces.report.sections import (
     Chart,
@@ -63,7 +64,7 @@ def summarise(standings: Sequence[Standing]) -> str:
         )
     return (
         f"At twice the speed, our plans' pictures are closer to the originals than those "
-        f"of the best other method in {ahead} of {len(told)} contests: by {min(told):+.1f} to "
+        f"of the best other method in {ahead} of {len(told)} contests, by {min(told):+.1f} to "
         f"{max(told):+.1f} dB."
     )
 
@@ -72,8 +73,7 @@ def _make_contest(standing: Standing) -> list[Section]:
     left_out = [f"Left out: {line}." for line in list_left_out(standing)]
     quality = describe_quality(standing)
     notes = [
-        "Decibels (dB) say how close pictures are to those of the reference: 6 more are half the "
-        "error, and from about 40 on nobody sees it.",
+        DECIBELS,
         *left_out,
         *([f"Quality of {quality}."] if quality else []),
     ]

@@ -10,6 +10,10 @@ from torch import Tensor
 
 LOUDER = 4
 """Times that differences are amplified."""
+DECIBELS = (
+    "Decibels (dB) say how close pictures are to those of the reference: 6 more are half the "
+    "error, and above about 40 differences are hard to see."
+)
 NOTE = f"A difference is amplified {LOUDER} times; grey is none."
 
 

@@ -124,9 +124,9 @@ def _find_level(value: float, low: float, high: float) -> int:
 
 def _add_scale(axes: Axes, low: float, high: float, unit: str) -> None:
     """All strengths below the axes, between the least and the most."""
-    figure = axes.figure
-    width, height = figure.get_size_inches() * 72
-    scale = figure.add_axes((120 / width, 10 / height, 120 / width, 9 / height))
+    box = axes.get_window_extent()
+    place = (60 / box.width, -46 / box.height, 120 / box.width, 9 / box.height)
+    scale = axes.inset_axes(place)
     scale.set_axis_off()
     scale.set(xlim=(0, LEVELS), ylim=(1, 0))
     for level in range(LEVELS):
@@ -147,7 +147,8 @@ def _add_scale(axes: Axes, low: float, high: float, unit: str) -> None:
 
 def _mark_steps(axes: Axes, steps: int) -> None:
     every = next(count for count in (1, 2, 5, 10, 25, 50, 100, 250) if steps / count <= 12)
-    axes.set_xticks([step + 0.5 for step in range(0, steps, every)], range(0, steps, every))
+    marked = range(0, steps, every)
+    axes.set_xticks([step + 0.5 for step in marked], list(map(str, marked)))
     name_axes(axes, "step of the sampler")
 
 

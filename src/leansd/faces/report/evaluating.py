@@ -145,7 +145,10 @@ def summarise(records: Sequence[Record]) -> str:
     ]
     if not told:
         return "No plan was compared with the full run, only runs without one."
-    return f"Compared with pictures drawn in full, {'; '.join(told)} (about 40 dB: nobody sees it)."
+    return (
+        f"Compared with pictures drawn in full, {'; '.join(told)} (above about 40 dB differences "
+        "are hard to see)."
+    )
 
 
 def _has_plan(records: Sequence[Record], name: str) -> bool:

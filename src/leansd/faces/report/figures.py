@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from io import BytesIO
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from markupsafe import Markup, escape
 
@@ -91,7 +91,7 @@ def fill_cells(
     from matplotlib.path import Path
 
     corners: list[tuple[float, float]] = []
-    codes: list[int] = []
+    codes: list[Any] = []
     for row, begin, length in cells:
         end, low, high = begin + length - gap, row, row + thick
         corners += [(begin, low), (end, low), (end, high), (begin, high), (begin, low)]

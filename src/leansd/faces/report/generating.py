@@ -51,8 +51,8 @@ def make_report(pairs: Sequence[Pair], plan: Plan, anatomy: Anatomy, origin: Ori
         title=f"{plan.name} beside the full run",
         summary=(
             f"{what} drawn {gain:.1f} times faster with plan {plan.name}, "
-            f"{statistics.fmean(close):.0f} dB close to what the full run draws (from about 40 on "
-            "nobody sees it)."
+            f"{statistics.fmean(close):.0f} dB close to what the full run draws (above about 40 "
+            "differences are hard to see)."
         ),
         measured=f"{len(pairs)} picture(s) drawn by {anatomy.name} in full and after {plan.name} "
         "from the same seeds, one after the other",

@@ -11,7 +11,7 @@ from leansd.plans.anatomy import Anatomy
 from leansd.surgery.previewing import Preview
 
 
-def make_report(seen: Preview, origin: Origin) -> Report:
+def make_report(seen: Preview, model: str, origin: Origin) -> Report:
     """What goes and what is left, as shapes, numbers and addresses."""
     weights = seen.after.params / seen.before.params
     work = seen.after.macs / seen.before.macs
@@ -24,8 +24,8 @@ def make_report(seen: Preview, origin: Origin) -> Report:
                 draw_shape(
                     seen.before,
                     gone=gone,
-                    alt=f"Of {seen.before.name} goes: {', '.join(seen.gone) or 'nothing'}.",
-                    caption=f"{seen.before.name}, and what goes.",
+                    alt=f"Of {model} goes: {', '.join(seen.gone) or 'nothing'}.",
+                    caption=f"{model}, and what goes.",
                     name="before",
                 ),
                 draw_shape(
@@ -43,13 +43,13 @@ def make_report(seen: Preview, origin: Origin) -> Report:
     if changes.rows:
         sections.append(Listing("What changes", changes))
     return Report(
-        title=f"{seen.surgery.name} on {seen.before.name}",
+        title=f"{seen.surgery.name} on {model}",
         summary=(
             f"The new network keeps {weights:.0%} of the weights and does {work:.0%} of the work "
             "of the original; until it is trained it draws worse."
         ),
         measured=f"what surgery {seen.surgery.name} ({seen.surgery.fingerprint}) leaves of "
-        f"{seen.before.name}'s UNet; counted, not measured",
+        f"{model}'s UNet; counted, not measured",
         sections=sections,
         origin=origin,
         attachments=[Attachment("surgery.yaml", seen.surgery.write(), "the surgery")],
@@ -75,7 +75,8 @@ def tabulate_sizes(seen: Preview) -> Table:
         ("MACs of a call", before.macs / 1e9, after.macs / 1e9, "{:.2f} G"),
     ]
     if seen.seconds is not None:
-        rows.append(("time of the units", *(1000 * each for each in seen.seconds), "{:.2f} ms"))
+        old, new = (1000 * each for each in seen.seconds)
+        rows.append(("time of the units", old, new, "{:.2f} ms"))
     return Table(
         ("", "before", "after", "change"),
         tuple(

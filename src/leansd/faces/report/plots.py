@@ -77,8 +77,9 @@ def plot_families(
     families: Sequence[Family], *, x_name: str, y_name: str, name: str, caption: str = ""
 ) -> Drawing:
     """Speed against fidelity, a line a family, ours drawn strongest; better is up and right."""
-    figure = open_figure(WIDTH, HEIGHT + 44)
-    axes = open_axes(figure, left=46, right=14, top=10, bottom=82, rules="both")
+    rows = math.ceil(len(families) / 3)
+    figure = open_figure(WIDTH, HEIGHT + 14 * rows)
+    axes = open_axes(figure, left=46, right=14, top=10, bottom=44 + 14 * rows, rules="both")
     name_axes(axes, x_name, y_name)
     axes.set_xscale("log")
     # Ours is mark and dot; rivals have what is left.
@@ -125,7 +126,7 @@ def plot_curves(
     """
     rows = math.ceil(len(curves) / 3) if len(curves) > 1 else 0
     figure = open_figure(WIDTH, HEIGHT - 30 + 14 * rows)
-    axes = open_axes(figure, left=50, right=14, top=20, bottom=44 + 14 * rows, rules="both")
+    axes = open_axes(figure, left=58, right=14, top=20, bottom=44 + 14 * rows, rules="both")
     name_axes(axes, x_name, y_name)
     if is_log:
         axes.set_yscale("log")
@@ -142,6 +143,7 @@ def plot_curves(
     for place in points or {}:
         axes.plot(*[[each] for each in (points or {})[place]], "o", color=LIGHT["mark"], ms=6.5)
     axes.margins(x=0.02)
+    _mark_values(axes, is_log=is_log)
     _mark_borders(axes, borders or {})
     if points:
         _label_points(axes, [(place, *xy) for place, xy in points.items()])
@@ -243,6 +245,16 @@ def _mark_borders(axes: Axes, borders: Mapping[str, float]) -> None:
             fontsize=TEXT - 0.5,
             color=LIGHT["soft"],
         )
+
+
+def _mark_values(axes: Axes, *, is_log: bool) -> None:
+    """Short numbers at the left, 1, 2 and 5 of every power of ten where it is a logarithm's."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    if is_log:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
 
 
 def _add_names(axes: Axes, *, y: float) -> None:

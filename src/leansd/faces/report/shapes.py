@@ -109,8 +109,8 @@ def _draw_unit(
     colour = LIGHT[COLOURS.get(kind, "soft")]
     face = "none" if is_gone else colour
     style = (0, (2, 1.6)) if is_gone else "-"
-    look = {"facecolor": face, "edgecolor": colour, "linewidth": 1, "linestyle": style}
-    axes.add_patch(Rectangle((x, y), side, side, **look))
+    square = Rectangle((x, y), side, side, fc=face, ec=colour, lw=1, ls=style)
+    axes.add_patch(square)
     if is_gone:
         for ends in ((y + 4, y + side - 4), (y + side - 4, y + 4)):
             axes.plot((x + 4, x + side - 4), ends, color=colour, lw=1.2)

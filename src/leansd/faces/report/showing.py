@@ -7,7 +7,7 @@ import textwrap
 from PIL import Image, ImageDraw, ImageFont
 
 from leansd.faces.comparison import FEWER, Comparison, Entry, list_records, tabulate_comparison
-from leansd.faces.report.differences import NOTE, list_differences
+from leansd.faces.report.differences import DECIBELS, NOTE, list_differences
 from leansd.faces.report.drawings import draw_plan
 from leansd.faces.report.plots import Point, plot_tradeoff
 from leansd.faces.report.sections import (
@@ -143,7 +143,8 @@ def _make_plot(comparison: Comparison) -> Chart:
         [drawing],
         [
             "Further right is faster, further up is closer to the full run; a bar is the range "
-            "over the prompts. Fewer steps, a diamond in another colour, needs no plan."
+            "over the prompts. Fewer steps, a diamond in another colour, needs no plan.",
+            DECIBELS,
         ],
     )
 

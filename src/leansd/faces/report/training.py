@@ -97,7 +97,10 @@ def _draw_curves(course: Course) -> list[Drawing]:
     # One stage alone needs no border.
     borders: dict[str, float] = dict(starts) if len(starts) > 1 else {}
     names = dict.fromkeys(name for stage in course.stages for name in stage.losses)
-    losses = [Curve(name, course.list_values(name), name == "loss") for name in names]
+    losses = [
+        Curve(name, course.list_values(name), is_main=name == "loss")
+        for name in sorted(names, key=lambda each: each != "loss")
+    ]
     draw = partial(plot_curves, x_name="step", borders=borders)
     drawings = [draw(losses, y_name="loss", name="losses", caption="Losses.", is_log=True)]
     for key, y_name, caption in (

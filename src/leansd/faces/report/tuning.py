@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from leansd.faces.fronts import describe_choice, tabulate_front
+from leansd.faces.report.differences import DECIBELS
 from leansd.faces.report.drawings import draw_heat, draw_plan
 from leansd.faces.report.plots import Point as Place
 from leansd.faces.report.plots import plot_tradeoff
@@ -144,8 +145,7 @@ def _plot(front: Front, chosen: Point) -> Chart:
         [
             "On calls that had no part in the tuning. Plain runs of fewer steps are diamonds in "
             "another colour.",
-            "Decibels (dB) say how close pictures are to the full run's: 6 more are half the "
-            "error, and from about 40 on nobody sees it.",
+            DECIBELS,
         ],
     )
 
