@@ -17,6 +17,7 @@ from leansd.faces.report.sections import (
     Section,
     attach_records,
 )
+from leansd.faces.report.words import count
 from leansd.faces.standings import (
     Standing,
     describe_quality,
@@ -37,11 +38,11 @@ def make_report(standings: Sequence[Standing], origin: Origin) -> Report:
         sections += _make_contest(standing)
     sections.append(Prose("How this was measured", describe_method(standings[0])))
     first = next(iter(standings[0].cells.values()))
-    count = get_field(first, "calls")
+    drawn = get_field(first, "calls")
     return Report(
         title=f"Lean plans and their rivals on {first.subject}",
         summary=summarise(standings),
-        measured=f"{len(standings)} contest(s) on {first.subject}, {count} pictures each, "
+        measured=f"{count(len(standings), 'contest')} on {first.subject}, {drawn} pictures each, "
         "everybody in turns in one process",
         sections=sections,
         origin=origin,

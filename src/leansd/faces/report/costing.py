@@ -24,6 +24,7 @@ from leansd.faces.report.sections import (
     Section,
     attach_records,
 )
+from leansd.faces.report.words import count
 from leansd.measuring.prediction import find_worst
 from leansd.measuring.records import Record
 
@@ -38,8 +39,8 @@ def make_report(profiled: Profiled, records: Sequence[Record], origin: Origin) -
     return Report(
         title=f"What {profiled.cost.subject} costs here",
         summary=headline(profiled),
-        measured=f"{profiled.cost.pictures} picture(s) of {width} x {height} pixels drawn at once "
-        f"by {profiled.cost.subject}",
+        measured=f"{count(profiled.cost.pictures, 'picture')} of {width} x {height} pixels drawn "
+        f"at once by {profiled.cost.subject}",
         sections=sections,
         origin=origin,
         attachments=[attach_records(records)],
@@ -72,8 +73,8 @@ def _make_stages(profiled: Profiled) -> Chart:
 
 def _make_split(profiled: Profiled) -> Listing:
     notes = [
-        f"{profiled.cost.pictures} picture(s), {profiled.steps} UNet calls, as the model predicts "
-        "them from what was measured.",
+        f"{count(profiled.cost.pictures, 'picture')}, {profiled.steps} UNet calls, as the model "
+        "predicts them from what was measured.",
         "What no plan touches bounds what plans gain: the faster the UNet, the larger the share of "
         "the decoder.",
     ]
@@ -155,7 +156,7 @@ def _make_method(profiled: Profiled) -> Prose:
     return Prose(
         "How this was measured",
         [
-            f"{profiled.repeats} probing run(s) after one to warm up: calls that compute "
+            f"{count(profiled.repeats, 'probing run')} after one to warm up: calls that compute "
             "everything, cut the UNet at several depths, leave out whole steps and run half the "
             "batch, every unit timed where it runs. Medians; fixed part and copies by least "
             "squares.",

@@ -14,6 +14,7 @@ from leansd.faces.report.sections import (
     Prose,
     Report,
 )
+from leansd.faces.report.words import count
 from leansd.incubation.dryrun import GIB, Estimate, StageCost
 from leansd.measuring.tables import Table
 
@@ -28,8 +29,8 @@ def make_report(estimate: Estimate, origin: Origin) -> Report:
             f"Training {estimate.recipe} would take about {show_hours(hours)} on this machine and "
             f"{memory / GIB:.1f} GiB of memory."
         ),
-        measured=f"{len(estimate.stages)} stage(s) in batches of {estimate.batch}, counted without "
-        "training; only the speed of this machine is measured",
+        measured=f"{count(len(estimate.stages), 'stage')} in batches of {estimate.batch}, counted "
+        "without training; only the speed of this machine is measured",
         sections=[
             Chart("By stage", [_draw_hours(estimate), _draw_memory(estimate)]),
             Listing("Everything that was counted", tabulate(estimate)),

@@ -139,7 +139,7 @@ def summarise(records: Sequence[Record]) -> str:
         r.plan: r.value for r in records if r.metric == "predicted_speedup" and r.plan in close
     }
     told = [
-        f"with {name} {gains[name]:.1f} times less work keeps them {close[name]:.0f} dB close"
+        f"{name} does {gains[name]:.1f} times less work and stays {close[name]:.0f} dB close"
         for name in gains
         if gains[name] > 1 and _has_plan(records, name)
     ]

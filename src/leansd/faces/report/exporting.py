@@ -13,6 +13,7 @@ from leansd.faces.report.sections import (
     Report,
     Section,
 )
+from leansd.faces.report.words import count
 from leansd.measuring.tables import Table
 from leansd.plans.anatomy import Anatomy
 
@@ -46,7 +47,7 @@ def summarise(written: Exported, form: str) -> str:
     if written.difference is not None:
         return f"{told}, and run there it differs by {written.difference:.1g} at the most."
     if written.losses:
-        return f"{told}; {len(written.losses)} thing(s) it does otherwise there."
+        return f"{told}; {count(len(written.losses), 'thing')} it does otherwise there."
     return f"{told}; nothing is lost."
 
 

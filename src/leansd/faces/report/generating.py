@@ -17,6 +17,7 @@ from leansd.faces.report.sections import (
     Origin,
     Report,
 )
+from leansd.faces.report.words import count
 from leansd.measuring.fidelity import psnr, ssim
 from leansd.measuring.tables import Table
 from leansd.plans.anatomy import Anatomy
@@ -54,8 +55,8 @@ def make_report(pairs: Sequence[Pair], plan: Plan, anatomy: Anatomy, origin: Ori
             f"{statistics.fmean(close):.0f} dB close to what the full run draws (above about 40 "
             "differences are hard to see)."
         ),
-        measured=f"{len(pairs)} picture(s) drawn by {anatomy.name} in full and after {plan.name} "
-        "from the same seeds, one after the other",
+        measured=f"{count(len(pairs), 'picture')} drawn by {anatomy.name} in full and after "
+        f"{plan.name} from the same seeds, one after the other",
         sections=[
             Grid(
                 "The same prompts, the same seeds",

@@ -9,6 +9,7 @@ from pathlib import Path
 from leansd.bulk.shards import Drawn, read_shard
 from leansd.faces.bulk import Order
 from leansd.faces.report.sections import Attachment, Grid, Listing, Origin, Report, Section
+from leansd.faces.report.words import count
 from leansd.measuring.tables import Table
 
 SHOWN = 8
@@ -42,7 +43,7 @@ def make_report(order: Order, folder: Path, seconds: float, origin: Origin) -> R
     if flaws:
         table = Table(("line", "why"), tuple((str(flaw.line), flaw.reason) for flaw in flaws))
         sections.append(Listing("Rows that cannot be drawn", table))
-    left = f"; {len(flaws)} row(s) of the file cannot be drawn" if flaws else ""
+    left = f"; {count(len(flaws), 'row')} of the file cannot be drawn" if flaws else ""
     return Report(
         title=f"{total} pictures of {order.job.model}",
         summary=f"All {total} pictures are drawn, {order.left} of them now in "
@@ -63,14 +64,13 @@ def tabulate_job(order: Order, seconds: float) -> Table:
     rows = [
         ("model", job.model),
         ("plan", f"{plan}, {job.steps} steps"),
-        ("pictures", f"{len(order.sheet.rows)} in {len(order.parts)} shard(s)"),
+        ("pictures", f"{len(order.sheet.rows)} in {count(len(order.parts), 'shard')}"),
         ("seeds", f"row n has {job.seed} + n, unless it says"),
         ("in turns", f"{job.batch} at once"),
     ]
     if order.left:
-        rows.append(
-            ("speed", f"{order.left / max(seconds, 1e-9):.2f} pictures a second, loading in")
-        )
+        rate = order.left / max(seconds, 1e-9)
+        rows.append(("speed", f"{rate:.2f} pictures a second, loading included"))
     return Table(("what", "value"), tuple(rows))
 
 

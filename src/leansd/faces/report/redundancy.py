@@ -45,8 +45,8 @@ def make_report(spent: Spent, records: Sequence[Record], origin: Origin) -> Repo
     return Report(
         title=f"Where {spent.subject} keeps its weights and spends its work",
         summary=told,
-        measured=f"{'parameters, computation and time' if spent.seconds else 'parameters and work'} "
-        f"of every unit of {spent.subject}'s UNet",
+        measured=f"parameters and computation{', and time,' if spent.seconds else ''} of the units "
+        f"of {spent.subject}'s UNet",
         sections=[
             Chart(
                 "Parameters and computation by block",

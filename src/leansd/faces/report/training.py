@@ -18,6 +18,7 @@ from leansd.faces.report.sections import (
     Report,
     Section,
 )
+from leansd.faces.report.words import count
 
 AGAIN = 60
 """Seconds after which the page of a training that is under way opens itself again."""
@@ -48,8 +49,8 @@ def make_report(course: Course, origin: Origin, recipe: str = "") -> Report:
     return Report(
         title=TITLES[course.state].format(name=course.name),
         summary=summarise(course),
-        measured=f"the training of {course.name} on {course.subject}, {len(course.stages)} "
-        f"stage(s): {', '.join(stage.name for stage in course.stages)}",
+        measured=f"the training of {course.name} on {course.subject}, "
+        f"{count(len(course.stages), 'stage')}: {', '.join(stage.name for stage in course.stages)}",
         sections=sections,
         origin=origin,
         attachments=attachments,
