@@ -33,13 +33,19 @@ COLOUR = re.compile(r"#[0-9a-fA-F]{6}\b")
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Report:
+def written(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Report, Path]:
+    """A report of a kind, and the folder of its page."""
     make: Callable[[Path], Report] = KINDS[request.param]
-    return make(tmp_path_factory.mktemp(request.param))
+    report = make(tmp_path_factory.mktemp(request.param))
+    page = write_report(tmp_path_factory.mktemp("page") / "page.html", report)
+    return report, page.parent
 
 
-def test_every_report_is_a_page_that_needs_nothing_else(kind: Report, tmp_path: Path) -> None:
-    page, text = read_page(write_report(tmp_path / "page.html", kind))
+def test_every_report_is_a_page_that_needs_nothing_else(written: tuple[Report, Path]) -> None:
+    kind, folder = written
+    page, text = read_page(folder / "page.html")
     head = text[: text.index("<section")]
     for said in ("leansd", ORIGIN.facts["torch"], ORIGIN.facts["time"], "<code>leansd"):
         assert said in head
@@ -60,13 +66,13 @@ def test_every_report_is_a_page_that_needs_nothing_else(kind: Report, tmp_path: 
     assert "@media print" in text
 
 
-def test_every_figure_follows_the_page_and_is_a_file(kind: Report, tmp_path: Path) -> None:
-    write_report(tmp_path / "page.html", kind)
-    assert len(list(tmp_path.iterdir())) == 1 + 2 * len(kind.drawings)
+def test_every_figure_follows_the_page_and_is_a_file(written: tuple[Report, Path]) -> None:
+    kind, folder = written
+    assert len(list(folder.iterdir())) == 1 + 2 * len(kind.drawings)
     for drawing in kind.drawings:
-        svg = (tmp_path / f"page-{drawing.name}.svg").read_text()
+        svg = (folder / f"page-{drawing.name}.svg").read_text()
         ElementTree.fromstring(svg)
-        with Image.open(tmp_path / f"page-{drawing.name}.png") as picture:
+        with Image.open(folder / f"page-{drawing.name}.png") as picture:
             assert picture.width > 800
         assert set(COLOUR.findall(svg)) <= set(NAMES), "every colour has a name"
         assert not COLOUR.search(embed_svg(svg, drawing.name, drawing.alt))

@@ -206,8 +206,9 @@ def generate_pictures(
                 on_pictures=lambda count: progress.advance(bar, count),
             )
         origin = Origin(quote_command(), stamp(find_device(device)))
-        page = report_order(order, out, time.monotonic() - begin, origin)
-        write_report(out / "report.html", page)
+        page = out / "report.html"
+        if order.left or not page.exists():
+            write_report(page, report_order(order, out, time.monotonic() - begin, origin))
         show_text(f"{total} pictures in {len(order.parts)} shards in {out}")
         if as_json:
             show_json(

@@ -61,7 +61,11 @@ def _make_stages(profiled: Profiled) -> Chart:
     """Seconds by stage, in full and under the example."""
     full, lean = profiled.split(profiled.full), profiled.split(profiled.example)
     bars = [
-        Bar(stage, (full[stage], lean[stage]), f"{show_seconds(full[stage])} to {lean[stage]:.3f}")
+        Bar(
+            stage,
+            (full[stage], lean[stage]),
+            f"{show_seconds(full[stage])}, {show_seconds(lean[stage])}",
+        )
         for stage in full
     ]
     most = max(full, key=lambda stage: full[stage])

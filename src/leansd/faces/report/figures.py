@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 POINT = 72
 """Of an inch: figures are measured in points, as their text is."""
-RESOLUTION = 200
+RESOLUTION = 160
 """Dots per inch of PNG files."""
 TEXT = 9.0
 """Size of most text."""
