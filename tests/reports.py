@@ -11,6 +11,7 @@ from PIL import Image
 import leansd
 from leansd.bulk.rows import read_sheet
 from leansd.bulk.shards import Drawn, pack_shard
+from leansd.emoji.location import model_folder
 from leansd.exporting.exporter import Exported
 from leansd.faces.bulk import place_order
 from leansd.faces.comparison import FEWER, FULL, Comparison, Contestant, Entry
@@ -31,6 +32,7 @@ from leansd.faces.report import (
     operating,
     orders,
     planning,
+    recognising,
     redundancy,
     showing,
     training,
@@ -283,6 +285,11 @@ def report_emoji_training(folder: Path) -> Report:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / stage / "losses.jsonl").write_text(text)
     return training.make_report(read_emoji_run(folder, ended=True), ORIGIN)
+
+
+def report_emoji_evaluation(folder: Path) -> Report:
+    result = json.loads((model_folder() / "evaluation.json").read_text())
+    return recognising.make_report(result, "emoji", ORIGIN)
 
 
 def report_estimate(folder: Path) -> Report:

@@ -47,7 +47,7 @@ def test_every_report_is_a_page_that_needs_nothing_else(written: tuple[Report, P
     kind, folder = written
     page, text = read_page(folder / "page.html")
     head = text[: text.index("<section")]
-    for said in ("leansd", ORIGIN.facts["torch"], ORIGIN.facts["time"], "<code>leansd"):
+    for said in ("leansd", kind.origin.facts["torch"], kind.origin.facts["time"], "<code>leansd"):
         assert said in head
     assert page.words["h1"] == [kind.title]
     assert 20 < len(kind.summary) < 330

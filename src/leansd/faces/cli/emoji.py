@@ -94,7 +94,11 @@ def evaluate(
     from leansd.emoji.evaluation import evaluate_model
     from leansd.emoji.recipe import read_pictures
     from leansd.emoji.training import save_json
+    from leansd.faces.cli.invocation import quote_command
     from leansd.faces.cli.terminal import hush_libraries, note, open_progress, show_json
+    from leansd.faces.report import Origin, write_report
+    from leansd.faces.report.recognising import make_report
+    from leansd.measuring.records import stamp
 
     hush_libraries()
     check_device(device)
@@ -118,6 +122,9 @@ def evaluate(
         )
     path = out or folder / "evaluation.json"
     save_json(result, path)
+    if out is not None:  # a model's folder holds what belongs to the model
+        origin = Origin(quote_command(), stamp(device))
+        write_report(out.with_suffix(".html"), make_report(result, folder.name, origin))
     note(f"wrote {path}")
     if as_json:
         show_json(result)

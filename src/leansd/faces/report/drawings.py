@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from leansd.faces.report.figures import (
     TEXT,
     Cell,
-    add_key,
+    add_colours,
     fill_cells,
     name_axes,
     open_axes,
@@ -67,7 +67,7 @@ def draw_plan(plan: Plan, anatomy: Anatomy, caption: str = "", *, name: str = "p
     _mark_steps(axes, plan.steps)
     blocks = [(block, len(list(rows))) for block, rows in groupby(states, key=get_block)]
     _mark_rows(axes, blocks)
-    add_key(axes, [(STATES[state], LIGHT[state]) for state in used], y=34, columns=4)
+    add_colours(axes, {STATES[state]: LIGHT[state] for state in used}, y=34, columns=4)
     keys = ", ".join(map(str, plan.keys))
     alt = (
         f"Plan {plan.name}: {len(plan.keys)} of {plan.steps} steps run the whole UNet, steps {keys}"
@@ -189,5 +189,5 @@ def draw_bars(
             fontsize=TEXT - 0.5,
             color=LIGHT["soft"],
         )
-    add_key(axes, list(zip(names, colours, strict=False)), y=10, columns=count)
+    add_colours(axes, dict(zip(names, colours, strict=False)), y=10, columns=count)
     return Drawing(name, figure, alt, caption)

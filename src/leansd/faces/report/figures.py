@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -55,26 +55,34 @@ def name_axes(axes: Axes, x: str = "", y: str = "") -> None:
     axes.set_ylabel(y, fontsize=TEXT, color=LIGHT["soft"], labelpad=5)
 
 
-def add_key(axes: Axes, names: Sequence[tuple[str, str]], *, y: float, columns: int) -> None:
-    """Squares for `names`, pairs of a text and a colour, `y` points below the axes."""
-    from matplotlib.patches import Patch
+def add_key(axes: Axes, *, y: float, columns: int, **options: Any) -> None:
+    """What the colours and lines of axes are called, `y` points below them.
 
-    height = axes.get_window_extent().height
+    Args:
+        options: of matplotlib's `legend`; by default, all that has a label is named.
+    """
+    look = {"handlelength": 1.0, "handleheight": 1.0, "labelcolor": LIGHT["soft"]}
     axes.legend(
-        handles=[Patch(facecolor=colour, edgecolor="none", label=text) for text, colour in names],
         loc="upper left",
-        bbox_to_anchor=(0, -y / height),
+        bbox_to_anchor=(0, -y / axes.get_window_extent().height),
         ncols=columns,
         fontsize=TEXT - 0.5,
-        labelcolor=LIGHT["soft"],
         frameon=False,
         borderpad=0,
         borderaxespad=0,
-        handlelength=1,
-        handleheight=1,
         handletextpad=0.5,
         columnspacing=1.4,
+        labelspacing=0.35,
+        **look | options,
     )
+
+
+def add_colours(axes: Axes, names: Mapping[str, str], *, y: float, columns: int) -> None:
+    """Squares in the colours that `names` has for texts, `y` points below the axes."""
+    from matplotlib.patches import Patch
+
+    squares = [Patch(facecolor=colour, label=text) for text, colour in names.items()]
+    add_key(axes, y=y, columns=columns, handles=squares)
 
 
 def fill_cells(

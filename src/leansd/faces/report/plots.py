@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from leansd.faces.report.figures import TEXT, name_axes, open_axes, open_figure
+from leansd.faces.report.figures import TEXT, add_key, name_axes, open_axes, open_figure
 from leansd.faces.report.palette import LIGHT, list_series
 from leansd.faces.report.sections import Drawing
 
@@ -99,7 +99,7 @@ def plot_families(
         ticks = ticks[::2]
     axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
     axes.minorticks_off()
-    _add_names(axes, y=42)
+    add_key(axes, y=42, columns=3, handlelength=1.4, labelcolor=LIGHT["ink"])
     best = "; ".join(
         f"{each.name}: {max(y for _, y in each.points):.1f} at most" for each in families
     )
@@ -148,7 +148,7 @@ def plot_curves(
     if points:
         _label_points(axes, [(place, *xy) for place, xy in points.items()])
     if rows:
-        _add_names(axes, y=42)
+        add_key(axes, y=42, columns=3, handlelength=1.4, labelcolor=LIGHT["ink"])
     return Drawing(name, figure, _describe(curves, x_name, y_name, points or {}), caption)
 
 
@@ -255,21 +255,3 @@ def _mark_values(axes: Axes, *, is_log: bool) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-
-
-def _add_names(axes: Axes, *, y: float) -> None:
-    """The names of lines and points, `y` points below the axes."""
-    axes.legend(
-        loc="upper left",
-        bbox_to_anchor=(0, -y / axes.get_window_extent().height),
-        ncols=3,
-        fontsize=TEXT - 0.5,
-        labelcolor=LIGHT["ink"],
-        frameon=False,
-        borderpad=0,
-        borderaxespad=0,
-        handlelength=1.4,
-        handletextpad=0.5,
-        columnspacing=1.4,
-        labelspacing=0.35,
-    )

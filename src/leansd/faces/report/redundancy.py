@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from leansd.faces.redundancy import Spent, tabulate_spent
 from leansd.faces.report.figures import (
     TEXT,
+    add_key,
     encode_png,
     encode_svg,
     name_axes,
@@ -185,11 +186,7 @@ def _finish(axes: Axes, title: str) -> None:
 
 def _explain(axes: Axes, columns: int) -> None:
     """The names of the colours, between title and axes."""
-    axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, fontsize=TEXT - 0.5,
-        labelcolor=LIGHT["soft"], frameon=False, borderpad=0, borderaxespad=0.4, handlelength=1,
-        handleheight=1, handletextpad=0.5, columnspacing=1.6,
-    )  # fmt: skip
+    add_key(axes, y=-axes.get_window_extent().height - 16, columns=columns)
 
 
 def _name(spent: Spent) -> str:
