@@ -59,8 +59,14 @@ class LivePage:
         self.due = end + max(LEAST, SHARE * (end - begin))
 
 
-def incubate_into(folder: Path, recipe: Recipe, *, resume: bool, note: Note, command: str) -> Path:
-    """Run a recipe, say on the way how it goes, and keep the page of the run."""
+def incubate_into(
+    folder: Path, recipe: Recipe, *, resume: bool, note: Note, command: str = "leansd incubate"
+) -> Path:
+    """Run a recipe, say on the way how it goes, and keep the page of the run.
+
+    Args:
+        command: what the page says runs it again.
+    """
     state = PartialState()
     pipe = load(recipe.model, device=state.device, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)

@@ -45,9 +45,10 @@ def make_report(result: Mapping[str, Any], subject: str, origin: Origin) -> Repo
                 _tabulate(result),
                 [
                     f"First: the caption is the likeliest of {result['choices']}; five: it is "
-                    "among the five likeliest. FID: Fréchet distance to the real pictures it was trained "
-                    "on; real pictures that it never saw are "
-                    f"{result['frechet_real_held_out_to_real_train']:.2f} away.",
+                    "among the five likeliest.",
+                    "FID: Fréchet distance to the real pictures it was trained on; real pictures "
+                    f"that it never saw are {result['frechet_real_held_out_to_real_train']:.2f} "
+                    "away.",
                 ],
             ),
             Prose(
