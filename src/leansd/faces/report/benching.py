@@ -129,7 +129,7 @@ def describe_method(standing: Standing) -> list[str]:
         "The converged run is the same sampler in many more steps: who only copies the full run's "
         "own discretisation error gains nothing there. Samplers of other names are rivals as well.",
         f"Model {first.subject}, {get_field(first, 'calls')} pictures in batches of "
-        f"{get_field(first, 'batch')}, picture i from seed {first.seed} + i. The first contest "
-        f"was held on {first.device}, {first.time}, with leansd {first.leansd}, torch {first.torch} and "
-        f"diffusers {first.diffusers}.",
+        f"{get_field(first, 'batch')}, picture i from seed {first.seed} + i. The "
+        f"first contest was held on {first.device}, {first.time}, with leansd {first.leansd}, "
+        f"torch {first.torch} and diffusers {first.diffusers}.",
     ]
