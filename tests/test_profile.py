@@ -332,7 +332,7 @@ def test_the_command_writes_report_and_records(capsys, tmp_path, monkeypatch):
     assert facts["vae"]["decode"] > 0
     _, text = read_page(out / "report.html")
     assert "Predicted against measured" in text
-    assert text.count("<svg") == 1
+    assert text.count("<svg") == 2
     cost = CostModel.from_records(load_records(out / "records.jsonl"))
     assert cost.full_call == facts["full_call"]
 

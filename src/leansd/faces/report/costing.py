@@ -39,8 +39,8 @@ def make_report(profiled: Profiled, records: Sequence[Record], origin: Origin) -
     return Report(
         title=f"What {profiled.cost.subject} costs here",
         summary=headline(profiled),
-        measured=f"{count(profiled.cost.pictures, 'picture')} of {width} x {height} pixels drawn "
-        f"at once by {profiled.cost.subject}",
+        measured=f"{count(profiled.cost.pictures, 'picture')} of {width} x {height} pixels a call "
+        f"of {profiled.cost.subject}",
         sections=sections,
         origin=origin,
         attachments=[attach_records(records)],
