@@ -109,7 +109,8 @@ def make_drift() -> Iterator[Record]:
                     **shared, metric="unit_drift", value=value, at=at, lane=lane, step=step
                 )
         for place, at in enumerate(("mid", "up0.up", "up1.up", "head")):
-            fields = {"at": at, "step": step, "how": "reuse", "gap": 1}
+            how, gap = ("reuse", 1) if step % 2 else ("forecast", 2)
+            fields = {"at": at, "step": step, "how": how, "gap": gap}
             yield Record(**shared, metric="cut_error", value=0.02 * (place + step), **fields)
         yield Record(**shared, metric="guidance_drift", value=0.1 + step / 100, step=step)
 

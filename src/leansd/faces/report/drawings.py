@@ -98,7 +98,7 @@ def draw_heat(
     line = 7.4 if len(rows) > 8 else 13.0
     figure = open_figure(WIDTH, len(rows) * line + 62)
     axes = open_axes(figure, left=74, right=6, top=4, bottom=58)
-    axes.set(xlim=(0, steps), ylim=(len(rows), 0))
+    axes.set(xlim=(0, steps), ylim=(max(1, len(rows)), 0))
     levels: dict[int, list[Cell]] = {}
     for place, row in enumerate(rows.values()):
         for step, value in row.items():
@@ -172,7 +172,7 @@ def draw_bars(
     figure = open_figure(WIDTH, len(bars) * line + 30)
     axes = open_axes(figure, left=82, right=84, top=4, bottom=24)
     longest = max((length for bar in bars for length in bar.lengths), default=1.0) or 1.0
-    axes.set(xlim=(0, longest), ylim=(len(bars), 0))
+    axes.set(xlim=(0, longest), ylim=(max(1, len(bars)), 0))
     thick = 0.84 / count
     for place, colour in enumerate(colours[:count]):
         cells = [(row + place * thick, 0.0, bar.lengths[place]) for row, bar in enumerate(bars)]

@@ -78,14 +78,13 @@ def make_drift_sections(drift: Sequence[Record]) -> list[Section]:
         for lane in lanes
         if any(get_field(r, "lane") == lane for r in drift if r.metric == "unit_drift")
     ]
-    hows = list(dict.fromkeys(get_field(r, "how") for r in drift if r.metric == "cut_error"))
-    gaps = sorted({get_field(r, "gap") for r in drift if r.metric == "cut_error"})
+    errors = [record for record in drift if record.metric == "cut_error"]
+    ways = sorted({(str(get_field(r, "how")), int(get_field(r, "gap"))) for r in errors})
     cuts = [
         _draw_heat(
             drift, "cut_error", {"how": how, "gap": gap}, f"{how}, gap {gap}", f"cut-{how}-{gap}"
         )
-        for how in hows
-        for gap in gaps
+        for how, gap in ways
     ]
     sections: list[Section] = [
         Chart(
