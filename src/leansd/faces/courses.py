@@ -24,6 +24,10 @@ NOT_LOSSES = frozenset(
 """What rows of a log hold besides losses."""
 
 
+ROWS = 2
+"""Of a grid on the way: the teacher's pictures above the student's."""
+
+
 @dataclass(frozen=True)
 class StageCourse:
     """One stage: its log, and pictures on the way."""
@@ -135,14 +139,10 @@ def _show_stage(stage: StageCourse) -> tuple[str, ...]:
 
 def open_look(path: Path, columns: int) -> list[list[Image.Image]]:
     """The rows of pictures that a grid was pasted from."""
-    with Image.open(path) as grid:
-        side = grid.width // columns
-        rows = 2
-        tall = grid.height // rows
-        return [
-            [
-                grid.crop((x * side, y * tall, (x + 1) * side, (y + 1) * tall)).convert("RGB")
-                for x in range(columns)
-            ]
-            for y in range(rows)
-        ]
+    with Image.open(path) as file:
+        grid: Image.Image = file.convert("RGB")
+    wide, tall = grid.width // columns, grid.height // ROWS
+    return [
+        [grid.crop((x * wide, y * tall, (x + 1) * wide, (y + 1) * tall)) for x in range(columns)]
+        for y in range(ROWS)
+    ]

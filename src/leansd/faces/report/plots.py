@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from leansd.faces.report.figures import TEXT, add_key, name_axes, open_axes, open_figure
 from leansd.faces.report.palette import LIGHT, list_series
@@ -193,7 +193,7 @@ def _set_range(axes: Axes, xs: Sequence[float], ys: Sequence[float]) -> None:
 def _label_points(axes: Axes, named: Sequence[tuple[str, float, float]]) -> None:
     """Names beside their points, where no other name is: right of it, left, or further down."""
     box = axes.get_window_extent()
-    places = axes.transData.transform([(x, y) for _, x, y in named]) if named else []
+    places: Any = axes.transData.transform([(x, y) for _, x, y in named]) if named else []
     taken: list[tuple[float, float, float, float]] = []
     for (name, x, y), (at, up) in zip(named, places, strict=True):
         length, tall = 0.56 * TEXT * len(name), TEXT + 2
@@ -254,4 +254,8 @@ def _mark_values(axes: Axes, *, is_log: bool) -> None:
     if is_log:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(_show_value))
+
+
+def _show_value(value: float, place: int | None) -> str:
+    return f"{value:.3g}"
