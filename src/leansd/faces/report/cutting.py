@@ -16,6 +16,9 @@ from leansd.faces.report.shapes import draw_shape
 from leansd.plans.anatomy import Anatomy
 from leansd.tuning.cutting import NAMES, Cut
 
+PLAIN = {"ms": "time", "macs": "work", "params": "weights"}
+"""What a budget is of, in everybody's words."""
+
 
 def make_report(cut: Cut, anatomy: Anatomy, origin: Origin) -> Report:
     """What goes, what that costs, and all that could have gone."""
@@ -23,7 +26,7 @@ def make_report(cut: Cut, anatomy: Anatomy, origin: Origin) -> Report:
         title=f"A cut of {anatomy.name}",
         summary=(
             f"Without {len(cut.removals)} of its parts the network has {cut.cost:.0%} of its "
-            f"{NAMES[cut.of]} left, and before any training its output is off by "
+            f"{PLAIN[cut.of]} left, and before any training its output is off by "
             f"{cut.measured_error:.1%}."
         ),
         measured=f"what every part that can go does to the output of {anatomy.name}'s UNet",
