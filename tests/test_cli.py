@@ -10,6 +10,7 @@ from PIL import Image
 
 import leansd
 from leansd.faces.cli import COMMANDS, main
+from pages import read_page
 from tiny import tiny_pipeline
 
 STEPS = "4"
@@ -179,6 +180,20 @@ def test_generate_from_a_picture(run, model, tmp_path):
     assert json.loads(out.splitlines()[-1])["pictures"][0]["calls"] == 5
 
 
+def test_generate_compares_with_the_full_run(run, model, tmp_path, fails):
+    shared = ["generate", "a", "pizza", "--model", model, "--steps", 9, "--plan", "turbo"]
+    code, out, _ = run(*shared, "--compare", "--out", tmp_path)
+    assert code == 0
+    assert f"wrote {tmp_path / 'report.html'}" in out
+    page, text = read_page(tmp_path / "report.html")
+    assert len(page.images) == 2 * 3  # in full, after the plan, the difference
+    assert "2 pictures were drawn" in text
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"id": "a", "prompt": "a"}')
+    told = fails("generate", "--prompts", rows, "--compare", "--model", model)
+    assert "leave --prompts out" in told
+
+
 def test_generate_runs_few_steps_in_full(run, model, tmp_path):
     shared = ["generate", "a", "--model", model, "--plan", "fast", "--out", tmp_path, "--json"]
     _, out, told = run(*shared, "--steps", 8)
@@ -271,6 +286,8 @@ def test_plan_lists_draws_and_saves(run, model, tmp_path):
         file,
         "--picture",
         picture,
+        "--report",
+        tmp_path / "plan.html",
         "--json",
     )
     assert code == 0
@@ -279,6 +296,8 @@ def test_plan_lists_draws_and_saves(run, model, tmp_path):
     assert facts["predicted_speedup"] > 1.2
     assert leansd.Plan.load(file).fingerprint == facts["fingerprint"]
     assert picture.read_text().startswith("<?xml")
+    _, page = read_page(tmp_path / "plan.html")
+    assert f"<code>leansd plan balanced --steps 10 --model {model} -o {file}" in page
     code, out, _ = run("plan", file, "--model", model, "--steps", 20, "--fit")
     assert code == 0
     assert "20 steps" in out
@@ -323,14 +342,18 @@ def test_operate_writes_a_unet_that_opens(run, model, tmp_path):
     assert leansd.load(whole, device="cpu").unet.mid_block is None
 
 
-def test_operate_lists_and_previews(run, model):
+def test_operate_lists_and_previews(run, model, tmp_path):
     code, out, _ = run("operate", "--json")
     assert code == 0
     assert set(json.loads(out.splitlines()[-1])["presets"]) >= {"bk-tiny", "asdm-1222"}
-    code, out, _ = run("operate", "bk-tiny", "--model", model, "--preview", "--latent", 8)
+    page = tmp_path / "page.html"
+    code, out, _ = run(
+        "operate", "bk-tiny", "--model", model, "--preview", "--latent", 8, "--report", page
+    )
     assert code == 0
+    assert "The new network keeps" in read_page(page)[1]
     assert "44 units become 22" in out
-    assert "wrote" not in out
+    assert [line for line in out.splitlines() if "wrote" in line] == [f"wrote {page}"]
 
 
 def test_operate_tells_what_is_wrong(fails, model, tmp_path):

@@ -15,7 +15,7 @@ from leansd.tuning.cutting import Study, cut, list_prices, make_surgery, study_r
 from leansd.tuning.outputs import guide, keep_calls, measure_error
 from leansd.tuning.removals import Removal, Removals, list_removals
 from leansd.tuning.taps import tap
-from test_demo import read_page
+from pages import read_page
 from tiny import tiny_pipeline, tiny_unet, tiny_xl_unet
 
 SMALL = {

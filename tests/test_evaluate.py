@@ -26,7 +26,7 @@ from leansd.measuring.quality import (
 from leansd.measuring.records import load_records
 from leansd.measuring.trajectories import run_calls, split_calls
 from leansd.runtime.samplers import make_scheduler
-from test_demo import read_page
+from pages import read_page
 from tiny import WIDTH, tiny_pipeline, tiny_tokenizer
 
 PROMPTS = ["a red apple", "pizza", "a cat"]

@@ -23,6 +23,7 @@ from leansd.faces.cli import main
 from leansd.plans import Plan
 from leansd.surgery.folding import fold
 from loops import sample
+from pages import read_page
 from tiny import WIDTH, tiny_pipeline, tiny_scheduler, tiny_unet, tiny_xl_unet
 
 pytest.importorskip("onnx")
@@ -396,8 +397,10 @@ def test_the_command_line(
     unet.save_pretrained(net)
     EVERYTHING.save(tmp_path / "plan.json")
     plan = str(tmp_path / "plan.json")
+    page = tmp_path / "page.html"
     command = ["export", net, "--to", "onnx", "--plan", plan, "--out", out, "--json"]
-    assert main(command) == 0
+    assert main([*command, "--report", str(page)]) == 0
+    assert "run there it differs by" in read_page(page)[1]
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert told["steps"] == STEPS
     assert told["difference"] < TOLERANCE

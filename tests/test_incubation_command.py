@@ -9,6 +9,7 @@ from PIL import Image
 
 from leansd.faces.cli import main
 from leansd.loading import load_unet
+from pages import read_page
 from tiny import shallow_unet, tiny_pipeline
 
 RECIPE = """
@@ -50,10 +51,34 @@ def test_a_recipe_becomes_a_net(recipe: Path, tmp_path: Path, capsys: Any) -> No
     assert load_unet(out / "net", device="cpu").config.layers_per_block == 1
     with Image.open(out / "light/validation/step-00000002.png") as grid:
         assert grid.size == (32, 64)  # the teacher's picture above the student's
+    page, text = read_page(out / "report.html")
+    assert "The network is trained" in text
+    assert len(page.images) == 3  # original, trained, difference
+    assert "dB close to the original" in text
+    assert "http-equiv" not in text
     code, _, noted = run(capsys, recipe, "stages.light.steps=2", "--out", out)
     assert code == 2
     assert "--resume" in noted
     assert run(capsys, recipe, "stages.light.steps=2", "--out", out, "--resume")[0] == 0
+
+
+def test_a_dry_run_may_write_a_page(recipe: Path, tmp_path: Path, capsys: Any) -> None:
+    page = tmp_path / "estimate.html"
+    assert run(capsys, recipe, "--dry-run", "--report", page)[0] == 0
+    assert "would take about" in read_page(page)[1]
+
+
+def test_a_stopped_run_leaves_a_page(
+    recipe: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("leansd.incubation.running.keep_net", stop)
+    losses = "stages.light.losses.vgg.weight=0"
+    code, _, _ = run(capsys, recipe, losses, "stages.light.steps=1", "--out", tmp_path / "run")
+    assert code == 130
+    assert "is stopped after 1 of 1 steps" in read_page(tmp_path / "run" / "report.html")[1]
 
 
 def test_a_dry_run_writes_nothing(recipe: Path, tmp_path: Path, capsys: Any) -> None:

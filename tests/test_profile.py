@@ -29,7 +29,7 @@ from leansd.measuring.records import Record, load_records, stamp
 from leansd.plans.liveness import Program
 from leansd.plans.plan import Plan
 from leansd.plans.tracing import compile_plan
-from test_demo import read_page
+from pages import read_page
 from tiny import tiny_pipeline, tiny_unet, tiny_vae
 
 ANATOMY = leansd.dissect(tiny_unet())
@@ -332,7 +332,7 @@ def test_the_command_writes_report_and_records(capsys, tmp_path, monkeypatch):
     assert facts["vae"]["decode"] > 0
     _, text = read_page(out / "report.html")
     assert "Predicted against measured" in text
-    assert text.count("<svg") == 1
+    assert text.count("<svg") == 2
     cost = CostModel.from_records(load_records(out / "records.jsonl"))
     assert cost.full_call == facts["full_call"]
 

@@ -9,10 +9,11 @@ import leansd
 from leansd.anatomy.builtin import open_builtin
 from leansd.errors import LeansdError
 from leansd.faces.cli import main
-from leansd.faces.redundancy import draw_blocks, draw_units, list_records, read_spent
+from leansd.faces.redundancy import list_records, read_spent
+from leansd.faces.report.redundancy import draw_blocks, draw_units
 from leansd.measuring.records import load_records, stamp
 from leansd.measuring.units import time_units
-from test_demo import read_page
+from pages import read_page
 from tiny import tiny_pipeline, tiny_unet, tiny_xl_unet
 
 
@@ -89,8 +90,8 @@ def test_anatomy_writes_records_figures_and_page(model, tmp_path, capsys):
     metrics = {record.metric for record in load_records(out / "records.jsonl")}
     assert metrics == {"params", "macs", "unit_time", "unet_params", "unet_macs", "call_time"}
     for name in ("blocks", "units"):
-        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        assert "<svg" in (out / f"{name}.svg").read_text()
+        assert (out / f"report-{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (out / f"report-{name}.svg").read_text()
     _, page = read_page(out / "report.html")
     assert "Latency and parameters by unit" in page
     assert torch.is_grad_enabled()

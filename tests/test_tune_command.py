@@ -10,7 +10,7 @@ from conformance.models import small_unet
 from leansd.faces.cli import main
 from leansd.measuring.records import load_records
 from leansd.tuning import Front, Point, calibration, tuner
-from test_demo import read_page
+from pages import read_page
 from tiny import tiny_pipeline
 
 

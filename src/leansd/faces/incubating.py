@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,7 +13,10 @@ from diffusers import UNet2DConditionModel
 
 from leansd.anatomy import count_macs
 from leansd.anatomy.cost import copy_skeleton
+from leansd.faces.courses import read_run
 from leansd.faces.outlines import open_outline
+from leansd.faces.report import Origin, write_report
+from leansd.faces.report.training import make_report
 from leansd.incubation.dryrun import Estimate, estimate, measure_rate
 from leansd.incubation.recipe import Recipe, Stage
 from leansd.incubation.running import Run, claim_folder, incubate
@@ -20,12 +25,48 @@ from leansd.incubation.students import Student
 from leansd.incubation.trainer import Look
 from leansd.incubation.validation import Comparing
 from leansd.loading import load
+from leansd.measuring.records import stamp
 
 Note = Callable[[str], None]
+PAGE = "report.html"
+SHARE = 50
+"""A page that is written again while something goes on takes no more than 1/50 of the time."""
+LEAST = 30.0
+"""Seconds between two pages, at the least."""
 
 
-def incubate_into(folder: Path, recipe: Recipe, *, resume: bool, note: Note) -> Path:
-    """Run a recipe, and say on the way how it goes."""
+@dataclass
+class LivePage:
+    """The page of a run, written again while it goes on."""
+
+    recipe: Recipe
+    folder: Path
+    origin: Origin
+    due: float
+    """When it is to be written next, by `time.monotonic`."""
+
+    def follow(self, *, is_milestone: bool) -> None:
+        """Write it if it is due, or something is over."""
+        if is_milestone or time.monotonic() >= self.due:
+            self.write(ended=False)
+
+    def write(self, *, ended: bool) -> None:
+        """Write it now."""
+        begin = time.monotonic()
+        course = read_run(self.recipe, self.folder, ended=ended)
+        write_report(self.folder / PAGE, make_report(course, self.origin, self.recipe.write()))
+        end = time.monotonic()
+        self.due = end + max(LEAST, SHARE * (end - begin))
+
+
+def incubate_into(
+    folder: Path, recipe: Recipe, *, resume: bool, note: Note, command: str = "leansd incubate"
+) -> Path:
+    """Run a recipe, say on the way how it goes, and keep the page of the run.
+
+    Args:
+        command: what the page says runs it again.
+    """
     state = PartialState()
     pipe = load(recipe.model, device=state.device, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -43,6 +84,8 @@ def incubate_into(folder: Path, recipe: Recipe, *, resume: bool, note: Note) -> 
     state.wait_for_everyone()
     run = Run(recipe, folder, pipe, open_source(recipe.data, setting))
     steps = {stage.name: stage.steps for stage in recipe.stages}
+    origin = Origin(command, stamp(state.device))
+    page = LivePage(recipe, folder, origin, due=time.monotonic() + LEAST / 3)
 
     def report(stage: str, row: Mapping[str, float]) -> None:
         left = (steps[stage] - row["step"]) / max(row["steps_per_second"], 1e-9)
@@ -50,13 +93,19 @@ def incubate_into(folder: Path, recipe: Recipe, *, resume: bool, note: Note) -> 
             f"{stage} {row['step']:.0f}/{steps[stage]} loss {row['loss']:.4g} "
             f"{row['steps_per_second']:.3g} steps/s, {describe_time(left)} left"
         )
+        is_last = row["step"] == steps[stage]
+        page.follow(is_milestone=is_last and stage != recipe.stages[-1].name)
 
     def make_look(stage: Stage, student: Student, teacher: UNet2DConditionModel) -> Look:
         seen = Comparing(pipe, teacher, student.unet, recipe.validation, run.get_home(stage))
         return Look(recipe.validation.every, seen)
 
     look = make_look if recipe.validation.prompts else None
-    return incubate(run, report=report, make_look=look)
+    try:
+        return incubate(run, report=report, make_look=look)
+    finally:
+        if state.is_main_process:
+            page.write(ended=True)
 
 
 def estimate_recipe(recipe: Recipe) -> Estimate:

@@ -1,4 +1,4 @@
-"""Where a UNet keeps its weights and spends its work: two figures, made from records.
+"""Where a UNet keeps its weights and spends its work: records, and what they say.
 
 The analysis that A-SDM (arXiv 2406.00210) begins with: parameters and computation by block, then
 latency and parameters by unit. What costs much and holds little is where thinning pays.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from leansd.measuring.records import Record
 from leansd.measuring.resuming import get_field
@@ -17,19 +17,10 @@ from leansd.measuring.units import UnitTimes
 from leansd.plans.address import get_block
 from leansd.plans.anatomy import HEAD, STEM, Anatomy
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 PLAN = "no plan"
 METRICS = {"params": "", "macs": "", "unit_time": "s"}
 """What is on record of every unit, and its unit of measure; times only where they were taken."""
 WHOLE = {"unet_params": "", "unet_macs": "", "call_time": "s"}
-
-PARAMS, MACS = "#9ca3af", "#1d4ed8"
-KINDS = {"resnet": "#1d4ed8", "transformer": "#f59e0b", "": "#9ca3af"}
-"""Colours of ResNets, attentions and everything else."""
-LABELS = {"resnet": "ResNet", "transformer": "attention", "": "sampler, ends"}
 
 
 @dataclass(frozen=True)
@@ -153,94 +144,3 @@ def _show_row(
         share = seconds / spent.whole["call_time"]
         cells = [f"{seconds * 1000:.2f}", f"{share:.1%}", *cells]
     return ("  " * deep + name, *cells, f"{params / 1e6:.3f} M")
-
-
-# -- figures -----------------------------------------------------------------------------------
-
-
-def draw_blocks(models: Sequence[Spent]) -> Figure:
-    """Parameters and computation by block: shares of the whole UNet, a panel a model."""
-    figure, panels = _open_figure(1, len(models), width=5.4, height=3.3)
-    for spent, axes in zip(models, panels, strict=True):
-        places = range(len(spent.blocks))
-        for offset, metric, colour, label in (
-            (-0.2, "params", PARAMS, f"parameters, {spent.whole['unet_params'] / 1e6:.1f} M"),
-            (+0.2, "macs", MACS, f"computation, {spent.whole['unet_macs'] / 1e9:.1f} GMAC"),
-        ):
-            shares = [100 * spent.share(metric, block) for block in spent.blocks]
-            bars = axes.bar(
-                [place + offset for place in places], shares, 0.38, color=colour, label=label
-            )
-            axes.bar_label(bars, fmt="%.0f", fontsize=7, padding=1, color="#374151")
-        axes.set_xticks(list(places), spent.blocks)
-        axes.set_ylabel("share of the UNet, %")
-        axes.legend(fontsize=8, frameon=False, loc="upper left")
-        axes.margins(y=0.22)
-        _finish(axes, _name(spent))
-    return figure
-
-
-def draw_units(models: Sequence[Spent]) -> Figure:
-    """Latency and parameters by unit, two panels a model; MACs where a model was not timed."""
-    figure, panels = _open_figure(2 * len(models), 1, width=10.5, height=2.1)
-    for place, spent in enumerate(models):
-        top, bottom = panels[2 * place : 2 * place + 2]
-        if spent.seconds:
-            work = {at: seconds * 1000 for at, seconds in spent.seconds.items()}
-            samples = spent.fields["batch"]
-            title = f"{_name(spent)}, {samples} samples a call, {spent.fields['device']}"
-            _draw_row(top, spent, work, "latency, ms", title)
-        else:
-            work = {at: macs / 1e9 for at, macs in spent.macs.items()}
-            _draw_row(top, spent, work, "GMAC", _name(spent))
-        top.tick_params(labelbottom=False)
-        top.margins(y=0.22)
-        top.legend(fontsize=8, frameon=False, loc="upper center", ncols=len(KINDS))
-        millions = {at: params / 1e6 for at, params in spent.params.items()}
-        _draw_row(bottom, spent, millions, "parameters, M", "")
-    return figure
-
-
-def _draw_row(axes: Axes, spent: Spent, values: Mapping[str, float], what: str, title: str) -> None:
-    addresses = list(spent.kinds)
-    for kind, colour in KINDS.items():
-        own = [
-            place
-            for place, at in enumerate(addresses)
-            if (spent.kinds[at] if spent.kinds[at] in KINDS else "") == kind
-        ]
-        heights = [values[addresses[place]] for place in own]
-        axes.bar(own, heights, 0.78, color=colour, label=LABELS[kind])
-    axes.set_xticks(range(len(addresses)), addresses, rotation=90, fontsize=6.5)
-    axes.set_xlim(-0.7, len(addresses) - 0.3)
-    axes.set_ylabel(what, fontsize=8.5)
-    axes.tick_params(axis="y", labelsize=8)
-    borders = [
-        place - 0.5
-        for place in range(1, len(addresses))
-        if get_block(addresses[place]) != get_block(addresses[place - 1])
-    ]
-    for border in borders:
-        axes.axvline(border, color="#d1d5db", linewidth=0.7, zorder=0)
-    _finish(axes, title)
-
-
-def _open_figure(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False).ravel()
-
-
-def _finish(axes: Axes, title: str) -> None:
-    if title:
-        axes.set_title(title, fontsize=10, loc="left")
-    axes.grid(axis="y", alpha=0.25)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _name(spent: Spent) -> str:
-    return (
-        f"{spent.subject}, {spent.fields['latent_width']}x{spent.fields['latent_height']} latents"
-    )

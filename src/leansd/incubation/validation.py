@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,18 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
+from leansd.incubation.curves import FILE, Curves
 from leansd.incubation.recipe import ValidationSettings
+from leansd.measuring.fidelity import psnr
+
+FOLDER = "validation"
+"""Of a stage: grids, and a log of how close the pictures are."""
+_NAME = re.compile(r"step-(\d+)\.png")
 
 
 @dataclass(frozen=True)
 class Comparing:
-    """Draws a grid: prompts across, the teacher above the student."""
+    """Draws a grid: prompts across, the teacher above the student; and logs how close they are."""
 
     pipe: Any
     teacher: UNet2DConditionModel
@@ -25,9 +32,12 @@ class Comparing:
     folder: Path
 
     def __call__(self, step: int) -> None:
-        file = self.folder / "validation" / f"step-{step:08d}.png"
+        file = self.folder / FOLDER / f"step-{step:08d}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        paste_grid([self.draw(self.teacher), self.draw(self.student)]).save(file)
+        teacher, student = self.draw(self.teacher), self.draw(self.student)
+        paste_grid([teacher, student]).save(file)
+        close = float(psnr(student, teacher).mean())
+        Curves(file.with_name(FILE)).add({"step": step, "psnr": close})
 
     @torch.no_grad()
     def draw(self, unet: UNet2DConditionModel) -> list[Image.Image]:
@@ -52,6 +62,12 @@ class Comparing:
             ).images[0]
             for number, prompt in enumerate(self.settings.prompts)
         ]
+
+
+def list_looks(folder: Path) -> dict[int, Path]:
+    """The grids that were drawn, by step."""
+    found = ((_NAME.fullmatch(path.name), path) for path in sorted(folder.glob("step-*.png")))
+    return {int(match[1]): path for match, path in found if match is not None}
 
 
 def paste_grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:

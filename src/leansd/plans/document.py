@@ -48,12 +48,17 @@ class PlanDocument(BaseModel):
     rows: list[RowDocument]
 
 
-def write_plan(plan: Plan, path: Path) -> None:
-    """Write `plan` to `path`; the file is either the old one or the whole new one."""
+def encode_plan(plan: Plan) -> str:
+    """The text of a plan's file."""
     document = make_document(plan)
     lines = [json.dumps(row.model_dump(exclude_defaults=True)) for row in document.rows]
     head = json.dumps(document.model_dump(exclude={"rows"}, exclude_none=True))[1:-1]
-    text = "{" + head + ', "rows": [\n  ' + ",\n  ".join(lines) + "\n]}\n"
+    return "{" + head + ', "rows": [\n  ' + ",\n  ".join(lines) + "\n]}\n"
+
+
+def write_plan(plan: Plan, path: Path) -> None:
+    """Write `plan` to `path`; the file is either the old one or the whole new one."""
+    text = encode_plan(plan)
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_text(text, encoding="utf-8")

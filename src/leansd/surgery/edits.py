@@ -143,14 +143,16 @@ class Surgery(_Frozen):
             ],
         }
 
+    def write(self) -> str:
+        """Name and edits as YAML."""
+        document = self.to_document()
+        return yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=100)
+
     def save(self, path: str | Path) -> None:
         """Write a YAML file, or a JSON file where the name ends in `.json`."""
         path = Path(path)
-        document = self.to_document()
-        if path.suffix == ".json":
-            text = json.dumps(document, indent=2) + "\n"
-        else:
-            text = yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=100)
+        is_json = path.suffix == ".json"
+        text = json.dumps(self.to_document(), indent=2) + "\n" if is_json else self.write()
         partial = path.with_name(path.name + ".partial")
         try:
             partial.write_text(text, encoding="utf-8")

@@ -16,6 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 from leansd.errors import LeansdError
 from leansd.faces.cli.examples import give_examples
 from leansd.faces.cli.failures import explain_failure
+from leansd.faces.cli.invocation import GIVEN
 from leansd.faces.cli.silence import keep_silent
 from leansd.faces.cli.wrapping import fit
 from leansd.version import __version__
@@ -114,6 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     keep_silent(False)
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    GIVEN.set(given)
     try:
         result = open_program()(given, prog_name=PROGRAM, standalone_mode=False)
         # A reader that has gone is noticed here, not when Python ends.

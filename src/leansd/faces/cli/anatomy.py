@@ -40,7 +40,7 @@ def show_anatomy(
     ] = 2,
     repeats: Annotated[int, typer.Option(min=1, help="With --time: timed calls.")] = 3,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the records, two figures and a page.")
+        Path | None, typer.Option(help="Folder for the records, the figures and a page.")
     ] = None,
     device: Annotated[
         str | None,
@@ -60,6 +60,7 @@ def show_anatomy(
     """
     from dataclasses import asdict
 
+    from leansd.faces.cli.invocation import quote_command
     from leansd.faces.cli.terminal import (
         hush_libraries,
         note,
@@ -70,7 +71,8 @@ def show_anatomy(
     )
     from leansd.faces.outlines import open_anatomy, open_unet
     from leansd.faces.redundancy import list_records, read_spent, tabulate_spent
-    from leansd.faces.report.redundancy import headline, write_redundancy
+    from leansd.faces.report import Origin, write_report
+    from leansd.faces.report.redundancy import headline, make_report
     from leansd.loading import find_device
     from leansd.measuring.files import check_folder
     from leansd.measuring.records import stamp, write_records
@@ -108,7 +110,10 @@ def show_anatomy(
     if out is not None:
         files = [
             write_records(out / "records.jsonl", records),
-            *write_redundancy(out, spent, circumstances),
+            write_report(
+                out / "report.html",
+                make_report(spent, records, Origin(quote_command(), circumstances)),
+            ),
         ]
         show_text(headline(spent))
         show_text("wrote " + ", ".join(map(str, files)))

@@ -84,6 +84,7 @@ def bench(
 
     from leansd.errors import LeansdError
     from leansd.faces.benching import Setup, drop_done, estimate, hold, prepare, time_step
+    from leansd.faces.cli.invocation import quote_command
     from leansd.faces.cli.terminal import (
         hush_libraries,
         note,
@@ -101,10 +102,9 @@ def bench(
         list_contests,
         list_quick_contests,
     )
-    from leansd.faces.pareto import write_plots
     from leansd.faces.prompts import read_prompts
-    from leansd.faces.report import write_page
-    from leansd.faces.report.benching import make_sections
+    from leansd.faces.report import Origin, write_report
+    from leansd.faces.report.benching import make_report
     from leansd.faces.scoring import find_embedder
     from leansd.faces.standings import (
         describe_quality,
@@ -116,7 +116,7 @@ def bench(
     from leansd.measuring.contest import FULL
     from leansd.measuring.evaluation import CONVERGED
     from leansd.measuring.files import check_file, check_folder
-    from leansd.measuring.records import load_records
+    from leansd.measuring.records import load_records, stamp
     from leansd.measuring.resuming import SETTINGS, get_field
     from leansd.measuring.rivals import choose_rivals
     from leansd.runtime.samplers import check_sampler, require_convergence
@@ -182,16 +182,8 @@ def bench(
     held = {entry.settings for entry in entries}
     records = [record for record in load_records(out) if get_field(record, SETTINGS) in held]
     standings = read_standings(records)
-    files = [out, *(path for standing in standings for path in write_plots(standing, report))]
-    files.append(
-        write_page(
-            report / "report.html",
-            title="Ours and the rivals",
-            lead=f"{count} pictures of {model} a contest, everybody in turns in one process.",
-            sections=make_sections(standings),
-            foot="Written by leansd bench.",
-        )
-    )
+    page = make_report(standings, Origin(quote_command(), stamp(pipe.device)))
+    files = [out, write_report(report / "report.html", page)]
     for standing in standings:
         show_table(tabulate_margins(standing))
         quality = describe_quality(standing)

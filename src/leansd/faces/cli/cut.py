@@ -74,6 +74,7 @@ def cut_unet(
     from typing import Any
 
     from leansd.anatomy import dissect
+    from leansd.faces.cli.invocation import quote_command
     from leansd.faces.cli.terminal import (
         hush_libraries,
         note,
@@ -84,8 +85,8 @@ def cut_unet(
     )
     from leansd.faces.contests import find_guidance
     from leansd.faces.prompts import read_prompts
-    from leansd.faces.report import write_page
-    from leansd.faces.report.cutting import describe, make_sections
+    from leansd.faces.report import Origin, write_report
+    from leansd.faces.report.cutting import describe, make_report
     from leansd.loading import find_device, load, locate
     from leansd.measuring.cost import CostModel
     from leansd.measuring.files import check_file
@@ -134,17 +135,13 @@ def cut_unet(
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     found.surgery.save(out)
-    write_page(
-        page,
-        title=f"A cut of {model}",
-        lead=describe(found),
-        sections=make_sections(found, dissect(pipe.unet, name=model), stamp(pipe.device)),
-        foot="Written by leansd cut.",
-    )
+    origin = Origin(quote_command(), stamp(pipe.device))
+    report = make_report(found, dissect(pipe.unet, name=model), origin)
+    files = [out, write_report(page, report)]
     show_table(found.tabulate())
     show_text(str(preview(pipe.unet, found.surgery)))
     show_text(fill(describe(found), 80))
-    show_text(f"wrote {out}, {page}")
+    show_text("wrote " + ", ".join(map(str, files)))
     if as_json:
         show_json(
             {
@@ -170,6 +167,6 @@ def cut_unet(
                 "steps": steps,
                 "seed": seed,
                 "guidance": scale,
-                "files": [str(out), str(page)],
+                "files": [str(path) for path in files],
             }
         )

@@ -37,6 +37,7 @@ def show_demo(
 
     The last line on standard output is one JSON object.
     """
+    from leansd.faces.cli.invocation import quote_command
     from leansd.faces.cli.terminal import (
         hush_libraries,
         note,
@@ -49,8 +50,8 @@ def show_demo(
     from leansd.faces.outlines import open_anatomy
     from leansd.faces.pictures import Request, encode_png
     from leansd.faces.prompts import GUIDANCE, PROMPTS
-    from leansd.faces.report import write_page
-    from leansd.faces.report.showing import draw_sheet, headline, make_sections
+    from leansd.faces.report import Origin, write_report
+    from leansd.faces.report.showing import draw_sheet, make_report
     from leansd.faces.scoring import find_scorer
     from leansd.loading import EMBEDDED, find_device, load, locate
     from leansd.measuring.files import check_folder, write_file
@@ -88,14 +89,9 @@ def show_demo(
             scorer=find_scorer(model),
             on_step=lambda name: progress.advance(bars[name]),
         )
+    origin = Origin(quote_command(), comparison.circumstances)
     files = [
-        write_page(
-            out / "report.html",
-            title="Lean Stable Diffusion: the same pictures in less time",
-            lead=headline(comparison),
-            sections=make_sections(comparison),
-            foot="Written by leansd demo.",
-        ),
+        write_report(out / "report.html", make_report(comparison, origin)),
         write_file(out / "grid.png", encode_png(draw_sheet(comparison))),
         write_records(out / "records.jsonl", list_records(comparison)),
     ]

@@ -55,6 +55,7 @@ def train(
     from leansd.emoji.recipe import STAGES, choose_recipe, read_pictures, train_model
     from leansd.emoji.training import Budget
     from leansd.errors import LeansdError
+    from leansd.faces.cli.invocation import quote_command
     from leansd.faces.cli.terminal import (
         hush_libraries,
         note,
@@ -62,6 +63,10 @@ def train(
         show_json,
         show_text,
     )
+    from leansd.faces.courses import read_emoji_run
+    from leansd.faces.report import Origin, write_report
+    from leansd.faces.report.training import make_report
+    from leansd.measuring.records import stamp
 
     hush_libraries()
     recipe = choose_recipe(size)
@@ -85,6 +90,8 @@ def train(
             recipe, pictures, out, budget, device=device, resume=resume, report=report
         )
     plot_curves(out)
+    course = read_emoji_run(out, ended=True)
+    write_report(out / "report.html", make_report(course, Origin(quote_command(), stamp(device))))
     show_text(f"wrote {model}")
     if as_json:
         show_json(
@@ -123,7 +130,11 @@ def evaluate(
     from leansd.emoji.evaluation import evaluate_model
     from leansd.emoji.recipe import read_pictures
     from leansd.emoji.training import save_json
+    from leansd.faces.cli.invocation import quote_command
     from leansd.faces.cli.terminal import hush_libraries, open_progress, show_json, show_text
+    from leansd.faces.report import Origin, write_report
+    from leansd.faces.report.recognising import make_report
+    from leansd.measuring.records import stamp
 
     hush_libraries()
     check_device(device)
@@ -147,6 +158,9 @@ def evaluate(
         )
     path = out or folder / "evaluation.json"
     save_json(result, path)
+    if out is not None:  # a model's folder holds what belongs to the model
+        origin = Origin(quote_command(), stamp(device))
+        write_report(out.with_suffix(".html"), make_report(result, folder.name, origin))
     show_text(f"wrote {path}")
     if as_json:
         show_json({"command": "emoji evaluate", **result, "files": [str(path)]})

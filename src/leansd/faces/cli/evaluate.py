@@ -84,6 +84,7 @@ def evaluate_plans(
     """
     from leansd.emoji.card import GRID_PROMPTS
     from leansd.errors import LeansdError
+    from leansd.faces.cli.invocation import quote_command
     from leansd.faces.cli.terminal import (
         hush_libraries,
         note,
@@ -97,8 +98,8 @@ def evaluate_plans(
     from leansd.faces.outlines import choose_plan, open_anatomy
     from leansd.faces.prompts import GUIDANCE, read_prompts
     from leansd.faces.provenance import check_tuned
-    from leansd.faces.report import write_page
-    from leansd.faces.report.evaluating import make_sections, tabulate_fidelity, tabulate_quality
+    from leansd.faces.report import Origin, write_report
+    from leansd.faces.report.evaluating import make_report, tabulate_fidelity, tabulate_quality
     from leansd.faces.scoring import find_embedder
     from leansd.loading import EMBEDDED, find_device, load, locate
     from leansd.measuring.cases import Case, Conditions
@@ -111,7 +112,7 @@ def evaluate_plans(
     from leansd.measuring.fidelity import explain_missing_lpips, find_lpips_weights, open_lpips
     from leansd.measuring.files import check_folder
     from leansd.measuring.measures import FULL
-    from leansd.measuring.records import write_records
+    from leansd.measuring.records import stamp, write_records
     from leansd.runtime.samplers import (
         check_sampler,
         make_scheduler,
@@ -206,14 +207,9 @@ def evaluate_plans(
         notes.append(explain_missing_lpips())
     if embedder is None:
         notes.append("no quality of sets: the model has no CLIP of its own, give one by --clip")
+    origin = Origin(quote_command(), stamp(pipe.device))
     files = [
-        write_page(
-            out / "report.html",
-            title="Plans against references",
-            lead=f"{count} pictures of {model} from the same seeds, with {names}.",
-            sections=make_sections(evaluation, named, drawn, notes),
-            foot="Written by leansd evaluate.",
-        ),
+        write_report(out / "report.html", make_report(evaluation, named, drawn, notes, origin)),
         write_records(out / "records.jsonl", evaluation.records),
         write_records(out / "values.jsonl", evaluation.values),
     ]

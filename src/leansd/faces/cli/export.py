@@ -7,7 +7,7 @@ import typer
 
 from leansd.faces.cli.completions import complete_model, complete_plan, complete_sampler, offer
 from leansd.faces.cli.examples import give_examples
-from leansd.faces.cli.options import Fit, Json, Quiet
+from leansd.faces.cli.options import Fit, Json, Quiet, ReportFile
 
 app = typer.Typer(add_completion=False)
 
@@ -59,6 +59,7 @@ def export_net(
             autocompletion=complete_sampler,
         ),
     ] = None,
+    report: ReportFile = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -68,6 +69,7 @@ def export_net(
     from leansd.exporting import export
     from leansd.exporting.exporter import check_form
     from leansd.exporting.opening import find_home, read_sampler
+    from leansd.faces.cli.invocation import quote_command
     from leansd.faces.cli.terminal import (
         hush_libraries,
         open_progress,
@@ -78,11 +80,14 @@ def export_net(
     )
     from leansd.faces.outlines import choose_plan
     from leansd.loading import load_outline
+    from leansd.measuring.files import check_file
     from leansd.measuring.tables import Table
     from leansd.runtime.samplers import check_sampler
 
     # Everything that can be wrong is found before a weight is read.
     form = check_form(to, out, plan)
+    if report is not None:
+        check_file(report)
     if plan is None and (steps is not None or fit or sampler is not None):
         raise LeansdError("--steps, --fit and --sampler say what a plan is for: give --plan, too")
     if sampler is not None:
@@ -112,6 +117,13 @@ def export_net(
     if written.difference is not None:
         show_text(f"largest difference from PyTorch: {written.difference:.1e}")
     show_text(f"wrote {written.folder}")
+    if report is not None:
+        from leansd.faces.report import Origin, write_report
+        from leansd.faces.report.exporting import make_report
+        from leansd.measuring.records import stamp
+
+        page = make_report(written, net, to, anatomy, Origin(quote_command(), stamp("cpu")))
+        show_text(f"wrote {write_report(report, page)}")
     if as_json:
         show_json(
             {

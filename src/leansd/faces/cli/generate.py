@@ -83,6 +83,10 @@ def generate_pictures(
         Path | None,
         typer.Option(help="Folder of another autoencoder, such as a small one, to decode with."),
     ] = None,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Draw in full as well, and show both in OUT/report.html."),
+    ] = False,
     batch: Annotated[int, typer.Option(min=1, help="With --prompts: pictures at once.")] = 8,
     shard: Annotated[int, typer.Option(min=1, help="With --prompts: pictures a shard.")] = 256,
     strict: Annotated[
@@ -105,9 +109,11 @@ def generate_pictures(
     quiet: Quiet = False,
 ) -> None:
     """Draw pictures from prompts, each as a PNG that carries its prompt, seed and plan."""
+    import time
     from dataclasses import replace
 
     from leansd.errors import LeansdError
+    from leansd.faces.cli.invocation import quote_command
     from leansd.faces.cli.terminal import (
         hush_libraries,
         note,
@@ -130,6 +136,7 @@ def generate_pictures(
         save_picture,
     )
     from leansd.faces.provenance import check_tuned
+    from leansd.faces.report import Origin, write_report
     from leansd.loading import (
         as_image_to_image,
         find_device,
@@ -140,6 +147,7 @@ def generate_pictures(
         set_vae,
     )
     from leansd.measuring.files import check_folder
+    from leansd.measuring.records import stamp
     from leansd.plans.plan import Plan
     from leansd.plans.presets import look_up, suits
     from leansd.runtime.samplers import check_sampler, name_sampler, set_sampler
@@ -148,6 +156,8 @@ def generate_pictures(
     # Everything that can be wrong is found before a weight is read.
     if (prompts is None) == (prompt_file is None):
         raise LeansdError("give prompts, or a file of them by --prompts; one of the two")
+    if compare and prompt_file is not None:
+        raise LeansdError("--compare is for prompts on the command line: leave --prompts out")
     check_folder(out)
     base = Request(
         prompt="",
@@ -172,6 +182,7 @@ def generate_pictures(
         chosen = choose_plan(plan, steps, anatomy, nets=anatomies, fit=fit)
     if prompt_file is not None:
         from leansd.faces.bulk import carry_out, place_order, read_prompts_file
+        from leansd.faces.report.orders import make_report as report_order
 
         order = place_order(
             read_prompts_file(prompt_file, strict=strict, note=warn),
@@ -194,6 +205,7 @@ def generate_pictures(
         )
         total = len(order.sheet.rows)
         note(f"{order.left} of {total} pictures to draw, {len(order.missing)} shards")
+        begin = time.monotonic()
         with open_progress() as progress:
             bar = progress.add_task("pictures", total=total, completed=total - order.left)
             carry_out(
@@ -203,6 +215,10 @@ def generate_pictures(
                 workers=workers,
                 on_pictures=lambda count: progress.advance(bar, count),
             )
+        origin = Origin(quote_command(), stamp(find_device(device)))
+        page = out / "report.html"
+        if order.left or not page.exists():
+            write_report(page, report_order(order, out, time.monotonic() - begin, origin))
         show_text(f"wrote {total} pictures in {len(order.parts)} shards in {out}")
         if as_json:
             show_json(
@@ -217,6 +233,8 @@ def generate_pictures(
             )
         return
     assert prompts is not None
+    from leansd.faces.report.generating import Pair, make_report
+
     autoencoder = load_vae(vae) if vae is not None else None
 
     pipe = load(model, device=device)
@@ -242,7 +260,9 @@ def generate_pictures(
         for prompt in prompts
         for turn in range(count)
     ]
-    written, painting = [], None
+    written, painting, pairs = [], None, []
+    if compare:  # the first call of a process takes longer than others
+        paint(pipe, replace(requests[0], steps=max(2, round(2 / strength))))
     with open_progress() as progress:
         for number, request in enumerate(requests, start=1):
             bar = progress.add_task(
@@ -256,6 +276,16 @@ def generate_pictures(
                 nets,
             )
             progress.remove_task(bar)
+            if compare:
+                bar = progress.add_task(f"{number}/{len(requests)} in full", total=chosen.steps)
+                full = paint(
+                    pipe,
+                    request,
+                    None,
+                    lambda done, total, bar=bar: progress.update(bar, completed=done, total=total),
+                )
+                progress.remove_task(bar)
+                pairs.append(Pair(request, full, painting))
             facts = {
                 "prompt": request.prompt,
                 "negative": request.negative or None,
@@ -281,6 +311,10 @@ def generate_pictures(
     show_text(str(painting.report))
     place = str(written[0][0]) if len(written) == 1 else f"{len(written)} pictures in {out}"
     show_text(f"wrote {place}")
+    if compare:
+        origin = Origin(quote_command(), stamp(pipe.device))
+        page = write_report(out / "report.html", make_report(pairs, chosen, anatomy, origin))
+        show_text(f"wrote {page}")
     if as_json:
         show_json(
             {

@@ -32,33 +32,48 @@ def incubate_recipe(
         bool,
         typer.Option("--dry-run", help="Only say what it takes: compute, memory, disk, hours."),
     ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="With --dry-run: an HTML page of it; a run has OUT/report.html."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Distil, assemble and distil again; accelerate launch -m leansd.faces.cli for several GPUs."""
     from leansd.errors import LeansdError
+    from leansd.faces.cli.invocation import quote_command
     from leansd.faces.cli.terminal import hush_libraries, note, show_json, show_text
     from leansd.incubation.recipe import load_recipe
+    from leansd.measuring.files import check_file
 
     chosen = load_recipe(recipe, changes or ())
     if out is None and not dry_run:
         raise LeansdError("give --out a folder for the run, or only look with --dry-run")
+    if report is not None:
+        check_file(report)
     hush_libraries()
     if dry_run:
         from leansd.faces.incubating import estimate_recipe
 
         estimate = estimate_recipe(chosen)
         show_text(str(estimate))
+        if report is not None:
+            from leansd.faces.report import Origin, write_report
+            from leansd.faces.report.estimating import make_report
+            from leansd.measuring.records import stamp
+
+            origin = Origin(quote_command(), stamp(estimate.device))
+            show_text(f"wrote {write_report(report, make_report(estimate, origin))}")
         if as_json:
             show_json({"command": "incubate", "dry_run": True, **estimate.to_fields()})
         return
 
-    from leansd.faces.incubating import incubate_into
+    from leansd.faces.incubating import PAGE, incubate_into
     from leansd.measuring.files import check_folder
 
     assert out is not None
     check_folder(out)
-    net = incubate_into(out, chosen, resume=resume, note=note)
-    show_text(f"wrote {net}")
+    net = incubate_into(out, chosen, resume=resume, note=note, command=quote_command())
+    show_text(f"wrote {net}, {out / PAGE}")
     if as_json:
         show_json({"command": "incubate", "recipe": chosen.name, "net": str(net)})

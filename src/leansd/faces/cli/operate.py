@@ -7,7 +7,7 @@ import typer
 
 from leansd.faces.cli.completions import complete_shape, complete_surgery
 from leansd.faces.cli.examples import give_examples
-from leansd.faces.cli.options import Json, Quiet
+from leansd.faces.cli.options import Json, Quiet, ReportFile
 
 app = typer.Typer(add_completion=False)
 
@@ -54,11 +54,13 @@ def operate_on_unet(
     latent: Annotated[
         int | None, typer.Option(min=1, help="Side of the latents that MACs are counted at.")
     ] = None,
+    report: ReportFile = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Cut a UNet, or assemble one from several, and write it."""
     from leansd.errors import LeansdError
+    from leansd.faces.cli.invocation import quote_command
     from leansd.faces.cli.terminal import hush_libraries, show_json, show_table, show_text
     from leansd.measuring.tables import Table
     from leansd.surgery.presets import PRESETS, find_surgery
@@ -76,17 +78,26 @@ def operate_on_unet(
 
     from leansd.faces.operations import list_nets, operate_into
     from leansd.faces.outlines import open_outline
-    from leansd.measuring.files import check_folder
+    from leansd.measuring.files import check_file, check_folder
     from leansd.surgery.previewing import preview
 
     if out is not None:
         check_folder(out)
+    if report is not None:
+        check_file(report)
     models = list_nets(model, nets or [])
     outlines = {name: open_outline(each) for name, each in models.items()}
     seen = preview(outlines, chosen, latent=latent)
     written: list[Path] = []
     if out is not None and not only_preview:
         written = operate_into(out, models, chosen, whole=whole)
+    if report is not None:
+        from leansd.faces.report import Origin, write_report
+        from leansd.faces.report.operating import make_report
+        from leansd.measuring.records import stamp
+
+        page = make_report(seen, model, Origin(quote_command(), stamp("meta")))
+        written.append(write_report(report, page))
     show_text(str(seen))
     for path in written:
         show_text(f"wrote {path}")

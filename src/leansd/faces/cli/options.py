@@ -59,6 +59,9 @@ TimingDevice = Annotated[
         help="cpu, cuda; the GPU where there is one by default.", autocompletion=complete_device
     ),
 ]
+ReportFile = Annotated[
+    Path | None, typer.Option("--report", help="Write an HTML page, its figures beside it.")
+]
 Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]
 OnlyJson = Annotated[
     bool, typer.Option("--json", help="Only the JSON line on standard output, no table.")

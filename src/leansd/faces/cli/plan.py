@@ -7,7 +7,7 @@ import typer
 
 from leansd.faces.cli.completions import complete_plan, complete_shape
 from leansd.faces.cli.examples import give_examples
-from leansd.faces.cli.options import Fit, Json, Nets, Quiet
+from leansd.faces.cli.options import Fit, Json, Nets, Quiet, ReportFile
 
 app = typer.Typer(add_completion=False)
 
@@ -45,11 +45,13 @@ def show_plan(
     picture: Annotated[
         Path | None, typer.Option(help="Write the grid as a PNG, SVG or PDF file.")
     ] = None,
+    report: ReportFile = None,
     net: Nets = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Show a plan as a grid of units and steps; save it, or a picture of it."""
+    from leansd.faces.cli.invocation import quote_command
     from leansd.faces.cli.terminal import (
         hush_libraries,
         show_grid,
@@ -78,7 +80,7 @@ def show_plan(
     from leansd.measuring.files import check_file, write_file
     from leansd.plans.drawing import draw_picture
 
-    for path in (out, picture):
+    for path in (out, picture, report):
         if path is not None:
             check_file(path)
     hush_libraries()
@@ -97,6 +99,13 @@ def show_plan(
     if picture is not None:
         write_file(picture, drawn)
         show_text(f"wrote {picture}")
+    if report is not None:
+        from leansd.faces.report import Origin, write_report
+        from leansd.faces.report.planning import make_report
+        from leansd.measuring.records import stamp
+
+        page = make_report(chosen, anatomy, speedup, Origin(quote_command(), stamp("meta")))
+        show_text(f"wrote {write_report(report, page)}")
     if as_json:
         show_json(
             {
@@ -107,6 +116,6 @@ def show_plan(
                 "steps": chosen.steps,
                 "keys": list(chosen.keys),
                 "predicted_speedup": round(speedup, 4),
-                "files": [str(path) for path in (out, picture) if path is not None],
+                "files": [str(path) for path in (out, picture, report) if path is not None],
             }
         )

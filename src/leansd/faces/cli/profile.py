@@ -60,6 +60,7 @@ def profile_model(
     """
     from leansd.anatomy import dissect
     from leansd.anatomy.builtin import BUILTIN
+    from leansd.faces.cli.invocation import quote_command
     from leansd.faces.cli.terminal import (
         hush_libraries,
         note,
@@ -77,8 +78,8 @@ def profile_model(
         tabulate_split,
     )
     from leansd.faces.pictures import parse_size
-    from leansd.faces.report import write_page
-    from leansd.faces.report.costing import headline, make_sections, name_vae
+    from leansd.faces.report import Origin, write_report
+    from leansd.faces.report.costing import make_report, name_vae
     from leansd.faces.stand_ins import build_stand_in, build_tiny_vae, check_stand_in
     from leansd.loading import check_vae, find_device, load, load_vae, locate
     from leansd.measuring.files import check_folder
@@ -151,21 +152,14 @@ def profile_model(
         "width": width,
         "height": height,
     }
+    records = [
+        *cost.list_records(circumstances),
+        *list_prediction_records(predictions, shared),
+    ]
+    report = make_report(profiled, records, Origin(quote_command(), circumstances))
     files = [
-        write_page(
-            out / "report.html",
-            title=f"What {model} costs here",
-            lead=headline(profiled),
-            sections=make_sections(profiled),
-            foot="Written by leansd profile.",
-        ),
-        write_records(
-            out / "records.jsonl",
-            [
-                *cost.list_records(circumstances),
-                *list_prediction_records(predictions, shared),
-            ],
-        ),
+        write_report(out / "report.html", report),
+        write_records(out / "records.jsonl", records),
     ]
     if not as_json:
         for table in (tabulate_blocks, tabulate_split, tabulate_gains):

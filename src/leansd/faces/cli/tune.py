@@ -87,6 +87,7 @@ def tune_plans(
     from leansd.anatomy import dissect
     from leansd.emoji.card import GRID_PROMPTS
     from leansd.errors import LeansdError
+    from leansd.faces.cli.invocation import quote_command
     from leansd.faces.cli.terminal import (
         hush_libraries,
         note,
@@ -99,8 +100,8 @@ def tune_plans(
     from leansd.faces.fronts import describe_choice, tabulate_front
     from leansd.faces.outlines import read_nets
     from leansd.faces.prompts import read_prompts
-    from leansd.faces.report import write_page
-    from leansd.faces.report.tuning import make_sections
+    from leansd.faces.report import Origin, write_report
+    from leansd.faces.report.tuning import make_report
     from leansd.loading import EMBEDDED, find_device, load, load_unet, locate
     from leansd.measuring.files import check_file
     from leansd.measuring.records import stamp, write_records
@@ -183,12 +184,9 @@ def tune_plans(
     chosen = found.find(**goal)
     chosen.plan.save(out)
     anatomy = dissect(pipe.unet, name=model)
-    page = write_page(
-        out.with_suffix(".html"),
-        title=f"Plans tuned for {model}",
-        lead=describe_choice(found, chosen) + ".",
-        sections=make_sections(found, chosen, anatomy, drifts, stamp(pipe.device)),
-        foot="Written by leansd tune.",
+    origin = Origin(quote_command(), stamp(pipe.device))
+    page = write_report(
+        out.with_suffix(".html"), make_report(found, chosen, anatomy, drifts, origin)
     )
     files = [out, front_file, page, *([drift] if drift is not None else [])]
     show_table(tabulate_front(found, chosen))

@@ -1,6 +1,30 @@
-"""Reports: sections as data, written as one page that needs nothing else."""
+"""Reports: what a command found, as data; and the page that shows it and needs nothing else."""
 
-from leansd.faces.report.page import write_page
-from leansd.faces.report.sections import Chart, Grid, Listing, Prose, Section
+from leansd.faces.report.page import render_page, write_report
+from leansd.faces.report.sections import (
+    Attachment,
+    Chart,
+    Drawing,
+    Grid,
+    Listing,
+    Origin,
+    Prose,
+    Report,
+    Section,
+    attach_records,
+)
 
-__all__ = ["Chart", "Grid", "Listing", "Prose", "Section", "write_page"]
+__all__ = [
+    "Attachment",
+    "Chart",
+    "Drawing",
+    "Grid",
+    "Listing",
+    "Origin",
+    "Prose",
+    "Report",
+    "Section",
+    "attach_records",
+    "render_page",
+    "write_report",
+]

@@ -1,9 +1,8 @@
-"""A profile as report sections."""
+"""A profile as a report."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from leansd.faces.costs import (
     EXAMPLE,
@@ -16,33 +15,70 @@ from leansd.faces.costs import (
     tabulate_split,
 )
 from leansd.faces.report.drawings import Bar, draw_bars
-from leansd.faces.report.sections import Chart, Listing, Prose, Section
+from leansd.faces.report.sections import (
+    Chart,
+    Listing,
+    Origin,
+    Prose,
+    Report,
+    Section,
+    attach_records,
+)
+from leansd.faces.report.words import count
 from leansd.measuring.prediction import find_worst
+from leansd.measuring.records import Record
 
 
-def headline(profiled: Profiled) -> str:
-    """What came out, in a sentence or two."""
-    cost = profiled.cost
-    full, lean = (sum(profiled.split(plan).values()) for plan in (profiled.full, profiled.example))
-    return (
-        f"A whole call of {cost.subject} with {profiled.steps} steps takes {show_seconds(full)}, "
-        f"under {EXAMPLE} {show_seconds(lean)}; one UNet call in full takes "
-        f"{show_milliseconds(cost.full_call)}."
+def make_report(profiled: Profiled, records: Sequence[Record], origin: Origin) -> Report:
+    """Where the time goes, what plans gain of it, and how true the predictions are."""
+    sections: list[Section] = [_make_stages(profiled), _make_split(profiled), _make_gains(profiled)]
+    if profiled.predictions:
+        sections.append(_make_predictions(profiled))
+    sections += [_make_bars(profiled), _make_blocks(profiled), _make_method(profiled)]
+    width, height = profiled.cost.size
+    return Report(
+        title=f"What {profiled.cost.subject} costs here",
+        summary=headline(profiled),
+        measured=f"{count(profiled.cost.pictures, 'picture')} of {width} x {height} pixels a call "
+        f"of {profiled.cost.subject}",
+        sections=sections,
+        origin=origin,
+        attachments=[attach_records(records)],
     )
 
 
-def make_sections(profiled: Profiled) -> list[Section]:
-    """The report of a profile."""
-    sections: list[Section] = [_make_split(profiled), _make_gains(profiled)]
-    if profiled.predictions:
-        sections.append(_make_predictions(profiled))
-    return [*sections, _make_bars(profiled), _make_blocks(profiled), _make_method(profiled)]
+def headline(profiled: Profiled) -> str:
+    """What came out, in a sentence."""
+    full, lean = (sum(profiled.split(plan).values()) for plan in (profiled.full, profiled.example))
+    what = "a picture" if profiled.cost.pictures == 1 else f"{profiled.cost.pictures} pictures"
+    return (
+        f"Drawing {what} in {profiled.steps} steps takes {show_seconds(full)} here; with the plan "
+        f"{EXAMPLE} it should take {show_seconds(lean)}: {full / lean:.1f} times faster."
+    )
+
+
+def _make_stages(profiled: Profiled) -> Chart:
+    """Seconds by stage, in full and under the example."""
+    full, lean = profiled.split(profiled.full), profiled.split(profiled.example)
+    bars = [
+        Bar(
+            stage,
+            (full[stage], lean[stage]),
+            f"{show_seconds(full[stage])}, {show_seconds(lean[stage])}",
+        )
+        for stage in full
+    ]
+    most = max(full, key=lambda stage: full[stage])
+    share = full[most] / sum(full.values())
+    alt = f"{most} takes most: {share:.0%} of a full call, {show_seconds(lean[most])} under a plan."
+    drawing = draw_bars(bars, names=("full", EXAMPLE), alt=alt, name="stages")
+    return Chart("Where the seconds of a call go", [drawing])
 
 
 def _make_split(profiled: Profiled) -> Listing:
     notes = [
-        f"{profiled.cost.pictures} picture(s), {profiled.steps} UNet calls, as the model predicts "
-        "them from what was measured.",
+        f"{count(profiled.cost.pictures, 'picture')}, {profiled.steps} UNet calls, as the model "
+        "predicts them from what was measured.",
         "What no plan touches bounds what plans gain: the faster the UNet, the larger the share of "
         "the decoder.",
     ]
@@ -82,34 +118,21 @@ def _make_predictions(profiled: Profiled) -> Listing:
     )
 
 
-@dataclass(frozen=True)
-class _Shares:
-    name: str
-    time: float
-    macs: float
-    remark: str
-
-
-def _list_shares(profiled: Profiled) -> Sequence[_Shares]:
+def _make_bars(profiled: Profiled) -> Chart:
     cost, anatomy = profiled.cost, profiled.anatomy
-    total = sum(cost.units[unit.at]["whole"] for unit in anatomy)
-    return [
-        _Shares(
+    times = {unit.at: cost.units[unit.at]["whole"] for unit in anatomy}
+    total, macs = sum(times.values()), sum(unit.macs for unit in anatomy)
+    bars = [
+        Bar(
             unit.at,
-            time=cost.units[unit.at]["whole"] / total,
-            macs=unit.macs / sum(each.macs for each in anatomy),
-            remark=show_milliseconds(cost.units[unit.at]["whole"]),
+            (times[unit.at] / total, unit.macs / macs),
+            show_milliseconds(times[unit.at]),
         )
         for unit in anatomy
     ]
-
-
-def _make_bars(profiled: Profiled) -> Chart:
-    shares = _list_shares(profiled)
-    most = sorted(shares, key=lambda row: -row.time)[:3]
-    alt = "Most time is spent in " + ", ".join(f"{row.name} ({row.time:.0%})" for row in most)
-    bars = [Bar(row.name, (row.time, row.macs), row.remark) for row in shares]
-    drawing = draw_bars(bars, names=("share of time", "share of MACs"), alt=alt)
+    most = sorted(times, key=lambda at: -times[at])[:3]
+    alt = "Most time is spent in " + ", ".join(f"{at} ({times[at] / total:.0%})" for at in most)
+    drawing = draw_bars(bars, names=("share of time", "share of MACs"), alt=f"{alt}.", name="units")
     return Chart(
         "Every unit",
         [drawing],
@@ -134,17 +157,12 @@ def _make_blocks(profiled: Profiled) -> Listing:
 
 
 def _make_method(profiled: Profiled) -> Prose:
-    width, height = profiled.cost.size
-    facts = profiled.circumstances
     return Prose(
         "How this was measured",
         [
-            f"Model {profiled.cost.subject}, {width} x {height} pixels, "
-            f"{profiled.cost.pictures} picture(s) at once. {profiled.repeats} probing run(s) after "
-            "one to warm up: calls that compute everything, cut the UNet at several depths, leave "
-            "out whole steps and run half the batch, every unit timed where it runs. Medians; "
-            "fixed part and copies by least squares.",
-            f"{facts['device']}; leansd {facts['leansd']}, torch {facts['torch']}, "
-            f"diffusers {facts['diffusers']}, Python {facts['python']}; {facts['time']}.",
+            f"{count(profiled.repeats, 'probing run')} after one to warm up: calls that compute "
+            "everything, cut the UNet at several depths, leave out whole steps and run half the "
+            "batch, every unit timed where it runs. Medians; fixed part and copies by least "
+            "squares.",
         ],
     )

@@ -1,20 +1,28 @@
-"""An evaluation as tables and as report sections."""
+"""An evaluation as tables and as a report."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from PIL import Image
-from torch import Tensor
-
-from leansd.faces.report.sections import Grid, Listing, Prose, Section
+from leansd.faces.report.differences import NOTE, as_images, list_differences
+from leansd.faces.report.plots import Point, plot_tradeoff
+from leansd.faces.report.sections import (
+    Chart,
+    Drawing,
+    Grid,
+    Listing,
+    Origin,
+    Prose,
+    Report,
+    Section,
+    attach_records,
+)
 from leansd.measuring.evaluation import CONVERGED, Evaluation
 from leansd.measuring.measures import FULL
 from leansd.measuring.records import Record
 from leansd.measuring.tables import Table
 
-LOUDER = 4  # times that differences are amplified in the picture grid
 FIDELITY = {
     "psnr": ("PSNR", ".1f"),
     "ssim": ("SSIM", ".3f"),
@@ -79,21 +87,101 @@ def show_spread(record: Record, spread: str, form: str) -> str:
     return f"{record.value:{form}}" + (f" ±{width:{form}}" if width is not None else "")
 
 
-def make_sections(
-    evaluation: Evaluation, references: Sequence[str], prompts: Sequence[str], notes: Sequence[str]
-) -> list[Section]:
-    """The report of an evaluation; `notes` say what could not be measured."""
+def make_report(
+    evaluation: Evaluation,
+    references: Sequence[str],
+    prompts: Sequence[str],
+    notes: Sequence[str],
+    origin: Origin,
+) -> Report:
+    """Fidelity to every reference, the quality of sets, pictures; `notes` say what is missing."""
     records = evaluation.records
+    first = records[0]
+    fronts = [draw_front(records, name, f"front-{place}") for place, name in enumerate(references)]
     sections: list[Section] = [
+        Chart(
+            "Speed against fidelity",
+            [drawing for drawing in fronts if drawing is not None],
+            ["Further right is faster, further up is closer. Diamonds are runs without a plan."],
+        ),
+        _make_grid(evaluation, prompts),
+    ]
+    sections += [
         Listing(f"Fidelity to {name}", tabulate_fidelity(records, name), [_explain(name)])
         for name in references
     ]
     quality = tabulate_quality(records)
     if quality is not None:
         sections.append(Listing(quality.caption, quality, _explain_quality(records)))
-    sections.append(_make_grid(evaluation, prompts))
     sections.append(Prose("How this was measured", [_describe(records), *notes]))
-    return sections
+    return Report(
+        title=f"How true the pictures of plans are: {first.subject}",
+        summary=summarise(records),
+        measured=f"{get_field(first, 'calls')} pictures of {first.subject} from the same seeds: "
+        + ", ".join(dict.fromkeys(record.plan for record in records)),
+        sections=sections,
+        origin=origin,
+        attachments=[
+            attach_records(records),
+            attach_records(evaluation.values, "values.jsonl"),
+        ],
+    )
+
+
+def summarise(records: Sequence[Record]) -> str:
+    """How close the plans' pictures are to the full run's, in a sentence."""
+    close = {
+        record.plan: record.value
+        for record in records
+        if record.metric == "psnr" and get_field(record, "reference") == FULL
+    }
+    gains = {
+        r.plan: r.value for r in records if r.metric == "predicted_speedup" and r.plan in close
+    }
+    told = [
+        f"{name} does {gains[name]:.1f} times less work and stays {close[name]:.0f} dB close"
+        for name in gains
+        if gains[name] > 1 and _has_plan(records, name)
+    ]
+    if not told:
+        return "No plan was compared with the full run, only runs without one."
+    return (
+        f"Compared with pictures drawn in full, {'; '.join(told)} (above about 40 dB differences "
+        "are hard to see)."
+    )
+
+
+def _has_plan(records: Sequence[Record], name: str) -> bool:
+    """Whether a case of this name followed a plan."""
+    return any(record.plan == name and record.fingerprint for record in records)
+
+
+def draw_front(records: Sequence[Record], reference: str, name: str) -> Drawing | None:
+    """All cases against a reference; None where nothing of them was measured."""
+    gains = {r.plan: r.value for r in records if r.metric == "predicted_speedup"}
+    points = [
+        Point(
+            record.plan,
+            gains[record.plan],
+            record.value,
+            gains[record.plan],
+            gains[record.plan],
+            is_rival=not record.fingerprint,
+        )
+        for record in records
+        if record.metric == "psnr"
+        and get_field(record, "reference") == reference
+        and record.plan in gains
+    ]
+    if not points:
+        return None
+    return plot_tradeoff(
+        points,
+        x_name="predicted speed-up of the UNet",
+        y_name=f"PSNR to {reference}, dB",
+        name=name,
+        caption=f"Against {reference}.",
+    )
 
 
 def _explain(reference: str) -> str:
@@ -122,21 +210,13 @@ def _explain_quality(records: Sequence[Record]) -> list[str]:
 
 
 def _make_grid(evaluation: Evaluation, prompts: Sequence[str]) -> Grid:
-    pictures = evaluation.pictures
-    shown = prompts[: len(pictures[FULL])]
-    rows: list[tuple[str, str, Sequence[Image.Image]]] = []
-    for name, drawn in pictures.items():
-        rows.append((name, "", as_images(drawn)))
-        if name != FULL:
-            apart = (drawn.float() - pictures[FULL].float()).mul(LOUDER).add(128)
-            rows.append(("difference", f"{name} - full", as_images(apart.clamp(0, 255).byte())))
-    note = f"A difference is amplified {LOUDER} times; grey is none."
-    return Grid("The same prompts, the same seeds", shown, rows, [note])
-
-
-def as_images(pictures: Tensor) -> list[Image.Image]:
-    """8-bit pictures [n, 3, H, W] for a page."""
-    return [Image.fromarray(each.permute(1, 2, 0).contiguous().numpy()) for each in pictures]
+    drawn = {name: as_images(pictures) for name, pictures in evaluation.pictures.items()}
+    full = drawn.pop(FULL)
+    apart = list_differences(full, drawn)
+    rows = [(FULL, "", full)]
+    for name, pictures in drawn.items():
+        rows += [(name, "", pictures), ("difference", f"{name} - full", apart[name])]
+    return Grid("The same prompts, the same seeds", prompts[: len(full)], rows, [NOTE])
 
 
 def _describe(records: Sequence[Record]) -> str:
@@ -145,6 +225,5 @@ def _describe(records: Sequence[Record]) -> str:
         f"Model {first.subject}, {get_field(first, 'calls')} pictures, picture i from seed "
         f"{first.seed} + i, {get_field(first, 'steps')} steps of {get_field(first, 'sampler')}, "
         f"guidance {get_field(first, 'guidance')}. Predicted: multiply-accumulates of the UNet, "
-        f"the full run's over the case's. {first.device}; leansd {first.leansd}, torch "
-        f"{first.torch}, diffusers {first.diffusers}, Python {first.python}; {first.time}."
+        "the full run's over the case's."
     )

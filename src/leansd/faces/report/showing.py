@@ -1,4 +1,4 @@
-"""A comparison of plans as report sections and as one sheet of pictures."""
+"""A comparison of plans as a report and as one sheet of pictures."""
 
 from __future__ import annotations
 
@@ -6,11 +6,42 @@ import textwrap
 
 from PIL import Image, ImageDraw, ImageFont
 
-from leansd.faces.comparison import FEWER, Comparison, Entry, tabulate_comparison
-from leansd.faces.report.drawings import Point, draw_plan, plot_tradeoff
-from leansd.faces.report.sections import Chart, Grid, Listing, Prose, Section
+from leansd.faces.comparison import FEWER, Comparison, Entry, list_records, tabulate_comparison
+from leansd.faces.report.differences import DECIBELS, NOTE, list_differences
+from leansd.faces.report.drawings import draw_plan
+from leansd.faces.report.plots import Point, plot_tradeoff
+from leansd.faces.report.sections import (
+    Chart,
+    Grid,
+    Listing,
+    Origin,
+    Prose,
+    Report,
+    attach_records,
+)
 
 PAPER, INK, SOFT = "#ffffff", "#1b1d22", "#5d636f"
+
+
+def make_report(comparison: Comparison, origin: Origin) -> Report:
+    """The pictures, what differs, speed against fidelity, the plans."""
+    width, height = comparison.size
+    return Report(
+        title="Lean Stable Diffusion: the same pictures in less time",
+        summary=headline(comparison),
+        measured=f"{len(comparison.prompts)} prompts drawn by {comparison.subject} at {width} x "
+        f"{height} pixels, in full and after every plan, in turns",
+        sections=[
+            _make_grid(comparison),
+            _make_plot(comparison),
+            _make_table(comparison),
+            _make_differences(comparison),
+            _make_plans(comparison),
+            _make_method(comparison),
+        ],
+        origin=origin,
+        attachments=[attach_records(list_records(comparison))],
+    )
 
 
 def headline(comparison: Comparison) -> str:
@@ -19,28 +50,18 @@ def headline(comparison: Comparison) -> str:
     plans = [entry for entry in others if entry.contestant.plan is not None]
     gains = sorted(plans, key=lambda entry: entry.speedup.median)
     gentle, bold = (_name_gain(gains[place]) for place in (0, -1))
-    rival = next(entry for entry in others if entry.contestant.name == FEWER)
-    return (
-        f"{len(comparison.prompts)} prompts drawn by {comparison.subject} in {comparison.steps} "
-        f"steps, {first.timing.median:.2f} s a picture. The plans are from {gentle} to {bold}; "
-        f"{rival.contestant.steps} steps without a plan are {_name_gain(rival)}."
+    told = (
+        f"A picture that takes {first.timing.median:.2f} s in full is drawn {gentle} with the "
+        f"gentlest plan and {bold} with the boldest"
     )
+    rival = next((entry for entry in others if entry.contestant.name == FEWER), None)
+    if rival is None:
+        return f"{told}."
+    return f"{told}; simply drawing in {rival.contestant.steps} steps is {_name_gain(rival)}."
 
 
 def _name_gain(entry: Entry) -> str:
-    name = f"{entry.contestant.name}, " if entry.contestant.plan is not None else ""
-    return f"{entry.speedup.median:.2f} times faster ({name}{entry.psnr:.1f} dB)"
-
-
-def make_sections(comparison: Comparison) -> list[Section]:
-    """The report of a comparison."""
-    return [
-        _make_table(comparison),
-        _make_grid(comparison),
-        _make_plot(comparison),
-        _make_plans(comparison),
-        _make_method(comparison),
-    ]
+    return f"{entry.speedup.median:.1f} times faster ({entry.psnr:.0f} dB close to it)"
 
 
 def draw_sheet(comparison: Comparison) -> Image.Image:
@@ -96,6 +117,13 @@ def _make_grid(comparison: Comparison) -> Grid:
     )
 
 
+def _make_differences(comparison: Comparison) -> Grid:
+    first, *others = comparison.entries
+    apart = list_differences(first.pictures, {e.contestant.name: e.pictures for e in others})
+    rows = [(name, "minus full", pictures) for name, pictures in apart.items()]
+    return Grid("What differs from the full run", comparison.prompts, rows, [NOTE])
+
+
 def _make_plot(comparison: Comparison) -> Chart:
     points = [
         Point(
@@ -109,16 +137,14 @@ def _make_plot(comparison: Comparison) -> Chart:
         for e in comparison.entries
         if e.psnr is not None
     ]
-    alt = "; ".join(f"{p.name}: {p.x:.2f} times faster, {p.y:.1f} dB" for p in points)
-    drawing = plot_tradeoff(
-        points, x_name="measured speed-up", y_name="PSNR to the full run, dB", alt=alt
-    )
+    drawing = plot_tradeoff(points, x_name="measured speed-up", y_name="PSNR to the full run, dB")
     return Chart(
         "Speed against fidelity",
         [drawing],
         [
             "Further right is faster, further up is closer to the full run; a bar is the range "
-            "over the prompts. Fewer steps, in another colour, needs no plan."
+            "over the prompts. Fewer steps, a diamond in another colour, needs no plan.",
+            DECIBELS,
         ],
     )
 
@@ -126,7 +152,10 @@ def _make_plot(comparison: Comparison) -> Chart:
 def _make_plans(comparison: Comparison) -> Chart:
     drawings = [
         draw_plan(
-            e.contestant.plan, comparison.anatomy, f"{e.contestant.name}: {e.contestant.summary}"
+            e.contestant.plan,
+            comparison.anatomy,
+            f"{e.contestant.name}: {e.contestant.summary}",
+            name=f"plan-{e.contestant.name}",
         )
         for e in comparison.entries
         if e.contestant.plan is not None
@@ -142,16 +171,12 @@ def _make_plans(comparison: Comparison) -> Chart:
 
 
 def _make_method(comparison: Comparison) -> Prose:
-    width, height = comparison.size
-    facts = comparison.circumstances
     return Prose(
         "How this was measured",
         [
-            f"Model {comparison.subject}, {width} x {height} pixels, sampler {comparison.sampler}, "
-            f"{comparison.steps} steps, guidance {comparison.guidance:g}, prompt i from seed "
-            f"{comparison.seed} + i. One warm-up, then every prompt is drawn by all contestants in "
-            "turns, so that a slow spell of the machine hits all alike.",
-            f"{facts['device']}; leansd {facts['leansd']}, torch {facts['torch']}, "
-            f"diffusers {facts['diffusers']}, Python {facts['python']}; {facts['time']}.",
+            f"Sampler {comparison.sampler}, {comparison.steps} steps, guidance "
+            f"{comparison.guidance:g}, prompt i from seed {comparison.seed} + i. One warm-up, then "
+            "every prompt is drawn by all contestants in turns, so that a slow spell of the "
+            "machine hits all alike.",
         ],
     )

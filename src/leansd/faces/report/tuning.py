@@ -1,51 +1,90 @@
-"""A tuning as report sections."""
+"""A tuning as a report."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from leansd.faces.fronts import describe_choice, tabulate_front
-from leansd.faces.report.drawings import Point as Place
-from leansd.faces.report.drawings import draw_heat, draw_plan, plot_tradeoff
-from leansd.faces.report.sections import Chart, Drawing, Listing, Prose, Section
+from leansd.faces.report.differences import DECIBELS
+from leansd.faces.report.drawings import draw_heat, draw_plan
+from leansd.faces.report.plots import Point as Place
+from leansd.faces.report.plots import plot_tradeoff
+from leansd.faces.report.sections import (
+    Attachment,
+    Chart,
+    Drawing,
+    Listing,
+    Origin,
+    Prose,
+    Report,
+    Section,
+    attach_records,
+)
 from leansd.measuring.records import Record
 from leansd.measuring.resuming import get_field
 from leansd.plans.anatomy import Anatomy
+from leansd.plans.document import encode_plan
 from leansd.tuning.front import Front, Point
 
 
-def make_sections(
+def make_report(
     front: Front,
-    chosen: Point | None,
+    chosen: Point,
     anatomy: Anatomy,
     drift: Sequence[Record],
-    circumstances: Mapping[str, str],
-) -> list[Section]:
+    origin: Origin,
+) -> Report:
     """The front as a plot and a table, the chosen plan, the drift where it was measured."""
-    sections: list[Section] = [_plot(front), _list(front, chosen)]
-    if chosen is not None:
-        drawing = draw_plan(chosen.plan, anatomy, chosen.plan.name)
-        notes = [describe_choice(front, chosen), _list_corrections(chosen)]
-        sections.append(Chart("The chosen plan", [drawing], [note for note in notes if note]))
+    drawing = draw_plan(chosen.plan, anatomy, chosen.plan.name)
+    notes = [describe_choice(front, chosen), _list_corrections(chosen)]
+    sections: list[Section] = [
+        _plot(front, chosen),
+        _list(front, chosen),
+        Chart("The chosen plan", [drawing], [note for note in notes if note]),
+    ]
+    attachments = [Attachment("plan.json", encode_plan(chosen.plan), "the chosen plan")]
     if drift:
         sections += make_drift_sections(drift)
-    return [*sections, _describe_method(front, circumstances)]
+        attachments.append(attach_records(drift, "drift.jsonl"))
+    return Report(
+        title=f"Plans tuned for {anatomy.name}",
+        summary=summarise(front, chosen),
+        measured=f"what skipping work does to pictures of {anatomy.name}, {front.steps} steps of "
+        f"sampler {front.sampler}",
+        sections=[*sections, _describe_method(front)],
+        origin=origin,
+        attachments=attachments,
+    )
+
+
+def summarise(front: Front, chosen: Point) -> str:
+    """What the choice gains, and whether it was worth tuning, in a sentence."""
+    rival = front.find_rival(chosen)
+    gain = f"{chosen.speedup:.1f} times faster, {chosen.psnr:.0f} dB close to the originals"
+    if chosen.is_plain:
+        return (
+            f"Nothing beats simply drawing in fewer steps here: {chosen.plan.steps} in the place "
+            f"of {front.steps} are {gain}."
+        )
+    beside = f" (drawing in fewer steps: {rival.psnr:.0f} dB)" if rival is not None else ""
+    return f"With the chosen plan pictures are drawn {gain}{beside}."
 
 
 def make_drift_sections(drift: Sequence[Record]) -> list[Section]:
     """Heat maps of what changes from step to step."""
     lanes = list(dict.fromkeys(str(get_field(record, "lane")) for record in drift))
     units = [
-        _draw_heat(drift, "unit_drift", {"lane": lane}, f"Lane {lane}")
+        _draw_heat(drift, "unit_drift", {"lane": lane}, f"Lane {lane}", f"drift-{lane}")
         for lane in lanes
         if any(get_field(r, "lane") == lane for r in drift if r.metric == "unit_drift")
     ]
-    hows = list(dict.fromkeys(get_field(r, "how") for r in drift if r.metric == "cut_error"))
-    gaps = sorted({get_field(r, "gap") for r in drift if r.metric == "cut_error"})
+    errors = [record for record in drift if record.metric == "cut_error"]
+    ways = sorted({(str(get_field(r, "how")), int(get_field(r, "gap"))) for r in errors})
     cuts = [
-        _draw_heat(drift, "cut_error", {"how": how, "gap": gap}, f"{how}, gap {gap}")
-        for how in hows
-        for gap in gaps
+        _draw_heat(
+            drift, "cut_error", {"how": how, "gap": gap}, f"{how}, gap {gap}", f"cut-{how}-{gap}"
+        )
+        for how, gap in ways
     ]
     sections: list[Section] = [
         Chart(
@@ -63,45 +102,54 @@ def make_drift_sections(drift: Sequence[Record]) -> list[Section]:
         ),
     ]
     if any(record.metric == "guidance_drift" for record in drift):
-        heat = _draw_heat(drift, "guidance_drift", {}, "Conditional minus unconditional output")
+        heat = _draw_heat(
+            drift, "guidance_drift", {}, "Conditional minus unconditional output", "drift-guidance"
+        )
         sections.append(Chart("Drift of the guidance difference", [heat]))
     return sections
 
 
 def _draw_heat(
-    drift: Sequence[Record], metric: str, fields: Mapping[str, str | int], caption: str
+    drift: Sequence[Record],
+    metric: str,
+    fields: Mapping[str, str | int],
+    caption: str,
+    name: str,
 ) -> Drawing:
     rows: dict[str, dict[int, float]] = {}
     for record in drift:
         if record.metric == metric and all(get_field(record, k) == v for k, v in fields.items()):
             rows.setdefault(record.at or "guidance", {})[get_field(record, "step")] = record.value
-    return draw_heat(rows, caption=caption)
+    return draw_heat(rows, caption, name=name)
 
 
-def _plot(front: Front) -> Chart:
-    points = [*front.points, *front.beaten]
+def _plot(front: Front, chosen: Point) -> Chart:
+    named = {id(front.points[0]), id(front.points[-1]), id(chosen)}
+    named |= {id(point) for point in front.points if len(front.points) <= 8}
     places = [
         Place(
-            p.plan.name if p in front.points else "", p.speedup, p.psnr, p.speedup, p.speedup,
+            name=p.plan.name if id(p) in named else "",
+            x=p.speedup,
+            y=p.psnr,
+            low=p.speedup,
+            high=p.speedup,
             is_rival=p.is_plain,
         )
-        for p in points
-    ]  # fmt: skip
-    alt = "; ".join(f"{p.plan.name}: {p.speedup:.2f} times faster, {p.psnr:.1f} dB" for p in points)
-    drawing = plot_tradeoff(
-        places, x_name="predicted speed-up", y_name="PSNR to the full run, dB", alt=alt
-    )
+        for p in (*front.points, *front.beaten)
+    ]
+    drawing = plot_tradeoff(places, x_name="predicted speed-up", y_name="PSNR to the full run, dB")
     return Chart(
         "Speed against fidelity",
         [drawing],
         [
-            "On calls that had no part in the tuning. Plain runs of fewer steps are in another "
-            "colour; what has no name is beaten by what has one."
+            "On calls that had no part in the tuning. Plain runs of fewer steps are diamonds in "
+            "another colour.",
+            DECIBELS,
         ],
     )
 
 
-def _list(front: Front, chosen: Point | None) -> Listing:
+def _list(front: Front, chosen: Point) -> Listing:
     return Listing(
         "The front",
         tabulate_front(front, chosen),
@@ -124,7 +172,7 @@ def _list_corrections(chosen: Point) -> str:
     return f"Corrections, by the line and by the last output: {listed}."
 
 
-def _describe_method(front: Front, facts: Mapping[str, str]) -> Prose:
+def _describe_method(front: Front) -> Prose:
     return Prose(
         "How this was found",
         [
@@ -132,7 +180,5 @@ def _describe_method(front: Front, facts: Mapping[str, str]) -> Prose:
             "error model calibrated on full runs proposes key steps and forecasts for every speed "
             "by dynamic programming; the best are run, their corrections fitted, their key steps "
             "moved while that helps. Held-out calls from other seeds decide.",
-            f"{facts['device']}; leansd {facts['leansd']}, torch {facts['torch']}, "
-            f"diffusers {facts['diffusers']}, Python {facts['python']}; {facts['time']}.",
         ],
     )

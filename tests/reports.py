@@ -1,0 +1,311 @@
+"""A report of every kind, from data that is quickly made."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import leansd
+from leansd.bulk.rows import read_sheet
+from leansd.bulk.shards import Drawn, pack_shard
+from leansd.emoji.location import model_folder
+from leansd.exporting.exporter import Exported
+from leansd.faces.bulk import place_order
+from leansd.faces.comparison import FEWER, FULL, Comparison, Contestant, Entry
+from leansd.faces.costs import Profiled
+from leansd.faces.courses import Course, read_emoji_run, read_run
+from leansd.faces.pictures import Painting, Request
+from leansd.faces.redundancy import list_records, read_spent
+from leansd.faces.report import (
+    Origin,
+    Report,
+    benching,
+    costing,
+    cutting,
+    estimating,
+    evaluating,
+    exporting,
+    generating,
+    operating,
+    orders,
+    planning,
+    recognising,
+    redundancy,
+    showing,
+    training,
+    tuning,
+)
+from leansd.faces.standings import read_standings
+from leansd.incubation.dryrun import Estimate, StageCost
+from leansd.incubation.recipe import load_recipe
+from leansd.incubation.validation import paste_grid
+from leansd.measuring.evaluation import CONVERGED, Evaluation
+from leansd.measuring.prediction import Prediction
+from leansd.measuring.records import Record, load_records, stamp
+from leansd.measuring.timing import Ratio, Timing
+from leansd.plans.plan import Plan
+from leansd.plans.presets import HOUSE, PRESETS, preset
+from leansd.surgery.edits import Surgery
+from leansd.tuning.cutting import Candidate, Cut
+from leansd.tuning.front import Front, Point
+from leansd.tuning.removals import Removal
+from test_profile import make_cost
+from tiny import tiny_unet
+
+ANATOMY = leansd.dissect(tiny_unet(), name="tiny")
+ORIGIN = Origin("leansd demo --prompts 'a <b>red</b> apple' --steps 30", stamp("cpu"))
+PROMPTS = ("a <b>red</b> apple", "a pizza", "a cat's face")
+STEPS = 30
+
+
+def draw(seed: int, shift: float = 0.0, side: int = 64) -> Image.Image:
+    """A soft blob on a coloured ground; a little of another one with a shift."""
+    rng = np.random.default_rng(seed)
+    ground, blob = rng.integers(60, 240, (2, 3))
+    ys, xs = np.mgrid[0:side, 0:side] / side - 0.5
+    soft = 1 / (1 + np.exp(24 * (np.hypot(xs + shift * 0.02, ys) - 0.3)))[..., None]
+    return Image.fromarray((ground * (1 - soft) + blob * soft).astype(np.uint8))
+
+
+def make_comparison() -> Comparison:
+    entries: list[Entry] = []
+    names = [FULL, *HOUSE, FEWER]
+    for place, name in enumerate(names):
+        plan = preset(name, STEPS) if name in HOUSE else None
+        summary = PRESETS[name].summary if name in HOUSE else f"the whole UNet, {STEPS} steps"
+        gain = 1 + 0.45 * place
+        entries.append(
+            Entry(
+                contestant=Contestant(name, summary, STEPS if plan or not place else 14, plan),
+                pictures=tuple(draw(seed, place) for seed in range(len(PROMPTS))),
+                timing=Timing((2.0 / gain, 2.1 / gain)),
+                speedup=Ratio(gain, gain * 0.95, gain * 1.1),
+                predicted=gain * 1.05,
+                psnr=60 - 7 * gain if place else None,
+                ssim=0.99 if place else None,
+                clip=88.0,
+                bytes_kept=2**20 if plan else 0,
+            )
+        )
+    return Comparison(
+        "tiny", PROMPTS, 0, STEPS, 4.0, "dpm++2m", (64, 64), stamp("cpu"), ANATOMY, tuple(entries)
+    )
+
+
+def report_demo(folder: Path) -> Report:
+    return showing.make_report(make_comparison(), ORIGIN)
+
+
+def make_drift() -> Iterator[Record]:
+    shared = {**stamp("cpu"), "subject": "tiny", "plan": "no plan", "unit": ""}
+    for step in range(1, STEPS):
+        for place, at in enumerate(ANATOMY.addresses):
+            for lane in ("unconditional", "conditional"):
+                value = 0.01 * (1 + place % 7) * (1 + step % 5)
+                yield Record(
+                    **shared, metric="unit_drift", value=value, at=at, lane=lane, step=step
+                )
+        for place, at in enumerate(("mid", "up0.up", "up1.up", "head")):
+            how, gap = ("reuse", 1) if step % 2 else ("forecast", 2)
+            fields = {"at": at, "step": step, "how": how, "gap": gap}
+            yield Record(**shared, metric="cut_error", value=0.02 * (place + step), **fields)
+        yield Record(**shared, metric="guidance_drift", value=0.1 + step / 100, step=step)
+
+
+def report_tune(folder: Path) -> Report:
+    tuned = [preset(name, STEPS, sampler="dpm++2m") for name in HOUSE]
+    points = [Point(plan, 1.5 + 0.6 * n, 600 - 90 * n, 52 - 6 * n) for n, plan in enumerate(tuned)]
+    plain = [Point(Plan.full(19, name="19 steps"), 1.55, 580, 43.1)]
+    plain += [Point(Plan.full(9, name="9 steps"), 3.2, 300, 29.3)]
+    front = Front.of("0123", "dpm++2m", STEPS, [*points, *plain])
+    return tuning.make_report(front, points[1], ANATOMY, list(make_drift()), ORIGIN)
+
+
+def report_profile(folder: Path) -> Report:
+    cost = make_cost()
+    plans = [preset(name, STEPS) for name in ("full", "balanced")]
+    predictions = tuple(
+        Prediction(plan, 2.0 / gain, Timing((2.05 / gain,)), gain, Ratio(gain, gain, gain))
+        for plan, gain in zip(plans, (1.0, 2.0), strict=True)
+    )
+    profiled = Profiled(cost, ANATOMY, STEPS, predictions, 5, stamp("cpu"))
+    return costing.make_report(profiled, cost.list_records(stamp("cpu")), ORIGIN)
+
+
+def report_anatomy(folder: Path) -> Report:
+    records = list_records(ANATOMY, None, stamp("meta"))
+    (spent,) = read_spent(records)
+    return redundancy.make_report(spent, records, Origin("leansd anatomy tiny", stamp("meta")))
+
+
+def report_bench(folder: Path) -> Report:
+    results = Path(__file__).parents[1] / "benchmarks" / "results" / "bench.jsonl"
+    standings = read_standings(load_records(results))
+    return benching.make_report(standings[:2], ORIGIN)
+
+
+def report_evaluation(folder: Path) -> Report:
+    shared = {**stamp("cpu"), "subject": "tiny", "seed": 1000, "calls": 3, "steps": STEPS}
+    shared |= {"sampler": "ddim", "guidance": 4.0}
+    cases = {"full": 1.0, "balanced": 2.1, "turbo": 3.3, "unipc:15": 2.0}
+    records = []
+    for place, (name, gain) in enumerate(cases.items()):
+        case = {**shared, "plan": name, "fingerprint": "ab12" if name in HOUSE else ""}
+        records.append(Record(**case, metric="predicted_speedup", value=gain, unit="x"))
+        for reference in ("full", CONVERGED):
+            if name != reference:
+                fields = {"reference": reference, "standard_error": 0.4}
+                value = 50 - 4 * place - 5 * (reference == CONVERGED)
+                records.append(Record(**case, metric="psnr", value=value, unit="dB", **fields))
+                records.append(Record(**case, metric="ssim", value=0.99, unit="", **fields))
+        records.append(
+            Record(
+                **case, metric="clip_score", value=88.1, unit="", clip="tiny CLIP", seed_spread=1
+            )
+        )
+    pictures = {
+        name: torch.stack([_as_tensor(draw(seed, place)) for seed in range(3)])
+        for place, name in enumerate(cases)
+    }
+    evaluation = Evaluation(records, records[:2], pictures)
+    return evaluating.make_report(evaluation, ["full", CONVERGED], PROMPTS, ["No LPIPS."], ORIGIN)
+
+
+def _as_tensor(picture: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def report_cut(folder: Path) -> Report:
+    gone = [Removal(("dn0.l1", "up3.l1")), Removal(("mid",)), Removal(("dn2.l1.attn",))]
+    candidates = [Candidate(each, 0.01 * n, 0.08 + 0.01 * n) for n, each in enumerate(gone, 1)]
+    front = tuple((1 - 0.05 * n, 0.004 * n**2) for n in range(9))
+    surgery = Surgery("light").drop("dn0.l1", "up3.l1", "mid")
+    cut = Cut(surgery, "macs", 0.8, 0.79, 0.03, 0.045, tuple(gone[:2]), tuple(candidates), front)
+    return cutting.make_report(cut, ANATOMY, ORIGIN)
+
+
+def report_plan(folder: Path) -> Report:
+    return planning.make_report(preset("turbo", STEPS), ANATOMY, 3.33, ORIGIN)
+
+
+def report_surgery(folder: Path) -> Report:
+    surgery = Surgery("light").drop("dn0.l1", "up3.l1").drop("mid.l0.attn")
+    seen = leansd.preview(tiny_unet(), surgery, latent=8)
+    return operating.make_report(seen, "tiny", ORIGIN)
+
+
+def report_export(folder: Path) -> Report:
+    files = {"graphs.json": 4_000, "key-0123456789.onnx": 1_200_000, "cut.onnx": 300_000}
+    written = Exported(folder, files, preset("fast", STEPS), 1.3e-6)
+    return exporting.make_report(written, "tiny", "onnx", ANATOMY, ORIGIN)
+
+
+def report_comparison(folder: Path) -> Report:
+    pairs = [
+        generating.Pair(
+            Request(prompt=prompt, seed=seed),
+            Painting(draw(seed), 2.0),
+            Painting(draw(seed, 1), 1.1),
+        )
+        for seed, prompt in enumerate(PROMPTS)
+    ]
+    return generating.make_report(pairs, preset("balanced", STEPS), ANATOMY, ORIGIN)
+
+
+def report_job(folder: Path) -> Report:
+    rows = [{"id": f"p{n}", "prompt": prompt} for n, prompt in enumerate(PROMPTS)]
+    lines = [json.dumps(row) for row in rows]
+    (folder / "rows.jsonl").write_text("\n".join([*lines, '{"id": 3}']) + "\n")
+    out = folder / "out"
+    settings = {"model": "tiny", "steps": STEPS, "shard": 2}
+    order = place_order(read_sheet(folder / "rows.jsonl"), out, preset("fast", STEPS), settings)
+    for part in order.parts:
+        drawn = [Drawn(row.id, draw(row.number), {}) for row in part.rows]
+        (out / part.name).write_bytes(pack_shard(drawn))
+    return orders.make_report(order, out, 12.5, ORIGIN)
+
+
+RECIPE = """
+model: tiny
+data: {kind: random, prompts: [a]}
+validation: {prompts: [a red apple, a pizza], every: 100}
+stages:
+  - {name: warm, steps: 300, losses: {output: {}}}
+  - {name: whole, nets: {base: warm}, steps: 600, losses: {output: {}, features: {}}}
+"""
+
+
+def write_run(folder: Path, *, ended: bool = True) -> Course:
+    """A run of two stages, the second of which was stopped."""
+    (folder / "recipe.yaml").write_text(RECIPE)
+    recipe = load_recipe(folder / "recipe.yaml")
+    rng = np.random.default_rng(0)
+    for stage, last, names in (("warm", 300, ("output",)), ("whole", 450, ("output", "features"))):
+        seen = folder / stage / "validation"
+        seen.mkdir(parents=True)
+        rows = []
+        for step in range(10, last + 1, 10):
+            parts = {n: 0.8 / (1 + step / 60) * rng.uniform(0.9, 1.1) + 0.05 for n in names}
+            row = {"step": step, **parts, "loss": sum(parts.values()), "norm": 2 / (1 + step / 90)}
+            row |= {"learning_rate": 1e-4 * min(1, step / 100), "steps_per_second": 3, "skipped": 0}
+            rows.append(json.dumps(row) + "\n")
+        (folder / stage / "losses.jsonl").write_text("".join(rows))
+        for step in range(100, last + 1, 100):
+            rows = [[draw(seed, shift) for seed in range(2)] for shift in (0, 8 - step / 100)]
+            paste_grid(rows).save(seen / f"step-{step:08d}.png")
+            with (seen / "losses.jsonl").open("a") as log:
+                log.write(json.dumps({"step": step, "psnr": 12 + step / 50}) + "\n")
+    return read_run(recipe, folder, ended=ended)
+
+
+def report_training(folder: Path) -> Report:
+    return training.make_report(write_run(folder), ORIGIN, RECIPE)
+
+
+def report_training_under_way(folder: Path) -> Report:
+    return training.make_report(write_run(folder, ended=False), ORIGIN, RECIPE)
+
+
+def report_emoji_training(folder: Path) -> Report:
+    for stage, name in (("vae", "mse"), ("unet", "error")):
+        (folder / stage).mkdir()
+        rows = [
+            {
+                "step": n,
+                "seconds": n / 2,
+                "progress": n / 400,
+                "loss": 1 / n,
+                name: 2 / n,
+                "norm": 1,
+            }
+            for n in range(20, 401, 20)
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / stage / "losses.jsonl").write_text(text)
+    return training.make_report(read_emoji_run(folder, ended=True), ORIGIN)
+
+
+def report_emoji_evaluation(folder: Path) -> Report:
+    result = json.loads((model_folder() / "evaluation.json").read_text())
+    return recognising.make_report(result, "emoji", ORIGIN)
+
+
+def report_estimate(folder: Path) -> Report:
+    stages = tuple(
+        StageCost(
+            name, "end-to-end", 1000 * (n + 1), 8000, 10**7, 10**6 * (n + 1), 10**10, 7 * 10**9,
+            14 * 10**9, 2**30, 2**26, 2**31, 8000,
+        )
+        for n, name in enumerate(("warm", "whole"))
+    )  # fmt: skip
+    return estimating.make_report(Estimate("light", 8, stages, 5e10, "cpu"), ORIGIN)
+
+
+KINDS: dict[str, Callable[[Path], Report]] = {
+    name.removeprefix("report_"): make
+    for name, make in globals().items()
+    if name.startswith("report_")
+}
