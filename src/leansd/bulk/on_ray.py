@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -49,10 +50,8 @@ def draw_on_ray(
         LeansdError: Ray is not installed or cannot be reached.
     """
     ray = connect(address)
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    cpus = int(ray.cluster_resources().get("CPU", 1))
     threads = job.threads or 1
-    pool = workers or gpus or max(1, cpus // threads)
+    pool = lay_out_pool(ray, threads=threads, workers=workers, most=len(parts))
     by_number = {part.number: part for part in parts}
     items = [
         {"number": part.number, "rows": "\n".join(row.model_dump_json() for row in part.rows)}
@@ -60,14 +59,61 @@ def draw_on_ray(
     ]
     drawn = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         Worker,
-        fn_constructor_args=({**asdict(job), "threads": threads if not gpus else 0},),
+        fn_constructor_args=({**asdict(job), "threads": 0 if pool["num_gpus"] else threads},),
         batch_size=1,
-        concurrency=min(pool, len(items)),
-        num_gpus=1 if gpus else 0,
-        num_cpus=0 if gpus else threads,
+        **pool,
     )
-    for row in drawn.iter_rows():
-        yield by_number[int(row["number"])], bytes(row["content"])
+    with tell_mistakes():
+        for row in drawn.iter_rows():
+            yield by_number[int(row["number"])], bytes(row["content"])
+
+
+def lay_out_pool(ray: Any, *, threads: int, workers: int | None, most: int) -> dict[str, int]:
+    """How many actors, and what each takes of the cluster: a GPU, or as many processors.
+
+    Args:
+        threads: of an actor without a GPU.
+        most: what there is for them to do.
+    """
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    pool = workers or gpus or max(1, cpus // threads)
+    return {
+        "concurrency": min(pool, most),
+        "num_gpus": 1 if gpus else 0,
+        "num_cpus": 0 if gpus else threads,
+    }
+
+
+@contextmanager
+def tell_mistakes() -> Iterator[None]:
+    """What a worker says of a user's mistake, said here.
+
+    Raises:
+        LeansdError: the worker's own.
+    """
+    try:
+        yield
+    except Exception as error:
+        mistake = _find_mistake(error)
+        if mistake is None:
+            raise
+        raise LeansdError(mistake) from error
+
+
+def _find_mistake(error: BaseException) -> str | None:
+    """The words of the `LeansdError` at the root of what Ray raises."""
+    seen: set[int] = set()
+    left: list[BaseException | None] = [error]
+    while left:
+        found = left.pop()
+        if found is None or id(found) in seen:
+            continue
+        if type(found) is LeansdError:
+            return str(found)
+        seen.add(id(found))
+        left += [found.__cause__, found.__context__, getattr(found, "cause", None)]
+    return None
 
 
 def connect(address: str) -> Any:
