@@ -383,7 +383,7 @@ def test_the_command_scores_a_folder(
     score = records[1]
     assert score.value == pytest.approx(sum(each.value for each in values) / 8)
     assert [each.picture for each in values] == [f"{place:03d}" for place in range(8)]
-    page = read_page(out / "report.html")
+    _, page = read_page(out / "report.html")
     for word in ("Best by CLIP score (tiny CLIP)", "Worst by", "thing 3", "1904.06991"):
         assert word in page
 

@@ -15,7 +15,8 @@ from leansd.scoring.extractors import EXTRACTORS
 from leansd.scoring.extractors.extractor import Look
 from leansd.scoring.features import Features
 from leansd.scoring.pictures import Part
-from leansd.scoring.samples import Sample, read_samples, show_samples
+from leansd.scoring.reading import Sample, read_samples
+from leansd.scoring.samples import show_samples
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from leansd.bulk.on_ray import connect, lay_out_pool, tell_mistakes
 from leansd.scoring.looking import Looker, Manner, Seen, Task, Work
-from leansd.scoring.pictures import Entry, Place
-from leansd.scoring.samples import Sample, read_samples
+from leansd.scoring.reading import Sample, read_part
+
+READERS = 2
+"""Processes that read pictures where this runs."""
 
 
 class Worker:
@@ -44,19 +46,6 @@ class Worker:
             for name, values in kinds.items()
         }
         return {"number": [int(number)], "content": [save(flat)]}
-
-
-def read_part(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The files of a part as a row of lists."""
-    samples = read_samples([_unpack_entry(entry) for entry in json.loads(row["entries"])])
-    return {
-        "number": row["number"],
-        "extractors": row["extractors"],
-        "id": [sample.id for sample in samples],
-        "picture": [sample.picture for sample in samples],
-        "facts": [sample.facts for sample in samples],
-        "other": [sample.other for sample in samples],
-    }
 
 
 def look_on_ray(
@@ -91,7 +80,7 @@ def look_on_ray(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     seen = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
-        .map(read_part, num_cpus=0, scheduling_strategy=here)
+        .map(read_part, num_cpus=0, concurrency=READERS, scheduling_strategy=here)
         .map_batches(Worker, fn_constructor_args=(asdict(manner),), batch_size=1, **pool)
     )
     with tell_mistakes():
@@ -103,15 +92,6 @@ def look_on_ray(
 def work_on_ray(address: str, *, workers: int | None = None) -> Work:
     """`look_on_ray` for `fill_features`."""
     return partial(look_on_ray, address=address, workers=workers)
-
-
-def _unpack_entry(entry: Mapping[str, Any]) -> Entry:
-    picture, facts, other = (
-        Place(**place) if place is not None else None
-        for place in (entry["picture"], entry["facts"], entry["other"])
-    )
-    assert picture is not None
-    return Entry(entry["id"], picture, facts, other)
 
 
 def _unflatten(flat: Mapping[str, Tensor]) -> Seen:

@@ -112,7 +112,7 @@ def list_pictures(folder: str | Path) -> PictureSet:
     folder = Path(folder)
     if not folder.is_dir():
         raise LeansdError(f"no folder of pictures at {folder}")
-    tars = sorted(folder.glob("*.tar"))
+    tars = sorted(folder.rglob("*.tar"))
     parts = tuple(_list_shards(tars) if tars else _list_files(folder))
     if not any(part.entries for part in parts):
         raise LeansdError(
@@ -184,13 +184,14 @@ def _list_gaps(tars: Sequence[Path]) -> Iterator[str]:
     """What is missing among shards that are numbered as `leansd generate` does it."""
     from leansd.bulk.shards import name_shard
 
-    names = {path.name for path in tars}
-    last = max(names, default="")
-    number = 0
-    while (name := name_shard(number)) < last and last.startswith("shard-"):
-        if name not in names:
-            yield name
-        number += 1
+    for folder in dict.fromkeys(path.parent for path in tars):
+        names = {path.name for path in tars if path.parent == folder}
+        last = max(names)
+        number = 0
+        while last.startswith("shard-") and (name := name_shard(number)) < last:
+            if name not in names:
+                yield name
+            number += 1
 
 
 def _pair(part: Part, known: Mapping[str, Place], mark: str) -> Part:

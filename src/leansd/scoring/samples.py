@@ -1,4 +1,4 @@
-"""Pictures on their way to an extractor: read as bytes where the files are, opened where it is."""
+"""Pictures opened for an extractor, those of one size together."""
 
 from __future__ import annotations
 
@@ -15,17 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from leansd.errors import LeansdError
-from leansd.scoring.pictures import Entry
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The files of a picture, as they are."""
-
-    id: str
-    picture: bytes
-    facts: bytes | None = None
-    other: bytes | None = None
+from leansd.scoring.reading import Sample
 
 
 @dataclass(frozen=True)
@@ -48,19 +38,6 @@ class _Opened:
     picture: Image.Image
     prompt: str | None
     other: Image.Image | None
-
-
-def read_samples(entries: Sequence[Entry]) -> list[Sample]:
-    """The files of some pictures."""
-    return [
-        Sample(
-            entry.id,
-            entry.picture.read(),
-            entry.facts.read() if entry.facts is not None else None,
-            entry.other.read() if entry.other is not None else None,
-        )
-        for entry in entries
-    ]
 
 
 def show_samples(samples: Sequence[Sample], batch: int, size: int | None) -> Iterator[Shown]:
@@ -110,15 +87,6 @@ def find_prompt(facts: bytes | None, picture: Image.Image) -> str | None:
             found = said
         text = found.get("prompt", found.get("caption")) if isinstance(found, dict) else said
     return text if isinstance(text, str) and text else None
-
-
-def read_facts(entry: Entry) -> dict[str, Any]:
-    """What a JSON sidecar says; nothing where there is none."""
-    try:
-        found = json.loads(entry.facts.read()) if entry.facts is not None else {}
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _open(sample: Sample, size: int | None) -> _Opened:

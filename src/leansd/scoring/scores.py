@@ -18,8 +18,8 @@ from leansd.scoring.looking import Manner, Work, fill_features, look_here
 from leansd.scoring.metrics import METRICS
 from leansd.scoring.metrics.metric import Against, Score
 from leansd.scoring.pictures import PictureSet, digest, list_pictures
+from leansd.scoring.reading import read_facts
 from leansd.scoring.references import Pictured, Reference, Summarised
-from leansd.scoring.samples import read_facts
 
 TINY = "tiny-"
 """How the names of metrics of the embedded model's own CLIP begin."""

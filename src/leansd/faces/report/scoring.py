@@ -13,7 +13,8 @@ from leansd.measuring.tables import Table
 from leansd.scoring.metrics import METRICS
 from leansd.scoring.metrics.metric import Against, Score
 from leansd.scoring.pictures import Entry
-from leansd.scoring.samples import find_prompt, open_picture, read_samples
+from leansd.scoring.reading import read_samples
+from leansd.scoring.samples import find_prompt, open_picture
 from leansd.scoring.scores import Scored, Scoring
 
 SHOWN = 8
@@ -73,33 +74,33 @@ def _make_grids(scoring: Scoring, scored: Scored) -> Iterator[Grid]:
                 ("best", least_first[:number]),
                 ("worst", least_first[-number:][::-1]),
             ):
-                heads = [f"{score.values[place]:.3g}" for place in places]
+                values = [f"{score.values[place]:.3g}" for place in places]
                 chosen = [entries[place] for place in places]
-                yield Grid(f"{word.capitalize()} by {score.title}", heads, list(_list_rows(chosen)))
+                yield _lay_out(f"{word.capitalize()} by {score.title}", chosen, values)
 
 
 def _make_sample(scoring: Scoring) -> Grid:
     """Pictures from all over the set."""
     entries = list(scoring.pictures.entries)
     chosen = entries[:: max(1, len(entries) // SHOWN)][:SHOWN]
-    return Grid("Some of the pictures", [entry.id for entry in chosen], list(_list_rows(chosen)))
+    return _lay_out("Some of the pictures", chosen, [entry.id for entry in chosen])
 
 
-def _list_rows(entries: Sequence[Entry]) -> Iterator[tuple[str, str, Sequence[Image.Image]]]:
+def _lay_out(title: str, entries: Sequence[Entry], heads: Sequence[str]) -> Grid:
+    """Pictures under their heads and prompts, with what they are compared with below."""
     samples = read_samples(entries)
     pictures = [open_picture(sample.picture, sample.id) for sample in samples]
-    prompts = [
-        find_prompt(sample.facts, picture)
-        for sample, picture in zip(samples, pictures, strict=True)
+    prompts = [find_prompt(s.facts, each) for s, each in zip(samples, pictures, strict=True)]
+    columns = [
+        f"{head}: {prompt}" if prompt else head for head, prompt in zip(heads, prompts, strict=True)
     ]
-    said = "; ".join(
-        f"{entry.id}: {prompt}" if prompt else entry.id
-        for entry, prompt in zip(entries, prompts, strict=True)
-    )
-    yield "pictures", said, [_shrink(picture) for picture in pictures]
+    rows: list[tuple[str, str, Sequence[Image.Image]]] = [
+        ("pictures", "", [_shrink(picture) for picture in pictures])
+    ]
     others = [open_picture(s.other, f"beside {s.id}") for s in samples if s.other is not None]
     if others:
-        yield "reference", "", [_shrink(picture) for picture in others]
+        rows.append(("reference", "", [_shrink(picture) for picture in others]))
+    return Grid(title, columns, rows)
 
 
 def _shrink(picture: Image.Image) -> Image.Image:

@@ -38,6 +38,6 @@ TINY_PRECISION = Metric(
     "tiny-clip",
     Against.FEATURES,
     partial(compare_manifolds, extractor="tiny-clip", mark="_tiny_clip", title=" (tiny CLIP)"),
-    "Precision and recall (tiny CLIP): the same in the features of the embedded model's tiny CLIP, "
-    "which knows emoji only.",
+    "Precision and recall (tiny CLIP): the shares of arXiv 1904.06991 in the features of the "
+    "embedded model's tiny CLIP, which knows emoji only.",
 )
