@@ -262,9 +262,7 @@ def tabulate_bulk() -> str:
 
 def tabulate_host() -> str:
     """What the host does for a picture, as measured."""
-    records = [
-        each for each in load_records(RESULTS / "scale.jsonl") if not get(each, "calculated")
-    ]
+    records = read_scale(calculated=False)
     first = records[0]
     parts = [
         f"{first.device}; torch {first.torch}:\n",
@@ -281,11 +279,11 @@ def tabulate_host() -> str:
 
 def tabulate_scale() -> str:
     """What fleets would do with one job, as calculated."""
-    records = [each for each in load_records(RESULTS / "scale.jsonl") if get(each, "calculated")]
+    records = read_scale(calculated=True)
     first = records[0]
     parts = [
-        f"{get(first, 'pictures'):,} pictures of {first.subject}, {get_number(first, 'seconds'):.2f} "
-        f"s each on a GPU in full, speed-up {get(first, 'speedup'):g}x, "
+        f"{get(first, 'pictures'):,} pictures of {first.subject}, "
+        f"{get_number(first, 'seconds'):.2f} s each on a GPU in full, speed-up {get(first, 'speedup'):g}x, "
         f"{get(first, 'euro'):g} € an hour:\n",
         "| GPUs | shard | in all | pictures/s | pictures/€ | most waiting for |",
         "|" + "---|" * 6,
@@ -305,7 +303,7 @@ def tabulate_scale() -> str:
 
 def tabulate_steady() -> str:
     """What a job without an end asks of the driver, as calculated."""
-    records = [each for each in load_records(RESULTS / "scale.jsonl") if get(each, "calculated")]
+    records = read_scale(calculated=True)
     cells = {(get(each, "gpus"), each.metric): each.value for each in records}
     first = records[0]
     parts = [
@@ -319,6 +317,12 @@ def tabulate_steady() -> str:
         )
         parts.append(f"| {gpus:,} | {rate:,.4g} | {line:.1%} | {driver:.1%} |")
     return "\n".join([*parts, ""])
+
+
+def read_scale(*, calculated: bool) -> list[Record]:
+    """What `benchmarks/scale.py` calculated, or what it measured."""
+    records = load_records(RESULTS / "scale.jsonl")
+    return [each for each in records if get(each, "calculated") == calculated]
 
 
 def show_time(seconds: float) -> str:

@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -247,6 +249,11 @@ def test_what_is_wrong_with_pictures_is_said(tmp_path: Path, drawn: Path) -> Non
     make_picture(0).save(silent / "a.png")
     with pytest.raises(LeansdError, match="1 of 1 pictures have no prompt, a for one"):
         measure(silent, tmp_path=tmp_path, metrics=["tiny-clip"])
+
+
+def test_readers_do_not_wait_for_torch() -> None:
+    code = "import sys, leansd.scoring.reading; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 # -- what is kept ------------------------------------------------------------------------------
