@@ -283,8 +283,8 @@ def tabulate_scale() -> str:
     first = records[0]
     parts = [
         f"{get(first, 'pictures'):,} pictures of {first.subject}, "
-        f"{get_number(first, 'seconds'):.2f} s each on a GPU in full, speed-up {get(first, 'speedup'):g}x, "
-        f"{get(first, 'euro'):g} € an hour:\n",
+        f"{get_number(first, 'seconds'):.2f} s each on a GPU in full, speed-up "
+        f"{get(first, 'speedup'):g}x, {get(first, 'euro'):g} € an hour:\n",
         "| GPUs | shard | in all | pictures/s | pictures/€ | most waiting for |",
         "|" + "---|" * 6,
     ]

@@ -95,6 +95,7 @@ def judge(
     address: str | None = None,
     workers: int | None = None,
     on_pictures: OnPictures = lambda done, total: None,
+    on_metric: Callable[[str], None] = lambda name: None,
 ) -> Scored:
     """Look and count, here or on a Ray cluster."""
     work = look_here
@@ -102,7 +103,7 @@ def judge(
         from leansd.scoring.on_ray import work_on_ray
 
         work = work_on_ray(address, workers=workers)
-    return carry_out(scoring, work=work, on_pictures=on_pictures)
+    return carry_out(scoring, work=work, on_pictures=on_pictures, on_metric=on_metric)
 
 
 def write_report(scoring: Scoring, scored: Scored, notes: Sequence[str], out: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +24,11 @@ class Reference(Protocol):
     @property
     def count(self) -> int:
         """Pictures; 0 where nobody says."""
+        ...
+
+    @property
+    def features(self) -> Features | None:
+        """What was seen of its pictures, where there are pictures."""
         ...
 
     def get_gaussian(self, extractor: str, name: str) -> Gaussian: ...
@@ -59,7 +65,8 @@ class Summarised:
 
     path: Path
     statistics: Statistics
-    marks: dict[str, str]
+    marks: Mapping[str, str]
+    features: None = None
 
     @property
     def name(self) -> str:

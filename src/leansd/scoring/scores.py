@@ -166,9 +166,17 @@ def plan_scoring(
 
 
 def carry_out(
-    scoring: Scoring, *, work: Work = look_here, on_pictures: OnPictures = lambda done, all: None
+    scoring: Scoring,
+    *,
+    work: Work = look_here,
+    on_pictures: OnPictures = lambda done, total: None,
+    on_metric: Callable[[str], None] = lambda name: None,
 ) -> Scored:
-    """Look at what has not been looked at yet, and make the numbers."""
+    """Look at what has not been looked at yet, and make the numbers.
+
+    Args:
+        on_metric: called with the name of each metric before it is computed.
+    """
     looks = list(_list_looks(scoring))
     total = sum(
         len(part.entries)
@@ -184,10 +192,11 @@ def carry_out(
             on_pictures(done, total)
 
         fill_features(features, extractors, scoring.manner, work=work, on_part=count)
-    scores = {
-        name: METRICS[name].compute(scoring.features[METRICS[name].against], scoring.reference)
-        for name in scoring.metrics
-    }
+    scores: dict[str, Sequence[Score]] = {}
+    for name in scoring.metrics:
+        on_metric(name)
+        metric = METRICS[name]
+        scores[name] = metric.compute(scoring.features[metric.against], scoring.reference)
     base = _describe(scoring)
     entries = [entry.id for entry in scoring.pictures.entries]
     records: list[Record] = []
@@ -267,8 +276,8 @@ def _list_looks(scoring: Scoring) -> Iterator[tuple[Features, list[str]]]:
     if apart:
         paired = list(dict.fromkeys(each.extractor for each in apart))
         yield scoring.features[Against.PARTNERS], paired
-    if isinstance(scoring.reference, Pictured):
-        features = scoring.reference.features
+    features = scoring.reference.features if scoring.reference is not None else None
+    if features is not None:
         needed = [
             each.extractor
             for each in chosen

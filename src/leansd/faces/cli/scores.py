@@ -44,6 +44,7 @@ def score_folder(
             address=ray,
             workers=workers,
             on_pictures=lambda done, total: progress.update(bar, completed=done, total=total),
+            on_metric=lambda name: progress.update(bar, description=f"computing {name}"),
         )
     files = write_report(scoring, scored, notes, out)
     show_table(tabulate_scores(scoring, scored))
