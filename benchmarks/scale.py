@@ -172,9 +172,8 @@ def main(
     host = dict(measure_host())
     for name, value in host.items():
         metric, unit = ("picture_size", "MB") if name == "MB" else ("processor_seconds", "s")
-        records.append(
-            Record(**common, plan=name, metric=metric, value=value, unit=unit, calculated=False)
-        )
+        facts: dict[str, Any] = {**common, "plan": name, "calculated": False}
+        records.append(Record(**facts, metric=metric, value=value, unit=unit))
     packing, driver = host["a worker packs a shard"], host["the driver writes it"]
     for gpus in GPUS:
         for shard in dict.fromkeys((inputs.shard, fit_shard(inputs, gpus))):

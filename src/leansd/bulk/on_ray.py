@@ -10,7 +10,6 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -33,7 +32,11 @@ class Worker:
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
         (number,), (rows,) = batch["number"], batch["rows"]
         part = Part(int(number), tuple(Row.model_validate_json(row) for row in rows.splitlines()))
-        return {"number": [part.number], "content": [self._drawer.draw(part)]}
+        try:
+            content, mistake = self._drawer.draw(part), ""
+        except LeansdError as error:
+            content, mistake = b"", str(error)
+        return {"number": [part.number], "content": [content], "mistake": [mistake]}
 
 
 def draw_on_ray(
@@ -63,9 +66,9 @@ def draw_on_ray(
         batch_size=1,
         **pool,
     )
-    with tell_mistakes():
-        for row in drawn.iter_rows():
-            yield by_number[int(row["number"])], bytes(row["content"])
+    for row in drawn.iter_rows():
+        require_success(row)
+        yield by_number[int(row["number"])], bytes(row["content"])
 
 
 def lay_out_pool(ray: Any, *, threads: int, workers: int | None, most: int) -> dict[str, int]:
@@ -85,35 +88,14 @@ def lay_out_pool(ray: Any, *, threads: int, workers: int | None, most: int) -> d
     }
 
 
-@contextmanager
-def tell_mistakes() -> Iterator[None]:
-    """What a worker says of a user's mistake, said here.
+def require_success(row: Mapping[str, Any]) -> None:
+    """What a worker says of a user's mistake, said here: Ray itself would lose the reason.
 
     Raises:
         LeansdError: the worker's own.
     """
-    try:
-        yield
-    except Exception as error:
-        mistake = _find_mistake(error)
-        if mistake is None:
-            raise
-        raise LeansdError(mistake) from error
-
-
-def _find_mistake(error: BaseException) -> str | None:
-    """The words of the `LeansdError` at the root of what Ray raises."""
-    seen: set[int] = set()
-    left: list[BaseException | None] = [error]
-    while left:
-        found = left.pop()
-        if found is None or id(found) in seen:
-            continue
-        if type(found) is LeansdError:
-            return str(found)
-        seen.add(id(found))
-        left += [found.__cause__, found.__context__, getattr(found, "cause", None)]
-    return None
+    if row["mistake"]:
+        raise LeansdError(str(row["mistake"]))
 
 
 def connect(address: str) -> Any:

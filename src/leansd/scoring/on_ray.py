@@ -16,7 +16,8 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
-from leansd.bulk.on_ray import connect, lay_out_pool, tell_mistakes
+from leansd.bulk.on_ray import connect, lay_out_pool, require_success
+from leansd.errors import LeansdError
 from leansd.scoring.looking import Looker, Manner, Seen, Task, Work
 from leansd.scoring.reading import Sample, read_part
 
@@ -32,20 +33,27 @@ class Worker:
         self._looker: Looker | None = None
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-        # Not when it is made: Ray would start an actor that fails to be made again and again.
+        (number,), (mistake,) = batch["number"], batch["mistake"]
+        content = b""
+        try:
+            content = b"" if mistake else self._look(batch)
+        except LeansdError as error:
+            mistake = str(error)
+        return {"number": [int(number)], "content": [content], "mistake": [str(mistake)]}
+
+    def _look(self, batch: Mapping[str, Any]) -> bytes:
+        """What is seen in a part, as the bytes of safetensors."""
+        # Not opened before: Ray would start an actor that cannot be made again and again.
         self._looker = self._looker or Looker(self._manner)
-        (number,), (names,) = batch["number"], batch["extractors"]
-        columns = ("id", "picture", "facts", "other")
-        samples = [
-            Sample(*row) for row in zip(*(list(batch[name][0]) for name in columns), strict=True)
-        ]
-        seen = self._looker.look(samples, list(names))
+        columns = (list(batch[name][0]) for name in ("id", "picture", "facts", "other"))
+        samples = [Sample(*row) for row in zip(*columns, strict=True)]
+        seen = self._looker.look(samples, list(batch["extractors"][0]))
         flat = {
             f"{extractor} {name}": values.contiguous()
             for extractor, kinds in seen.items()
             for name, values in kinds.items()
         }
-        return {"number": [int(number)], "content": [save(flat)]}
+        return save(flat)
 
 
 def look_on_ray(
@@ -83,10 +91,9 @@ def look_on_ray(
         .map(read_part, num_cpus=0, concurrency=READERS, scheduling_strategy=here)
         .map_batches(Worker, fn_constructor_args=(asdict(manner),), batch_size=1, **pool)
     )
-    with tell_mistakes():
-        for row in seen.iter_rows():
-            flat = load(bytes(row["content"]))
-            yield by_number[int(row["number"])], _unflatten(flat)
+    for row in seen.iter_rows():
+        require_success(row)
+        yield by_number[int(row["number"])], _unflatten(load(bytes(row["content"])))
 
 
 def work_on_ray(address: str, *, workers: int | None = None) -> Work:

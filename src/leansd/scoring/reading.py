@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from leansd.errors import LeansdError
 from leansd.scoring.pictures import Entry, Place
 
 
@@ -43,9 +44,15 @@ def read_facts(entry: Entry) -> dict[str, Any]:
 
 
 def read_part(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The files of a part as a row of lists, for Ray."""
-    samples = read_samples([unpack_entry(entry) for entry in json.loads(row["entries"])])
+    """The files of a part as a row of lists, for Ray, or what is wrong with them."""
+    samples: list[Sample] = []
+    mistake = ""
+    try:
+        samples = read_samples([unpack_entry(entry) for entry in json.loads(row["entries"])])
+    except LeansdError as error:
+        mistake = str(error)
     return {
+        "mistake": mistake,
         "number": row["number"],
         "extractors": row["extractors"],
         "id": [sample.id for sample in samples],

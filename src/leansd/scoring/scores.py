@@ -203,14 +203,14 @@ def carry_out(
     values: list[Record] = []
     for name, found in scores.items():
         for score in found:
-            facts = {**base, **_describe_metric(scoring, name), **score.fields}
+            facts: dict[str, Any] = {**base, **_describe_metric(scoring, name), **score.fields}
             facts |= {"metric": score.metric, "unit": ""}
-            records.append(Record(**facts, **score.spread, value=score.value))
-            each = score.values.tolist() if score.values is not None else []
-            values += [
-                Record(**facts, value=value, picture=entry)
-                for entry, value in zip(entries, each, strict=bool(each))
-            ]
+            records.append(Record(**(facts | dict(score.spread)), value=score.value))
+            if score.values is not None:
+                values += [
+                    Record(**(facts | {"picture": entry}), value=value)
+                    for entry, value in zip(entries, score.values.tolist(), strict=True)
+                ]
     return Scored(scores, records, values)
 
 

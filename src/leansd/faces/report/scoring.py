@@ -17,7 +17,7 @@ from leansd.scoring.reading import read_samples
 from leansd.scoring.samples import find_prompt, open_picture
 from leansd.scoring.scores import Scored, Scoring
 
-SHOWN = 8
+SHOWN = 7
 SIDE = 160  # of a picture on the page, in pixels at most
 BEST_IS_LEAST = (Against.GAUSSIAN, Against.PARTNERS)
 

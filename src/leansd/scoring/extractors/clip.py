@@ -8,6 +8,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
+from leansd.loading import silent_loading
 from leansd.measuring.quality import (
     Embedder,
     clip_score,
@@ -45,7 +46,9 @@ def look_through(embedder: Embedder, device: torch.device) -> Look:
 
 def open_folder(folder: Path, device: torch.device) -> Look:
     """A CLIP on a device."""
-    return look_through(open_clip(folder), device)
+    with silent_loading():
+        embedder = open_clip(folder)
+    return look_through(embedder, device)
 
 
 CLIP = Extractor(

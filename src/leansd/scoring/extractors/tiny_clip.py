@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from leansd.emoji.location import model_folder
+from leansd.loading import silent_loading
 from leansd.measuring.quality import Embedder
 from leansd.scoring.extractors.clip import look_through
 from leansd.scoring.extractors.extractor import Extractor, Look
@@ -27,7 +28,9 @@ def open_own_clip(folder: Path, name: str) -> Embedder:
 
 def open_tiny_clip(folder: Path, device: torch.device) -> Look:
     """The tiny CLIP on a device, from its `clip` folder."""
-    return look_through(open_own_clip(folder.parent, NAME), device)
+    with silent_loading():
+        embedder = open_own_clip(folder.parent, NAME)
+    return look_through(embedder, device)
 
 
 TINY_CLIP = Extractor(
