@@ -20,8 +20,6 @@ from leansd.bulk.rows import Row
 from leansd.bulk.running import Work
 from leansd.errors import LeansdError
 
-LOCAL = "local"
-
 
 class Worker:
     """Has a job's model, and draws shards."""
@@ -113,13 +111,13 @@ def connect(address: str) -> Any:
         ) from error
     if ray.is_initialized():
         return ray
-    where = None if address == LOCAL else address
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         knock(address)
-        ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
+        # `local` is Ray's own word: without it a cluster that happens to run here would be taken.
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise LeansdError(
