@@ -1,6 +1,6 @@
 """What drawing by the ten thousand costs: in one process, and on Ray with one worker and with two.
 
-    python benchmarks/bulk.py [--pictures 96] [--rounds 3]
+    python benchmarks/bulk.py [--pictures 96] [--rounds 3] [--shard 16]
 
 The same job, a model on one core each, drawn into new folders in turns; every folder must hold the
 same bytes. Seconds are those of the whole command: opening the model, and for Ray starting its
@@ -33,6 +33,7 @@ from leansd.plans.presets import preset
 
 RESULTS = Path(__file__).parent / "results" / "bulk.jsonl"
 SHARD = 16
+"""Pictures of a shard; a third of the job must be a shard for each of two workers at least."""
 
 
 def write_prompts(path: Path, count: int) -> Path:
@@ -51,12 +52,14 @@ def run(job: Job, parts: list[Part], work: Work) -> tuple[float, list[bytes]]:
         return spent, [path.read_bytes() for path in list_shards(Path(folder))]
 
 
-def main(pictures: int = 96, rounds: int = 3, steps: int = 30, plan: str = "balanced") -> None:
+def main(
+    pictures: int = 96, rounds: int = 3, steps: int = 30, plan: str = "balanced", shard: int = SHARD
+) -> None:
     hush_libraries()
     followed = make_document(preset(plan, steps, sampler="dpm++2m"))
     job = Job(
         "emoji", steps=steps, plan=followed.model_dump(mode="json", exclude_defaults=True),
-        guidance=GUIDANCE, batch=8, shard=SHARD, threads=1, device="cpu",
+        guidance=GUIDANCE, batch=8, shard=shard, threads=1, device="cpu",
     )  # fmt: skip
     ways: Mapping[str, Callable[[], Work]] = {
         "one process": lambda: draw_here,
@@ -65,7 +68,7 @@ def main(pictures: int = 96, rounds: int = 3, steps: int = 30, plan: str = "bala
     }
     connect("local")
     with tempfile.TemporaryDirectory() as home:
-        parts = cut_parts(read_sheet(write_prompts(Path(home) / "p.jsonl", pictures)).rows, SHARD)
+        parts = cut_parts(read_sheet(write_prompts(Path(home) / "p.jsonl", pictures)).rows, shard)
     seconds: dict[tuple[str, int], list[float]] = {}
     expected: dict[int, list[bytes]] = {}
     few = parts[: max(1, len(parts) // 3)]
@@ -76,14 +79,14 @@ def main(pictures: int = 96, rounds: int = 3, steps: int = 30, plan: str = "bala
                 spent, drawn = run(job, some, ways[name]())
                 assert drawn == expected.setdefault(len(some), drawn), f"{name} draws otherwise"
                 seconds.setdefault((name, len(some)), []).append(spent)
-                print(f"{name}: {len(some) * SHARD} pictures in {spent:.1f} s", flush=True)
+                print(f"{name}: {len(some) * shard} pictures in {spent:.1f} s", flush=True)
     records: list[Record] = []
     shared: dict[str, Any] = {**stamp("cpu"), "subject": "emoji", "steps": steps, "rounds": rounds}
     for name in ways:
         least, most = (seconds[name, len(some)] for some in (few, parts))
-        more = (len(parts) - len(few)) * SHARD
+        more = (len(parts) - len(few)) * shard
         each = sorted((b - a) / more for a, b in zip(least, most, strict=True))
-        start = sorted(a - len(few) * SHARD * e for a, e in zip(least, each, strict=True))
+        start = sorted(a - len(few) * shard * e for a, e in zip(least, each, strict=True))
         for metric, values, unit in (
             ("seconds_a_picture", each, "s"),
             ("seconds_to_start", start, "s"),
@@ -91,7 +94,7 @@ def main(pictures: int = 96, rounds: int = 3, steps: int = 30, plan: str = "bala
             records.append(
                 Record(
                     **shared, plan=name, metric=metric, value=values[len(values) // 2], unit=unit,
-                    low=values[0], high=values[-1], drawn_by=plan, pictures=len(parts) * SHARD,
+                    low=values[0], high=values[-1], drawn_by=plan, pictures=len(parts) * shard,
                 )
             )  # fmt: skip
     write_records(RESULTS, records)

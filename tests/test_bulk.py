@@ -1,7 +1,9 @@
 """Pictures by the thousand: rows in, shards out, once each, the same bytes whoever draws them."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,9 @@ def run(model: str, prompts: Path, out: Path, *options: str) -> int:
     return main(["generate", "--prompts", str(prompts), "--out", str(out), *common, *options])
 
 
-def test_every_row_becomes_a_picture(model: str, prompts: Path, tmp_path: Path) -> None:
+def test_every_row_becomes_a_picture(
+    model: str, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     assert run(model, prompts, out, "--shard", "3", "--batch", "2") == 0
     assert [path.name for path in list_shards(out)] == [
@@ -70,6 +74,9 @@ def test_every_row_becomes_a_picture(model: str, prompts: Path, tmp_path: Path) 
     # Once more: nothing is left to do, and nothing is touched.
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     assert run(model, prompts, out, "--shard", "3", "--batch", "2") == 0
+    # Another job has no business there.
+    assert run(model, prompts, out, "--shard", "3", "--batch", "2", "--seed", "5") == 2
+    assert "holds the pictures of another job" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
@@ -92,6 +99,33 @@ def test_a_stopped_job_goes_on(model: str, prompts: Path, tmp_path: Path) -> Non
     for path in list_shards(whole):
         assert path.read_bytes() == (broken / path.name).read_bytes()
     assert read_pictures(whole).keys() == read_pictures(broken).keys()
+
+
+def test_a_full_disk_leaves_whole_shards(
+    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job("emoji", steps=2, shard=2)
+    parts = cut_parts(read_sheet(prompts).rows, job.shard)
+    out = tmp_path / "out"
+
+    def draw(job: Job, parts: Sequence[Part]) -> Iterator[tuple[Part, bytes]]:
+        return ((part, part.name.encode()) for part in parts)
+
+    honest = Path.write_bytes
+
+    def write(path: Path, content: bytes) -> int:
+        if len(list_shards(out)) < 2:
+            return honest(path, content)
+        honest(path, content[:3])
+        raise OSError(ENOSPC, os.strerror(ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", write)
+        with pytest.raises(LeansdError, match=r"No space left.*the same command goes on"):
+            run_job(job, parts, out, work=draw)
+    assert sorted(out.iterdir()) == list_shards(out)
+    run_job(job, list_missing(parts, out), out, work=draw)
+    assert [path.read_bytes() for path in list_shards(out)] == [p.name.encode() for p in parts]
 
 
 def test_malformed_rows_are_told_by_their_line(

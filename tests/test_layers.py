@@ -22,6 +22,7 @@ LAYERS = (
     ("loading",),
     ("incubation",),
     ("bulk",),
+    ("scoring",),
     ("exporting",),
     ("faces",),
 )

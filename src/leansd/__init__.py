@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from leansd.measuring.profile import profile
     from leansd.plans import Anatomy, Plan, preset
     from leansd.runtime import Report, inherit, inherit_, release_
+    from leansd.scoring.scores import score
     from leansd.surgery.edits import Surgery
     from leansd.surgery.light import LightUNet2DConditionModel
     from leansd.surgery.lineage import Lineage
@@ -57,6 +58,7 @@ _HOMES = {
     "preview": "leansd.surgery.previewing",
     "profile": "leansd.measuring.profile",
     "release_": "leansd.runtime",
+    "score": "leansd.scoring.scores",
     "tune": "leansd.tuning",
 }
 
@@ -87,6 +89,7 @@ __all__ = [
     "preview",
     "profile",
     "release_",
+    "score",
     "tune",
 ]
 

@@ -20,8 +20,6 @@ from leansd.bulk.rows import Row
 from leansd.bulk.running import Work
 from leansd.errors import LeansdError
 
-LOCAL = "local"
-
 
 class Worker:
     """Has a job's model, and draws shards."""
@@ -32,7 +30,11 @@ class Worker:
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
         (number,), (rows,) = batch["number"], batch["rows"]
         part = Part(int(number), tuple(Row.model_validate_json(row) for row in rows.splitlines()))
-        return {"number": [part.number], "content": [self._drawer.draw(part)]}
+        try:
+            content, mistake = self._drawer.draw(part), ""
+        except LeansdError as error:
+            content, mistake = b"", str(error)
+        return {"number": [part.number], "content": [content], "mistake": [mistake]}
 
 
 def draw_on_ray(
@@ -49,10 +51,8 @@ def draw_on_ray(
         LeansdError: Ray is not installed or cannot be reached.
     """
     ray = connect(address)
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    cpus = int(ray.cluster_resources().get("CPU", 1))
     threads = job.threads or 1
-    pool = workers or gpus or max(1, cpus // threads)
+    pool = lay_out_pool(ray, threads=threads, workers=workers, most=len(parts))
     by_number = {part.number: part for part in parts}
     items = [
         {"number": part.number, "rows": "\n".join(row.model_dump_json() for row in part.rows)}
@@ -60,14 +60,40 @@ def draw_on_ray(
     ]
     drawn = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         Worker,
-        fn_constructor_args=({**asdict(job), "threads": threads if not gpus else 0},),
+        fn_constructor_args=({**asdict(job), "threads": 0 if pool["num_gpus"] else threads},),
         batch_size=1,
-        concurrency=min(pool, len(items)),
-        num_gpus=1 if gpus else 0,
-        num_cpus=0 if gpus else threads,
+        **pool,
     )
     for row in drawn.iter_rows():
+        require_success(row)
         yield by_number[int(row["number"])], bytes(row["content"])
+
+
+def lay_out_pool(ray: Any, *, threads: int, workers: int | None, most: int) -> dict[str, int]:
+    """How many actors, and what each takes of the cluster: a GPU, or as many processors.
+
+    Args:
+        threads: of an actor without a GPU.
+        most: what there is for them to do.
+    """
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    pool = workers or gpus or max(1, cpus // threads)
+    return {
+        "concurrency": min(pool, most),
+        "num_gpus": 1 if gpus else 0,
+        "num_cpus": 0 if gpus else threads,
+    }
+
+
+def require_success(row: Mapping[str, Any]) -> None:
+    """What a worker says of a user's mistake, said here: Ray itself would lose the reason.
+
+    Raises:
+        LeansdError: the worker's own.
+    """
+    if row["mistake"]:
+        raise LeansdError(str(row["mistake"]))
 
 
 def connect(address: str) -> Any:
@@ -85,13 +111,13 @@ def connect(address: str) -> Any:
         ) from error
     if ray.is_initialized():
         return ray
-    where = None if address == LOCAL else address
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         knock(address)
-        ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
+        # `local` is Ray's own word: without it a cluster that happens to run here would be taken.
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise LeansdError(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from leansd.bulk.drawing import Drawer
 from leansd.bulk.jobs import Job, Part
+from leansd.errors import LeansdError
 from leansd.measuring.files import write_file
 
 Work = Callable[[Job, Sequence[Part]], Iterable[tuple[Part, bytes]]]
@@ -36,5 +37,10 @@ def run_job(
     if not parts:
         return
     for part, content in work(job, parts):
-        write_file(folder / part.name, content)
+        try:
+            write_file(folder / part.name, content)
+        except LeansdError as error:
+            raise LeansdError(
+                f"{error}; the shards that are there are whole, and the same command goes on"
+            ) from error
         on_part(part)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL.Image import Image
 
@@ -41,14 +40,10 @@ def find_embedder(model: str | Path, clip: str | Path | None = None) -> Embedder
     folder = _find_own_clip(model)
     if folder is None:
         return None
-    from leansd.emoji.assembly import load_clip
-    from leansd.emoji.clip import normalize_floats, tokenize
+    from leansd.scoring.extractors.tiny_clip import NAME, open_own_clip
 
     with silent_loading():
-        own, tokenizer = load_clip(folder)
-    name = "tiny CLIP" if str(model) == EMBEDDED else f"CLIP of {folder.name}"
-    side: Any = own.vision_model.config.image_size
-    return Embedder(name, own, side, normalize_floats, lambda prompts: tokenize(tokenizer, prompts))
+        return open_own_clip(folder, NAME if str(model) == EMBEDDED else f"CLIP of {folder.name}")
 
 
 def _find_own_clip(model: str | Path) -> Path | None:

@@ -25,8 +25,8 @@ COLUMNS = {
     "latent error": ("latent_error", FULL, ".3f"),
     "CLIP score": ("clip_score", None, ".2f"),
     "retrieval": ("retrieval", None, ".3f"),
-    "FID": ("frechet", FULL, ".3f"),
-    "FID, other seeds": ("frechet", OTHER_SEEDS, ".3f"),
+    "Fréchet (CLIP)": ("frechet", FULL, ".3f"),
+    "Fréchet (CLIP), other seeds": ("frechet", OTHER_SEEDS, ".3f"),
 }
 """Of the whole table: metric, reference and form."""
 
@@ -196,7 +196,7 @@ def describe_quality(standing: Standing) -> str:
 def _list_spreads(
     standing: Standing, name: str
 ) -> Iterator[tuple[str, Record, Record, float, str]]:
-    for head in ("retrieval", "FID, other seeds"):
+    for head in ("retrieval", "Fréchet (CLIP), other seeds"):
         metric, reference, form = COLUMNS[head]
         own, full = (standing.find(each, metric, reference) for each in (name, FULL))
         spread = get_field(full, "seed_spread") if full is not None else None

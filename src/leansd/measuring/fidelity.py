@@ -95,7 +95,7 @@ def explain_missing_lpips() -> str:
     return f"no LPIPS: {library}put {LPIPS_SOURCE} into {folder}, or give its path"
 
 
-def open_lpips(weights: str | Path) -> Lpips:
+def open_lpips(weights: str | Path, device: str | torch.device = "cpu") -> Lpips:
     """LPIPS with AlexNet, from a file of torchvision's AlexNet weights; nothing is downloaded.
 
     Raises:
@@ -117,11 +117,12 @@ def open_lpips(weights: str | Path) -> Lpips:
         raise LeansdError(
             f"{weights} does not hold torchvision's AlexNet: get it from {LPIPS_SOURCE}"
         ) from error
+    net.to(device)
 
     @torch.no_grad()
     def lpips(pictures: Pictures, reference: Pictures) -> Tensor:
         ours, theirs = _pair(pictures, reference)
-        return net(ours, theirs, normalize=True).reshape(-1)
+        return net(ours.to(device), theirs.to(device), normalize=True).reshape(-1).cpu()
 
     return lpips
 

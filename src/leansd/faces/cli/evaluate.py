@@ -1,4 +1,4 @@
-"""`leansd evaluate`: how true and how good the pictures of plans are."""
+"""`leansd evaluate`: how true and how good pictures are, those of plans or those of a folder."""
 
 from pathlib import Path
 from typing import Annotated
@@ -31,17 +31,18 @@ app = typer.Typer(add_completion=False)
     epilog=give_examples(
         "leansd evaluate --plan balanced --count 16 --out balanced",
         "leansd evaluate --plan fast --plan turbo --rival unipc:15 --json",
+        "leansd evaluate --pictures shards --reference coco --weights inception=FILE --ray local",
     )
 )
 def evaluate_plans(
+    model: ModelArgument = "emoji",
     plan: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             help="A preset or a plan file; give the option once for each.",
             autocompletion=complete_plan,
         ),
-    ],
-    model: ModelArgument = "emoji",
+    ] = None,
     steps: Annotated[int, typer.Option(min=2, help="Sampler steps of full run and plans.")] = 30,
     fit: Fit = False,
     force: Annotated[
@@ -56,7 +57,8 @@ def evaluate_plans(
         list[str] | None,
         typer.Option(
             help="full, converged, or SAMPLER:STEPS as in dpm++2m:150; once for each. "
-            "full and converged by default.",
+            "full and converged by default. With --pictures: a folder of pictures, or a file of "
+            "statistics (.safetensors, or .npz with mu and sigma).",
             autocompletion=offer("full", "converged"),
         ),
     ] = None,
@@ -75,12 +77,55 @@ def evaluate_plans(
         Path, typer.Option(help="Folder for report, records and what resumes a stopped run.")
     ] = Path("evaluation"),
     device: Device = None,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(
+            help="Score this folder of tar shards (leansd generate --prompts) or pictures, "
+            "instead of plans."
+        ),
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            help="With --pictures: of fid,is,clip,lpips,precision and tiny-frechet,tiny-clip,"
+            "tiny-precision; by default what the weights at hand allow."
+        ),
+    ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PATH",
+            help="With --pictures: weights of inception, clip or lpips; repeat it.",
+        ),
+    ] = None,
+    resize: Annotated[
+        int | None,
+        typer.Option(min=8, help="With --pictures: their middle square at so many pixels first."),
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="With --pictures: where what is seen of references is kept."),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="With --pictures: a Ray cluster, or local for one here."
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="With --ray: networks at once; one a GPU by default.")
+    ] = None,
+    threads: Annotated[
+        int, typer.Option(min=0, help="With --pictures: of a network on a CPU; 0 for all.")
+    ] = 0,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure plans: fidelity to references from the same seeds, and the quality of whole sets.
 
-    Stopped, the same command goes on where it was; what was drawn stays in OUT/drawn.
+    With --pictures measure a folder of pictures, whoever drew them: FID, IS, CLIP score, LPIPS,
+    precision and recall. Stopped, the same command goes on where it was; what was drawn stays in
+    OUT/drawn, what was seen in OUT/seen.
     """
     from leansd.emoji.card import GRID_PROMPTS
     from leansd.errors import LeansdError
@@ -124,6 +169,30 @@ def evaluate_plans(
 
     # Everything that can be wrong is found before a weight is read.
     check_folder(out)
+    if (plan is None) == (pictures is None):
+        raise LeansdError("give --plan to measure plans, or --pictures to score a folder")
+    if pictures is not None:
+        from leansd.faces.cli.scores import score_folder
+        from leansd.scoring.looking import Manner
+
+        if len(reference or ()) > 1:
+            raise LeansdError("pictures are scored against one reference: give --reference once")
+        own = [f"clip={clip}"] if clip is not None else []
+        own += [f"lpips={lpips}"] if lpips is not None else []
+        score_folder(
+            pictures,
+            reference[0] if reference else None,
+            metrics,
+            [*own, *(weights or ())],
+            manner=Manner({}, resize, batch, threads or (1 if ray is not None else 0), device),
+            out=out,
+            cache=cache,
+            ray=ray,
+            workers=workers,
+            as_json=as_json,
+        )
+        return
+    assert plan is not None
     find_device(device)
     if sampler is not None:
         check_sampler(sampler)
@@ -144,8 +213,8 @@ def evaluate_plans(
     hush_libraries()
     anatomy = open_anatomy(model)
     plans = [choose_plan(each, steps, anatomy, fit=fit) for each in plan]
-    weights = lpips or find_lpips_weights()
-    distance = open_lpips(weights) if weights is not None else None
+    alexnet = lpips or find_lpips_weights()
+    distance = open_lpips(alexnet) if alexnet is not None else None
     embedder = find_embedder(model, clip)
 
     pipe = load(model, device=device)

@@ -67,7 +67,7 @@ def tabulate_quality(records: Sequence[Record]) -> Table | None:
     for record in sets:
         reference = get_field(record, "reference")
         key = record.metric, reference
-        name, form = QUALITY.get(record.metric, (f"FID to {reference}", ".3f"))
+        name, form = QUALITY.get(record.metric, (f"Fréchet (CLIP) to {reference}", ".3f"))
         columns[key] = name, form
         cells.setdefault(record.plan, {})[key] = show_spread(record, "seed_spread", form)
     rows = ((plan, *(row.get(key, "–") for key in columns)) for plan, row in cells.items())
@@ -199,7 +199,8 @@ def _explain_quality(records: Sequence[Record]) -> list[str]:
     return [
         "CLIP score: 100 x cosine of picture and prompt. Retrieval: share of pictures that suit "
         "their own prompt better than every other prompt of the set.",
-        "FID: Fréchet distance in the CLIP's pooled features. Against the full run of other seeds "
+        "Fréchet (CLIP): the distance of FID in that CLIP's pooled features, so no FID; `leansd "
+        "evaluate --pictures` has the field's. Against the full run of other seeds "
         "no case has the advantage of shared noise, and the full run's own value is what chance "
         "gives.",
         "After ±, the deviation between sets of the full run from different seeds: what chance "

@@ -1,0 +1,140 @@
+"""What was seen of a set, kept part by part: files that are named by all that they follow from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from leansd.errors import LeansdError
+from leansd.measuring.files import write_file
+from leansd.scoring.gaussians import Gaussian, fold_gaussian
+from leansd.scoring.pictures import Part, PictureSet, digest
+
+
+@dataclass(frozen=True)
+class Features:
+    """What extractors saw of a set.
+
+    Attributes:
+        folder: where it is kept.
+        marks: fingerprints of the extractors, by name, with how pictures are resized for them.
+    """
+
+    folder: Path
+    pictures: PictureSet
+    marks: Mapping[str, str]
+
+    def locate(self, part: Part, extractor: str) -> Path:
+        """The file of one part: another picture or other weights, and it is another file."""
+        return self._name(part.fingerprint, extractor)
+
+    def list_missing(self, extractors: list[str]) -> list[tuple[Part, tuple[str, ...]]]:
+        """What is still to be looked at, and by which."""
+        missing: list[tuple[Part, tuple[str, ...]]] = []
+        for part in self.pictures.parts:
+            left = tuple(each for each in extractors if not self.locate(part, each).is_file())
+            if left and part.entries:
+                missing.append((part, left))
+        return missing
+
+    def put(self, part: Part, extractor: str, seen: Mapping[str, Tensor]) -> None:
+        """Keep what an extractor saw in a part."""
+        content = {name: value.contiguous() for name, value in seen.items()}
+        write_file(self.locate(part, extractor), save(content))
+
+    def read(self, extractor: str, name: str) -> Iterator[Tensor]:
+        """One kind of features [n, ...], part by part, in the order of the set."""
+        for part in self.pictures.parts:
+            if not part.entries:
+                continue
+            path = self.locate(part, extractor)
+            try:
+                with safe_open(path, framework="pt") as file:
+                    yield file.get_tensor(name)
+            except (OSError, SafetensorError) as error:
+                raise LeansdError(f"{path} is damaged: remove it, and run again") from error
+
+    def locate_gaussian(self, extractor: str, name: str) -> Path:
+        """The file of the set's Gaussian."""
+        return self._name(f"{self.pictures.fingerprint} {name}", extractor)
+
+    def get_gaussian(self, extractor: str, name: str) -> Gaussian:
+        """The set's Gaussian, which is kept too."""
+        path = self.locate_gaussian(extractor, name)
+        if not path.is_file():
+            found = fold_gaussian(self.read(extractor, name))
+            save_statistics(path, found, self.marks[extractor])
+        return load_statistics(path).gaussian
+
+    def _name(self, fingerprint: str, extractor: str) -> Path:
+        return (
+            self.folder / f"{digest([fingerprint, extractor, self.marks[extractor]])}.safetensors"
+        )
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """A Gaussian from a file, and what is known of the extractor it was made with."""
+
+    gaussian: Gaussian
+    mark: str
+    """Empty where nobody says."""
+
+
+def save_statistics(path: Path, gaussian: Gaussian, mark: str) -> Path:
+    """Write a Gaussian as safetensors."""
+    content = {
+        "mean": gaussian.mean,
+        "covariance": gaussian.covariance,
+        "count": torch.tensor(gaussian.count),
+    }
+    return write_file(path, save(content, metadata={"extractor": mark}))
+
+
+def load_statistics(path: str | Path) -> Statistics:
+    """Read a Gaussian: ours, or an `.npz` of `mu` and `sigma` as pytorch-fid and others write it.
+
+    Raises:
+        LeansdError: the file is not there or holds something else.
+    """
+    path = Path(path)
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise LeansdError(
+            f"no statistics in {path}: give a folder of pictures, or a file of statistics that "
+            f"ends in {' or '.join(READERS)}"
+        )
+    try:
+        return reader(path)
+    except FileNotFoundError as error:
+        raise LeansdError(f"no reference at {path}: there is neither folder nor file") from error
+    except (OSError, ValueError, KeyError, SafetensorError, BadZipFile) as error:
+        raise LeansdError(f"{path} holds no statistics that can be read: {error}") from error
+
+
+def _read_own(path: Path) -> Statistics:
+    with safe_open(path, framework="pt") as file:
+        mark = (file.metadata() or {}).get("extractor", "")
+    kept = load_file(path)
+    return Statistics(Gaussian(int(kept["count"]), kept["mean"], kept["covariance"]), mark)
+
+
+def _read_arrays(path: Path) -> Statistics:
+    import numpy as np
+
+    with np.load(path, allow_pickle=False) as kept:
+        mean, covariance = (torch.from_numpy(kept[name]).double() for name in ("mu", "sigma"))
+    return Statistics(Gaussian(0, mean, covariance), "")
+
+
+READERS: dict[str, Callable[[Path], Statistics]] = {
+    ".safetensors": _read_own,
+    ".npz": _read_arrays,
+}

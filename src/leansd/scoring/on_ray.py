@@ -1,0 +1,109 @@
+"""Looking at pictures on a Ray cluster: files are read where this runs, and seen by a pool.
+
+Ray Data streams parts from the reader to the actors, starts actors anew where a worker or a node
+goes down, and has looked at again what was lost with them. Only this process reads pictures and
+keeps what was seen, so no file system has to be shared, but for the weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+from safetensors.torch import load, save
+from torch import Tensor
+
+from leansd.bulk.on_ray import connect, lay_out_pool, require_success
+from leansd.errors import LeansdError
+from leansd.scoring.looking import Looker, Manner, Seen, Task, Work
+from leansd.scoring.reading import Sample, read_part
+
+READERS = 2
+"""Processes that read pictures where this runs."""
+
+
+class Worker:
+    """Has the networks, and looks at parts."""
+
+    def __init__(self, manner: Mapping[str, Any]) -> None:
+        self._manner = Manner(**manner)
+        self._looker: Looker | None = None
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
+        (number,), (mistake,) = batch["number"], batch["mistake"]
+        content = b""
+        try:
+            content = b"" if mistake else self._look(batch)
+        except LeansdError as error:
+            mistake = str(error)
+        return {"number": [int(number)], "content": [content], "mistake": [str(mistake)]}
+
+    def _look(self, batch: Mapping[str, Any]) -> bytes:
+        """What is seen in a part, as the bytes of safetensors."""
+        # Not opened before: Ray would start an actor that cannot be made again and again.
+        self._looker = self._looker or Looker(self._manner)
+        columns = (list(batch[name][0]) for name in ("id", "picture", "facts", "other"))
+        samples = [Sample(*row) for row in zip(*columns, strict=True)]
+        seen = self._looker.look(samples, list(batch["extractors"][0]))
+        flat = {
+            f"{extractor} {name}": values.contiguous()
+            for extractor, kinds in seen.items()
+            for name, values in kinds.items()
+        }
+        return save(flat)
+
+
+def look_on_ray(
+    manner: Manner, tasks: Sequence[Task], *, address: str, workers: int | None = None
+) -> Iterator[tuple[Task, Seen]]:
+    """Parts as the pool finishes them.
+
+    Args:
+        address: of a cluster, or `local` for one on this machine.
+        workers: actors; by default one for each GPU, or where there is none for as many
+            processors as each has threads.
+
+    Raises:
+        LeansdError: Ray is not installed or cannot be reached, or a picture or weights cannot be
+            read.
+    """
+    ray = connect(address)
+    threads = manner.threads or 1
+    pool = lay_out_pool(ray, threads=threads, workers=workers, most=len(tasks))
+    manner = replace(manner, threads=0 if pool["num_gpus"] else threads)
+    by_number = dict(enumerate(tasks))
+    rows = [
+        {
+            "number": number,
+            "extractors": list(task.extractors),
+            "entries": json.dumps([asdict(entry) for entry in task.part.entries]),
+        }
+        for number, task in by_number.items()
+    ]
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    seen = (
+        ray.data.from_items(rows, override_num_blocks=len(rows))
+        .map(read_part, num_cpus=0, concurrency=READERS, scheduling_strategy=here)
+        .map_batches(Worker, fn_constructor_args=(asdict(manner),), batch_size=1, **pool)
+    )
+    for row in seen.iter_rows():
+        require_success(row)
+        yield by_number[int(row["number"])], _unflatten(load(bytes(row["content"])))
+
+
+def work_on_ray(address: str, *, workers: int | None = None) -> Work:
+    """`look_on_ray` for `fill_features`."""
+    return partial(look_on_ray, address=address, workers=workers)
+
+
+def _unflatten(flat: Mapping[str, Tensor]) -> Seen:
+    seen: dict[str, dict[str, Tensor]] = {}
+    for key, values in flat.items():
+        extractor, name = key.split(" ")
+        seen.setdefault(extractor, {})[name] = values
+    return seen

@@ -1,0 +1,327 @@
+"""A set of pictures to its scores, as records."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from leansd.errors import LeansdError
+from leansd.loading import find_device
+from leansd.measuring.records import Record, stamp
+from leansd.scoring.extractors import EXTRACTORS
+from leansd.scoring.extractors.extractor import fingerprint_weights, require_weights
+from leansd.scoring.features import Features, load_statistics
+from leansd.scoring.looking import Manner, Work, fill_features, look_here
+from leansd.scoring.metrics import METRICS
+from leansd.scoring.metrics.metric import Against, Score
+from leansd.scoring.pictures import PictureSet, digest, list_pictures
+from leansd.scoring.reading import read_facts
+from leansd.scoring.references import Pictured, Reference, Summarised
+
+TINY = "tiny-"
+"""How the names of metrics of the embedded model's own CLIP begin."""
+
+OnPictures: TypeAlias = Callable[[int, int], None]
+"""Called with the pictures that have been looked at, and how many there are to look at."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """All that is needed to score a set.
+
+    Attributes:
+        pictures: the set.
+        metrics: by their names.
+        names: of the extractors, as tables call them.
+        marks: fingerprints of their weights and of how pictures are resized.
+        features: of the set, and of it beside its partners.
+    """
+
+    pictures: PictureSet
+    metrics: tuple[str, ...]
+    manner: Manner
+    names: Mapping[str, str]
+    marks: Mapping[str, str]
+    features: Mapping[Against, Features]
+    reference: Reference | None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """All numbers of a set.
+
+    Attributes:
+        scores: by metric.
+        records: one a number.
+        values: one a picture, where a number is a mean.
+    """
+
+    scores: Mapping[str, Sequence[Score]]
+    records: Sequence[Record]
+    values: Sequence[Record]
+
+
+def locate_cache() -> Path:
+    """Where what was seen of references is kept, unless somebody says otherwise."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "leansd" / "features"
+
+
+def list_ready(weights: Mapping[str, Path], reference: str | Path | None) -> tuple[str, ...]:
+    """The metrics that can be measured with the weights at hand: the field's, or the tiny CLIP's.
+
+    LPIPS has to be asked for, because it compares pictures one by one.
+    """
+    named = Path(reference) if reference is not None else None
+    possible = [
+        name
+        for name, metric in METRICS.items()
+        if (named is not None or not metric.against.needs_reference)
+        and (named is None or named.is_dir() or metric.against is not Against.FEATURES)
+        and metric.against is not Against.PARTNERS
+    ]
+    field = [name for name in possible if METRICS[name].extractor in weights]
+    return tuple(field or (name for name in possible if name.startswith(TINY)))
+
+
+def find_weights(given: Mapping[str, str | Path]) -> dict[str, Path]:
+    """The weights of extractors that are given, or on this machine already.
+
+    The tiny CLIP is not among them: it stands in where nothing else is there.
+    """
+    unknown = [name for name in given if name not in EXTRACTORS]
+    if unknown:
+        raise LeansdError(f"no extractor {unknown[0]!r}: weights are of {', '.join(EXTRACTORS)}")
+    found: dict[str, Path] = {}
+    for name, extractor in EXTRACTORS.items():
+        path = Path(given[name]).expanduser() if name in given else extractor.find()
+        if path is not None and (name in given or not name.startswith(TINY)):
+            found[name] = require_weights(name, extractor, path)
+    return found
+
+
+def plan_scoring(
+    pictures: str | Path,
+    reference: str | Path | None,
+    metrics: Sequence[str],
+    weights: Mapping[str, str | Path],
+    *,
+    manner: Manner,
+    keep: Path,
+    cache: Path | None = None,
+) -> Scoring:
+    """See that everything is there before a picture is looked at.
+
+    Args:
+        keep: where what is seen of the set is kept, so that a stopped run goes on.
+        cache: where what is seen of the reference is kept.
+
+    Raises:
+        LeansdError: something is not.
+    """
+    for name in metrics:
+        if name not in METRICS:
+            raise LeansdError(f"no metric {name!r}: there are {', '.join(METRICS)}")
+    if not metrics:
+        raise LeansdError(f"no metric: choose among {', '.join(METRICS)}")
+    alone = [name for name in metrics if METRICS[name].against.needs_reference]
+    if alone and reference is None:
+        raise LeansdError(
+            f"{alone[0]} compares pictures with others: give --reference FOLDER"
+            + (" or STATISTICS" if METRICS[alone[0]].against is Against.GAUSSIAN else "")
+        )
+    found = find_weights(weights)
+    extractors = dict.fromkeys(METRICS[name].extractor for name in metrics)
+    paths = {
+        name: require_weights(name, EXTRACTORS[name], found.get(name) or EXTRACTORS[name].find())
+        for name in extractors
+    }
+    prints = {name: fingerprint_weights(path) for name, path in paths.items()}
+    marks = {name: digest([mark, manner.size]) for name, mark in prints.items()}
+    names = {name: EXTRACTORS[name].name(path, prints[name]) for name, path in paths.items()}
+    drawn = list_pictures(pictures)
+    features = {each: Features(keep, drawn, marks) for each in Against}
+    other: Reference | None = None
+    if reference is not None and Path(reference).is_dir():
+        seen = Features(cache or locate_cache(), list_pictures(reference), marks)
+        other = Pictured(seen)
+        if any(METRICS[name].against is Against.PARTNERS for name in metrics):
+            paired = drawn.pair(seen.pictures)
+            features[Against.PARTNERS] = Features(keep, paired, marks)
+    elif reference is not None:
+        other = Summarised(Path(reference), load_statistics(reference), marks)
+        _require_pictures(metrics, other)
+    return Scoring(
+        drawn,
+        tuple(metrics),
+        replace(manner, weights={name: str(path.resolve()) for name, path in paths.items()}),
+        names,
+        marks,
+        features,
+        other,
+    )
+
+
+def carry_out(
+    scoring: Scoring,
+    *,
+    work: Work = look_here,
+    on_pictures: OnPictures = lambda done, total: None,
+    on_metric: Callable[[str], None] = lambda name: None,
+) -> Scored:
+    """Look at what has not been looked at yet, and make the numbers.
+
+    Args:
+        on_metric: called with the name of each metric before it is computed.
+    """
+    looks = list(_list_looks(scoring))
+    total = sum(
+        len(part.entries)
+        for features, extractors in looks
+        for part, _ in features.list_missing(extractors)
+    )
+    done = 0
+    for features, extractors in looks:
+
+        def count(part: Any) -> None:
+            nonlocal done
+            done += len(part.entries)
+            on_pictures(done, total)
+
+        fill_features(features, extractors, scoring.manner, work=work, on_part=count)
+    scores: dict[str, Sequence[Score]] = {}
+    for name in scoring.metrics:
+        on_metric(name)
+        metric = METRICS[name]
+        scores[name] = metric.compute(scoring.features[metric.against], scoring.reference)
+    base = _describe(scoring)
+    entries = [entry.id for entry in scoring.pictures.entries]
+    records: list[Record] = []
+    values: list[Record] = []
+    for name, found in scores.items():
+        for score in found:
+            facts: dict[str, Any] = {**base, **_describe_metric(scoring, name), **score.fields}
+            facts |= {"metric": score.metric, "unit": ""}
+            records.append(Record(**(facts | dict(score.spread)), value=score.value))
+            if score.values is not None:
+                values += [
+                    Record(**(facts | {"picture": entry}), value=value)
+                    for entry, value in zip(entries, score.values.tolist(), strict=True)
+                ]
+    return Scored(scores, records, values)
+
+
+def score(
+    pictures: str | Path,
+    reference: str | Path | None = None,
+    metrics: Sequence[str] | None = None,
+    *,
+    weights: Mapping[str, str | Path] | None = None,
+    size: int | None = None,
+    batch: int = 32,
+    device: str | None = None,
+    ray: str | None = None,
+    workers: int | None = None,
+    threads: int = 0,
+    keep: str | Path | None = None,
+    cache: str | Path | None = None,
+) -> list[Record]:
+    """How good a set of pictures is: FID, IS, CLIP score, LPIPS, precision and recall.
+
+    Args:
+        pictures: a folder of tar shards with sidecars, or of pictures.
+        reference: such a folder, or a file of statistics (`.safetensors`, or `.npz` with mu and
+            sigma).
+        metrics: names of `leansd.scoring.metrics.METRICS`; by default those whose weights are
+            there, or else the tiny CLIP's own.
+        weights: paths by extractor (`inception`, `clip`, `lpips`); nothing is ever downloaded.
+        size: what the middle square of every picture is made first, in pixels.
+        ray: a Ray cluster's address, or `local`; by default it all happens in this process.
+        keep: a folder for what was seen of the pictures; by default the cache.
+        cache: a folder for what was seen of the reference; by default the user's own.
+
+    Raises:
+        LeansdError: weights, pictures or a reference are missing or do not suit.
+    """
+    find_device(device)
+    given = dict(weights or {})
+    home = Path(cache) if cache is not None else locate_cache()
+    scoring = plan_scoring(
+        pictures,
+        reference,
+        metrics if metrics is not None else list_ready(find_weights(given), reference),
+        given,
+        manner=Manner({}, size, batch, threads, device),
+        keep=Path(keep) if keep is not None else home,
+        cache=home,
+    )
+    work = look_here
+    if ray is not None:
+        from leansd.scoring.on_ray import work_on_ray
+
+        work = work_on_ray(ray, workers=workers)
+    return list(carry_out(scoring, work=work).records)
+
+
+def _list_looks(scoring: Scoring) -> Iterator[tuple[Features, list[str]]]:
+    """What is to be looked at, and by which: of a reference only what is not known yet."""
+    chosen = [METRICS[name] for name in scoring.metrics]
+    apart = [each for each in chosen if each.against is Against.PARTNERS]
+    alone = [each.extractor for each in chosen if each.against is not Against.PARTNERS]
+    if alone:
+        yield scoring.features[Against.NOTHING], list(dict.fromkeys(alone))
+    if apart:
+        paired = list(dict.fromkeys(each.extractor for each in apart))
+        yield scoring.features[Against.PARTNERS], paired
+    features = scoring.reference.features if scoring.reference is not None else None
+    if features is not None:
+        needed = [
+            each.extractor
+            for each in chosen
+            if each.against is Against.FEATURES
+            or (
+                each.against is Against.GAUSSIAN
+                and not features.locate_gaussian(each.extractor, "pooled").is_file()
+            )
+        ]
+        if needed:
+            yield features, list(dict.fromkeys(needed))
+
+
+def _describe(scoring: Scoring) -> dict[str, Any]:
+    """The fields that all records of a set share."""
+    facts = read_facts(next(scoring.pictures.entries))
+    own = {name: facts[name] for name in ("steps", "sampler", "guidance") if name in facts}
+    size = {"resize": scoring.manner.size} if scoring.manner.size is not None else {}
+    return {
+        **stamp(find_device(scoring.manner.device)),
+        **own,
+        **size,
+        "subject": str(facts.get("model") or scoring.pictures.folder.resolve().name),
+        "plan": str(facts.get("plan", "")),
+        "pictures": len(scoring.pictures),
+    }
+
+
+def _describe_metric(scoring: Scoring, name: str) -> dict[str, Any]:
+    metric = METRICS[name]
+    fields: dict[str, Any] = {
+        "extractor": scoring.names[metric.extractor],
+        "weights": scoring.marks[metric.extractor],
+    }
+    if metric.against.needs_reference and scoring.reference is not None:
+        fields["reference"] = scoring.reference.name
+        fields["reference_pictures"] = scoring.reference.count
+    return fields
+
+
+def _require_pictures(metrics: Sequence[str], reference: Summarised) -> None:
+    for name in metrics:
+        if METRICS[name].against in (Against.FEATURES, Against.PARTNERS):
+            raise LeansdError(
+                f"{name} needs the reference's pictures, and {reference.path} has only statistics: "
+                "give --reference FOLDER"
+            )
