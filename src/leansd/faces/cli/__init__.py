@@ -29,6 +29,7 @@ COMMANDS = {
     "evaluate": "Measure plans against the full and the converged run, and the quality of sets.",
     "bench": "Measure ours against every rival in turns: time, fidelity, quality; resumable.",
     "export": "Write a net, with a plan's graphs, for stock diffusers or ONNX Runtime.",
+    "ui": "A page in the browser: draw side by side, edit plans, tune, look back.",
     "emoji": "The embedded model: train it, measure it.",
 }
 """Each name is also a module of this package that holds a Typer `app`."""

@@ -1,0 +1,458 @@
+"""What the page does: every event, and what it changes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from pydantic import ValidationError
+
+from leansd.errors import LeansdError
+from leansd.faces.contests import choose_prompts
+from leansd.faces.fronts import describe_choice
+from leansd.faces.ui import fragments
+from leansd.faces.ui.cells import (
+    EDITED,
+    Brush,
+    Tier,
+    change_cells,
+    describe_cell,
+    find_brush,
+    lay_out_grid,
+    turn_guidance,
+    turn_key,
+)
+from leansd.faces.ui.history import Entry, Settings, list_entries, read_entry
+from leansd.faces.ui.page import MOST_STEPS, Parts
+from leansd.faces.ui.studio import SAVED, Model, Studio, fit_plan
+from leansd.faces.ui.tickets import Desk, Done, Stopped, follow
+from leansd.plans.liveness import GUIDANCE
+from leansd.plans.plan import Plan
+
+Changes = dict[Any, Any]
+"""New values by component."""
+
+DEVICE = "device"
+"""The name of the queue in which all that computes stands."""
+TUNED = "tuned"
+
+
+def explain(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Say a user's mistake on the page instead of failing."""
+
+    @wraps(function)
+    def told(*given: Any) -> Any:
+        try:
+            return function(*given)
+        except LeansdError as error:
+            raise gr.Error(str(error), title="Not possible", print_exception=False) from error
+
+    return told
+
+
+def explain_all(function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    """The same for what yields as it goes."""
+
+    @wraps(function)
+    def told(*given: Any) -> Iterator[Any]:
+        try:
+            yield from function(*given)
+        except LeansdError as error:
+            raise gr.Error(str(error), title="Not possible", print_exception=False) from error
+
+    return told
+
+
+def read_settings(
+    model: str,
+    prompt: str,
+    negative: str,
+    seed: float | None,
+    steps: float,
+    sampler: str,
+    guidance: float,
+) -> Settings:
+    """The settings that the page shows, checked.
+
+    Raises:
+        LeansdError: one lies outside its bounds.
+    """
+    try:
+        return Settings(
+            model=model,
+            prompt=prompt or "",
+            negative=negative or "",
+            seed=int(seed or 0),
+            steps=int(steps),
+            sampler=sampler,
+            guidance=guidance,
+        )
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise LeansdError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+class Wiring:
+    """The handlers of one page; what a session has in hand is in its components."""
+
+    def __init__(self, studio: Studio, desk: Desk, parts: Parts) -> None:
+        self.studio, self.desk, self.parts = studio, desk, parts
+
+    # -- showing -------------------------------------------------------------------------------
+
+    def show_plan(self, plan: Plan, settings: Settings, tier: Tier) -> Changes:
+        """Everything that shows the plan in hand."""
+        parts, model = self.parts, self.studio.open(settings.model)
+        forecast = self.studio.forecast(plan, model, guided=settings.guidance > 1)
+        return {
+            parts.plan: plan,
+            parts.grid: asdict(lay_out_grid(plan, model.anatomy, tier)),
+            parts.forecast: fragments.show_forecast(plan, forecast),
+            parts.lanes: fragments.show_lanes(fragments.list_beats(plan, model.anatomy)),
+        }
+
+    def show_model(self, model: Model) -> Changes:
+        parts = self.parts
+        measured = fragments.show_profile(model.profiled) if model.profiled is not None else ""
+        return {
+            parts.guidance: model.guidance,
+            parts.anatomy: fragments.show_anatomy(model),
+            parts.costs: measured,
+            parts.prompts: "\n".join(choose_prompts(model.name, 6)),
+        }
+
+    def show_history(self) -> Changes:
+        entries = list_entries(self.studio.folders.history)
+        shown = [(str(entry.lean), entry.caption) for entry in entries]
+        return {self.parts.gallery: shown, self.parts.keys: [entry.key for entry in entries]}
+
+    def show_entry(self, entry: Entry, warnings: Sequence[str] = ()) -> Changes:
+        parts = self.parts
+        full, lean = entry.open_pictures()
+        return {
+            parts.full: full,
+            parts.lean: lean,
+            parts.slider: gr.update(value=(full, lean), visible=True),
+            parts.numbers: fragments.show_numbers(entry, warnings),
+        }
+
+    # -- settings ------------------------------------------------------------------------------
+
+    @explain_all
+    def begin(self, choice: str, tier: Tier, *given: Any) -> Iterator[Changes]:
+        """A page that has just been opened."""
+        parts, names = self.parts, self.studio.folders.list_models()
+        settings = read_settings(*given)
+        model = self.studio.open(settings.model)
+        settings = settings.model_copy(update={"guidance": model.guidance})
+        plan = self.studio.make_plan(choice, settings)
+        yield {
+            parts.model: gr.update(choices=names),
+            parts.plan_name: gr.update(choices=self.studio.list_plans(), value=choice),
+            **self.show_model(model),
+            **self.show_plan(plan, settings, tier),
+            **self.show_history(),
+        }
+
+    @explain
+    def pick_model(self, choice: str | None, tier: Tier, *given: Any) -> Changes:
+        """Another model: its own guidance, and the plan anew."""
+        settings = read_settings(*given)
+        model = self.studio.open(settings.model)
+        settings = settings.model_copy(update={"guidance": model.guidance})
+        choice = choice or "balanced"
+        plan = self.studio.make_plan(choice, settings)
+        return {
+            self.parts.plan_name: choice,
+            **self.show_model(model),
+            **self.show_plan(plan, settings, tier),
+        }
+
+    @explain
+    def pick_plan(self, choice: str | None, tier: Tier, *given: Any) -> Changes:
+        """Another plan; a saved one brings its own number of steps."""
+        settings = read_settings(*given)
+        if choice is None:
+            return {}
+        if choice.startswith(SAVED):
+            own = self.studio.folders.load_plan(choice.removeprefix(SAVED))
+            settings = settings.model_copy(update={"steps": min(own.steps, MOST_STEPS)})
+        plan = self.studio.make_plan(choice, settings)
+        return {self.parts.steps: settings.steps, **self.show_plan(plan, settings, tier)}
+
+    @explain
+    def pick_steps(
+        self, plan: Plan | None, choice: str | None, tier: Tier, *given: Any
+    ) -> Changes:
+        """Other steps or another sampler: presets fit themselves, other plans are stretched."""
+        settings = read_settings(*given)
+        if choice is not None and not choice.startswith(SAVED):
+            plan = self.studio.make_plan(choice, settings)
+        if plan is None:
+            return {}
+        return self.show_plan(fit_plan(plan, settings.steps), settings, tier)
+
+    def roll(self) -> int:
+        """Another seed."""
+        return random.randrange(1, 1_000_000)
+
+    # -- plans ---------------------------------------------------------------------------------
+
+    @explain
+    def pick_tier(self, plan: Plan | None, tier: Tier, *given: Any) -> Changes:
+        if plan is None:
+            return {}
+        model = self.studio.open(read_settings(*given).model)
+        return {self.parts.grid: asdict(lay_out_grid(plan, model.anatomy, tier))}
+
+    @explain
+    def edit(
+        self, event: gr.EventData, plan: Plan | None, tier: Tier, brush: Brush, *given: Any
+    ) -> Changes:
+        """Clicked, painted or typed on: cells, a row's name, or a step's head."""
+        if plan is None:
+            return {}
+        settings = read_settings(*given)
+        anatomy = self.studio.open(settings.model).anatomy
+        kind, cells = read_cells(event, plan)
+        at, step = cells[0]
+        if kind == "step":
+            changed = turn_key(plan, anatomy, step, brush)
+        elif at == GUIDANCE:
+            steps = range(1, plan.steps) if kind == "line" else [s for a, s in cells if a == at]
+            changed = turn_guidance(plan, anatomy, steps)
+        elif kind == "line":
+            meant = find_brush(plan, anatomy, at, plan.steps - 1, brush)
+            every = [(at, each) for each in range(1, plan.steps)]
+            changed = change_cells(plan, anatomy, every, meant)
+        else:
+            meant = find_brush(plan, anatomy, at, step, brush)
+            inside = [cell for cell in cells if cell[0] != GUIDANCE]
+            changed = change_cells(plan, anatomy, inside, meant)
+        grid = lay_out_grid(changed, anatomy, tier)
+        told = describe_cell(grid, at, step) if kind == "cells" else ""
+        return {
+            self.parts.plan_name: None,
+            self.parts.cell: fragments.show_note(told) if told else "",
+            **self.show_plan(changed, settings, tier),
+        }
+
+    @explain
+    def save_plan(self, plan: Plan | None, name: str) -> Changes:
+        if plan is None:
+            raise LeansdError("there is no plan to save yet")
+        wanted = name.strip() or plan.name.removesuffix(EDITED)
+        path = self.studio.folders.save_plan(plan, wanted)
+        return {
+            self.parts.plan: plan.rename(path.stem),
+            self.parts.save_name: path.stem,
+            self.parts.plan_name: gr.update(
+                choices=self.studio.list_plans(), value=SAVED + path.stem
+            ),
+            self.parts.download: gr.update(value=str(path), interactive=True),
+            self.parts.cell: fragments.show_note(f"saved as {path.name}"),
+        }
+
+    @explain
+    def load_plan(self, path: str, tier: Tier, *given: Any) -> Changes:
+        """A plan file from the visitor's own machine."""
+        try:
+            plan = Plan.load(path)
+        except LeansdError as error:
+            # The path is one of the page's own, which says nothing to who chose the file.
+            raise LeansdError(str(error).replace(str(path), Path(path).name)) from None
+        if plan.steps > MOST_STEPS:
+            raise LeansdError(f"plan {plan.name} has {plan.steps} steps, the page {MOST_STEPS}")
+        settings = read_settings(*given).model_copy(update={"steps": plan.steps})
+        self.studio.check_plan(plan, self.studio.open(settings.model))
+        return {
+            self.parts.steps: plan.steps,
+            self.parts.plan_name: None,
+            self.parts.cell: fragments.show_note(f"loaded {plan.name}"),
+            **self.show_plan(plan, settings, tier),
+        }
+
+    # -- work ----------------------------------------------------------------------------------
+
+    def set_busy(self, busy: bool) -> Changes:
+        """What can be begun and stopped."""
+        parts = self.parts
+        begins = dict.fromkeys((parts.draw, parts.tune, parts.measure), not busy)
+        stops = dict.fromkeys((parts.stop, parts.tune_stop, parts.measure_stop), busy)
+        return {part: gr.update(interactive=on) for part, on in (begins | stops).items()}
+
+    @explain
+    def take_ticket(self, request: gr.Request) -> Changes:
+        self.desk.issue(str(request.session_hash))
+        return self.set_busy(True)
+
+    def give_back(self, request: gr.Request) -> Changes:
+        self.desk.close(str(request.session_hash))
+        return self.set_busy(False)
+
+    def stop(self, request: gr.Request) -> None:
+        self.desk.stop(str(request.session_hash))
+
+    def leave(self, request: gr.Request) -> None:
+        """The page was closed: nobody waits for its work."""
+        self.desk.close(str(request.session_hash))
+
+    @explain_all
+    def draw(
+        self, request: gr.Request, plan: Plan | None, rounds: float, *given: Any
+    ) -> Iterator[Changes]:
+        parts = self.parts
+        settings = read_settings(*given)
+        ticket = self.desk.find(str(request.session_hash))
+        if plan is None:
+            raise LeansdError("there is no plan yet: choose one")
+        beats = fragments.list_beats(plan, self.studio.open(settings.model).anatomy)
+        last = None
+        yield {
+            parts.lanes: fragments.show_lanes(beats, None, "starting"),
+            parts.tabs: gr.Tabs(selected="pictures"),
+        }
+        try:
+            for told in follow(
+                lambda tell: self.studio.draw(
+                    settings, plan, rounds=int(rounds), ticket=ticket, tell=tell
+                )
+            ):
+                if isinstance(told, Done):
+                    drawn = told.result
+                    lanes = fragments.show_lanes(beats, last and last.end())
+                    yield {
+                        parts.lanes: lanes,
+                        **self.show_entry(drawn.entry, drawn.warnings),
+                        **self.show_history(),
+                    }
+                else:
+                    last = told
+                    yield {parts.lanes: fragments.show_lanes(beats, told, describe(told))}
+        except Stopped:
+            yield {parts.lanes: fragments.show_lanes(beats, last, "stopped")}
+
+    @explain_all
+    def tune(
+        self, request: gr.Request, speed: float, tries: float, prompts: str, tier: Tier, *given: Any
+    ) -> Iterator[Changes]:
+        parts = self.parts
+        settings = read_settings(*given)
+        ticket = self.desk.find(str(request.session_hash))
+        lines = [line.strip() for line in (prompts or "").splitlines() if line.strip()]
+        yield {parts.tuning: fragments.show_bar("starting", 0)}
+        try:
+            for told in follow(
+                lambda tell: self.studio.tune(
+                    settings,
+                    lines,
+                    speedup=speed,
+                    tries=int(tries),
+                    ticket=ticket,
+                    tell=lambda text, share: tell((text, share)),
+                )
+            ):
+                if isinstance(told, Done):
+                    tuned = told.result
+                    plan = tuned.chosen.plan.rename(f"{TUNED} {speed:g}x")
+                    found = settings.model_copy(update={"steps": plan.steps})
+                    said = describe_choice(tuned.front, tuned.chosen)
+                    yield {
+                        parts.tuning: fragments.show_note(f"{said}. It is the plan in hand now.")
+                        + fragments.show_front(tuned),
+                        parts.steps: plan.steps,
+                        parts.plan_name: None,
+                        parts.save_name: plan.name,
+                        **self.show_plan(plan, found, tier),
+                    }
+                else:
+                    yield {parts.tuning: fragments.show_bar(*told)}
+        except Stopped:
+            told = "stopped; the same settings go on from here"
+            yield {parts.tuning: fragments.show_note(told)}
+        except LeansdError:
+            yield {parts.tuning: ""}
+            raise
+
+    @explain_all
+    def measure(
+        self, request: gr.Request, plan: Plan | None, *given: Any
+    ) -> Iterator[Changes]:
+        parts = self.parts
+        settings = read_settings(*given)
+        ticket = self.desk.find(str(request.session_hash))
+        yield {parts.costs: fragments.show_bar("warming up", 0)}
+        try:
+            for told in follow(
+                lambda tell: self.studio.profile(
+                    settings, ticket=ticket, tell=lambda done, of: tell((done, of))
+                )
+            ):
+                if isinstance(told, Done):
+                    changes: Changes = {parts.costs: fragments.show_profile(told.result)}
+                    if plan is not None:
+                        model = self.studio.open(settings.model)
+                        guided = settings.guidance > 1
+                        forecast = self.studio.forecast(plan, model, guided=guided)
+                        changes[parts.forecast] = fragments.show_forecast(plan, forecast)
+                    yield changes
+                else:
+                    done, of = told
+                    yield {parts.costs: fragments.show_bar(f"probing run {done} of {of}", done / of)}
+        except Stopped:
+            yield {parts.costs: fragments.show_note("stopped")}
+
+    # -- history -------------------------------------------------------------------------------
+
+    @explain
+    def recall(self, event: gr.SelectData, keys: list[str], tier: Tier) -> Changes:
+        """The settings, plan and pictures of a duel of the past."""
+        parts = self.parts
+        place = int(event.index)
+        if not 0 <= place < len(keys):
+            return {}
+        entry = read_entry(self.studio.folders.history, keys[place])
+        settings = entry.settings
+        model = self.studio.open(settings.model)
+        return {
+            **self.show_model(model),
+            parts.model: settings.model,
+            parts.prompt: settings.prompt,
+            parts.negative: settings.negative,
+            parts.seed: settings.seed,
+            parts.steps: settings.steps,
+            parts.sampler: settings.sampler,
+            parts.guidance: settings.guidance,
+            parts.plan_name: None,
+            parts.tabs: gr.Tabs(selected="pictures"),
+            **self.show_plan(entry.plan, settings, tier),
+            **self.show_entry(entry),
+        }
+
+
+def read_cells(event: Any, plan: Plan) -> tuple[str, list[tuple[str, int]]]:
+    """What the grid says was clicked, checked: anybody can send anything."""
+    data = getattr(event, "_data", None) or {}
+    kind, given = data.get("kind"), data.get("cells")
+    cells = [
+        (str(each[0]), each[1])
+        for each in (given if isinstance(given, list) else [])
+        if isinstance(each, list) and len(each) == 2 and isinstance(each[1], int)
+    ]
+    inside = [cell for cell in cells if 0 <= cell[1] < plan.steps][: 200 * MOST_STEPS]
+    if kind not in ("cells", "step", "line") or not inside:
+        raise LeansdError("nothing was chosen in the grid")
+    return kind, inside
+
+
+def describe(progress: Any) -> str:
+    """What goes on, in words."""
+    if progress.side is None:
+        return "warming up: two steps that are not timed"
+    turn = f", round {progress.turn + 1} of {progress.rounds}" if progress.rounds > 1 else ""
+    return f"{fragments.NAMES[progress.side].lower()}{turn}: in turns, so that both times are true"
