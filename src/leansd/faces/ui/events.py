@@ -19,7 +19,8 @@ SHOW_RESULTS = (
 
 def connect(parts: Parts, wiring: Wiring) -> None:
     """Everything that happens on the page; called inside its blocks."""
-    shows_plan = [parts.plan, parts.grid, parts.forecast, parts.lanes]
+    shows_forecast = [parts.forecast, parts.prediction]
+    shows_plan = [parts.plan, parts.grid, *shows_forecast, parts.lanes]
     shows_model = [parts.guidance, parts.anatomy, parts.costs, parts.prompts]
     shows_history = [parts.gallery, parts.keys]
     shows_entry = [parts.full, parts.lean, parts.slider, parts.numbers]
@@ -60,8 +61,9 @@ def connect(parts: Parts, wiring: Wiring) -> None:
         parts.tier.input, wiring.pick_tier, [parts.plan, parts.tier, *parts.settings], parts.grid
     )
     saves = [parts.plan, parts.save_name, parts.plan_name, parts.download, parts.cell]
+    saves += shows_forecast
     for event in (parts.save.click, parts.save_name.submit):
-        quick(event, wiring.save_plan, [parts.plan, parts.save_name], saves)
+        quick(event, wiring.save_plan, [parts.plan, parts.save_name, *parts.settings], saves)
     quick(
         parts.upload.upload,
         wiring.load_plan,
@@ -94,7 +96,7 @@ def connect(parts: Parts, wiring: Wiring) -> None:
         parts.measure.click,
         wiring.measure,
         [parts.plan, *parts.settings],
-        [parts.costs, parts.forecast],
+        [parts.costs, *shows_forecast],
     )
     for stop in (parts.stop, parts.tune_stop, parts.measure_stop):
         quick(stop.click, wiring.stop, None, None)

@@ -130,7 +130,7 @@ def show_forecast(plan: Plan, forecast: Forecast) -> str:
         parts.append(f"<b>{forecast.run:.2f}x</b>, {forecast.seconds:.2f} s a picture, as timed")
     keys = f"{len(plan.keys)} of {plan.steps} steps in full"
     return (
-        f'<div class="forecast" role="status"><span class="plan-name">{escape(plan.name)}</span> '
+        f'<div class="prediction" role="status"><span class="plan-name">{escape(plan.name)}</span> '
         f"<span>{keys}</span> <span>predicted {'; '.join(parts)}</span></div>"
     )
 

@@ -101,8 +101,8 @@ class Entry:
     @property
     def caption(self) -> str:
         return (
-            f"{self.settings.prompt[:60]} · seed {self.settings.seed} · {self.plan.name} · "
-            f"{self.numbers.speedup:.2f}x · {self.numbers.psnr:.1f} dB"
+            f"{self.numbers.speedup:.2f}x · {self.numbers.psnr:.1f} dB · {self.plan.name} · "
+            f"{self.settings.prompt[:60]} · seed {self.settings.seed}"
         )
 
     def open_pictures(self) -> tuple[Image.Image, Image.Image]:

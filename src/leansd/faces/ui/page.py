@@ -58,6 +58,7 @@ class Parts:
     # plan
     tier: Any
     brush: Any
+    prediction: Any
     grid: Any
     cell: Any
     save_name: Any
@@ -102,7 +103,9 @@ def lay_out(models: list[str]) -> Parts:
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as blocks:
         found |= {"plan": gr.State(None), "keys": gr.State([])}
         gr.HTML(
-            f'<header class="top"><h1>{TITLE}</h1><p>{LEAD}</p></header>', apply_default_css=False
+            f'<header class="top"><h1>{TITLE}</h1><p>{LEAD}</p></header>',
+            apply_default_css=False,
+            padding=False,
         )
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=300):
@@ -138,10 +141,10 @@ def _lay_out_settings(models: list[str]) -> dict[str, Any]:
         filterable=False,
         info="What is computed at which step. Edit it in the Plan tab.",
     )
-    forecast = gr.HTML(apply_default_css=False, elem_id="forecast")
+    forecast = gr.HTML(apply_default_css=False, padding=False, elem_id="forecast")
     steps = gr.Slider(2, MOST_STEPS, value=30, step=1, label="Steps", elem_id="steps")
     guidance = gr.Slider(1, 15, value=4, step=0.5, label="Guidance", elem_id="guidance")
-    with gr.Row():
+    with gr.Row(elem_classes="aligned"):
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed", min_width=120)
         dice = gr.Button("Another seed", elem_id="dice", min_width=80)
     with gr.Accordion("More", open=False):
@@ -180,7 +183,7 @@ def _lay_out_settings(models: list[str]) -> dict[str, Any]:
 
 
 def _lay_out_pictures() -> dict[str, Any]:
-    lanes = gr.HTML(apply_default_css=False, elem_id="lanes")
+    lanes = gr.HTML(apply_default_css=False, padding=False, elem_id="lanes")
     with gr.Row(elem_classes="pictures"):
         full, lean = (
             gr.Image(
@@ -194,7 +197,7 @@ def _lay_out_pictures() -> dict[str, Any]:
             )
             for name, label in (("full", "Full run"), ("lean", "With the plan"))
         )
-    numbers = gr.HTML(apply_default_css=False, elem_id="numbers")
+    numbers = gr.HTML(apply_default_css=False, padding=False, elem_id="numbers")
     slider = gr.ImageSlider(
         label="Before and after: the full run left, the plan right",
         interactive=False,
@@ -216,22 +219,25 @@ def _lay_out_plan() -> dict[str, Any]:
             min_width=280,
             scale=2,
         )
+    prediction = gr.HTML(apply_default_css=False, padding=False, elem_id="plan-forecast")
     grid = gr.HTML(
         {},
         html_template='<div class="grid-box"></div>',
         js_on_load=(ASSETS / "grid.js").read_text(encoding="utf-8"),
         apply_default_css=False,
+        padding=False,
         elem_id="grid",
     )
-    cell = gr.HTML(apply_default_css=False, elem_id="cell")
+    cell = gr.HTML(apply_default_css=False, padding=False, elem_id="cell")
     marks = "".join(f'<span><i class="{each}"></i>{STATES[each]}</span>' for each in _LEGEND)
     gr.HTML(
         f'<div class="legend">{marks}<span>Click a cell, or drag over several; click a row\'s name '
         "for the whole row, a step's head to compute that step in full or not. Arrow keys move, "
         "Enter sets.</span></div>",
         apply_default_css=False,
+        padding=False,
     )
-    with gr.Row():
+    with gr.Row(elem_classes="aligned"):
         save_name = gr.Textbox(
             label="Name", max_length=64, placeholder="my plan", elem_id="save-name", min_width=160
         )
@@ -245,6 +251,7 @@ def _lay_out_plan() -> dict[str, Any]:
     return {
         "tier": tier,
         "brush": brush,
+        "prediction": prediction,
         "grid": grid,
         "cell": cell,
         "save_name": save_name,
@@ -261,6 +268,7 @@ def _lay_out_tuning() -> dict[str, Any]:
         "and the rest tune. A stopped tuning goes on where it was. "
         "<code>leansd tune</code> takes larger budgets.</p>",
         apply_default_css=False,
+        padding=False,
     )
     with gr.Row():
         speed = gr.Slider(
@@ -286,7 +294,7 @@ def _lay_out_tuning() -> dict[str, Any]:
     with gr.Row():
         tune = gr.Button("Tune", variant="primary", elem_id="tune", min_width=120)
         stop = gr.Button("Stop", interactive=False, elem_id="tune-stop", min_width=80)
-    tuning = gr.HTML(apply_default_css=False, elem_id="tuning")
+    tuning = gr.HTML(apply_default_css=False, padding=False, elem_id="tuning")
     return {
         "speed": speed,
         "tries": tries,
@@ -298,11 +306,11 @@ def _lay_out_tuning() -> dict[str, Any]:
 
 
 def _lay_out_costs() -> dict[str, Any]:
-    anatomy = gr.HTML(apply_default_css=False, elem_id="anatomy")
+    anatomy = gr.HTML(apply_default_css=False, padding=False, elem_id="anatomy")
     with gr.Row():
         measure = gr.Button("Time it on this machine", variant="primary", elem_id="measure")
         stop = gr.Button("Stop", interactive=False, elem_id="measure-stop", min_width=80)
-    costs = gr.HTML(apply_default_css=False, elem_id="costs")
+    costs = gr.HTML(apply_default_css=False, padding=False, elem_id="costs")
     return {"anatomy": anatomy, "measure": measure, "measure_stop": stop, "costs": costs}
 
 
@@ -311,9 +319,11 @@ def _lay_out_history() -> dict[str, Any]:
         '<p class="soft">The latest duels, kept in the folder the page was given. '
         "Choose one to have its settings, its plan and its pictures back.</p>",
         apply_default_css=False,
+        padding=False,
     )
     gallery = gr.Gallery(
         label="History",
+        show_label=False,
         columns=[2, 3, 4, 5],
         height="auto",
         object_fit="contain",

@@ -104,7 +104,8 @@ def serve(
         footer_links=[],
         run_history=False,
         app_kwargs={
-            "middleware": [Middleware(Guard)],
+            # Shared, gradio's own page fetches its files from gradio's server.
+            "middleware": [] if door.share else [Middleware(Guard)],
             "docs_url": None,
             "redoc_url": None,
             "openapi_url": None,

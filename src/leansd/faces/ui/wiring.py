@@ -108,13 +108,17 @@ class Wiring:
     def show_plan(self, plan: Plan, settings: Settings, tier: Tier) -> Changes:
         """Everything that shows the plan in hand."""
         parts, model = self.parts, self.studio.open(settings.model)
-        forecast = self.studio.forecast(plan, model, guided=settings.guidance > 1)
         return {
             parts.plan: plan,
             parts.grid: asdict(lay_out_grid(plan, model.anatomy, tier)),
-            parts.forecast: fragments.show_forecast(plan, forecast),
+            **self.show_forecast(plan, model, settings),
             parts.lanes: fragments.show_lanes(fragments.list_beats(plan, model.anatomy)),
         }
+
+    def show_forecast(self, plan: Plan, model: Model, settings: Settings) -> Changes:
+        forecast = self.studio.forecast(plan, model, guided=settings.guidance > 1)
+        shown = fragments.show_forecast(plan, forecast)
+        return dict.fromkeys((self.parts.forecast, self.parts.prediction), shown)
 
     def show_model(self, model: Model) -> Changes:
         parts = self.parts
@@ -243,13 +247,15 @@ class Wiring:
         }
 
     @explain
-    def save_plan(self, plan: Plan | None, name: str) -> Changes:
+    def save_plan(self, plan: Plan | None, name: str, *given: Any) -> Changes:
         if plan is None:
             raise LeansdError("there is no plan to save yet")
         wanted = name.strip() or plan.name.removesuffix(EDITED)
         path = self.studio.folders.save_plan(plan, wanted)
+        settings, saved = read_settings(*given), plan.rename(path.stem)
         return {
-            self.parts.plan: plan.rename(path.stem),
+            self.parts.plan: saved,
+            **self.show_forecast(saved, self.studio.open(settings.model), settings),
             self.parts.save_name: path.stem,
             self.parts.plan_name: gr.update(
                 choices=self.studio.list_plans(), value=SAVED + path.stem
@@ -397,9 +403,7 @@ class Wiring:
                     changes: Changes = {parts.costs: fragments.show_profile(told.result)}
                     if plan is not None:
                         model = self.studio.open(settings.model)
-                        guided = settings.guidance > 1
-                        forecast = self.studio.forecast(plan, model, guided=guided)
-                        changes[parts.forecast] = fragments.show_forecast(plan, forecast)
+                        changes |= self.show_forecast(plan, model, settings)
                     yield changes
                 else:
                     done, of = told
