@@ -46,7 +46,7 @@ def serve_page(
     Needs the extra: pip install 'leansd[ui]'
     """
     import os
-    import shutil
+    import threading
     from importlib.util import find_spec
 
     from leansd.errors import LeansdError
@@ -69,18 +69,11 @@ def serve_page(
     note(f"opening {model}")
     studio.open(model)
 
-    from leansd.faces.ui.serving import Door, open_scratch, serve
+    from leansd.faces.ui.serving import Door, serving
 
-    scratch = open_scratch()
-    os.environ["GRADIO_TEMP_DIR"] = str(scratch)
-
-    def tell(address: str) -> None:
+    with serving(studio, Door(host, port, share), limit=queue) as address:
         show_text(f"{address}  (Ctrl+C ends it)")
         note(f"plans and history in {folders.home}")
         if share or host not in ("127.0.0.1", "localhost", "::1"):
             note("others can reach this page: they can draw here and see its history")
-
-    try:
-        serve(studio, Door(host, port, share), limit=queue, tell=tell)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        threading.Event().wait()

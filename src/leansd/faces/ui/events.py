@@ -42,12 +42,13 @@ def connect(parts: Parts, wiring: Wiring) -> None:
     )
     parts.blocks.unload(wiring.leave)
 
-    quick(parts.model.input, wiring.pick_model, chosen, [parts.plan_name, *shows_model, *shows_plan])
+    quick(
+        parts.model.input, wiring.pick_model, chosen, [parts.plan_name, *shows_model, *shows_plan]
+    )
     quick(parts.plan_name.input, wiring.pick_plan, chosen, [parts.steps, *shows_plan])
     held = [parts.plan, *chosen]
-    for event in (parts.steps.release, parts.steps.input, parts.sampler.input):
+    for event in (parts.steps.input, parts.sampler.input, parts.guidance.input):
         quick(event, wiring.pick_steps, held, shows_plan, trigger_mode="always_last")
-    quick(parts.guidance.release, wiring.pick_steps, held, shows_plan)
     quick(parts.dice.click, wiring.roll, None, parts.seed)
 
     quick(
@@ -57,9 +58,7 @@ def connect(parts: Parts, wiring: Wiring) -> None:
         [parts.plan_name, parts.cell, *shows_plan],
         trigger_mode="multiple",
     )
-    quick(
-        parts.tier.input, wiring.pick_tier, [parts.plan, parts.tier, *parts.settings], parts.grid
-    )
+    quick(parts.tier.input, wiring.pick_tier, [parts.plan, parts.tier, *parts.settings], parts.grid)
     saves = [parts.plan, parts.save_name, parts.plan_name, parts.download, parts.cell]
     saves += shows_forecast
     for event in (parts.save.click, parts.save_name.submit):
@@ -72,7 +71,7 @@ def connect(parts: Parts, wiring: Wiring) -> None:
     )
 
     def work(event: Any, handler: Any, given: list[Any], shows: list[Any], js: str = "") -> None:
-        """A ticket first, then the work in its turn, and at last, whatever came, the ticket back."""
+        """A ticket first, then the work in its turn, at last, whatever came, the ticket back."""
         begun = quick(event, wiring.take_ticket, None, busy, js=js or None)
         done = slow(begun.success, handler, given, shows)
         quick(done.then, wiring.give_back, None, busy)
@@ -115,8 +114,8 @@ def connect(parts: Parts, wiring: Wiring) -> None:
     )
 
 
-def _listen(event: Any, handler: Any, given: Any, shows: Any, **options: Any) -> gr.events.Dependency:
+def _listen(
+    event: Any, handler: Any, given: Any, shows: Any, **options: Any
+) -> gr.events.Dependency:
     """One event, with no name to be called by from outside the page."""
-    return event(
-        handler, given, shows, api_visibility="private", show_progress="hidden", **options
-    )
+    return event(handler, given, shows, api_visibility="private", show_progress="hidden", **options)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from leansd.errors import LeansdError
 from leansd.faces.ui.events import connect
 from leansd.faces.ui.page import ASSETS, lay_out
 from leansd.faces.ui.studio import Studio
@@ -21,7 +26,7 @@ from leansd.faces.ui.wiring import Wiring
 
 MOST_UPLOADED = "1mb"
 """Of a plan file; nothing else is uploaded."""
-FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
+FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif"]
 MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 
 POLICY = (
@@ -67,54 +72,93 @@ def build_page(studio: Studio, desk: Desk) -> gr.Blocks:
     return parts.blocks
 
 
-def serve(
-    studio: Studio,
-    door: Door,
-    *,
-    limit: int,
-    wait: bool = True,
-    tell: Callable[[str], None] = lambda address: None,
-) -> gr.Blocks:
-    """Serve the page until it is interrupted.
+@contextmanager
+def serving(studio: Studio, door: Door, *, limit: int) -> Iterator[str]:
+    """Serve the page from a thread of its own inside a `with` block; gives its address.
 
     Args:
         limit: how many runs may wait or run at once; one runs at a time.
-        wait: False returns at once, the page being served from a thread of its own.
-        tell: told the address.
     """
-    blocks = build_page(studio, Desk(limit))
     folders = studio.folders
     for folder in (folders.plans, folders.history):
         folder.mkdir(parents=True, exist_ok=True)
-    # Chains of handlers stand in the queue for a moment as well, hence the room.
-    blocks.queue(max_size=4 * limit + 16, default_concurrency_limit=4)
-    _, local, shared = blocks.launch(
-        server_name=door.host,
-        server_port=door.port,
-        share=door.share,
-        prevent_thread_lock=True,
-        quiet=True,
-        inbrowser=False,
-        show_error=True,
-        ssr_mode=False,
-        max_file_size=MOST_UPLOADED,
-        allowed_paths=[str(folders.plans), str(folders.history)],
-        theme=make_theme(),
-        css=(ASSETS / "page.css").read_text(encoding="utf-8"),
-        footer_links=[],
-        run_history=False,
-        app_kwargs={
-            # Shared, gradio's own page fetches its files from gradio's server.
-            "middleware": [] if door.share else [Middleware(Guard)],
-            "docs_url": None,
-            "redoc_url": None,
-            "openapi_url": None,
-        },
-    )
-    tell(shared or local)
-    if wait:
-        blocks.block_thread()
-    return blocks
+    # What is uploaded and shown passes through a folder that goes when the page does.
+    scratch = Path(tempfile.mkdtemp(prefix="leansd-ui-")).resolve()
+    known = {name: os.environ.get(name) for name in ("GRADIO_TEMP_DIR", "GRADIO_CACHE_DIR")}
+    os.environ |= dict.fromkeys(known, str(scratch))
+    blocks = build_page(studio, Desk(limit))
+    shown = [folders.plans, folders.history]
+    # Shared, gradio's own page fetches its files from gradio's server.
+    guards = [] if door.share else [Middleware(Guard)]
+    try:
+        # Chains of handlers stand in the queue for a moment as well, hence the room.
+        blocks.queue(max_size=4 * limit + 16, default_concurrency_limit=4)
+        _, local, shared = blocks.launch(
+            server_name=door.host,
+            server_port=door.port,
+            share=door.share,
+            prevent_thread_lock=True,
+            quiet=True,
+            inbrowser=False,
+            show_error=True,
+            ssr_mode=False,
+            max_file_size=MOST_UPLOADED,
+            allowed_paths=[str(folder) for folder in shown],
+            theme=make_theme(),
+            css=(ASSETS / "page.css").read_text(encoding="utf-8"),
+            footer_links=[],
+            run_history=False,
+            app_kwargs={
+                "middleware": [Middleware(Fence, folders=[*shown, scratch]), *guards],
+                "docs_url": None,
+                "redoc_url": None,
+                "openapi_url": None,
+            },
+        )
+        yield shared or local
+    except OSError as error:
+        raise LeansdError(
+            f"cannot listen on {door.host}{f':{door.port}' if door.port else ''}: {error}; give "
+            "another --port or --host"
+        ) from error
+    finally:
+        blocks.close(verbose=False)
+        shutil.rmtree(scratch, ignore_errors=True)
+        for name, value in known.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+class Fence:
+    """Hands out files from some folders only, links followed, and passes no request on."""
+
+    def __init__(self, app: ASGIApp, folders: Sequence[Path]) -> None:
+        self.app = app
+        self.folders = [folder.resolve() for folder in folders]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not self.allows(scope["path"]):
+            await PlainTextResponse("not among the folders of this page", 403)(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+    def allows(self, path: str) -> bool:
+        """Whether what a request asks for may be handed out."""
+        if "/proxy=" in path:
+            return False
+        found = _FILE.search(path)
+        if found is None:
+            return True
+        try:
+            file = Path(found[1]).resolve()
+        except (OSError, ValueError):  # as with a zero byte in it
+            return False
+        return any(file.is_relative_to(folder) for folder in self.folders)
+
+
+_FILE = re.compile(r"/file(?:=|/)(.*)", re.DOTALL)
 
 
 class Guard:
@@ -165,8 +209,3 @@ def _is_page(message: Any) -> bool:
 def _resize(start: Any, length: int) -> Message:
     kept = [each for each in start["headers"] if each[0].lower() != b"content-length"]
     return {**start, "headers": [*kept, (b"content-length", str(length).encode())]}
-
-
-def open_scratch() -> Path:
-    """A folder of this process for what is uploaded and shown, which nobody else can read."""
-    return Path(tempfile.mkdtemp(prefix="leansd-ui-"))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from pydantic import ValidationError
 
 from leansd.errors import LeansdError
 from leansd.faces.contests import choose_prompts
@@ -29,6 +27,7 @@ from leansd.faces.ui.cells import (
 )
 from leansd.faces.ui.history import Entry, Settings, list_entries, read_entry
 from leansd.faces.ui.page import MOST_STEPS, Parts
+from leansd.faces.ui.reading import explain, explain_all, read_cells, read_settings
 from leansd.faces.ui.studio import SAVED, Model, Studio, fit_plan
 from leansd.faces.ui.tickets import Desk, Done, Stopped, follow
 from leansd.plans.liveness import GUIDANCE
@@ -40,61 +39,6 @@ Changes = dict[Any, Any]
 DEVICE = "device"
 """The name of the queue in which all that computes stands."""
 TUNED = "tuned"
-
-
-def explain(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Say a user's mistake on the page instead of failing."""
-
-    @wraps(function)
-    def told(*given: Any) -> Any:
-        try:
-            return function(*given)
-        except LeansdError as error:
-            raise gr.Error(str(error), title="Not possible", print_exception=False) from error
-
-    return told
-
-
-def explain_all(function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-    """The same for what yields as it goes."""
-
-    @wraps(function)
-    def told(*given: Any) -> Iterator[Any]:
-        try:
-            yield from function(*given)
-        except LeansdError as error:
-            raise gr.Error(str(error), title="Not possible", print_exception=False) from error
-
-    return told
-
-
-def read_settings(
-    model: str,
-    prompt: str,
-    negative: str,
-    seed: float | None,
-    steps: float,
-    sampler: str,
-    guidance: float,
-) -> Settings:
-    """The settings that the page shows, checked.
-
-    Raises:
-        LeansdError: one lies outside its bounds.
-    """
-    try:
-        return Settings(
-            model=model,
-            prompt=prompt or "",
-            negative=negative or "",
-            seed=int(seed or 0),
-            steps=int(steps),
-            sampler=sampler,
-            guidance=guidance,
-        )
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise LeansdError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 class Wiring:
@@ -190,9 +134,7 @@ class Wiring:
         return {self.parts.steps: settings.steps, **self.show_plan(plan, settings, tier)}
 
     @explain
-    def pick_steps(
-        self, plan: Plan | None, choice: str | None, tier: Tier, *given: Any
-    ) -> Changes:
+    def pick_steps(self, plan: Plan | None, choice: str | None, tier: Tier, *given: Any) -> Changes:
         """Other steps or another sampler: presets fit themselves, other plans are stretched."""
         settings = read_settings(*given)
         if choice is not None and not choice.startswith(SAVED):
@@ -360,7 +302,7 @@ class Wiring:
                     speedup=speed,
                     tries=int(tries),
                     ticket=ticket,
-                    tell=lambda text, share: tell((text, share)),
+                    tell=lambda *news: tell(news),
                 )
             ):
                 if isinstance(told, Done):
@@ -386,9 +328,7 @@ class Wiring:
             raise
 
     @explain_all
-    def measure(
-        self, request: gr.Request, plan: Plan | None, *given: Any
-    ) -> Iterator[Changes]:
+    def measure(self, request: gr.Request, plan: Plan | None, *given: Any) -> Iterator[Changes]:
         parts = self.parts
         settings = read_settings(*given)
         ticket = self.desk.find(str(request.session_hash))
@@ -396,7 +336,7 @@ class Wiring:
         try:
             for told in follow(
                 lambda tell: self.studio.profile(
-                    settings, ticket=ticket, tell=lambda done, of: tell((done, of))
+                    settings, ticket=ticket, tell=lambda *news: tell(news)
                 )
             ):
                 if isinstance(told, Done):
@@ -407,7 +347,9 @@ class Wiring:
                     yield changes
                 else:
                     done, of = told
-                    yield {parts.costs: fragments.show_bar(f"probing run {done} of {of}", done / of)}
+                    yield {
+                        parts.costs: fragments.show_bar(f"probing run {done} of {of}", done / of)
+                    }
         except Stopped:
             yield {parts.costs: fragments.show_note("stopped")}
 
@@ -437,21 +379,6 @@ class Wiring:
             **self.show_plan(entry.plan, settings, tier),
             **self.show_entry(entry),
         }
-
-
-def read_cells(event: Any, plan: Plan) -> tuple[str, list[tuple[str, int]]]:
-    """What the grid says was clicked, checked: anybody can send anything."""
-    data = getattr(event, "_data", None) or {}
-    kind, given = data.get("kind"), data.get("cells")
-    cells = [
-        (str(each[0]), each[1])
-        for each in (given if isinstance(given, list) else [])
-        if isinstance(each, list) and len(each) == 2 and isinstance(each[1], int)
-    ]
-    inside = [cell for cell in cells if 0 <= cell[1] < plan.steps][: 200 * MOST_STEPS]
-    if kind not in ("cells", "step", "line") or not inside:
-        raise LeansdError("nothing was chosen in the grid")
-    return kind, inside
 
 
 def describe(progress: Any) -> str:
