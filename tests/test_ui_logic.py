@@ -10,6 +10,7 @@ import torch
 
 from leansd.anatomy.cost import dissect
 from leansd.errors import LeansdError
+from leansd.faces.cli import main
 from leansd.faces.pictures import Request, paint
 from leansd.faces.ui import fragments
 from leansd.faces.ui.cells import (
@@ -421,3 +422,29 @@ def test_one_run_at_a_time(studio):
         thread.join()
     assert len([number for number, _ in groupby(told)]) == 3
     assert len(list_entries(studio.folders.history)) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--models", "nowhere"], "no folder nowhere"),
+        (["--folder", "file"], "is not a folder"),
+        (["--port", "0"], "port"),
+        (["--device", "abacus"], "no device"),
+    ],
+)
+def test_mistakes_of_the_command_are_one_line(options, told, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gradio", reason="pip install 'leansd[ui]'")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert main(["ui", *options]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert told in line
+
+
+def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    from leansd.faces.cli import ui
+
+    with pytest.raises(LeansdError, match=r"pip install 'leansd\[ui\]'"):
+        ui.serve_page()

@@ -27,6 +27,7 @@ def connect(parts: Parts, wiring: Wiring) -> None:
     busy = [
         *(parts.draw, parts.tune, parts.measure),
         *(parts.stop, parts.tune_stop, parts.measure_stop),
+        parts.turn,
     ]
     # Quick handlers do not stand in the queue of what computes; none is an interface for programs.
     quick = partial(_listen, queue=False)
@@ -73,7 +74,7 @@ def connect(parts: Parts, wiring: Wiring) -> None:
     def work(event: Any, handler: Any, given: list[Any], shows: list[Any], js: str = "") -> None:
         """A ticket first, then the work in its turn, at last, whatever came, the ticket back."""
         begun = quick(event, wiring.take_ticket, None, busy, js=js or None)
-        done = slow(begun.success, handler, given, shows)
+        done = slow(begun.success, handler, given, [*shows, parts.turn])
         quick(done.then, wiring.give_back, None, busy)
 
     drawing = [parts.plan, parts.rounds, *parts.settings]

@@ -47,6 +47,8 @@ class Parts:
     rounds: Any
     draw: Any
     stop: Any
+    turn: Any
+    """How many runs are before the visitor's own."""
     forecast: Any
     # pictures
     tabs: Any
@@ -132,6 +134,7 @@ def _lay_out_settings(models: list[str]) -> dict[str, Any]:
     with gr.Row():
         draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=120)
         stop = gr.Button("Stop", interactive=False, elem_id="stop", min_width=80)
+    turn = gr.HTML(apply_default_css=False, padding=False, elem_id="turn", visible=False)
     model = gr.Dropdown(models, value=models[0], label="Model", elem_id="model", filterable=False)
     plan_name = gr.Dropdown(
         ["balanced"],
@@ -178,6 +181,7 @@ def _lay_out_settings(models: list[str]) -> dict[str, Any]:
         "rounds": rounds,
         "draw": draw,
         "stop": stop,
+        "turn": turn,
         "forecast": forecast,
     }
 

@@ -237,11 +237,14 @@ class Wiring:
     @explain
     def take_ticket(self, request: gr.Request) -> Changes:
         self.desk.issue(str(request.session_hash))
-        return self.set_busy(True)
+        before = self.desk.waiting - 1
+        said = fragments.show_note(f"{before} before yours: it begins when they are over")
+        turn = gr.update(value=said, visible=before > 0)
+        return {self.parts.turn: turn, **self.set_busy(True)}
 
     def give_back(self, request: gr.Request) -> Changes:
         self.desk.close(str(request.session_hash))
-        return self.set_busy(False)
+        return {self.parts.turn: gr.update(visible=False), **self.set_busy(False)}
 
     def stop(self, request: gr.Request) -> None:
         self.desk.stop(str(request.session_hash))
@@ -262,6 +265,7 @@ class Wiring:
         beats = fragments.list_beats(plan, self.studio.open(settings.model).anatomy)
         last = None
         yield {
+            parts.turn: gr.update(visible=False),
             parts.lanes: fragments.show_lanes(beats, None, "starting"),
             parts.tabs: gr.Tabs(selected="pictures"),
         }
@@ -293,7 +297,10 @@ class Wiring:
         settings = read_settings(*given)
         ticket = self.desk.find(str(request.session_hash))
         lines = [line.strip() for line in (prompts or "").splitlines() if line.strip()]
-        yield {parts.tuning: fragments.show_bar("starting", 0)}
+        yield {
+            parts.turn: gr.update(visible=False),
+            parts.tuning: fragments.show_bar("starting", 0),
+        }
         try:
             for told in follow(
                 lambda tell: self.studio.tune(
@@ -332,7 +339,10 @@ class Wiring:
         parts = self.parts
         settings = read_settings(*given)
         ticket = self.desk.find(str(request.session_hash))
-        yield {parts.costs: fragments.show_bar("warming up", 0)}
+        yield {
+            parts.turn: gr.update(visible=False),
+            parts.costs: fragments.show_bar("warming up", 0),
+        }
         try:
             for told in follow(
                 lambda tell: self.studio.profile(
