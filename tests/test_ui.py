@@ -30,7 +30,7 @@ from leansd.plans.plan import Plan  # noqa: E402
 from tiny import tiny_pipeline  # noqa: E402
 
 STEPS = 8
-WAIT = 120_000  # milliseconds; a slow machine is no failure
+WAIT = 60_000  # milliseconds; a slow machine is no failure
 DESKTOP = {"width": 1280, "height": 800}
 PHONE = {"width": 390, "height": 844}
 

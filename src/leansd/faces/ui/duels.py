@@ -82,7 +82,7 @@ def hold_duel(
     ticket.check()
     if not warm:
         tell(Progress(None, {"full": 0, "lean": 0}, request.steps, 0, rounds, {}))
-        paint(pipe, replace(request, steps=WARM_UP), None, lambda *_: ticket.check())
+        paint(pipe, replace(request, steps=WARM_UP), None, lambda done, total: ticket.check())
     seconds: dict[Side, list[float]] = {side: [] for side in SIDES}
     paintings: dict[Side, Painting] = {}
     plans: dict[Side, Plan | None] = {"full": None, "lean": plan}
@@ -93,13 +93,13 @@ def hold_duel(
             def step(count: int, total: int, side: Side = side, turn: int = turn) -> None:
                 ticket.check()
                 done[side] = count  # noqa: B023
-                last = {each: laps[-1] for each, laps in seconds.items() if laps}
+                last: dict[Side, float] = {each: laps[-1] for each, laps in seconds.items() if laps}
                 tell(Progress(side, dict(done), total, turn, rounds, last))  # noqa: B023
 
             step(0, request.steps)
             paintings[side] = paint(pipe, request, plans[side], step)
             seconds[side].append(paintings[side].seconds)
-            last = {each: laps[-1] for each, laps in seconds.items() if laps}
+            last: dict[Side, float] = {each: laps[-1] for each, laps in seconds.items() if laps}
             tell(Progress(None, dict(done), request.steps, turn, rounds, last))
     return _judge(paintings, seconds)
 
@@ -108,7 +108,7 @@ def _judge(paintings: dict[Side, Painting], seconds: dict[Side, list[float]]) ->
     full, lean = paintings["full"].image, paintings["lean"].image
     report = paintings["lean"].report
     assert report is not None
-    timings = {side: Timing(tuple(laps)) for side, laps in seconds.items()}
+    timings: dict[Side, Timing] = {side: Timing(tuple(laps)) for side, laps in seconds.items()}
     return Outcome(
         full,
         lean,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
-
-import gradio as gr
+from typing import Any, TypeAlias
 
 from leansd.faces.ui.page import Parts
 from leansd.faces.ui.wiring import DEVICE, Wiring
+
+Listen: TypeAlias = Callable[..., Any]
 
 # On a phone the pictures lie below the settings.
 SHOW_RESULTS = (
@@ -29,9 +30,9 @@ def connect(parts: Parts, wiring: Wiring) -> None:
         *(parts.stop, parts.tune_stop, parts.measure_stop),
         parts.turn,
     ]
-    # Quick handlers do not stand in the queue of what computes; none is an interface for programs.
-    quick = partial(_listen, queue=False)
-    slow = partial(_listen, concurrency_id=DEVICE, concurrency_limit=1)
+    # Quick handlers do not wait for what computes; past the queue their errors would not be shown.
+    quick: Listen = partial(_listen, concurrency_id="page", concurrency_limit=8)
+    slow: Listen = partial(_listen, concurrency_id=DEVICE, concurrency_limit=1)
     chosen = [parts.plan_name, parts.tier, *parts.settings]
 
     parts.blocks.load(
@@ -99,7 +100,7 @@ def connect(parts: Parts, wiring: Wiring) -> None:
         [parts.costs, *shows_forecast],
     )
     for stop in (parts.stop, parts.tune_stop, parts.measure_stop):
-        quick(stop.click, wiring.stop, None, None)
+        _listen(stop.click, wiring.stop, None, None, queue=False)
 
     quick(
         parts.gallery.select,
@@ -115,8 +116,6 @@ def connect(parts: Parts, wiring: Wiring) -> None:
     )
 
 
-def _listen(
-    event: Any, handler: Any, given: Any, shows: Any, **options: Any
-) -> gr.events.Dependency:
+def _listen(event: Any, handler: Any, given: Any, shows: Any, **options: Any) -> Any:
     """One event, with no name to be called by from outside the page."""
     return event(handler, given, shows, api_visibility="private", show_progress="hidden", **options)

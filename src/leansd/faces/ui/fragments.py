@@ -95,7 +95,7 @@ def show_numbers(entry: Entry, warnings: Sequence[str] = ()) -> str:
         (
             "speed-up",
             f"{numbers.speedup:.2f}x",
-            spread or f"predicted for the UNet {numbers.predicted:.2f}x",
+            spread or f"UNet, predicted {numbers.predicted:.2f}x",
         ),
         ("time", f"{lean[rounds // 2]:.2f} s", f"full run {full[rounds // 2]:.2f} s"),
         ("PSNR", f"{numbers.psnr:.1f} dB", _judge(numbers.psnr)),

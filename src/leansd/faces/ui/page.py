@@ -328,7 +328,7 @@ def _lay_out_history() -> dict[str, Any]:
     gallery = gr.Gallery(
         label="History",
         show_label=False,
-        columns=[2, 3, 4, 5],
+        columns=5,
         height="auto",
         object_fit="contain",
         allow_preview=False,

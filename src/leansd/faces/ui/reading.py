@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import wraps
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -23,7 +24,9 @@ def explain(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*given)
         except LeansdError as error:
-            raise gr.Error(str(error), title="Not possible", print_exception=False) from error
+            raise gr.Error(
+                escape(str(error), quote=False), title="Not possible", print_exception=False
+            ) from error
 
     return told
 
@@ -36,7 +39,9 @@ def explain_all(function: Callable[..., Iterator[Any]]) -> Callable[..., Iterato
         try:
             yield from function(*given)
         except LeansdError as error:
-            raise gr.Error(str(error), title="Not possible", print_exception=False) from error
+            raise gr.Error(
+                escape(str(error), quote=False), title="Not possible", print_exception=False
+            ) from error
 
     return told
 
@@ -72,8 +77,9 @@ def read_settings(
 
 def read_cells(event: Any, plan: Plan) -> tuple[str, list[tuple[str, int]]]:
     """What the grid says was clicked, checked: anybody can send anything."""
-    data = getattr(event, "_data", None) or {}
-    kind, given = data.get("kind"), data.get("cells")
+    data: dict[str, Any] = getattr(event, "_data", None) or {}
+    kind: Any = data.get("kind")
+    given: Any = data.get("cells")
     cells = [
         (str(each[0]), each[1])
         for each in (given if isinstance(given, list) else [])

@@ -50,7 +50,7 @@ class Ticket:
 @contextmanager
 def stopping(unet: Any, ticket: Ticket) -> Iterator[None]:
     """Inside, every call of a UNet asks whether to go on: for work that has no steps of its own."""
-    handle = unet.register_forward_pre_hook(lambda *_: ticket.check())
+    handle = unet.register_forward_pre_hook(lambda module, given: ticket.check())
     try:
         yield
     finally:
