@@ -76,7 +76,9 @@ def connect(parts: Parts, wiring: Wiring) -> None:
         """A ticket first, then the work in its turn, at last, whatever came, the ticket back."""
         begun = quick(event, wiring.take_ticket, None, busy, js=js or None)
         done = slow(begun.success, handler, given, [*shows, parts.turn])
-        quick(done.then, wiring.give_back, None, busy)
+        # `then` alone does not follow an error.
+        for over in (done.success, done.failure):
+            quick(over, wiring.give_back, None, busy)
 
     drawing = [parts.plan, parts.rounds, *parts.settings]
     for event in (parts.draw.click, parts.prompt.submit):

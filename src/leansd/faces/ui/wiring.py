@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from leansd.errors import LeansdError
-from leansd.faces.contests import choose_prompts
+from leansd.faces.costs import Profiled
 from leansd.faces.fronts import describe_choice
 from leansd.faces.ui import fragments
 from leansd.faces.ui.cells import (
@@ -25,69 +25,23 @@ from leansd.faces.ui.cells import (
     turn_guidance,
     turn_key,
 )
-from leansd.faces.ui.history import Entry, Settings, list_entries, read_entry
-from leansd.faces.ui.page import MOST_STEPS, Parts
+from leansd.faces.ui.duels import Progress
+from leansd.faces.ui.history import read_entry
+from leansd.faces.ui.page import MOST_STEPS
 from leansd.faces.ui.reading import explain, explain_all, read_cells, read_settings
-from leansd.faces.ui.studio import SAVED, Model, Studio, fit_plan
-from leansd.faces.ui.tickets import Desk, Done, Stopped, follow
+from leansd.faces.ui.showing import Changes, Showing
+from leansd.faces.ui.studio import SAVED, Drawn, Tuned, fit_plan
+from leansd.faces.ui.tickets import Done, Stopped, follow
 from leansd.plans.liveness import GUIDANCE
 from leansd.plans.plan import Plan
-
-Changes = dict[Any, Any]
-"""New values by component."""
 
 DEVICE = "device"
 """The name of the queue in which all that computes stands."""
 TUNED = "tuned"
 
 
-class Wiring:
+class Wiring(Showing):
     """The handlers of one page; what a session has in hand is in its components."""
-
-    def __init__(self, studio: Studio, desk: Desk, parts: Parts) -> None:
-        self.studio, self.desk, self.parts = studio, desk, parts
-
-    # -- showing -------------------------------------------------------------------------------
-
-    def show_plan(self, plan: Plan, settings: Settings, tier: Tier) -> Changes:
-        """Everything that shows the plan in hand."""
-        parts, model = self.parts, self.studio.open(settings.model)
-        return {
-            parts.plan: plan,
-            parts.grid: asdict(lay_out_grid(plan, model.anatomy, tier)),
-            **self.show_forecast(plan, model, settings),
-            parts.lanes: fragments.show_lanes(fragments.list_beats(plan, model.anatomy)),
-        }
-
-    def show_forecast(self, plan: Plan, model: Model, settings: Settings) -> Changes:
-        forecast = self.studio.forecast(plan, model, guided=settings.guidance > 1)
-        shown = fragments.show_forecast(plan, forecast)
-        return dict.fromkeys((self.parts.forecast, self.parts.prediction), shown)
-
-    def show_model(self, model: Model) -> Changes:
-        parts = self.parts
-        measured = fragments.show_profile(model.profiled) if model.profiled is not None else ""
-        return {
-            parts.guidance: model.guidance,
-            parts.anatomy: fragments.show_anatomy(model),
-            parts.costs: measured,
-            parts.prompts: "\n".join(choose_prompts(model.name, 6)),
-        }
-
-    def show_history(self) -> Changes:
-        entries = list_entries(self.studio.folders.history)
-        shown = [(str(entry.lean), entry.caption) for entry in entries]
-        return {self.parts.gallery: shown, self.parts.keys: [entry.key for entry in entries]}
-
-    def show_entry(self, entry: Entry, warnings: Sequence[str] = ()) -> Changes:
-        parts = self.parts
-        full, lean = entry.open_pictures()
-        return {
-            parts.full: full,
-            parts.lean: lean,
-            parts.slider: gr.update(value=(full, lean), visible=True),
-            parts.numbers: fragments.show_numbers(entry, warnings),
-        }
 
     # -- settings ------------------------------------------------------------------------------
 
@@ -262,6 +216,10 @@ class Wiring:
         ticket = self.desk.find(str(request.session_hash))
         if plan is None:
             raise LeansdError("there is no plan yet: choose one")
+
+        def hold(tell: Callable[[Progress], None]) -> Drawn:
+            return self.studio.draw(settings, plan, rounds=int(rounds), ticket=ticket, tell=tell)
+
         beats = fragments.list_beats(plan, self.studio.open(settings.model).anatomy)
         last = None
         yield {
@@ -270,11 +228,7 @@ class Wiring:
             parts.tabs: gr.Tabs(selected="pictures"),
         }
         try:
-            for told in follow(
-                lambda tell: self.studio.draw(
-                    settings, plan, rounds=int(rounds), ticket=ticket, tell=tell
-                )
-            ):
+            for told in follow(hold):
                 if isinstance(told, Done):
                     drawn = told.result
                     lanes = fragments.show_lanes(beats, last and last.end())
@@ -297,21 +251,23 @@ class Wiring:
         settings = read_settings(*given)
         ticket = self.desk.find(str(request.session_hash))
         lines = [line.strip() for line in (prompts or "").splitlines() if line.strip()]
+
+        def seek(tell: Callable[[tuple[str, float]], None]) -> Tuned:
+            return self.studio.tune(
+                settings,
+                lines,
+                speedup=speed,
+                tries=int(tries),
+                ticket=ticket,
+                tell=lambda text, share: tell((text, share)),
+            )
+
         yield {
             parts.turn: gr.update(visible=False),
             parts.tuning: fragments.show_bar("starting", 0),
         }
         try:
-            for told in follow(
-                lambda tell: self.studio.tune(
-                    settings,
-                    lines,
-                    speedup=speed,
-                    tries=int(tries),
-                    ticket=ticket,
-                    tell=lambda *news: tell(news),
-                )
-            ):
+            for told in follow(seek):
                 if isinstance(told, Done):
                     tuned = told.result
                     plan = tuned.chosen.plan.rename(f"{TUNED} {speed:g}x")
@@ -339,16 +295,18 @@ class Wiring:
         parts = self.parts
         settings = read_settings(*given)
         ticket = self.desk.find(str(request.session_hash))
+
+        def probe(tell: Callable[[tuple[int, int]], None]) -> Profiled:
+            return self.studio.profile(
+                settings, ticket=ticket, tell=lambda run, runs: tell((run, runs))
+            )
+
         yield {
             parts.turn: gr.update(visible=False),
             parts.costs: fragments.show_bar("warming up", 0),
         }
         try:
-            for told in follow(
-                lambda tell: self.studio.profile(
-                    settings, ticket=ticket, tell=lambda *news: tell(news)
-                )
-            ):
+            for told in follow(probe):
                 if isinstance(told, Done):
                     changes: Changes = {parts.costs: fragments.show_profile(told.result)}
                     if plan is not None:
@@ -391,7 +349,7 @@ class Wiring:
         }
 
 
-def describe(progress: Any) -> str:
+def describe(progress: Progress) -> str:
     """What goes on, in words."""
     if progress.side is None:
         return "warming up: two steps that are not timed"
