@@ -242,7 +242,8 @@ def test_a_run_is_stopped(visit, home):
 def test_another_model_is_tuned_and_timed(visit, shots):
     page = visit.page
     visit.choose("model", "tiny")
-    page.wait_for_function("document.querySelector('#anatomy').textContent.includes('tiny:')")
+    # Its own guidance comes with it.
+    page.wait_for_function("document.querySelector('#guidance input').value === '7.5'")
     visit.set_steps(STEPS)
     visit.open_tab("Tune")
     page.fill("#prompts textarea", "a\nb\nc")
@@ -306,8 +307,10 @@ def test_everything_can_be_done_by_keyboard(browser, address, shots):
     page.wait_for_selector(".cards")
     visit.wait_idle()
     press_until("button[role=tab]")
-    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent").strip() == "Plan"
     page.keyboard.press("Enter")
+    page.wait_for_selector("td[role=gridcell]")
     press_until("td[role=gridcell]")
     for key in ("ArrowDown", "ArrowRight", "ArrowRight"):
         page.keyboard.press(key)
