@@ -36,6 +36,7 @@ COMMANDS = {
     "evaluate": "Measure how true and how good the pictures of plans are.",
     "bench": "Measure ours against every rival in turns.",
     "export": "Write a net for stock diffusers or ONNX Runtime.",
+    "ui": "Open a page: draw side by side, edit plans, tune, look back.",
     "emoji": "The embedded model: train it, measure it.",
     "manual": "Show every command with its options and examples.",
 }
