@@ -10,7 +10,7 @@ from PIL import Image
 
 import leansd
 from leansd.bulk.rows import read_sheet
-from leansd.bulk.shards import Drawn, pack_shard
+from leansd.bulk.shards import Drawn, name_shard, pack_shard
 from leansd.emoji.location import model_folder
 from leansd.exporting.exporter import Exported
 from leansd.faces.bulk import place_order
@@ -34,10 +34,12 @@ from leansd.faces.report import (
     planning,
     recognising,
     redundancy,
+    scoring,
     showing,
     training,
     tuning,
 )
+from leansd.faces.scores import judge, prepare
 from leansd.faces.standings import read_standings
 from leansd.incubation.dryrun import Estimate, StageCost
 from leansd.incubation.recipe import load_recipe
@@ -48,6 +50,7 @@ from leansd.measuring.records import Record, load_records, stamp
 from leansd.measuring.timing import Ratio, Timing
 from leansd.plans.plan import Plan
 from leansd.plans.presets import HOUSE, PRESETS, preset
+from leansd.scoring.looking import Manner
 from leansd.surgery.edits import Surgery
 from leansd.tuning.cutting import Candidate, Cut
 from leansd.tuning.front import Front, Point
@@ -302,6 +305,17 @@ def report_estimate(folder: Path) -> Report:
         for n, name in enumerate(("warm", "whole"))
     )  # fmt: skip
     return estimating.make_report(Estimate("light", 8, stages, 5e10, "cpu"), ORIGIN)
+
+
+def report_scoring(folder: Path) -> Report:
+    drawn = [Drawn(f"{n:02d}", draw(n), {"prompt": PROMPTS[n % 3]}) for n in range(6)]
+    (folder / "drawn").mkdir()
+    (folder / "drawn" / name_shard(0)).write_bytes(pack_shard(drawn))
+    scored = prepare(
+        folder / "drawn", None, "tiny-clip", (), manner=Manner({}), out=folder, cache=folder,
+        note=print,
+    )  # fmt: skip
+    return scoring.make_report(scored, judge(scored), ["seen by the tiny CLIP only"], ORIGIN)
 
 
 KINDS: dict[str, Callable[[Path], Report]] = {

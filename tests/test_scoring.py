@@ -38,7 +38,7 @@ from leansd.scoring.metrics import METRICS
 from leansd.scoring.metrics.inception_score import measure_inception_score
 from leansd.scoring.pictures import list_pictures
 from leansd.scoring.samples import Shown
-from test_demo import read_page
+from pages import read_page
 from test_evaluate import clip_folder  # noqa: F401
 
 

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from leansd.errors import LeansdError
-from leansd.faces.report import write_page
-from leansd.faces.report.scoring import make_sections
+from leansd.faces.report import Origin
+from leansd.faces.report import write_report as write_page
+from leansd.faces.report.scoring import make_report
 from leansd.loading import find_device
-from leansd.measuring.records import write_records
+from leansd.measuring.records import stamp, write_records
 from leansd.scoring.extractors import EXTRACTORS
 from leansd.scoring.looking import Manner, look_here
 from leansd.scoring.metrics import METRICS
@@ -106,17 +107,14 @@ def judge(
     return carry_out(scoring, work=work, on_pictures=on_pictures, on_metric=on_metric)
 
 
-def write_report(scoring: Scoring, scored: Scored, notes: Sequence[str], out: Path) -> list[Path]:
+def write_report(
+    scoring: Scoring, scored: Scored, notes: Sequence[str], out: Path, command: str
+) -> list[Path]:
     """The page, the records, and a record a picture where there are such."""
-    count, folder = len(scoring.pictures), scoring.pictures.folder
+    device = find_device(scoring.manner.device)
+    page = make_report(scoring, scored, notes, Origin(command, stamp(device)))
     files = [
-        write_page(
-            out / "report.html",
-            title="Scores of a set of pictures",
-            lead=f"{count} pictures of {folder}.",
-            sections=make_sections(scoring, scored, notes),
-            foot="Written by leansd evaluate.",
-        ),
+        write_page(out / "report.html", page),
         write_records(out / "records.jsonl", scored.records),
     ]
     if scored.values:

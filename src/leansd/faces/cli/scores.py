@@ -20,6 +20,7 @@ def score_folder(
     as_json: bool,
 ) -> None:
     """Score, show, and write the report."""
+    from leansd.faces.cli.invocation import quote_command
     from leansd.faces.cli.terminal import (
         hush_libraries,
         note,
@@ -46,7 +47,7 @@ def score_folder(
             on_pictures=lambda done, total: progress.update(bar, completed=done, total=total),
             on_metric=lambda name: progress.update(bar, description=f"computing {name}"),
         )
-    files = write_report(scoring, scored, notes, out)
+    files = write_report(scoring, scored, notes, out, quote_command())
     show_table(tabulate_scores(scoring, scored))
     for line in notes:
         show_text(line)

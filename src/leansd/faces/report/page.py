@@ -12,7 +12,7 @@ from markupsafe import Markup
 from PIL.Image import Image, Resampling
 
 from leansd.faces.report.figures import embed_svg, encode_png, encode_svg
-from leansd.faces.report.palette import DARK, LIGHT
+from leansd.faces.report.palette import DARK, LIGHT, declare_colours
 from leansd.faces.report.sections import Report
 from leansd.measuring.files import write_file
 
@@ -54,13 +54,9 @@ def _render(report: Report, vectors: dict[str, str]) -> str:
         report=report,
         anchors=_name_anchors([section.title for section in report.sections]),
         embedded=embedded,
-        light=_declare(LIGHT),
-        dark=_declare(DARK),
+        light=Markup(declare_colours(LIGHT)),
+        dark=Markup(declare_colours(DARK)),
     )
-
-
-def _declare(colours: dict[str, str]) -> Markup:
-    return Markup(" ".join(f"--{name}: {colour};" for name, colour in colours.items()))
 
 
 def _name_anchors(titles: list[str]) -> list[str]:

@@ -6,7 +6,7 @@ follow it. No two names share a colour, or it could not be told whose it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 LIGHT = {
     "paper": "#fafaf9",
@@ -65,6 +65,12 @@ DARK = {
     "series-8": "#9aa1ad",
 }
 """The same names on a dark page."""
+
+
+def declare_colours(colours: Mapping[str, str]) -> str:
+    """Colours as properties of CSS."""
+    return " ".join(f"--{name}: {colour};" for name, colour in colours.items())
+
 
 NAMES = {colour: name for name, colour in LIGHT.items()}
 SERIES = tuple(name for name in LIGHT if name.startswith("series-"))

@@ -7,8 +7,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from PIL import Image
 
-from leansd.faces.report.sections import Grid, Listing, Prose, Section
-from leansd.measuring.records import Record
+from leansd.faces.report.sections import (
+    Grid,
+    Listing,
+    Origin,
+    Prose,
+    Report,
+    Section,
+    attach_records,
+)
 from leansd.measuring.tables import Table
 from leansd.scoring.metrics import METRICS
 from leansd.scoring.metrics.metric import Against, Score
@@ -40,16 +47,34 @@ def tabulate_scores(scoring: Scoring, scored: Scored) -> Table:
     return Table(("metric", "value", "against", "seen by"), tuple(rows), caption)
 
 
-def make_sections(scoring: Scoring, scored: Scored, notes: Sequence[str]) -> list[Section]:
-    """The report of a set; `notes` say what was not measured."""
+def make_report(scoring: Scoring, scored: Scored, notes: Sequence[str], origin: Origin) -> Report:
+    """The scores of a set, its best and worst pictures; `notes` say what was not measured."""
     table = tabulate_scores(scoring, scored)
     sections: list[Section] = [
         Listing(table.caption, table, [METRICS[name].meaning for name in scored.scores])
     ]
     grids = list(_make_grids(scoring, scored))
     sections += grids or [_make_sample(scoring)]
-    sections.append(Prose("How this was measured", [_describe(scored.records[0]), *notes]))
-    return sections
+    if notes:
+        sections.append(Prose("What these numbers are not", notes))
+    count, folder = len(scoring.pictures), scoring.pictures.folder
+    attachments = [attach_records(scored.records)]
+    if scored.values:
+        attachments.append(attach_records(scored.values, "values.jsonl"))
+    return Report(
+        title="Scores of a set of pictures",
+        summary=_summarise(scored),
+        measured=f"{count} pictures of {folder}",
+        sections=sections,
+        origin=origin,
+        attachments=attachments,
+    )
+
+
+def _summarise(scored: Scored) -> str:
+    """Every metric's first number, in a sentence."""
+    told = [f"{scores[0].title} {_show(scores[0])}" for scores in scored.scores.values()]
+    return f"As a set the pictures score {', '.join(told)}."
 
 
 def _show(score: Score) -> str:
@@ -107,10 +132,3 @@ def _shrink(picture: Image.Image) -> Image.Image:
     small = picture.convert("RGB")
     small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     return small
-
-
-def _describe(record: Record) -> str:
-    return (
-        f"{record.device}; leansd {record.leansd}, torch {record.torch}, Python {record.python}; "
-        f"{record.time}."
-    )

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup, escape
+from markupsafe import escape
 
 from leansd.faces.costs import Profiled, show_milliseconds, tabulate_gains, tabulate_split
-from leansd.faces.report.drawings import Bar, Point, draw_bars, plot_tradeoff
+from leansd.faces.report.drawings import Bar, draw_bars
+from leansd.faces.report.figures import embed_svg, encode_svg
+from leansd.faces.report.plots import Point, plot_tradeoff
 from leansd.faces.report.sections import Drawing
 from leansd.faces.ui.duels import Progress, Side
 from leansd.faces.ui.history import Entry
@@ -163,8 +165,8 @@ def _align(table: Table, place: int) -> str:
 
 def show_drawing(drawing: Drawing) -> str:
     caption = f"<figcaption>{escape(drawing.caption)}</figcaption>" if drawing.caption else ""
-    alt = escape(drawing.alt)
-    return f'<figure role="img" aria-label="{alt}">{Markup(drawing.svg)}{caption}</figure>'
+    shown = embed_svg(encode_svg(drawing.figure), drawing.name, drawing.alt)
+    return f"<figure>{shown}{caption}</figure>"
 
 
 def show_anatomy(model: Model) -> str:
@@ -184,6 +186,7 @@ def show_anatomy(model: Model) -> str:
     drawing = draw_bars(
         bars,
         names=("of parameters", "of MACs"),
+        name="blocks",
         alt=f"Parameters and multiply-accumulates by block; most computation is in {most}.",
     )
     units = len(anatomy) - 2
@@ -207,11 +210,12 @@ def show_profile(profiled: Profiled) -> str:
         )
         for unit in anatomy
     ]
-    slowest = max(bars, key=lambda bar: bar.shares[0])
+    slowest = max(bars, key=lambda bar: bar.lengths[0])
     drawing = draw_bars(
         bars,
         names=("of time here", "of MACs"),
-        alt=f"Time of every unit; most is spent in {slowest.name}, {slowest.shares[0]:.0%}.",
+        name="units",
+        alt=f"Time of every unit; most is spent in {slowest.name}, {slowest.lengths[0]:.0%}.",
     )
     facts = profiled.circumstances
     lead = (
@@ -244,7 +248,7 @@ def show_front(tuned: Tuned) -> str:
         points,
         x_name="times faster than the full run (predicted)",
         y_name="dB to the full run",
-        alt=f"{len(points)} plans; chosen: {chosen.speedup:.2f}x at {chosen.psnr:.1f} dB.",
+        caption=f"{len(points)} plans; chosen: {chosen.speedup:.2f}x at {chosen.psnr:.1f} dB.",
     )
     return f'<div class="drawing">{show_drawing(drawing)}</div>'
 

@@ -15,6 +15,8 @@ from leansd.faces.ui.studio import MOST_PROMPTS
 from leansd.runtime.samplers import SAMPLERS
 
 ASSETS = files("leansd.faces.ui") / "assets"
+
+
 MOST_STEPS = 100
 TITLE = "leansd"
 LEAD = "The same picture from the same UNet, in less time."

@@ -18,6 +18,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from leansd.errors import LeansdError
+from leansd.faces.report.palette import DARK, LIGHT, declare_colours
 from leansd.faces.ui.events import connect
 from leansd.faces.ui.page import ASSETS, lay_out
 from leansd.faces.ui.studio import Studio
@@ -105,7 +106,7 @@ def serving(studio: Studio, door: Door, *, limit: int) -> Iterator[str]:
             max_file_size=MOST_UPLOADED,
             allowed_paths=[str(folder) for folder in shown],
             theme=make_theme(),
-            css=(ASSETS / "page.css").read_text(encoding="utf-8"),
+            css=read_style(),
             footer_links=[],
             run_history=False,
             app_kwargs={
@@ -209,3 +210,9 @@ def _is_page(message: Any) -> bool:
 def _resize(start: Any, length: int) -> Message:
     kept = [each for each in start["headers"] if each[0].lower() != b"content-length"]
     return {**start, "headers": [*kept, (b"content-length", str(length).encode())]}
+
+
+def read_style() -> str:
+    """The page's style, in the colours of the reports."""
+    own = (ASSETS / "page.css").read_text(encoding="utf-8")
+    return f":root {{ {declare_colours(LIGHT)} }}\n.dark {{ {declare_colours(DARK)} }}\n{own}"
