@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test check lint types format bench tables clean
+.PHONY: demo test check lint types format bench tables notebooks clean
 
 demo: $(VENV)/.user
 	$(BIN)/leansd demo
@@ -35,6 +35,9 @@ bench: $(VENV)/.developer
 
 tables: $(VENV)/.developer
 	$(BIN)/python benchmarks/tables.py
+
+notebooks: $(VENV)/.developer
+	$(BIN)/python notebooks/execute.py
 
 clean:
 	rm -rf $(VENV) demo build dist
