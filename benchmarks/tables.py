@@ -19,7 +19,12 @@ from leansd.measuring.records import Record, load_records
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 COLUMNS = ("", "speed-up, measured", "predicted", "PSNR to full", "SSIM", "CLIP score")
-PAGES = (ROOT / "README.md", ROOT / "docs" / "surgery.md", ROOT / "docs" / "reproduce.md")
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "docs" / "architecture.md",
+    ROOT / "docs" / "reproduce.md",
+    ROOT / "docs" / "surgery.md",
+)
 BLOCK = re.compile(r"(<!-- table: (?P<name>\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -236,6 +241,21 @@ def tabulate_cuts() -> str:
     return "\n".join([setting, *lines, ""])
 
 
+def tabulate_imports() -> str:
+    """What importing takes, and its share of importing torch."""
+    records = load_records(RESULTS / "imports.jsonl")
+    first = records[0]
+    lines = ["| imported in a new process | ms of the processor | of torch's |", "|---|---:|---:|"]
+    for each in records:
+        low, high = (1e3 * get_number(each, name) for name in ("low", "high"))
+        lines.append(
+            f"| {each.plan} | {1e3 * each.value:.0f} ({low:.0f} to {high:.0f}) "
+            f"| {get_number(each, 'share'):.1%} |"
+        )
+    setting = f"{get(first, 'rounds')} rounds in turns; {first.device}; torch {first.torch}:\n"
+    return "\n".join([setting, *lines, ""])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cuts": tabulate_cuts,
     "presets": tabulate_presets,
@@ -246,6 +266,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "assembly": tabulate_assembly,
     "prediction": tabulate_prediction,
     "surgeries": tabulate_surgeries,
+    "imports": tabulate_imports,
 }
 
 
