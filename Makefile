@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test check lint types format bench tables docs manual clean
+.PHONY: demo test check lint types format bench tables docs manual notebooks clean
 
 demo: $(VENV)/.user
 	$(BIN)/leansd demo
@@ -44,6 +44,9 @@ docs: $(VENV)/.developer
 manual: $(VENV)/.developer
 	$(BIN)/leansd manual --to markdown --out docs/commands.md
 	$(BIN)/leansd manual --to roff --out docs/leansd.1
+
+notebooks: $(VENV)/.developer
+	$(BIN)/python notebooks/execute.py
 
 clean:
 	rm -rf $(VENV) demo build dist

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from diffusers import UNet2DConditionModel
-from incubation import ASSEMBLED, EVERY, LIGHT, RECIPES, ROOT, RUNS, SEEDS, Study
+from incubation import ASSEMBLED, EVERY, LIGHT, ROOT, RUNS, SEEDS, Study
 from torch import Tensor
 
 import leansd
@@ -144,7 +144,7 @@ def open_untrained(study: Study) -> Mapping[str, UNet2DConditionModel]:
     """What surgery alone leaves: of the teacher, and of the teacher with a trained light net."""
     teacher = leansd.load("emoji", device="cpu").unet
     pruned, _ = leansd.operate(teacher, "bk-base")
-    stages = {stage.name: stage for stage in load_recipe(RECIPES / "emoji-asdm.yaml").stages}
+    stages = {stage.name: stage for stage in load_recipe("emoji-asdm.yaml").stages}
     nets = {"original": teacher, LIGHT: leansd.load_unet(study.get_net(LIGHT), device="cpu")}
     assembled, _ = leansd.operate(nets, stages[ASSEMBLED].surgery)
     return {PRUNED: pruned, UNTRAINED: assembled}

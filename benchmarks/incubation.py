@@ -27,7 +27,6 @@ from leansd.surgery.edits import Replace, Surgery
 from leansd.surgery.presets import find_surgery
 
 ROOT = Path(__file__).parent.parent
-RECIPES = ROOT / "recipes"
 RUNS = ROOT / "runs" / "incubation"
 SEEDS = [0, 1, 2]
 LIGHT, ASSEMBLED, EQUIPPED, WHOLE = "light", "assembled", "equipped", "whole"
@@ -150,7 +149,7 @@ class Study:
     def _read(self, name: str) -> tuple[Recipe, dict[str, Stage]]:
         changes = (f"seed={self.seed}", f"data.path={self.data / 'train'}",
                    f"data.cache={self.home / 'cache'}")  # fmt: skip
-        recipe = load_recipe(RECIPES / name, changes)
+        recipe = load_recipe(name, changes)
         return recipe, {stage.name: stage for stage in recipe.stages}
 
     def _keep(

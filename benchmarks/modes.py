@@ -20,7 +20,7 @@ from leansd.measuring.records import Record, stamp, write_records
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "modes.jsonl"
-RECIPE = ROOT / "recipes" / "sd15-asdm.yaml"
+RECIPE = "sd15-asdm.yaml"
 ASSEMBLED = {"surgery": "asdm-1222", "nets": {"original": "teacher"}, "train": ["dn0", "up3"]}
 MODES: Mapping[str, Mapping[str, object]] = {
     "bk-base, end to end": {"surgery": "bk-base", "train": "*"},

@@ -425,6 +425,21 @@ def show_time(seconds: float) -> str:
     return f"{hours} h {left} min" if hours else f"{minutes} min {rest} s"
 
 
+def tabulate_imports() -> str:
+    """What importing takes, and its share of importing torch."""
+    records = load_records(RESULTS / "imports.jsonl")
+    first = records[0]
+    lines = ["| imported in a new process | ms of the processor | of torch's |", "|---|---:|---:|"]
+    for each in records:
+        low, high = (1e3 * get_number(each, name) for name in ("low", "high"))
+        lines.append(
+            f"| {each.plan} | {1e3 * each.value:.0f} ({low:.0f} to {high:.0f}) "
+            f"| {get_number(each, 'share'):.1%} |"
+        )
+    setting = f"{get(first, 'rounds')} rounds in turns; {first.device}; torch {first.torch}:\n"
+    return "\n".join([setting, *lines, ""])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cuts": tabulate_cuts,
     "presets": tabulate_presets,
@@ -442,6 +457,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "host": tabulate_host,
     "scale": tabulate_scale,
     "steady": tabulate_steady,
+    "imports": tabulate_imports,
 }
 
 

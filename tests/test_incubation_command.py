@@ -49,6 +49,9 @@ def test_a_recipe_becomes_a_net(recipe: Path, tmp_path: Path, capsys: Any) -> No
     assert json.loads(said.splitlines()[-1])["net"] == str(out / "net")
     assert "light 2/2 loss" in noted
     assert load_unet(out / "net", device="cpu").config.layers_per_block == 1
+    card = (out / "net" / "README.md").read_text()
+    assert "| light | light of teacher | end-to-end | 2 | 1 | 5e-05 | output, vgg |" in card
+    assert str(recipe.parent) not in card
     with Image.open(out / "light/validation/step-00000002.png") as grid:
         assert grid.size == (32, 64)  # the teacher's picture above the student's
     page, text = read_page(out / "report.html")
@@ -94,6 +97,7 @@ def test_what_is_wrong_is_said_in_a_line(recipe: Path, tmp_path: Path, capsys: A
     for arguments, said in (
         ((recipe,), "give --out"),
         ((tmp_path / "none.yaml", "--dry-run"), "cannot read the recipe"),
+        (("smokey", "--dry-run"), "one of emoji-asdm, emoji-bk, sd15-asdm, sd15-bk, smoke"),
         ((recipe, "data.kind=rando", "--out", tmp_path / "a"), "did you mean random"),
         ((recipe, "data.prompt=a", "--out", tmp_path / "b"), "no option 'prompt'"),
     ):

@@ -1,4 +1,4 @@
-"""`recipes/smoke.yaml`: every stage and loss on the embedded model, killed and resumed."""
+"""The recipe `smoke`: every stage and loss on the embedded model, killed and resumed."""
 
 from pathlib import Path
 
@@ -7,21 +7,21 @@ import pytest
 from leansd.faces.cli import main
 from processes import die_before_moving, run_until_dead
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "smoke.yaml"
+RECIPE = "smoke"
 
 
 def work_until_dead(out: Path, moves: int) -> None:
     die_before_moving(moves)
-    main(["incubate", str(RECIPE), "--out", str(out), "--resume"])
+    main(["incubate", RECIPE, "--out", str(out), "--resume"])
 
 
 @pytest.mark.slow
 def test_smoke_killed_and_resumed_gives_the_same_bytes(tmp_path: Path) -> None:
     pytest.importorskip("torchvision")
-    assert main(["incubate", str(RECIPE), "--out", str(tmp_path / "whole")]) == 0
+    assert main(["incubate", RECIPE, "--out", str(tmp_path / "whole")]) == 0
     killed = tmp_path / "killed"
     run_until_dead(work_until_dead, killed, 4)
     run_until_dead(work_until_dead, killed, 5)
-    assert main(["incubate", str(RECIPE), "--out", str(killed), "--resume"]) == 0
+    assert main(["incubate", RECIPE, "--out", str(killed), "--resume"]) == 0
     for file in sorted((tmp_path / "whole/net").iterdir()):
         assert file.read_bytes() == (killed / "net" / file.name).read_bytes(), file.name

@@ -20,6 +20,7 @@ LAYERS = (
     ("tuning",),
     ("emoji",),
     ("loading",),
+    ("cards",),
     ("incubation",),
     ("bulk",),
     ("scoring",),

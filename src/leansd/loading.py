@@ -282,10 +282,21 @@ def _load_folder(folder: Path, dtype: torch.dtype, *, quiet: bool) -> DiffusionP
     try:
         if not quiet:
             return _open(folder, dtype, local_files_only=True)
-        with silent_loading():
+        with silent_loading(), _without_warnings():
             return _open(folder, dtype, local_files_only=True)
     except _FAILURES as error:
         raise LeansdError(_explain(folder, error)) from error
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Only errors of diffusers: it remarks on a small autoencoder that is as it should be."""
+    before = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers.utils.logging.set_verbosity(before)
 
 
 def _load_from_hub(name: str, dtype: torch.dtype) -> DiffusionPipeline:

@@ -9,10 +9,11 @@ from typing import Any, Literal, get_args
 from diffusers import UNet2DConditionModel
 
 from leansd.anatomy.reading import read_anatomy
+from leansd.cards import Card, write_card
 from leansd.errors import LeansdError
 from leansd.exporting.folder import TABLE, check_out
 from leansd.exporting.onnx import Tell, write_onnx
-from leansd.exporting.opening import open_net
+from leansd.exporting.opening import name_source, open_net
 from leansd.exporting.plain import describe_losses, write_plain
 from leansd.exporting.sessions import require_packages
 from leansd.plans.plan import Plan
@@ -72,14 +73,21 @@ def export(
     if sampler is not None:
         check_sampler(sampler)
     unet, own = open_net(net)
+    model = name_source(net)
+    nets = {"exported": model} if model else {}
     if to == "diffusers":
-        write_plain(unet, home)
-        return Exported(home, _measure(home), losses=describe_losses(unet))
+        losses = describe_losses(unet)
+        card = Card(home.name, nets, "plain", losses=losses)
+        write_plain(unet, home, lambda draft, plain: write_card(draft, card, plain, before=unet))
+        return Exported(home, _measure(home), losses=losses)
     chosen = None
     if source is not None:
         count = steps or (source.steps if isinstance(source, Plan) else STEPS)
         chosen = build_for(source, count, _count_up_blocks(unet), sampler or own)
-    difference = write_onnx(unet, home, chosen, tell)
+    card = Card(home.name, nets, "onnx")
+    difference = write_onnx(
+        unet, home, chosen, tell, lambda draft, unet: write_card(draft, card, unet)
+    )
     return Exported(home, _measure(home), chosen, difference)
 
 

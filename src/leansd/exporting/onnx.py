@@ -41,8 +41,17 @@ CHECKED = ((1, (16, 24)), (3, (10, 15)))
 """Those that every graph is checked at."""
 
 
-def write_onnx(unet: UNet2DConditionModel, folder: Path, plan: Plan | None, tell: Tell) -> float:
+def write_onnx(
+    unet: UNet2DConditionModel,
+    folder: Path,
+    plan: Plan | None,
+    tell: Tell,
+    describe: Callable[[Path, UNet2DConditionModel], object] = lambda folder, unet: None,
+) -> float:
     """Write `unet` and the graphs that `plan` needs into `folder`; gives the largest difference.
+
+    Args:
+        describe: writes what else belongs into the folder.
 
     Raises:
         LeansdError: a package is missing, the UNet or the plan cannot be written as ONNX, or ONNX
@@ -61,6 +70,7 @@ def write_onnx(unet: UNet2DConditionModel, folder: Path, plan: Plan | None, tell
         unet.save_config(draft)
         if plan is not None:
             plan.save(draft / PLAN)
+        describe(draft, unet)
     return difference
 
 

@@ -41,6 +41,14 @@ def open_net(net: Any) -> Net:
     return Net(unet, read_sampler(net))
 
 
+def name_source(net: Any) -> str:
+    """What `export` was given by name, a folder or a hub id; nothing where none is known."""
+    if isinstance(net, str | Path):
+        return str(net)
+    unet = getattr(net, "unet", net)
+    return str(getattr(net, "name_or_path", "") or unet.config.get("_name_or_path") or "")
+
+
 def find_home(net: str | Path) -> Path:
     """The folder of a UNet or of a whole model.
 

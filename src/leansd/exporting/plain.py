@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,15 @@ def describe_losses(unet: UNet2DConditionModel) -> tuple[str, ...]:
     return tuple(f"{' '.join(places[by])}: {text}" for by, text in losses.items() if places[by])
 
 
-def write_plain(unet: UNet2DConditionModel, folder: Path) -> None:
+def write_plain(
+    unet: UNet2DConditionModel,
+    folder: Path,
+    describe: Callable[[Path, UNet2DConditionModel], object] = lambda folder, plain: None,
+) -> None:
     """Write a net as a folder that `UNet2DConditionModel.from_pretrained` opens.
+
+    Args:
+        describe: writes what else belongs into the folder, given the plain net.
 
     Raises:
         LeansdError: see `to_plain`.
@@ -83,3 +90,4 @@ def write_plain(unet: UNet2DConditionModel, folder: Path) -> None:
     plain = to_plain(unet)
     with replace_folder(folder) as draft:
         plain.save_pretrained(draft)
+        describe(draft, plain)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
+from leansd.cards import Card, write_card
 from leansd.errors import LeansdError
 from leansd.loading import is_unet_folder, load, load_unet
 from leansd.surgery.edits import Surgery
@@ -29,7 +30,7 @@ def list_nets(model: str, others: Sequence[str]) -> dict[str, str]:
 def operate_into(
     folder: Path, models: Mapping[str, str], surgery: Surgery, *, whole: bool
 ) -> list[Path]:
-    """Operate, and write the UNet with its lineage and surgery; gives what was written."""
+    """Operate, and write the UNet with lineage, surgery and card; gives what was written."""
     pipe: DiffusionPipeline | None = None
     if whole:
         if is_unet_folder(models[BASE]):
@@ -47,7 +48,15 @@ def operate_into(
         student.save_pretrained(home)
     lineage.save(home)
     surgery.save(home / "surgery.yaml")
-    return [folder, home / "lineage.json", home / "surgery.yaml"]
+    card = Card(
+        name=surgery.name,
+        nets=models,
+        form="pipeline" if whole else "unet",
+        edits=[str(edit) for edit in surgery.edits],
+        lineage=lineage,
+    )
+    written = write_card(folder, card, student, before=base)
+    return [folder, home / "lineage.json", home / "surgery.yaml", written]
 
 
 def _open_unet(model: str) -> UNet2DConditionModel:

@@ -33,6 +33,8 @@ from leansd.surgery.presets import find_surgery
 TEACHER = "teacher"
 """What the original net is called among the nets of a stage."""
 MOST_BASES = 16
+BUNDLED = Path(__file__).parent / "recipes"
+"""The recipes that come with the package."""
 
 
 def _listed(value: Any) -> Any:
@@ -193,10 +195,13 @@ class Recipe(_Frozen):
 def load_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
     """Read a recipe with its bases and apply `key=value` changes by dotted path.
 
+    Args:
+        path: its file, or the name of one that comes with the package.
+
     Raises:
         LeansdError: a file is missing, or a key or value is none; the message names the place.
     """
-    path = Path(path)
+    path = find_recipe(path)
     document = {"name": path.stem} | _read_document(path, MOST_BASES)
     for change in changes:
         _change(document, change)
@@ -208,6 +213,25 @@ def load_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
         raise LeansdError(
             f"{path} is no valid recipe: {place}: {first['msg'].removeprefix('Value error, ')}"
         ) from None
+
+
+def find_recipe(source: str | Path) -> Path:
+    """The file of a recipe: the one at this path, else the bundled one of this name.
+
+    Raises:
+        LeansdError: there is neither.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path
+    bundled = {each.stem: each for each in sorted(BUNDLED.glob("*.yaml"))}
+    # `recipes/smoke.yaml` is meant by that name, too, where there is no checkout to find it in.
+    if path.stem in bundled and str(path) in (path.stem, path.name, f"recipes/{path.name}"):
+        return bundled[path.stem]
+    if path.suffix:
+        raise LeansdError(f"cannot read the recipe {path}: there is no such file")
+    names = ", ".join(name for name in bundled if not name.endswith("base"))
+    raise LeansdError(f"no recipe {str(source)!r}: give a YAML file, or one of {names}")
 
 
 def _read_document(path: Path, deep: int) -> dict[str, Any]:

@@ -14,8 +14,10 @@ from accelerate.utils import ProjectConfiguration
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from leansd.cards import write_card
 from leansd.errors import LeansdError
 from leansd.incubation.batches import Source
+from leansd.incubation.cards import make_card
 from leansd.incubation.checkpoints import writing
 from leansd.incubation.noise import Schedule
 from leansd.incubation.recipe import TEACHER, Recipe, Stage
@@ -87,7 +89,7 @@ def incubate(
                 look=None if make_look is None else make_look(stage, student, teacher),
             )
             if accelerator.is_main_process:
-                keep_net(recipe, stage, student, home / NET)
+                keep_net(run, stage, student, home / NET)
             accelerator.wait_for_everyone()
             accelerator.free_memory()
     if accelerator.is_main_process and not (run.folder / NET).exists():
@@ -143,12 +145,15 @@ def open_nets(run: Run, stage: Stage) -> dict[str, Net]:
     return nets
 
 
-def keep_net(recipe: Recipe, stage: Stage, student: Student, folder: Path) -> None:
+def keep_net(run: Run, stage: Stage, student: Student, folder: Path) -> None:
     """Write what a stage made."""
+    recipe = run.recipe
     student.unet.eval().requires_grad_(True)
     about = {"recipe": recipe.name, "fingerprint": recipe.fingerprint, "stage": stage.name}
     with writing(folder) as partial:
         save_net(student, partial, about)
+        card = make_card(recipe, stage, student, run.folder)
+        write_card(partial, card, student.unet, before=run.pipe.unet)
 
 
 def find_projection(run: Run, accelerator: Accelerator) -> Tensor | None:

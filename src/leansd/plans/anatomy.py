@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from hashlib import sha256
 
 from leansd.errors import LeansdError
 from leansd.plans import address
@@ -111,6 +110,8 @@ class Anatomy:
     @cached_property
     def fingerprint(self) -> str:
         """Twelve hex digits of the shape of the graph: equal for UNets that take the same plans."""
+        from hashlib import sha256  # here, since it opens OpenSSL
+
         rows = repr([(unit.at, unit.kind, unit.channels, unit.reads) for unit in self.units])
         return sha256(rows.encode()).hexdigest()[:12]
 

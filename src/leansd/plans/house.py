@@ -13,7 +13,6 @@ from functools import cache, partial
 from pathlib import Path
 
 from leansd.plans import keysteps
-from leansd.plans.document import PlanDocument, make_plan
 from leansd.plans.plan import Plan
 from leansd.plans.registry import register
 
@@ -33,9 +32,10 @@ def build_full(*, steps: int, blocks: int) -> Plan:
 
 def build_house(*, steps: int, blocks: int, sampler: str = "", name: str) -> Plan:
     """The tuned plan for the sampler, from the nearest step count, or the staged one."""
+    known = load_tuned() if sampler else {}
     tuned = [
         (abs(math.log(count / steps)), plans[name])
-        for (kind, count), plans in load_tuned().items()
+        for (kind, count), plans in known.items()
         if kind == sampler and name in plans
     ]
     if not tuned:
@@ -52,6 +52,9 @@ def build_staged(*, steps: int, blocks: int, interval: int) -> Plan:
 @cache
 def load_tuned(path: Path = TUNED) -> dict[tuple[str, int], dict[str, Plan]]:
     """The tuned plans by sampler and step count, and by the preset's name."""
+    # Here, since documents need pydantic, which takes longer to import than all else of plans.
+    from leansd.plans.document import PlanDocument, make_plan
+
     if not path.exists():
         return {}
     rows = json.loads(path.read_text(encoding="utf-8"))

@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
 
@@ -247,6 +246,8 @@ class Plan:
     @cached_property
     def fingerprint(self) -> str:
         """Twelve hex digits of what the plan does; its name does not count."""
+        from hashlib import sha256  # here, since it opens OpenSSL
+
         rows = [row.describe() for row in self.rows]
         told = rows if self.drift is None else [rows, *_list_values(self.drift)]
         return sha256(json.dumps(told).encode()).hexdigest()[:12]

@@ -19,7 +19,10 @@ app = typer.Typer(add_completion=False)
     )
 )
 def incubate_recipe(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file; recipes/ holds some.")],
+    recipe: Annotated[
+        Path,
+        typer.Argument(help="A YAML file, or one that comes along: smoke, sd15-asdm."),
+    ],
     changes: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Changes by dotted path."),
