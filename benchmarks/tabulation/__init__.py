@@ -1,0 +1,1 @@
+"""The tables of README.md and the docs, each made from committed records."""

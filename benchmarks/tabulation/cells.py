@@ -1,0 +1,23 @@
+"""What all tables read records with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from leansd.measuring.records import Record
+
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+def tabulate_ratio(record: Record) -> str:
+    return f"{record.value:.2f}x ({get(record, 'low'):.2f} to {get(record, 'high'):.2f})"
+
+
+def get(record: Record, name: str) -> object:
+    """A case's own field of a record."""
+    return (record.model_extra or {})[name]
+
+
+def get_number(record: Record, name: str) -> float:
+    """A case's own field that is a number."""
+    return float(str(get(record, name)))

@@ -1,0 +1,170 @@
+"""Plans against rivals, predictions against clocks, and what the engine costs."""
+
+from __future__ import annotations
+
+from leansd.faces.standings import read_standings, tabulate_summary
+from leansd.measuring.records import Record, load_records
+from tabulation.cells import RESULTS, get, get_number, tabulate_ratio
+
+COLUMNS = ("", "speed-up, measured", "predicted", "PSNR to full", "SSIM", "CLIP score (tiny CLIP)")
+
+
+def tabulate_presets() -> str:
+    """For each sampler: what each way of drawing gains and what it loses against the full run."""
+    records = load_records(RESULTS / "presets.jsonl")
+    parts = []
+    for sampler in dict.fromkeys(get(record, "sampler") for record in records):
+        chosen = [record for record in records if get(record, "sampler") == sampler]
+        cells = {(record.plan, record.metric): record for record in chosen}
+        full = cells["full", "seconds"]
+        parts.append(
+            f"**{sampler}**, {get(full, 'steps')} steps, guidance {get(full, 'guidance'):g}, "
+            f"{get(full, 'prompts')} pictures "
+            f"({full.value:.2f} s each in full; {full.device}; torch {full.torch}):\n"
+        )
+        parts += ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+        plans = list(dict.fromkeys(record.plan for record in chosen))
+        plans.sort(key=lambda name: cells[name, "speedup"].value)
+        parts += [*(tabulate_row(plan, cells) for plan in plans), ""]
+    return "\n".join(parts)
+
+
+def tabulate_row(plan: str, cells: dict[tuple[str, str], Record]) -> str:
+    speedup = cells[plan, "speedup"]
+    psnr, ssim, clip = (cells.get((plan, metric)) for metric in ("psnr", "ssim", "clip_score"))
+    house = plan in ("quality", "balanced", "fast", "turbo")
+    columns = (
+        f"**{plan}**" if house else plan,
+        tabulate_ratio(speedup) if psnr is not None else "1.00x",
+        f"{cells[plan, 'predicted_speedup'].value:.2f}x",
+        f"{psnr.value:.1f} dB" if psnr else "",
+        f"{ssim.value:.3f}" if ssim else "",
+        f"{clip.value:.1f}" if clip else "",
+    )
+    return "| " + " | ".join(columns) + " |"
+
+
+def tabulate_bench() -> str:
+    """For each contest of `leansd bench`: ours and the best rival at the same speed."""
+    records = load_records(RESULTS / "bench.jsonl")
+    full = next(record for record in records if record.plan == "full")
+    circumstances = (
+        f"{full.subject}, {get(full, 'calls')} pictures a contest in batches of "
+        f"{get(full, 'batch')}; {full.device}; torch {full.torch}:"
+    )
+    return f"{circumstances}\n\n{tabulate_summary(read_standings(records)).markdown()}\n"
+
+
+def tabulate_prediction() -> str:
+    """The UNet's speed-up under plans that the profile was not made from, and as measured."""
+    records = load_records(RESULTS / "prediction.jsonl")
+    held = [each for each in records if each.metric == "unet_speedup" and each.plan != "full"]
+    cells = {(each.subject, each.plan, each.metric): each for each in records}
+    parts: list[str] = []
+    for subject in dict.fromkeys(each.subject for each in held):
+        first = next(each for each in held if each.subject == subject)
+        parts += [
+            f"{subject}, {get(first, 'width')} x {get(first, 'height')} pixels, "
+            f"{get(first, 'steps')} steps, {get(first, 'repeats')} repeats; {first.device}; "
+            f"torch {first.torch}:\n",
+            "| plan | predicted | measured | off by |",
+            "|---|---|---|---|",
+        ]
+        for each in (each for each in held if each.subject == subject):
+            predicted = cells[subject, each.plan, "predicted_unet_speedup"].value
+            parts.append(
+                f"| {each.plan} | {predicted:.2f}x | {tabulate_ratio(each)} "
+                f"| {predicted / each.value - 1:+.1%} |"
+            )
+        parts.append("")
+    return "\n".join(parts)
+
+
+def tabulate_overhead() -> str:
+    """What the engine itself costs, beside the package whose plan it follows."""
+    records = load_records(RESULTS / "overhead.jsonl")
+    cells = {(each.plan, each.metric): each for each in records}
+    ours, theirs = cells["leansd", "speedup"], cells["DeepCache", "speedup"]
+    rows = [
+        f"| {name} | {tabulate_ratio(each)} |"
+        for name, each in (("this package", ours), ("the DeepCache package", theirs))
+    ]
+    predicted = cells["leansd", "predicted_speedup"].value
+    return "\n".join(
+        [
+            f"{ours.subject}'s size, random weights, 512 px, {get(ours, 'rounds')} paired rounds; "
+            f"{ours.device}; torch {ours.torch}:\n",
+            f"| DeepCache's 1:{get(ours, 'interval')}, shallowest branch, by | speed-up |",
+            "|---|---|",
+            *rows,
+            f"| the times of the units that it runs | {predicted:.2f}x |",
+            "",
+            f"The wrapper around a unit adds {cells['full', 'wrapper'].value:.1f} microseconds.",
+            "",
+        ]
+    )
+
+
+def tabulate_gpu() -> str:
+    """Eager, compiled and CUDA-graph runs of every plan on a GPU, or that there are none."""
+    path = RESULTS / "gpu.jsonl"
+    modes = ("eager", "compiled", "CUDA graphs")
+    parts = ["| plan on a GPU | " + " | ".join(modes) + " |", "|---" * (len(modes) + 1) + "|"]
+    if not path.exists():
+        return "\n".join([*parts, "| any" + " | not measured" * len(modes) + " |", ""])
+    records = load_records(path)
+    first = records[0]
+    cells = {(each.plan, get(each, "mode")): each for each in records if each.metric == "speedup"}
+    for plan in dict.fromkeys(plan for plan, _ in cells):
+        row = (f"{cells[plan, mode].value:.2f}x" for mode in modes)
+        parts.append(f"| {plan} | " + " | ".join(row) + " |")
+    setting = (
+        f"{first.subject}, {get(first, 'dtype')}, {get(first, 'width')} px, batch "
+        f"{get(first, 'batch')}, {get(first, 'steps')} steps ({first.value:.2f} s in full, eager; "
+        f"{first.device}; torch {first.torch}):\n"
+    )
+    return "\n".join([setting, *parts, ""])
+
+
+def tabulate_joint() -> str:
+    """The joint search, each axis alone, and rivals that switch nets, on calls held out."""
+    records = load_records(RESULTS / "joint.jsonl")
+    first = records[0]
+    parts = [
+        f"{first.subject}, {get(first, 'steps')} steps, guidance {get(first, 'guidance'):g}, "
+        f"{get(first, 'pictures')} pictures; {first.device}; torch {first.torch}; timed in turns:\n"
+    ]
+    for sampler in dict.fromkeys(get(each, "sampler") for each in records):
+        own = [each for each in records if get(each, "sampler") == sampler]
+        cells = {(each.plan, get_number(each, "goal"), each.metric): each for each in own}
+        goals = sorted({goal for _, goal, _ in cells})
+        parts += [
+            f"| {sampler} | " + " | ".join(f"for {goal:g}x" for goal in goals) + " |",
+            "|---" * (1 + len(goals)) + "|",
+        ]
+        for plan in dict.fromkeys(each.plan for each in own):
+            row: list[str] = []
+            for goal in goals:
+                close, fast = (cells.get((plan, goal, m)) for m in ("psnr", "speedup"))
+                reached = close is not None and fast is not None
+                row.append(
+                    f"{close.value:.1f} dB at {fast.value:.2f}x" if reached else "not so fast"
+                )
+            parts.append(f"| {plan} | " + " | ".join(row) + " |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def tabulate_imports() -> str:
+    """What importing takes, and its share of importing torch."""
+    records = load_records(RESULTS / "imports.jsonl")
+    first = records[0]
+    lines = ["| imported in a new process | ms of the processor | of torch's |", "|---|---:|---:|"]
+    for each in records:
+        low, high = (1e3 * get_number(each, name) for name in ("low", "high"))
+        lines.append(
+            f"| {each.plan} | {1e3 * each.value:.0f} ({low:.0f} to {high:.0f}) "
+            f"| {get_number(each, 'share'):.1%} |"
+        )
+    setting = f"{get(first, 'rounds')} rounds in turns; {first.device}; torch {first.torch}:\n"
+    return "\n".join([setting, *lines, ""])
