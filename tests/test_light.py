@@ -11,12 +11,15 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
+from safetensors.torch import load_file
 
 import leansd
 from leansd.anatomy import read_anatomy
-from leansd.anatomy.cost import make_inputs
+from leansd.anatomy.cost import count_macs, make_inputs
 from leansd.errors import LeansdError
 from leansd.surgery.narrowing import count_kept
+from leansd.surgery.sharing import share_weights
+from leansd.surgery.thin import open_thin, save_thin
 from tiny import tiny_pipeline, tiny_unet
 
 ODD = (
@@ -157,3 +160,32 @@ def test_the_largest_hidden_units_are_kept() -> None:
     assert torch.allclose(run(student), run(unet), atol=1e-5)
     assert lineage.changed == ("dn0.l0.attn",)
     assert "dn0.l0.attn" not in lineage.frozen("original")
+
+
+def test_a_net_is_kept_as_what_it_has_of_its_own(tmp_path) -> None:
+    teacher = tiny_unet()
+    student, _ = leansd.operate(teacher, leansd.Surgery("thin").drop("up*.l1"))
+    with torch.no_grad():
+        student.conv_in.weight += 1
+    save_thin(student, teacher, tmp_path)
+    own = load_file(tmp_path / "own.safetensors")
+    assert sum(each.numel() for each in own.values()) < sum(
+        each.numel() for each in student.parameters()
+    )
+    again = open_thin(tmp_path, teacher)
+    assert all(
+        torch.equal(tensor, again.state_dict()[name])
+        for name, tensor in student.state_dict().items()
+    )
+    other, _ = leansd.operate(teacher, leansd.Surgery("thinner").drop("dn*.l0.attn"))
+    with pytest.raises(LeansdError, match="beside the UNet that it was saved beside"):
+        open_thin(tmp_path, other)
+
+
+def test_the_embedded_light_net_shares_the_deep_part_of_the_model() -> None:
+    own, light = (leansd.load_unet(name, device="cpu") for name in ("emoji", "emoji-light"))
+    assert count_macs(light).total < count_macs(own).total
+    assert torch.equal(
+        light.mid_block.resnets[0].conv1.weight, own.mid_block.resnets[0].conv1.weight
+    )
+    assert share_weights(light, own) > 0.5 * sum(each.nbytes for each in own.parameters())

@@ -30,8 +30,11 @@ from transformers.utils import logging as transformers_logging
 from leansd.errors import LeansdError
 from leansd.surgery.folders import find_class, open_unet
 from leansd.surgery.sharing import share_weights
+from leansd.surgery.thin import open_thin
 
 EMBEDDED = "emoji"
+LIGHT = "emoji-light"
+"""The embedded model's light UNet, for `load_unet`."""
 FORMS = (
     f"give {EMBEDDED!r}, a folder in the diffusers layout, a .safetensors file, "
     "or a hub id such as owner/name"
@@ -90,6 +93,10 @@ def load_outline(model: str | Path) -> UNet2DConditionModel:
     Args:
         model: what `load` opens, or the folder of a UNet by itself.
     """
+    if str(model) == LIGHT:
+        from leansd.emoji.location import light_folder
+
+        model = light_folder()
     if is_unet_folder(model):
         return _build_outline(Path(model).expanduser() / "config.json", model)
     where = locate(model)
@@ -130,7 +137,8 @@ def load_unet(
     """Open a UNet by itself, plain or operated, as `save_pretrained` wrote it.
 
     Args:
-        folder: that of a UNet, or of a whole model, whose `unet` is taken.
+        folder: that of a UNet, or of a whole model, whose `unet` is taken; `emoji-light` for the
+            embedded model's light UNet.
         device: by default the GPU where there is one.
         dtype: by default float16 on a GPU and float32 elsewhere.
         beside: a UNet to stand beside, on its device and in its precision; what the two have in
@@ -147,6 +155,8 @@ def load_unet(
     device = find_device(device)
     if dtype is None:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
+    if str(folder) in (EMBEDDED, LIGHT):
+        return _open_embedded(str(folder), dtype).to(device)
     home = Path(folder).expanduser()
     if (home / "model_index.json").is_file():
         home = home / "unet"
@@ -157,6 +167,14 @@ def load_unet(
         if isinstance(error, LeansdError):
             raise
         raise LeansdError(f"cannot open the UNet in {home}: {_first(error)}") from error
+
+
+def _open_embedded(name: str, dtype: torch.dtype) -> UNet2DConditionModel:
+    from leansd.emoji.location import light_folder, model_folder
+
+    with silent_loading():
+        own = open_unet(model_folder() / "unet", dtype)
+    return own if name == EMBEDDED else open_thin(light_folder(), own)
 
 
 def load_vae(folder: str | Path, *, dtype: torch.dtype | None = None) -> Autoencoder:

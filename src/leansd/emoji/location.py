@@ -15,3 +15,11 @@ def model_folder() -> Path:
             f"no embedded model in {folder}: reinstall leansd, or train it (leansd emoji train)"
         )
     return folder
+
+
+def light_folder() -> Path:
+    """Return the folder of the embedded model's light UNet: its own tensors, see `surgery.thin`."""
+    folder = model_folder() / "light"
+    if not (folder / "config.json").is_file():
+        raise LeansdError(f"no light UNet in {folder}: reinstall leansd")
+    return folder
