@@ -10,11 +10,12 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-PARTS = ("unet", "vae", "text_encoder", "clip", "vgg")
+PARTS = ("unet", "vae", "text_encoder", "clip", "vgg", "light")
 WANTED = (
     "leansd/py.typed",
     "leansd/plans/tuned.json",
     "leansd/emoji/model/README.md",
+    "leansd/emoji/model/light/config.json",
     "leansd/emoji/model/model_index.json",
     "leansd/emoji/model/tokenizer/vocab.json",
     "leansd/emoji/templates/card.md",
