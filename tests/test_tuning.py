@@ -262,6 +262,27 @@ def test_the_error_of_a_key_step_that_is_not_full_counts_with_its_stretch(
     assert judged.error == pytest.approx(float((samples[0] - samples[1]).square().mean()), rel=1e-4)
 
 
+def test_what_is_forecast_is_the_more_wrong_the_longer_ago_it_was_computed() -> None:
+    torch.manual_seed(3)
+    outputs = torch.randn(STEPS, 1, 4, 3, 3, dtype=torch.float64)
+    left_out = torch.randn(STEPS, 1, 4, 3, 3, dtype=torch.float64).cumsum(0)
+    calibration = make_calibration("ddim", outputs)
+    basis = torch.cat([outputs, left_out]).reshape(2 * STEPS, -1)
+    products = (basis @ basis.T / basis.shape[1]).numpy()
+    model = ErrorModel(calibration, products, forecasts=frozenset([1]))
+    log_snr = calibration.log_snr.tolist()
+    response = calibration.response
+    for keys in ((0, 1, 2), (0, 2, 5)):
+        judged = model.judge([Key(keys[0]), Key(keys[1]), Key(keys[2], 1)], keys[2] + 1, LINE)
+        points = [log_snr[key] for key in keys[:2]]
+        weights = [weigh(log_snr[keys[2]], point, points) for point in points]
+        made_good = sum(w * left_out[key] for w, key in zip(weights, keys, strict=False))
+        wrong = float((left_out[keys[2]] - made_good).square().mean())
+        after = keys[2] + 2
+        expected = wrong * float(response[after, keys[2]]) ** 2 * float(calibration.carry[after])
+        assert judged.error == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_stretch_without_steps_between_costs_nothing() -> None:
     model = ErrorModel.of(make_calibration("ddim", torch.randn(STEPS, 5, dtype=torch.float64)))
     assert model.judge((Key(0), Key(1)), 2, LINE) == (0.0, NO_CORRECTION)
@@ -341,9 +362,12 @@ def test_polishing_leads_nearer_to_the_full_run(pipe) -> None:
 
 def test_regimes_are_those_that_save_time_here(pipe, cost) -> None:
     anatomy = leansd.dissect(pipe.unet)
-    heads, cut = list_regimes(cost, anatomy, [FULL, Variant("half", 9, guidance="forecast")])
-    assert set(heads.actions) == set(HEAD_ACTIONS)
-    assert heads.key_costs == (TICKS, 9)
+    heads, cheaper, cut = list_regimes(
+        cost, anatomy, [FULL, Variant("half", 9, guidance="forecast")]
+    )
+    assert set(heads.actions) == set(cheaper.actions) == set(HEAD_ACTIONS)
+    assert heads.key_costs == (TICKS,)
+    assert cheaper.key_costs == (TICKS, 9)
     (action,) = cut.actions
     assert action.cut == f"up{anatomy.up_blocks - 1}.l1"
     assert 0 < cut.actions[action] < TICKS / 2
@@ -391,8 +415,8 @@ def test_a_deviation_is_what_a_variant_gives_on_the_full_runs_latents(pipe) -> N
     wrong = measure_deviation(Variant(net="other"), bench, seen)
     assert np.allclose(wrong, 0.5 * seen.outputs, rtol=1e-3, atol=1e-5)
     half = measure_deviation(Variant(guidance="forecast"), bench, seen)
-    assert not half[:2].any()
-    assert all(row.any() for row in half[2:])
+    assert np.array_equal(half[0], half[1])
+    assert all(row.any() for row in half)
 
 
 def test_nets_are_tuned_with_all_else(pipe, cost) -> None:

@@ -7,7 +7,7 @@ dynamic programming.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -53,27 +53,38 @@ class ErrorModel:
     """Errors of stretches in which the UNet's output is forecast.
 
     The outputs of all calls are its basis, and behind them, for every variant of a key step, by how
-    much that is wrong at all calls: [n (1 + variants)].
+    much that is wrong at all calls: [n (1 + variants)]. Where a variant forecasts something by the
+    line through its last two values, that is what leaving it out would be wrong by; the forecast
+    makes most of it good, and the less of it the longer ago those two key steps were.
     """
 
     calibration: Calibration
     products: np.ndarray
     """Mean products of every two of the basis."""
+    forecasts: frozenset[int] = frozenset()
+    """The variants that forecast something."""
     _known: dict[Any, Judgement] = field(default_factory=dict[Any, Judgement], repr=False)
     _made: dict[Any, np.ndarray] = field(default_factory=dict[Any, np.ndarray], repr=False)
 
     @classmethod
-    def of(cls, calibration: Calibration, deviations: Sequence[np.ndarray] = ()) -> ErrorModel:
+    def of(
+        cls,
+        calibration: Calibration,
+        deviations: Sequence[np.ndarray] = (),
+        forecasts: Iterable[int] = (),
+    ) -> ErrorModel:
         """The model of a full run.
 
         Args:
             deviations: for every variant but the full one, its outputs at all calls minus the full
                 ones, [n, numbers], as `calibration.outputs` has those.
+            forecasts: the variants, counted from 1, whose deviations are of leaving out what they
+                forecast.
         """
         if not deviations:
             return cls(calibration, calibration.products)
         basis = np.concatenate([calibration.outputs, *deviations])
-        return cls(calibration, basis @ basis.T / basis.shape[1])
+        return cls(calibration, basis @ basis.T / basis.shape[1], frozenset(forecasts))
 
     def judge(self, keys: Sequence[Key], end: int, action: Action) -> Judgement:
         """The stretch from the last of `keys` to `end`, the next key step or the end of the run.
@@ -94,7 +105,7 @@ class ErrorModel:
         after = min(end + 1, count)
         change = np.zeros(len(products))
         if keys[-1].variant:
-            change[self._place(keys[-1])] += calibration.response[after, keys[-1].step]
+            change += calibration.response[after, keys[-1].step] * self._deviate(keys)
         if not between and not keys[-1].variant:
             return Judgement(0.0)
         for step in between:
@@ -121,19 +132,44 @@ class ErrorModel:
 
     def _combine(self, keys: Sequence[Key], step: int, how: How) -> np.ndarray:
         """What a forecast at `step` is made of, in the basis; not to be written to."""
-        known = tuple(keys)[-DEPTHS[how] :]
-        asked = known, step, how
+        asked = tuple(keys), step, how
         if asked not in self._made:
-            self._made[asked] = self._make_forecast(known, step)
+            self._made[asked] = self._make_forecast(asked[0], step, DEPTHS[how])
         return self._made[asked]
 
-    def _make_forecast(self, known: Sequence[Key], step: int) -> np.ndarray:
-        points = [float(self.calibration.log_snr[key.step]) for key in known]
-        at = float(self.calibration.log_snr[step])
+    def _make_forecast(self, keys: Sequence[Key], step: int, depth: int) -> np.ndarray:
         weights = np.zeros(len(self.products))
-        for key, here in zip(known, points, strict=True):
-            weight = weigh(at, here, points)
-            weights[key.step] += weight
-            if key.variant:
-                weights[self._place(key)] += weight
+        begin = max(0, len(keys) - depth)
+        shares = self._weigh(step, [key.step for key in keys[begin:]])
+        for place, weight in enumerate(shares, start=begin):
+            weights[keys[place].step] += weight
+            if keys[place].variant:
+                weights += weight * self._deviate(keys[: place + 1])
         return weights
+
+    def _deviate(self, keys: Sequence[Key]) -> np.ndarray:
+        """What is wrong with the last of some key steps, in the basis."""
+        last = keys[-1]
+        weights = np.zeros(len(self.products))
+        weights[self._place(last)] = 1.0
+        if last.variant in self.forecasts:
+            known = _list_two([key.step for key in keys])
+            for step, weight in zip(known, self._weigh(last.step, known), strict=True):
+                weights[self._place(Key(step, last.variant))] -= weight
+        return weights
+
+    def _weigh(self, step: int, known: Sequence[int]) -> list[float]:
+        """The shares that outputs at known steps have in the forecast at a step."""
+        points = [float(self.calibration.log_snr[each]) for each in known]
+        at = float(self.calibration.log_snr[step])
+        return [weigh(at, here, points) for here in points]
+
+
+def _list_two(steps: Sequence[int]) -> list[int]:
+    """The two steps before the last; where one is out of sight, as far off as the next is."""
+    seen = list(steps)
+    while len(seen) < 3:
+        gap = seen[1] - seen[0] if len(seen) > 1 else 1
+        seen.insert(0, seen[0] - gap)
+    first, second = (max(0, step) for step in seen[-3:-1])
+    return [first, second] if first < second else [second]

@@ -9,7 +9,7 @@ from typing import TypeAlias
 from leansd.tuning.calibration import PROBES
 from leansd.tuning.proposals import CANDIDATES
 
-OTHERS = 2
+OTHERS = 4
 """About how many there are of other regimes."""
 POLISHING = 8
 """About how many runs it takes to fit all corrections of a plan together."""

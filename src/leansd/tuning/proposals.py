@@ -14,6 +14,8 @@ from leansd.tuning.variants import TICKS, allows
 
 CANDIDATES = 3
 """Proposals of the first regime that are tried for each speed."""
+FEWER = 2
+"""Those of each other regime."""
 LONGEST = 0.2
 """The most steps between two key steps, as a share of all."""
 
@@ -35,7 +37,7 @@ def propose(
     speeds: Sequence[float],
     tell: Callable[[str], None],
 ) -> list[list[Candidate]]:
-    """For each speed the best plans of all step counts, and the best one of each other regime.
+    """For each speed the best plans of all step counts, and a few of each other regime.
 
     Errors of different regimes do not compare: of what a cut or an older guidance difference makes
     better or worse the model knows nothing.
@@ -56,7 +58,7 @@ def propose(
                 candidates += filter(None, [candidate])
         for few, candidates in zip(found, best, strict=True):
             candidates.sort(key=lambda each: each.error)
-            few += candidates[: 1 if place else CANDIDATES]
+            few += candidates[: FEWER if place else CANDIDATES]
     return found
 
 

@@ -1,8 +1,10 @@
 """Regimes: what all plans of one search share besides their key steps, and what it costs.
 
-Key steps, what they run, and how the steps between are forecast, dynamic programming finds. Whether
-those steps forecast the UNet's whole output or compute what lies above a cut it cannot compare, so
-each of the two has a search of its own, and runs decide between the best plans of both.
+Key steps, what they run, and how the steps between are forecast, dynamic programming finds. Two
+things it cannot compare, so each has a search of its own, and runs decide between the best plans of
+all: whether those steps forecast the UNet's whole output or compute what lies above a cut; and
+whether key steps may run something cheaper, whose errors go the same way step after step and add up
+to more than the model says.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ class Regime:
 def list_regimes(
     cost: CostModel, anatomy: Anatomy, variants: Sequence[Variant] = (FULL,)
 ) -> list[Regime]:
-    """Forecasts of the whole output first; a cut where it costs noticeably less than a step.
+    """Forecasts of the whole output first; then with cheaper key steps, where there are any; then a
+    cut, where it costs noticeably less than a step.
 
     Args:
         variants: what key steps may run where the whole output is forecast between them.
@@ -52,7 +55,9 @@ def list_regimes(
         return (cost.predict_call(call) - nothing) / whole
 
     heads = dict.fromkeys(HEAD_ACTIONS, 0)
-    regimes = [Regime(heads, tuple(variants))]
+    regimes = [Regime(heads)]
+    if len(variants) > 1:
+        regimes.append(Regime(heads, tuple(variants)))
     cut = Action(f"up{anatomy.up_blocks - 1}.l1", "forecast")
     above = share(Plan.full(4).inherit(cut.cut, at=3, how=cut.how), 3)
     if above < WORTH:

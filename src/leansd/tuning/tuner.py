@@ -249,6 +249,7 @@ class _Tuner:
     def _build_models(self) -> list[Model]:
         """Measure what key steps may run instead of the whole UNet, at every step count."""
         goal = self.calibrations[0].finals.latents.double()
+        forecasts = [place for place, each in enumerate(self.variants) if each.forecasts]
         models: list[Model] = []
         for calibration in self.calibrations:
             lag = calibration.finals.latents.double() - goal
@@ -256,7 +257,8 @@ class _Tuner:
             if wrong:
                 ways = f"{len(wrong)} cheaper ways" if len(wrong) > 1 else self.variants[1].name
                 self.progress.add(f"ran {calibration.steps} steps by {ways}", 0)
-            models.append(Model(ErrorModel.of(calibration, wrong), float(lag.square().mean())))
+            errors = ErrorModel.of(calibration, wrong, forecasts)
+            models.append(Model(errors, float(lag.square().mean())))
         return models
 
     def list_goals(self, speedup: float | None, ms: float | None) -> list[float]:

@@ -53,14 +53,14 @@ class Variant:
             plan = plan.attend(at, by=by, at=step)
         return plan
 
-    def list_passes(self, count: int) -> list[list[int]]:
-        """The calls of a full run at which it is measured together.
+    @property
+    def forecasts(self) -> bool:
+        """Whether it forecasts something by its last two values."""
+        return self.guidance == "forecast"
 
-        Forecast guidance needs computed guidance before it, so it comes at every second call.
-        """
-        if self.guidance == "compute":
-            return [list(range(count))]
-        return [list(range(HISTORY + odd, count, 2)) for odd in range(2)]
+    def leave_out(self) -> Variant:
+        """The same without what it forecasts: how wrong that is depends on no other key step."""
+        return replace(self, guidance="drop") if self.forecasts else self
 
 
 FULL = Variant()
@@ -106,30 +106,23 @@ def list_variants(
 def measure_deviation(variant: Variant, bench: Bench, calibration: Calibration) -> np.ndarray:
     """What a variant gives at every call of the full run minus what that gives, [n, numbers].
 
-    The runs go on with the full run's outputs, so all calls are on its latents. Zero where the
-    variant cannot run.
+    The run goes on with the full run's outputs, so all calls are on its latents. What the variant
+    forecasts is left out; the first call of a run cannot do without it, and is taken to be as
+    wrong as the second.
     """
-    count, start = calibration.count, calibration.steps - calibration.count
-    wrong = [torch.zeros_like(each) for each in _stack(calibration)]
-    for calls in variant.list_passes(count):
-        plan = Plan.full(calibration.steps)
-        for call in calls:
-            plan = variant.dress(plan, start + call)
+    plan, start = Plan.full(calibration.steps), calibration.steps - calibration.count
+    for step in range(start + variant.forecasts, calibration.steps):
+        plan = variant.leave_out().dress(plan, step)
+    wrong = [[torch.zeros_like(seen.output) for seen in run] for run in calibration.runs]
 
-        def steer(
-            run: int, index: int, seen: Seen, step: Step, calls: Sequence[int] = calls
-        ) -> torch.Tensor:
-            full = calibration.runs[run][index].output
-            if index in calls:
-                wrong[run][index] = seen.output - full
-            return full
+    def steer(run: int, index: int, seen: Seen, step: Step) -> torch.Tensor:
+        full = calibration.runs[run][index].output
+        wrong[run][index] = seen.output - full
+        return full
 
-        with tap(bench.pipe.scheduler, steer):
-            bench.run(calibration.steps, plan)
-    joined = torch.cat([each.flatten(1) for each in wrong], dim=1)
+    with tap(bench.pipe.scheduler, steer):
+        bench.run(calibration.steps, plan)
+    for run in wrong if variant.forecasts else ():
+        run[0] = run[min(1, len(run) - 1)]
+    joined = torch.cat([torch.stack(each).flatten(1) for each in wrong], dim=1)
     return joined.double().cpu().numpy()
-
-
-def _stack(calibration: Calibration) -> list[torch.Tensor]:
-    """The outputs of every run of the pipeline, [n, B, C, H, W] each."""
-    return [torch.stack([seen.output for seen in run]) for run in calibration.runs]
