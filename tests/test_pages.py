@@ -24,7 +24,9 @@ from test_control import make_controlnet, make_pipeline
 from tiny import WIDTH, tiny_pipeline, tiny_scheduler, tiny_unet, tiny_xl_unet
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+MANUAL = ROOT / "docs" / "commands.md"
+"""Made of the commands themselves; its examples are tested with them."""
+PAGES = (ROOT / "README.md", *sorted({*(ROOT / "docs").rglob("*.md")} - {MANUAL}))
 ALONE = ("cookbook.md", "export.md", "migration.md", "troubleshooting.md")
 """Pages whose sections stand alone; others are read, and run, from the first line to the last."""
 NOT_RUN = "# Not run here: "
