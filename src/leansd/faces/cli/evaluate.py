@@ -31,7 +31,7 @@ app = typer.Typer(add_completion=False)
     epilog=give_examples(
         "leansd evaluate --plan balanced --count 16 --out balanced",
         "leansd evaluate --plan fast --plan turbo --rival unipc:15 --json",
-        "leansd evaluate --pictures shards --reference coco --metrics tiny-frechet",
+        "leansd evaluate --pictures shards --reference coco --ray local",
     )
 )
 def evaluate_plans(
