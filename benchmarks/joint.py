@@ -137,7 +137,7 @@ def tune_axes(arena: Arena, name: str, **axes: Any) -> Callable[[float], Plan | 
         tell=lambda text, share: print(f"{name}: {text}", flush=True),
         **axes,
     )
-    plans = [point.plan for point in (*front.points, *front.beaten) if not point.is_plain]
+    plans = [point.plan for point in (*front.points, *front.beaten)]
     return lambda speed: arena.choose(plans, speed)
 
 
@@ -241,10 +241,21 @@ def evolve_lists(arena: Arena) -> Callable[[float], Plan | None]:
                 child.insert(draw.randrange(len(child) + 1), draw.choice(names))
             return shorten(child)
 
-        pool = [
-            shorten([draw.choice(names) for _ in range(arena.steps)]) for _ in range(POPULATION - 1)
+        def fill(first: str, then: str) -> tuple[str, ...]:
+            """Half of one net and half of another, as many steps as the budget has."""
+            made = (
+                (first,) * (count // 2) + (then,) * (count - count // 2)
+                for count in range(arena.steps, 1, -1)
+            )
+            return next(genes for genes in made if fits(genes))
+
+        # Beside chance what anybody would try: each net alone, and the light ones first.
+        pool = [fill(name, name) for name in names]
+        pool += [fill(name, OWN) for name in names[1:]]
+        pool += [
+            shorten([draw.choice(names) for _ in range(arena.steps)])
+            for _ in range(POPULATION - len(pool))
         ]
-        pool.append(shorten([OWN] * arena.steps))
         for _ in range(GENERATIONS):
             pool.sort(key=lambda genes: -arena.score(build(genes)))
             pool = pool[: POPULATION // 2]
