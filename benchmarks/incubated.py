@@ -199,8 +199,9 @@ def main(
                 off = (predicted[place] - taught[place]).square().mean()
                 add("teacher_error", float(off), timestep=moment)
         if unet is not teacher:
-            add("psnr", float(psnr(drawn, aim).mean()), "dB")
-            add("ssim", float(ssim(drawn, aim).mean()))
+            one, other = drawn / 255, aim / 255
+            add("psnr", float(psnr(one, other).mean()), "dB")
+            add("ssim", float(ssim(one, other).mean()))
         for metric, value, unit in judge(ground, drawn):
             add(metric, value, unit)
         add("macs", count_macs(unet).total / 1e9, "GMAC")
