@@ -5,6 +5,7 @@ from __future__ import annotations
 from leansd.measuring.records import load_records
 from tabulation.cells import RESULTS, get, get_number, tabulate_ratio
 
+UNTRAINED = ("teacher", "pruned", "assembled, untrained")
 MOMENTS = 10
 """Time steps that errors of predictions are measured at."""
 
@@ -131,8 +132,9 @@ def tabulate_incubation() -> str:
     for plan in dict.fromkeys(each.plan for each in records):
         speed = tabulate_ratio(cells[plan, "speedup"]) if plan != "teacher" else "1.00x"
         values = [tabulate_values(found.get((plan, metric), []), metric) for metric in metrics]
-        seeds = {get(each, "training_seed") for each in records if each.plan == plan} - {None}
-        trained = str(len(seeds)) if "untrained" not in plan and plan != "pruned" else ""
+        own = [each.model_extra or {} for each in records if each.plan == plan]
+        seeds = {each.get("training_seed") for each in own} - {None}
+        trained = str(len(seeds)) if plan not in UNTRAINED else ""
         macs = f"{cells[plan, 'macs'].value:.3f} G"
         parts.append(f"| {plan} | {trained} | {macs} | {speed} | " + " | ".join(values) + " |")
     return "\n".join([*parts, ""])
