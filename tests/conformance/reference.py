@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from conformance.cases import STEPS, Call
 from conformance.samplers import Sampler
 from leansd.plans import Anatomy, Plan, preset
+from leansd.plans.anatomy import HEAD
 from leansd.plans.liveness import Call as UNetCall
 from leansd.plans.tracing import compile_plan
 from leansd.runtime.attachment import Attachment
@@ -40,10 +41,13 @@ PLANS: Mapping[str, Callable[[int], Plan]] = {
     "guidance-forecast": lambda blocks: Plan.every(
         2, cut="*.attn", steps=STEPS, how="residual"
     ).guide("forecast", at=[2, 4]),
+    "guidance-head": lambda blocks: Plan.between(
+        [0, 1, 3], cut=HEAD, steps=STEPS, how="forecast"
+    ).guide("forecast", at=3),
     "gate": lambda blocks: preset("tgate", steps=STEPS, blocks=blocks, gate=2),
 }
 """Plans by name, for so many up blocks."""
-FORECASTS = ("forecast", "guidance-forecast")
+FORECASTS = ("forecast", "guidance-forecast", "guidance-head")
 
 
 def draw(pipe: Any, call: Call, steps: int = STEPS, seed: int = 3) -> torch.Tensor:
@@ -119,7 +123,11 @@ def overwrite(pipe: Any, anatomy: Anatomy, calls: Sequence[UNetCall]) -> Iterato
         if call.guidance != "drop":
             how = "reuse" if call.guidance == "inherit" else "forecast"
             difference = recall(differences, how, call.index, noise, pipe.scheduler)
-        return (torch.cat([noise - difference, noise]),)
+        rest = noise - difference
+        if HEAD in call.pattern.active:
+            # What is made up of the UNet's output is given, and so inherited, like the rest.
+            history.setdefault((HEAD, "rest"), []).append(Output(call.index, rest, None))
+        return (torch.cat([rest, noise]),)
 
     def after_unit(at: str, module: Any, args: Any, output: Any) -> Any:
         call = calls[number]

@@ -27,6 +27,9 @@ from leansd.plans.row import NO_CORRECTION, OWN, Correction, Guidance, How, Row
 
 Sources = Mapping[str, tuple[tuple[Kept, ...], ...]]
 
+WHOLE: tuple[Lane, ...] = ("all",)
+BOTH: tuple[Lane, ...] = ("rest", "cond")
+
 
 def compile_plan(
     plan: Plan,
@@ -152,7 +155,8 @@ class _Trace:
         if HEAD in pattern.active:
             self._inherits = False
         for at in pattern.active:
-            for lane in lanes:
+            # What a half call leaves out of the UNet's output is made up, and given like the rest.
+            for lane in BOTH if at == HEAD and lanes != WHOLE else lanes:
                 self._note(at, lane, index)
         if guidance == "compute":
             self._note(GUIDANCE, "cond", index)
@@ -206,8 +210,8 @@ class _Trace:
 def _pick_lanes(guidance: Guidance, *, guides: bool) -> tuple[Lane, ...]:
     """The lanes that a call runs; a plan that computes guidance throughout needs no lanes."""
     if not guides:
-        return ("all",)
-    return ("rest", "cond") if guidance == "compute" else ("cond",)
+        return WHOLE
+    return BOTH if guidance == "compute" else BOTH[1:]
 
 
 def _list_addresses(anatomy: Anatomy) -> Iterator[str]:

@@ -16,6 +16,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
+from leansd.plans.anatomy import HEAD
 from leansd.plans.liveness import GUIDANCE, Lane
 from leansd.runtime.passes import Pass, Step, keep_for_rest
 from leansd.runtime.rows import map_rows
@@ -65,6 +66,7 @@ def run_apart(step: Pass, forward: Callable[..., Any], *args: Any, **kwargs: Any
         return output
     if step.call.is_half:
         made = store.read(kept) - _find_difference(step)
+        _keep_rest(step, made)
         store.release([kept])
         return wrap_output(made, args, kwargs)
     output = forward(*args, **kwargs)
@@ -96,10 +98,24 @@ def keep_difference(step: Step, noise: torch.Tensor) -> None:
 
 def complete(step: Step, output: Any) -> Any:
     """The UNet's output for the whole batch, given that of the conditional half."""
-    wholes = [
-        torch.cat([rows - _find_difference(each), rows]) for each, rows in step.split(output[0])
-    ]
+    wholes: list[torch.Tensor] = []
+    for each, rows in step.split(output[0]):
+        rest = rows - _find_difference(each)
+        _keep_rest(each, rest)
+        wholes.append(torch.cat([rest, rows]))
     return exchange(output, step.join(wholes))
+
+
+def _keep_rest(step: Pass, rest: torch.Tensor) -> None:
+    """Keep the half of the UNet's output [B, C, H, W] that was made up, if a later call reads it.
+
+    Were it forecast from when it was last computed, the two halves would be of different age, and
+    guidance makes much of their difference.
+    """
+    for kept in step.call.keeps.get(HEAD, ()):
+        if kept.lane == "rest":
+            given = step.latents if kept.what == "change" else None
+            step.branch.store.keep(kept, rest, given)
 
 
 def exchange(output: Any, noise: torch.Tensor) -> Any:

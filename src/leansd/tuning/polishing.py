@@ -83,10 +83,18 @@ def replay(
         past: the outputs of every run before that.
     """
     keys = {0, *(key for key in plan.keys if key >= since)}
+    keys.update(*(_list_sources(plan, key) for key in keys))
     follower = _Follower(plan, calibration, since, past)
     with tap(bench.pipe.scheduler, follower.steer):
         finals = bench.run(plan.steps, _keep_keys(plan, keys))
     return finals.latents.double().flatten(), list(follower.outputs)
+
+
+def _list_sources(plan: Plan, key: int) -> list[int]:
+    """The key steps that the guidance of a key step is forecast from."""
+    if plan.rows[key].guidance == "compute":
+        return []
+    return [each for each in plan.keys if each < key and plan.rows[each].guidance == "compute"][-2:]
 
 
 def _keep_keys(plan: Plan, keys: Collection[int]) -> Plan:
@@ -94,7 +102,7 @@ def _keep_keys(plan: Plan, keys: Collection[int]) -> Plan:
     bare = Plan.between(keys, cut=HEAD, steps=plan.steps)
     for step in keys:
         row = plan.rows[step]
-        bare = bare.switch(row.net, at=step)
+        bare = bare.switch(row.net, at=step).guide(row.guidance, at=step)
         for at, by in row.attend.items():
             bare = bare.attend(at, by=by, at=step)
     return bare
@@ -122,6 +130,7 @@ class _Follower:
             self.outputs.append({})
         elif not row.is_key:
             return self._memory.forecast(place, row.inherit[HEAD])
+        # Some steps before are computed only for what guidance is forecast from.
         output = self._past[run][at] if at < self._since else seen.output
         corrected = output
         if any(row.correct) and len(self._memory):

@@ -33,9 +33,6 @@ def try_plan(plan: Plan, bench: Bench, calibration: Calibration) -> Trial:
     with tap(bench.pipe.scheduler, fitting.steer):
         finals = bench.run(plan.steps, plan)
     fitted = plan.correct(fitting.weights)
-    if plan.guides:
-        # Lanes of different age are forecast apart, which the scheduler's side does not see.
-        finals = bench.run(plan.steps, fitted)
     return Trial(fitted, bench.score(finals))
 
 
