@@ -445,7 +445,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def tune(pipe, cost, **changes) -> Front:
     options = {
         "steps": STEPS, "settings": SETTINGS, "cost": cost, "tries": 1, "speeds": (1.5,),
-        "grids": (1.0, 0.7),
+        "grids": (1.0,),
     }  # fmt: skip
     return leansd.tune(pipe, PROMPTS, **{**options, **changes})
 
@@ -514,8 +514,9 @@ def test_tuned_plans_run_and_say_what_they_were_tuned_for(
     calls = [*PROMPTS[:3], {"prompt": PROMPTS[3]}]
     ran = count_runs(monkeypatch)
     front = leansd.tune(
-        pipe, calls, steps=STEPS, settings=SETTINGS, cost=cost, tries=0, speeds=(1.5,), speedup=1.7
-    )
+        pipe, calls, steps=STEPS, settings=SETTINGS, cost=cost, tries=0, grids=(1.0, 0.7),
+        speeds=(1.5,), speedup=1.7,
+    )  # fmt: skip
     points = [*front.points, *front.beaten]
     tuned = [point.plan for point in points if not point.is_plain]
     assert len(tuned) >= 1

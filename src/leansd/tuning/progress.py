@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from leansd.tuning.calibration import PROBES
-from leansd.tuning.proposals import CANDIDATES
+from leansd.tuning.proposals import CANDIDATES, FEWER, FINALISTS
 
-OTHERS = 4
-"""About how many there are of other regimes."""
+REGIMES = 3
+"""About how many there are."""
 POLISHING = 8
 """About how many runs it takes to fit all corrections of a plan together."""
 
@@ -35,7 +35,8 @@ class Progress:
 
     @property
     def _each(self) -> int:
-        return CANDIDATES + OTHERS + self.tries + POLISHING + 2
+        tried = CANDIDATES + (REGIMES - 1) * FEWER + self.tries
+        return tried + FINALISTS * (POLISHING + 1) + 1
 
     def add(self, text: str, runs: int = 1) -> None:
         self.done += runs

@@ -16,6 +16,8 @@ CANDIDATES = 3
 """Proposals of the first regime that are tried for each speed."""
 FEWER = 2
 """Those of each other regime."""
+FINALISTS = 2
+"""Plans of different step counts, for each speed, that the held-out calls decide between."""
 LONGEST = 0.2
 """The most steps between two key steps, as a share of all."""
 

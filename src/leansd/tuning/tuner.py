@@ -5,7 +5,8 @@
 2. Dynamic programming in it proposes key steps and forecasts for every speed, under measured time.
 3. The best proposals run, their corrections fitted on the way; around the best of each speed, key
    steps are moved while that helps.
-4. Calls that had no part in this decide, and plain runs of fewer steps compete.
+4. Calls that had no part in this decide between the best step counts; plain runs of fewer steps
+   compete.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from leansd.tuning.front import Front, Point
 from leansd.tuning.journal import Journal
 from leansd.tuning.polishing import polish
 from leansd.tuning.progress import POLISHING, Progress, Tell
-from leansd.tuning.proposals import Model, propose
+from leansd.tuning.proposals import FINALISTS, Model, propose
 from leansd.tuning.refinement import try_plan
 from leansd.tuning.regimes import list_regimes
 from leansd.tuning.trials import Bench, Trial
@@ -47,7 +48,7 @@ from leansd.tuning.variants import Variant, list_variants, measure_deviation
 
 FEWEST_CALLS = 4
 SPEEDS = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0)
-GRIDS = (1.0, 0.85, 0.7, 0.55)
+GRIDS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3)
 """Step counts that plans are sought for, as shares of the full run's."""
 
 
@@ -131,6 +132,19 @@ def _exchange(pipe: Any, unet: UNet2DConditionModel) -> Any:
     other = copy.copy(pipe)
     other.unet = unet
     return other
+
+
+def _pick_finalists(
+    tried: Sequence[tuple[Trial, Candidate]],
+) -> list[tuple[Trial, Candidate]]:
+    """The best of the best step counts, best first.
+
+    The more steps a plan has, the more closely it is fitted to the calls that it is tuned on.
+    """
+    best: dict[int, tuple[Trial, Candidate]] = {}
+    for each in sorted(tried, key=lambda each: -each[0].psnr):
+        best.setdefault(each[0].plan.steps, each)
+    return list(best.values())[:FINALISTS]
 
 
 def split_calls(
@@ -284,11 +298,10 @@ class _Tuner:
             self._check(Plan.full(count, name=f"{count} steps"))
             for count in self._list_plain(speed)
         ]
-        if tried:
-            best = max(tried, key=lambda each: each[0].psnr)
-            trial = self._polish(self._improve(*best, tries=tries))
-            plan = replace(trial.plan, name=f"tuned {speed:.3g}x", tuned=self.tuned)
-            points.append(self._check(plan))
+        for place, (trial, candidate) in enumerate(_pick_finalists(tried)):
+            trial = trial if place else self._improve(trial, candidate, tries=tries)
+            plan = self._polish(trial).plan
+            points.append(self._check(replace(plan, name=f"tuned {speed:.3g}x", tuned=self.tuned)))
         return points
 
     def _list_plain(self, speed: float) -> list[int]:
