@@ -1,6 +1,6 @@
 """Net, inheritance, guidance, step count and GRI searched together, against each of them alone.
 
-    python benchmarks/joint.py --net light=runs/incubation/full-0/net [--sampler dpm++2m]
+    python benchmarks/joint.py [--net light=emoji-light] [--sampler dpm++2m]
 
 Rivals that switch nets: T-Stitch's shares (arXiv 2402.14167), each at every step count, and lists
 of nets as OMS-DPM (arXiv 2306.08860) has them, found by evolution over nets and step counts with
@@ -55,6 +55,8 @@ SPEEDS = (2.0, 3.0, 4.0)
 SPARE = 1.03
 """Plans are sought so much faster than they shall be, for predictions are off by as much."""
 CALLS, SEED = 8, 3_000_000
+DECIDING, MEASURED = 10_000, 20_000
+"""How far off are the seeds of the calls that decide, as in tuning, and of those measured."""
 POPULATION, GENERATIONS = 8, 4
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
@@ -74,8 +76,12 @@ class Arena:
         return THINGS[: 8 * CALLS : 8]
 
     @property
-    def held_out(self) -> Sequence[str]:
+    def deciding(self) -> Sequence[str]:
         return THINGS[4 : 8 * CALLS : 8]
+
+    @property
+    def measured(self) -> Sequence[str]:
+        return THINGS[1 : 8 * CALLS : 2]
 
     @cached_property
     def _company(self) -> Any:
@@ -98,24 +104,31 @@ class Arena:
         )  # fmt: skip
 
     @cached_property
-    def _goals(self) -> torch.Tensor:
-        return self.run(Plan.full(self.steps), self.fitting, SEED).pictures
+    def _goals(self) -> dict[int, torch.Tensor]:
+        return {}
 
     @cached_property
-    def _known(self) -> dict[str, float]:
+    def _known(self) -> dict[tuple[str, int], float]:
         return {}
 
     def score(self, plan: Plan) -> float:
-        """Mean over the calls to choose by, in dB."""
-        if plan.fingerprint not in self._known:
-            pictures = self.run(plan, self.fitting, SEED).pictures
-            self._known[plan.fingerprint] = float(psnr(pictures, self._goals).mean())
-        return self._known[plan.fingerprint]
+        """Mean over the calls to seek by, in dB."""
+        return self._score(plan, self.fitting, SEED)
+
+    def _score(self, plan: Plan, calls: Sequence[str], seed: int) -> float:
+        if seed not in self._goals:
+            self._goals[seed] = self.run(Plan.full(self.steps), calls, seed).pictures
+        key = plan.fingerprint, seed
+        if key not in self._known:
+            pictures = self.run(plan, calls, seed).pictures
+            self._known[key] = float(psnr(pictures, self._goals[seed]).mean())
+        return self._known[key]
 
     def choose(self, plans: Sequence[Plan], speed: float) -> Plan | None:
-        """The closest of those that are so fast."""
+        """The closest of those that are so fast, on the calls that decide."""
         fast = [plan for plan in plans if self.predict(plan) >= speed * SPARE]
-        return max(fast, key=self.score, default=None)
+        seed = SEED + DECIDING
+        return max(fast, key=lambda plan: self._score(plan, self.deciding, seed), default=None)
 
 
 # -- the search, with all axes and with one --------------------------------------------------------
@@ -127,7 +140,7 @@ def tune_axes(arena: Arena, name: str, **axes: Any) -> Callable[[float], Plan | 
     front = tune(
         arena.pipe,
         arena.fitting,
-        held_out=arena.held_out,
+        held_out=arena.deciding,
         steps=arena.steps,
         settings={"guidance_scale": GUIDANCE},
         speeds=[speed * SPARE for speed in SPEEDS],
@@ -146,11 +159,22 @@ def search_together(arena: Arena) -> Callable[[float], Plan | None]:
 
 
 def search_inheritance(arena: Arena) -> Callable[[float], Plan | None]:
-    """Key steps and step counts with forecasts between; every key step runs the whole UNet."""
+    """Key steps with forecasts between, at the full step count; they run the whole UNet."""
+    return tune_axes(arena, "inheritance", cost=_price_whole(arena), grids=(1.0,), **ALONE)
+
+
+def search_inheritance_and_steps(arena: Arena) -> Callable[[float], Plan | None]:
+    """The two strongest axes, to see what the others add."""
+    return tune_axes(arena, "inheritance-steps", cost=_price_whole(arena), **ALONE)
+
+
+ALONE: Mapping[str, Any] = {"nets": {}, "attend": ()}
+
+
+def _price_whole(arena: Arena) -> CostModel:
+    """Without what half a batch costs nothing forecasts guidance."""
     whole = {key: value for key, value in arena.cost.fixed.items() if key != "half"}
-    return tune_axes(
-        arena, "inheritance", cost=replace(arena.cost, fixed=whole), nets={}, attend=()
-    )
+    return replace(arena.cost, fixed=whole)
 
 
 def take_fewer_steps(arena: Arena) -> Callable[[float], Plan | None]:
@@ -269,6 +293,7 @@ def evolve_lists(arena: Arena) -> Callable[[float], Plan | None]:
 CONTESTANTS: Mapping[str, Callable[[Arena], Callable[[float], Plan | None]]] = {
     "together": search_together,
     "inheritance alone": search_inheritance,
+    "inheritance and step count": search_inheritance_and_steps,
     "fewer steps alone": take_fewer_steps,
     "guidance alone": forecast_guidance,
     "nets alone": switch_nets,
@@ -299,23 +324,27 @@ def keep_profile(name: str, pipe: Any, attend: Sequence[str] = ()) -> CostModel:
 
 
 def measure(
-    arena: Arena, chosen: Mapping[tuple[str, float], Plan], rounds: int, shared: dict[str, Any]
+    arena: Arena, chosen: Mapping[tuple[str, float], Plan], shared: dict[str, Any]
 ) -> Iterator[Record]:
-    """What was chosen, on the calls held out, all in turns."""
-    seed = SEED + 10_000
+    """What was chosen, on calls that had no part in it, all in turns: a batch a round."""
+    seed = SEED + MEASURED
+    rounds = len(arena.measured) // CALLS
     full = Plan.full(arena.steps, name="full")
     plans = {plan.fingerprint: plan for plan in (full, *chosen.values())}
-    pictures: dict[str, torch.Tensor] = {}
+    drawn: dict[str, list[torch.Tensor]] = {key: [] for key in plans}
 
     def make_case(plan: Plan) -> Callable[[int], None]:
-        def case(_: int) -> None:
-            pictures[plan.fingerprint] = arena.run(plan, arena.held_out, seed).pictures
+        def case(number: int) -> None:
+            start = number * CALLS
+            calls = arena.measured[start : start + CALLS]
+            drawn[plan.fingerprint].append(arena.run(plan, calls, seed + start).pictures)
 
         return case
 
     timings = time_cases(
         {key: make_case(plan) for key, plan in plans.items()}, rounds=rounds, warmup=0
     )
+    pictures = {key: torch.cat(batches) for key, batches in drawn.items()}
     for (name, speed), plan in chosen.items():
         ratio = compare_timings(timings[full.fingerprint], timings[plan.fingerprint])
         close = psnr(pictures[plan.fingerprint], pictures[full.fingerprint])
@@ -347,10 +376,9 @@ def count_nets(plan: Plan) -> dict[str, int]:
 
 
 def main(
-    net: Annotated[list[str], typer.Option(help="NAME=FOLDER")],
+    net: Annotated[list[str], typer.Option(help="NAME=FOLDER")] = ["light=emoji-light"],  # noqa: B006
     sampler: Annotated[list[str], typer.Option()] = ["dpm++2m", "ddim"],  # noqa: B006
     steps: int = 30,
-    rounds: int = 3,
 ) -> None:
     hush_libraries()
     pipe: Any = load("emoji", device="cpu")
@@ -369,8 +397,8 @@ def main(
                     chosen[contestant, speed] = plan
                     print(f"{time.time() - begin:.0f} s  {contestant} {speed:g}x", flush=True)
         shared = {**stamp("cpu"), "subject": "emoji", "sampler": name, "steps": steps,
-                  "guidance": GUIDANCE, "pictures": len(arena.held_out)}  # fmt: skip
-        records = list(measure(arena, chosen, rounds, shared))
+                  "guidance": GUIDANCE, "pictures": len(arena.measured)}  # fmt: skip
+        records = list(measure(arena, chosen, shared))
         put_records(RESULTS, records, lambda record: getattr(record, "sampler", None))
         for record in records:
             print(record.plan, getattr(record, "goal", ""), record.metric, round(record.value, 2))
