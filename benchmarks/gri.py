@@ -78,7 +78,10 @@ def main(
     dtype = torch.float16 if device.startswith("cuda") else torch.float32
     make_cases = make_unet_cases if unet else make_attention_cases
     for side in latent or ([64] if unet else [64, 96, 128]):
-        timings = time_cases(make_cases(side, device, dtype), rounds=rounds, device=device)
+        # A call of a whole UNet takes minutes, beside which what only its first does is nothing.
+        timings = time_cases(
+            make_cases(side, device, dtype), rounds=rounds, warmup=0 if unet else 1, device=device
+        )
         shared: dict[str, Any] = {
             **stamp(device),
             "subject": "sd15" if unet else f"self-attention, {HEADS} heads of {WIDTH}",

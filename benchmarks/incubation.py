@@ -10,7 +10,7 @@ get as many steps as make their multiply-accumulates equal to those of `full` wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +23,7 @@ from leansd.incubation.dryrun import Estimate, estimate
 from leansd.incubation.recipe import TEACHER, Recipe, Stage, load_recipe
 from leansd.incubation.running import NET
 from leansd.loading import load_outline
-from leansd.surgery.edits import Replace, Surgery
+from leansd.surgery.edits import Replace, Surgery, Take
 from leansd.surgery.presets import find_surgery
 
 ROOT = Path(__file__).parent.parent
@@ -74,6 +74,15 @@ def with_raw_experts(stage: Stage) -> Stage:
     return stage.model_copy(update={"surgery": Surgery(stage.surgery.name, edits)})
 
 
+def quicken(stages: Mapping[str, Stage], blocks: Sequence[str]) -> Stage:
+    """The second stage with these blocks of the light net, and GRI at once."""
+    edits = [Take(take=tuple(blocks), source=LIGHT)]
+    edits += [edit for edit in stages[EQUIPPED].surgery.edits if getattr(edit, "by", "") == "gri"]
+    steps = stages[ASSEMBLED].steps + stages[EQUIPPED].steps
+    changes = {"surgery": Surgery("faster", edits), "steps": steps}
+    return stages[ASSEMBLED].model_copy(update=changes)
+
+
 ABLATIONS: Mapping[str, Change] = {
     FULL: keep,
     "no CLME": without_part("condconv"),
@@ -86,7 +95,13 @@ ABLATIONS: Mapping[str, Change] = {
 ENDED = "ended"
 DIRECT, BK = "direct", "bk"
 """The assembled and equipped net, and BK-SDM's, each distilled end to end from the teacher."""
-EVERY = [LIGHT, ASSEMBLED, *ABLATIONS, ENDED, DIRECT, BK]
+FASTER: Mapping[str, Sequence[str]] = {
+    "1122 GRI": ("dn0", "dn1", "up2", "up3"),
+    "1112 GRI": ("dn0", "dn1", "dn2", "up1", "up2", "up3"),
+}
+"""Nets that take more blocks from the light one, with GRI in the shallowest: a third and two fifths
+less time at Stable Diffusion 1.5's size. Trained as long as `assembled` and `full` together."""
+EVERY = [LIGHT, ASSEMBLED, *ABLATIONS, *FASTER, ENDED, DIRECT, BK]
 
 
 @dataclass(frozen=True)
@@ -111,6 +126,9 @@ class Study:
         if arm in ABLATIONS:
             nets = {ASSEMBLED: self.get_net(ASSEMBLED)}
             return self._keep(recipe, [ABLATIONS[arm](stages[EQUIPPED])], nets)
+        if arm in FASTER:
+            nets = {LIGHT: self.get_net(LIGHT)}
+            return self._keep(recipe, [quicken(stages, FASTER[arm])], nets)
         return MAKERS[arm](self, recipe, stages)
 
     def make_light(self, recipe: Recipe, stages: Mapping[str, Stage]) -> Recipe:
