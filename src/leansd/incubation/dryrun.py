@@ -116,7 +116,7 @@ class Estimate:
                 f"  memory  {self.memory(each) / GIB:.3g} GiB: {weights:.3g} for weights and "
                 f"optimizer, {activations:.3g} a sample",
                 f"  disk    {each.disk / GIB:.3g} GiB",
-                f"  time    {self.hours(each):.3g} hours",
+                f"  time    {show_hours(self.hours(each))}",
             ]
         lines.append(
             f"time: one {self.device} at {self.macs_per_second / 1e9:.3g} G MACs a second, as "
@@ -316,3 +316,11 @@ def _time_call(unet: UNet2DConditionModel, batch: int) -> float:
     if unet.device.type == "cuda":
         torch.cuda.synchronize(unet.device)
     return time.perf_counter() - start
+
+
+def show_hours(hours: float) -> str:
+    """Days, hours, minutes or seconds, whichever is short."""
+    for size, word in ((24, "days"), (1, "hours"), (1 / 60, "minutes")):
+        if hours >= 1.5 * size:
+            return f"{hours / size:.0f} {word}"
+    return f"{max(1, round(hours * 3600))} s"

@@ -15,7 +15,7 @@ from leansd.faces.report.sections import (
     Report,
 )
 from leansd.faces.report.words import count
-from leansd.incubation.dryrun import GIB, Estimate, StageCost
+from leansd.incubation.dryrun import GIB, Estimate, StageCost, show_hours
 from leansd.measuring.tables import Table
 
 
@@ -50,14 +50,6 @@ def make_report(estimate: Estimate, origin: Origin) -> Report:
             Attachment("estimate.json", json.dumps(estimate.to_fields(), indent=1), "all numbers")
         ],
     )
-
-
-def show_hours(hours: float) -> str:
-    """Days, hours, minutes or seconds, whichever is short."""
-    for size, word in ((24, "days"), (1, "hours"), (1 / 60, "minutes")):
-        if hours >= 1.5 * size:
-            return f"{hours / size:.0f} {word}"
-    return f"{max(1, round(hours * 3600))} s"
 
 
 def tabulate(estimate: Estimate) -> Table:

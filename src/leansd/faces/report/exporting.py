@@ -18,6 +18,10 @@ from leansd.measuring.tables import Table
 from leansd.plans.anatomy import Anatomy
 
 MEGABYTE = 1e6
+LONGEST = 13
+"""Characters of a file's name that fit beside a bar."""
+FORMS = {"onnx": "ONNX Runtime"}
+"""What reads a form, where it is not called the same."""
 
 
 def make_report(written: Exported, net: str, form: str, anatomy: Anatomy, origin: Origin) -> Report:
@@ -30,7 +34,7 @@ def make_report(written: Exported, net: str, form: str, anatomy: Anatomy, origin
     if written.plan is not None:
         sections.append(Chart("The plan", [draw_plan(written.plan, anatomy, written.plan.name)]))
     return Report(
-        title=f"{net} for {form}",
+        title=f"{net} for {FORMS.get(form, form)}",
         summary=summarise(written, form),
         measured=f"the files that {net} was written to, and what they give beside PyTorch"
         if written.difference is not None
@@ -43,7 +47,8 @@ def make_report(written: Exported, net: str, form: str, anatomy: Anatomy, origin
 def summarise(written: Exported, form: str) -> str:
     """How much was written, and whether it can be trusted, in a sentence."""
     size = sum(written.files.values()) / MEGABYTE
-    told = f"The network is written for {form}, {len(written.files)} files of {size:.1f} MB"
+    where = FORMS.get(form, form)
+    told = f"The network is written for {where}, {len(written.files)} files of {size:.1f} MB"
     if written.difference is not None:
         return f"{told}, and run there it differs by {written.difference:.1g} at the most."
     if written.losses:
@@ -78,4 +83,4 @@ def _draw_sizes(written: Exported) -> Drawing:
 
 
 def _shorten(name: str) -> str:
-    return name if len(name) <= 15 else f"{name[:14]}…"
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
