@@ -12,8 +12,9 @@ from leansd.tuning.errors import Action, ErrorModel
 from leansd.tuning.regimes import Regime
 from leansd.tuning.variants import TICKS, allows
 
-CANDIDATES = 3
-"""Proposals of the first regime that are tried for each speed."""
+CANDIDATES = 6
+"""Proposals of the first regime that are tried for each speed: of every step count, since where key
+steps are few the model thinks too well of many steps."""
 FEWER = 2
 """Those of each other regime."""
 FINALISTS = 2
