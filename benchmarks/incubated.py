@@ -5,9 +5,9 @@
 On pictures that nobody was trained on: the error of the predicted noise by time step, against the
 noise itself and against the teacher's prediction. On their captions: pictures of the same seeds as
 the teacher's, by PSNR and SSIM, retrieval and the Fréchet distance to the training pictures in the
-tiny CLIP's features. All nets take turns to be timed. Records go to
-`benchmarks/results/incubation.jsonl`, the curves to `incubation-curves.jsonl`, a grid of pictures
-to `docs/images/incubation.png`.
+tiny CLIP's features. Nets take turns with the teacher to be timed. Records go to
+`benchmarks/results/incubation.jsonl`, where what is there on the same terms is not measured again,
+the curves to `incubation-curves.jsonl`, a grid of pictures to `docs/images/incubation.png`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 import typer
 from diffusers import UNet2DConditionModel
 from incubation import ASSEMBLED, EVERY, LIGHT, ROOT, RUNS, SEEDS, Study
+from PIL import Image
 from torch import Tensor
 
 import leansd
@@ -47,17 +48,27 @@ from leansd.measuring.quality import (
     frechet_distance,
     rank_prompts,
 )
-from leansd.measuring.records import Record, stamp, write_records
+from leansd.measuring.records import (
+    Record,
+    load_records,
+    put_records,
+    stamp,
+    write_records,
+)
 from leansd.measuring.timing import compare_timings, time_cases
 from leansd.measuring.trajectories import run_calls
 from leansd.runtime.samplers import make_scheduler
 
 RESULTS = ROOT / "benchmarks" / "results"
+RECORDS = RESULTS / "incubation.jsonl"
+PICTURE = ROOT / "docs" / "images" / "incubation.png"
+SIDE = 8
+"""Pictures of each net in a row."""
 TEACHER, PRUNED, UNTRAINED = "teacher", "pruned", "assembled, untrained"
 SEED = 500_000
 """Far from what anything was trained on."""
 MOMENTS = tuple(range(50, 1000, 100))
-SHOWN = (TEACHER, PRUNED, LIGHT, UNTRAINED, ASSEMBLED, "full", "ended", "bk")
+SHOWN = (TEACHER, PRUNED, LIGHT, UNTRAINED, ASSEMBLED, "full", "1112 GRI", "ended", "bk")
 
 
 @dataclass(frozen=True)
@@ -178,11 +189,14 @@ def main(
     }  # fmt: skip
     taught, aim = predict_noise(ground, teacher), draw(ground, teacher, steps)
     noises = torch.stack([ground.noise(number) for number in range(len(MOMENTS))])
-    records: list[Record] = []
-    shown: dict[str, Tensor] = {TEACHER: aim}
     timed: dict[str, UNet2DConditionModel] = {TEACHER: teacher}
+    done = list_done(captions, errors, steps)
 
     def measure(name: str, unet: UNet2DConditionModel, number: int | None) -> None:
+        timed.setdefault(name, unet)
+        if (name, number) in done:
+            return
+        records: list[Record] = []
         base = {**shared, "plan": name, "training_seed": number}
 
         def add(metric: str, value: float, unit: str = "", **fields: Any) -> None:
@@ -206,8 +220,9 @@ def main(
             add(metric, value, unit)
         add("macs", count_macs(unet).total / 1e9, "GMAC")
         add("params", sum(each.numel() for each in unet.parameters()) / 1e6, "M")
-        shown.setdefault(name, drawn)
-        timed.setdefault(name, unet)
+        put_records(RECORDS, records, place_record)
+        if name in SHOWN and number in (None, seed[0]):
+            save_picture(paste_grid(drawn[:SIDE], SIDE), runs / "shown" / f"{name}.png")
         said = {each.metric: each.value for each in records if each.plan == name}
         print(name, number, {key: round(value, 4) for key, value in said.items()}, flush=True)
 
@@ -216,12 +231,38 @@ def main(
         study = Study(number, runs.resolve(), Path())
         for name, unet in list_nets(study, arm):
             measure(name, unet, number)
-        write_records(RESULTS / "incubation.jsonl", records)
-    records += time_nets(timed, ground, rounds, shared)
-    write_records(RESULTS / "incubation.jsonl", records)
-    keep_curves(seed, arm, runs)
-    rows = [shown[name][:8] for name in SHOWN if name in shown]
-    save_picture(paste_grid(torch.cat(rows), 8), ROOT / "docs" / "images" / "incubation.png")
+    put_records(RECORDS, list(time_nets(timed, ground, rounds, shared)), place_record)
+    keep_curves(runs)
+    rows = [runs / "shown" / f"{name}.png" for name in SHOWN]
+    save_picture(stack_rows([row for row in rows if row.exists()]), PICTURE)
+
+
+def list_done(captions: int, errors: int, steps: int) -> set[tuple[str, int | None]]:
+    """Nets and seeds that are on record on the same terms; what is there on others goes."""
+    records = load_records(RECORDS) if RECORDS.exists() else []
+    terms = {"captions": captions, "errors": errors, "steps": steps}
+    same = [each for each in records if terms.items() <= (each.model_extra or {}).items()]
+    if len(same) < len(records):
+        write_records(RECORDS, same)
+    measured = (place_record(each) for each in same)
+    return {(plan, number) for plan, number, is_time in measured if not is_time}
+
+
+def place_record(record: Record) -> tuple[str, int | None, bool]:
+    """The net, its seed, and whether it is a time: those are taken of one seed, by themselves."""
+    number = (record.model_extra or {}).get("training_seed")
+    return record.plan, number, record.metric == "speedup"
+
+
+def stack_rows(rows: list[Path]) -> Image.Image:
+    """Pictures of the same width below each other."""
+    opened = [Image.open(row) for row in rows]
+    sheet = Image.new("RGB", (opened[0].width, sum(each.height for each in opened)))
+    top = 0
+    for each in opened:
+        sheet.paste(each, (0, top))
+        top += each.height
+    return sheet
 
 
 def time_nets(
@@ -243,12 +284,12 @@ def time_nets(
         )  # fmt: skip
 
 
-def keep_curves(seeds: list[int], arms: list[str], runs: Path) -> None:
-    """All runs' losses, every tenth line of them, as one file."""
+def keep_curves(runs: Path) -> None:
+    """The losses of all runs that there are, every fifth line of them, as one file."""
     rows: list[str] = []
-    for number in seeds:
+    for number in SEEDS:
         study = Study(number, runs.resolve(), Path())
-        for arm in arms:
+        for arm in EVERY:
             for file in sorted(study.get_folder(arm).glob(f"*/{FILE}")):
                 for line in file.read_text(encoding="utf-8").splitlines()[::5]:
                     row = {"arm": arm, "seed": number, "stage": file.parent.name}
