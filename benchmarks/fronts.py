@@ -1,9 +1,10 @@
 """Tunes the embedded model for every sampler and step count; the presets are made of these fronts.
 
-    python benchmarks/fronts.py [--sampler dpm++2m] [--steps 30]
+    python benchmarks/fronts.py [--sampler dpm++2m] [--steps 30] [--guidance 8]
 
-Fronts go to `benchmarks/results/fronts/SAMPLER-STEPS.json`. What was tried is kept in journals
-under `runs/fronts`, and the profile that all of them go by, so that a stopped run goes on.
+Fronts go to `benchmarks/results/fronts/SAMPLER-STEPS.json`, those of another guidance scale than
+the model's own to `SAMPLER-STEPS-gSCALE.json`, and make no presets. What was tried is kept in
+journals under `runs/fronts`, and the profile that all of them go by, so that a stopped run goes on.
 """
 
 from __future__ import annotations
@@ -50,12 +51,14 @@ def main(
     model: str = "emoji",
     sampler: Annotated[list[str], typer.Option()] = ["dpm++2m", "ddim", "euler"],  # noqa: B006
     steps: Annotated[list[int], typer.Option()] = [30, 20, 50],  # noqa: B006
+    guidance: float = GUIDANCE,
     tries: int = 6,
     spare: Annotated[list[float], typer.Option()] = SPARES,
 ) -> None:
     hush_libraries()
     pipe = load(model)
-    settings = {"guidance_scale": GUIDANCE}
+    settings = {"guidance_scale": guidance}
+    suffix = "" if guidance == GUIDANCE else f"-g{guidance:g}"
     cost = keep_profile(pipe, settings)
     start = time.time()
 
@@ -85,7 +88,7 @@ def main(
                     seed=SEED,
                     cost=cost,
                     sampler=name,
-                    journal=JOURNALS / f"{name}-{count}.jsonl",
+                    journal=JOURNALS / f"{name}-{count}{suffix}.jsonl",
                     tell=tell,
                 )
 
@@ -95,7 +98,7 @@ def main(
             missing = [speed for speed in speeds if find_preset(front, speed) is None]
             points = [*front.points, *(search((1.0,), missing).points if missing else ())]
             whole = Front(front.subject, name, count, tuple(points))
-            whole.save(RESULTS / f"{name}-{count}.json")
+            whole.save(RESULTS / f"{name}-{count}{suffix}.json")
             tell(f"\n{whole.tabulate()}")
             write_presets()
 
@@ -124,6 +127,8 @@ def write_presets() -> None:
     """The house presets of all fronts there are."""
     rows: list[dict[str, Any]] = []
     for path in sorted(RESULTS.glob("*.json")):
+        if "-g" in path.stem:
+            continue
         front = Front.load(path)
         found = {name: find_preset(front, speed) for name, speed in house.SPEEDS.items()}
         plans = {

@@ -28,6 +28,8 @@ from leansd.measuring.trajectories import run_calls
 from leansd.runtime.clock import read_course
 from leansd.runtime.samplers import make_scheduler
 from leansd.runtime.spectrum import weigh_chebyshev
+from leansd.tuning.front import Front
+from leansd.tuning.front import Point as FrontPoint
 from loops import sample
 from tiny import tiny_pipeline, tiny_scheduler, tiny_unet
 
@@ -272,6 +274,19 @@ def test_own_plans_from_a_folder_are_those_of_the_sampler_and_step_count(tmp_pat
     plans = choose_plans([str(tmp_path), "fast"], CONTEST, 4)
     assert [plan.name for plan in plans] == ["1.5x", "2x", "fast"]
     assert [plan.name for plan in choose_plans([], CONTEST, 4)] == list(leansd.plans.presets.HOUSE)
+
+
+def test_a_front_for_the_contests_guidance_comes_before_one_for_any(tmp_path):
+    for suffix in ("", "-g8"):
+        plan = Plan.full(4, name=f"tuned{suffix}").guide("drop", at=3)
+        front = Front.of("unet", "ddim", 4, [FrontPoint(plan, 1.2, 1.0, 40.0)])
+        front.save(tmp_path / f"ddim-4{suffix}.json")
+    found = {
+        scale: [plan.name for plan in choose_plans([str(tmp_path)], contest, 4)]
+        for scale in (8.0, 3.0)
+        for contest in [replace(CONTEST, guidance=scale)]
+    }
+    assert found == {8.0: ["tuned-g8 of 4 steps"], 3.0: ["tuned of 4 steps"]}
 
 
 # -- the command -------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ LONG = 30
 """The step count at which the first sampler is run by all variants of all rivals."""
 PAPER_GUIDANCE = 8.0
 """With 30 steps, the setting of A-SDM's tables (arXiv 2406.00210)."""
+SCALE = re.compile(r"-g[\d.]+")
+"""What the name of a front for one guidance scale has behind the steps."""
 OTHERS = ("unipc",)
 """Samplers whose fewer steps are rivals of every other: a good one, for its family's best."""
 INPUT_SEED = 10_000_000
@@ -118,8 +121,8 @@ def check_plans(sources: Sequence[str]) -> None:
 def choose_plans(sources: Sequence[str], contest: Contest, blocks: int) -> tuple[Plan, ...]:
     """The plans that are ours in a contest: the house presets where none are named.
 
-    A folder holds plans named SAMPLER-STEPS-GOAL.json, and fronts, SAMPLER-STEPS.json; a plan file
-    of another step count sits out.
+    A folder holds plans named SAMPLER-STEPS-GOAL.json, and fronts, SAMPLER-STEPS.json, or for one
+    guidance scale SAMPLER-STEPS-gSCALE.json; a plan file of another step count sits out.
     """
     if not sources:
         return tuple(
@@ -128,12 +131,18 @@ def choose_plans(sources: Sequence[str], contest: Contest, blocks: int) -> tuple
     plans: list[Plan] = []
     for source in sources:
         if Path(source).is_dir():
-            names = f"{contest.sampler}-{contest.steps}-*.json"
-            files = sorted(Path(source).glob(names))
-            front = Path(source) / f"{contest.sampler}-{contest.steps}.json"
+            stem = f"{contest.sampler}-{contest.steps}"
+            own, any_scale = (
+                Path(source) / f"{stem}{suffix}.json" for suffix in (f"-g{contest.guidance:g}", "")
+            )
+            front = own if own.exists() else any_scale
             if front.exists():
                 plans += list_plans(Front.load(front))
-            plans += [Plan.load(file).rename(file.stem.split("-", 2)[-1]) for file in files]
+            plans += [
+                Plan.load(file).rename(file.stem.split("-", 2)[-1])
+                for file in sorted(Path(source).glob(f"{stem}-*.json"))
+                if not SCALE.fullmatch(file.stem.removeprefix(stem))
+            ]
             continue
         found = look_up(source)
         if not isinstance(found, Plan) or found.steps == contest.steps:
