@@ -18,7 +18,7 @@ steps are few the model thinks too well of many steps."""
 FEWER = 2
 """Those of each other regime."""
 FINALISTS = 3
-"""Plans of different step counts, for each speed, that the held-out calls decide between."""
+"""Plans of different step counts for each speed; the held-out calls help to decide between them."""
 LONGEST = 0.2
 """The most steps between two key steps, as a share of all."""
 
