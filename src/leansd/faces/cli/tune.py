@@ -77,7 +77,7 @@ def tune_plans(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Tune plans on some calls, let others decide, and save the whole front.
+    """Tune plans on some calls, check them on others, and save the whole front.
 
     One of --speedup, --psnr and --ms says which plan is written to OUT; 2 times faster by default.
     Stopped, the same command goes on where it was.
