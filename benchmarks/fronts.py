@@ -20,6 +20,7 @@ import torch
 import typer
 
 from leansd.faces.cli.terminal import hush_libraries
+from leansd.faces.contests import SCALE
 from leansd.faces.prompts import GUIDANCE, THINGS
 from leansd.loading import load
 from leansd.measuring.cost import CostModel
@@ -100,7 +101,8 @@ def main(
             whole = Front(front.subject, name, count, tuple(points))
             whole.save(RESULTS / f"{name}-{count}{suffix}.json")
             tell(f"\n{whole.tabulate()}")
-            write_presets()
+            if not suffix:
+                write_presets()
 
 
 def keep_profile(pipe: Any, settings: dict[str, Any]) -> CostModel:
@@ -127,7 +129,7 @@ def write_presets() -> None:
     """The house presets of all fronts there are."""
     rows: list[dict[str, Any]] = []
     for path in sorted(RESULTS.glob("*.json")):
-        if "-g" in path.stem:
+        if SCALE.search(path.stem):
             continue
         front = Front.load(path)
         found = {name: find_preset(front, speed) for name, speed in house.SPEEDS.items()}

@@ -190,11 +190,14 @@ def main(
     taught, aim = predict_noise(ground, teacher), draw(ground, teacher, steps)
     noises = torch.stack([ground.noise(number) for number in range(len(MOMENTS))])
     timed: dict[str, UNet2DConditionModel] = {TEACHER: teacher}
-    done = list_done(captions, errors, steps)
+    drop_other_terms({"captions": captions, "errors": errors, "steps": steps})
+    done = list_done()
 
     def measure(name: str, unet: UNet2DConditionModel, number: int | None) -> None:
         timed.setdefault(name, unet)
-        if (name, number) in done:
+        row = runs / "shown" / f"{name}.png"
+        is_shown = name in SHOWN and number in (None, seed[0])
+        if (name, number) in done and (row.exists() or not is_shown):
             return
         records: list[Record] = []
         base = {**shared, "plan": name, "training_seed": number}
@@ -221,9 +224,9 @@ def main(
         add("macs", count_macs(unet).total / 1e9, "GMAC")
         add("params", sum(each.numel() for each in unet.parameters()) / 1e6, "M")
         put_records(RECORDS, records, place_record)
-        if name in SHOWN and number in (None, seed[0]):
-            save_picture(paste_grid(drawn[:SIDE], SIDE), runs / "shown" / f"{name}.png")
-        said = {each.metric: each.value for each in records if each.plan == name}
+        if is_shown:
+            save_picture(paste_grid(drawn[:SIDE], SIDE), row)
+        said = {each.metric: each.value for each in records}
         print(name, number, {key: round(value, 4) for key, value in said.items()}, flush=True)
 
     measure(TEACHER, teacher, None)
@@ -237,14 +240,17 @@ def main(
     save_picture(stack_rows([row for row in rows if row.exists()]), PICTURE)
 
 
-def list_done(captions: int, errors: int, steps: int) -> set[tuple[str, int | None]]:
-    """Nets and seeds that are on record on the same terms; what is there on others goes."""
+def drop_other_terms(terms: Mapping[str, int]) -> None:
+    """Take from the records what was measured otherwise."""
     records = load_records(RECORDS) if RECORDS.exists() else []
-    terms = {"captions": captions, "errors": errors, "steps": steps}
     same = [each for each in records if terms.items() <= (each.model_extra or {}).items()]
     if len(same) < len(records):
         write_records(RECORDS, same)
-    measured = (place_record(each) for each in same)
+
+
+def list_done() -> set[tuple[str, int | None]]:
+    """Nets and seeds that are on record."""
+    measured = map(place_record, load_records(RECORDS) if RECORDS.exists() else [])
     return {(plan, number) for plan, number, is_time in measured if not is_time}
 
 

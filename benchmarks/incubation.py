@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeGuard
 
 import typer
 
@@ -23,7 +23,7 @@ from leansd.incubation.dryrun import Estimate, estimate
 from leansd.incubation.recipe import TEACHER, Recipe, Stage, load_recipe
 from leansd.incubation.running import NET
 from leansd.loading import load_outline
-from leansd.surgery.edits import Replace, Surgery, Take
+from leansd.surgery.edits import Edit, Replace, Surgery, Take
 from leansd.surgery.presets import find_surgery
 
 ROOT = Path(__file__).parent.parent
@@ -49,15 +49,16 @@ def without_loss(name: str) -> Change:
     return change
 
 
+def puts(edit: Edit, kind: str) -> TypeGuard[Replace]:
+    """Whether an edit puts one kind of part in place."""
+    return isinstance(edit, Replace) and edit.by == kind
+
+
 def without_part(kind: str) -> Change:
     """The stage without the edits that put one kind of part in place."""
 
     def change(stage: Stage) -> Stage:
-        edits = [
-            each
-            for each in stage.surgery.edits
-            if not (isinstance(each, Replace) and each.by == kind)
-        ]
+        edits = [each for each in stage.surgery.edits if not puts(each, kind)]
         return stage.model_copy(update={"surgery": Surgery(stage.surgery.name, edits)})
 
     return change
@@ -67,7 +68,7 @@ def with_raw_experts(stage: Stage) -> Stage:
     """The stage with experts whose channels stay in the order that their layers have them."""
     edits = [
         each.model_copy(update={"options": {**each.options, "align": False}})
-        if isinstance(each, Replace) and each.by == "condconv"
+        if puts(each, "condconv")
         else each
         for each in stage.surgery.edits
     ]
@@ -77,7 +78,7 @@ def with_raw_experts(stage: Stage) -> Stage:
 def quicken(stages: Mapping[str, Stage], blocks: Sequence[str]) -> Stage:
     """The second stage with these blocks of the light net, and GRI at once."""
     edits = [Take(take=tuple(blocks), source=LIGHT)]
-    edits += [edit for edit in stages[EQUIPPED].surgery.edits if getattr(edit, "by", "") == "gri"]
+    edits += [each for each in stages[EQUIPPED].surgery.edits if puts(each, "gri")]
     steps = stages[ASSEMBLED].steps + stages[EQUIPPED].steps
     changes = {"surgery": Surgery("faster", edits), "steps": steps}
     return stages[ASSEMBLED].model_copy(update=changes)

@@ -159,6 +159,9 @@ def search_together(arena: Arena) -> Callable[[float], Plan | None]:
     return tune_axes(arena, "together")
 
 
+ALONE: Mapping[str, Any] = {"nets": {}, "attend": ()}
+
+
 def search_inheritance(arena: Arena) -> Callable[[float], Plan | None]:
     """Key steps with forecasts between, at the full step count; they run the whole UNet."""
     return tune_axes(arena, "inheritance", cost=_price_whole(arena), grids=(1.0,), **ALONE)
@@ -169,11 +172,8 @@ def search_inheritance_and_steps(arena: Arena) -> Callable[[float], Plan | None]
     return tune_axes(arena, "inheritance-steps", cost=_price_whole(arena), **ALONE)
 
 
-ALONE: Mapping[str, Any] = {"nets": {}, "attend": ()}
-
-
 def _price_whole(arena: Arena) -> CostModel:
-    """Without what half a batch costs nothing forecasts guidance."""
+    """Costs without that of half a batch, so that nothing forecasts guidance."""
     whole = {key: value for key, value in arena.cost.fixed.items() if key != "half"}
     return replace(arena.cost, fixed=whole)
 

@@ -211,7 +211,7 @@ def _pick_lanes(guidance: Guidance, *, guides: bool) -> tuple[Lane, ...]:
     """The lanes that a call runs; a plan that computes guidance throughout needs no lanes."""
     if not guides:
         return WHOLE
-    return BOTH if guidance == "compute" else BOTH[1:]
+    return BOTH if guidance == "compute" else ("cond",)
 
 
 def _list_addresses(anatomy: Anatomy) -> Iterator[str]:

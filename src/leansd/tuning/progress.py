@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from leansd.tuning.calibration import PROBES
-from leansd.tuning.proposals import CANDIDATES, FEWER, FINALISTS
+from leansd.tuning.proposals import FEWER, FINALISTS
 
 REGIMES = 3
 """About how many there are."""
@@ -35,7 +35,7 @@ class Progress:
 
     @property
     def _each(self) -> int:
-        tried = CANDIDATES + (REGIMES - 1) * FEWER + self.tries
+        tried = self.grids + (REGIMES - 1) * FEWER + self.tries
         return tried + FINALISTS * (POLISHING + 1) + 1
 
     def add(self, text: str, runs: int = 1) -> None:

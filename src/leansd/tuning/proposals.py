@@ -12,11 +12,8 @@ from leansd.tuning.errors import Action, ErrorModel
 from leansd.tuning.regimes import Regime
 from leansd.tuning.variants import TICKS, allows
 
-CANDIDATES = 6
-"""Proposals of the first regime that are tried for each speed: of every step count, since where key
-steps are few the model thinks too well of many steps."""
 FEWER = 2
-"""Those of each other regime."""
+"""Proposals of each regime but the first that are tried for each speed."""
 FINALISTS = 3
 """Plans of different step counts for each speed; the held-out calls help to decide between them."""
 LONGEST = 0.2
@@ -40,7 +37,9 @@ def propose(
     speeds: Sequence[float],
     tell: Callable[[str], None],
 ) -> list[list[Candidate]]:
-    """For each speed the best plans of all step counts, and a few of each other regime.
+    """For each speed the best plan of every step count, and a few of each other regime.
+
+    Of every one, since where key steps are few the model thinks too well of many steps.
 
     Errors of different regimes do not compare: of what a cut or an older guidance difference makes
     better or worse the model knows nothing.
@@ -61,7 +60,7 @@ def propose(
                 candidates += filter(None, [candidate])
         for few, candidates in zip(found, best, strict=True):
             candidates.sort(key=lambda each: each.error)
-            few += candidates[: FEWER if place else CANDIDATES]
+            few += candidates[:FEWER] if place else candidates
     return found
 
 
