@@ -1,9 +1,10 @@
 """Tunes the embedded model for every sampler and step count; the presets are made of these fronts.
 
-    python benchmarks/fronts.py [--sampler dpm++2m] [--steps 30] [--guidance 8]
+    python benchmarks/fronts.py [--sampler dpm++2m] [--steps 30] [--guidance 8] [--pictures]
 
 Fronts go to `benchmarks/results/fronts/SAMPLER-STEPS.json`, those of another guidance scale than
-the model's own to `SAMPLER-STEPS-gSCALE.json`, and make no presets. What was tried is kept in
+the model's own to `SAMPLER-STEPS-gSCALE.json`, those of image-to-image (`--pictures`) to
+`SAMPLER-STEPS-image-to-image.json`; the latter two make no presets. What was tried is kept in
 journals under `runs/fronts`, and the profile that all of them go by, so that a stopped run goes on.
 """
 
@@ -13,6 +14,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,24 +22,26 @@ import torch
 import typer
 
 from leansd.faces.cli.terminal import hush_libraries
-from leansd.faces.contests import SCALE
+from leansd.faces.contests import OWN_SETTING, draw_inputs, list_settings, name_own_front
 from leansd.faces.prompts import GUIDANCE, THINGS
-from leansd.loading import load
+from leansd.loading import as_image_to_image, load
+from leansd.measuring.contest import Contest, Task
 from leansd.measuring.cost import CostModel
 from leansd.measuring.files import write_file
 from leansd.measuring.profile import profile
 from leansd.measuring.records import load_records, stamp, write_records
+from leansd.measuring.trajectories import PipelineCall, expand_calls
 from leansd.plans import house
 from leansd.plans.document import make_document
 from leansd.plans.plan import Plan
 from leansd.runtime.samplers import make_scheduler
 from leansd.tuning import Front, tune
-from leansd.tuning.tuner import GRIDS
+from leansd.tuning.front import Point
 
 RESULTS = Path(__file__).parent / "results" / "fronts"
 JOURNALS = Path(__file__).parent.parent / "runs" / "fronts"
-SEED = 2_000_000
-"""Far from the seeds of the benchmark."""
+SEED, INPUT_SEED = 2_000_000, 12_000_000
+"""Of pictures, and of those that image-to-image starts from; far from the benchmark's."""
 CALLS = 8
 SPEEDS = (1.5, 2.0, 2.5, 3.0)
 PRESETS = 30
@@ -55,12 +59,12 @@ def main(
     guidance: float = GUIDANCE,
     tries: int = 6,
     spare: Annotated[list[float], typer.Option()] = SPARES,
+    pictures: Annotated[bool, typer.Option("--pictures")] = False,
 ) -> None:
     hush_libraries()
     pipe = load(model)
-    settings = {"guidance_scale": guidance}
-    suffix = "" if guidance == GUIDANCE else f"-g{guidance:g}"
-    cost = keep_profile(pipe, settings)
+    drawer = as_image_to_image(pipe) if pictures else pipe
+    task: Task = "image-to-image" if pictures else "text-to-image"
     start = time.time()
 
     def tell(text: str, share: float = 0.0) -> None:
@@ -68,59 +72,72 @@ def main(
 
     for count in steps:
         for name in sampler:
-            tell(f"{name}, {count} steps")
-            pipe.scheduler = make_scheduler(pipe, name)
-
-            def search(
-                grids: Sequence[float],
-                speeds: Sequence[float],
-                name: str = name,
-                count: int = count,
-            ) -> Front:
-                return tune(
-                    pipe,
-                    THINGS[: 8 * CALLS : 8],
-                    held_out=THINGS[4 : 8 * CALLS : 8],
-                    steps=count,
-                    settings=settings,
-                    speeds=sorted({speed * share for speed in speeds for share in spare}),
-                    grids=grids,
-                    tries=tries,
-                    seed=SEED,
-                    cost=cost,
-                    sampler=name,
-                    journal=JOURNALS / f"{name}-{count}{suffix}.jsonl",
-                    tell=tell,
-                )
-
+            contest = Contest(task, name, count, guidance)
+            usual = guidance == GUIDANCE and not pictures
+            stem = f"{name}-{count}" if usual else name_own_front(contest)
+            tell(stem)
+            pipe.scheduler = drawer.scheduler = make_scheduler(pipe, name)
+            calls, held_out = (choose_calls(pipe, contest, first) for first in (0, 4))
+            search = partial(
+                tune,
+                drawer,
+                calls,
+                held_out=held_out,
+                steps=count,
+                settings=list_settings(contest),
+                tries=tries,
+                seed=SEED,
+                cost=keep_profile(drawer, contest, calls[0]),
+                sampler=name,
+                journal=JOURNALS / f"{stem}.jsonl",
+                tell=tell,
+            )
             speeds = SPEEDS if count == PRESETS else COMPARED
-            front = search(GRIDS, speeds)
+            found = search(speeds=hasten(speeds, spare))
+            points = found.points
             # A preset must not change the step count: where the best plan does, seek another.
-            missing = [speed for speed in speeds if find_preset(front, speed) is None]
-            points = [*front.points, *(search((1.0,), missing).points if missing else ())]
-            whole = Front(front.subject, name, count, tuple(points))
-            whole.save(RESULTS / f"{name}-{count}{suffix}.json")
-            tell(f"\n{whole.tabulate()}")
-            if not suffix:
-                write_presets()
+            missing = [speed for speed in speeds if find_preset(points, count, speed) is None]
+            if missing:
+                points += search(speeds=hasten(missing, spare), grids=(1.0,)).points
+            front = Front(found.subject, name, count, points)
+            front.save(RESULTS / f"{stem}.json")
+            tell(f"\n{front.tabulate()}")
+            write_presets()
 
 
-def keep_profile(pipe: Any, settings: dict[str, Any]) -> CostModel:
-    """What everything costs: measured once, and then what was measured."""
-    path = JOURNALS / "cost.jsonl"
+def choose_calls(pipe: Any, contest: Contest, first: int) -> Sequence[PipelineCall]:
+    """Every eighth thing from one on; for image-to-image, each on a picture of another."""
+    things = THINGS[first : 8 * CALLS : 8]
+    if contest.task == "text-to-image":
+        return things
+    seed, guidance = INPUT_SEED + first, contest.guidance
+    return draw_inputs(pipe, things, pipe.scheduler, guidance=guidance, batch=CALLS, seed=seed)
+
+
+def hasten(speeds: Sequence[float], spare: Sequence[float]) -> list[float]:
+    """The speeds to seek, for those that shall be had."""
+    return sorted({speed * share for speed in speeds for share in spare})
+
+
+def keep_profile(drawer: Any, contest: Contest, call: PipelineCall) -> CostModel:
+    """What everything costs: measured once for each task, and then what was measured."""
+    path = JOURNALS / f"cost-{contest.task}.jsonl"
     if path.exists():
         return CostModel.from_records(load_records(path))
-    cost = profile(pipe, call=settings, pictures=CALLS, repeats=3)
-    write_records(path, cost.list_records(stamp(pipe.device)))
+    # At full strength every step runs, of as few steps as a profile takes.
+    settings = {**expand_calls([call])[0], **list_settings(contest)}
+    whole = {**settings, "strength": 1.0} if "strength" in settings else settings
+    cost = profile(drawer, call=whole, pictures=CALLS, repeats=3)
+    write_records(path, cost.list_records(stamp(drawer.device)))
     return cost
 
 
-def find_preset(front: Front, speed: float) -> Plan | None:
-    """The closest plan of the front's own step count that is so fast."""
+def find_preset(points: Sequence[Point], steps: int, speed: float) -> Plan | None:
+    """The closest plan of the full run's step count that is so fast."""
     plans = [
         (point.psnr, point.plan)
-        for point in front.points
-        if point.plan.steps == front.steps and not point.is_plain and point.speedup >= speed
+        for point in points
+        if point.plan.steps == steps and not point.is_plain and point.speedup >= speed
     ]
     return max(plans, key=lambda each: each[0])[1] if plans else None
 
@@ -129,10 +146,13 @@ def write_presets() -> None:
     """The house presets of all fronts there are."""
     rows: list[dict[str, Any]] = []
     for path in sorted(RESULTS.glob("*.json")):
-        if SCALE.search(path.stem):
+        if OWN_SETTING.search(path.stem):
             continue
         front = Front.load(path)
-        found = {name: find_preset(front, speed) for name, speed in house.SPEEDS.items()}
+        found = {
+            name: find_preset(front.points, front.steps, speed)
+            for name, speed in house.SPEEDS.items()
+        }
         plans = {
             # What a preset was tuned on is no reason to refuse it elsewhere.
             name: make_document(replace(plan, name=name, tuned=None)).model_dump(

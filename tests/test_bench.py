@@ -276,17 +276,18 @@ def test_own_plans_from_a_folder_are_those_of_the_sampler_and_step_count(tmp_pat
     assert [plan.name for plan in choose_plans([], CONTEST, 4)] == list(leansd.plans.presets.HOUSE)
 
 
-def test_a_front_for_the_contests_guidance_comes_before_one_for_any(tmp_path):
-    for suffix in ("", "-g8"):
+def test_a_front_for_what_a_contest_draws_comes_before_one_for_anything(tmp_path):
+    for suffix in ("", "-g8", "-image-to-image"):
         plan = Plan.full(4, name=f"tuned{suffix}").guide("drop", at=3)
         front = Front.of("unet", "ddim", 4, [FrontPoint(plan, 1.2, 1.0, 40.0)])
         front.save(tmp_path / f"ddim-4{suffix}.json")
-    found = {
-        scale: [plan.name for plan in choose_plans([str(tmp_path)], contest, 4)]
-        for scale in (8.0, 3.0)
-        for contest in [replace(CONTEST, guidance=scale)]
-    }
-    assert found == {8.0: ["tuned-g8 of 4 steps"], 3.0: ["tuned of 4 steps"]}
+    contests = [replace(CONTEST, guidance=8.0), CONTEST, replace(CONTEST, task="image-to-image")]
+    found = [choose_plans([str(tmp_path)], contest, 4) for contest in contests]
+    assert [[plan.name for plan in plans] for plans in found] == [
+        ["tuned-g8 of 4 steps"],
+        ["tuned of 4 steps"],
+        ["tuned-image-to-image of 4 steps"],
+    ]
 
 
 # -- the command -------------------------------------------------------------------------------

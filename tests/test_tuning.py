@@ -21,7 +21,10 @@ from diffusers import (
 
 import leansd
 from leansd.errors import LeansdError
+from leansd.loading import as_image_to_image
 from leansd.measuring.cost import CostModel
+from leansd.measuring.fidelity import psnr
+from leansd.measuring.trajectories import run_calls
 from leansd.plans.plan import Plan, Tuned
 from leansd.plans.row import NO_CORRECTION, Correction
 from leansd.runtime.clock import read_course
@@ -434,6 +437,35 @@ def test_nets_are_tuned_with_all_else(pipe, cost) -> None:
         tries=0, cost=cost,
     )  # fmt: skip
     assert best.psnr > max(point.psnr for point in alone.points) + 3
+
+
+@pytest.mark.slow
+def test_image_to_image_is_tuned_for_the_steps_that_it_takes(quick, pipe, cost) -> None:
+    pictures = torch.rand(4, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    calls = [
+        {"prompt": prompt, "image": picture}
+        for prompt, picture in zip(PROMPTS, pictures, strict=True)
+    ]
+    other = as_image_to_image(pipe)
+    other.scheduler = make_scheduler("dpm++2m")
+    settings = {**SETTINGS, "strength": 0.6}
+    front = leansd.tune(
+        other, calls, steps=10, held_out=calls, settings=settings, cost=cost, tries=0, seed=5,
+        grids=(1.0,), speeds=(1.5,),
+    )  # fmt: skip
+    whole = cost.predict_full_run(6)
+    points = [*front.points, *front.beaten]
+    assert {point.is_plain for point in points} == {True, False}
+    full = run_calls(other, calls, 10, settings=settings, seed=10_005).pictures
+    for point in points:
+        assert point.speedup * point.milliseconds == pytest.approx(1000 * whole)
+        steps = point.plan.steps
+        ours = run_calls(other, calls, steps, point.plan, settings=settings, seed=10_005).pictures
+        assert point.psnr == pytest.approx(float(psnr(ours, full).mean()), abs=0.01)
+        with leansd.inherit(other, point.plan) as run:
+            other(**calls[0], num_inference_steps=steps, **settings)
+        plain = 1000 * cost.predict_full_run(run.report().calls)
+        assert point.milliseconds == pytest.approx(plain) or not point.is_plain
 
 
 @pytest.fixture

@@ -25,8 +25,8 @@ LONG = 30
 """The step count at which the first sampler is run by all variants of all rivals."""
 PAPER_GUIDANCE = 8.0
 """With 30 steps, the setting of A-SDM's tables (arXiv 2406.00210)."""
-SCALE = re.compile(r"-g[\d.]+")
-"""What the name of a front for one guidance scale has behind the steps."""
+OWN_SETTING = re.compile(r"-(g[\d.]+|image-to-image)")
+"""What the name of a front for one guidance scale or for pictures has behind the steps."""
 OTHERS = ("unipc",)
 """Samplers whose fewer steps are rivals of every other: a good one, for its family's best."""
 INPUT_SEED = 10_000_000
@@ -72,18 +72,24 @@ def choose_prompts(model: str, count: int, given: Sequence[str] | None = None) -
 
 
 def draw_inputs(
-    pipe: Any, prompts: Sequence[str], scheduler: Any, *, guidance: float, batch: int
+    pipe: Any,
+    prompts: Sequence[str],
+    scheduler: Any,
+    *,
+    guidance: float,
+    batch: int,
+    seed: int = INPUT_SEED,
 ) -> list[PipelineCall]:
     """Image-to-image calls: every prompt on a picture that was drawn for the next one.
 
-    Pictures come from seeds that no contest uses.
+    By default, pictures come from seeds that no contest uses.
     """
     others = [*prompts[1:], prompts[0]]
     pictures = run_calls(
         pipe,
         others,
         INPUT_STEPS,
-        seed=INPUT_SEED,
+        seed=seed,
         batch=batch,
         scheduler=scheduler,
         settings={"guidance_scale": guidance},
@@ -121,8 +127,8 @@ def check_plans(sources: Sequence[str]) -> None:
 def choose_plans(sources: Sequence[str], contest: Contest, blocks: int) -> tuple[Plan, ...]:
     """The plans that are ours in a contest: the house presets where none are named.
 
-    A folder holds plans named SAMPLER-STEPS-GOAL.json, and fronts, SAMPLER-STEPS.json, or for one
-    guidance scale SAMPLER-STEPS-gSCALE.json; a plan file of another step count sits out.
+    A folder holds plans named SAMPLER-STEPS-GOAL.json, and fronts, SAMPLER-STEPS.json, or those of
+    `name_own_front`; a plan file of another step count sits out.
     """
     if not sources:
         return tuple(
@@ -132,22 +138,26 @@ def choose_plans(sources: Sequence[str], contest: Contest, blocks: int) -> tuple
     for source in sources:
         if Path(source).is_dir():
             stem = f"{contest.sampler}-{contest.steps}"
-            own, any_scale = (
-                Path(source) / f"{stem}{suffix}.json" for suffix in (f"-g{contest.guidance:g}", "")
-            )
-            front = own if own.exists() else any_scale
+            own = Path(source) / f"{name_own_front(contest)}.json"
+            front = own if own.exists() else Path(source) / f"{stem}.json"
             if front.exists():
                 plans += list_plans(Front.load(front))
             plans += [
                 Plan.load(file).rename(file.stem.split("-", 2)[-1])
                 for file in sorted(Path(source).glob(f"{stem}-*.json"))
-                if not SCALE.fullmatch(file.stem.removeprefix(stem))
+                if not OWN_SETTING.fullmatch(file.stem.removeprefix(stem))
             ]
             continue
         found = look_up(source)
         if not isinstance(found, Plan) or found.steps == contest.steps:
             plans.append(resolve(source, contest.steps, blocks=blocks, sampler=contest.sampler))
     return tuple(plans)
+
+
+def name_own_front(contest: Contest) -> str:
+    """The name of a front that was tuned for what a contest draws: pictures, or one guidance."""
+    setting = contest.task if contest.task == "image-to-image" else f"g{contest.guidance:g}"
+    return f"{contest.sampler}-{contest.steps}-{setting}"
 
 
 def list_plans(front: Front) -> list[Plan]:

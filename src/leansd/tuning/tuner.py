@@ -172,7 +172,6 @@ class _Tuner:
     nets: Mapping[str, Net]
     variants: tuple[Variant, ...]
     cost: CostModel
-    steps: int
     fit: Bench
     check: Bench
     calibrations: list[Calibration]
@@ -246,8 +245,7 @@ class _Tuner:
         check = replace(check, goals=check.run(steps))
         progress.add("ran the held-out calls in full")
         return cls(
-            anatomy, company, variants, cost, steps, fit, check, calibrations, known, tuned,
-            progress,
+            anatomy, company, variants, cost, fit, check, calibrations, known, tuned, progress,
         )  # fmt: skip
 
     def propose(self, speeds: Sequence[float]) -> list[list[Candidate]]:
@@ -316,10 +314,17 @@ class _Tuner:
 
     def _list_plain(self, speed: float) -> list[int]:
         """The most steps of a plain run that is so fast."""
-        whole = self.cost.predict_full_run(self.steps)
-        left = whole / speed - self.cost.overhead_per_run
-        count = int(left / (self.cost.per_step + self.cost.full_call) + 0.02)
+        full = self.calibrations[0]
+        left = self.cost.predict_full_run(full.count) / speed - self.cost.overhead_per_run
+        calls = left / (self.cost.per_step + self.cost.full_call)
+        count = int(calls * full.steps / full.count + 0.02)
         return [count] if count >= 1 else []
+
+    def _count_calls(self, steps: int) -> int:
+        """UNet calls of a run: image-to-image makes fewer than it has steps."""
+        full = self.calibrations[0]
+        known = {each.steps: each.count for each in self.calibrations}
+        return known.get(steps, max(1, full.count * steps // full.steps))
 
     def _try(self, candidate: Candidate) -> Trial:
         plan = candidate.build()
@@ -373,9 +378,8 @@ class _Tuner:
             known = Trial(plan, self.check.score(self.check.run(plan.steps, plan)))
             self.journal.note(plan, known, "held out")
         self.progress.add(f"held out: {plan.name} {known.psnr:.2f} dB")
-        full = self.calibrations[0]
-        start = plan.steps - round(full.count * plan.steps / full.steps)
+        start = plan.steps - self._count_calls(plan.steps)
         program = compile_plan(plan, self.anatomy, nets=self.nets, start=start)
         seconds = self.cost.predict_run(program)
-        whole = self.cost.predict_full_run(full.count)
+        whole = self.cost.predict_full_run(self.calibrations[0].count)
         return Point(plan, whole / seconds, seconds * 1000, known.psnr)
