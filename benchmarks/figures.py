@@ -1,6 +1,6 @@
-"""Draw the figures of the pages on concepts: from built-in shapes and committed records alone.
+"""Draw the figures of the pages: from built-in shapes and committed records alone.
 
-    python benchmarks/figures.py          writes docs/images/concepts/*.svg
+    python benchmarks/figures.py          writes docs/images/bench.svg and concepts/*.svg
 
 What the boxes of `weave.svg` say is no number, so that one is drawn by hand.
 """
@@ -15,6 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from leansd.faces.outlines import open_anatomy, open_outline
+from leansd.faces.standings import Standing, read_standings
+from leansd.measuring.contest import FULL
+from leansd.measuring.margins import find_front
 from leansd.measuring.records import Record, load_records
 from leansd.plans import Plan
 from leansd.plans.drawing import draw_picture
@@ -23,9 +26,18 @@ from leansd.surgery.operating import operate
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-IMAGES = ROOT / "docs" / "images" / "concepts"
+IMAGES = ROOT / "docs" / "images"
 SAMPLER = "ddim"
 KEPT, GONE, RIVAL, OURS = "#0f766e", "#e2e8f0", "#94a3b8", "#c2410c"
+FAMILIES = {
+    "ours": ("ours", OURS, "o"),
+    "fewer": ("fewer steps", "#334155", "^"),
+    "samplers": ("UniPC in fewer steps", "#7c3aed", "v"),
+    "spectrum": ("Spectrum", "#0369a1", "D"),
+    "deepcache": ("DeepCache", RIVAL, "s"),
+    "easycache": ("EasyCache", "#a16207", "P"),
+}
+"""What is drawn of a contest: its name, colour and marker. The others lie far below."""
 
 
 def draw_plan() -> Figure:
@@ -91,6 +103,50 @@ def draw_front() -> Figure:
     return figure
 
 
+def draw_bench() -> Figure:
+    """Speed and fidelity in every contest, a line a family, along what nothing of it beats."""
+    standings = sorted(
+        read_standings(load_records(RESULTS / "bench.jsonl")),
+        key=lambda each: (
+            each.fields["task"] != "text-to-image",
+            each.fields["guidance"],
+            each.fields["sampler"],
+            each.fields["steps"],
+        ),
+    )
+    figure = Figure(figsize=(10, 12), layout="constrained")
+    panels = figure.subplots(-(-len(standings) // 3), 3, sharex=True, sharey=True).flat
+    for axes, standing in zip(panels, standings, strict=False):
+        plot_contest(axes, standing)
+    handles, labels = panels[0].get_legend_handles_labels()
+    for axes in panels[len(standings) :]:
+        axes.set_axis_off()
+    figure.legend(handles, labels, loc="lower right", frameon=False)
+    figure.supxlabel("speed-up of the whole call, measured")
+    figure.supylabel("PSNR to the full run [dB]")
+    return figure
+
+
+def plot_contest(axes: Axes, standing: Standing) -> None:
+    points = standing.list_points(FULL)
+    for family, (name, colour, marker) in FAMILIES.items():
+        front = find_front(points.get(family, []))
+        own = family == "ours"
+        axes.plot(
+            [point.speed for point in front], [point.quality for point in front],
+            color=colour, marker=marker, label=name,
+            markersize=6 if own else 4, linewidth=2 if own else 1, zorder=3 if own else 2,
+        )  # fmt: skip
+    axes.set_title(standing.title.removeprefix("text-to-image, "), loc="left", fontsize=9)
+    axes.set_xscale("log")
+    axes.set_xticks([1.5, 2, 3, 4], ["1.5x", "2x", "3x", "4x"])
+    axes.set_xticks([], minor=True)
+    axes.set_xlim(1.15, 4.5)
+    axes.set_ylim(15, 62)
+    axes.grid(color="#e2e8f0")
+    hide_frame(axes)
+
+
 def plot_group(
     axes: Axes,
     name: str,
@@ -110,14 +166,18 @@ def hide_frame(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-FIGURES = {"plan": draw_plan, "surgery": draw_surgery, "front": draw_front}
+FIGURES = {
+    "concepts/plan": draw_plan,
+    "concepts/surgery": draw_surgery,
+    "concepts/front": draw_front,
+    "bench": draw_bench,
+}
 
 
 def main() -> None:
     # The same bytes every time: text stays text, ids and dates follow from nothing else.
     matplotlib.rcParams["svg.fonttype"] = "none"
     matplotlib.rcParams["svg.hashsalt"] = "leansd"
-    IMAGES.mkdir(parents=True, exist_ok=True)
     for name, draw in FIGURES.items():
         draw().savefig(IMAGES / f"{name}.svg", metadata={"Date": None})
 

@@ -11,6 +11,7 @@ journals under `runs/fronts`, and the profile that all of them go by, so that a 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -43,10 +44,7 @@ JOURNALS = Path(__file__).parent.parent / "runs" / "fronts"
 SEED, INPUT_SEED = 2_000_000, 12_000_000
 """Of pictures, and of those that image-to-image starts from; far from the benchmark's."""
 CALLS = 8
-SPEEDS = (1.5, 2.0, 2.5, 3.0)
-PRESETS = 30
-"""The step count that all presets are tuned at; at others, only what the benchmark compares."""
-COMPARED = (1.5, 2.0, 3.0)
+SPEEDS = list(house.SPEEDS.values())
 SPARES = [1.03, 1.07]
 """Plans are sought faster than they shall be, by little and by more: predictions are off by as
 much, and a plan that misses its speed counts for nothing."""
@@ -57,6 +55,7 @@ def main(
     sampler: Annotated[list[str], typer.Option()] = ["dpm++2m", "ddim", "euler"],  # noqa: B006
     steps: Annotated[list[int], typer.Option()] = [30, 20, 50],  # noqa: B006
     guidance: float = GUIDANCE,
+    speed: Annotated[list[float], typer.Option()] = SPEEDS,
     tries: int = 6,
     spare: Annotated[list[float], typer.Option()] = SPARES,
     pictures: Annotated[bool, typer.Option("--pictures")] = False,
@@ -92,11 +91,10 @@ def main(
                 journal=JOURNALS / f"{stem}.jsonl",
                 tell=tell,
             )
-            speeds = SPEEDS if count == PRESETS else COMPARED
-            found = search(speeds=hasten(speeds, spare))
+            found = search(speeds=hasten(speed, spare))
             points = found.points
             # A preset must not change the step count: where the best plan does, seek another.
-            missing = [speed for speed in speeds if find_preset(points, count, speed) is None]
+            missing = [each for each in speed if find_preset(points, count, each) is None]
             if missing:
                 points += search(speeds=hasten(missing, spare), grids=(1.0,)).points
             front = Front(found.subject, name, count, points)
@@ -133,11 +131,12 @@ def keep_profile(drawer: Any, contest: Contest, call: PipelineCall) -> CostModel
 
 
 def find_preset(points: Sequence[Point], steps: int, speed: float) -> Plan | None:
-    """The closest plan of the full run's step count that is so fast."""
+    """The closest plan of the full run's step count that is so fast, and slower than the next."""
+    limit = min((other for other in SPEEDS if other > speed), default=math.inf)
     plans = [
         (point.psnr, point.plan)
         for point in points
-        if point.plan.steps == steps and not point.is_plain and point.speedup >= speed
+        if point.plan.steps == steps and not point.is_plain and speed <= point.speedup < limit
     ]
     return max(plans, key=lambda each: each[0])[1] if plans else None
 
