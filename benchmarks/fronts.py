@@ -122,10 +122,8 @@ def keep_profile(drawer: Any, contest: Contest, call: PipelineCall) -> CostModel
     path = JOURNALS / f"cost-{contest.task}.jsonl"
     if path.exists():
         return CostModel.from_records(load_records(path))
-    # At full strength every step runs, of as few steps as a profile takes.
-    settings = {**expand_calls([call])[0], **list_settings(contest)}
-    whole = {**settings, "strength": 1.0} if "strength" in settings else settings
-    cost = profile(drawer, call=whole, pictures=CALLS, repeats=3)
+    arguments = {**expand_calls([call])[0], **list_settings(contest)}
+    cost = profile(drawer, call=arguments, pictures=CALLS, repeats=3)
     write_records(path, cost.list_records(stamp(drawer.device)))
     return cost
 

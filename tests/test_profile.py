@@ -12,7 +12,7 @@ import leansd
 from leansd.errors import LeansdError
 from leansd.faces.cli import main
 from leansd.faces.stand_ins import build_tiny_vae
-from leansd.loading import load_vae, set_vae
+from leansd.loading import as_image_to_image, load_vae, set_vae
 from leansd.measuring.cost import (
     CostModel,
     Observed,
@@ -30,7 +30,7 @@ from leansd.plans.liveness import Program
 from leansd.plans.plan import Plan
 from leansd.plans.tracing import compile_plan
 from pages import read_page
-from tiny import tiny_pipeline, tiny_unet, tiny_vae
+from tiny import shallow_unet, tiny_pipeline, tiny_unet, tiny_vae
 
 ANATOMY = leansd.dissect(tiny_unet())
 MEBIBYTE = 2**20
@@ -255,11 +255,19 @@ def test_a_profile_without_guidance_knows_no_halves():
     assert cost.output_bytes["head"] == 2 * 4 * 8 * 8 * 4
 
 
+def test_image_to_image_is_profiled_with_all_its_steps():
+    pipe = as_image_to_image(tiny_pipeline(unet=shallow_unet()))
+    call = {"prompt": "a boat", "image": torch.rand(1, 3, 32, 32), "strength": 0.3}
+    cost = leansd.profile(pipe, call=call, pictures=2, repeats=1)
+    assert set(cost.units) >= {unit.at for unit in leansd.dissect(pipe.unet)}
+    assert cost.predict_full_run(3) > cost.predict_full_run(2) > 0
+
+
 def test_a_timed_run_draws_what_the_pipeline_draws():
     pipe = tiny_pipeline()
     outputs = []
     plan = leansd.preset("balanced", 6)
-    call = make_arguments({"num_inference_steps": 6, "output_type": "latent"}, 1, None)
+    call = make_arguments(pipe, {"num_inference_steps": 6, "output_type": "latent"}, 1, None)
 
     def take(pipe, step, timestep, tensors):
         outputs.append(tensors["latents"])

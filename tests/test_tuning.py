@@ -440,7 +440,9 @@ def test_nets_are_tuned_with_all_else(pipe, cost) -> None:
 
 
 @pytest.mark.slow
-def test_image_to_image_is_tuned_for_the_steps_that_it_takes(quick, pipe, cost) -> None:
+def test_image_to_image_is_tuned_for_the_steps_that_it_takes(
+    quick, pipe, cost, monkeypatch
+) -> None:
     pictures = torch.rand(4, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     calls = [
         {"prompt": prompt, "image": picture}
@@ -449,10 +451,18 @@ def test_image_to_image_is_tuned_for_the_steps_that_it_takes(quick, pipe, cost) 
     other = as_image_to_image(pipe)
     other.scheduler = make_scheduler("dpm++2m")
     settings = {**SETTINGS, "strength": 0.6}
+    profiled: list[dict] = []
+
+    def profile(_, call, **__) -> CostModel:
+        profiled.append(call)
+        return cost
+
+    monkeypatch.setattr(tuner, "profile", profile)
     front = leansd.tune(
-        other, calls, steps=10, held_out=calls, settings=settings, cost=cost, tries=0, seed=5,
-        grids=(1.0,), speeds=(1.5,),
+        other, calls, steps=10, held_out=calls, settings=settings, tries=0, seed=5, grids=(1.0,),
+        speeds=(1.5,),
     )  # fmt: skip
+    assert [set(call) for call in profiled] == [{"prompt", "image", *settings}]
     whole = cost.predict_full_run(6)
     points = [*front.points, *front.beaten]
     assert {point.is_plain for point in points} == {True, False}

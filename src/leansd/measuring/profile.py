@@ -8,6 +8,7 @@ machine hits every unit alike, and medians pass over it.
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -54,9 +55,10 @@ def profile(
     """Measure what everything in a pipeline costs on the device that it is on.
 
     Args:
-        pipe: a text-to-image pipeline.
-        call: further arguments of the pipeline, such as `guidance_scale`, or a prompt or prompt
-            embeddings to use. A call without guidance gives a model of runs without it.
+        pipe: any that `leansd.inherit` takes.
+        call: further arguments of the pipeline, such as `guidance_scale`, or a prompt, prompt
+            embeddings or an image to use. A call without guidance gives a model of runs without it;
+            image-to-image is timed at full strength, where it runs every step.
         pictures: pictures drawn at once.
         size: width and height in pixels; the pipeline's own by default.
         repeats: timed probing runs, after one short run to warm up.
@@ -127,7 +129,7 @@ def prepare_probe(
     check_timing(torch.device(pipe.device))
     anatomy = read_anatomy(pipe.unet)
     Plan.full(1).attend(*attend, by="gri", at=0).resolve_gates(anatomy)
-    arguments = make_arguments(call or {}, check_count(pictures, "pictures"), size)
+    arguments = make_arguments(pipe, call or {}, check_count(pictures, "pictures"), size)
     peaks = measure_peaks(pipe, {**arguments, "num_inference_steps": 1}, anatomy)
     # Whether a pipeline guides is known once it has been called.
     guided = bool(getattr(pipe, "do_classifier_free_guidance", False))
@@ -144,7 +146,7 @@ def prepare_probe(
 
 
 def make_arguments(
-    call: Mapping[str, Any], pictures: int, size: tuple[int, int] | None
+    pipe: Any, call: Mapping[str, Any], pictures: int, size: tuple[int, int] | None
 ) -> dict[str, Any]:
     """The arguments of a pipeline for `pictures` pictures of `size` (width, height)."""
     arguments: dict[str, Any] = {"num_images_per_prompt": pictures}
@@ -152,7 +154,8 @@ def make_arguments(
         arguments["prompt"] = PROMPT
     if size is not None:
         arguments |= {"width": size[0], "height": size[1]}
-    return arguments | dict(call)
+    takes_strength = "strength" in inspect.signature(pipe.__call__).parameters
+    return arguments | dict(call) | ({"strength": 1.0} if takes_strength else {})
 
 
 def get_size(pipe: Any) -> tuple[int, int]:

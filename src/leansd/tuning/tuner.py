@@ -215,15 +215,15 @@ class _Tuner:
             "attend": list(attend),
         }
         known = Journal.open(journal, facts)
+        example = {**expand_calls(fitted)[0], **settings}
+        pictures = min(batch, len(fitted))
         cost = cost or known.cost
         if cost is None:
-            pictures = min(batch, len(fitted))
             progress.add("profiling", 0)
-            cost = profile(pipe, call=settings, pictures=pictures, attend=attend)
+            cost = profile(pipe, call=example, pictures=pictures, attend=attend)
             known.note_cost(cost, pipe.device)
         for name in (name for name in nets if name not in cost.nets):
-            pictures = min(batch, len(fitted))
-            own = profile(_exchange(pipe, nets[name]), call=settings, pictures=pictures)
+            own = profile(_exchange(pipe, nets[name]), call=example, pictures=pictures)
             known.note_cost(own, pipe.device, name)
             cost = replace(cost, nets={**cost.nets, name: own})
         progress.add("profiled", 2)
