@@ -105,15 +105,7 @@ def draw_front() -> Figure:
 
 def draw_bench() -> Figure:
     """Speed and fidelity in every contest, a line a family, along what nothing of it beats."""
-    standings = sorted(
-        read_standings(load_records(RESULTS / "bench.jsonl")),
-        key=lambda each: (
-            each.fields["task"] != "text-to-image",
-            each.fields["guidance"],
-            each.fields["sampler"],
-            each.fields["steps"],
-        ),
-    )
+    standings = read_standings(load_records(RESULTS / "bench.jsonl"))
     figure = Figure(figsize=(10, 12), layout="constrained")
     panels = figure.subplots(-(-len(standings) // 3), 3, sharex=True, sharey=True).flat
     for axes, standing in zip(panels, standings, strict=False):
@@ -141,6 +133,7 @@ def plot_contest(axes: Axes, standing: Standing) -> None:
     axes.set_xscale("log")
     axes.set_xticks([1.5, 2, 3, 4], ["1.5x", "2x", "3x", "4x"])
     axes.set_xticks([], minor=True)
+    axes.tick_params(labelbottom=True)
     axes.set_xlim(1.15, 4.5)
     axes.set_ylim(15, 62)
     axes.grid(color="#e2e8f0")

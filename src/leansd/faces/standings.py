@@ -82,7 +82,7 @@ class Standing:
 
 
 def read_standings(records: Sequence[Record]) -> list[Standing]:
-    """The standings of every contest, in the order of the records."""
+    """The standings of every contest: text-to-image first, by guidance, sampler and steps."""
 
     def place(record: Record) -> tuple[Any, ...]:
         return record.subject, *(get_field(record, name) for name in FIELDS)
@@ -94,7 +94,15 @@ def read_standings(records: Sequence[Record]) -> list[Standing]:
         }
         fields: dict[str, Any] = dict(zip(("subject", *FIELDS), key, strict=True))
         standings.append(Standing(fields, cells))
-    return standings
+    return sorted(
+        standings,
+        key=lambda each: (
+            each.fields["task"] != "text-to-image",
+            each.fields["guidance"],
+            each.fields["sampler"],
+            each.fields["steps"],
+        ),
+    )
 
 
 def tabulate_margins(standing: Standing) -> Table:
