@@ -17,9 +17,11 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    StableDiffusionControlNetPipeline,
 )
 
 import leansd
+from conformance.models import tiny_controlnet
 from leansd.errors import LeansdError
 from leansd.loading import as_image_to_image
 from leansd.measuring.cost import CostModel
@@ -439,6 +441,18 @@ def test_nets_are_tuned_with_all_else(pipe, cost) -> None:
     assert best.psnr > max(point.psnr for point in alone.points) + 3
 
 
+def give_profile(monkeypatch, cost: CostModel) -> list[dict]:
+    """Let nothing be timed; gives the calls that would have been."""
+    profiled: list[dict] = []
+
+    def profile(_, call, **__) -> CostModel:
+        profiled.append(call)
+        return cost
+
+    monkeypatch.setattr(tuner, "profile", profile)
+    return profiled
+
+
 @pytest.mark.slow
 def test_image_to_image_is_tuned_for_the_steps_that_it_takes(
     quick, pipe, cost, monkeypatch
@@ -451,13 +465,7 @@ def test_image_to_image_is_tuned_for_the_steps_that_it_takes(
     other = as_image_to_image(pipe)
     other.scheduler = make_scheduler("dpm++2m")
     settings = {**SETTINGS, "strength": 0.6}
-    profiled: list[dict] = []
-
-    def profile(_, call, **__) -> CostModel:
-        profiled.append(call)
-        return cost
-
-    monkeypatch.setattr(tuner, "profile", profile)
+    profiled = give_profile(monkeypatch, cost)
     front = leansd.tune(
         other, calls, steps=10, held_out=calls, settings=settings, tries=0, seed=5, grids=(1.0,),
         speeds=(1.5,),
@@ -683,3 +691,29 @@ def test_nothing_warns_where_an_output_repeats() -> None:
         warnings.simplefilter("error")
         judged = ErrorModel.of(make_calibration("ddim", flat)).judge((Key(0), Key(1)), 4, LINE)
     assert judged.error == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.slow
+def test_plans_are_tuned_under_a_controlnet(pipe, cost, monkeypatch) -> None:
+    """What is promised of a plan holds for calls that bring their own control."""
+    net = tiny_controlnet(pipe.unet, 0)
+    parts = pipe.components | {"controlnet": net, "scheduler": make_scheduler("dpm++2m")}
+    other = StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
+    pictures = torch.rand(4, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    calls = [
+        {"prompt": prompt, "image": picture}
+        for prompt, picture in zip(PROMPTS, pictures, strict=True)
+    ]
+    profiled = give_profile(monkeypatch, cost)
+    front = leansd.tune(
+        other, calls, steps=STEPS, held_out=calls, settings=SETTINGS, tries=0, seed=5, grids=(1.0,),
+        speeds=(1.5,),
+    )  # fmt: skip
+    assert [set(call) for call in profiled] == [{"prompt", "image", *SETTINGS}]
+    assert front.points
+    full = run_calls(other, calls, STEPS, settings=SETTINGS, seed=10_005).pictures
+    for point in front.points:
+        ours = run_calls(
+            other, calls, point.plan.steps, point.plan, settings=SETTINGS, seed=10_005
+        ).pictures
+        assert point.psnr == pytest.approx(float(psnr(ours, full).mean()), abs=0.01)
