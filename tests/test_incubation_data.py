@@ -625,5 +625,5 @@ def test_progress_has_a_rate_and_what_is_left() -> None:
     for done, samples in ((4, 400), (4, 450), (6, 600)):
         tell(Progress("00006", done, 8, samples, 3))
     assert said == [
-        "00006: 6 of 8 shards, 600 samples in the cache, 3 left out, 4.0 samples/s, 0.0 hours left"
+        "00006: 6 of 8 shards, 600 samples in the cache, 3 left out, 4.0 samples/s, 50 s left"
     ]

@@ -25,6 +25,7 @@ from leansd.incubation.students import Student
 from leansd.incubation.trainer import Look
 from leansd.incubation.validation import Comparing
 from leansd.loading import load
+from leansd.measuring.durations import describe_duration
 from leansd.measuring.records import stamp
 
 Note = Callable[[str], None]
@@ -91,7 +92,7 @@ def incubate_into(
         left = (steps[stage] - row["step"]) / max(row["steps_per_second"], 1e-9)
         note(
             f"{stage} {row['step']:.0f}/{steps[stage]} loss {row['loss']:.4g} "
-            f"{row['steps_per_second']:.3g} steps/s, {describe_time(left)} left"
+            f"{row['steps_per_second']:.3g} steps/s, {describe_duration(left)} left"
         )
         is_last = row["step"] == steps[stage]
         page.follow(is_milestone=is_last and stage != recipe.stages[-1].name)
@@ -126,10 +127,3 @@ def fill_outline(outline: UNet2DConditionModel, device: torch.device) -> UNet2DC
     for parameter in unet.parameters():
         parameter.normal_(std=0.02)
     return unet.half() if device.type == "cuda" else unet
-
-
-def describe_time(seconds: float) -> str:
-    """Hours and minutes, or minutes and seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -27,6 +27,7 @@ from leansd.incubation.noise import Draw, Schedule
 from leansd.incubation.recipe import TEACHER, Recipe, Stage
 from leansd.incubation.students import Net, Student, make_student, outline_net
 from leansd.incubation.teacher_cache import pack
+from leansd.measuring.durations import describe_duration
 
 GIB = 2**30
 BYTES = {"no": 4, "bf16": 2}
@@ -116,7 +117,7 @@ class Estimate:
                 f"  memory  {self.memory(each) / GIB:.3g} GiB: {weights:.3g} for weights and "
                 f"optimizer, {activations:.3g} a sample",
                 f"  disk    {each.disk / GIB:.3g} GiB",
-                f"  time    {show_hours(self.hours(each))}",
+                f"  time    {describe_duration(3600 * self.hours(each))}",
             ]
         lines.append(
             f"time: one {self.device} at {self.macs_per_second / 1e9:.3g} G MACs a second, as "
@@ -316,11 +317,3 @@ def _time_call(unet: UNet2DConditionModel, batch: int) -> float:
     if unet.device.type == "cuda":
         torch.cuda.synchronize(unet.device)
     return time.perf_counter() - start
-
-
-def show_hours(hours: float) -> str:
-    """Days, hours, minutes or seconds, whichever is short."""
-    for size, word in ((24, "days"), (1, "hours"), (1 / 60, "minutes")):
-        if hours >= 1.5 * size:
-            return f"{hours / size:.0f} {word}"
-    return f"{max(1, round(hours * 3600))} s"

@@ -114,6 +114,7 @@ def bench(
     )
     from leansd.loading import find_device, load, locate
     from leansd.measuring.contest import FULL
+    from leansd.measuring.durations import describe_duration
     from leansd.measuring.evaluation import CONVERGED
     from leansd.measuring.files import check_file, check_folder
     from leansd.measuring.records import load_records, stamp
@@ -167,7 +168,7 @@ def bench(
     seconds = estimate(waiting, step)
     note(
         f"{len(waiting)} of {len(entries)} contests to hold on {pipe.device}, {count} pictures "
-        f"each: about {max(1, round(seconds / 60))} minutes at {step:.3f} s a step of {batch}"
+        f"each: about {describe_duration(seconds)} at {step:.3f} s a step of {batch}"
     )
     with open_progress() as progress:
         bar = progress.add_task("", total=round(seconds))

@@ -15,7 +15,8 @@ from leansd.faces.report.sections import (
     Report,
 )
 from leansd.faces.report.words import count
-from leansd.incubation.dryrun import GIB, Estimate, StageCost, show_hours
+from leansd.incubation.dryrun import GIB, Estimate, StageCost
+from leansd.measuring.durations import describe_duration
 from leansd.measuring.tables import Table
 
 
@@ -26,8 +27,8 @@ def make_report(estimate: Estimate, origin: Origin) -> Report:
     return Report(
         title=f"What training {estimate.recipe} takes",
         summary=(
-            f"Training {estimate.recipe} would take about {show_hours(hours)} on this machine and "
-            f"{memory / GIB:.1f} GiB of memory."
+            f"Training {estimate.recipe} would take about {describe_duration(3600 * hours)} "
+            f"on this machine and {memory / GIB:.1f} GiB of memory."
         ),
         measured=f"{count(len(estimate.stages), 'stage')} in batches of {estimate.batch}, counted "
         "without training; only the speed of this machine is measured",
@@ -77,8 +78,8 @@ def _show(estimate: Estimate, stage: StageCost) -> tuple[str, ...]:
 
 def _draw_hours(estimate: Estimate) -> Drawing:
     hours = {stage.name: estimate.hours(stage) for stage in estimate.stages}
-    bars = [Bar(name, (each,), show_hours(each)) for name, each in hours.items()]
-    alt = "; ".join(f"{name}: {show_hours(each)}" for name, each in hours.items())
+    bars = [Bar(name, (each,), describe_duration(3600 * each)) for name, each in hours.items()]
+    alt = "; ".join(f"{name}: {describe_duration(3600 * each)}" for name, each in hours.items())
     return draw_bars(bars, names=("time",), alt=f"{alt}.", name="hours", caption="Time.")
 
 

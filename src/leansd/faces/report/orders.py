@@ -10,6 +10,7 @@ from leansd.bulk.shards import Drawn, read_shard
 from leansd.faces.bulk import Order
 from leansd.faces.report.sections import Attachment, Grid, Listing, Origin, Report, Section
 from leansd.faces.report.words import count
+from leansd.measuring.durations import describe_duration
 from leansd.measuring.tables import Table
 
 SHOWN = 8
@@ -47,7 +48,7 @@ def make_report(order: Order, folder: Path, seconds: float, origin: Origin) -> R
     return Report(
         title=f"{total} pictures of {order.job.model}",
         summary=f"All {total} pictures are drawn, {order.left} of them now in "
-        f"{_show_time(seconds)}{left}.",
+        f"{describe_duration(seconds)}{left}.",
         measured=f"job {order.job.fingerprint}: rows of prompts, drawn into shards",
         sections=sections,
         origin=origin,
@@ -79,7 +80,3 @@ def _show_first(first: Sequence[Drawn], order: Order) -> Grid:
     pictures = [each.picture for each in first]
     columns = [prompts.get(each.id, each.id) for each in first]
     return Grid("The first pictures", columns, [("drawn", "", pictures)])
-
-
-def _show_time(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"

@@ -15,6 +15,7 @@ from leansd.incubation.data.cache import Cache
 from leansd.incubation.data.encoding import Encoder, TextEncoder
 from leansd.incubation.data.parts import Conditions, Latents, Part
 from leansd.incubation.data.samples import Flaw, Sample, Shard
+from leansd.measuring.durations import describe_duration
 
 SECONDS = 30.0
 """Between two lines of progress."""
@@ -59,8 +60,8 @@ class Telling:
         shards = progress.done - self.first.done
         left = ""
         if shards:
-            hours = (progress.shards - progress.done) / shards * (now - self.began) / 3600
-            left = f", {hours:.1f} hours left"
+            seconds = (progress.shards - progress.done) / shards * (now - self.began)
+            left = f", {describe_duration(seconds)} left"
         self.say(
             f"{progress.shard}: {progress.done} of {progress.shards} shards, {progress.samples} "
             f"samples in the cache, {progress.flaws} left out, {rate:.1f} samples/s{left}"
