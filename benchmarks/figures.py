@@ -1,14 +1,17 @@
 """Draw the figures of the pages: from built-in shapes and committed records alone.
 
-    python benchmarks/figures.py          writes docs/images/bench.svg and concepts/*.svg
+    python benchmarks/figures.py     writes bench.svg, incubation.svg, concepts/*.svg of docs/images
 
 What the boxes of `weave.svg` say is no number, so that one is drawn by hand.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -38,6 +41,20 @@ FAMILIES = {
     "easycache": ("EasyCache", "#a16207", "P"),
 }
 """What is drawn of a contest: its name, colour and marker. The others lie far below."""
+
+NETS = {
+    "light": ("#94a3b8", "-"),
+    "assembled": ("#0f766e", "-"),
+    "full": (OURS, "-"),
+    "1122 GRI": ("#7c3aed", "-"),
+    "1112 GRI": ("#0369a1", "-"),
+    "1112": ("#be185d", "-"),
+    "direct": ("#334155", "--"),
+    "bk": ("#a16207", "--"),
+}
+"""Which nets are drawn, in which colour and line; dashed ones are trained end to end."""
+WAYS = {"full": ("light", "assembled", "full"), "direct": ("direct",), "bk": ("bk",)}
+"""Trainings of equal compute, as the arms that follow each other."""
 
 
 def draw_plan() -> Figure:
@@ -154,6 +171,56 @@ def plot_group(
     )
 
 
+def draw_incubation() -> Figure:
+    """What training is worth: the nets' errors by time step, and how those of three ways fell."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    plot_errors(left, load_records(RESULTS / "incubation.jsonl"))
+    lines = (RESULTS / "incubation-curves.jsonl").read_text(encoding="utf-8").splitlines()
+    plot_curves(right, [json.loads(line) for line in lines])
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
+    )
+    return figure
+
+
+def plot_errors(axes: Axes, records: list[Record]) -> None:
+    """How far a net's predictions are off the teacher's, mean of its trainings."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for record in records:
+        if record.metric == "teacher_error" and record.plan in NETS:
+            moment = (record.model_extra or {})["timestep"]
+            found.setdefault(record.plan, {}).setdefault(moment, []).append(record.value)
+    for plan, (colour, style) in NETS.items():
+        means = {moment: mean(values) for moment, values in found.get(plan, {}).items()}
+        axes.plot(list(means), list(means.values()), style, color=colour, label=plan)
+    axes.set_yscale("log")
+    axes.set_xlabel("time step (1000 is noise)")
+    axes.set_title("squared error to the teacher's prediction", loc="left", fontsize=10)
+    axes.grid(color="#e2e8f0")
+    hide_frame(axes)
+
+
+def plot_curves(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    """The output loss of trainings of equal compute, stage after stage, a line a seed."""
+    for name, arms in WAYS.items():
+        colour, _ = NETS[name]
+        for seed in sorted({row["seed"] for row in rows}):
+            start = 0
+            for arm in arms:
+                own = [row for row in rows if (row["arm"], row["seed"]) == (arm, seed)]
+                axes.plot(
+                    [start + row["step"] for row in own], [row["output"] for row in own],
+                    color=colour, linewidth=0.8,
+                )  # fmt: skip
+                start += max((row["step"] for row in own), default=0)
+    axes.set_yscale("log")
+    axes.set_xlabel("training step, of equal compute in all")
+    axes.set_title("output loss while training", loc="left", fontsize=10)
+    axes.grid(color="#e2e8f0")
+    hide_frame(axes)
+
+
 def hide_frame(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
@@ -164,6 +231,7 @@ FIGURES = {
     "concepts/surgery": draw_surgery,
     "concepts/front": draw_front,
     "bench": draw_bench,
+    "incubation": draw_incubation,
 }
 
 

@@ -28,6 +28,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gri": nets.tabulate_gri,
     "assembly": nets.tabulate_assembly,
     "incubation": nets.tabulate_incubation,
+    "goals": nets.tabulate_goals,
     "joint": plans.tabulate_joint,
     "modes": nets.tabulate_modes,
     "prediction": plans.tabulate_prediction,

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from leansd.measuring.records import load_records
+from leansd.measuring.records import Record, load_records
 from tabulation.cells import RESULTS, get, get_number, tabulate_ratio
 
-UNTRAINED = ("teacher", "pruned", "assembled, untrained")
+TEACHER, OTHER = "teacher", "teacher, other noise"
+UNTRAINED = (TEACHER, OTHER, "pruned", "assembled, untrained")
+AT_FULL_SIZE = {
+    "assembled": "asdm-1222",
+    "full": "asdm-1222 + gri + condconv",
+    "direct": "asdm-1222 + gri + condconv",
+    "1122 GRI": "asdm-1122 + gri",
+    "1112 GRI": "asdm-1112 + gri",
+    "1112": "asdm-1112",
+}
+"""The surgeries that `benchmarks/assembly.py` has timed at Stable Diffusion 1.5's size."""
 MOMENTS = 10
 """Time steps that errors of predictions are measured at."""
 
@@ -115,9 +125,7 @@ def tabulate_modes() -> str:
 def tabulate_incubation() -> str:
     """What became of each net of `benchmarks/incubated.py`; over the seeds of its training."""
     records = load_records(RESULTS / "incubation.jsonl")
-    found: dict[tuple[str, str], list[float]] = {}
-    for each in records:
-        found.setdefault((each.plan, each.metric), []).append(each.value)
+    found = collect_values(records)
     first = records[0]
     metrics = ("teacher_error", "psnr", "ssim", "retrieval", "frechet")
     parts = [
@@ -130,14 +138,50 @@ def tabulate_incubation() -> str:
     ]
     cells = {(each.plan, each.metric): each for each in records}
     for plan in dict.fromkeys(each.plan for each in records):
-        speed = tabulate_ratio(cells[plan, "speedup"]) if plan != "teacher" else "1.00x"
+        speed = tabulate_ratio(cells[plan, "speedup"]) if plan != TEACHER else "1.00x"
         values = [tabulate_values(found.get((plan, metric), []), metric) for metric in metrics]
-        own = [each.model_extra or {} for each in records if each.plan == plan]
-        seeds = {each.get("training_seed") for each in own} - {None}
-        trained = str(len(seeds)) if plan not in UNTRAINED else ""
+        trained = str(len(found[plan, "retrieval"])) if plan not in UNTRAINED else ""
         macs = f"{cells[plan, 'macs'].value:.3f} G"
         parts.append(f"| {plan} | {trained} | {macs} | {speed} | " + " | ".join(values) + " |")
     return "\n".join([*parts, ""])
+
+
+def tabulate_goals() -> str:
+    """Retrieval and Fréchet distance against the teacher's, and the time at full size."""
+    records = load_records(RESULTS / "incubation.jsonl")
+    found = collect_values(records)
+    times = {
+        each.plan: each.value
+        for each in load_records(RESULTS / "assembly.jsonl")
+        if each.metric == "speedup"
+    }
+    parts = ["| net | less time at SD 1.5's size | retrieval | Fréchet |", "|---" * 4 + "|"]
+    for plan in dict.fromkeys(each.plan for each in records):
+        if plan in UNTRAINED and plan != OTHER:
+            continue
+        at = AT_FULL_SIZE.get(plan)
+        time = f"{1 - 1 / times[at]:.1%}" if at else ""
+        changes = [
+            tabulate_changes(found[plan, metric], *found[TEACHER, metric])
+            for metric in ("retrieval", "frechet")
+        ]
+        parts.append(f"| {plan} | {time} | " + " | ".join(changes) + " |")
+    return "\n".join([*parts, ""])
+
+
+def collect_values(records: list[Record]) -> dict[tuple[str, str], list[float]]:
+    """By net and metric, over seeds and time steps."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for each in records:
+        found.setdefault((each.plan, each.metric), []).append(each.value)
+    return found
+
+
+def tabulate_changes(values: list[float], before: float) -> str:
+    """The mean and range of what values are more than another, as a share of it."""
+    changes = [value / before - 1 for value in values]
+    spread = f" ({min(changes):+.1%} to {max(changes):+.1%})" if len(changes) > 1 else ""
+    return f"{sum(changes) / len(changes):+.1%}{spread}"
 
 
 def tabulate_values(values: list[float], metric: str) -> str:
