@@ -281,6 +281,10 @@ def test_operated_nets_in_stock_diffusers(unet: UNet2DConditionModel, tmp_path: 
             leansd.Surgery("c").replace("up1.l0.attn.t0.ff", by="narrow-ff", share=0.5),
             "narrow-ff at up1.l0.attn.t0.ff",
         ),
+        (
+            leansd.Surgery("d").replace("up1.l0.attn.t0.sa", by="nothing"),
+            "nothing at up1.l0.attn.t0.sa",
+        ),
     ],
 )
 def test_what_stock_diffusers_cannot_hold(

@@ -370,6 +370,11 @@ def test_take_and_replace_are_refused_with_the_address() -> None:
         (make.replace("dn0.*.ff", by="narrow-ff", share=2), "dn0.l0.attn.t0.ff"),
         (make.replace("dn0.*.ff", by="narrow-ff", sahre=1), "no option 'sahre'"),
         (narrow.replace("dn0.l0.attn.t0.ff", by="narrow-ff", share=0.5), "replaced already"),
+        (
+            make.replace("dn0.l0.attn", by="nothing"),
+            "dn0.l0.attn is no part of a transformer block",
+        ),
+        (make.replace("dn0.*.sa", by="nothing", share=1), "nothing has no option 'share'"),
     ):
         with pytest.raises(LeansdError) as error:
             leansd.operate(nets, surgery)

@@ -104,7 +104,12 @@ def draft(nets: Nets, surgery: Surgery | str | Path) -> Draft:
     bare = _build(expression.config, structure and {**structure, "replace": []})
     paths = read_anatomy(bare)
     _check_outline(layout, paths)
-    came = [paths.by_address[each.at].path for each in expression.replaced if not each.is_new]
+    came = [
+        path
+        for each in expression.replaced
+        if not each.is_new
+        for path in find_replacement(each.by).reaches(paths.by_address[each.at].path)
+    ]
     donors = map_tensors(bare, lineage, named, skip=came)
     outline = _build(expression.config, structure) if expression.replaced else bare
     return Draft(surgery, named, layout, expression, lineage, donors, bare, outline)

@@ -38,6 +38,11 @@ def _keep_options(origin: Origin, options: Options, sources: Mapping[str, Source
     return options
 
 
+def _reach_itself(path: str) -> tuple[str, ...]:
+    """What stands in a place changes nothing beside it."""
+    return (path,)
+
+
 @dataclass(frozen=True)
 class Replacement:
     """How one kind of module comes into a UNet in the place of another."""
@@ -63,12 +68,15 @@ class Replacement:
     settle: Callable[[Origin, Options, Mapping[str, Source]], Options] = _keep_options
     """All options of one place: where it comes from, the options that an edit gives, and the nets
     as data by name. What it makes is plain JSON, and what `build` and `inherit` are given."""
+    reaches: Callable[[str], tuple[str, ...]] = _reach_itself
+    """The paths of the modules that it changes, by the path of its place."""
 
 
 HOMES: dict[str, str] = {
     "condconv": "leansd.surgery.clme",
     "gri": "leansd.surgery.gri",
     "narrow-ff": "leansd.surgery.narrowing",
+    "nothing": "leansd.surgery.nothing",
 }
 """Modules by the name of their replacement; imported when it is first asked for."""
 
