@@ -2,14 +2,19 @@
 
 import json
 import random
+from collections import Counter
 
 import pytest
 import torch
 
 import leansd
 from leansd.anatomy.builtin import open_builtin
+from leansd.anatomy.cost import dissect
 from leansd.errors import LeansdError
 from leansd.faces.cli import main
+from leansd.faces.redundancy import list_records, read_cost
+from leansd.measuring.records import stamp
+from leansd.measuring.units import time_units
 from leansd.surgery.operating import BASE, describe_net, lay_out_surgery
 from leansd.tuning.cutting import Study, cut, list_prices, make_surgery, study_removals
 from leansd.tuning.outputs import guide, keep_calls, measure_error
@@ -47,13 +52,20 @@ def test_what_can_go_of_stable_diffusion():
     assert {"dn0.l0 + up3.l2", "dn2.l1 + up1.l0"} <= names
     assert "dn1.l0 + up2.l1" not in names  # the next takes 640 channels and would get 320
     assert sum(name.endswith(".attn") for name in names) == 16
-    assert not any(".t" in name for name in names)
+    # A transformer has one block: that is the transformer, only its parts go by themselves.
+    assert sum(".t0." in name for name in names) == 16 * 3
+    assert not any(name.endswith(".t0") for name in names)
 
 
 def test_what_can_go_of_sdxl():
     removals, _ = read_removals(tiny_xl_unet())
     names = {each.name for each in removals}
     assert {"dn2.l1.attn", "dn2.l1.attn.t0", "dn2.l1.attn.t1"} <= names
+
+
+def find_blocks(addresses):
+    """How many parts of each transformer block are gone."""
+    return Counter(at.rpartition(".")[0] for at in addresses if at[-3:] in (".sa", ".ca", ".ff"))
 
 
 @pytest.mark.parametrize("make", [tiny_unet, tiny_xl_unet, lambda: open_builtin("sd15")])
@@ -68,6 +80,7 @@ def test_every_choice_is_a_legal_surgery(make):
             taken = [every[name] for name in choice.names]
             lay_out_surgery(sources, make_surgery(taken))
             addresses = [at for each in taken for at in each.addresses]
+            assert all(gone < 3 for gone in find_blocks(addresses).values())
             assert not any(
                 Removal((one,)).takes(other)
                 for one in addresses
@@ -84,6 +97,15 @@ def test_what_is_saved_is_what_a_preview_counts(of):
     for gone in [("dn0.l1", "up1.l1"), ("mid",), ("up1.l2.attn",)]:
         after = leansd.preview(unet, make_surgery([Removal(gone)]), latent=8).after
         assert prices.price(Removal(gone), anatomy) == prices.whole - getattr(after, of)
+
+
+def test_a_part_of_a_transformer_block_saves_what_it_computes():
+    unet = tiny_unet(**SMALL)
+    prices = list_prices(unet, leansd.dissect(unet, latent=8), "macs")
+    for at in ("up1.l2.attn.t0.sa", "dn0.l0.attn.t0.ff"):
+        removal = Removal((at,), inside=True)
+        after = leansd.preview(unet, make_surgery([removal]), latent=8).after
+        assert prices.price(removal, leansd.dissect(unet, latent=8)) == prices.whole - after.macs
 
 
 # -- errors ------------------------------------------------------------------------------------
@@ -165,6 +187,20 @@ def test_times_come_from_a_profile_or_are_taken(study):
     assert set(list_prices(study.unet, study.anatomy, "ms").by_address) == set(times)
     with pytest.raises(LeansdError, match="has no time of stem"):
         list_prices(study.unet, study.anatomy, "ms", leansd.CostModel("x", 1, (8, 8), {}, {}))
+
+
+def test_times_may_be_those_of_another_unet_with_the_same_addresses(study):
+    other = tiny_unet(**SMALL | {"block_out_channels": (64, 64)})
+    times = time_units(other, latent=8, repeats=1)
+    records = list_records(dissect(other, name="wide"), times, stamp("cpu"))
+    prices = list_prices(study.unet, study.anatomy, "ms", read_cost(records))
+    assert prices.by_address == times.medians
+    assert prices.whole == pytest.approx(times.call.median)
+    more = [record.model_copy(update={"subject": "wider"}) for record in records]
+    with pytest.raises(LeansdError, match="times of wide, wider; give a file"):
+        read_cost([*records, *more])
+    with pytest.raises(LeansdError, match="0 profiles"):
+        read_cost([record for record in records if "time" not in record.metric])
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,11 @@ latency and parameters by unit. What costs much and holds little is where thinni
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from leansd.errors import LeansdError
+from leansd.measuring.cost import Batch, CostModel
 from leansd.measuring.records import Record
 from leansd.measuring.resuming import get_field
 from leansd.measuring.tables import Table
@@ -98,6 +100,32 @@ def read_spent(records: Iterable[Record]) -> list[Spent]:
         if record.plan == PLAN and record.metric in METRICS | WHOLE:
             by_subject.setdefault(record.subject, []).append(record)
     return [_read_one(subject, rows) for subject, rows in by_subject.items()]
+
+
+def read_cost(records: Iterable[Record]) -> CostModel:
+    """What units cost, of what `leansd profile` wrote or `leansd anatomy --time`.
+
+    An anatomy's times tell what units and whole calls take and nothing else of a pipeline.
+
+    Raises:
+        LeansdError: the records are of several UNets, or hold no times.
+    """
+    rows = list(records)
+    timed = [row for row in rows if row.plan == PLAN and row.metric in ("unit_time", "call_time")]
+    if not timed:
+        return CostModel.from_records(rows)
+    subjects = sorted({row.subject for row in timed})
+    if len(subjects) != 1:
+        raise LeansdError(
+            f"these records hold times of {', '.join(subjects)}; give a file that has those of one"
+        )
+    (call,) = (row.value for row in timed if row.metric == "call_time")
+    units: dict[str, Mapping[Batch, float]] = {
+        row.at: {"whole": row.value} for row in timed if row.at is not None
+    }
+    # Latents were timed, not pictures: there is no size in pixels.
+    bare = CostModel(subjects[0], 1, (0, 0), units, {}, fixed={"whole": 0.0})
+    return replace(bare, fixed={"whole": call - bare.full_call})
 
 
 def _read_one(subject: str, rows: Sequence[Record]) -> Spent:

@@ -352,5 +352,7 @@ def list_prices(
 
 def make_surgery(removals: Sequence[Removal], name: str = "cut") -> Surgery:
     """The surgery that takes all of them out."""
-    addresses = [at for removal in removals for at in removal.addresses]
-    return Surgery(name).drop(*addresses) if addresses else Surgery(name)
+    dropped = [at for each in removals if not each.inside for at in each.addresses]
+    parts = [at for each in removals if each.inside for at in each.addresses]
+    surgery = Surgery(name).drop(*dropped) if dropped else Surgery(name)
+    return surgery.replace(*parts, by="nothing") if parts else surgery

@@ -1,8 +1,9 @@
 """What can be taken out of a UNet and leaves one that runs, as the tree of a knapsack.
 
 A down layer hands a skip to an up layer of its level, so the two go together; any pair will do
-whose neighbours then fit. Attentions go alone, and so do the blocks of long transformers. A level's
-pairs exclude one another and so does what lies in a layer and the layer itself.
+whose neighbours then fit. Transformers go alone, and so do the blocks of long ones, and the
+attentions and feed-forwards in them. A level's pairs exclude one another and so does what lies in a
+layer and the layer itself.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ class Removal:
     """Addresses that go together; a surgery drops them."""
 
     addresses: tuple[str, ...]
+    inside: bool = False
+    """Whether they lie in a transformer block that stays: nothing is put in their place."""
 
     @property
     def name(self) -> str:
@@ -87,20 +90,45 @@ class Thinning:
 
 
 @dataclass(frozen=True)
+class Block:
+    """A transformer block: it goes as a whole, or some of its parts do."""
+
+    whole: Removal | None
+    """None where there is no other in its transformer."""
+    parts: tuple[Removal, ...]
+
+    @property
+    def every(self) -> tuple[Removal, ...]:
+        return (*([self.whole] if self.whole is not None else []), *self.parts)
+
+    def make_parts(self, weigh: Weigh) -> Node:
+        """Any of its parts, never all of them: that is the block."""
+        items = [_make_item(part, weigh) for part in self.parts]
+        return Either([Every([*items[:kept], *items[kept + 1 :]]) for kept in range(len(items))])
+
+    def make_tree(self, weigh: Weigh) -> Node:
+        """The whole, or parts."""
+        whole = [] if self.whole is None else [_make_item(self.whole, weigh)]
+        return Either([*whole, self.make_parts(weigh)])
+
+
+@dataclass(frozen=True)
 class Attention:
     """A transformer: it goes as a whole, or some of its blocks do, but never all of them."""
 
     whole: Removal
-    blocks: tuple[Removal, ...]
-    """Empty where it has but one."""
+    blocks: tuple[Block, ...]
 
     @property
     def every(self) -> tuple[Removal, ...]:
-        return (self.whole, *self.blocks)
+        return (self.whole, *(each for block in self.blocks for each in block.every))
 
     def make_tree(self, weigh: Weigh) -> Node:
-        items = [_make_item(block, weigh) for block in self.blocks]
-        ways = [Every([*items[:kept], *items[kept + 1 :]]) for kept in range(len(items))]
+        trees = [block.make_tree(weigh) for block in self.blocks]
+        ways = [
+            Every([*trees[:kept], block.make_parts(weigh), *trees[kept + 1 :]])
+            for kept, block in enumerate(self.blocks)
+        ]
         return Either([_make_item(self.whole, weigh), *ways])
 
 
@@ -179,9 +207,17 @@ def _list_layers(anatomy: Anatomy, block: str) -> list[str]:
 
 
 def _read_attention(unit: Unit, anatomy: Anatomy) -> Attention:
-    inside = [part.at.rpartition(".")[0] for part in anatomy.parts if part.reads[0] == unit.at]
-    blocks = tuple(Removal((at,)) for at in dict.fromkeys(inside))
-    return Attention(Removal((unit.at,)), blocks if len(blocks) > 1 else ())
+    parts: dict[str, list[Removal]] = {}
+    for part in anatomy.parts:
+        if part.reads[0] == unit.at:
+            parts.setdefault(part.at.rpartition(".")[0], []).append(
+                Removal((part.at,), inside=True)
+            )
+    blocks = tuple(
+        Block(Removal((at,)) if len(parts) > 1 else None, tuple(inside))
+        for at, inside in parts.items()
+    )
+    return Attention(Removal((unit.at,)), blocks)
 
 
 def _make_item(removal: Removal, weigh: Weigh) -> Item:

@@ -45,7 +45,10 @@ def cut_unet(
     ] = Path("surgery.yaml"),
     cost: Annotated[
         Path | None,
-        typer.Option(help="Records of leansd profile, for ms; measured here by default."),
+        typer.Option(
+            help="Records of leansd profile or leansd anatomy --time, for ms, of this UNet or of "
+            "one with its addresses; measured here by default."
+        ),
     ] = None,
     prompts: PromptFile = None,
     count: Annotated[
@@ -85,10 +88,10 @@ def cut_unet(
     )
     from leansd.faces.contests import find_guidance
     from leansd.faces.prompts import read_prompts
+    from leansd.faces.redundancy import read_cost
     from leansd.faces.report import Origin, write_report
     from leansd.faces.report.cutting import describe, make_report
     from leansd.loading import find_device, load, locate
-    from leansd.measuring.cost import CostModel
     from leansd.measuring.files import check_file
     from leansd.measuring.records import load_records, stamp
     from leansd.runtime.samplers import check_sampler, set_sampler
@@ -104,7 +107,7 @@ def cut_unet(
         check_sampler(sampler)
     locate(model)
     texts = read_prompts(prompts) if prompts is not None else list(CALLS)
-    profile = CostModel.from_records(load_records(cost)) if cost is not None else None
+    profile = read_cost(load_records(cost)) if cost is not None else None
     hush_libraries()
 
     pipe: Any = load(model, device=device)
