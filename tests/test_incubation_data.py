@@ -17,13 +17,14 @@ from pydantic import TypeAdapter
 
 from conformance.models import make_pipeline, xl_unet
 from leansd.errors import LeansdError
+from leansd.incubation.batches import Conditions
 from leansd.incubation.data.cache import Cache
 from leansd.incubation.data.cached import CachedSource, Chances
 from leansd.incubation.data.encoding import PictureEncoder, TextEncoder, read_picture
 from leansd.incubation.data.filling import Progress, Telling, fill
 from leansd.incubation.data.folder import list_folder
 from leansd.incubation.data.order import Order
-from leansd.incubation.data.parts import Conditions, Latents
+from leansd.incubation.data.parts import Latents
 from leansd.incubation.data.samples import Flaw, Sample, digest
 from leansd.incubation.data.settings import Dataset, estimate_bytes, prepare_data
 from leansd.incubation.data.settings import DataSettings as KindSettings

@@ -16,7 +16,7 @@ from leansd.incubation.batches import Batch
 from leansd.incubation.losses import Comparison, Outcome, Setting, build_loss
 from leansd.incubation.noise import Schedule, draw_noise
 from leansd.incubation.random_latents import RandomLatents
-from leansd.incubation.recipe import load_recipe
+from leansd.incubation.recipe import BUNDLED, load_recipe
 from leansd.incubation.vgg import Vgg, fit_projection, load_vgg, project_latents
 from leansd.surgery.operating import operate
 from tiny import shallow_unet, tiny_scheduler
@@ -26,7 +26,7 @@ data: {kind: random, prompts: [a]}
 trainer: {batch: 4, ema: 0.9}
 stages: [{name: light, surgery: bk-base, train: '*', steps: 10}]
 """
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+RECIPES = sorted(BUNDLED.glob("*.yaml"))
 WHOLE = [path for path in RECIPES if not path.stem.endswith("base")]
 
 

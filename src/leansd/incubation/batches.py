@@ -21,6 +21,24 @@ NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
+class Conditions:
+    """What a UNet takes besides latents and time steps, a row each caption.
+
+    Attributes:
+        text: [M, T, D].
+        added: SDXL's `text_embeds`, [M, P].
+    """
+
+    text: Tensor
+    added: Mapping[str, Tensor] = field(default_factory=lambda: NOTHING)
+
+    def select(self, row: int) -> Conditions:
+        """One row, as [1, ...]."""
+        at = slice(row, row + 1)
+        return Conditions(self.text[at], {name: rows[at] for name, rows in self.added.items()})
+
+
+@dataclass(frozen=True)
 class Batch:
     """Samples as a UNet takes them."""
 
@@ -32,6 +50,8 @@ class Batch:
     """SDXL's further conditions by name: `text_embeds` [B, D], `time_ids` [B, 6]."""
     keys: tuple[str, ...] = ()
     """What each sample is called in its source."""
+    group: int = 1
+    """Rows that follow each other and are given the same noise."""
 
     def __len__(self) -> int:
         return self.latents.shape[0]
@@ -43,6 +63,7 @@ class Batch:
             self.text.to(device, dtype),
             {name: tensor.to(device, dtype) for name, tensor in self.added.items()},
             self.keys,
+            self.group,
         )
 
 
@@ -70,6 +91,11 @@ class Source(Protocol):
     @property
     def fingerprint(self) -> str:
         """Of everything that samples and their order depend on, the seed apart."""
+        ...
+
+    @property
+    def empty(self) -> Conditions:
+        """One row of the empty prompt."""
         ...
 
     def open(

@@ -115,6 +115,12 @@ class Schedule:
         """The clean latents [B, C, h, w] that a UNet's output [B, C, h, w] means (x0)."""
         return CLEAN[self.prediction](noised, output, *self._shares(timesteps))
 
+    def predict_velocity(self, noised: Tensor, output: Tensor, timesteps: Tensor) -> Tensor:
+        """The velocity [B, C, h, w] that a UNet's output [B, C, h, w] means (arXiv 2202.00512)."""
+        signal, deviation = self._shares(timesteps)
+        clean = CLEAN[self.prediction](noised, output, signal, deviation)
+        return (signal * noised - clean) / deviation
+
     def _shares(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         alphas = self.alphas[timesteps][:, None, None, None]
         return alphas.sqrt(), (1 - alphas).sqrt()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from leansd.errors import LeansdError
-from leansd.incubation.batches import Batch, State
+from leansd.incubation.batches import Batch, Conditions, State
 from leansd.incubation.noise import seed_generator
 from leansd.incubation.recipe import DataSettings
 from leansd.incubation.sources import DataSetting
@@ -28,6 +28,14 @@ class RandomLatents:
     """[N, T, D]."""
     added: Mapping[str, Tensor] = field(default_factory=dict)
     """[N, ...] by name."""
+    without: Conditions | None = None
+    """The empty prompt, where it may be asked for."""
+
+    @property
+    def empty(self) -> Conditions:
+        if self.without is None:
+            raise LeansdError("these random latents come without the empty prompt")
+        return self.without
 
     @property
     def fingerprint(self) -> str:
@@ -101,8 +109,10 @@ def open_source(data: DataSettings, setting: DataSetting) -> RandomLatents:
     unet = pipe.unet
     with torch.no_grad():
         texts, added = embed_prompts(pipe, list(prompts), setting.device)
+        text, pooled = embed_prompts(pipe, [""], setting.device)
+    empty = Conditions(text.cpu().float(), {n: t for n, t in pooled.items() if n != "time_ids"})
     side = unet.config.sample_size
-    return RandomLatents((unet.config.in_channels, side, side), texts.cpu().float(), added)
+    return RandomLatents((unet.config.in_channels, side, side), texts.cpu().float(), added, empty)
 
 
 def embed_prompts(

@@ -132,10 +132,12 @@ class DataSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow")
     kind: str
+    paired: bool = False
+    """Whether every sample comes twice, with its prompt and without, from the same noise."""
 
     @property
     def options(self) -> dict[str, Any]:
-        """What is not the kind."""
+        """What is the kind's own."""
         return dict(self.__pydantic_extra__ or {})
 
 
@@ -161,6 +163,11 @@ class Recipe(_Frozen):
             raise ValueError(f"a net cannot be called {TEACHER}: that is the original")
         known = {TEACHER: "", **self.nets}
         for stage in self.stages:
+            if "guided" in stage.losses and not self.data.paired:
+                raise ValueError(
+                    f"stage {stage.name}: loss guided compares samples with their prompts and "
+                    "without; set data.paired=true"
+                )
             if stage.name in known:
                 raise ValueError(f"two stages or nets are called {stage.name}")
             for name in stage.nets.values():

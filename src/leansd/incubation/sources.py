@@ -16,6 +16,7 @@ import torch
 
 from leansd.errors import LeansdError
 from leansd.incubation.batches import Source
+from leansd.incubation.paired import PairedSource
 from leansd.incubation.recipe import DataSettings
 
 SOURCES: Mapping[str, str] = {
@@ -52,4 +53,5 @@ def open_source(data: DataSettings, setting: DataSetting) -> Source:
         near = get_close_matches(data.kind, SOURCES, n=1)
         offer = f"did you mean {near[0]}?" if near else f"there are {', '.join(SOURCES)}"
         raise LeansdError(f"data: no kind {data.kind!r}; {offer}")
-    return import_module(SOURCES[data.kind]).open_source(data, setting)
+    source: Source = import_module(SOURCES[data.kind]).open_source(data, setting)
+    return PairedSource(source) if data.paired else source

@@ -248,11 +248,12 @@ class Training:
     def _draw(self, batch: Batch, part: int) -> Draw:
         """Time steps and noise, by the numbers that its samples have in the whole stage."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        strata = len(batch) * world * self.lesson.settings.accumulate
-        first = self.step * strata + (part * world + rank) * len(batch)
+        count = len(batch) // batch.group
+        strata = count * world * self.lesson.settings.accumulate
+        first = self.step * strata + (part * world + rank) * count
         draw = draw_noise(
             self.lesson.seed,
-            range(first, first + len(batch)),
+            [number for number in range(first, first + count) for _ in range(batch.group)],
             batch.latents.shape[1:],
             strata=strata,
             timesteps=len(self.schedule),

@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from leansd.errors import LeansdError
-from leansd.incubation.batches import Batch, State
+from leansd.incubation.batches import Batch, Conditions, State
 from leansd.incubation.data.cache import Cache
 from leansd.incubation.data.order import Order, make_generator
-from leansd.incubation.data.parts import Conditions, OpenPart
+from leansd.incubation.data.parts import OpenPart
 from leansd.incubation.data.samples import Shard, digest
 
 OPEN_FILES = 256
@@ -87,6 +87,19 @@ class CachedSource:
         facts = {"cache": self.cache.key, "parts": named, "counts": self.counts}
         return digest({**facts, **asdict(self.chances)})
 
+    @cached_property
+    def empty(self) -> Conditions:
+        """One row of the empty prompt.
+
+        Raises:
+            LeansdError: it is not in the cache.
+        """
+        found = self.cache.read_empty()
+        if found is None:
+            raise LeansdError(f"no empty prompt in {self.cache.folder}: fill the cache again")
+        added = {name: rows.float() for name, rows in found.added.items()}
+        return Conditions(found.text.float(), added)
+
     def open(
         self,
         *,
@@ -125,12 +138,7 @@ class CachedStream:
         self.rank, self.world = rank, world
         self.place = 0
         """Of the first sample of the next global batch."""
-        empty = source.cache.read_empty()
-        if empty is None:
-            raise LeansdError(f"no empty prompt in {source.cache.folder}: fill the cache again")
-        self._empty = Conditions(
-            empty.text.float(), {name: rows.float() for name, rows in empty.added.items()}
-        )
+        self._empty = source.empty
         self._order = Order(source.counts, seed, source.chances.window)
         self._open = lru_cache(OPEN_FILES)(self._open_part)
         self._reader = ThreadPoolExecutor(1, "incubation-data")

@@ -20,7 +20,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from leansd.errors import LeansdError
-from leansd.incubation.data.parts import Conditions, Latents
+from leansd.incubation.batches import Conditions
+from leansd.incubation.data.parts import Latents
 from leansd.incubation.data.samples import Flaw, Sample
 from leansd.measuring.keeping import fingerprint_module
 

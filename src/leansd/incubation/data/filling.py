@@ -11,9 +11,10 @@ from typing import TypeAlias, TypeVar
 
 import torch
 
+from leansd.incubation.batches import Conditions
 from leansd.incubation.data.cache import Cache
 from leansd.incubation.data.encoding import Encoder, TextEncoder
-from leansd.incubation.data.parts import Conditions, Latents, Part
+from leansd.incubation.data.parts import Latents, Part
 from leansd.incubation.data.samples import Flaw, Sample, Shard
 from leansd.measuring.durations import describe_duration
 

@@ -14,25 +14,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from leansd.errors import LeansdError
+from leansd.incubation.batches import Conditions
 from leansd.incubation.data.samples import Flaw
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What a UNet takes besides latents and time steps, a row each caption.
-
-    Attributes:
-        text: [M, T, D].
-        added: SDXL's `text_embeds`, [M, P].
-    """
-
-    text: Tensor
-    added: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
-
-    def select(self, row: int) -> Conditions:
-        """One row, as [1, ...]."""
-        at = slice(row, row + 1)
-        return Conditions(self.text[at], {name: rows[at] for name, rows in self.added.items()})
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ LOSSES: Mapping[str, str] = {
     "output": "leansd.incubation.losses.output",
     "features": "leansd.incubation.losses.features",
     "normalised-features": "leansd.incubation.losses.normalised",
+    "guided": "leansd.incubation.losses.guided",
     "mid": "leansd.incubation.losses.mid",
     "vgg": "leansd.incubation.losses.perception",
 }
