@@ -10,7 +10,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-PARTS = ("unet", "vae", "text_encoder", "clip", "vgg", "light")
+PARTS = ("unet", "vae", "text_encoder", "clip", "vgg", "light", "lean")
 WANTED = (
     "leansd/py.typed",
     "leansd/plans/tuned.json",

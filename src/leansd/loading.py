@@ -33,8 +33,8 @@ from leansd.surgery.sharing import share_weights
 from leansd.surgery.thin import open_thin
 
 EMBEDDED = "emoji"
-LIGHT = "emoji-light"
-"""The embedded model's light UNet, for `load_unet`."""
+NETS = {"emoji-light": "light", "emoji-lean": "lean"}
+"""The embedded model's further UNets for `load_unet`, and the folders in it that they lie in."""
 FORMS = (
     f"give {EMBEDDED!r}, a folder in the diffusers layout, a .safetensors file, "
     "or a hub id such as owner/name"
@@ -93,10 +93,10 @@ def load_outline(model: str | Path) -> UNet2DConditionModel:
     Args:
         model: what `load` opens, or the folder of a UNet by itself.
     """
-    if str(model) == LIGHT:
-        from leansd.emoji.location import light_folder
+    if str(model) in NETS:
+        from leansd.emoji.location import net_folder
 
-        model = light_folder()
+        model = net_folder(NETS[str(model)])
     if is_unet_folder(model):
         return _build_outline(Path(model).expanduser() / "config.json", model)
     where = locate(model)
@@ -137,8 +137,8 @@ def load_unet(
     """Open a UNet by itself, plain or operated, as `save_pretrained` wrote it.
 
     Args:
-        folder: that of a UNet, or of a whole model, whose `unet` is taken; `emoji-light` for the
-            embedded model's light UNet.
+        folder: that of a UNet, or of a whole model, whose `unet` is taken; `emoji-light` and
+            `emoji-lean` for the embedded model's light UNets.
         device: by default the GPU where there is one.
         dtype: by default float16 on a GPU and float32 elsewhere.
         beside: a UNet to stand beside, on its device and in its precision; what the two have in
@@ -155,7 +155,7 @@ def load_unet(
     device = find_device(device)
     if dtype is None:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
-    if str(folder) in (EMBEDDED, LIGHT):
+    if str(folder) in (EMBEDDED, *NETS):
         return _open_embedded(str(folder), dtype).to(device)
     home = Path(folder).expanduser()
     if (home / "model_index.json").is_file():
@@ -170,11 +170,11 @@ def load_unet(
 
 
 def _open_embedded(name: str, dtype: torch.dtype) -> UNet2DConditionModel:
-    from leansd.emoji.location import light_folder, model_folder
+    from leansd.emoji.location import model_folder, net_folder
 
     with silent_loading():
         own = open_unet(model_folder() / "unet", dtype)
-    return own if name == EMBEDDED else open_thin(light_folder(), own)
+    return own if name == EMBEDDED else open_thin(net_folder(NETS[name]), own)
 
 
 def load_vae(folder: str | Path, *, dtype: torch.dtype | None = None) -> Autoencoder:

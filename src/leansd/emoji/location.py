@@ -17,9 +17,12 @@ def model_folder() -> Path:
     return folder
 
 
-def light_folder() -> Path:
-    """Return the folder of the embedded model's light UNet: its own tensors, see `surgery.thin`."""
-    folder = model_folder() / "light"
+def net_folder(name: str) -> Path:
+    """Return the folder of one of the embedded model's further UNets, `light` or `lean`.
+
+    It holds the net's own tensors, see `surgery.thin`.
+    """
+    folder = model_folder() / name
     if not (folder / "config.json").is_file():
-        raise LeansdError(f"no light UNet in {folder}: reinstall leansd")
+        raise LeansdError(f"no UNet in {folder}: reinstall leansd")
     return folder

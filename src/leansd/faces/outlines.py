@@ -16,7 +16,7 @@ from leansd.errors import LeansdError
 from leansd.loading import (
     EMBEDDED,
     FORMS,
-    LIGHT,
+    NETS,
     find_device,
     is_unet_folder,
     load,
@@ -48,7 +48,7 @@ def open_outline(model: str | Path) -> UNet2DConditionModel:
     name = str(model)
     if name in BUILTIN:
         return open_builtin(name)
-    if name in (EMBEDDED, LIGHT) or "/" in name or Path(name).exists():
+    if name in (EMBEDDED, *NETS) or "/" in name or Path(name).exists():
         return load_outline(model)
     forms = FORMS.removeprefix("give ")
     raise LeansdError(f"no model {name!r}: give {', '.join(BUILTIN)}, or {forms}")
