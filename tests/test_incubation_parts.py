@@ -17,6 +17,7 @@ from leansd.incubation.losses import Comparison, Outcome, Setting, build_loss
 from leansd.incubation.noise import Schedule, draw_noise
 from leansd.incubation.random_latents import RandomLatents
 from leansd.incubation.recipe import BUNDLED, load_recipe
+from leansd.incubation.trainer import read_peak
 from leansd.incubation.vgg import Vgg, fit_projection, load_vgg, project_latents
 from leansd.surgery.operating import operate
 from tiny import shallow_unet, tiny_scheduler
@@ -282,3 +283,12 @@ def test_a_unit_stands_for_what_was_dropped_after_it() -> None:
     assert lineage.stands_for("up0.l1.res").at == "up0.l2.res"
     with pytest.raises(LeansdError, match="dn9"):
         lineage.stands_for("dn9")
+
+
+def test_the_memory_of_a_gpu_is_on_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", asked.append)
+    assert read_peak(torch.device("cuda", 0)) == {"peak_gib": 3.0}
+    assert asked == [torch.device("cuda", 0)]  # every line has a peak of its own
+    assert read_peak(torch.device("cpu")) == {}

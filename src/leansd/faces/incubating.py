@@ -90,9 +90,10 @@ def incubate_into(
 
     def report(stage: str, row: Mapping[str, float]) -> None:
         left = (steps[stage] - row["step"]) / max(row["steps_per_second"], 1e-9)
+        memory = f"{row['peak_gib']:.1f} GiB, " if "peak_gib" in row else ""
         note(
             f"{stage} {row['step']:.0f}/{steps[stage]} loss {row['loss']:.4g} "
-            f"{row['steps_per_second']:.3g} steps/s, {describe_duration(left)} left"
+            f"{row['steps_per_second']:.3g} steps/s, {memory}{describe_duration(left)} left"
         )
         is_last = row["step"] == steps[stage]
         page.follow(is_milestone=is_last and stage != recipe.stages[-1].name)

@@ -168,7 +168,8 @@ class Training:
                 now = time.monotonic()
                 rate = (self.step - ticked) / max(now - tick, 1e-9)
                 tick, ticked = now, self.step
-                self._log(sums.take() | {"steps_per_second": rate}, report)
+                taken = {"steps_per_second": rate} | read_peak(self.accelerator.device)
+                self._log(sums.take() | taken, report)
             if self.step % self.lesson.settings.checkpoint_every == 0 or is_last:
                 self._save(stream)
             if look is not None and self.step % look.every == 0:
@@ -325,6 +326,15 @@ class Training:
             return
         with self.average.applied(unet):
             show(self.step)
+
+
+def read_peak(device: torch.device) -> dict[str, float]:
+    """The most that tensors took on a GPU since this was last asked, in GiB; nothing elsewhere."""
+    if device.type != "cuda":
+        return {}
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return {"peak_gib": peak / 2**30}
 
 
 def build_terms(
