@@ -46,14 +46,21 @@ NETS = {
     "light": ("#94a3b8", "-"),
     "assembled": ("#0f766e", "-"),
     "full": (OURS, "-"),
-    "1122 GRI": ("#7c3aed", "-"),
     "1112 GRI": ("#0369a1", "-"),
     "1112": ("#be185d", "-"),
     "direct": ("#334155", "--"),
     "bk": ("#a16207", "--"),
+    "lean": ("#7c3aed", "--"),
+    "leaner": ("#c026d3", "--"),
+    "leanest": ("#db2777", "--"),
 }
 """Which nets are drawn, in which colour and line; dashed ones are trained end to end."""
-WAYS = {"full": ("light", "assembled", "full"), "direct": ("direct",), "bk": ("bk",)}
+WAYS = {
+    "full": ("light", "assembled", "full"),
+    "direct": ("direct",),
+    "bk": ("bk",),
+    "lean": ("lean",),
+}
 """Trainings of equal compute, as the arms that follow each other."""
 
 

@@ -5,7 +5,8 @@
 On pictures that nobody was trained on: the error of the predicted noise by time step, against the
 noise itself and against the teacher's prediction. On their captions: pictures of the same seeds as
 the teacher's, by PSNR and SSIM, retrieval and the Fréchet distance to the training pictures in the
-tiny CLIP's features. The teacher draws from other noise as well: so much do sets differ by chance.
+tiny CLIP's features. Every training draws from noise of its own, the teacher from the same, and
+from other noise as well: so much do sets differ by chance.
 Nets take turns with the teacher to be timed. Records go to
 `benchmarks/results/incubation.jsonl`, where what is there on the same terms is not measured again,
 the curves to `incubation-curves.jsonl`, a grid of pictures to `docs/images/incubation.png`.
@@ -25,18 +26,18 @@ import typer
 from diffusers import UNet2DConditionModel
 from incubation import (
     ASSEMBLED,
-    BK,
     DIRECT,
     EVERY,
     FASTER,
     FULL,
     LIGHT,
+    RECIPES,
     ROOT,
     RUNS,
     SEEDS,
     Study,
 )
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 import leansd
@@ -74,16 +75,18 @@ from leansd.runtime.samplers import make_scheduler
 
 RESULTS = ROOT / "benchmarks" / "results"
 RECORDS = RESULTS / "incubation.jsonl"
+CURVES = RESULTS / "incubation-curves.jsonl"
 PICTURE = ROOT / "docs" / "images" / "incubation.png"
 SIDE = 8
 """Pictures of each net in a row."""
+NAMES = 140
+"""Pixels that names have beside them."""
 TEACHER, OTHER = "teacher", "teacher, other noise"
 PRUNED, UNTRAINED = "pruned", "assembled, untrained"
 SEED = 500_000
 """Far from what anything was trained on."""
-OTHER_SEEDS = (SEED + 1_000, SEED + 2_000, SEED + 3_000)
 MOMENTS = tuple(range(50, 1000, 100))
-SHOWN = (TEACHER, PRUNED, LIGHT, UNTRAINED, ASSEMBLED, FULL, *FASTER, DIRECT, BK)
+SHOWN = (TEACHER, PRUNED, LIGHT, UNTRAINED, ASSEMBLED, FULL, *FASTER, DIRECT, *RECIPES)
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,12 @@ def predict_noise(ground: Ground, unet: UNet2DConditionModel) -> Tensor:
     return torch.stack(predictions)
 
 
-def draw(ground: Ground, unet: UNet2DConditionModel, steps: int, seed: int = SEED) -> Tensor:
+def choose_seed(turn: int) -> int:
+    """The seed of the first picture that the net of a training draws; far from those of others."""
+    return SEED + 1_000 * turn
+
+
+def draw(ground: Ground, unet: UNet2DConditionModel, steps: int, seed: int) -> Tensor:
     """A picture of every caption, 8 bits [n, 3, H, W]."""
     before = ground.pipe.unet
     ground.pipe.unet = unet
@@ -202,29 +210,36 @@ def main(
         **stamp("cpu"), "subject": "emoji", "captions": captions, "errors": errors, "steps": steps,
         "guidance": GUIDANCE,
     }  # fmt: skip
-    taught, aim = predict_noise(ground, teacher), draw(ground, teacher, steps)
+    taught = predict_noise(ground, teacher)
+    aims = {turn: draw(ground, teacher, steps, choose_seed(turn)) for turn in seed}
     noises = torch.stack([ground.noise(number) for number in range(len(MOMENTS))])
     timed: dict[str, UNet2DConditionModel] = {TEACHER: teacher}
     drop_other_terms({"captions": captions, "errors": errors, "steps": steps})
     done = list_done()
 
     def measure(
-        name: str, unet: UNet2DConditionModel, number: int | None = None, noise: int = SEED
+        name: str,
+        unet: UNet2DConditionModel,
+        turn: int,
+        *,
+        trained: int | None = None,
+        noise: int | None = None,
     ) -> None:
+        noise = choose_seed(turn if noise is None else noise)
         timed.setdefault(name, unet)
         row = runs / "shown" / f"{name}.png"
-        is_shown = name in SHOWN and number in (None, seed[0])
-        if (name, number, noise) in done and (row.exists() or not is_shown):
+        is_shown = name in SHOWN and turn == SEEDS[0]
+        if (name, trained, noise) in done and (row.exists() or not is_shown):
             return
         records: list[Record] = []
-        base = {**shared, "plan": name, "training_seed": number}
+        base = {**shared, "plan": name, "training_seed": trained, "turn": turn}
 
         def add(metric: str, value: float, unit: str = "", **fields: Any) -> None:
             records.append(
                 Record(**base, **fields, seed=noise, metric=metric, value=value, unit=unit)
             )
 
-        drawn = aim if name == TEACHER else draw(ground, unet, steps, noise)
+        drawn = aims[turn] if name == TEACHER else draw(ground, unet, steps, noise)
         predicted = taught if unet is teacher else predict_noise(ground, unet)
         for place, moment in enumerate(MOMENTS):
             error = (predicted[place] - noises[place]).square().mean()
@@ -233,7 +248,7 @@ def main(
                 off = (predicted[place] - taught[place]).square().mean()
                 add("teacher_error", float(off), timestep=moment)
         if name != TEACHER:
-            one, other = drawn / 255, aim / 255
+            one, other = drawn / 255, aims[turn] / 255
             add("psnr", float(psnr(one, other).mean()), "dB")
             add("ssim", float(ssim(one, other).mean()))
         for metric, value, unit in judge(ground, drawn):
@@ -244,20 +259,21 @@ def main(
         if is_shown:
             save_picture(paste_grid(drawn[:SIDE], SIDE), row)
         said = {each.metric: each.value for each in records}
-        print(name, number, {key: round(value, 4) for key, value in said.items()}, flush=True)
+        print(name, turn, {key: round(value, 4) for key, value in said.items()}, flush=True)
 
-    measure(TEACHER, teacher)
-    for other in OTHER_SEEDS:
-        measure(OTHER, teacher, noise=other)
-    measure(PRUNED, leansd.operate(teacher, "bk-base")[0])
+    for number in seed:
+        measure(TEACHER, teacher, number)
+        measure(OTHER, teacher, number, noise=number + len(SEEDS))
+    measure(PRUNED, leansd.operate(teacher, "bk-base")[0], seed[0])
     for number in seed:
         study = Study(number, runs.resolve(), Path())
         for name, unet in list_nets(study, arm):
-            measure(name, unet, number)
+            measure(name, unet, number, trained=number)
     put_records(RECORDS, list(time_nets(timed, ground, rounds, shared)), place_record)
     keep_curves(runs)
-    rows = [runs / "shown" / f"{name}.png" for name in SHOWN]
-    save_picture(stack_rows([row for row in rows if row.exists()]), PICTURE)
+    rows = {name: runs / "shown" / f"{name}.png" for name in SHOWN}
+    shown = {name: row for name, row in rows.items() if row.exists()}
+    save_picture(stack_rows(shown), PICTURE)
 
 
 def drop_other_terms(terms: Mapping[str, int]) -> None:
@@ -281,14 +297,15 @@ def place_record(record: Record) -> Place:
     return record.plan, (record.model_extra or {}).get("training_seed"), record.seed
 
 
-def stack_rows(rows: list[Path]) -> Image.Image:
-    """Pictures of the same width below each other."""
-    opened = [Image.open(row) for row in rows]
-    sheet = Image.new("RGB", (opened[0].width, sum(each.height for each in opened)))
-    top = 0
-    for each in opened:
-        sheet.paste(each, (0, top))
-        top += each.height
+def stack_rows(rows: Mapping[str, Path]) -> Image.Image:
+    """Pictures of the same width below each other, beside their names."""
+    opened = {name: Image.open(row) for name, row in rows.items()}
+    width, height = next(iter(opened.values())).size
+    sheet = Image.new("RGB", (NAMES + width, height * len(opened)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for place, (name, row) in enumerate(opened.items()):
+        sheet.paste(row, (NAMES, height * place))
+        pen.text((4, height * (place + 0.5)), name, fill="black", anchor="lm", font_size=13)
     return sheet
 
 
@@ -312,16 +329,25 @@ def time_nets(
 
 
 def keep_curves(runs: Path) -> None:
-    """The losses of all runs that there are, every fifth line of them, as one file."""
-    rows: list[str] = []
+    """The losses of all runs that there are, every fifth line of them, beside those of earlier
+    runs, as one file."""
+    curves: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for line in CURVES.read_text(encoding="utf-8").splitlines() if CURVES.exists() else ():
+        row = json.loads(line)
+        curves.setdefault((row["arm"], row["seed"]), []).append(row)
     for number in SEEDS:
         study = Study(number, runs.resolve(), Path())
         for arm in EVERY:
-            for file in sorted(study.get_folder(arm).glob(f"*/{FILE}")):
-                for line in file.read_text(encoding="utf-8").splitlines()[::5]:
-                    row = {"arm": arm, "seed": number, "stage": file.parent.name}
-                    rows.append(json.dumps(row | json.loads(line)) + "\n")
-    write_file(RESULTS / "incubation-curves.jsonl", "".join(rows))
+            files = sorted(study.get_folder(arm).glob(f"*/{FILE}"))
+            if files:
+                curves[arm, number] = [
+                    {"arm": arm, "seed": number, "stage": file.parent.name} | json.loads(line)
+                    for file in files
+                    for line in file.read_text(encoding="utf-8").splitlines()[::5]
+                ]
+    places = sorted(curves, key=lambda place: (EVERY.index(place[0]), place[1]))
+    rows = [json.dumps(row) + "\n" for place in places for row in curves[place]]
+    write_file(CURVES, "".join(rows))
 
 
 if __name__ == "__main__":

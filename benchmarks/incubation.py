@@ -96,8 +96,17 @@ ABLATIONS: Mapping[str, Change] = {
 }
 """What becomes of the third stage."""
 ENDED = "ended"
-DIRECT, BK = "direct", "bk"
-"""The assembled and equipped net, and BK-SDM's, each distilled end to end from the teacher."""
+DIRECT = "direct"
+"""The assembled and equipped net, distilled end to end from the teacher."""
+BK = "bk"
+LEAN, LEANER, LEANEST = "lean", "leaner", "leanest"
+RECIPES: Mapping[str, str] = {
+    BK: "emoji-bk.yaml",
+    LEAN: "emoji-lean.yaml",
+    LEANER: "emoji-leaner.yaml",
+    LEANEST: "emoji-leanest.yaml",
+}
+"""BK-SDM's net and ours, by recipes of a single stage, end to end."""
 TWO_LEVELS = ("dn0", "dn1", "up2", "up3")
 THREE_LEVELS = ("dn0", "dn1", "dn2", "up1", "up2", "up3")
 FASTER: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
@@ -108,7 +117,7 @@ FASTER: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
 """Nets that take more blocks from the light one, and the parts that are put into the shallowest: a
 third, two fifths and a third less time at Stable Diffusion 1.5's size. Trained as long as
 `assembled` and `full` together."""
-EVERY = [LIGHT, ASSEMBLED, *ABLATIONS, *FASTER, ENDED, DIRECT, BK]
+EVERY = [LIGHT, ASSEMBLED, *ABLATIONS, *FASTER, ENDED, DIRECT, *RECIPES]
 
 
 @dataclass(frozen=True)
@@ -137,6 +146,9 @@ class Study:
             nets = {LIGHT: self.get_net(LIGHT)}
             blocks, kinds = FASTER[arm]
             return self._keep(recipe, [quicken(stages, blocks, *kinds)], nets)
+        if arm in RECIPES:
+            own, student = self._read(RECIPES[arm])
+            return self._spend(own, *student.values())
         return MAKERS[arm](self, recipe, stages)
 
     def make_light(self, recipe: Recipe, stages: Mapping[str, Stage]) -> Recipe:
@@ -157,11 +169,6 @@ class Study:
             "train": ("*",),
         }
         return self._spend(recipe, last.model_copy(update=changes))
-
-    def make_bk(self, recipe: Recipe, stages: Mapping[str, Stage]) -> Recipe:
-        bk, own = self._read("emoji-bk.yaml")
-        (student,) = own.values()
-        return self._spend(bk, student)
 
     def _spend(self, recipe: Recipe, stage: Stage) -> Recipe:
         """A stage with the compute of all stages up to `full`."""
@@ -190,7 +197,6 @@ MAKERS: Mapping[str, Callable[[Study, Recipe, Mapping[str, Stage]], Recipe]] = {
     ASSEMBLED: Study.make_assembled,
     ENDED: Study.make_ended,
     DIRECT: Study.make_direct,
-    BK: Study.make_bk,
 }
 
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tabulation import fleets, nets, plans
+from tabulation import fleets, incubated, nets, plans
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -27,8 +27,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "overhead": plans.tabulate_overhead,
     "gri": nets.tabulate_gri,
     "assembly": nets.tabulate_assembly,
-    "incubation": nets.tabulate_incubation,
-    "goals": nets.tabulate_goals,
+    "incubation": incubated.tabulate_incubation,
+    "goals": incubated.tabulate_goals,
+    "ingredients": incubated.tabulate_ingredients,
     "joint": plans.tabulate_joint,
     "modes": nets.tabulate_modes,
     "prediction": plans.tabulate_prediction,

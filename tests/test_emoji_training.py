@@ -51,7 +51,9 @@ def make_denoiser(sidecars: int = 0, latent: int = 8) -> DenoiserLearner:
     torch.manual_seed(1)
     unet = build_unet((8, 16, 16, 16), (1, 1, 1, 1), latent=latent, text_width=16)
     texts = [torch.randn(2, 6, 16) for _ in range(12)]
-    pictures = LatentSet(torch.randn(12, 4, latent, latent), texts, torch.randn(6, 16), [0, 1, 2] * 4)
+    pictures = LatentSet(
+        torch.randn(12, 4, latent, latent), texts, torch.randn(6, 16), [0, 1, 2] * 4
+    )
     return DenoiserLearner(
         unet,
         pictures,

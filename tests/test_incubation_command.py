@@ -97,7 +97,10 @@ def test_what_is_wrong_is_said_in_a_line(recipe: Path, tmp_path: Path, capsys: A
     for arguments, said in (
         ((recipe,), "give --out"),
         ((tmp_path / "none.yaml", "--dry-run"), "cannot read the recipe"),
-        (("smokey", "--dry-run"), "emoji-lean, emoji-leaner, sd15-asdm, sd15-bk, sd15-lean, smoke"),
+        (
+            ("smokey", "--dry-run"),
+            "emoji-lean, emoji-leaner, emoji-leanest, sd15-asdm, sd15-bk, sd15-lean, smoke",
+        ),
         ((recipe, "data.kind=rando", "--out", tmp_path / "a"), "did you mean random"),
         ((recipe, "data.prompt=a", "--out", tmp_path / "b"), "no option 'prompt'"),
     ):

@@ -1,23 +1,9 @@
-"""What surgery leaves of a UNet, and what incubation makes of it."""
+"""What surgery leaves of a UNet, and what it takes to train it."""
 
 from __future__ import annotations
 
-from leansd.measuring.records import Record, load_records
+from leansd.measuring.records import load_records
 from tabulation.cells import RESULTS, get, get_number, tabulate_ratio
-
-TEACHER, OTHER = "teacher", "teacher, other noise"
-UNTRAINED = (TEACHER, OTHER, "pruned", "assembled, untrained")
-AT_FULL_SIZE = {
-    "assembled": "asdm-1222",
-    "full": "asdm-1222 + gri + condconv",
-    "direct": "asdm-1222 + gri + condconv",
-    "1122 GRI": "asdm-1122 + gri",
-    "1112 GRI": "asdm-1112 + gri",
-    "1112": "asdm-1112",
-}
-"""The surgeries that `benchmarks/assembly.py` has timed at Stable Diffusion 1.5's size."""
-MOMENTS = 10
-"""Time steps that errors of predictions are measured at."""
 
 
 def tabulate_surgeries() -> str:
@@ -120,81 +106,3 @@ def tabulate_modes() -> str:
             f"| {own['activations_checkpointed'] / 2**30:.2f} GiB |"
         )
     return "\n".join([*parts, ""])
-
-
-def tabulate_incubation() -> str:
-    """What became of each net of `benchmarks/incubated.py`; over the seeds of its training."""
-    records = load_records(RESULTS / "incubation.jsonl")
-    found = collect_values(records)
-    first = records[0]
-    metrics = ("teacher_error", "psnr", "ssim", "retrieval", "frechet")
-    parts = [
-        f"{first.subject}; errors of {get(first, 'errors')} held-out pictures at {MOMENTS} time "
-        f"steps, times 1,000; {get(first, 'captions')} of their captions drawn in "
-        f"{get(first, 'steps')} steps, guidance {get(first, 'guidance'):g}; {first.device}; "
-        f"torch {first.torch}. Of several trainings their mean, the least and the most:\n",
-        "| net | trained | MACs | speed-up | noise off by | PSNR | SSIM | retrieval | Fréchet |",
-        "|---" * 9 + "|",
-    ]
-    cells = {(each.plan, each.metric): each for each in records}
-    for plan in dict.fromkeys(each.plan for each in records):
-        speed = tabulate_ratio(cells[plan, "speedup"]) if plan != TEACHER else "1.00x"
-        values = [tabulate_values(found.get((plan, metric), []), metric) for metric in metrics]
-        trained = str(len(found[plan, "retrieval"])) if plan not in UNTRAINED else ""
-        macs = f"{cells[plan, 'macs'].value:.3f} G"
-        parts.append(f"| {plan} | {trained} | {macs} | {speed} | " + " | ".join(values) + " |")
-    return "\n".join([*parts, ""])
-
-
-def tabulate_goals() -> str:
-    """Retrieval and Fréchet distance against the teacher's, and the time at full size."""
-    records = load_records(RESULTS / "incubation.jsonl")
-    found = collect_values(records)
-    times = {
-        each.plan: each.value
-        for each in load_records(RESULTS / "assembly.jsonl")
-        if each.metric == "speedup"
-    }
-    parts = ["| net | less time at SD 1.5's size | retrieval | Fréchet |", "|---" * 4 + "|"]
-    for plan in dict.fromkeys(each.plan for each in records):
-        if plan in UNTRAINED and plan != OTHER:
-            continue
-        at = AT_FULL_SIZE.get(plan)
-        time = f"{1 - 1 / times[at]:.1%}" if at else ""
-        changes = [
-            tabulate_changes(found[plan, metric], *found[TEACHER, metric])
-            for metric in ("retrieval", "frechet")
-        ]
-        parts.append(f"| {plan} | {time} | " + " | ".join(changes) + " |")
-    return "\n".join([*parts, ""])
-
-
-def collect_values(records: list[Record]) -> dict[tuple[str, str], list[float]]:
-    """By net and metric, over seeds and time steps."""
-    found: dict[tuple[str, str], list[float]] = {}
-    for each in records:
-        found.setdefault((each.plan, each.metric), []).append(each.value)
-    return found
-
-
-def tabulate_changes(values: list[float], before: float) -> str:
-    """The mean and range of what values are more than another, as a share of it."""
-    changes = [value / before - 1 for value in values]
-    spread = f" ({min(changes):+.1%} to {max(changes):+.1%})" if len(changes) > 1 else ""
-    return f"{sum(changes) / len(changes):+.1%}{spread}"
-
-
-def tabulate_values(values: list[float], metric: str) -> str:
-    """Their mean and range; errors per thousand, each net's over its time steps first."""
-    if not values:
-        return ""
-    if metric == "teacher_error":
-        values = [1000 * sum(part) / len(part) for part in batch(values, MOMENTS)]
-    digits = {"psnr": 1, "frechet": 1, "ssim": 3, "retrieval": 3}.get(metric, 2)
-    mean, low, high = sum(values) / len(values), min(values), max(values)
-    spread = f" ({low:.{digits}f} to {high:.{digits}f})" if len(values) > 1 else ""
-    return f"{mean:.{digits}f}{spread}"
-
-
-def batch(values: list[float], size: int) -> list[list[float]]:
-    return [values[place : place + size] for place in range(0, len(values), size)]

@@ -31,11 +31,17 @@ _SD = ("sd15", "sd21-base")
 _BASE = Surgery("bk-base").drop("dn*.l1", "up*.l1")
 _SMALL = Surgery("bk-small", _BASE.edits).drop("mid")
 _TINY = Surgery("bk-tiny", _SMALL.edits).drop("dn2.down", "dn3", "up0")
-# Cross-attentions stay wherever layers do: they cost next to nothing, and what the prompt does is
-# what training gives back last.
+# The two shallowest levels keep every cross-attention: they cost next to nothing, and what the
+# prompt does is what training gives back last.
 _HARDLY_USED = ("mid", "dn2.l1", "up1.l1", "dn3.l1", "up0.l1", "dn2.l0.attn", "up1.l0.attn")
-_SECOND = ("up3.l1.*.sa", "up3.l1.*.ff", "up3.l2.*.sa", "up3.l2.*.ff")
+_SECOND = ("up3.l[12].*.sa", "up3.l[12].*.ff", "dn0.l1.*.sa", "dn1.l1.*.sa", "up2.l0.*.sa")
 _LEAN = Surgery("lean").drop(*_HARDLY_USED).replace(*_SECOND, by="nothing")
+_LEANER = Surgery("leaner", _LEAN.edits).replace(
+    "dn0.l1.*.ff", "dn1.l1.*.ff", "up1.l2.*.sa", by="nothing"
+)
+_LEANEST = Surgery("leanest", _LEANER.edits).replace(
+    "dn0.l0.*.ff", "up2.l0.*.ff", "up1.l2.*.ff", by="nothing"
+)
 _KOALA = Surgery("koala-1b").drop("dn*.l1", "up*.l1")
 
 PRESETS: dict[str, Preset] = {
@@ -49,17 +55,12 @@ PRESETS: dict[str, Preset] = {
         Preset(_assemble("asdm-1112", 0, 1, 2), "A-SDM: the three shallowest levels thinned", _SD),
         Preset(Surgery("asdm-1111", _BASE.edits), "A-SDM: all levels thinned", _SD),
         Preset(
-            _LEAN.replace("dn0.l1.*.sa", "dn1.l1.*.sa", "up2.l0.*.sa", by="nothing"),
-            "ours: fewer self-attentions and feed-forwards, all the prompt's attentions",
+            _LEAN,
+            "ours: fewer self-attentions and feed-forwards, the shallow cross-attentions kept",
             _SD,
         ),
-        Preset(
-            Surgery("leaner", _LEAN.edits)
-            .replace("dn0.l1.*.sa", "dn1.l1.*.sa", "up2.l0.*.sa", "up1.l2.*.sa", by="nothing")
-            .replace("dn0.*.ff", "dn1.l1.*.ff", "up2.l0.*.ff", "up1.l2.*.ff", by="nothing"),
-            "ours: and more feed-forwards less",
-            _SD,
-        ),
+        Preset(_LEANER, "ours: two feed-forwards and a self-attention fewer than lean", _SD),
+        Preset(_LEANEST, "ours: three feed-forwards fewer than leaner", _SD),
         Preset(
             Surgery("ssd-1b")
             .drop("dn2.*.t[4-9]", "up0.l[01].attn.t[4-9]", "up1.l[12].attn.t1")
