@@ -9,13 +9,15 @@ from torch.nn import functional as F
 
 from leansd.errors import LeansdError
 from leansd.incubation.batches import Batch, Conditions
+from leansd.incubation.dryrun import estimate
 from leansd.incubation.learning import Example
 from leansd.incubation.losses import build_loss
 from leansd.incubation.noise import Schedule
 from leansd.incubation.paired import PairedSource, pair_up
 from leansd.incubation.random_latents import RandomLatents
-from leansd.incubation.recipe import load_recipe
-from test_incubation import LIGHT, make_training, write_recipe
+from leansd.incubation.recipe import Recipe, load_recipe
+from leansd.loading import load_outline
+from test_incubation import LIGHT, make_parts, make_training, write_recipe
 from test_incubation_parts import make_outcome, make_setting
 from tiny import WIDTH, tiny_scheduler
 
@@ -106,3 +108,23 @@ def test_guided_of_no_guidance_is_the_velocity_with_the_prompt() -> None:
 def test_guided_without_pairs_is_refused_when_the_recipe_is_read() -> None:
     with pytest.raises(LeansdError, match=r"set data\.paired=true"):
         load_recipe("smoke.yaml", ["data.paired=false"])
+
+
+def test_a_dry_run_counts_pairs_by_the_sample() -> None:
+    plain = write_recipe(LIGHT)
+    document = plain.model_dump()
+    document["data"]["paired"] = True
+    document["stages"][0]["losses"]["guided"] = {}
+    paired = Recipe.model_validate(document)
+    (one,), (other,) = (
+        estimate(each, make_parts().unet, macs_per_second=1e9, device="cpu").stages
+        for each in (plain, paired)
+    )
+    assert other.macs == one.macs
+    assert other.activations == pytest.approx(one.activations, rel=0.1)
+
+
+def test_a_dry_run_counts_all_losses_of_the_smoke_recipe() -> None:
+    recipe = load_recipe("smoke.yaml")
+    seen = estimate(recipe, load_outline("emoji"), macs_per_second=1e9, device="cpu")
+    assert [each.name for each in seen.stages] == [each.name for each in recipe.stages]

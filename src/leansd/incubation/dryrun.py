@@ -24,6 +24,7 @@ from leansd.incubation.batches import Batch
 from leansd.incubation.learning import Learner, Teacher, call_unet, learn, teach
 from leansd.incubation.losses import Setting, build_loss
 from leansd.incubation.noise import Draw, Schedule
+from leansd.incubation.paired import PAIR
 from leansd.incubation.recipe import TEACHER, Recipe, Stage
 from leansd.incubation.students import Net, Student, make_student, outline_net
 from leansd.incubation.teacher_cache import pack
@@ -158,9 +159,10 @@ def count_stage(
     teacher: UNet2DConditionModel,
     world: int,
 ) -> StageCost:
-    """Run one step of one sample on the meta device."""
+    """Run one step of one sample, or of a pair, on the meta device."""
     settings = recipe.trainer
-    count = count_step(stage, student, teacher, settings.gradient_checkpointing)
+    samples = PAIR if recipe.data.paired else 1
+    count = count_step(stage, student, teacher, samples, settings.gradient_checkpointing)
     parameters = sum(each.numel() for each in student.unet.parameters())
     trained = sum(each.numel() for each in student.unet.parameters() if each.requires_grad)
     of_teacher = sum(each.numel() for each in teacher.parameters())
@@ -190,7 +192,7 @@ def count_stage(
 
 @dataclass
 class Count:
-    """Multiply-accumulates of one step, and the bytes that autograd kept for it."""
+    """Multiply-accumulates of one sample's step, and the bytes that autograd kept for it."""
 
     teacher: int = 0
     student: int = 0
@@ -205,9 +207,10 @@ def count_step(
     stage: Stage,
     student: Student,
     teacher: UNet2DConditionModel,
+    samples: int = 1,
     gradient_checkpointing: bool = False,
 ) -> Count:
-    """What one sample's step takes of a student and teacher on the meta device."""
+    """What a step takes of a student and teacher on the meta device, for each of its samples."""
     unet = student.unet.train()
     if gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -226,21 +229,22 @@ def count_step(
     compares = tuple(dict.fromkeys(each for term in terms for each in term.compares))
     learner = Learner(student, compares, stage.mode)
     tutor = Teacher(teacher, (*(each.teacher for each in compares), *learner.needs))
-    batch, draw = _make_sample(teacher)
+    batch, draw = _make_samples(teacher, samples)
     schedule = Schedule(torch.empty(1000, device="meta"), "epsilon")
     count = Count()
     try:
         with counting() as counter:
             example = teach(tutor, batch, draw, schedule)
-        count.teacher = counter()
-        count.example = sum(tensor.nbytes for tensor in pack(example).values())
+        count.teacher = counter() // samples
+        count.example = sum(tensor.nbytes for tensor in pack(example).values()) // samples
         with counting() as counter, keeping(count, unet):
             outcome = learn(learner, example, schedule)
             loss = torch.stack([term(outcome) for term in terms]).sum()
-        count.student = counter()
+        count.student = counter() // samples
+        count.kept //= samples
         with counting() as counter:
             loss.backward()
-        count.backward = counter()
+        count.backward = counter() // samples
     finally:
         unet.zero_grad()
         unet.disable_gradient_checkpointing()
@@ -274,11 +278,11 @@ def keeping(count: Count, unet: UNet2DConditionModel) -> Iterator[None]:
         yield
 
 
-def _make_sample(unet: UNet2DConditionModel) -> tuple[Batch, Draw]:
-    inputs = make_inputs(unet, size=pick_size(unet, None), device="meta")
+def _make_samples(unet: UNet2DConditionModel, count: int) -> tuple[Batch, Draw]:
+    inputs = make_inputs(unet, size=pick_size(unet, None), batch=count, device="meta")
     added: Mapping[str, Tensor] = inputs.get("added_cond_kwargs", {})
     batch = Batch(inputs["sample"], inputs["encoder_hidden_states"], added)
-    timesteps = torch.zeros(1, dtype=torch.long, device="meta")
+    timesteps = torch.zeros(count, dtype=torch.long, device="meta")
     return batch, Draw(timesteps, torch.empty_like(inputs["sample"]))
 
 
