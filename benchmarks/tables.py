@@ -30,6 +30,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "incubation": incubated.tabulate_incubation,
     "goals": incubated.tabulate_goals,
     "ingredients": incubated.tabulate_ingredients,
+    "lighter": incubated.tabulate_lighter,
     "joint": plans.tabulate_joint,
     "modes": nets.tabulate_modes,
     "prediction": plans.tabulate_prediction,

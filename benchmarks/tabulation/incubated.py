@@ -9,7 +9,12 @@ from leansd.measuring.records import Record, load_records
 from tabulation.cells import RESULTS, get, tabulate_ratio
 
 TEACHER, OTHER, FULL = "teacher", "teacher, other noise", "full"
-UNTRAINED = (TEACHER, OTHER, "pruned", "assembled, untrained")
+FEWER = ("teacher, 7 steps", "teacher, 6 steps", "teacher, 5 steps")
+BARE = (TEACHER, "pruned", "assembled, untrained")
+"""What no goal is for."""
+UNTRAINED = (*BARE, OTHER, *FEWER)
+LIGHTER = (*FEWER, "1112", "bk", "lean", "leaner", "leanest")
+"""Nets with a third less time or more, and what a user would take instead."""
 AT_FULL_SIZE = {
     "assembled": "asdm-1222",
     FULL: "asdm-1222 + gri + condconv",
@@ -47,7 +52,8 @@ def tabulate_incubation() -> str:
     ]
     cells = {(each.plan, each.metric): each for each in records}
     for plan in list_plans(records):
-        speed = tabulate_ratio(cells[plan, "speedup"]) if plan != TEACHER else "1.00x"
+        timed = cells.get((plan, "speedup")) if plan != TEACHER else None
+        speed = tabulate_ratio(timed) if timed else f"{1 / (1 - save_calls(cells, plan)):.2f}x"
         trained = str(len(values[plan, "psnr"])) if plan not in UNTRAINED else ""
         macs = f"{cells[plan, 'macs'].value:.3f} G"
         columns = [
@@ -61,26 +67,31 @@ def tabulate_incubation() -> str:
 def tabulate_goals() -> str:
     """Retrieval and Fréchet distance against the teacher's of the same noise; time at full size."""
     records = load_records(RESULTS / "incubation.jsonl")
-    values = read_values(records)
-    times = {
-        each.plan: each.value
-        for each in load_records(RESULTS / "assembly.jsonl")
-        if each.metric == "speedup"
-    }
+    values, times = read_values(records), read_times(records)
     parts = ["| net | less time at SD 1.5's size | retrieval | Fréchet |", "|---" * 4 + "|"]
     for plan in list_plans(records):
-        if plan in UNTRAINED and plan != OTHER:
-            continue
-        at = AT_FULL_SIZE.get(plan)
-        time = f"{1 - 1 / times[at]:.1%}" if at else ""
-        columns = [
-            tabulate_values(
-                [one / other - 1 for one, other in pair(values, metric, plan, TEACHER)],
-                "{:+.1%}".format,
-            )
-            for metric in ("retrieval", "frechet")
-        ]
-        parts.append(f"| {plan} | {time} | " + " | ".join(columns) + " |")
+        if plan not in BARE:
+            columns = tabulate_changes(values, plan)
+            parts.append(f"| {plan} | {times.get(plan, '')} | " + " | ".join(columns) + " |")
+    return "\n".join([*parts, ""])
+
+
+def tabulate_lighter() -> str:
+    """The light nets beside fewer steps of the whole one."""
+    records = load_records(RESULTS / "incubation.jsonl")
+    values, times = read_values(records), read_times(records)
+    first = records[0]
+    parts = [
+        f"{first.subject}; {get(first, 'captions')} held-out captions in {get(first, 'steps')} "
+        f"steps, dpm++2m, guidance {get(first, 'guidance'):g}; the mean of three trainings or "
+        "noises, the least and the most; retrieval and Fréchet distance beside the teacher's:\n",
+        "| net | less time at SD 1.5's size | PSNR | retrieval | Fréchet |",
+        "|---" * 5 + "|",
+    ]
+    for plan in LIGHTER:
+        ratio = tabulate_values(list(values[plan, "psnr"].values()), show("psnr"))
+        columns = [times[plan], f"{ratio} dB", *tabulate_changes(values, plan)]
+        parts.append(f"| {plan} | " + " | ".join(columns) + " |")
     return "\n".join([*parts, ""])
 
 
@@ -110,6 +121,37 @@ def read_values(records: list[Record]) -> Values:
             scale = 1000 if each.metric == "teacher_error" else 1
             own.setdefault(int(str(get(each, "turn"))), []).append(scale * each.value)
     return {key: {turn: mean(all_) for turn, all_ in own.items()} for key, own in found.items()}
+
+
+def read_times(records: list[Record]) -> dict[str, str]:
+    """What a net saves of the time, where its surgery was timed at full size; fewer steps save
+    calls."""
+    cells = {(each.plan, each.metric): each for each in records}
+    timed = {
+        each.plan: 1 - 1 / each.value
+        for each in load_records(RESULTS / "assembly.jsonl")
+        if each.metric == "speedup"
+    }
+    saved = {plan: timed[surgery] for plan, surgery in AT_FULL_SIZE.items()}
+    saved |= {plan: save_calls(cells, plan) for plan in FEWER}
+    return {plan: f"{share:.1%}" for plan, share in saved.items()}
+
+
+def save_calls(cells: Mapping[tuple[str, str], Record], plan: str) -> float:
+    """The share of UNet calls that are not made."""
+    calls = cells.get((plan, "calls"))
+    return 1 - calls.value / float(str(get(calls, "steps"))) if calls else 0.0
+
+
+def tabulate_changes(values: Values, plan: str) -> list[str]:
+    """Retrieval and Fréchet distance, as changes of the teacher's of the same noise."""
+    return [
+        tabulate_values(
+            [one / other - 1 for one, other in pair(values, metric, plan, TEACHER)],
+            "{:+.1%}".format,
+        )
+        for metric in ("retrieval", "frechet")
+    ]
 
 
 def list_plans(records: list[Record]) -> list[str]:
