@@ -22,7 +22,6 @@ import leansd
 from leansd.anatomy.builtin import BUILTIN
 from leansd.anatomy.cost import count_macs, make_inputs
 from leansd.faces.cli.terminal import hush_libraries
-from leansd.incubation.recipe import load_recipe
 from leansd.measuring.records import Record, put_records, stamp
 from leansd.measuring.timing import compare_timings, time_cases
 from leansd.surgery.edits import Surgery
@@ -35,15 +34,13 @@ ATTENTIONS = ("dn0.*.attn", "up3.*.attn")
 FEED_FORWARDS = ("dn0.*.ff", "up3.*.ff")
 RESNETS = ("up3.*.res",)
 THINNED = ("asdm-1222", "asdm-1122", "asdm-1112")
-LEAN = ("emoji-lean.yaml", "emoji-leaner.yaml", "emoji-leanest.yaml")
-"""Recipes whose surgeries are timed as well."""
+OTHERS = ("bk-base", "lean", "leaner", "leanest")
 
 
 def list_surgeries() -> dict[str, Surgery]:
     """Each thinning as it is, with GRI at the shallowest level, and cheapened further; beside them
-    BK-SDM's and those of recipes."""
-    others = (find_surgery("bk-base"), *(load_recipe(file).stages[0].surgery for file in LEAN))
-    surgeries = {each.name: each for each in others}
+    BK-SDM's and ours."""
+    surgeries = {name: find_surgery(name) for name in OTHERS}
     for base in (Surgery(FULL), *map(find_surgery, THINNED)):
         gri = base.replace(*ATTENTIONS, by="gri")
         prefix = "" if base.name == FULL else f"{base.name} + "

@@ -6,9 +6,8 @@ On pictures that nobody was trained on: the error of the predicted noise by time
 noise itself and against the teacher's prediction. On their captions: pictures of the same seeds as
 the teacher's, by PSNR and SSIM, retrieval and the Fréchet distance to the training pictures in the
 tiny CLIP's features. Every training draws from noise of its own, the teacher from the same, and
-from other noise as well: so much do sets differ by chance.
-The teacher also draws in fewer steps, which is what every net has to beat.
-Nets take turns with the teacher to be timed. Records go to
+from other noise as well: so much do sets differ by chance. The teacher in fewer steps is what a
+user would take instead. Nets take turns with the teacher to be timed. Records go to
 `benchmarks/results/incubation.jsonl`, where what is there on the same terms is not measured again,
 the curves to `incubation-curves.jsonl`, a grid of pictures to `docs/images/incubation.png`.
 """

@@ -55,6 +55,20 @@ def test_a_recipe_is_a_difference_to_its_base(write: Any) -> None:
     assert recipe.stages[0].steps == 20
 
 
+def test_a_difference_may_change_stages_by_their_names(write: Any) -> None:
+    before = load_recipe(write("shared.yaml", SHARED))
+    write("mine.surgery.yaml", "name: mine\nedits: [{drop: [mid]}]\n")
+    recipe = load_recipe(
+        write("mine.yaml", "base: shared.yaml\nstages: {light: {surgery: mine.surgery.yaml}}\n")
+    )
+    (stage,) = recipe.stages
+    assert stage.surgery is not None
+    assert stage.surgery.name == "mine"
+    assert stage.steps == before.stages[0].steps
+    with pytest.raises(LeansdError, match="stages: the base has no dark to change; it has light"):
+        load_recipe(write("dark.yaml", "base: shared.yaml\nstages: {dark: {steps: 1}}\n"))
+
+
 @pytest.mark.parametrize(
     ("change", "place"),
     [

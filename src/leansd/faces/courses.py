@@ -19,10 +19,16 @@ from leansd.measuring.tables import Table
 
 State = Literal["under way", "stopped", "finished"]
 NOT_LOSSES = frozenset(
-    (
-        *("step", "norm", "learning_rate", "steps_per_second", "peak_gib"),
-        *("skipped", "seconds", "progress"),
-    )
+    {
+        "step",
+        "norm",
+        "learning_rate",
+        "steps_per_second",
+        "peak_gib",
+        "skipped",
+        "seconds",
+        "progress",
+    }
 )
 """What rows of a log hold besides losses."""
 

@@ -110,7 +110,8 @@ def open_source(data: DataSettings, setting: DataSetting) -> RandomLatents:
     with torch.no_grad():
         texts, added = embed_prompts(pipe, list(prompts), setting.device)
         text, pooled = embed_prompts(pipe, [""], setting.device)
-    empty = Conditions(text.cpu().float(), {n: t for n, t in pooled.items() if n != "time_ids"})
+    pooled.pop("time_ids", None)  # a picture's own: an empty prompt says nothing of its size
+    empty = Conditions(text.cpu().float(), pooled)
     side = unet.config.sample_size
     return RandomLatents((unet.config.in_channels, side, side), texts.cpu().float(), added, empty)
 

@@ -250,7 +250,8 @@ def _read_document(path: Path, deep: int) -> dict[str, Any]:
         raise LeansdError(f"{path} is no recipe: it is not YAML") from error
     if not isinstance(document, dict):
         raise LeansdError(f"{path} is no recipe: it holds no keys")
-    for stage in document.get("stages", ()):
+    stages = document.get("stages", ())
+    for stage in stages.values() if isinstance(stages, dict) else stages:
         _find_surgery_file(stage, path.parent)
     base = document.pop("base", None)
     if base is None:
@@ -268,13 +269,28 @@ def _find_surgery_file(stage: Any, folder: Path) -> None:
 
 
 def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the differences of `change`: mappings by key, all else as a whole."""
+    """`base` with the differences of `change`: mappings by key, a list's entries by their names
+    where a mapping is to change it, all else as a whole."""
     merged = dict(base)
     for key, value in change.items():
         before = merged.get(key)
-        both = isinstance(before, Mapping) and isinstance(value, Mapping)
-        merged[key] = merge(before, value) if both else value  # type: ignore[arg-type]
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            merged[key] = merge(before, value)
+        elif isinstance(before, list) and isinstance(value, Mapping):
+            merged[key] = _merge_entries(before, value, key)
+        else:
+            merged[key] = value
     return merged
+
+
+def _merge_entries(listed: list[Any], change: Mapping[str, Any], key: str) -> list[Any]:
+    named = _name_entries(listed)
+    for name in change:
+        if name not in named:
+            known = ", ".join(map(str, named)) or "none by name"
+            raise LeansdError(f"{key}: the base has no {name} to change; it has {known}")
+    merged = {id(named[name]): merge(named[name], each) for name, each in change.items()}
+    return [merged.get(id(each), each) for each in listed]
 
 
 def _change(document: dict[str, Any], change: str) -> None:
@@ -297,9 +313,14 @@ def _change(document: dict[str, Any], change: str) -> None:
 def _pick(listed: Any, part: str, key: str) -> Any:
     """An entry of a list, by number or by name."""
     if isinstance(listed, list):
-        named = {each.get("name"): each for each in listed if isinstance(each, dict)}
+        named = _name_entries(listed)
         if part in named:
             return named[part]
         if part.isdecimal() and int(part) < len(listed):
             return listed[int(part)]
     raise LeansdError(f"{key} is no place in the recipe: there is no {part}")
+
+
+def _name_entries(listed: list[Any]) -> dict[str, dict[str, Any]]:
+    """The entries that have names, by them."""
+    return {each["name"]: each for each in listed if isinstance(each, dict) and "name" in each}

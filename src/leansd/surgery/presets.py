@@ -31,8 +31,8 @@ _SD = ("sd15", "sd21-base")
 _BASE = Surgery("bk-base").drop("dn*.l1", "up*.l1")
 _SMALL = Surgery("bk-small", _BASE.edits).drop("mid")
 _TINY = Surgery("bk-tiny", _SMALL.edits).drop("dn2.down", "dn3", "up0")
-# The two shallowest levels keep every cross-attention: they cost next to nothing, and what the
-# prompt does is what training gives back last.
+# What the embedded model hardly uses goes first. The two shallowest levels keep every
+# cross-attention: they cost next to nothing, and what the prompt does training gives back last.
 _HARDLY_USED = ("mid", "dn2.l1", "up1.l1", "dn3.l1", "up0.l1", "dn2.l0.attn", "up1.l0.attn")
 _SECOND = ("up3.l[12].*.sa", "up3.l[12].*.ff", "dn0.l1.*.sa", "dn1.l1.*.sa", "up2.l0.*.sa")
 _LEAN = Surgery("lean").drop(*_HARDLY_USED).replace(*_SECOND, by="nothing")
