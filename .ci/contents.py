@@ -20,7 +20,7 @@ WANTED = (
     "leansd/emoji/model/tokenizer/vocab.json",
     "leansd/emoji/templates/card.md",
     "leansd/cards/templates/net.md",
-    "leansd/faces/report/templates/page.html.j2",
+    "leansd/report/templates/page.html.j2",
     "leansd/incubation/recipes/smoke.yaml",
     "leansd/incubation/recipes/sd15-asdm.yaml",
 )

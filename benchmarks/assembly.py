@@ -21,9 +21,9 @@ from diffusers import UNet2DConditionModel
 import leansd
 from leansd.anatomy.builtin import BUILTIN
 from leansd.anatomy.cost import count_macs, make_inputs
-from leansd.faces.cli.terminal import hush_libraries
-from leansd.measuring.records import Record, put_records, stamp
-from leansd.measuring.timing import compare_timings, time_cases
+from leansd.cli.terminal import hush_libraries
+from leansd.evaluation.records import Record, put_records, stamp
+from leansd.evaluation.timing import compare_timings, time_cases
 from leansd.surgery.edits import Surgery
 from leansd.surgery.presets import find_surgery
 

@@ -21,15 +21,15 @@ import typer
 from rich.progress import Progress
 
 import leansd
+from leansd.cli.terminal import hush_libraries
 from leansd.errors import LeansdError
-from leansd.faces.cli.terminal import hush_libraries
+from leansd.evaluation.fidelity import psnr
+from leansd.evaluation.records import Record, stamp, write_records
+from leansd.evaluation.trajectories import run_calls
 from leansd.faces.prompts import GUIDANCE, THINGS
-from leansd.measuring.fidelity import psnr
-from leansd.measuring.records import Record, stamp, write_records
-from leansd.measuring.tables import Table
-from leansd.measuring.trajectories import run_calls
 from leansd.surgery.edits import Surgery
 from leansd.surgery.presets import PRESETS
+from leansd.text import Table
 from leansd.tuning.cutting import Prices, Study, list_prices, study_removals
 from leansd.tuning.outputs import keep_calls, measure_error
 from leansd.tuning.removals import Removal

@@ -17,11 +17,11 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from leansd.evaluation.contest import FULL
+from leansd.evaluation.margins import find_front
+from leansd.evaluation.records import Record, load_records
 from leansd.faces.outlines import open_anatomy, open_outline
 from leansd.faces.standings import Standing, read_standings
-from leansd.measuring.contest import FULL
-from leansd.measuring.margins import find_front
-from leansd.measuring.records import Record, load_records
 from leansd.plans import Plan
 from leansd.plans.drawing import draw_picture
 from leansd.plans.house import HOUSE

@@ -22,16 +22,16 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from leansd.faces.cli.terminal import hush_libraries
+from leansd.cli.terminal import hush_libraries
+from leansd.evaluation.contest import Contest, Task
+from leansd.evaluation.cost import CostModel
+from leansd.evaluation.profile import profile
+from leansd.evaluation.records import load_records, stamp, write_records
+from leansd.evaluation.trajectories import PipelineCall, expand_calls
 from leansd.faces.contests import OWN_SETTING, draw_inputs, list_settings, name_own_front
 from leansd.faces.prompts import GUIDANCE, THINGS
+from leansd.files import write_file
 from leansd.loading import as_image_to_image, load
-from leansd.measuring.contest import Contest, Task
-from leansd.measuring.cost import CostModel
-from leansd.measuring.files import write_file
-from leansd.measuring.profile import profile
-from leansd.measuring.records import load_records, stamp, write_records
-from leansd.measuring.trajectories import PipelineCall, expand_calls
 from leansd.plans import house
 from leansd.plans.document import make_document
 from leansd.plans.plan import Plan

@@ -24,8 +24,8 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 import leansd
 from leansd.anatomy.builtin import BUILTIN
 from leansd.anatomy.cost import make_inputs
-from leansd.measuring.records import Record, stamp, write_records
-from leansd.measuring.timing import compare_timings, time_cases
+from leansd.evaluation.records import Record, stamp, write_records
+from leansd.evaluation.timing import compare_timings, time_cases
 from leansd.plans import Plan, preset
 
 RESULTS = Path(__file__).parent / "results" / "gpu.jsonl"

@@ -20,9 +20,9 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from leansd.anatomy.builtin import BUILTIN
 from leansd.anatomy.cost import make_inputs
 from leansd.anatomy.reading import read_anatomy
-from leansd.faces.cli.terminal import hush_libraries
-from leansd.measuring.records import Record, append_records, stamp
-from leansd.measuring.timing import compare_timings, time_cases
+from leansd.cli.terminal import hush_libraries
+from leansd.evaluation.records import Record, append_records, stamp
+from leansd.evaluation.timing import compare_timings, time_cases
 from leansd.surgery.gri import MODES
 
 RESULTS = Path(__file__).parent / "results" / "gri.jsonl"

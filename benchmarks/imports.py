@@ -16,7 +16,7 @@ from statistics import median
 
 import typer
 
-from leansd.measuring.records import Record, stamp, write_records
+from leansd.evaluation.records import Record, stamp, write_records
 
 RESULTS = Path(__file__).parent / "results" / "imports.jsonl"
 CASES = {

@@ -42,19 +42,13 @@ from torch import Tensor
 
 import leansd
 from leansd.anatomy.cost import count_macs
+from leansd.cli.terminal import hush_libraries
 from leansd.emoji.autoencoder import encode_pixels
 from leansd.emoji.data import write_captions
 from leansd.emoji.drawing import paste_grid, save_picture
 from leansd.emoji.recipe import Pictures, read_pictures
-from leansd.faces.cli.terminal import hush_libraries
-from leansd.faces.prompts import GUIDANCE
-from leansd.faces.scoring import find_embedder
-from leansd.incubation.curves import FILE
-from leansd.incubation.noise import Schedule, seed_generator
-from leansd.incubation.recipe import load_recipe
-from leansd.measuring.fidelity import psnr, ssim
-from leansd.measuring.files import write_file
-from leansd.measuring.quality import (
+from leansd.evaluation.fidelity import psnr, ssim
+from leansd.evaluation.quality import (
     Embedder,
     clip_score,
     embed_pictures,
@@ -62,15 +56,21 @@ from leansd.measuring.quality import (
     frechet_distance,
     rank_prompts,
 )
-from leansd.measuring.records import (
+from leansd.evaluation.records import (
     Record,
     load_records,
     put_records,
     stamp,
     write_records,
 )
-from leansd.measuring.timing import compare_timings, time_cases
-from leansd.measuring.trajectories import run_calls
+from leansd.evaluation.timing import compare_timings, time_cases
+from leansd.evaluation.trajectories import run_calls
+from leansd.faces.prompts import GUIDANCE
+from leansd.faces.scoring import find_embedder
+from leansd.files import write_file
+from leansd.incubation.curves import FILE
+from leansd.incubation.noise import Schedule, seed_generator
+from leansd.incubation.recipe import load_recipe
 from leansd.runtime.samplers import make_scheduler
 
 RESULTS = ROOT / "benchmarks" / "results"

@@ -17,12 +17,12 @@ from typing import Annotated, Any, TypeGuard
 
 import typer
 
-from leansd.faces.cli.terminal import hush_libraries
-from leansd.faces.incubating import incubate_into
+from leansd.cli.terminal import hush_libraries
 from leansd.incubation.dryrun import Estimate, estimate
 from leansd.incubation.recipe import TEACHER, Recipe, Stage, load_recipe
 from leansd.incubation.running import NET
 from leansd.loading import load_outline
+from leansd.report.incubating import incubate_into
 from leansd.surgery.edits import Edit, Replace, Surgery, Take
 from leansd.surgery.presets import find_surgery
 

@@ -24,21 +24,21 @@ import typer
 from diffusers import UNet2DConditionModel
 
 from leansd.anatomy.reading import read_anatomy
-from leansd.faces.cli.terminal import hush_libraries
-from leansd.faces.prompts import GUIDANCE, THINGS
-from leansd.loading import load, load_unet
-from leansd.measuring.cost import CostModel
-from leansd.measuring.fidelity import psnr
-from leansd.measuring.profile import profile
-from leansd.measuring.records import (
+from leansd.cli.terminal import hush_libraries
+from leansd.evaluation.cost import CostModel
+from leansd.evaluation.fidelity import psnr
+from leansd.evaluation.profile import profile
+from leansd.evaluation.records import (
     Record,
     load_records,
     put_records,
     stamp,
     write_records,
 )
-from leansd.measuring.timing import compare_timings, time_cases
-from leansd.measuring.trajectories import Finals, run_calls
+from leansd.evaluation.timing import compare_timings, time_cases
+from leansd.evaluation.trajectories import Finals, run_calls
+from leansd.faces.prompts import GUIDANCE, THINGS
+from leansd.loading import load, load_unet
 from leansd.plans.plan import Plan
 from leansd.plans.presets import preset
 from leansd.plans.row import OWN

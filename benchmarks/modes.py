@@ -13,10 +13,10 @@ from pathlib import Path
 import typer
 
 from leansd.anatomy.builtin import open_builtin
-from leansd.faces.cli.terminal import hush_libraries
+from leansd.cli.terminal import hush_libraries
+from leansd.evaluation.records import Record, stamp, write_records
 from leansd.incubation.dryrun import StageCost, estimate
 from leansd.incubation.recipe import Recipe, load_recipe
-from leansd.measuring.records import Record, stamp, write_records
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "modes.jsonl"

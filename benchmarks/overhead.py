@@ -22,13 +22,13 @@ from torch import nn
 
 import leansd
 from leansd.anatomy.reading import read_anatomy
-from leansd.faces.cli.terminal import hush_libraries
+from leansd.cli.terminal import hush_libraries
+from leansd.evaluation.laps import time_run
+from leansd.evaluation.records import Record, stamp, write_records
+from leansd.evaluation.rivals.deepcache import cache
+from leansd.evaluation.timing import compare_timings, time_cases
 from leansd.faces.stand_ins import build_stand_in
 from leansd.loading import load
-from leansd.measuring.laps import time_run
-from leansd.measuring.records import Record, stamp, write_records
-from leansd.measuring.rivals.deepcache import cache
-from leansd.measuring.timing import compare_timings, time_cases
 from leansd.plans.plan import Plan
 from leansd.plans.presets import preset
 from leansd.plans.tracing import compile_plan

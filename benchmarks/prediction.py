@@ -17,17 +17,17 @@ import typer
 from rich.progress import Progress, TaskID
 
 from leansd.anatomy.builtin import BUILTIN
-from leansd.faces.cli.terminal import hush_libraries
-from leansd.faces.stand_ins import build_stand_in
-from leansd.loading import load
-from leansd.measuring.prediction import (
+from leansd.cli.terminal import hush_libraries
+from leansd.evaluation.prediction import (
     check_predictions,
     find_worst,
     hold_out,
     list_prediction_records,
 )
-from leansd.measuring.profile import Probe, prepare_probe
-from leansd.measuring.records import Record, put_records, stamp
+from leansd.evaluation.profile import Probe, prepare_probe
+from leansd.evaluation.records import Record, put_records, stamp
+from leansd.faces.stand_ins import build_stand_in
+from leansd.loading import load
 from leansd.plans.plan import Plan
 from leansd.plans.presets import preset
 

@@ -23,8 +23,8 @@ import typer
 from PIL import Image
 
 from leansd.bulk.shards import Drawn, name_shard, pack_shard
-from leansd.measuring.files import write_file
-from leansd.measuring.records import Record, stamp, write_records
+from leansd.evaluation.records import Record, stamp, write_records
+from leansd.files import write_file
 from leansd.scoring.pictures import list_pictures
 from leansd.scoring.reading import read_samples
 from leansd.scoring.samples import show_samples

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import leansd
 from leansd.anatomy.builtin import open_builtin
-from leansd.measuring.records import Record, stamp, write_records
+from leansd.evaluation.records import Record, stamp, write_records
 from leansd.surgery.presets import PRESETS
 
 RESULTS = Path(__file__).parent / "results" / "surgeries.jsonl"

@@ -8,7 +8,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["test_incubation", "leansd.faces.incubating"])
+SERVER.set_forkserver_preload(["test_incubation", "leansd.report.incubating"])
 
 
 def start(work: Callable[..., None], *args: Any) -> BaseProcess:

@@ -12,6 +12,10 @@ import leansd
 from leansd.bulk.rows import read_sheet
 from leansd.bulk.shards import Drawn, name_shard, pack_shard
 from leansd.emoji.location import model_folder
+from leansd.evaluation.evaluation import CONVERGED, Evaluation
+from leansd.evaluation.prediction import Prediction
+from leansd.evaluation.records import Record, load_records, stamp
+from leansd.evaluation.timing import Ratio, Timing
 from leansd.exporting.exporter import Exported
 from leansd.faces.bulk import place_order
 from leansd.faces.comparison import FEWER, FULL, Comparison, Contestant, Entry
@@ -19,7 +23,13 @@ from leansd.faces.costs import Profiled
 from leansd.faces.courses import Course, read_emoji_run, read_run
 from leansd.faces.pictures import Painting, Request
 from leansd.faces.redundancy import list_records, read_spent
-from leansd.faces.report import (
+from leansd.faces.standings import read_standings
+from leansd.incubation.dryrun import Estimate, StageCost
+from leansd.incubation.recipe import load_recipe
+from leansd.incubation.validation import paste_grid
+from leansd.plans.plan import Plan
+from leansd.plans.presets import HOUSE, PRESETS, preset
+from leansd.report import (
     Origin,
     Report,
     benching,
@@ -39,17 +49,7 @@ from leansd.faces.report import (
     training,
     tuning,
 )
-from leansd.faces.scores import judge, prepare
-from leansd.faces.standings import read_standings
-from leansd.incubation.dryrun import Estimate, StageCost
-from leansd.incubation.recipe import load_recipe
-from leansd.incubation.validation import paste_grid
-from leansd.measuring.evaluation import CONVERGED, Evaluation
-from leansd.measuring.prediction import Prediction
-from leansd.measuring.records import Record, load_records, stamp
-from leansd.measuring.timing import Ratio, Timing
-from leansd.plans.plan import Plan
-from leansd.plans.presets import HOUSE, PRESETS, preset
+from leansd.report.scores import judge, prepare
 from leansd.scoring.looking import Manner
 from leansd.surgery.edits import Surgery
 from leansd.tuning.cutting import Candidate, Cut

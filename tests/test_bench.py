@@ -10,21 +10,21 @@ import torch
 
 import leansd
 from leansd import LeansdError, Plan
-from leansd.faces.cli import main
+from leansd.cli import main
+from leansd.evaluation.bench import Stage, line_up, run_rounds, summarise
+from leansd.evaluation.contest import FULL, OURS, Contest, Contestant, Grounds, send_plan
+from leansd.evaluation.evaluation import CONVERGED
+from leansd.evaluation.margins import Point, find_front, find_margin, read_front, read_points
+from leansd.evaluation.records import load_records, stamp
+from leansd.evaluation.resuming import fingerprint_contest, list_done, put_contest
+from leansd.evaluation.rivals import ALL, choose_rivals
+from leansd.evaluation.rivals.deepcache import cache
+from leansd.evaluation.rivals.rival import Rival
+from leansd.evaluation.rivals.tgate import gate_at
+from leansd.evaluation.rivals.tomesd import merge
+from leansd.evaluation.trajectories import run_calls
 from leansd.faces.contests import choose_plans, list_contests
 from leansd.faces.standings import read_standings, tabulate_margins, tabulate_summary
-from leansd.measuring.bench import Stage, line_up, run_rounds, summarise
-from leansd.measuring.contest import FULL, OURS, Contest, Contestant, Grounds, send_plan
-from leansd.measuring.evaluation import CONVERGED
-from leansd.measuring.margins import Point, find_front, find_margin, read_front, read_points
-from leansd.measuring.records import load_records, stamp
-from leansd.measuring.resuming import fingerprint_contest, list_done, put_contest
-from leansd.measuring.rivals import ALL, choose_rivals
-from leansd.measuring.rivals.deepcache import cache
-from leansd.measuring.rivals.rival import Rival
-from leansd.measuring.rivals.tgate import gate_at
-from leansd.measuring.rivals.tomesd import merge
-from leansd.measuring.trajectories import run_calls
 from leansd.runtime.clock import read_course
 from leansd.runtime.samplers import make_scheduler
 from leansd.runtime.spectrum import weigh_chebyshev

@@ -15,8 +15,8 @@ from leansd.bulk.jobs import FILE, Job, Part, claim_folder, cut_parts, list_miss
 from leansd.bulk.rows import read_sheet
 from leansd.bulk.running import run_job
 from leansd.bulk.shards import list_shards, read_shard
+from leansd.cli import main
 from leansd.errors import LeansdError
-from leansd.faces.cli import main
 from tiny import shallow_unet, tiny_pipeline
 
 

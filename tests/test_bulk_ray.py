@@ -115,7 +115,7 @@ def test_a_killed_driver_goes_on(
 ) -> None:
     cluster.add_node(num_cpus=1)
     command = [
-        sys.executable, "-m", "leansd.faces.cli", "generate",
+        sys.executable, "-m", "leansd.cli", "generate",
         "--prompts", str(home / "prompts.jsonl"), "--model", str(home / "model"),
         "--plan", "full", "--steps", "8", "--shard", str(SHARD), "--threads", "1",
         "--ray", cluster.address, "--workers", "2", "--out", str(tmp_path / "out"),

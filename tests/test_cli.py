@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import leansd
-from leansd.faces.cli import COMMANDS, main
+from leansd.cli import COMMANDS, main
 from pages import read_page
 from tiny import tiny_pipeline
 
@@ -65,7 +65,7 @@ def fails(run, tmp_path):
 
 def test_help_is_quick_and_names_every_command():
     code = (
-        "import sys; from leansd.faces.cli import main; main(['--help']); "
+        "import sys; from leansd.cli import main; main(['--help']); "
         "assert not {'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -73,7 +73,7 @@ def test_help_is_quick_and_names_every_command():
 
 
 def test_a_mistake_in_a_real_process_is_exit_code_2_and_one_line(tmp_path):
-    command = [sys.executable, "-m", "leansd.faces.cli", "generate", "a", "--plan", "fsat"]
+    command = [sys.executable, "-m", "leansd.cli", "generate", "a", "--plan", "fsat"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""

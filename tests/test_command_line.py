@@ -16,9 +16,9 @@ import pytest
 import torch
 from typer.core import TyperCommand
 
-from leansd.faces.cli import PROGRAM, completions, main, open_program, silence
-from leansd.faces.cli.wrapping import fold_grid, wrap_text
-from leansd.faces.manual import FORMS, Page, compose, read_pages
+from leansd.cli import PROGRAM, completions, main, open_program, silence
+from leansd.cli.manpages import FORMS, Page, compose, read_pages
+from leansd.cli.wrapping import fold_grid, wrap_text
 from leansd.faces.outlines import open_anatomy
 from leansd.plans.presets import PRESETS
 from leansd.plans.presets import preset as build_preset
@@ -64,7 +64,7 @@ def screens() -> dict[str, str]:
     asked = {name: [*name.split()[1:], "--help"] for name in PAGES}
     code = f"""
 import contextlib, io, json, sys
-from leansd.faces.cli import main
+from leansd.cli import main
 screens = {{}}
 for name, arguments in {asked!r}.items():
     with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -123,7 +123,7 @@ def test_every_command_can_be_quiet_and_gives_its_facts_as_json() -> None:
 
 
 def test_no_color_is_no_color() -> None:
-    code = "from leansd.faces.cli.terminal import open_console; open_console().print('[red]text')"
+    code = "from leansd.cli.terminal import open_console; open_console().print('[red]text')"
     coloured = re.compile(r"\x1b\[[\d;]*3\d")
     assert coloured.search(run_python(code, FORCE_COLOR="1", TERM="xterm-256color"))
     plain = run_python(code, FORCE_COLOR="1", TERM="xterm-256color", NO_COLOR="1")
@@ -136,7 +136,7 @@ def test_no_color_is_no_color() -> None:
 def test_presets_are_listed_without_torch() -> None:
     code = """
 import sys
-from leansd.faces.cli import main
+from leansd.cli import main
 assert main(["plan", "--json"]) == main(["operate", "--json"]) == 0
 assert not {"torch", "diffusers", "transformers"} & set(sys.modules)
 """
@@ -251,7 +251,7 @@ def test_what_only_a_developer_can_mend_is_not_hidden(monkeypatch: pytest.Monkey
 
 
 def test_a_reader_that_goes_is_no_traceback() -> None:
-    command = f"{sys.executable} -m leansd.faces.cli manual | head -c 1"
+    command = f"{sys.executable} -m leansd.cli manual | head -c 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (len(done.stdout), done.stderr) == (1, "")
 
@@ -263,7 +263,7 @@ def complete(line: str) -> list[str]:
     """What bash is offered for the last word of a line, by a process without torch."""
     code = """
 import sys
-from leansd.faces.cli import main
+from leansd.cli import main
 try:
     main()
 except SystemExit:
@@ -309,7 +309,7 @@ def test_the_manual_is_up_to_date(form: str, file: str) -> None:
 
 
 def test_the_manual_at_a_terminal() -> None:
-    lines = run_python("from leansd.faces.cli import main; main(['manual'])").splitlines()
+    lines = run_python("from leansd.cli import main; main(['manual'])").splitlines()
     assert max(map(len, lines)) <= WIDTH
     for page in PAGES.values():
         for example in page.examples:

@@ -10,11 +10,11 @@ import torch
 import leansd
 from leansd.anatomy.builtin import open_builtin
 from leansd.anatomy.cost import dissect
+from leansd.cli import main
 from leansd.errors import LeansdError
-from leansd.faces.cli import main
+from leansd.evaluation.records import stamp
+from leansd.evaluation.units import time_units
 from leansd.faces.redundancy import list_records, read_cost
-from leansd.measuring.records import stamp
-from leansd.measuring.units import time_units
 from leansd.surgery.operating import BASE, describe_net, lay_out_surgery
 from leansd.tuning.cutting import Study, cut, list_prices, make_surgery, study_removals
 from leansd.tuning.outputs import guide, keep_calls, measure_error

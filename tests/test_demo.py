@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from leansd.faces.cli import main
-from leansd.measuring.records import load_records
+from leansd.cli import main
+from leansd.evaluation.records import load_records
 from leansd.plans.presets import HOUSE
 from pages import read_page
 from tiny import tiny_pipeline
@@ -22,7 +22,7 @@ def demo(tmp_path_factory):
 
 
 def test_the_demo_compares_every_preset(demo, capsys, monkeypatch):
-    monkeypatch.setattr("leansd.faces.cli.terminal.hush_libraries", lambda: None)
+    monkeypatch.setattr("leansd.cli.terminal.hush_libraries", lambda: None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     out = demo / "out"

@@ -5,8 +5,8 @@ import torch
 
 import leansd
 from leansd.errors import LeansdError
-from leansd.measuring.records import Record
-from leansd.measuring.trajectories import run_calls
+from leansd.evaluation.records import Record
+from leansd.evaluation.trajectories import run_calls
 from leansd.tuning.drift import measure_drift
 from leansd.tuning.taps import tap
 from tiny import tiny_pipeline

@@ -2,7 +2,7 @@
 
 import pytest
 
-from leansd.measuring.durations import describe_duration
+from leansd.text import describe_duration
 
 
 @pytest.mark.parametrize(

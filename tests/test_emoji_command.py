@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from leansd.faces.cli import main
+from leansd.cli import main
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,12 @@ from transformers import CLIPConfig, CLIPModel
 
 import leansd
 from leansd import LeansdError, Plan
-from leansd.faces.cli import main
-from leansd.faces.scoring import find_embedder
-from leansd.measuring.cases import Case, Conditions
-from leansd.measuring.evaluation import evaluate_cases, list_contestants, make_reference
-from leansd.measuring.fidelity import CEILING, explain_missing_lpips, open_lpips
-from leansd.measuring.measures import OTHER_SEEDS
-from leansd.measuring.quality import (
+from leansd.cli import main
+from leansd.evaluation.cases import Case, Conditions
+from leansd.evaluation.evaluation import evaluate_cases, list_contestants, make_reference
+from leansd.evaluation.fidelity import CEILING, explain_missing_lpips, open_lpips
+from leansd.evaluation.measures import OTHER_SEEDS
+from leansd.evaluation.quality import (
     clip_score,
     embed_pictures,
     embed_prompts,
@@ -23,8 +22,9 @@ from leansd.measuring.quality import (
     open_clip,
     rank_prompts,
 )
-from leansd.measuring.records import load_records
-from leansd.measuring.trajectories import run_calls, split_calls
+from leansd.evaluation.records import load_records
+from leansd.evaluation.trajectories import run_calls, split_calls
+from leansd.faces.scoring import find_embedder
 from leansd.runtime.samplers import make_scheduler
 from pages import read_page
 from tiny import WIDTH, tiny_pipeline, tiny_tokenizer
@@ -347,7 +347,7 @@ def test_mistakes_are_told(pipe, tmp_path):
 
 @pytest.fixture
 def run(capsys, monkeypatch):
-    monkeypatch.setattr("leansd.faces.cli.terminal.hush_libraries", lambda: None)
+    monkeypatch.setattr("leansd.cli.terminal.hush_libraries", lambda: None)
 
     def call(*arguments):
         code = main(["evaluate", *map(str, arguments)])

@@ -15,11 +15,11 @@ from diffusers import (
 import leansd
 from conformance.models import make_pipeline
 from leansd.anatomy.reading import read_anatomy
+from leansd.cli import main
 from leansd.errors import LeansdError
 from leansd.exporting import checking, sessions
 from leansd.exporting.folder import TABLE, WEIGHTS
 from leansd.exporting.graphs import list_graphs
-from leansd.faces.cli import main
 from leansd.plans import Plan
 from leansd.surgery.folding import fold
 from loops import sample

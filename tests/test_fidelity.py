@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from leansd.errors import LeansdError
-from leansd.measuring.fidelity import CEILING, as_batch, latent_error, psnr, ssim
-from leansd.measuring.timing import Timing, compare_timings, time_cases
+from leansd.evaluation.fidelity import CEILING, as_batch, latent_error, psnr, ssim
+from leansd.evaluation.timing import Timing, compare_timings, time_cases
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ import leansd
 from leansd.anatomy import count_macs, read_anatomy
 from leansd.anatomy.builtin import open_builtin
 from leansd.errors import LeansdError
+from leansd.evaluation.cost import name_gated
 from leansd.exporting.graphs import list_graphs
-from leansd.measuring.cost import name_gated
 from leansd.plans import Plan
 from leansd.plans.gate import count_attention
 from leansd.plans.liveness import predict_speedup

@@ -44,5 +44,5 @@ def test_plan_files_need_pydantic_but_no_torch() -> None:
 
 def test_help_and_version_need_no_torch() -> None:
     for arguments in (["--help"], ["--version"], ["generate", "--help"]):
-        statement = f"from leansd.faces.cli import main; main({arguments})"
+        statement = f"from leansd.cli import main; main({arguments})"
         assert not list_packages(statement) & {"torch", "numpy", "diffusers", "transformers"}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from leansd.faces.cli import main
+from leansd.cli import main
 from leansd.loading import load_unet
 from pages import read_page
 from tiny import shallow_unet, tiny_pipeline

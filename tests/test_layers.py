@@ -12,11 +12,12 @@ ROOT = Path(leansd.__file__).parent
 # Lowest first; a package may import what is in its own row's package or in a row above this one.
 LAYERS = (
     ("errors", "version"),
+    ("files", "text"),
     ("plans",),
     ("anatomy",),
     ("surgery",),
     ("runtime",),
-    ("measuring",),
+    ("evaluation",),
     ("tuning",),
     ("emoji",),
     ("loading",),
@@ -26,6 +27,9 @@ LAYERS = (
     ("scoring",),
     ("exporting",),
     ("faces",),
+    ("report",),
+    ("ui",),
+    ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
@@ -63,7 +67,7 @@ def test_every_part_has_a_layer() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_read_in_one_sitting(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 400
+    assert len(path.read_text().splitlines()) <= 600
     assert path.stem not in ("utils", "helpers", "manager", "common", "misc")
 
 

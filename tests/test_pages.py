@@ -19,7 +19,7 @@ from PIL import Image
 import leansd
 from conformance.models import make_pipeline as build
 from leansd import loading
-from leansd.faces.cli import app
+from leansd.cli import app
 from test_control import make_controlnet, make_pipeline
 from tiny import WIDTH, tiny_pipeline, tiny_scheduler, tiny_unet, tiny_xl_unet
 

@@ -9,11 +9,9 @@ import torch
 from PIL import Image
 
 import leansd
+from leansd.cli import main
 from leansd.errors import LeansdError
-from leansd.faces.cli import main
-from leansd.faces.stand_ins import build_tiny_vae
-from leansd.loading import as_image_to_image, load_vae, set_vae
-from leansd.measuring.cost import (
+from leansd.evaluation.cost import (
     CostModel,
     Observed,
     fit_overheads,
@@ -22,10 +20,12 @@ from leansd.measuring.cost import (
     scale_calls,
     solve_nonnegative,
 )
-from leansd.measuring.laps import time_run
-from leansd.measuring.prediction import hold_out
-from leansd.measuring.profile import make_arguments, make_probing_plan, profile
-from leansd.measuring.records import Record, load_records, stamp
+from leansd.evaluation.laps import time_run
+from leansd.evaluation.prediction import hold_out
+from leansd.evaluation.profile import make_arguments, make_probing_plan, profile
+from leansd.evaluation.records import Record, load_records, stamp
+from leansd.faces.stand_ins import build_tiny_vae
+from leansd.loading import as_image_to_image, load_vae, set_vae
 from leansd.plans.liveness import Program
 from leansd.plans.plan import Plan
 from leansd.plans.tracing import compile_plan
@@ -321,7 +321,7 @@ def test_an_autoencoder_of_another_kind_is_refused(tmp_path):
 
 
 def test_the_command_writes_report_and_records(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("leansd.faces.cli.terminal.hush_libraries", lambda: None)
+    monkeypatch.setattr("leansd.cli.terminal.hush_libraries", lambda: None)
     tiny_vae(seed=1).save_pretrained(tmp_path / "vae")
     tiny_pipeline().save_pretrained(tmp_path / "model")
     model, out = str(tmp_path / "model"), tmp_path / "out"

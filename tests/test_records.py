@@ -5,8 +5,7 @@ import json
 import pytest
 
 from leansd.errors import LeansdError
-from leansd.measuring.files import check_file, check_folder, write_file
-from leansd.measuring.records import (
+from leansd.evaluation.records import (
     Record,
     append_records,
     load_records,
@@ -14,7 +13,8 @@ from leansd.measuring.records import (
     tabulate,
     write_records,
 )
-from leansd.measuring.tables import Table
+from leansd.files import check_file, check_folder, write_file
+from leansd.text import Table
 
 
 def make_record(**changes):

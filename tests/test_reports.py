@@ -8,7 +8,8 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from leansd.faces.report import (
+from leansd.plans.presets import preset
+from leansd.report import (
     Attachment,
     Chart,
     Drawing,
@@ -19,13 +20,12 @@ from leansd.faces.report import (
     render_page,
     write_report,
 )
-from leansd.faces.report.differences import LOUDER, subtract_pictures
-from leansd.faces.report.drawings import draw_heat, draw_plan
-from leansd.faces.report.figures import embed_svg, encode_svg, open_axes, open_figure
-from leansd.faces.report.palette import DARK, LIGHT, NAMES
-from leansd.faces.report.plots import Point, average_points, plot_tradeoff
-from leansd.measuring.tables import Table
-from leansd.plans.presets import preset
+from leansd.report.differences import LOUDER, subtract_pictures
+from leansd.report.drawings import draw_heat, draw_plan
+from leansd.report.figures import embed_svg, encode_svg, open_axes, open_figure
+from leansd.report.palette import DARK, LIGHT, NAMES
+from leansd.report.plots import Point, average_points, plot_tradeoff
+from leansd.text import Table
 from pages import parse_page, read_page
 from reports import ANATOMY, KINDS, ORIGIN, write_run
 

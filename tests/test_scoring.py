@@ -20,9 +20,9 @@ from torch import Tensor
 import leansd
 from leansd import LeansdError
 from leansd.bulk.shards import Drawn, name_shard, pack_shard
-from leansd.faces.cli import main
-from leansd.measuring.quality import frechet_distance, open_clip
-from leansd.measuring.records import load_records
+from leansd.cli import main
+from leansd.evaluation.quality import frechet_distance, open_clip
+from leansd.evaluation.records import load_records
 from leansd.scoring import looking
 from leansd.scoring.extractors.lpips import open_alexnet
 from leansd.scoring.features import Features, load_statistics, save_statistics

@@ -301,7 +301,7 @@ def test_a_net_beside_its_teacher_costs_its_own_weights(
 def test_the_command_line_switches(
     light: UNet2DConditionModel, tmp_path: Path, capsys: Any
 ) -> None:
-    from leansd.faces.cli import main
+    from leansd.cli import main
 
     model = tmp_path / "model"
     tiny_pipeline().save_pretrained(model)

@@ -7,8 +7,8 @@ import pytest
 
 import leansd
 from conformance.models import small_unet
-from leansd.faces.cli import main
-from leansd.measuring.records import load_records
+from leansd.cli import main
+from leansd.evaluation.records import load_records
 from leansd.tuning import Front, Point, calibration, tuner
 from pages import read_page
 from tiny import tiny_pipeline

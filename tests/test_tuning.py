@@ -23,10 +23,10 @@ from diffusers import (
 import leansd
 from conformance.models import tiny_controlnet
 from leansd.errors import LeansdError
+from leansd.evaluation.cost import CostModel
+from leansd.evaluation.fidelity import psnr
+from leansd.evaluation.trajectories import run_calls
 from leansd.loading import as_image_to_image
-from leansd.measuring.cost import CostModel
-from leansd.measuring.fidelity import psnr
-from leansd.measuring.trajectories import run_calls
 from leansd.plans.plan import Plan, Tuned
 from leansd.plans.row import NO_CORRECTION, Correction
 from leansd.runtime.clock import read_course

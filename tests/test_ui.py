@@ -23,10 +23,10 @@ pytestmark = [
 
 import httpx  # noqa: E402
 
-from leansd.faces.ui.folders import Folders  # noqa: E402
-from leansd.faces.ui.serving import Door, Fence, serving  # noqa: E402
-from leansd.faces.ui.studio import Studio  # noqa: E402
 from leansd.plans.plan import Plan  # noqa: E402
+from leansd.ui.folders import Folders  # noqa: E402
+from leansd.ui.serving import Door, Fence, serving  # noqa: E402
+from leansd.ui.studio import Studio  # noqa: E402
 from tiny import tiny_pipeline  # noqa: E402
 
 STEPS = 8

@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from leansd.anatomy.cost import dissect
+from leansd.cli import main
 from leansd.errors import LeansdError
-from leansd.faces.cli import main
 from leansd.faces.pictures import Request, paint
-from leansd.faces.ui import fragments
-from leansd.faces.ui.cells import (
+from leansd.plans.liveness import GUIDANCE
+from leansd.plans.plan import Plan
+from leansd.plans.presets import preset
+from leansd.ui import fragments
+from leansd.ui.cells import (
     EDITED,
     change_cells,
     describe_cell,
@@ -22,14 +25,11 @@ from leansd.faces.ui.cells import (
     turn_guidance,
     turn_key,
 )
-from leansd.faces.ui.duels import hold_duel
-from leansd.faces.ui.folders import Folders, find_inside
-from leansd.faces.ui.history import Settings, list_entries, read_entry
-from leansd.faces.ui.studio import SAVED, Studio
-from leansd.faces.ui.tickets import Desk, Done, Stopped, Ticket, follow, stopping
-from leansd.plans.liveness import GUIDANCE
-from leansd.plans.plan import Plan
-from leansd.plans.presets import preset
+from leansd.ui.duels import hold_duel
+from leansd.ui.folders import Folders, find_inside
+from leansd.ui.history import Settings, list_entries, read_entry
+from leansd.ui.studio import SAVED, Studio
+from leansd.ui.tickets import Desk, Done, Stopped, Ticket, follow, stopping
 from tiny import LATENT, tiny_pipeline, tiny_unet
 
 STEPS = 6
@@ -444,7 +444,7 @@ def test_mistakes_of_the_command_are_one_line(options, told, tmp_path, monkeypat
 
 def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    from leansd.faces.cli import ui
+    from leansd.cli import ui
 
     with pytest.raises(LeansdError, match=r"pip install 'leansd\[ui\]'"):
         ui.serve_page()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from leansd.measuring.records import Record
+from leansd.evaluation.records import Record
 
 RESULTS = Path(__file__).parent.parent / "results"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from statistics import mean
 
-from leansd.measuring.records import Record, load_records
+from leansd.evaluation.records import Record, load_records
 from tabulation.cells import RESULTS, get, tabulate_ratio
 
 TEACHER, OTHER, FULL = "teacher", "teacher, other noise", "full"

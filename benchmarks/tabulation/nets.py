@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from leansd.measuring.records import load_records
+from leansd.evaluation.records import load_records
 from tabulation.cells import RESULTS, get, get_number, tabulate_ratio
 
 

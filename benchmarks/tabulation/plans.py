@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from leansd.evaluation.records import Record, load_records
 from leansd.faces.standings import read_standings, tabulate_summary
-from leansd.measuring.records import Record, load_records
 from tabulation.cells import RESULTS, get, get_number, tabulate_ratio
 
 COLUMNS = ("", "speed-up, measured", "predicted", "PSNR to full", "SSIM", "CLIP score (tiny CLIP)")

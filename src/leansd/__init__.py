@@ -16,11 +16,11 @@ from leansd.version import __version__
 
 if TYPE_CHECKING:
     from leansd.anatomy import count_macs, dissect
+    from leansd.evaluation.cost import CostModel
+    from leansd.evaluation.evaluation import evaluate
+    from leansd.evaluation.profile import profile
     from leansd.exporting import export, load_onnx
     from leansd.loading import load, load_unet
-    from leansd.measuring.cost import CostModel
-    from leansd.measuring.evaluation import evaluate
-    from leansd.measuring.profile import profile
     from leansd.plans import Anatomy, Plan, preset
     from leansd.runtime import Report, inherit, inherit_, release_
     from leansd.scoring.scores import score
@@ -37,7 +37,7 @@ _HOMES = {
     "Cut": "leansd.tuning",
     "Front": "leansd.tuning",
     "Anatomy": "leansd.plans",
-    "CostModel": "leansd.measuring.cost",
+    "CostModel": "leansd.evaluation.cost",
     "LightUNet2DConditionModel": "leansd.surgery.light",
     "Lineage": "leansd.surgery.lineage",
     "Plan": "leansd.plans",
@@ -46,7 +46,7 @@ _HOMES = {
     "count_macs": "leansd.anatomy",
     "cut": "leansd.tuning",
     "dissect": "leansd.anatomy",
-    "evaluate": "leansd.measuring.evaluation",
+    "evaluate": "leansd.evaluation.evaluation",
     "export": "leansd.exporting",
     "inherit": "leansd.runtime",
     "inherit_": "leansd.runtime",
@@ -56,7 +56,7 @@ _HOMES = {
     "operate": "leansd.surgery.operating",
     "preset": "leansd.plans",
     "preview": "leansd.surgery.previewing",
-    "profile": "leansd.measuring.profile",
+    "profile": "leansd.evaluation.profile",
     "release_": "leansd.runtime",
     "score": "leansd.scoring.scores",
     "tune": "leansd.tuning",

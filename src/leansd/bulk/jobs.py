@@ -16,7 +16,7 @@ from typing import Any
 from leansd.bulk.rows import Row
 from leansd.bulk.shards import name_shard
 from leansd.errors import LeansdError
-from leansd.measuring.files import write_file
+from leansd.files import write_file
 from leansd.version import __version__
 
 FILE = "job.json"

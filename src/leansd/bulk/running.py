@@ -8,7 +8,7 @@ from pathlib import Path
 from leansd.bulk.drawing import Drawer
 from leansd.bulk.jobs import Job, Part
 from leansd.errors import LeansdError
-from leansd.measuring.files import write_file
+from leansd.files import write_file
 
 Work = Callable[[Job, Sequence[Part]], Iterable[tuple[Part, bytes]]]
 """Draws parts, in any order: each with the bytes of its shard."""

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from leansd.errors import LeansdError
-from leansd.measuring.files import check_folder
+from leansd.files import check_folder
 
 TABLE = "export.json"
 PLAN = "plan.json"

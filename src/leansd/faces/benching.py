@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from leansd.anatomy.cost import dissect
-from leansd.faces.contests import LONG, OTHERS, choose_plans, draw_inputs, list_settings, send_own
-from leansd.loading import as_image_to_image
-from leansd.measuring.bench import (
+from leansd.evaluation.bench import (
     LineUp,
     Stage,
     draw_converged,
@@ -21,13 +19,15 @@ from leansd.measuring.bench import (
     run_rounds,
     summarise,
 )
-from leansd.measuring.cases import Drawings
-from leansd.measuring.contest import STRENGTH, Contest, Grounds, send_full
-from leansd.measuring.keeping import fingerprint_pipe
-from leansd.measuring.quality import Embedder
-from leansd.measuring.records import Record, stamp
-from leansd.measuring.resuming import SETTINGS, fingerprint_contest, list_done, put_contest
-from leansd.measuring.rivals import Rival
+from leansd.evaluation.cases import Drawings
+from leansd.evaluation.contest import STRENGTH, Contest, Grounds, send_full
+from leansd.evaluation.keeping import fingerprint_pipe
+from leansd.evaluation.quality import Embedder
+from leansd.evaluation.records import Record, stamp
+from leansd.evaluation.resuming import SETTINGS, fingerprint_contest, list_done, put_contest
+from leansd.evaluation.rivals import Rival
+from leansd.faces.contests import LONG, OTHERS, choose_plans, draw_inputs, list_settings, send_own
+from leansd.loading import as_image_to_image
 from leansd.runtime.samplers import make_scheduler
 
 OnWork = Callable[[str, float], None]

@@ -13,17 +13,17 @@ from dataclasses import dataclass, replace
 from diffusers import DiffusionPipeline
 from PIL.Image import Image
 
+from leansd.evaluation.fidelity import psnr, ssim
+from leansd.evaluation.records import Record, stamp
+from leansd.evaluation.timing import Ratio, Timing, compare_timings, time_cases
 from leansd.faces.outlines import predict_gain
 from leansd.faces.pictures import Painting, Request, paint
 from leansd.faces.scoring import Scorer
-from leansd.measuring.fidelity import psnr, ssim
-from leansd.measuring.records import Record, stamp
-from leansd.measuring.tables import Table
-from leansd.measuring.timing import Ratio, Timing, compare_timings, time_cases
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.plan import Plan
 from leansd.plans.presets import HOUSE, PRESETS, preset
 from leansd.runtime.samplers import name_sampler
+from leansd.text import Table
 
 FULL = "full"
 FEWER = "fewer steps"

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from leansd.errors import LeansdError
+from leansd.evaluation.contest import OURS, STRENGTH, Contest, Contestant, Grounds, send_plan
+from leansd.evaluation.trajectories import PipelineCall, run_calls
 from leansd.faces.prompts import GUIDANCE, SCENES, THINGS
 from leansd.loading import EMBEDDED
-from leansd.measuring.contest import OURS, STRENGTH, Contest, Contestant, Grounds, send_plan
-from leansd.measuring.trajectories import PipelineCall, run_calls
 from leansd.plans.plan import Plan
 from leansd.plans.presets import HOUSE, look_up, preset, resolve
 from leansd.tuning.front import Front

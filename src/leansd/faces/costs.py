@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from leansd.measuring.cost import CostModel
-from leansd.measuring.prediction import Prediction
-from leansd.measuring.tables import Table
+from leansd.evaluation.cost import CostModel
+from leansd.evaluation.prediction import Prediction
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.liveness import Program
 from leansd.plans.plan import Plan
 from leansd.plans.presets import HOUSE, preset
 from leansd.plans.tracing import compile_plan
+from leansd.text import Table
 
 EXAMPLE = "balanced"
 """The preset whose run is split beside the full one's."""

@@ -15,7 +15,7 @@ from leansd.incubation.curves import FILE, Curves
 from leansd.incubation.recipe import Recipe
 from leansd.incubation.running import NET
 from leansd.incubation.validation import FOLDER, list_looks
-from leansd.measuring.tables import Table
+from leansd.text import Table
 
 State = Literal["under way", "stopped", "finished"]
 NOT_LOSSES = frozenset(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from leansd.measuring.tables import Table
+from leansd.text import Table
 from leansd.tuning.front import Front, Point
 
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from leansd.errors import LeansdError
-from leansd.measuring.files import write_file
+from leansd.files import write_file
 from leansd.plans.plan import Plan
 from leansd.runtime import Attachment, Report, inherit
 from leansd.runtime.inheritance import NO_NETS

@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from leansd.errors import LeansdError
-from leansd.measuring.cost import Batch, CostModel
-from leansd.measuring.records import Record
-from leansd.measuring.resuming import get_field
-from leansd.measuring.tables import Table
-from leansd.measuring.units import UnitTimes
+from leansd.evaluation.cost import Batch, CostModel
+from leansd.evaluation.records import Record
+from leansd.evaluation.resuming import get_field
+from leansd.evaluation.units import UnitTimes
 from leansd.plans.address import get_block
 from leansd.plans.anatomy import HEAD, STEM, Anatomy
+from leansd.text import Table
 
 PLAN = "no plan"
 METRICS = {"params": "", "macs": "", "unit_time": "s"}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from PIL.Image import Image
 
+from leansd.evaluation.quality import Embedder, open_clip
 from leansd.loading import EMBEDDED, locate, silent_loading
-from leansd.measuring.quality import Embedder, open_clip
 
 Scorer = Callable[[Sequence[Image], Sequence[str]], Sequence[float]]
 
@@ -20,7 +20,7 @@ def find_scorer(model: str | Path) -> Scorer | None:
         return None
     from leansd.emoji.assembly import load_clip
     from leansd.emoji.evaluation import clip_score
-    from leansd.measuring.fidelity import as_batch
+    from leansd.evaluation.fidelity import as_batch
 
     clip, tokenizer = load_clip(folder)
     side = clip.config.vision_config.image_size

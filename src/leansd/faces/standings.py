@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from leansd.measuring.contest import FULL, OURS
-from leansd.measuring.evaluation import CONVERGED
-from leansd.measuring.margins import Margin, Point, find_margin
-from leansd.measuring.measures import OTHER_SEEDS
-from leansd.measuring.records import Record
-from leansd.measuring.resuming import get_field
-from leansd.measuring.rivals import ALL
-from leansd.measuring.tables import Table
+from leansd.evaluation.contest import FULL, OURS
+from leansd.evaluation.evaluation import CONVERGED
+from leansd.evaluation.margins import Margin, Point, find_margin
+from leansd.evaluation.measures import OTHER_SEEDS
+from leansd.evaluation.records import Record
+from leansd.evaluation.resuming import get_field
+from leansd.evaluation.rivals import ALL
+from leansd.text import Table
 
 SPEEDS = (1.5, 2.0, 3.0)
 FIELDS = ("task", "sampler", "steps", "guidance")

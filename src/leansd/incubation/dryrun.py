@@ -28,7 +28,7 @@ from leansd.incubation.paired import PAIR
 from leansd.incubation.recipe import TEACHER, Recipe, Stage
 from leansd.incubation.students import Net, Student, make_student, outline_net
 from leansd.incubation.teacher_cache import pack
-from leansd.measuring.durations import describe_duration
+from leansd.text import describe_duration
 
 GIB = 2**30
 BYTES = {"no": 4, "bf16": 2}

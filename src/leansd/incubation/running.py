@@ -16,6 +16,7 @@ from torch import Tensor
 
 from leansd.cards import write_card
 from leansd.errors import LeansdError
+from leansd.files import write_file
 from leansd.incubation.batches import Source
 from leansd.incubation.cards import make_card
 from leansd.incubation.checkpoints import writing
@@ -24,7 +25,6 @@ from leansd.incubation.recipe import TEACHER, Recipe, Stage
 from leansd.incubation.students import Net, Student, make_student, open_net, save_net
 from leansd.incubation.trainer import Lesson, Look, prepare_teacher, train_stage
 from leansd.incubation.vgg import fit_projection, load_projection, save_projection
-from leansd.measuring.files import write_file
 
 NET, RECIPE, PROJECTION = "net", "recipe.yaml", "projection.safetensors"
 FITTED_BATCHES = 4

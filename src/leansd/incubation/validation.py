@@ -12,9 +12,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
+from leansd.evaluation.fidelity import psnr
 from leansd.incubation.curves import FILE, Curves
 from leansd.incubation.recipe import ValidationSettings
-from leansd.measuring.fidelity import psnr
 
 FOLDER = "validation"
 """Of a stage: grids, and a log of how close the pictures are."""

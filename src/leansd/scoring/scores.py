@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from leansd.errors import LeansdError
+from leansd.evaluation.records import Record, stamp
 from leansd.loading import find_device
-from leansd.measuring.records import Record, stamp
 from leansd.scoring.extractors import EXTRACTORS
 from leansd.scoring.extractors.extractor import fingerprint_weights, require_weights
 from leansd.scoring.features import Features, load_statistics

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from leansd.errors import LeansdError
-from leansd.measuring.trajectories import Finals, PipelineCall, run_calls
+from leansd.evaluation.trajectories import Finals, PipelineCall, run_calls
 from leansd.runtime.clock import read_course
 from leansd.tuning.taps import Run, Seen, Step, tap
 

@@ -21,13 +21,13 @@ from diffusers import UNet2DConditionModel
 
 from leansd.anatomy.cost import dissect
 from leansd.errors import LeansdError
-from leansd.measuring.cost import CostModel
-from leansd.measuring.tables import Table
-from leansd.measuring.trajectories import PipelineCall, expand_calls
-from leansd.measuring.units import time_units
+from leansd.evaluation.cost import CostModel
+from leansd.evaluation.trajectories import PipelineCall, expand_calls
+from leansd.evaluation.units import time_units
 from leansd.plans.anatomy import Anatomy
 from leansd.surgery.edits import Surgery
 from leansd.surgery.operating import BASE, describe_net, lay_out_surgery, operate
+from leansd.text import Table
 from leansd.tuning.knapsack import Choice, find_best
 from leansd.tuning.outputs import KeptCall, keep_calls, measure_error
 from leansd.tuning.removals import Removal, Removals, list_removals

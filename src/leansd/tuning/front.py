@@ -11,11 +11,11 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from leansd.errors import LeansdError
-from leansd.measuring.files import write_file
-from leansd.measuring.tables import Table
+from leansd.files import write_file
 from leansd.plans.document import PlanDocument, make_document, make_plan
 from leansd.plans.plan import Plan
 from leansd.plans.row import Row
+from leansd.text import Table
 
 SLACK = 0.02
 """What a point may miss a goal of time by: no measured time is truer than that."""
@@ -44,7 +44,7 @@ class Front:
     """The points that no other point beats, fastest last."""
 
     subject: str
-    """What was tuned: the UNet's fingerprint (`leansd.measuring.keeping.fingerprint_module`)."""
+    """What was tuned: the UNet's fingerprint (`leansd.evaluation.keeping.fingerprint_module`)."""
     sampler: str
     steps: int
     """Of the full run that all is compared with."""

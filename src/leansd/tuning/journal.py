@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from leansd.measuring.cost import CostModel
-from leansd.measuring.keeping import fingerprint_case
-from leansd.measuring.records import Record, stamp
+from leansd.evaluation.cost import CostModel
+from leansd.evaluation.keeping import fingerprint_case
+from leansd.evaluation.records import Record, stamp
 from leansd.plans.document import PlanDocument, make_document, make_plan
 from leansd.plans.plan import Plan
 from leansd.plans.row import OWN

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from leansd.measuring.cost import CostModel
+from leansd.evaluation.cost import CostModel
 from leansd.tuning.candidates import Candidate
 from leansd.tuning.dynamic import Keys, find_best
 from leansd.tuning.errors import Action, ErrorModel

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from leansd.measuring.cost import CostModel
+from leansd.evaluation.cost import CostModel
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.plan import Plan
 from leansd.plans.tracing import compile_plan

@@ -8,8 +8,8 @@ from typing import Any
 
 from diffusers import UNet2DConditionModel
 
-from leansd.measuring.fidelity import psnr
-from leansd.measuring.trajectories import Finals, PipelineCall, run_calls
+from leansd.evaluation.fidelity import psnr
+from leansd.evaluation.trajectories import Finals, PipelineCall, run_calls
 from leansd.plans.plan import Plan
 from leansd.tuning.calibration import Calibration
 from leansd.tuning.dynamic import Proposal

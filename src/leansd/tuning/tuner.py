@@ -22,11 +22,11 @@ from diffusers import UNet2DConditionModel
 
 from leansd.anatomy.reading import read_anatomy
 from leansd.errors import LeansdError
-from leansd.measuring.cost import CostModel
-from leansd.measuring.keeping import fingerprint_module
-from leansd.measuring.profile import profile
-from leansd.measuring.records import name_device
-from leansd.measuring.trajectories import PipelineCall, expand_calls
+from leansd.evaluation.cost import CostModel
+from leansd.evaluation.keeping import fingerprint_module
+from leansd.evaluation.profile import profile
+from leansd.evaluation.records import name_device
+from leansd.evaluation.trajectories import PipelineCall, expand_calls
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.liveness import Net
 from leansd.plans.plan import Plan, Tuned

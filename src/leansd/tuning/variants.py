@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from leansd.measuring.cost import CostModel
+from leansd.evaluation.cost import CostModel
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.gate import Attend, Gates
 from leansd.plans.liveness import Net

@@ -25,10 +25,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from leansd.errors import LeansdError
+from leansd.files import write_file
 from leansd.incubation.batches import Conditions
 from leansd.incubation.data.parts import OpenPart, Part, pack
 from leansd.incubation.data.samples import Shard, digest
-from leansd.measuring.files import write_file
 
 FORMAT = 1
 ROWS = 512

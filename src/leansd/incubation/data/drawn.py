@@ -11,11 +11,11 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from leansd.errors import LeansdError
+from leansd.evaluation.keeping import fingerprint_module
 from leansd.incubation.data.encoding import has_sizes, make_time_ids
 from leansd.incubation.data.order import make_generator
 from leansd.incubation.data.parts import Latents
 from leansd.incubation.data.samples import Flaw, Sample, digest
-from leansd.measuring.keeping import fingerprint_module
 from leansd.runtime.samplers import make_scheduler
 
 ROWS = 256

@@ -20,10 +20,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from leansd.errors import LeansdError
+from leansd.evaluation.keeping import fingerprint_module
 from leansd.incubation.batches import Conditions
 from leansd.incubation.data.parts import Latents
 from leansd.incubation.data.samples import Flaw, Sample
-from leansd.measuring.keeping import fingerprint_module
 
 T = TypeVar("T", contravariant=True)
 _TEXT_PARTS = ("text_encoder", "text_encoder_2")

@@ -16,7 +16,7 @@ from leansd.incubation.data.cache import Cache
 from leansd.incubation.data.encoding import Encoder, TextEncoder
 from leansd.incubation.data.parts import Latents, Part
 from leansd.incubation.data.samples import Flaw, Sample, Shard
-from leansd.measuring.durations import describe_duration
+from leansd.text import describe_duration
 
 SECONDS = 30.0
 """Between two lines of progress."""

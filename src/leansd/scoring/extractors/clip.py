@@ -8,14 +8,14 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
-from leansd.loading import silent_loading
-from leansd.measuring.quality import (
+from leansd.evaluation.quality import (
     Embedder,
     clip_score,
     embed_pictures,
     embed_prompts,
     open_clip,
 )
+from leansd.loading import silent_loading
 from leansd.scoring.extractors.extractor import Extractor, Look
 from leansd.scoring.samples import Shown
 

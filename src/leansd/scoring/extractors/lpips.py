@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from leansd.errors import LeansdError
-from leansd.measuring.fidelity import LPIPS_SOURCE, find_lpips_weights, open_lpips
+from leansd.evaluation.fidelity import LPIPS_SOURCE, find_lpips_weights, open_lpips
 from leansd.scoring.extractors.extractor import Extractor, Look
 from leansd.scoring.samples import Shown
 

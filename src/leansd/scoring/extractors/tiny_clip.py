@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from leansd.emoji.location import model_folder
+from leansd.evaluation.quality import Embedder
 from leansd.loading import silent_loading
-from leansd.measuring.quality import Embedder
 from leansd.scoring.extractors.clip import look_through
 from leansd.scoring.extractors.extractor import Extractor, Look
 

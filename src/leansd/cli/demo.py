@@ -1,0 +1,136 @@
+"""`leansd demo`: what the plans gain and what they cost, on pictures."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from leansd.cli.examples import give_examples
+from leansd.cli.options import Device, Guidance, ModelOption, OnlyJson, Quiet, Sampler
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(
+    epilog=give_examples(
+        "leansd demo",
+        "leansd demo --prompts 'a pizza' --prompts 'a panda face' --out pets",
+    )
+)
+def show_demo(
+    out: Annotated[
+        Path, typer.Option(help="Folder for the report, the pictures and the records.")
+    ] = Path("demo"),
+    model: ModelOption = "emoji",
+    steps: Annotated[int, typer.Option(min=2, help="Sampler steps of the full run.")] = 30,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first prompt.")] = 0,
+    prompts: Annotated[
+        list[str] | None, typer.Option(help="A prompt; give the option once for each.")
+    ] = None,
+    sampler: Sampler = None,
+    guidance: Guidance = None,
+    device: Device = None,
+    as_json: OnlyJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Draw the same prompts in full and with every preset plan; compare time and pictures.
+
+    The last line on standard output is one JSON object.
+    """
+    from leansd.cli.invocation import quote_command
+    from leansd.cli.terminal import (
+        hush_libraries,
+        note,
+        open_progress,
+        show_json,
+        show_table,
+        show_text,
+    )
+    from leansd.evaluation.records import write_records
+    from leansd.faces.comparison import compare_plans, line_up, list_records, tabulate_comparison
+    from leansd.faces.outlines import open_anatomy
+    from leansd.faces.pictures import Request, encode_png
+    from leansd.faces.prompts import GUIDANCE, PROMPTS
+    from leansd.faces.scoring import find_scorer
+    from leansd.files import check_folder, write_file
+    from leansd.loading import EMBEDDED, find_device, load, locate
+    from leansd.report import Origin, write_report
+    from leansd.report.showing import draw_sheet, make_report
+    from leansd.runtime.samplers import check_sampler, name_sampler, set_sampler
+
+    check_folder(out)
+    find_device(device)
+    if sampler is not None:
+        check_sampler(sampler)
+    locate(model)
+    hush_libraries()
+    anatomy = open_anatomy(model)
+    pipe = load(model, device=device)
+    if sampler is not None:
+        set_sampler(pipe, sampler)
+    pipe.set_progress_bar_config(disable=True)
+    chosen = prompts or list(PROMPTS)
+    contestants = line_up(anatomy, steps, name_sampler(pipe))
+    names = ", ".join(each.name for each in contestants)
+    note(f"drawing {len(chosen)} prompts on {pipe.device}, each with {names}")
+    scale = GUIDANCE if guidance is None and model == EMBEDDED else guidance
+    with open_progress() as progress:
+        bars = {
+            each.name: progress.add_task(each.name, total=each.steps * len(chosen))
+            for each in contestants
+        }
+        comparison = compare_plans(
+            pipe,
+            chosen,
+            subject=model,
+            anatomy=anatomy,
+            base=Request(prompt="", seed=seed, steps=steps, guidance=scale),
+            contestants=contestants,
+            scorer=find_scorer(model),
+            on_step=lambda name: progress.advance(bars[name]),
+        )
+    origin = Origin(quote_command(), comparison.circumstances)
+    files = [
+        write_report(out / "report.html", make_report(comparison, origin)),
+        write_file(out / "grid.png", encode_png(draw_sheet(comparison))),
+        write_records(out / "records.jsonl", list_records(comparison)),
+    ]
+    if not as_json:
+        show_table(tabulate_comparison(comparison))
+        show_text(f"{contestants[-1].name}: {contestants[-1].summary}")
+        show_text("PSNR (dB) and SSIM compare with the full run's pictures from the same seeds")
+        show_text("wrote " + ", ".join(map(str, files)))
+    show_json(
+        {
+            "command": "demo",
+            "model": model,
+            "device": comparison.circumstances["device"],
+            "steps": steps,
+            "seed": seed,
+            "sampler": comparison.sampler,
+            "guidance": comparison.guidance,
+            "prompts": list(comparison.prompts),
+            "plans": [
+                {
+                    "name": entry.contestant.name,
+                    "fingerprint": plan.fingerprint if (plan := entry.contestant.plan) else None,
+                    "steps": entry.contestant.steps,
+                    "seconds": round(entry.timing.median, 4),
+                    "speedup": round(entry.speedup.median, 4),
+                    "speedup_low": round(entry.speedup.low, 4),
+                    "speedup_high": round(entry.speedup.high, 4),
+                    "predicted_speedup": round(entry.predicted, 4),
+                    "psnr": _round(entry.psnr),
+                    "ssim": _round(entry.ssim),
+                    "clip_score": _round(entry.clip),
+                    "bytes_kept": entry.bytes_kept,
+                }
+                for entry in comparison.entries
+            ],
+            "files": [str(path) for path in files],
+        }
+    )
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)

@@ -1,0 +1,332 @@
+"""`leansd generate`: prompts in, pictures and a report out."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from leansd.cli.completions import complete_plan
+from leansd.cli.examples import give_examples
+from leansd.cli.options import (
+    Device,
+    Fit,
+    Json,
+    ModelOption,
+    Nets,
+    OwnGuidance,
+    Quiet,
+    Sampler,
+    Size,
+)
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(
+    epilog=give_examples(
+        "leansd generate 'a red apple' 'a pizza' --plan fast --out pictures",
+        "leansd generate 'a pizza' --count 4 --seed 7 --sampler ddim --json",
+        "leansd generate --prompts rows.jsonl --out shards --batch 16",
+    )
+)
+def generate_pictures(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw.")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            help="A .jsonl or .parquet of rows (id, prompt, and if you like seed, negative_prompt, "
+            "init_image, strength); pictures go to OUT/shard-*.tar, and a stopped run goes on.",
+        ),
+    ] = None,
+    model: ModelOption = "emoji",
+    plan: Annotated[
+        str,
+        typer.Option(
+            help="A preset (see leansd plan), a plan file, or a front with --speedup; full skips "
+            "nothing.",
+            autocompletion=complete_plan,
+        ),
+    ] = "balanced",
+    net: Nets = None,
+    speedup: Annotated[
+        float | None, typer.Option(help="With a front of leansd tune: the speed to take it at.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Sampler steps; 30, or what the plan file is for.")
+    ] = None,
+    fit: Fit = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Follow a preset also where few steps gain nothing, and a plan file also where it "
+            "was not tuned for.",
+        ),
+    ] = False,
+    guidance: OwnGuidance = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture of a prompt.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="Pictures a prompt, each a seed further.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("pictures"),
+    negative: Annotated[str, typer.Option(help="What to steer away from.")] = "",
+    sampler: Sampler = None,
+    size: Size = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Start from this picture (image-to-image).")
+    ] = None,
+    strength: Annotated[
+        float, typer.Option(help="With --init: how much to redraw, above 0 and up to 1.")
+    ] = 0.8,
+    vae: Annotated[
+        Path | None,
+        typer.Option(help="Folder of another autoencoder, such as a small one, to decode with."),
+    ] = None,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Draw in full as well, and show both in OUT/report.html."),
+    ] = False,
+    batch: Annotated[int, typer.Option(min=1, help="With --prompts: pictures at once.")] = 8,
+    shard: Annotated[int, typer.Option(min=1, help="With --prompts: pictures a shard.")] = 256,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="With --prompts: stop at a malformed row.")
+    ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="With --prompts: a Ray cluster, or local for one here."
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="With --ray: models at once; one a GPU by default.")
+    ] = None,
+    threads: Annotated[
+        int, typer.Option(min=0, help="With --prompts: of a model on a CPU; 0 for all.")
+    ] = 0,
+    device: Device = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Draw pictures from prompts, each as a PNG that carries its prompt, seed and plan."""
+    import time
+    from dataclasses import replace
+
+    from leansd.cli.invocation import quote_command
+    from leansd.cli.terminal import (
+        hush_libraries,
+        note,
+        open_progress,
+        show_json,
+        show_text,
+        warn,
+    )
+    from leansd.errors import LeansdError
+    from leansd.evaluation.records import stamp
+    from leansd.faces.contests import find_guidance
+    from leansd.faces.outlines import STEPS, choose_plan, open_anatomy, read_front, read_nets
+    from leansd.faces.pictures import (
+        Request,
+        default_size,
+        describe_report,
+        fit_picture,
+        name_file,
+        open_picture,
+        paint,
+        parse_size,
+        save_picture,
+    )
+    from leansd.faces.provenance import check_tuned
+    from leansd.files import check_folder
+    from leansd.loading import (
+        as_image_to_image,
+        find_device,
+        load,
+        load_unet,
+        load_vae,
+        locate,
+        set_vae,
+    )
+    from leansd.plans.plan import Plan
+    from leansd.plans.presets import look_up, suits
+    from leansd.report import Origin, write_report
+    from leansd.runtime.samplers import check_sampler, name_sampler, set_sampler
+    from leansd.version import __version__
+
+    # Everything that can be wrong is found before a weight is read.
+    if (prompts is None) == (prompt_file is None):
+        raise LeansdError("give prompts, or a file of them by --prompts; one of the two")
+    if compare and prompt_file is not None:
+        raise LeansdError("--compare is for prompts on the command line: leave --prompts out")
+    check_folder(out)
+    base = Request(
+        prompt="",
+        negative=negative,
+        steps=steps or STEPS,
+        guidance=guidance,
+        size=parse_size(size) if size else None,
+        strength=strength,
+    )
+    picture = open_picture(init) if init is not None else None
+    if sampler is not None:
+        check_sampler(sampler)
+    find_device(device)
+    locate(model)
+    hush_libraries()
+    anatomy = open_anatomy(model)
+    folders = read_nets(net or [])
+    anatomies = {name: open_anatomy(folder) for name, folder in folders.items()}
+    if speedup is not None:
+        chosen = read_front(plan, steps, anatomy, speedup=speedup)
+    else:
+        chosen = choose_plan(plan, steps, anatomy, nets=anatomies, fit=fit)
+    if prompt_file is not None:
+        from leansd.faces.bulk import carry_out, place_order, read_prompts_file
+        from leansd.report.orders import make_report as report_order
+
+        order = place_order(
+            read_prompts_file(prompt_file, strict=strict, note=warn),
+            out,
+            chosen,
+            {
+                "model": model,
+                "steps": chosen.steps,
+                "nets": folders,
+                "guidance": guidance,
+                "sampler": sampler,
+                "size": base.size,
+                "seed": seed,
+                "strength": strength,
+                "batch": batch,
+                "shard": shard,
+                "threads": threads or (1 if ray is not None else 0),
+                "device": device,
+            },
+        )
+        total = len(order.sheet.rows)
+        note(f"{order.left} of {total} pictures to draw, {len(order.missing)} shards")
+        begin = time.monotonic()
+        with open_progress() as progress:
+            bar = progress.add_task("pictures", total=total, completed=total - order.left)
+            carry_out(
+                order,
+                out,
+                address=ray,
+                workers=workers,
+                on_pictures=lambda count: progress.advance(bar, count),
+            )
+        origin = Origin(quote_command(), stamp(find_device(device)))
+        page = out / "report.html"
+        if order.left or not page.exists():
+            write_report(page, report_order(order, out, time.monotonic() - begin, origin))
+        show_text(f"wrote {total} pictures in {len(order.parts)} shards in {out}")
+        if as_json:
+            show_json(
+                {
+                    "command": "generate",
+                    "pictures": total,
+                    "drawn": order.left,
+                    "flaws": [str(flaw) for flaw in order.sheet.flaws],
+                    "shards": [str(out / part.name) for part in order.parts],
+                    "fingerprint": order.job.fingerprint,
+                }
+            )
+        return
+    assert prompts is not None
+    from leansd.report.generating import Pair, make_report
+
+    autoencoder = load_vae(vae) if vae is not None else None
+
+    pipe = load(model, device=device)
+    if autoencoder is not None:
+        set_vae(pipe, autoencoder)
+    if sampler is not None:
+        set_sampler(pipe, sampler)
+    nets = {name: load_unet(folder, beside=pipe.unet) for name, folder in folders.items()}
+    if picture is not None:
+        picture = fit_picture(picture, base.size or default_size(pipe))
+        pipe = as_image_to_image(pipe)
+    base = replace(base, steps=chosen.steps, init=picture)
+    own = find_guidance(pipe, model="") if guidance is None else guidance
+    for warning in check_tuned(chosen, pipe, guidance=own, force=force):
+        warn(warning)
+    if speedup is None and not force and not suits(look_up(plan), chosen.steps):
+        warn(f"{chosen.steps} steps run in full, so few gain nothing; --force follows {plan}")
+        chosen = Plan.full(chosen.steps)
+    pipe.set_progress_bar_config(disable=True)
+
+    requests = [
+        replace(base, prompt=prompt, seed=seed + turn)
+        for prompt in prompts
+        for turn in range(count)
+    ]
+    written, painting, pairs = [], None, []
+    if compare:  # the first call of a process takes longer than others
+        paint(pipe, replace(requests[0], steps=max(2, round(2 / strength))))
+    with open_progress() as progress:
+        for number, request in enumerate(requests, start=1):
+            bar = progress.add_task(
+                f"{number}/{len(requests)} {request.prompt[:40]}", total=chosen.steps
+            )
+            painting = paint(
+                pipe,
+                request,
+                chosen,
+                lambda done, total, bar=bar: progress.update(bar, completed=done, total=total),
+                nets,
+            )
+            progress.remove_task(bar)
+            if compare:
+                bar = progress.add_task(f"{number}/{len(requests)} in full", total=chosen.steps)
+                full = paint(
+                    pipe,
+                    request,
+                    None,
+                    lambda done, total, bar=bar: progress.update(bar, completed=done, total=total),
+                )
+                progress.remove_task(bar)
+                pairs.append(Pair(request, full, painting))
+            facts = {
+                "prompt": request.prompt,
+                "negative": request.negative or None,
+                "seed": request.seed,
+                "steps": request.steps,
+                "sampler": name_sampler(pipe),
+                "guidance": getattr(pipe, "guidance_scale", guidance),
+                "model": model,
+                "plan": chosen.name,
+                "nets": " ".join(net or []) or None,
+                "vae": vae,
+                "plan_fingerprint": chosen.fingerprint,
+                "leansd": __version__,
+                "init": init,
+                "strength": strength if init is not None else None,
+            }
+            path = out / name_file(request.prompt, chosen.name, request.seed)
+            save_picture(path, painting.image, facts)
+            written.append((path, painting, facts))
+            told = f"{path}  {painting.seconds:.2f} s"
+            progress.console.print(told, highlight=False, markup=False, soft_wrap=True)
+    assert painting is not None
+    show_text(str(painting.report))
+    place = str(written[0][0]) if len(written) == 1 else f"{len(written)} pictures in {out}"
+    show_text(f"wrote {place}")
+    if compare:
+        origin = Origin(quote_command(), stamp(pipe.device))
+        page = write_report(out / "report.html", make_report(pairs, chosen, anatomy, origin))
+        show_text(f"wrote {page}")
+    if as_json:
+        show_json(
+            {
+                "command": "generate",
+                "pictures": [
+                    {
+                        "path": str(path),
+                        "seconds": round(done.seconds, 4),
+                        **{k: str(v) if isinstance(v, Path) else v for k, v in facts.items()},
+                        **describe_report(done.report),
+                    }
+                    for path, done, facts in written
+                ],
+            }
+        )

@@ -1,0 +1,91 @@
+"""`leansd ui`: a page to draw, compare, edit plans, tune and look back."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from leansd.cli.completions import complete_model
+from leansd.cli.examples import give_examples
+from leansd.cli.options import Device, Quiet
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(
+    epilog=give_examples(
+        "leansd ui",
+        "leansd ui --models ~/models --folder my-plans --port 7860",
+    )
+)
+def serve_page(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="The model that is open at first: emoji, a folder or a file.",
+            autocompletion=complete_model,
+        ),
+    ] = "emoji",
+    models: Annotated[
+        Path | None,
+        typer.Option(help="Folder of models to choose from; nothing outside it is opened."),
+    ] = None,
+    folder: Annotated[
+        Path, typer.Option(help="Folder for saved plans and the history; nothing else is written.")
+    ] = Path("leansd-ui"),
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; by default this machine alone can connect.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="Port; the first free one from 7860 on by default."),
+    ] = None,
+    share: Annotated[
+        bool,
+        typer.Option(
+            "--share",
+            help="Make the page public by gradio's tunnel: anybody with the link can draw here.",
+        ),
+    ] = False,
+    queue: Annotated[
+        int, typer.Option(min=1, max=1000, help="Runs that may wait; one runs at a time.")
+    ] = 8,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """Serve a page in the browser, on this machine only, until it is interrupted.
+
+    Needs the extra: pip install 'leansd[ui]'
+    """
+    import os
+    import threading
+    from importlib.util import find_spec
+
+    from leansd.cli.terminal import hush_libraries, note, show_text, warn
+    from leansd.errors import LeansdError
+
+    if find_spec("gradio") is None:
+        raise LeansdError("the page needs gradio: pip install 'leansd[ui]'")
+    # Read when gradio is imported: it would call home otherwise.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+    from leansd.loading import find_device
+    from leansd.ui.folders import Folders
+    from leansd.ui.studio import Studio
+
+    folders = Folders.open(folder, models, model)
+    find_device(device)
+    folders.find_model(model)
+    hush_libraries()
+    studio = Studio(folders, device)
+    note(f"opening {model}")
+    studio.open(model)
+
+    from leansd.ui.serving import Door, serving
+
+    with serving(studio, Door(host, port, share), limit=queue) as address:
+        show_text(f"{address}  (Ctrl+C ends it)")
+        note(f"plans and history in {folders.home}")
+        if share or host not in ("127.0.0.1", "localhost", "::1"):
+            warn("others can reach this page: they can draw here and see its history")
+        threading.Event().wait()

@@ -1,0 +1,146 @@
+"""Keeping what was drawn, so that a long evaluation that stops goes on where it was.
+
+A file a picture, named by everything that its content follows from. Files are whole or not there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import singledispatch
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from PIL.Image import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from leansd.errors import LeansdError
+from leansd.files import write_file
+from leansd.version import __version__
+
+SAMPLED = 64  # values of every weight that the fingerprint of a pipeline looks at
+
+Drawn = tuple[Tensor, Tensor]
+"""Last latents [C, h, w] and the picture [3, H, W] in 8 bits."""
+
+
+def write_drawn(path: Path, drawn: Drawn) -> None:
+    """Keep one picture and its latents."""
+    latents, picture = (part.contiguous() for part in drawn)
+    write_file(path, save({"latents": latents, "picture": picture}))
+
+
+def read_drawn(path: Path) -> Drawn | None:
+    """A kept picture and its latents; None where there is none, or none that can be read."""
+    try:
+        kept = load_file(path)
+        return kept["latents"], kept["picture"]
+    except (OSError, SafetensorError, KeyError):
+        return None
+
+
+def fingerprint_pipe(pipe: DiffusionPipeline) -> str:
+    """Sixteen hex digits of a pipeline: its classes, the shapes and a sample of all its weights.
+
+    Adapter scales and other switches that change no weight are not seen.
+    """
+    digest = sha256(f"{type(pipe).__name__} {pipe.device.type} {_versions()}".encode())
+    for name, part in sorted(pipe.components.items()):
+        digest.update(f"{name} {type(part).__name__}".encode())
+        if isinstance(part, torch.nn.Module):
+            for key, value in part.state_dict().items():
+                digest.update(f"{key} {list(value.shape)} {value.dtype}".encode())
+                digest.update(_sample(value))
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_module(module: torch.nn.Module) -> str:
+    """Sixteen hex digits of a network: its class, the shapes and a sample of all its weights.
+
+    The same in single and in half precision.
+    """
+    digest = sha256(type(module).__name__.encode())
+    for key, value in module.state_dict().items():
+        digest.update(f"{key} {list(value.shape)}".encode())
+        digest.update(_sample(value.half()))
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_case(facts: Mapping[str, Any]) -> str:
+    """Sixteen hex digits of what all pictures of a case share."""
+    return sha256(describe(dict(facts))).hexdigest()[:16]
+
+
+def fingerprint_call(arguments: Mapping[str, Any], seed: int) -> str:
+    """Sixteen hex digits of one call.
+
+    Raises:
+        LeansdError: an argument is of a kind that has no fingerprint.
+    """
+    return sha256(describe({**arguments, "seed": seed})).hexdigest()[:16]
+
+
+@singledispatch
+def describe(value: Any) -> bytes:
+    """The content of an argument as bytes: equal content, equal bytes."""
+    raise LeansdError(
+        f"an argument of type {type(value).__name__} cannot be told from another, so its pictures "
+        "cannot be kept: leave `keep` out"
+    )
+
+
+@describe.register(str)
+@describe.register(int)
+@describe.register(float)
+@describe.register(type(None))
+def _(value: str | float | None) -> bytes:
+    return json.dumps(value).encode()
+
+
+@describe.register
+def _(value: Tensor) -> bytes:
+    return f"{value.dtype} {list(value.shape)}".encode() + _as_bytes(value)
+
+
+@describe.register
+def _(value: np.ndarray) -> bytes:
+    return f"{value.dtype} {list(value.shape)}".encode() + value.tobytes()
+
+
+@describe.register
+def _(value: Image) -> bytes:
+    return f"{value.mode} {value.size}".encode() + value.tobytes()
+
+
+@describe.register(list)
+@describe.register(tuple)
+def _(value: Sequence[Any]) -> bytes:
+    return b"[" + b",".join(sha256(describe(item)).digest() for item in value) + b"]"
+
+
+@describe.register
+def _(value: dict) -> bytes:
+    return b"{" + describe([[str(key), value[key]] for key in sorted(value)]) + b"}"
+
+
+def _sample(value: Tensor) -> bytes:
+    """Some values of a weight, evenly spread; training changes them all."""
+    if value.is_meta or not value.numel():
+        return b""
+    flat = value.reshape(-1)
+    return _as_bytes(flat[:: max(1, len(flat) // SAMPLED)])
+
+
+def _as_bytes(value: Tensor) -> bytes:
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _versions() -> str:
+    return f"leansd {__version__}, torch {version('torch')}, diffusers {version('diffusers')}"

@@ -1,0 +1,181 @@
+"""Records: one measured number with its circumstances, one flat JSON line each.
+
+Every measuring command writes these and every table, plot and report is made from them.
+"""
+
+import math
+import platform
+import sys
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from datetime import datetime, timezone
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+
+from leansd.errors import LeansdError
+from leansd.files import write_file
+from leansd.text import Table
+from leansd.version import __version__
+
+Scalar = str | int | float | bool | None
+
+
+class Record(BaseModel):
+    """One measured number.
+
+    The named fields are on every record. A case adds flat fields of its own by keyword, such as
+    `steps=30`, `sampler="ddim"`, `guidance=5.0`, `prompts=6`, `low=1.4`, `at="up2.up"`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+    __pydantic_extra__: dict[str, Scalar]
+
+    subject: str  # the model that was measured
+    plan: str  # a plan's name, or what stood in its place ("no plan", "fewer steps")
+    fingerprint: str = ""  # of the plan
+    metric: str
+    value: float
+    unit: str
+    seed: int | None = None
+    device: str
+    leansd: str
+    torch: str
+    diffusers: str
+    python: str
+    at: str | None = None  # the address, where one unit or block was measured
+    time: str
+
+    @field_validator("subject", "metric")
+    @classmethod
+    def _not_blank(cls, text: str) -> str:
+        if not text:
+            raise ValueError("must not be empty")
+        return text
+
+    @model_validator(mode="after")
+    def _finite(self) -> "Record":
+        for name, value in (self.__pydantic_extra__ or {}).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number")
+        return self
+
+    def line(self) -> str:
+        """This record as one line of JSON."""
+        return self.model_dump_json(exclude_none=True)
+
+
+def stamp(device: Any = "cpu") -> dict[str, str]:
+    """The circumstances that records of one run share: `Record(**stamp(device), metric=...)`."""
+    return {
+        "device": name_device(str(device)),
+        "leansd": __version__,
+        "torch": _version("torch"),
+        "diffusers": _version("diffusers"),
+        "python": platform.python_version(),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+@cache
+def name_device(device: str) -> str:
+    """A device in words: `cuda: NVIDIA H100 80GB HBM3`, `cpu: 2 threads of Intel Xeon`."""
+    if device.startswith("cuda"):
+        import torch
+
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    if device.startswith("cpu") and "torch" in sys.modules:
+        return f"cpu: {sys.modules['torch'].get_num_threads()} threads of {_processor()}"
+    return f"{device}: {_processor()}"
+
+
+def append_records(path: str | Path, records: Iterable[Record]) -> Path:
+    """Add records at the end of a file, after checking that what is there are records."""
+    path = Path(path)
+    kept = load_records(path) if path.exists() else []
+    return write_records(path, [*kept, *records])
+
+
+def put_records(
+    path: str | Path, records: Sequence[Record], place: Callable[[Record], Hashable]
+) -> Path:
+    """Add records to a file, in the place of those there that have the same `place`."""
+    path = Path(path)
+    kept = load_records(path) if path.exists() else []
+    places = {place(record) for record in records}
+    return write_records(path, [*(each for each in kept if place(each) not in places), *records])
+
+
+def write_records(path: str | Path, records: Iterable[Record]) -> Path:
+    """Write records as a new file."""
+    return write_file(path, "".join(f"{record.line()}\n" for record in records))
+
+
+def load_records(path: str | Path) -> list[Record]:
+    """Read a file of records; blank lines are passed over."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise LeansdError(f"no records at {path}: the file does not exist") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise LeansdError(f"cannot read records from {path}: {error}") from error
+    return list(_parse(text, path))
+
+
+def tabulate(records: Iterable[Record], *, row: str = "plan", column: str = "metric") -> Table:
+    """The values of `records` as a table: one row and one column for each value of two fields.
+
+    The latest record wins where two fall into one cell.
+    """
+    cells: dict[tuple[Scalar, Scalar], str] = {}
+    rows: dict[Scalar, None] = {}
+    columns: dict[Scalar, str] = {}
+    for record in records:
+        fields = record.model_dump()
+        missing = [name for name in (row, column) if name not in fields]
+        if missing:
+            raise LeansdError(
+                f"a record has no field {missing[0]!r}; it has {', '.join(sorted(fields))}"
+            )
+        at = fields[row], fields[column]
+        rows[at[0]] = None
+        columns[at[1]] = record.unit if column == "metric" else ""
+        cells[at] = f"{record.value:.4g}"
+    heads = (f"{name} [{unit}]" if unit else str(name) for name, unit in columns.items())
+    return Table(
+        columns=(row, *heads),
+        rows=tuple((str(r), *(cells.get((r, c), "") for c in columns)) for r in rows),
+    )
+
+
+def _parse(text: str, path: Path) -> Iterator[Record]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield Record.model_validate_json(line)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            what = f"{where}: {first['msg']}" if where else first["msg"]
+            raise LeansdError(f"{path} line {number} is not a record: {what}") from error
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+@cache
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

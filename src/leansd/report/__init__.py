@@ -1,0 +1,30 @@
+"""Reports: what a command found, as data; and the page that shows it and needs nothing else."""
+
+from leansd.report.page import render_page, write_report
+from leansd.report.sections import (
+    Attachment,
+    Chart,
+    Drawing,
+    Grid,
+    Listing,
+    Origin,
+    Prose,
+    Report,
+    Section,
+    attach_records,
+)
+
+__all__ = [
+    "Attachment",
+    "Chart",
+    "Drawing",
+    "Grid",
+    "Listing",
+    "Origin",
+    "Prose",
+    "Report",
+    "Section",
+    "attach_records",
+    "render_page",
+    "write_report",
+]

@@ -1,0 +1,164 @@
+"""Figures: drawn once, as SVG and PNG files and as part of a page that follows its colours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from io import BytesIO
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from markupsafe import Markup, escape
+
+from leansd.report.palette import LIGHT, NAMES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+POINT = 72
+"""Of an inch: figures are measured in points, as their text is."""
+RESOLUTION = 160
+"""Dots per inch of PNG files."""
+TEXT = 9.0
+"""Size of most text."""
+
+Cell: TypeAlias = tuple[float, float, float]
+"""A row, where in it the cell begins, and its length."""
+
+
+def open_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many points."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width / POINT, height / POINT), dpi=POINT, facecolor=LIGHT["card"])
+
+
+def open_axes(
+    figure: Figure, *, left: float, right: float, top: float, bottom: float, rules: str = ""
+) -> Axes:
+    """Axes with margins in points, and rules across them along `x`, `y` or `both`."""
+    width, height = (side * POINT for side in figure.get_size_inches())
+    place = (left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height)
+    axes = figure.add_axes(place)
+    axes.patch.set_visible(False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(which="both", length=0, labelsize=TEXT - 0.5, labelcolor=LIGHT["soft"], pad=4)
+    axes.set_axisbelow(True)
+    if rules:
+        axes.grid(axis=rules, color=LIGHT["line"], linewidth=0.8)  # type: ignore[arg-type]
+    return axes
+
+
+def name_axes(axes: Axes, x: str = "", y: str = "") -> None:
+    """What is along the sides, with its unit."""
+    axes.set_xlabel(x, fontsize=TEXT, color=LIGHT["soft"], labelpad=5)
+    axes.set_ylabel(y, fontsize=TEXT, color=LIGHT["soft"], labelpad=5)
+
+
+def add_key(axes: Axes, *, y: float, columns: int, **options: Any) -> None:
+    """What the colours and lines of axes are called, `y` points below them.
+
+    Args:
+        options: of matplotlib's `legend`; by default, all that has a label is named.
+    """
+    look = {"handlelength": 1.0, "handleheight": 1.0, "labelcolor": LIGHT["soft"]}
+    axes.legend(
+        loc="upper left",
+        bbox_to_anchor=(0, -y / axes.get_window_extent().height),
+        ncols=columns,
+        fontsize=TEXT - 0.5,
+        frameon=False,
+        borderpad=0,
+        borderaxespad=0,
+        handletextpad=0.5,
+        columnspacing=1.4,
+        labelspacing=0.35,
+        **look | options,
+    )
+
+
+def add_colours(axes: Axes, names: Mapping[str, str], *, y: float, columns: int) -> None:
+    """Squares in the colours that `names` has for texts, `y` points below the axes."""
+    from matplotlib.patches import Patch
+
+    squares = [Patch(facecolor=colour, label=text) for text, colour in names.items()]
+    add_key(axes, y=y, columns=columns, handles=squares)
+
+
+def fill_cells(
+    axes: Axes,
+    cells: Iterable[Cell],
+    colour: str,
+    *,
+    thick: float = 0.86,
+    gap: float = 0.08,
+    strength: float = 1.0,
+) -> None:
+    """Fill cells of a grid, whose row `n` reaches from `n` to `n + 1`, as one shape."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    corners: list[tuple[float, float]] = []
+    codes: list[Any] = []
+    for row, begin, length in cells:
+        end, low, high = begin + length - gap, row, row + thick
+        corners += [(begin, low), (end, low), (end, high), (begin, high), (begin, low)]
+        codes += [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY]
+    if corners:
+        shape = Path(corners, codes)
+        axes.add_patch(
+            PathPatch(shape, facecolor=colour, edgecolor="none", linewidth=0, alpha=strength)
+        )
+
+
+def encode_svg(figure: Figure) -> str:
+    """A figure as SVG, the same for the same data."""
+    # Clipping paths are referred to by url(), which a page that needs nothing else has none of.
+    for artist in figure.findobj():
+        artist.set_clip_on(False)
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    return _save(figure, "svg", metadata=nothing).decode()
+
+
+def encode_png(figure: Figure) -> bytes:
+    """A figure as a PNG."""
+    return _save(figure, "png", dpi=RESOLUTION)
+
+
+def _save(figure: Figure, form: str, **options: object) -> bytes:
+    import matplotlib
+
+    out = BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "leansd", "svg.fonttype": "none"}):
+        figure.savefig(out, format=form, facecolor=LIGHT["card"], **options)  # type: ignore[arg-type]
+    return out.getvalue()
+
+
+def embed_svg(svg: str, name: str, alt: str) -> Markup:
+    """An SVG as part of a page: in its colours and font, with ids that are its own.
+
+    Args:
+        name: of the figure, no other's on the page.
+        alt: what it shows, in words.
+    """
+    body = svg[svg.index("<svg") :]
+    for noise in (r"<!--.*?-->", r"<metadata>.*?</metadata>", r"<defs>\s*<style.*?</defs>"):
+        body = re.sub(noise, "", body, flags=re.DOTALL)
+    used = set(re.findall(r'href="#([^"]+)"', body))
+    body = re.sub(r' id="([^"]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", body)
+    body = body.replace('href="#', f'href="#{name}-')
+    body = re.sub(r"(?<=[ :])#[0-9a-f]{6}\b", _name_colour, body)
+    body = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--font)", body)
+    opening = body[: body.index(">") + 1]
+    _, _, width, height = re.findall(r'viewBox="(\S+) (\S+) (\S+) (\S+)"', opening)[0]
+    head = (
+        f'<svg class="figure" role="img" aria-label="{escape(alt)}" viewBox="0 0 {width} {height}" '
+        f'style="--width: {float(width):.0f}" xmlns="http://www.w3.org/2000/svg" '
+        'xmlns:xlink="http://www.w3.org/1999/xlink">'
+    )
+    return Markup(re.sub(r"\n\s*", "\n", head + body[len(opening) :]))
+
+
+def _name_colour(match: re.Match[str]) -> str:
+    name = NAMES.get(match[0])
+    return f"var(--{name})" if name is not None else match[0]

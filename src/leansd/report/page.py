@@ -1,0 +1,86 @@
+"""Reports to HTML files: no request to anywhere, no script, light, dark and on paper."""
+
+from __future__ import annotations
+
+import base64
+import re
+from io import BytesIO
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL.Image import Image, Resampling
+
+from leansd.files import write_file
+from leansd.report.figures import embed_svg, encode_png, encode_svg
+from leansd.report.palette import DARK, LIGHT, declare_colours
+from leansd.report.sections import Report
+
+SHOWN = 384
+"""Pixels of a picture's longer side on a page; larger ones are made smaller."""
+SMALL = 160
+"""Up to here pictures are kept to the bit."""
+
+
+def write_report(path: str | Path, report: Report) -> Path:
+    """Write a page, and beside it every figure as `STEM-NAME.svg` and `STEM-NAME.png`."""
+    path = Path(path)
+    vectors = {drawing.name: encode_svg(drawing.figure) for drawing in report.drawings}
+    for drawing in report.drawings:
+        stem = f"{path.stem}-{drawing.name}"
+        write_file(path.with_name(f"{stem}.svg"), vectors[drawing.name])
+        write_file(path.with_name(f"{stem}.png"), encode_png(drawing.figure))
+    return write_file(path, _render(report, vectors))
+
+
+def render_page(report: Report) -> str:
+    """A report as HTML."""
+    return _render(report, {each.name: encode_svg(each.figure) for each in report.drawings})
+
+
+def _render(report: Report, vectors: dict[str, str]) -> str:
+    page = Environment(
+        loader=PackageLoader(__package__ or "leansd.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    embedded = {
+        each.name: embed_svg(vectors[each.name], each.name, each.alt) for each in report.drawings
+    }
+    page.filters |= {"picture": _embed_picture, "download": _embed_text}
+    return page.get_template("page.html.j2").render(
+        report=report,
+        anchors=_name_anchors([section.title for section in report.sections]),
+        embedded=embedded,
+        light=Markup(declare_colours(LIGHT)),
+        dark=Markup(declare_colours(DARK)),
+    )
+
+
+def _name_anchors(titles: list[str]) -> list[str]:
+    """An id for every section; figures have theirs with a dash of their own names in front."""
+    anchors: list[str] = []
+    for title in titles:
+        slug = "at-" + (re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "section")
+        count = sum(each == slug or each.startswith(f"{slug}_") for each in anchors)
+        anchors.append(f"{slug}_{count + 1}" if count else slug)
+    return anchors
+
+
+def _embed_picture(image: Image) -> str:
+    """A picture as an address that holds it."""
+    shown = image.convert("RGB")
+    shown.thumbnail((SHOWN, SHOWN), Resampling.LANCZOS)
+    out, is_small = BytesIO(), max(shown.size) <= SMALL
+    shown.save(out, "PNG" if is_small else "WEBP", **({} if is_small else {"quality": 88}))
+    return _embed_bytes("image/png" if is_small else "image/webp", out.getvalue())
+
+
+def _embed_text(text: str) -> str:
+    return _embed_bytes("text/plain;charset=utf-8", text.encode())
+
+
+def _embed_bytes(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
