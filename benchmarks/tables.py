@@ -21,6 +21,7 @@ BLOCK = re.compile(r"(<!-- table: (?P<name>\S+) -->\n).*?(<!-- end of table -->)
 
 TABLES: dict[str, Callable[[], str]] = {
     "cuts": nets.tabulate_cuts,
+    "headline": plans.tabulate_headline,
     "presets": plans.tabulate_presets,
     "bench": plans.tabulate_bench,
     "gpu": plans.tabulate_gpu,

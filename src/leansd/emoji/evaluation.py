@@ -89,7 +89,7 @@ def evaluate_model(
     """Measure the model on `count` training captions and `count` held-out pairs."""
     decibels = measure_psnr(pipe.vae, pictures.held_out)
     result: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": read_versions(),
         "seed": seed,
         "steps": steps,

@@ -7,7 +7,7 @@ import math
 import platform
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -75,7 +75,7 @@ def stamp(device: Any = "cpu") -> dict[str, str]:
         "torch": _version("torch"),
         "diffusers": _version("diffusers"),
         "python": platform.python_version(),
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from PIL import Image
@@ -113,7 +113,7 @@ class Entry:
 
 def keep_entry(home: Path, settings: Settings, plan: Plan, outcome: Outcome) -> Entry:
     """Write a duel into the history's folder."""
-    key = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")
+    key = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
     folder = find_inside(home, key)
     numbers = Numbers.of(outcome)
     for name, picture in (("full", outcome.full), ("lean", outcome.lean)):
