@@ -68,9 +68,9 @@ from leansd.evaluation.trajectories import run_calls
 from leansd.faces.prompts import GUIDANCE
 from leansd.faces.scoring import find_embedder
 from leansd.files import write_file
-from leansd.incubation.curves import FILE
 from leansd.incubation.noise import Schedule, seed_generator
 from leansd.incubation.recipe import load_recipe
+from leansd.incubation.training_log import FILE
 from leansd.runtime.samplers import make_scheduler
 
 RESULTS = ROOT / "benchmarks" / "results"

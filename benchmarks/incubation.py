@@ -18,7 +18,7 @@ from typing import Annotated, Any, TypeGuard
 import typer
 
 from leansd.cli.terminal import hush_libraries
-from leansd.incubation.dryrun import Estimate, estimate
+from leansd.incubation.estimate import Estimate, estimate
 from leansd.incubation.recipe import TEACHER, Recipe, Stage, load_recipe
 from leansd.incubation.running import NET
 from leansd.loading import load_outline

@@ -15,7 +15,7 @@ import typer
 from leansd.anatomy.builtin import open_builtin
 from leansd.cli.terminal import hush_libraries
 from leansd.evaluation.records import Record, stamp, write_records
-from leansd.incubation.dryrun import StageCost, estimate
+from leansd.incubation.estimate import StageCost, estimate
 from leansd.incubation.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parent.parent

@@ -20,12 +20,12 @@ from leansd.exporting.exporter import Exported
 from leansd.faces.bulk import place_order
 from leansd.faces.comparison import FEWER, FULL, Comparison, Contestant, Entry
 from leansd.faces.costs import Profiled
-from leansd.faces.courses import Course, read_emoji_run, read_run
 from leansd.faces.pictures import Painting, Request
 from leansd.faces.redundancy import list_records, read_spent
 from leansd.faces.standings import read_standings
-from leansd.incubation.dryrun import Estimate, StageCost
+from leansd.incubation.estimate import Estimate, StageCost
 from leansd.incubation.recipe import load_recipe
+from leansd.incubation.training_log import TrainingLog, read_log, read_run
 from leansd.incubation.validation import paste_grid
 from leansd.plans.plan import Plan
 from leansd.plans.presets import HOUSE, PRESETS, preset
@@ -241,7 +241,7 @@ stages:
 """
 
 
-def write_run(folder: Path, *, ended: bool = True) -> Course:
+def write_run(folder: Path, *, ended: bool = True) -> TrainingLog:
     """A run of two stages, the second of which was stopped."""
     (folder / "recipe.yaml").write_text(RECIPE)
     recipe = load_recipe(folder / "recipe.yaml")
@@ -288,7 +288,9 @@ def report_emoji_training(folder: Path) -> Report:
         ]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / stage / "losses.jsonl").write_text(text)
-    return training.make_report(read_emoji_run(folder, ended=True), ORIGIN)
+    stages = {"vae": None, "unet": None}
+    log = read_log(folder, stages, name="emoji", subject="emoji", state="finished")
+    return training.make_report(log, ORIGIN)
 
 
 def report_emoji_evaluation(folder: Path) -> Report:

@@ -14,7 +14,6 @@ from torch import Tensor
 from leansd.anatomy.cost import make_inputs
 from leansd.errors import LeansdError
 from leansd.incubation.batches import Batch
-from leansd.incubation.curves import Curves
 from leansd.incubation.guards import Guard
 from leansd.incubation.learning import Learner, Teacher, learn, teach
 from leansd.incubation.noise import Draw, Schedule
@@ -23,6 +22,7 @@ from leansd.incubation.recipe import Recipe
 from leansd.incubation.running import NET, Run, claim_folder, incubate, open_nets
 from leansd.incubation.students import Net, make_student
 from leansd.incubation.trainer import Lesson, Look, Training, prepare_teacher
+from leansd.incubation.training_log import LossLog
 from leansd.loading import load_unet
 from leansd.surgery.lineage import Lineage
 from processes import die, die_before_moving, run_until_dead
@@ -99,7 +99,7 @@ def read_net(folder: Path) -> dict[str, bytes]:
 
 
 def read_curves(folder: Path) -> list[dict[str, float]]:
-    rows = Curves(folder / "losses.jsonl").load()
+    rows = LossLog(folder / "losses.jsonl").load()
     return [{k: v for k, v in row.items() if k != "steps_per_second"} for row in rows]
 
 
@@ -160,7 +160,7 @@ def test_nets_that_no_run_left_are_refused(finished: Run, tmp_path: Path) -> Non
 
 def test_a_dry_run_counts_what_a_stage_computes() -> None:
     from leansd.anatomy import count_macs
-    from leansd.incubation.dryrun import estimate
+    from leansd.incubation.estimate import estimate
 
     parts = make_parts()
     decoupled = {**ASSEMBLED, "name": "apart", "mode": "decoupled"}

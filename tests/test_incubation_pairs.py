@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from leansd.errors import LeansdError
 from leansd.incubation.batches import Batch, Conditions
-from leansd.incubation.dryrun import estimate
+from leansd.incubation.estimate import estimate
 from leansd.incubation.learning import Example
 from leansd.incubation.losses import build_loss
 from leansd.incubation.noise import Schedule

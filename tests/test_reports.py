@@ -221,17 +221,17 @@ def test_large_pictures_are_made_smaller_and_small_ones_kept() -> None:
 # -- trainings ---------------------------------------------------------------------------------
 
 
-def test_a_course_says_how_far_a_run_came(tmp_path: Path) -> None:
+def test_a_log_says_how_far_a_run_came(tmp_path: Path) -> None:
     course = write_run(tmp_path)
     assert course.state == "stopped"
     assert course.starts == {"warm": 0, "whole": 300}
     first, second = course.list_values("output")
     assert (first[0][0], first[-1][0], second[0][0], second[-1][0]) == (10, 300, 310, 750)
     assert len(course.list_values("features")) == 1
-    assert course.stages[1].closeness[400] == 20
-    assert list(course.stages[0].looks) == [100, 200, 300]
+    assert course.stages[1].psnr[400] == 20
+    assert list(course.stages[0].grids) == [100, 200, 300]
     assert course.stages[1].losses == ["output", "features", "loss"]
-    assert course.write_log().count("\n") == 75
+    assert course.write_rows().count("\n") == 75
 
 
 def test_the_page_of_a_training_under_way_opens_itself_again(tmp_path: Path) -> None:

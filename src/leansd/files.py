@@ -1,6 +1,9 @@
 """Output files: checked before the work starts, and never seen half-written."""
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from leansd.errors import LeansdError
@@ -47,3 +50,38 @@ def write_file(path: str | Path, content: str | bytes) -> Path:
     except OSError as error:
         raise LeansdError(f"cannot write {path}: {error.strerror or error}") from error
     return path
+
+
+PARTIAL, OLD = ".partial", ".old"
+"""What a kill may leave of something big; the next writing takes it away."""
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[Path]:
+    """A place beside `path` for a big file or a folder, moved to `path` when all is written.
+
+    Raises:
+        LeansdError: it cannot be written; what was at `path` stays.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        discard(partial)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        if path.is_dir():
+            discard(path)
+        os.replace(partial, path)
+    except OSError as error:
+        raise LeansdError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def discard(path: Path) -> None:
+    """Take a file or a folder away; killed half-way, it is not there either."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    gone = path.with_name(path.name + OLD)
+    shutil.rmtree(gone, ignore_errors=True)
+    os.replace(path, gone)
+    shutil.rmtree(gone, ignore_errors=True)

@@ -64,7 +64,7 @@ def train(
     from leansd.emoji.training import Budget
     from leansd.errors import LeansdError
     from leansd.evaluation.records import stamp
-    from leansd.faces.courses import read_emoji_run
+    from leansd.incubation.training_log import read_log
     from leansd.report import Origin, write_report
     from leansd.report.training import make_report
 
@@ -90,8 +90,9 @@ def train(
             recipe, pictures, out, budget, device=device, resume=resume, report=report
         )
     plot_curves(out)
-    course = read_emoji_run(out, ended=True)
-    write_report(out / "report.html", make_report(course, Origin(quote_command(), stamp(device))))
+    stages = dict.fromkeys(STAGES)
+    log = read_log(out, stages, name="emoji", subject="emoji", state="finished")
+    write_report(out / "report.html", make_report(log, Origin(quote_command(), stamp(device))))
     show_text(f"wrote {model}")
     if as_json:
         show_json(

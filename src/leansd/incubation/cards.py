@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from leansd.cards import Card, Training
-from leansd.incubation.curves import FILE, Curves
 from leansd.incubation.recipe import TEACHER, Recipe, Stage
 from leansd.incubation.students import Student
+from leansd.incubation.training_log import FILE, LossLog
 
 
 def make_card(recipe: Recipe, stage: Stage, student: Student, folder: Path) -> Card:
@@ -58,5 +58,5 @@ def _describe_student(stage: Stage) -> str:
 
 
 def _read_last(path: Path) -> float | None:
-    rows: Iterator[dict[str, float]] = reversed(Curves(path).load())
+    rows: Iterator[dict[str, float]] = reversed(LossLog(path).load())
     return next((row["loss"] for row in rows if "loss" in row), None)

@@ -23,7 +23,6 @@ from leansd.errors import LeansdError
 from leansd.incubation.averages import Average
 from leansd.incubation.batches import Batch, Source, Stream
 from leansd.incubation.checkpoints import Checkpoints, Position
-from leansd.incubation.curves import FILE, Curves
 from leansd.incubation.guards import Guard, is_finite
 from leansd.incubation.learning import Example, Learner, Teacher, learn, teach
 from leansd.incubation.losses import Comparison, Loss, Outcome, Setting, build_loss
@@ -33,6 +32,7 @@ from leansd.incubation.ramps import RAMPS, warm_up
 from leansd.incubation.recipe import LossSettings, Stage, TrainerSettings
 from leansd.incubation.students import Student
 from leansd.incubation.teacher_cache import TeacherCache
+from leansd.incubation.training_log import FILE, LossLog
 
 LOG_EVERY = 10
 Report = Callable[[Mapping[str, float]], None]
@@ -145,7 +145,7 @@ class Training:
         self.average = None if settings.ema is None else Average(student.unet, settings.ema)
         self.schedule = lesson.schedule.to(accelerator.device)
         self.guard = Guard(lesson.folder / "skipped")
-        self.curves = Curves(lesson.folder / FILE)
+        self.curves = LossLog(lesson.folder / FILE)
         self.checkpoints = Checkpoints(lesson.folder / "checkpoints", settings.keep)
         self.cache = (
             None

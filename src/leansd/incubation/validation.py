@@ -12,32 +12,40 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
+from leansd.errors import LeansdError
 from leansd.evaluation.fidelity import psnr
-from leansd.incubation.curves import FILE, Curves
 from leansd.incubation.recipe import ValidationSettings
 
-FOLDER = "validation"
-"""Of a stage: grids, and a log of how close the pictures are."""
+ROWS = 2
+"""Of a grid: the teacher's pictures above the student's."""
 _NAME = re.compile(r"step-(\d+)\.png")
 
 
 @dataclass(frozen=True)
-class Comparing:
-    """Draws a grid: prompts across, the teacher above the student; and logs how close they are."""
+class Validation:
+    """Draws the prompts of a recipe with teacher and student, on the teacher's pipeline."""
 
     pipe: Any
     teacher: UNet2DConditionModel
     student: UNet2DConditionModel
     settings: ValidationSettings
-    folder: Path
 
-    def __call__(self, step: int) -> None:
-        file = self.folder / FOLDER / f"step-{step:08d}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
+    def draw_grid(self, path: Path) -> float:
+        """Write a grid, prompts across and the teacher above the student.
+
+        Returns:
+            the mean PSNR of the student's pictures to the teacher's, in dB.
+
+        Raises:
+            LeansdError: the grid cannot be written.
+        """
         teacher, student = self.draw(self.teacher), self.draw(self.student)
-        paste_grid([teacher, student]).save(file)
-        close = float(psnr(student, teacher).mean())
-        Curves(file.with_name(FILE)).add({"step": step, "psnr": close})
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            paste_grid([teacher, student]).save(path)
+        except OSError as error:
+            raise LeansdError(f"cannot write {path}: {error.strerror or error}") from error
+        return float(psnr(student, teacher).mean())
 
     @torch.no_grad()
     def draw(self, unet: UNet2DConditionModel) -> list[Image.Image]:
@@ -47,27 +55,18 @@ class Comparing:
         self.pipe.register_modules(unet=unet.eval())
         try:
             with torch.autocast(unet.device.type, unet.dtype, enabled=is_short):
-                return self._draw_prompts()
+                return [
+                    self.pipe(
+                        prompt,
+                        num_inference_steps=self.settings.steps,
+                        guidance_scale=self.settings.guidance,
+                        generator=torch.Generator().manual_seed(self.settings.seed + number),
+                    ).images[0]
+                    for number, prompt in enumerate(self.settings.prompts)
+                ]
         finally:
             unet.train(was_training)
             self.pipe.register_modules(unet=before)
-
-    def _draw_prompts(self) -> list[Image.Image]:
-        return [
-            self.pipe(
-                prompt,
-                num_inference_steps=self.settings.steps,
-                guidance_scale=self.settings.guidance,
-                generator=torch.Generator().manual_seed(self.settings.seed + number),
-            ).images[0]
-            for number, prompt in enumerate(self.settings.prompts)
-        ]
-
-
-def list_looks(folder: Path) -> dict[int, Path]:
-    """The grids that were drawn, by step."""
-    found = ((_NAME.fullmatch(path.name), path) for path in sorted(folder.glob("step-*.png")))
-    return {int(match[1]): path for match, path in found if match is not None}
 
 
 def paste_grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
@@ -78,3 +77,20 @@ def paste_grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
         for x, picture in enumerate(row):
             grid.paste(picture, (x * width, y * height))
     return grid
+
+
+def read_grid(path: Path, columns: int) -> list[list[Image.Image]]:
+    """The rows of pictures that a grid was pasted from."""
+    with Image.open(path) as file:
+        grid: Image.Image = file.convert("RGB")
+    wide, tall = grid.width // columns, grid.height // ROWS
+    return [
+        [grid.crop((x * wide, y * tall, (x + 1) * wide, (y + 1) * tall)) for x in range(columns)]
+        for y in range(ROWS)
+    ]
+
+
+def list_grids(folder: Path) -> dict[int, Path]:
+    """The grids that were drawn, by step."""
+    found = ((_NAME.fullmatch(path.name), path) for path in sorted(folder.glob("step-*.png")))
+    return {int(match[1]): path for match, path in found if match is not None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from leansd.incubation.dryrun import GIB, Estimate, StageCost
+from leansd.incubation.estimate import GIB, Estimate, StageCost
 from leansd.report.drawings import Bar, draw_bars
 from leansd.report.sections import (
     Attachment,

@@ -14,19 +14,18 @@ from diffusers import UNet2DConditionModel
 from leansd.anatomy import count_macs
 from leansd.anatomy.cost import copy_skeleton
 from leansd.evaluation.records import stamp
-from leansd.faces.courses import read_run
 from leansd.faces.outlines import open_outline
-from leansd.incubation.dryrun import Estimate, estimate, measure_rate
+from leansd.incubation.estimate import Estimate, estimate, measure_rate
 from leansd.incubation.recipe import Recipe, Stage
 from leansd.incubation.running import Run, claim_folder, incubate
 from leansd.incubation.sources import DataSetting, open_source
 from leansd.incubation.students import Student
 from leansd.incubation.trainer import Look
-from leansd.incubation.validation import Comparing
+from leansd.incubation.training_log import FILE, VALIDATION, LossLog, describe_row, read_run
+from leansd.incubation.validation import Validation
 from leansd.loading import load
 from leansd.report import Origin, write_report
 from leansd.report.training import make_report
-from leansd.text import describe_duration
 
 Note = Callable[[str], None]
 PAGE = "report.html"
@@ -89,18 +88,19 @@ def incubate_into(
     page = LivePage(recipe, folder, origin, due=time.monotonic() + LEAST / 3)
 
     def report(stage: str, row: Mapping[str, float]) -> None:
-        left = (steps[stage] - row["step"]) / max(row["steps_per_second"], 1e-9)
-        memory = f"{row['peak_gib']:.1f} GiB, " if "peak_gib" in row else ""
-        note(
-            f"{stage} {row['step']:.0f}/{steps[stage]} loss {row['loss']:.4g} "
-            f"{row['steps_per_second']:.3g} steps/s, {memory}{describe_duration(left)} left"
-        )
+        note(describe_row(stage, steps[stage], row))
         is_last = row["step"] == steps[stage]
         page.follow(is_milestone=is_last and stage != recipe.stages[-1].name)
 
     def make_look(stage: Stage, student: Student, teacher: UNet2DConditionModel) -> Look:
-        seen = Comparing(pipe, teacher, student.unet, recipe.validation, run.get_home(stage))
-        return Look(recipe.validation.every, seen)
+        seen = Validation(pipe, teacher, student.unet, recipe.validation)
+        home = run.get_home(stage) / VALIDATION
+
+        def show(step: int) -> None:
+            close = seen.draw_grid(home / f"step-{step:08d}.png")
+            LossLog(home / FILE).add({"step": step, "psnr": close})
+
+        return Look(recipe.validation.every, show)
 
     look = make_look if recipe.validation.prompts else None
     try:

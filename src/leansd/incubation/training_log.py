@@ -1,0 +1,203 @@
+"""What a training logged: one flat JSON line for every so many steps, and how far it came."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from leansd.errors import LeansdError
+from leansd.files import write_file
+from leansd.incubation.recipe import Recipe
+from leansd.incubation.validation import list_grids
+from leansd.text import Table, describe_duration
+
+FILE = "losses.jsonl"
+"""The log of a stage, in its folder."""
+NET, VALIDATION = "net", "validation"
+"""Folders of what a run or a stage made, and of a stage's grids of pictures with their log."""
+NOT_LOSSES = frozenset(
+    {
+        *("step", "norm", "learning_rate", "steps_per_second", "peak_gib", "skipped", "seconds"),
+        "progress",
+    }
+)
+"""What rows of a log hold besides losses."""
+State = Literal["under way", "stopped", "finished"]
+Row = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class LossLog:
+    """A file of losses by step."""
+
+    path: Path
+
+    def add(self, row: Row) -> None:
+        """Write one line more.
+
+        Raises:
+            LeansdError: it cannot be written.
+        """
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(dict(row)) + "\n")
+        except OSError as error:
+            raise LeansdError(f"cannot write {self.path}: {error.strerror or error}") from error
+
+    def cut(self, step: int) -> None:
+        """Take out the rows after a checkpoint's step: those steps are taken again."""
+        rows = self.load()
+        kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
+        if self.path.exists() and kept != self.path.read_text(encoding="utf-8"):
+            write_file(self.path, kept)
+
+    def load(self) -> list[dict[str, float]]:
+        """All rows; a line that a kill or a full disk cut off is none."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return [row for line in lines if (row := _read_row(line)) is not None]
+
+
+def _read_row(line: str) -> dict[str, float] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and "step" in row else None
+
+
+@dataclass(frozen=True)
+class StageLog:
+    """One stage: its rows, and pictures on the way."""
+
+    name: str
+    steps: int | None
+    """That it is to take; None where time decides."""
+    rows: tuple[Row, ...]
+    psnr: Mapping[int, float]
+    """Of the student's pictures to the teacher's, in dB, by step."""
+    grids: Mapping[int, Path]
+    """Files of their pictures, the teacher's above, by step."""
+
+    @property
+    def done(self) -> int:
+        """Steps that are on record."""
+        return int(self.rows[-1]["step"]) if self.rows else 0
+
+    @property
+    def losses(self) -> list[str]:
+        """Names of the losses, in their order; the sum is called `loss`."""
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        return [name for name in names if name not in NOT_LOSSES]
+
+
+@dataclass(frozen=True)
+class TrainingLog:
+    """A training, stage after stage."""
+
+    name: str
+    subject: str
+    """The model that teaches, or that is trained."""
+    state: State
+    stages: tuple[StageLog, ...]
+    prompts: tuple[str, ...] = ()
+    """Of the pictures on the way."""
+
+    @property
+    def starts(self) -> dict[str, int]:
+        """The step of the whole training that each stage with a log begins at."""
+        starts: dict[str, int] = {}
+        total = 0
+        for stage in self.stages:
+            if stage.rows:
+                starts[stage.name] = total
+                total += stage.done
+        return starts
+
+    def list_values(self, name: str) -> list[list[tuple[float, float]]]:
+        """A logged value by the step of the whole training, a list for each stage that has it."""
+        parts = [
+            [(self.starts[each.name] + row["step"], row[name]) for row in each.rows if name in row]
+            for each in self.stages
+            if each.rows
+        ]
+        return [part for part in parts if part]
+
+    def write_rows(self) -> str:
+        """All rows, a line of JSON each."""
+        return "".join(
+            json.dumps({"stage": stage.name, **row}) + "\n"
+            for stage in self.stages
+            for row in stage.rows
+        )
+
+    def tabulate(self) -> Table:
+        """A row for each stage: how far it came, what the loss did, how fast it went."""
+        columns = ("stage", "steps", "loss, first", "loss, last", "steps/s", "skipped")
+        return Table(columns, tuple(_show_stage(stage) for stage in self.stages))
+
+
+def read_log(
+    folder: Path,
+    stages: Mapping[str, int | None],
+    *,
+    name: str,
+    subject: str,
+    state: State,
+    prompts: tuple[str, ...] = (),
+) -> TrainingLog:
+    """How far a training in `folder` came.
+
+    Args:
+        stages: the steps that each stage is to take, by its name; None where time decides.
+    """
+    logs = tuple(_read_stage(stage, steps, folder / stage) for stage, steps in stages.items())
+    return TrainingLog(name, subject, state, logs, prompts)
+
+
+def read_run(recipe: Recipe, folder: Path, *, ended: bool) -> TrainingLog:
+    """How far the run of a recipe came."""
+    state: State = "under way"
+    if ended:
+        state = "finished" if (folder / NET).exists() else "stopped"
+    return read_log(
+        folder,
+        {stage.name: stage.steps for stage in recipe.stages},
+        name=recipe.name,
+        subject=recipe.model,
+        state=state,
+        prompts=recipe.validation.prompts,
+    )
+
+
+def _read_stage(name: str, steps: int | None, home: Path) -> StageLog:
+    seen = home / VALIDATION
+    psnr = {int(row["step"]): row["psnr"] for row in LossLog(seen / FILE).load()}
+    return StageLog(name, steps, tuple(LossLog(home / FILE).load()), psnr, list_grids(seen))
+
+
+def _show_stage(stage: StageLog) -> tuple[str, ...]:
+    of = f" of {stage.steps}" if stage.steps is not None else ""
+    if not stage.rows:
+        return (stage.name, f"0{of}", "–", "–", "–", "–")
+    first, last = stage.rows[0], stage.rows[-1]
+    rates = [row["steps_per_second"] for row in stage.rows if "steps_per_second" in row]
+    if not rates and last.get("seconds"):
+        rates = [last["step"] / last["seconds"]]
+    rate = f"{sum(rates) / len(rates):.3g}" if rates else "–"
+    losses = (f"{row['loss']:.4g}" for row in (first, last))
+    return (stage.name, f"{stage.done}{of}", *losses, rate, f"{last.get('skipped', 0):.0f}")
+
+
+def describe_row(name: str, steps: int, row: Row) -> str:
+    """A row as a line of progress, with the time that the stage still takes."""
+    left = (steps - row["step"]) / max(row["steps_per_second"], 1e-9)
+    memory = f"{row['peak_gib']:.1f} GiB, " if "peak_gib" in row else ""
+    return (
+        f"{name} {row['step']:.0f}/{steps} loss {row['loss']:.4g} "
+        f"{row['steps_per_second']:.3g} steps/s, {memory}{describe_duration(left)} left"
+    )
