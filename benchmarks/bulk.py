@@ -26,8 +26,8 @@ from leansd.bulk.rows import read_sheet
 from leansd.bulk.running import Work, draw_here, run_job
 from leansd.bulk.shards import list_shards
 from leansd.cli.terminal import hush_libraries
+from leansd.evaluation.prompts import GUIDANCE, THINGS
 from leansd.evaluation.records import Record, stamp, write_records
-from leansd.faces.prompts import GUIDANCE, THINGS
 from leansd.plans.document import make_document
 from leansd.plans.presets import preset
 

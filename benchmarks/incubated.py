@@ -48,12 +48,13 @@ from leansd.emoji.data import write_captions
 from leansd.emoji.drawing import paste_grid, save_picture
 from leansd.emoji.recipe import Pictures, read_pictures
 from leansd.evaluation.fidelity import psnr, ssim
+from leansd.evaluation.frechet import frechet_distance, measure_gaussian
+from leansd.evaluation.prompts import GUIDANCE
 from leansd.evaluation.quality import (
     Embedder,
     clip_score,
     embed_pictures,
     embed_prompts,
-    frechet_distance,
     rank_prompts,
 )
 from leansd.evaluation.records import (
@@ -63,9 +64,8 @@ from leansd.evaluation.records import (
     stamp,
     write_records,
 )
+from leansd.evaluation.runs import run_calls
 from leansd.evaluation.timing import compare_timings, time_cases
-from leansd.evaluation.trajectories import run_calls
-from leansd.faces.prompts import GUIDANCE
 from leansd.faces.scoring import find_embedder
 from leansd.files import write_file
 from leansd.incubation.noise import Schedule, seed_generator
@@ -173,7 +173,8 @@ def judge(ground: Ground, drawn: Tensor) -> Iterator[tuple[str, float, str]]:
     yield "retrieval", float((ranks == 0).double().mean()), ""
     yield "retrieval_top5", float((ranks < 5).double().mean()), ""
     yield "clip_score", float(clip_score(seen.vectors, choices).mean()), ""
-    yield "frechet", frechet_distance(seen.features, ground.real), ""
+    own, real = measure_gaussian(seen.features), measure_gaussian(ground.real)
+    yield "frechet", frechet_distance(own, real), ""
 
 
 def open_untrained(study: Study) -> UNet2DConditionModel:

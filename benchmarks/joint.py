@@ -28,6 +28,7 @@ from leansd.cli.terminal import hush_libraries
 from leansd.evaluation.cost import CostModel
 from leansd.evaluation.fidelity import psnr
 from leansd.evaluation.profile import profile
+from leansd.evaluation.prompts import GUIDANCE, THINGS
 from leansd.evaluation.records import (
     Record,
     load_records,
@@ -35,9 +36,8 @@ from leansd.evaluation.records import (
     stamp,
     write_records,
 )
+from leansd.evaluation.runs import RunOutputs, run_calls
 from leansd.evaluation.timing import compare_timings, time_cases
-from leansd.evaluation.trajectories import Finals, run_calls
-from leansd.faces.prompts import GUIDANCE, THINGS
 from leansd.loading import load, load_unet
 from leansd.plans.plan import Plan
 from leansd.plans.presets import preset
@@ -97,7 +97,7 @@ class Arena:
         program = compile_plan(plan, self._anatomy, nets=self._company)
         return self.cost.predict_full_run(self.steps) / self.cost.predict_run(program)
 
-    def run(self, plan: Plan, calls: Sequence[str], seed: int) -> Finals:
+    def run(self, plan: Plan, calls: Sequence[str], seed: int) -> RunOutputs:
         settings = {"guidance_scale": GUIDANCE}
         return run_calls(
             self.pipe, calls, plan.steps, plan,

@@ -22,7 +22,7 @@ from leansd.evaluation.rivals.deepcache import cache
 from leansd.evaluation.rivals.rival import Rival
 from leansd.evaluation.rivals.tgate import gate_at
 from leansd.evaluation.rivals.tomesd import merge
-from leansd.evaluation.trajectories import run_calls
+from leansd.evaluation.runs import run_calls
 from leansd.faces.contests import choose_plans, list_contests
 from leansd.faces.standings import read_standings, tabulate_margins, tabulate_summary
 from leansd.runtime.clock import read_course

@@ -6,7 +6,7 @@ import torch
 import leansd
 from leansd.errors import LeansdError
 from leansd.evaluation.records import Record
-from leansd.evaluation.trajectories import run_calls
+from leansd.evaluation.runs import run_calls
 from leansd.tuning.drift import measure_drift
 from leansd.tuning.taps import tap
 from tiny import tiny_pipeline

@@ -10,20 +10,20 @@ from transformers import CLIPConfig, CLIPModel
 import leansd
 from leansd import LeansdError, Plan
 from leansd.cli import main
-from leansd.evaluation.cases import Case, Conditions
-from leansd.evaluation.evaluation import evaluate_cases, list_contestants, make_reference
+from leansd.evaluation.compare import Case
+from leansd.evaluation.evaluation import evaluate_cases, list_cases, make_reference
 from leansd.evaluation.fidelity import CEILING, explain_missing_lpips, open_lpips
-from leansd.evaluation.measures import OTHER_SEEDS
+from leansd.evaluation.frechet import frechet_distance, measure_gaussian
 from leansd.evaluation.quality import (
+    OTHER_SEEDS,
     clip_score,
     embed_pictures,
     embed_prompts,
-    frechet_distance,
     open_clip,
     rank_prompts,
 )
 from leansd.evaluation.records import load_records
-from leansd.evaluation.trajectories import run_calls, split_calls
+from leansd.evaluation.runs import run_calls, split_calls
 from leansd.faces.scoring import find_embedder
 from leansd.runtime.samplers import make_scheduler
 from pages import read_page
@@ -181,6 +181,10 @@ def test_a_mean_has_the_standard_error_of_its_values(pipe):
     assert mean.standard_error == pytest.approx(np.std(values, ddof=1) / 3**0.5)
 
 
+def measure(one, two):
+    return frechet_distance(measure_gaussian(one), measure_gaussian(two))
+
+
 def test_frechet_distance_is_its_definition():
     scipy = pytest.importorskip("scipy.linalg")
     generator = torch.manual_seed(0)
@@ -190,16 +194,16 @@ def test_frechet_distance_is_its_definition():
     root = torch.as_tensor(scipy.sqrtm((a @ b).numpy()).real)
     shift = (one.double().mean(0) - two.double().mean(0)).square().sum()
     expected = shift + a.trace() + b.trace() - 2 * root.trace()
-    assert frechet_distance(one, two) == pytest.approx(expected.item(), rel=1e-6)
+    assert measure(one, two) == pytest.approx(expected.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("count", [3, 40])
 def test_frechet_distance_of_equal_sets_is_zero(count):
     some = torch.randn(count, 8, generator=torch.manual_seed(0))
-    assert frechet_distance(some, some.flip(0)) == pytest.approx(0, abs=1e-9)
-    assert frechet_distance(some, some + 1) == pytest.approx(8, rel=1e-5)
+    assert measure(some, some.flip(0)) == pytest.approx(0, abs=1e-9)
+    assert measure(some, some + 1) == pytest.approx(8, rel=1e-5)
     with pytest.raises(LeansdError, match="at least 2"):
-        frechet_distance(some, some[:1])
+        measure(some, some[:1])
 
 
 def test_retrieval_ranks_a_prompt_among_the_choices():
@@ -274,16 +278,21 @@ def go(pipe):
     def call(keep, *, stop_at=None, batch=2, target=pipe):
         work = []
 
-        def on_work(done, total):
-            work.append((done, total))
-            if stop_at is not None and done >= stop_at:
+        def on_progress(far):
+            work.append((far.done, far.total))
+            if stop_at is not None and far.done >= stop_at:
                 raise Killed
 
         evaluation = evaluate_cases(
-            Conditions(target, PROMPTS, "tiny", batch=batch, keep=keep),
-            list_contestants(target, ["turbo"], STEPS),
-            [make_reference("full", STEPS, 8), make_reference("converged", STEPS, 8)],
-            on_work=on_work,
+            target,
+            list_cases(target, ["turbo"], STEPS),
+            PROMPTS,
+            subject="tiny",
+            references=[make_reference(name, STEPS, 8) for name in ("full", "converged")],
+            settings={},
+            batch=batch,
+            keep=keep,
+            on_progress=on_progress,
         )
         both = (*evaluation.records, *evaluation.values)
         return [r.model_copy(update={"time": ""}).line() for r in both], work

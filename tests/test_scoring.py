@@ -21,18 +21,18 @@ import leansd
 from leansd import LeansdError
 from leansd.bulk.shards import Drawn, name_shard, pack_shard
 from leansd.cli import main
-from leansd.evaluation.quality import frechet_distance, open_clip
+from leansd.evaluation.frechet import (
+    Gaussian,
+    fold_gaussian,
+    frechet_distance,
+    measure_gaussian,
+    merge_gaussians,
+)
+from leansd.evaluation.quality import open_clip
 from leansd.evaluation.records import load_records
 from leansd.scoring import looking
 from leansd.scoring.extractors.lpips import open_alexnet
 from leansd.scoring.features import Features, load_statistics, save_statistics
-from leansd.scoring.gaussians import (
-    Gaussian,
-    fold_gaussian,
-    measure_distance,
-    measure_gaussian,
-    merge_gaussians,
-)
 from leansd.scoring.manifolds import measure_precision_and_recall, measure_radii
 from leansd.scoring.metrics import METRICS
 from leansd.scoring.metrics.inception_score import measure_inception_score
@@ -84,17 +84,17 @@ def test_the_distance_of_gaussians_is_its_closed_form() -> None:
     ours = Gaussian(9, torch.zeros(6).double(), torch.diag(one.square()))
     theirs = Gaussian(9, shift, torch.diag(two.square()))
     expected = shift.square().sum() + (one - two).square().sum()
-    assert measure_distance(ours, theirs) == pytest.approx(expected.item(), rel=1e-12)
-    assert measure_distance(ours, ours) == pytest.approx(0, abs=1e-12)
+    assert frechet_distance(ours, theirs) == pytest.approx(expected.item(), rel=1e-12)
+    assert frechet_distance(ours, ours) == pytest.approx(0, abs=1e-12)
     # Turned together, they are as far apart.
     turn = torch.linalg.qr(torch.randn(6, 6, generator=generator).double()).Q
     turned = [
         Gaussian(each.count, turn @ each.mean, turn @ each.covariance @ turn.T)
         for each in (ours, theirs)
     ]
-    assert measure_distance(*turned) == pytest.approx(expected.item(), rel=1e-9)
+    assert frechet_distance(*turned) == pytest.approx(expected.item(), rel=1e-9)
     with pytest.raises(LeansdError, match="width 6 cannot be compared with statistics of width 5"):
-        measure_distance(ours, measure_gaussian(torch.randn(9, 5)))
+        frechet_distance(ours, measure_gaussian(torch.randn(9, 5)))
 
 
 class Halves(torch.nn.Module):
@@ -121,9 +121,9 @@ def test_fid_is_that_of_torchmetrics() -> None:
     metric.update(real, real=True)
     metric.update(fake, real=False)
     ours, theirs = (fold_gaussian(Halves()(each).split(7)) for each in (fake, real))
-    assert measure_distance(ours, theirs) == pytest.approx(metric.compute().item(), rel=1e-5)
-    features = Halves()(fake), Halves()(real)
-    assert measure_distance(ours, theirs) == pytest.approx(frechet_distance(*features), rel=1e-9)
+    assert frechet_distance(ours, theirs) == pytest.approx(metric.compute().item(), rel=1e-5)
+    sets = [measure_gaussian(Halves()(each)) for each in (fake, real)]
+    assert frechet_distance(ours, theirs) == pytest.approx(frechet_distance(*sets), rel=1e-9)
 
 
 def test_it_does_not_matter_how_a_set_is_cut() -> None:
@@ -460,7 +460,8 @@ def test_inception_scores_are_those_of_its_features(tmp_path: Path, inception: P
     )
     assert ours["pooled"].shape == (5, 2048)
     assert ours["logits"].shape == (5, 1008)
-    expected = frechet_distance(ours["pooled"], theirs["pooled"])
+    sets = [measure_gaussian(each["pooled"]) for each in (ours, theirs)]
+    expected = frechet_distance(*sets)
     assert found["fid"].value == pytest.approx(expected, rel=1e-4)
     assert found["inception_score"].value == pytest.approx(
         measure_inception_score([ours["logits"]])[0], rel=1e-4

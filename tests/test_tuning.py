@@ -25,7 +25,7 @@ from conformance.models import tiny_controlnet
 from leansd.errors import LeansdError
 from leansd.evaluation.cost import CostModel
 from leansd.evaluation.fidelity import psnr
-from leansd.evaluation.trajectories import run_calls
+from leansd.evaluation.runs import run_calls
 from leansd.loading import as_image_to_image
 from leansd.plans.plan import Plan, Tuned
 from leansd.plans.row import NO_CORRECTION, Correction

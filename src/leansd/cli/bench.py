@@ -92,8 +92,9 @@ def bench(
         show_text,
     )
     from leansd.errors import LeansdError
+    from leansd.evaluation.compare import CONVERGED
     from leansd.evaluation.contest import FULL
-    from leansd.evaluation.evaluation import CONVERGED
+    from leansd.evaluation.prompts import choose_prompts, find_guidance, read_prompts
     from leansd.evaluation.records import load_records, stamp
     from leansd.evaluation.resuming import SETTINGS, get_field
     from leansd.evaluation.rivals import choose_rivals
@@ -102,12 +103,9 @@ def bench(
         SAMPLERS,
         STEPS,
         check_plans,
-        choose_prompts,
-        find_guidance,
         list_contests,
         list_quick_contests,
     )
-    from leansd.faces.prompts import read_prompts
     from leansd.faces.scoring import find_embedder
     from leansd.faces.standings import (
         describe_quality,

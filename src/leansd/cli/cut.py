@@ -86,9 +86,8 @@ def cut_unet(
         show_table,
         show_text,
     )
+    from leansd.evaluation.prompts import find_guidance, read_prompts
     from leansd.evaluation.records import load_records, stamp
-    from leansd.faces.contests import find_guidance
-    from leansd.faces.prompts import read_prompts
     from leansd.faces.redundancy import read_cost
     from leansd.files import check_file
     from leansd.loading import find_device, load, locate

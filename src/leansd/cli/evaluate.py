@@ -139,19 +139,13 @@ def evaluate_plans(
     )
     from leansd.emoji.card import GRID_PROMPTS
     from leansd.errors import LeansdError
-    from leansd.evaluation.cases import Case, Conditions
-    from leansd.evaluation.evaluation import (
-        CONVERGED,
-        evaluate_cases,
-        list_contestants,
-        make_reference,
-    )
+    from leansd.evaluation.compare import CONVERGED, Case
+    from leansd.evaluation.evaluation import evaluate_cases, list_cases, make_reference
     from leansd.evaluation.fidelity import explain_missing_lpips, find_lpips_weights, open_lpips
-    from leansd.evaluation.measures import FULL
+    from leansd.evaluation.prompts import GUIDANCE, find_guidance, read_prompts
     from leansd.evaluation.records import stamp, write_records
-    from leansd.faces.contests import find_guidance
+    from leansd.evaluation.runs import FULL
     from leansd.faces.outlines import choose_plan, open_anatomy
-    from leansd.faces.prompts import GUIDANCE, read_prompts
     from leansd.faces.provenance import check_tuned
     from leansd.faces.scoring import find_embedder
     from leansd.files import check_folder
@@ -237,7 +231,7 @@ def evaluate_plans(
     def label(case: Case) -> Case:
         return Case(case.name, case.steps, case.plan, sampler=own)
 
-    contestants = [label(each) for each in list_contestants(pipe, plans, steps)]
+    contestants = [label(each) for each in list_cases(pipe, plans, steps)]
     contestants += [courses[name] for name in rival or ()]
     references = [
         courses[name] if name in courses else label(make_reference(name, steps, converged_steps))
@@ -248,27 +242,24 @@ def evaluate_plans(
     for warning in (w for p in plans for w in check_tuned(p, pipe, guidance=applied, force=force)):
         warn(warning)
     drawn = [texts[place % len(texts)] for place in range(count)]
-    conditions = Conditions(
-        pipe,
-        drawn,
-        model,
-        seed,
-        batch,
-        {"guidance_scale": scale} if scale is not None else {},
-        out / "drawn",
-    )
     names = ", ".join(each.name for each in contestants)
     note(f"drawing {count} pictures on {pipe.device}, each with {names}")
     with open_progress() as progress:
         bar = progress.add_task("steps of pictures", total=None)
         evaluation = evaluate_cases(
-            conditions,
+            pipe,
             contestants,
-            references,
+            drawn,
+            subject=model,
+            references=references,
+            seed=seed,
+            batch=batch,
+            settings={"guidance_scale": scale} if scale is not None else {},
+            keep=out / "drawn",
             embedder=embedder,
             lpips=distance,
             spread_sets=seeds_for_spread,
-            on_work=lambda done, total: progress.update(bar, completed=int(done), total=total),
+            on_progress=lambda far: progress.update(bar, completed=int(far.done), total=far.total),
         )
 
     notes = []

@@ -122,8 +122,8 @@ def generate_pictures(
         warn,
     )
     from leansd.errors import LeansdError
+    from leansd.evaluation.prompts import find_guidance
     from leansd.evaluation.records import stamp
-    from leansd.faces.contests import find_guidance
     from leansd.faces.outlines import STEPS, choose_plan, open_anatomy, read_front, read_nets
     from leansd.faces.pictures import (
         Request,

@@ -96,11 +96,10 @@ def tune_plans(
     )
     from leansd.emoji.card import GRID_PROMPTS
     from leansd.errors import LeansdError
+    from leansd.evaluation.prompts import find_guidance, read_prompts
     from leansd.evaluation.records import stamp, write_records
-    from leansd.faces.contests import find_guidance
     from leansd.faces.fronts import describe_choice, tabulate_front
     from leansd.faces.outlines import read_nets
-    from leansd.faces.prompts import read_prompts
     from leansd.files import check_file
     from leansd.loading import EMBEDDED, find_device, load, load_unet, locate
     from leansd.report import Origin, write_report

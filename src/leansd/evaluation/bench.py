@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 
 from leansd.errors import LeansdError
-from leansd.evaluation.cases import Case, Drawings
+from leansd.evaluation.compare import CONVERGED, CONVERGED_STEPS, Case, Drawings, compare_drawings
 from leansd.evaluation.contest import FULL, OURS, Contest, Contestant, Grounds, send_full
-from leansd.evaluation.evaluation import CONVERGED, CONVERGED_STEPS
-from leansd.evaluation.measures import Judge, Measure, compare_drawings
-from leansd.evaluation.quality import Embedded, Embedder, embed_pictures
+from leansd.evaluation.fidelity import Measure, list_metrics
+from leansd.evaluation.quality import Embedded, Embedder, QualityJudge, embed_pictures
 from leansd.evaluation.records import Record
 from leansd.evaluation.rivals import Rival
+from leansd.evaluation.runs import PipelineCall, expand_calls, run_calls, split_calls
 from leansd.evaluation.timing import Timing, compare_timings
-from leansd.evaluation.trajectories import PipelineCall, expand_calls, run_calls, split_calls
 
 OnRun = Callable[[str, float], None]
 """Told who ran a batch, and what that cost in full runs of a batch, as expected."""
@@ -258,14 +257,14 @@ def describe_contest(contest: Contest) -> dict[str, Any]:
     }
 
 
-def make_judge(stage: Stage, full: Tensor, spread: Sequence[Embedded]) -> Judge | None:
+def make_judge(stage: Stage, full: Tensor, spread: Sequence[Embedded]) -> QualityJudge | None:
     """The quality of sets beside the full run's pictures [n, 3, H, W]; None without a CLIP."""
     if stage.embedder is None:
         return None
     prompts = [call.get("prompt") for call in expand_calls(stage.calls)]
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     own = embed_pictures(stage.embedder, full)
-    return Judge(stage.embedder, texts if len(texts) == len(prompts) else None, own, spread)
+    return QualityJudge(stage.embedder, texts if len(texts) == len(prompts) else None, own, spread)
 
 
 def join_drawings(parts: Sequence[Drawings]) -> Drawings:
@@ -279,14 +278,15 @@ def _measure(
     stage: Stage,
     runs: Runs,
     converged: Drawings,
-    judge: Judge | None,
+    judge: QualityJudge | None,
 ) -> Iterator[Measure]:
     drawn = runs.drawings[each.name]
     limit = Case(CONVERGED, stage.converged_steps)
-    measured = compare_drawings(drawn, converged, limit, None)
+    measured = compare_drawings(drawn, converged, limit, list_metrics())
     if each.family != FULL:
         reference = Case(FULL, contest.steps)
-        measured = chain(compare_drawings(drawn, runs.drawings[FULL], reference, None), measured)
+        full = runs.drawings[FULL]
+        measured = chain(compare_drawings(drawn, full, reference, list_metrics()), measured)
     if judge is not None:
         measured = chain(measured, judge.judge(drawn.pictures))
     yield from measured

@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,23 @@ from torch import Tensor
 from leansd.anatomy.cost import dissect
 from leansd.anatomy.reading import read_anatomy
 from leansd.errors import LeansdError
-from leansd.evaluation.cases import Case, Conditions, Drawer, OnWork
-from leansd.evaluation.fidelity import Lpips
-from leansd.evaluation.measures import FULL, Judge, compare_drawings
-from leansd.evaluation.quality import Embedder, embed_pictures
+from leansd.evaluation.compare import (
+    CONVERGED,
+    CONVERGED_STEPS,
+    Case,
+    OnProgress,
+    compare_runs,
+)
+from leansd.evaluation.fidelity import Lpips, list_metrics
+from leansd.evaluation.quality import Embedder
 from leansd.evaluation.records import Record, stamp
-from leansd.evaluation.trajectories import PipelineCall, expand_calls
+from leansd.evaluation.runs import FULL, PipelineCall, expand_calls
 from leansd.plans.liveness import predict_speedup
 from leansd.plans.plan import Plan
 from leansd.plans.presets import resolve
 from leansd.plans.tracing import compile_plan
 from leansd.runtime.samplers import name_sampler
 
-CONVERGED = "converged"
-CONVERGED_STEPS = 150
 SHOWN = 8  # pictures of every case that are handed on for reports
 
 
@@ -89,19 +91,16 @@ def evaluate(
     Raises:
         LeansdError: a plan or reference is unknown or does not suit, or there are under 2 calls.
     """
-    conditions = Conditions(
-        pipe,
-        calls,
-        subject or type(pipe).__name__,
-        seed,
-        batch,
-        settings or {},
-        Path(keep) if keep is not None else None,
-    )
     evaluation = evaluate_cases(
-        conditions,
-        list_contestants(pipe, [plans] if isinstance(plans, Plan | str) else plans, steps),
-        [make_reference(each, steps, converged_steps) for each in references],
+        pipe,
+        list_cases(pipe, [plans] if isinstance(plans, Plan | str) else plans, steps),
+        calls,
+        subject=subject or type(pipe).__name__,
+        references=[make_reference(each, steps, converged_steps) for each in references],
+        seed=seed,
+        batch=batch,
+        settings=settings or {},
+        keep=keep,
         embedder=embedder,
         lpips=lpips,
         spread_sets=spread_sets,
@@ -109,9 +108,7 @@ def evaluate(
     return [*evaluation.values, *evaluation.records]
 
 
-def list_contestants(
-    pipe: DiffusionPipeline, plans: Sequence[Plan | str], steps: int
-) -> list[Case]:
+def list_cases(pipe: DiffusionPipeline, plans: Sequence[Plan | str], steps: int) -> list[Case]:
     """The full run, then every plan, checked against the UNet."""
     anatomy = read_anatomy(pipe.unet)
     cases = [Case(FULL, steps)]
@@ -141,82 +138,79 @@ def make_reference(reference: str | Case, steps: int, converged_steps: int) -> C
 
 
 def evaluate_cases(
-    conditions: Conditions,
-    contestants: Sequence[Case],
-    references: Sequence[Case],
+    pipe: DiffusionPipeline,
+    cases: Sequence[Case],
+    calls: Sequence[PipelineCall],
     *,
+    subject: str,
+    references: Sequence[Case],
+    seed: int = 1000,
+    batch: int = 8,
+    settings: Mapping[str, Any],
+    keep: str | Path | None = None,
     embedder: Embedder | None = None,
     lpips: Lpips | None = None,
     spread_sets: int = 0,
-    on_work: OnWork | None = None,
+    on_progress: OnProgress = lambda progress: None,
 ) -> Evaluation:
-    """Run all cases and compare; the first contestant is the full run.
+    """Run all cases, the first of which is the full run, and compare.
 
     Only the references' pictures, and those of the case at hand, are in memory at a time.
     """
-    _require_distinct(contestants)
-    _require_distinct(references)
-    _require_distinct(list(dict.fromkeys([*contestants, *references])))
-    full, *others = contestants
-    drawer = Drawer(conditions)
-    apart = [each for each in references if each.name != FULL]
-    repeated = {each.name for each in references}
-    work = [(full, 0), *((each, 0) for each in apart)]
-    work += [(each, 0) for each in others if each.name not in repeated]
-    work += [(full, number) for number in range(1, spread_sets + 1)] if embedder else []
-    drawer.follow(sum(drawer.count_steps(*each) for each in work), on_work)
-
-    first = drawer.draw(full, 0)
-    known = {FULL: first} | {each.name: drawer.draw(each, 0) for each in apart}
-    judge = None
-    if embedder is not None:
-        sets = [
-            embed_pictures(embedder, drawer.draw(full, number).pictures)
-            for number in range(1, spread_sets + 1)
-        ]
-        prompts = _read_prompts(conditions.calls)
-        judge = Judge(embedder, prompts, embed_pictures(embedder, first.pictures), sets)
-
-    common = _Common(conditions)
-    pictures = {name: drawn.pictures[:SHOWN] for name, drawn in known.items()}
+    if len(expand_calls(calls, settings)) < 2:
+        raise LeansdError("1 call makes no set: give at least 2, by prompts or by --count")
+    comparison = compare_runs(
+        pipe,
+        cases,
+        calls,
+        seed=seed,
+        batch=batch,
+        settings=settings,
+        references=references,
+        metrics=list_metrics(lpips),
+        embedder=embedder,
+        spread_sets=spread_sets,
+        timed=False,
+        keep=keep,
+        shown=SHOWN,
+        on_progress=on_progress,
+    )
+    full = cases[0]
+    common = _Common(pipe, subject, seed, len(calls), settings)
     records: list[Record] = []
     values: list[Record] = []
-    for case in contestants:
-        drawn = known[case.name] if case.name in known else drawer.draw(case, 0)
-        pictures[case.name] = drawn.pictures[:SHOWN]
-        base = common.describe(case, full)
-        records.append(
-            Record(**base, metric="predicted_speedup", value=common.predict(case, full), unit="x")
-        )
-        measured = chain.from_iterable(
-            compare_drawings(drawn, known[each.name], each, lpips)
-            for each in references
-            if each.name != case.name
-        )
-        if judge is not None:
-            measured = chain(measured, judge.judge(drawn.pictures))
-        for each in measured:
-            values += each.list_values(base)
-            records.append(each.summarise(base))
-    return Evaluation(records, values, pictures)
+    for each in comparison:
+        base = common.describe(each.case, full)
+        gain = common.predict(each.case, full)
+        records.append(Record(**base, metric="predicted_speedup", value=gain, unit="x"))
+        for measure in each.measures:
+            values += measure.list_values(base)
+            records.append(measure.summarise(base))
+    drawn = {name: drawn.pictures[:SHOWN] for name, drawn in comparison.references.items()}
+    own = {each.case.name: each.pictures for each in comparison}
+    return Evaluation(records, values, {FULL: own[FULL]} | drawn | own)
 
 
 class _Common:
     """The fields that all records of an evaluation share, and what a case adds to them."""
 
-    def __init__(self, conditions: Conditions) -> None:
-        pipe = conditions.pipe
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        subject: str,
+        seed: int,
+        calls: int,
+        settings: Mapping[str, Any],
+    ) -> None:
         self.pipe = pipe
         self.anatomy = dissect(pipe.unet)
         default = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
-        guidance = conditions.settings.get(
-            "guidance_scale", default.default if default is not None else None
-        )
+        guidance = settings.get("guidance_scale", default.default if default is not None else None)
         self.fields = {
             **stamp(pipe.device),
-            "subject": conditions.subject,
-            "seed": conditions.seed,
-            "calls": len(conditions.calls),
+            "subject": subject,
+            "seed": seed,
+            "calls": calls,
             "guidance": guidance,
         }
 
@@ -225,7 +219,7 @@ class _Common:
         return {
             **self.fields,
             "plan": case.name,
-            "fingerprint": case.plan.fingerprint if case.plan is not None else "",
+            "fingerprint": case.fingerprint,
             "steps": case.steps,
             "sampler": case.sampler or type(scheduler).__name__,
         }
@@ -242,18 +236,3 @@ class _Common:
         probe = type(scheduler).from_config(scheduler.config)
         probe.set_timesteps(case.steps)
         return len(probe.timesteps)
-
-
-def _read_prompts(calls: Sequence[PipelineCall]) -> list[str] | None:
-    """The prompts of the calls; None where some have none that can be read."""
-    prompts = [call.get("prompt") for call in expand_calls(calls)]
-    read = [prompt for prompt in prompts if isinstance(prompt, str)]
-    return read if len(read) == len(prompts) else None
-
-
-def _require_distinct(cases: Sequence[Case]) -> None:
-    """One name, one case: a case may be contestant and reference, but two may not share a name."""
-    names = [case.name for case in cases]
-    for name in names:
-        if names.count(name) > 1:
-            raise LeansdError(f"two cases are called {name!r}: rename one, or leave it out")

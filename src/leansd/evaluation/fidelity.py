@@ -3,10 +3,13 @@
 Quality asks whether a picture is good; fidelity asks whether it is still the same one.
 """
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -18,6 +21,7 @@ from torchmetrics.functional.image import (
 )
 
 from leansd.errors import LeansdError
+from leansd.evaluation.records import Record
 
 Pictures: TypeAlias = Tensor | Sequence[Image]
 Lpips: TypeAlias = Callable[[Pictures, Pictures], Tensor]
@@ -143,6 +147,59 @@ def latent_error(latents: Tensor, reference: Tensor) -> Tensor:
     ours, theirs = latents.float().flatten(1), reference.float().flatten(1)
     size = theirs.pow(2).mean(1).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     return (ours - theirs).pow(2).mean(1).sqrt() / size
+
+
+@dataclass(frozen=True)
+class FidelityMetric:
+    """A number for each sample: of its picture or of its latents, beside those of a reference."""
+
+    name: str
+    unit: str
+    compare: Callable[[Tensor, Tensor], Tensor]
+    """Both [n, C, h, w], pictures in 0..1; gives [n]."""
+    of: Literal["pictures", "latents"] = "pictures"
+
+
+PSNR = FidelityMetric("psnr", "dB", psnr)
+SSIM = FidelityMetric("ssim", "", ssim)
+LATENT_ERROR = FidelityMetric("latent_error", "", latent_error, "latents")
+
+
+def list_metrics(lpips: Lpips | None = None) -> tuple[FidelityMetric, ...]:
+    """All metrics, LPIPS where its network is given."""
+    perceptual = (FidelityMetric("lpips", "", lpips),) if lpips is not None else ()
+    return PSNR, SSIM, *perceptual, LATENT_ERROR
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A metric of one case: a value a picture, or one for the whole set."""
+
+    metric: str
+    unit: str
+    values: Tensor  # [n], or [1] for a whole set
+    fields: Mapping[str, Any]
+
+    @property
+    def mean(self) -> float:
+        return float(self.values.double().mean())
+
+    def list_values(self, base: Mapping[str, Any]) -> Iterator[Record]:
+        """A record a picture; none of a whole set."""
+        if len(self.values) == 1:
+            return
+        for place, value in enumerate(self.values.tolist()):
+            facts = {**base, **self.fields, "seed": base["seed"] + place, "picture": place}
+            facts.pop("seed_spread", None)
+            yield Record(**facts, metric=self.metric, value=value, unit=self.unit)
+
+    def summarise(self, base: Mapping[str, Any]) -> Record:
+        """The mean as a record, with its standard error over the pictures."""
+        values = self.values.double()
+        facts = {**base, **self.fields}
+        if len(values) > 1:
+            facts["standard_error"] = float(values.std() / len(values) ** 0.5)
+        return Record(**facts, metric=self.metric, value=self.mean, unit=self.unit)
 
 
 def _pair(pictures: Pictures, reference: Pictures) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch import nn
 
 from leansd.anatomy.reading import read_anatomy
 from leansd.errors import LeansdError
+from leansd.evaluation.timing import wait_for
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.liveness import Program
 from leansd.plans.plan import Plan
@@ -204,12 +205,6 @@ def check_count(count: int, what: str) -> int:
     if count < 1:
         raise LeansdError(f"{count} {what}: at least 1 is needed")
     return count
-
-
-def wait_for(device: torch.device) -> None:
-    """Wait until a GPU has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _compile_as_run(pipe: Any, plan: Plan, batch: int) -> Program:

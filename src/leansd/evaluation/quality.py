@@ -6,7 +6,7 @@ Fidelity asks whether a picture is still the same one; quality asks whether it i
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,12 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
 from leansd.errors import LeansdError
+from leansd.evaluation.fidelity import Measure
+from leansd.evaluation.frechet import frechet_distance, measure_gaussian
+from leansd.evaluation.runs import FULL
 
+OTHER_SEEDS = "full, other seeds"
+"""The reference of a Fréchet distance that is free of shared seeds."""
 PART = 64  # pictures or prompts that are embedded at once
 
 # Of OpenAI's CLIP, where a folder does not say: what its pictures were normalized by.
@@ -126,24 +131,63 @@ def rank_prompts(pictures: Tensor, choices: Tensor, own: Sequence[int]) -> Tenso
     return (likeness > right[:, None]).sum(1)
 
 
-def frechet_distance(features: Tensor, others: Tensor) -> float:
-    """The Fréchet distance of two sets [n, width] and [m, width], as FID has it.
+class QualityJudge:
+    """The quality of sets in a CLIP's eyes, beside the full run's own sets.
 
-    Heusel et al., arXiv 1706.08500. With few pictures it is too large by an amount that depends on
-    how many there are, so compare distances between sets of the same sizes only.
+    Args:
+        prompts: of the pictures; None where they cannot be read.
+        first: the full run's pictures from the same seeds.
+        sets: further sets of the full run, from other seeds.
     """
-    if min(len(features), len(others)) < 2:
-        raise LeansdError("a Fréchet distance needs at least 2 pictures in either set")
-    one, two = features.double(), others.double()
-    shift = (one.mean(0) - two.mean(0)).square().sum()
-    # With centred rows A and B over sqrt(n - 1), the covariances are A'A and B'B, and the trace of
-    # the root of their product is the sum of the singular values of A B': no matrix root is taken.
-    # Triangular factors stand for A and B, so that large sets cost no more than their width.
-    one, two = ((s - s.mean(0)) / (len(s) - 1) ** 0.5 for s in (one, two))
-    left, right = (torch.linalg.qr(s, mode="r").R for s in (one, two))
-    overlap = torch.linalg.svdvals(left @ right.T).sum()
-    distance = shift + one.square().sum() + two.square().sum() - 2 * overlap
-    return max(0.0, float(distance))
+
+    def __init__(
+        self,
+        embedder: Embedder,
+        prompts: Sequence[str] | None,
+        first: Embedded,
+        sets: Sequence[Embedded] = (),
+    ) -> None:
+        self.embedder = embedder
+        self.first = measure_gaussian(first.features)
+        self.sets = [measure_gaussian(each.features) for each in sets]
+        self.choices, self.own = None, []
+        if prompts is not None:
+            distinct = list(dict.fromkeys(prompts))
+            self.choices = embed_prompts(embedder, distinct)
+            self.own = [distinct.index(prompt) for prompt in prompts]
+        self.spreads: dict[str, float] = {}
+        if sets:
+            drawn = [dict(self._score(each)) for each in (first, *sets)]
+            for name in drawn[0]:
+                means = torch.stack([values[name].double().mean() for values in drawn])
+                self.spreads[name] = float(means.std())
+
+    def judge(self, pictures: Tensor) -> Iterator[Measure]:
+        """Agreement with the prompts, and distances to the full run's sets."""
+        seen = embed_pictures(self.embedder, pictures)
+        clip = {"clip": self.embedder.name}
+        for name, values in self._score(seen):
+            spread = {"seed_spread": self.spreads[name]} if self.sets else {}
+            yield Measure(name, "", values, {**clip, "choices": len(set(self.own)), **spread})
+        if len(pictures) < 2:  # one picture is no set
+            return
+        own = measure_gaussian(seen.features)
+        near = torch.tensor([frechet_distance(own, self.first)])
+        yield Measure("frechet", "", near, {**clip, "reference": FULL})
+        if self.sets:
+            far = [frechet_distance(own, each) for each in self.sets]
+            spread = {"seed_spread": float(torch.tensor(far).std())} if len(far) > 1 else {}
+            mean = torch.tensor([sum(far) / len(far)])
+            fields = {**clip, "reference": OTHER_SEEDS, "sets": len(far), **spread}
+            yield Measure("frechet", "", mean, fields)
+
+    def _score(self, seen: Embedded) -> Iterator[tuple[str, Tensor]]:
+        if self.choices is None:
+            return
+        yield "clip_score", clip_score(seen.vectors, self.choices[self.own])
+        if len(self.choices) > 1:
+            ranks = rank_prompts(seen.vectors, self.choices, self.own)
+            yield "retrieval", (ranks == 0).float()
 
 
 def _read_normalization(folder: Path) -> tuple[Tensor, Tensor]:

@@ -8,9 +8,9 @@ from typing import Any
 
 from leansd.evaluation.bench import LineUp, Stage, describe_contest
 from leansd.evaluation.contest import Contest
-from leansd.evaluation.keeping import fingerprint_call, fingerprint_case
+from leansd.evaluation.fingerprints import fingerprint_call, fingerprint_case
 from leansd.evaluation.records import Record, load_records, put_records
-from leansd.evaluation.trajectories import expand_calls
+from leansd.evaluation.runs import expand_calls
 
 SETTINGS = "settings"
 """The field that holds the fingerprint of everything a contest's numbers follow from."""

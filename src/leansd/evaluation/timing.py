@@ -1,15 +1,18 @@
 """Paired timing: cases take turns inside each round, so that a slow spell hits all of them.
 
-A speed-up is then the median of the rounds' own ratios, with the range they span.
+A speed-up is the median, over what was drawn, of the ratio of the fastest runs of either case:
+other work on the machine only ever adds time, so the fastest of several equal runs is the truest.
 """
 
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from leansd.errors import LeansdError
+
+Each = TypeVar("Each")
 
 
 @dataclass(frozen=True)
@@ -26,18 +29,31 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Timing:
-    """The seconds of one case, one a round."""
+    """The seconds of one case, one a turn; the same work is repeated in each of `rounds` rounds."""
 
     seconds: tuple[float, ...]
+    rounds: int = 1
+
+    @property
+    def fastest(self) -> tuple[float, ...]:
+        """The least seconds of each piece of work over all rounds."""
+        size = len(self.seconds) // self.rounds
+        return tuple(min(self.seconds[place::size]) for place in range(size))
 
     @property
     def median(self) -> float:
-        return statistics.median(self.seconds)
+        return statistics.median(self.fastest)
 
     @property
     def spread(self) -> float:
-        """Slowest round over fastest round; 1 is perfectly steady."""
+        """Slowest turn over fastest turn; 1 is perfectly steady."""
         return max(self.seconds) / max(min(self.seconds), 1e-12)
+
+
+def rotate(cases: Sequence[Each], turn: int) -> list[Each]:
+    """The order of a turn: it moves on by a place, so no case always follows the same other."""
+    shift = turn % max(1, len(cases))
+    return [*cases[shift:], *cases[:shift]]
 
 
 def time_cases(
@@ -49,7 +65,6 @@ def time_cases(
 ) -> dict[str, Timing]:
     """Run every case once a round and time it; a case is called with the number of its round.
 
-    The order turns by one place each round, so that no case always follows the same other.
     Warm-up rounds are called with round 0 and not counted.
     """
     if rounds < 1:
@@ -59,35 +74,36 @@ def time_cases(
     for _ in range(warmup):
         for case in cases.values():
             case(0)
-    names = list(cases)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(rounds):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            _await(device)
+        for name in rotate(list(cases), turn):
+            wait_for(device)
             start = time.perf_counter()
             cases[name](turn)
-            _await(device)
+            wait_for(device)
             seconds[name].append(time.perf_counter() - start)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
 def compare_timings(base: Timing, other: Timing) -> Ratio:
-    """How many times faster `other` is than `base`, both from one call of `time_cases`."""
-    ratios = _paired(base.seconds, other.seconds)
-    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
-
-
-def _paired(base: Sequence[float], other: Sequence[float]) -> list[float]:
-    if len(base) != len(other):
+    """How many times faster `other` is than `base`, both timed in the same turns."""
+    if (len(base.seconds), base.rounds) != (len(other.seconds), other.rounds):
         raise LeansdError(
-            f"{len(base)} and {len(other)} rounds cannot be paired: time both in one call"
+            f"{len(base.seconds)} and {len(other.seconds)} rounds cannot be paired: time both in "
+            "one call"
         )
-    return [slow / max(fast, 1e-12) for slow, fast in zip(base, other, strict=True)]
+    paired = _divide(base.seconds, other.seconds)
+    best = _divide(base.fastest, other.fastest)
+    return Ratio(statistics.median(best), min(paired), max(paired))
 
 
-def _await(device: Any) -> None:
+def wait_for(device: Any) -> None:
+    """Wait until a GPU has done all that it was given."""
     if str(device).startswith("cuda"):
         import torch
 
         torch.cuda.synchronize(device)
+
+
+def _divide(base: Sequence[float], other: Sequence[float]) -> list[float]:
+    return [slow / max(fast, 1e-12) for slow, fast in zip(base, other, strict=True)]

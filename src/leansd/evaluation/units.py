@@ -16,8 +16,8 @@ from diffusers import UNet2DConditionModel
 
 from leansd.anatomy.cost import TOKENS, make_inputs, pick_size
 from leansd.anatomy.reading import read_anatomy
-from leansd.evaluation.laps import check_count, check_timing, list_units, wait_for
-from leansd.evaluation.timing import Timing
+from leansd.evaluation.laps import check_count, check_timing, list_units
+from leansd.evaluation.timing import Timing, wait_for
 from leansd.runtime.report import Lap, start_lap
 from leansd.runtime.weave import Weave
 

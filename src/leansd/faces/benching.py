@@ -19,9 +19,9 @@ from leansd.evaluation.bench import (
     run_rounds,
     summarise,
 )
-from leansd.evaluation.cases import Drawings
+from leansd.evaluation.compare import Drawings
 from leansd.evaluation.contest import STRENGTH, Contest, Grounds, send_full
-from leansd.evaluation.keeping import fingerprint_pipe
+from leansd.evaluation.fingerprints import fingerprint_pipe
 from leansd.evaluation.quality import Embedder
 from leansd.evaluation.records import Record, stamp
 from leansd.evaluation.resuming import SETTINGS, fingerprint_contest, list_done, put_contest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +11,7 @@ import torch
 
 from leansd.errors import LeansdError
 from leansd.evaluation.contest import OURS, STRENGTH, Contest, Contestant, Grounds, send_plan
-from leansd.evaluation.trajectories import PipelineCall, run_calls
-from leansd.faces.prompts import GUIDANCE, SCENES, THINGS
-from leansd.loading import EMBEDDED
+from leansd.evaluation.runs import PipelineCall, run_calls
 from leansd.plans.plan import Plan
 from leansd.plans.presets import HOUSE, look_up, preset, resolve
 from leansd.tuning.front import Front
@@ -55,20 +52,6 @@ def list_quick_contests(
 ) -> list[Contest]:
     """One contest, a first look."""
     return [Contest("text-to-image", samplers[0], LONG if LONG in steps else steps[0], guidance)]
-
-
-def find_guidance(pipe: Any, model: str) -> float:
-    """The guidance scale that a model is used with where the user names none."""
-    if model == EMBEDDED:
-        return GUIDANCE
-    default = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
-    return float(default)
-
-
-def choose_prompts(model: str, count: int, given: Sequence[str] | None = None) -> list[str]:
-    """So many prompts, those given or the model's, in turns."""
-    texts = given or (THINGS if model == EMBEDDED else SCENES)
-    return [texts[place % len(texts)] for place in range(count)]
 
 
 def draw_inputs(

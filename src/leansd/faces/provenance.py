@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from leansd.errors import LeansdError
-from leansd.evaluation.keeping import fingerprint_module
+from leansd.evaluation.fingerprints import fingerprint_module
 from leansd.plans.plan import Plan
 from leansd.runtime.samplers import name_sampler
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from leansd.evaluation.compare import CONVERGED
 from leansd.evaluation.contest import FULL, OURS
-from leansd.evaluation.evaluation import CONVERGED
 from leansd.evaluation.margins import Margin, Point, find_margin
-from leansd.evaluation.measures import OTHER_SEEDS
+from leansd.evaluation.quality import OTHER_SEEDS
 from leansd.evaluation.records import Record
 from leansd.evaluation.resuming import get_field
 from leansd.evaluation.rivals import ALL

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from leansd.evaluation.compare import CONVERGED
 from leansd.evaluation.contest import FULL, OURS
-from leansd.evaluation.evaluation import CONVERGED
 from leansd.evaluation.margins import find_front
 from leansd.evaluation.resuming import get_field
 from leansd.faces.standings import (

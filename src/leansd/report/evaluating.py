@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from leansd.evaluation.evaluation import CONVERGED, Evaluation
-from leansd.evaluation.measures import FULL
+from leansd.evaluation.compare import CONVERGED
+from leansd.evaluation.evaluation import Evaluation
 from leansd.evaluation.records import Record
+from leansd.evaluation.runs import FULL
 from leansd.report.differences import NOTE, as_images, list_differences
 from leansd.report.plots import Point, plot_tradeoff
 from leansd.report.sections import (

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from leansd.errors import LeansdError
+from leansd.evaluation.frechet import Gaussian, fold_gaussian
 from leansd.files import write_file
-from leansd.scoring.gaussians import Gaussian, fold_gaussian
 from leansd.scoring.pictures import Part, PictureSet, digest
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from leansd.errors import LeansdError
+from leansd.evaluation.frechet import Gaussian
 from leansd.scoring.features import Features, Statistics
-from leansd.scoring.gaussians import Gaussian
 
 
 class Reference(Protocol):

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from leansd.errors import LeansdError
-from leansd.evaluation.trajectories import Finals, PipelineCall, run_calls
+from leansd.evaluation.runs import PipelineCall, RunOutputs, run_calls
 from leansd.runtime.clock import read_course
 from leansd.tuning.taps import Run, Seen, Step, tap
 
@@ -46,7 +46,7 @@ class Calibration:
     carry: np.ndarray
     """[n + 1]: squared error in the final latents for each squared error before call k."""
     runs: tuple[Run, ...]
-    finals: Finals
+    finals: RunOutputs
 
     @property
     def outputs(self) -> np.ndarray:
@@ -79,7 +79,7 @@ def calibrate(
     """
     require_one_call_a_step(pipe.scheduler, steps)
 
-    def run() -> Finals:
+    def run() -> RunOutputs:
         return run_calls(pipe, calls, steps, seed=seed, batch=batch, settings=settings)
 
     with tap(pipe.scheduler) as runs:
@@ -165,7 +165,7 @@ def _borrow_carry(like: Calibration, log_snr: np.ndarray) -> np.ndarray:
     return np.append(inside, 1.0)
 
 
-def _measure_carry(pipe: Any, runs: Sequence[Run], run: Callable[[], Finals]) -> np.ndarray:
+def _measure_carry(pipe: Any, runs: Sequence[Run], run: Callable[[], RunOutputs]) -> np.ndarray:
     """How squared errors in the sample before each call grow or shrink till the end, [n + 1].
 
     At a few steps the run's output is replaced by the one before, which is the kind of error that
@@ -186,7 +186,7 @@ def _measure_carry(pipe: Any, runs: Sequence[Run], run: Callable[[], Finals]) ->
     return np.exp(logs)
 
 
-def _disturb(pipe: Any, place: int, draw: Callable[[], Finals]) -> list[Run]:
+def _disturb(pipe: Any, place: int, draw: Callable[[], RunOutputs]) -> list[Run]:
     """Runs whose output at one step is that of the step before."""
     before: list[torch.Tensor] = []
 

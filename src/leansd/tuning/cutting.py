@@ -22,7 +22,7 @@ from diffusers import UNet2DConditionModel
 from leansd.anatomy.cost import dissect
 from leansd.errors import LeansdError
 from leansd.evaluation.cost import CostModel
-from leansd.evaluation.trajectories import PipelineCall, expand_calls
+from leansd.evaluation.runs import PipelineCall, expand_calls
 from leansd.evaluation.units import time_units
 from leansd.plans.anatomy import Anatomy
 from leansd.surgery.edits import Surgery

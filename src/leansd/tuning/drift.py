@@ -17,7 +17,7 @@ from torch import Tensor
 from leansd.anatomy.reading import read_anatomy
 from leansd.errors import LeansdError
 from leansd.evaluation.records import Record, stamp
-from leansd.evaluation.trajectories import PipelineCall, run_calls
+from leansd.evaluation.runs import PipelineCall, run_calls
 from leansd.plans.anatomy import HEAD, Anatomy
 from leansd.plans.liveness import DEPTHS, Pattern, find_pattern
 from leansd.plans.row import How

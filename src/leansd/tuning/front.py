@@ -44,7 +44,7 @@ class Front:
     """The points that no other point beats, fastest last."""
 
     subject: str
-    """What was tuned: the UNet's fingerprint (`leansd.evaluation.keeping.fingerprint_module`)."""
+    """What was tuned: the UNet, by its `fingerprint_module`."""
     sampler: str
     steps: int
     """Of the full run that all is compared with."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from leansd.evaluation.cost import CostModel
-from leansd.evaluation.keeping import fingerprint_case
+from leansd.evaluation.fingerprints import fingerprint_case
 from leansd.evaluation.records import Record, stamp
 from leansd.plans.document import PlanDocument, make_document, make_plan
 from leansd.plans.plan import Plan

@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from leansd.errors import LeansdError
-from leansd.evaluation.trajectories import PipelineCall, run_calls
+from leansd.evaluation.runs import PipelineCall, run_calls
 from leansd.runtime.clock import SchedulerClock
 from leansd.runtime.engines import list_attachments
 from leansd.runtime.guidance import is_guided

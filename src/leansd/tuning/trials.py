@@ -9,7 +9,7 @@ from typing import Any
 from diffusers import UNet2DConditionModel
 
 from leansd.evaluation.fidelity import psnr
-from leansd.evaluation.trajectories import Finals, PipelineCall, run_calls
+from leansd.evaluation.runs import PipelineCall, RunOutputs, run_calls
 from leansd.plans.plan import Plan
 from leansd.tuning.calibration import Calibration
 from leansd.tuning.dynamic import Proposal
@@ -33,18 +33,18 @@ class Bench:
     seed: int
     batch: int
     settings: Mapping[str, Any]
-    goals: Finals | None = None
+    goals: RunOutputs | None = None
     """What the full run ends with."""
     nets: Mapping[str, UNet2DConditionModel] = field(default_factory=dict)
     """UNets that plans may switch to."""
 
-    def run(self, steps: int, plan: Plan | None = None) -> Finals:
+    def run(self, steps: int, plan: Plan | None = None) -> RunOutputs:
         return run_calls(
             self.pipe, self.calls, steps, plan,
             seed=self.seed, batch=self.batch, settings=self.settings, nets=self.nets,
         )  # fmt: skip
 
-    def score(self, finals: Finals) -> float:
+    def score(self, finals: RunOutputs) -> float:
         """Mean over the calls, in dB."""
         assert self.goals is not None
         return float(psnr(finals.pictures, self.goals.pictures).mean())

@@ -23,10 +23,10 @@ from diffusers import UNet2DConditionModel
 from leansd.anatomy.reading import read_anatomy
 from leansd.errors import LeansdError
 from leansd.evaluation.cost import CostModel
-from leansd.evaluation.keeping import fingerprint_module
+from leansd.evaluation.fingerprints import fingerprint_module
 from leansd.evaluation.profile import profile
 from leansd.evaluation.records import name_device
-from leansd.evaluation.trajectories import PipelineCall, expand_calls
+from leansd.evaluation.runs import PipelineCall, expand_calls
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.liveness import Net
 from leansd.plans.plan import Plan, Tuned

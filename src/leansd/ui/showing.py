@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import gradio as gr
 
-from leansd.faces.contests import choose_prompts
+from leansd.evaluation.prompts import choose_prompts
 from leansd.plans.plan import Plan
 from leansd.ui import fragments
 from leansd.ui.cells import Tier, lay_out_grid

@@ -17,8 +17,8 @@ from leansd.anatomy.cost import dissect
 from leansd.errors import LeansdError
 from leansd.evaluation.cost import CostModel
 from leansd.evaluation.profile import profile
+from leansd.evaluation.prompts import find_guidance
 from leansd.evaluation.records import stamp
-from leansd.faces.contests import find_guidance
 from leansd.faces.costs import Profiled
 from leansd.faces.pictures import Request, default_size
 from leansd.faces.provenance import check_tuned

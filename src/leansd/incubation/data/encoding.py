@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from leansd.errors import LeansdError
-from leansd.evaluation.keeping import fingerprint_module
+from leansd.evaluation.fingerprints import fingerprint_module
 from leansd.incubation.batches import Conditions
 from leansd.incubation.data.parts import Latents
 from leansd.incubation.data.samples import Flaw, Sample

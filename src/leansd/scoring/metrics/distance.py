@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+from leansd.evaluation.frechet import frechet_distance
 from leansd.scoring.features import Features
-from leansd.scoring.gaussians import measure_distance
 from leansd.scoring.metrics.metric import Against, Metric, Score, require_reference
 from leansd.scoring.references import Reference
 
@@ -17,7 +17,7 @@ def compare_gaussians(
     """The Fréchet distance of a set to its reference in an extractor's pooled features."""
     theirs = require_reference(reference).get_gaussian(extractor, "pooled")
     ours = features.get_gaussian(extractor, "pooled")
-    return [Score(metric, title, measure_distance(ours, theirs))]
+    return [Score(metric, title, frechet_distance(ours, theirs))]
 
 
 FID = Metric(

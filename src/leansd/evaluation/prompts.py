@@ -1,8 +1,12 @@
-"""What is drawn where the user asks for nothing else, and prompts from files."""
+"""Prompts and guidance where the user gives none, and prompts from files."""
 
+import inspect
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from leansd.errors import LeansdError
+from leansd.loading import EMBEDDED
 
 PROMPTS = (
     "a red apple, noto style",
@@ -79,3 +83,17 @@ def read_prompts(path: str | Path) -> list[str]:
             f"too few prompts in {path}: a set needs 2 different ones at least, one a line"
         )
     return prompts
+
+
+def find_guidance(pipe: Any, model: str) -> float:
+    """The guidance scale that a model is used with where the user names none."""
+    if model == EMBEDDED:
+        return GUIDANCE
+    default = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
+    return float(default)
+
+
+def choose_prompts(model: str, count: int, given: Sequence[str] | None = None) -> list[str]:
+    """So many prompts, those given or the model's, in turns."""
+    texts = given or (THINGS if model == EMBEDDED else SCENES)
+    return [texts[place % len(texts)] for place in range(count)]

@@ -48,23 +48,21 @@ def merge_gaussians(one: Gaussian, two: Gaussian) -> Gaussian:
 
 
 def fold_gaussian(parts: Iterable[Tensor]) -> Gaussian:
-    """The Gaussian of a set that comes in parts [n, d], one in memory at a time.
-
-    Raises:
-        LeansdError: it has fewer than 2 pictures.
-    """
-    whole = reduce(merge_gaussians, (measure_gaussian(part) for part in parts if len(part)))
-    if whole.count < 2:
-        raise LeansdError("a Fréchet distance needs at least 2 pictures in either set")
-    return whole
+    """The Gaussian of a set that comes in parts [n, d], one in memory at a time."""
+    return reduce(merge_gaussians, (measure_gaussian(part) for part in parts if len(part)))
 
 
-def measure_distance(one: Gaussian, two: Gaussian) -> float:
+def frechet_distance(one: Gaussian, two: Gaussian) -> float:
     """The Fréchet distance of two Gaussians, as FID has it (Heusel et al., arXiv 1706.08500).
 
+    With few pictures it is too large by an amount that depends on how many there are, so compare
+    distances between sets of the same sizes only.
+
     Raises:
-        LeansdError: they are of different features.
+        LeansdError: they are of different features, or one is of a single picture.
     """
+    if 1 in (one.count, two.count):
+        raise LeansdError("a Fréchet distance needs at least 2 pictures in either set")
     if one.mean.shape != two.mean.shape:
         raise LeansdError(
             f"features of width {len(one.mean)} cannot be compared with statistics of width "

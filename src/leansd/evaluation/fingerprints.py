@@ -1,7 +1,4 @@
-"""Keeping what was drawn, so that a long evaluation that stops goes on where it was.
-
-A file a picture, named by everything that its content follows from. Files are whole or not there.
-"""
+"""Fingerprints of networks, pipelines and pipeline calls: what a drawn picture follows from."""
 
 from __future__ import annotations
 
@@ -10,40 +7,18 @@ from collections.abc import Mapping, Sequence
 from functools import singledispatch
 from hashlib import sha256
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL.Image import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from leansd.errors import LeansdError
-from leansd.files import write_file
 from leansd.version import __version__
 
 SAMPLED = 64  # values of every weight that the fingerprint of a pipeline looks at
-
-Drawn = tuple[Tensor, Tensor]
-"""Last latents [C, h, w] and the picture [3, H, W] in 8 bits."""
-
-
-def write_drawn(path: Path, drawn: Drawn) -> None:
-    """Keep one picture and its latents."""
-    latents, picture = (part.contiguous() for part in drawn)
-    write_file(path, save({"latents": latents, "picture": picture}))
-
-
-def read_drawn(path: Path) -> Drawn | None:
-    """A kept picture and its latents; None where there is none, or none that can be read."""
-    try:
-        kept = load_file(path)
-        return kept["latents"], kept["picture"]
-    except (OSError, SafetensorError, KeyError):
-        return None
 
 
 def fingerprint_pipe(pipe: DiffusionPipeline) -> str:

@@ -1,4 +1,4 @@
-"""Trajectories: many pipeline calls from fixed seeds, each to its last latents and its picture.
+"""Runs: many pipeline calls from fixed seeds, each to its last latents and its picture.
 
 What measures or tunes plans runs a pipeline over and over; this is the one place that does.
 """
@@ -16,15 +16,22 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from leansd.errors import LeansdError
+from leansd.evaluation.timing import wait_for
 from leansd.plans.plan import Plan
-from leansd.runtime import inherit
+from leansd.runtime import Attachment, inherit
 from leansd.runtime.inheritance import NO_NETS
+
+FULL = "full"
+"""The name of the run that computes everything at every step."""
 
 PipelineCall: TypeAlias = str | Mapping[str, Any]
 """A prompt, or arguments of the pipeline: `prompt_embeds`, `image`, `strength` and so on."""
 
 OnStep: TypeAlias = Callable[[int, int, int], None]
 """Told after every step: steps done, steps of the run, pictures in the batch."""
+
+Seeds: TypeAlias = int | Sequence[int]
+"""The seed of the first of some calls, or a seed for each."""
 
 # What `run_calls` gives the pipeline itself.
 _OURS = (
@@ -38,18 +45,20 @@ _OURS = (
 
 
 @dataclass(frozen=True)
-class Finals:
-    """Where the trajectories end, in the order of their calls; on the CPU.
+class RunOutputs:
+    """The ends of the runs, in the order of their calls; on the CPU.
 
     Attributes:
         latents: what the autoencoder decodes, [N, C, h, w], in the pipeline's own precision.
         pictures: [N, 3, H, W], float32 in 0..1.
         seconds: of every batch, the whole pipeline.
+        attachment: of the plan, for its report; None without one.
     """
 
     latents: Tensor
     pictures: Tensor
     seconds: tuple[float, ...]
+    attachment: Attachment | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -61,17 +70,17 @@ def run_calls(
     steps: int,
     plan: Plan | str | None = None,
     *,
-    seed: int = 0,
+    seed: Seeds = 0,
     batch: int = 8,
     scheduler: Any | None = None,
     settings: Mapping[str, Any] | None = None,
     nets: Mapping[str, UNet2DConditionModel] = NO_NETS,
     on_step: OnStep | None = None,
-) -> Finals:
+) -> RunOutputs:
     """Run every call, with the plan or without.
 
-    Call `i` draws its noise from seed `seed + i` on the CPU, whatever the batch: but for rounding,
-    results do not depend on `batch`.
+    Call `i` draws its noise from seed `seed + i`, or from `seed[i]`, on the CPU, whatever the
+    batch: but for rounding, results do not depend on `batch`.
 
     Args:
         calls: neighbours run as one batch where they have the same arguments and every one is text
@@ -88,21 +97,43 @@ def run_calls(
     latents: list[Tensor] = []
     pictures: list[Tensor] = []
     seconds: list[float] = []
+    seeds = expand_seeds(seed, len(calls))
     following = inherit(pipe, plan, nets=nets) if plan is not None else nullcontext()
-    with _sampled_by(pipe, scheduler), following:
+    with _sampled_by(pipe, scheduler), following as attachment:
         for places in split_calls(calls, batch):
+            wait_for(pipe.device)
             start = time.perf_counter()
             last, picture = _run_together(
                 pipe,
                 _join([arguments[place] for place in places]) | dict(settings or {}),
                 steps,
-                [seed + place for place in places],
+                [seeds[place] for place in places],
                 on_step,
             )
             seconds.append(time.perf_counter() - start)
             latents.append(last)
             pictures.append(picture)
-    return Finals(_stack(latents), _stack(pictures), tuple(seconds))
+    return RunOutputs(_stack(latents), _stack(pictures), tuple(seconds), attachment)
+
+
+def seed_generator(seed: int) -> torch.Generator:
+    """The source of a picture's noise: on the CPU, so that a seed is the same on every device."""
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def expand_seeds(seed: Seeds, count: int) -> list[int]:
+    """A seed for each of `count` calls: consecutive ones from a first, or those given.
+
+    Raises:
+        LeansdError: as many seeds are not given.
+    """
+    if isinstance(seed, int):
+        return list(range(seed, seed + count))
+    if len(seed) != count:
+        raise LeansdError(
+            f"{len(seed)} seeds for {count} calls: give a seed for each, or the first"
+        )
+    return list(seed)
 
 
 def expand_calls(
@@ -177,7 +208,7 @@ def _run_together(
             on_step(step + 1, pipe.num_timesteps, len(seeds))
         return tensors
 
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    generators = [seed_generator(seed) for seed in seeds]
     pictures = pipe(
         **arguments,
         num_inference_steps=steps,

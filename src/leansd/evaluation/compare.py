@@ -1,0 +1,525 @@
+"""Comparison: the same calls from the same seeds, drawn in several ways and put side by side.
+
+The one engine for everything that does so: the demo, `leansd evaluate`, the benchmark, `leansd
+generate --compare` and the page's full run beside a plan. Timed cases take turns, so that a slow
+spell of the machine hits all of them; untimed ones run one after the other and can be kept on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from time import monotonic
+from typing import Any, Literal, TypeAlias
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from leansd.errors import LeansdError
+from leansd.evaluation.fidelity import PSNR, SSIM, FidelityMetric, Measure
+from leansd.evaluation.fingerprints import (
+    fingerprint_call,
+    fingerprint_case,
+    fingerprint_module,
+    fingerprint_pipe,
+)
+from leansd.evaluation.quality import Embedder, QualityJudge, embed_pictures
+from leansd.evaluation.runs import (
+    FULL,
+    PipelineCall,
+    RunOutputs,
+    Seeds,
+    expand_calls,
+    expand_seeds,
+    run_calls,
+    split_calls,
+)
+from leansd.evaluation.timing import Ratio, Timing, compare_timings, rotate
+from leansd.files import write_file
+from leansd.plans.plan import Plan
+from leansd.runtime import Attachment, Report
+
+CONVERGED = "converged"
+CONVERGED_STEPS = 150
+WARM_UP_STEPS = 2
+PART = 16  # pictures that are compared at once
+
+Enter: TypeAlias = Callable[[Any], AbstractContextManager[Any]]
+"""Given a pipeline, a context in which what it yields is called in the pipeline's place."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to draw. Without a plan the pipeline runs as it is.
+
+    Attributes:
+        scheduler: in place of the pipeline's own.
+        sampler: what records call it; the scheduler's class where it is empty.
+        nets: UNets that the plan switches to.
+        enter: whatever else is done to the pipeline, such as another package; undone on leaving.
+        family: cases whose points make one front, `full`, `ours` or a rival's.
+        cost: the expected share of the full run's time.
+        may_fail: whether a comparison goes on without it, and says why.
+        summary: for readers, in a line.
+    """
+
+    name: str
+    steps: int
+    plan: Plan | None = None
+    scheduler: Any | None = None
+    sampler: str = ""
+    nets: Mapping[str, UNet2DConditionModel] = field(default_factory=dict, hash=False)
+    enter: Enter = nullcontext
+    family: str = ""
+    cost: float = 1.0
+    may_fail: bool = False
+    summary: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """The plan's; empty without one."""
+        return self.plan.fingerprint if self.plan is not None else ""
+
+
+@dataclass(frozen=True)
+class Drawings:
+    """What a case drew: latents [n, C, h, w] and pictures [n, 3, H, W] in 8 bits."""
+
+    latents: Tensor
+    pictures: Tensor
+
+
+@dataclass(frozen=True)
+class RunProgress:
+    """How far a comparison is; told when a run begins, after each step and when it has ended.
+
+    Attributes:
+        case: the name of the one that runs.
+        step: steps done of this run's `steps`.
+        turn: the number of this turn; each case runs once in it.
+        done: steps of single pictures, of `total`.
+        seconds: of the latest finished run of each case.
+    """
+
+    case: str
+    step: int
+    steps: int
+    turn: int
+    turns: int
+    done: float
+    total: float
+    seconds: Mapping[str, float]
+
+
+OnProgress: TypeAlias = Callable[[RunProgress], None]
+"""May raise to stop a comparison; nothing stays attached."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What one case drew and how it fared.
+
+    Attributes:
+        pictures: [n, 3, H, W] in 8 bits; the first ones, where not all were asked for.
+        measures: fidelity to every reference, and quality where a CLIP looked.
+        timing: whole pipeline calls, one a turn; None where nothing was timed.
+        speedup: over the full run, of the same turns.
+        attachment: of the plan's last run.
+    """
+
+    case: Case
+    pictures: Tensor
+    measures: tuple[Measure, ...]
+    timing: Timing | None = None
+    speedup: Ratio | None = None
+    attachment: Attachment | None = None
+
+    @cached_property
+    def report(self) -> Report | None:
+        """The plan's run; counting takes time, so it is made when asked for."""
+        return self.attachment.report() if self.attachment is not None else None
+
+    @cached_property
+    def images(self) -> tuple[Image.Image, ...]:
+        return tuple(Image.fromarray(each.permute(1, 2, 0).numpy()) for each in self.pictures)
+
+    def find(self, metric: str, reference: str | None = FULL) -> Measure | None:
+        """A measure against a reference; None as reference for those that have none."""
+        for each in self.measures:
+            if each.metric == metric and each.fields.get("reference") == reference:
+                return each
+        return None
+
+    def mean(self, metric: str, reference: str | None = FULL) -> float | None:
+        """The mean over the pictures; None where that was not measured."""
+        found = self.find(metric, reference)
+        return found.mean if found is not None else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All cases by name, the first of them first.
+
+    Attributes:
+        references: what the references drew, for a further comparison with the same.
+        left_out: cases that failed, and why.
+    """
+
+    cases: Mapping[str, Compared]
+    references: Mapping[str, Drawings]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Compared:
+        return self.cases[name]
+
+    def __iter__(self) -> Iterator[Compared]:
+        return iter(self.cases.values())
+
+
+def compare_runs(
+    pipe: DiffusionPipeline,
+    cases: Sequence[Case],
+    calls: Sequence[PipelineCall],
+    *,
+    seed: Seeds = 0,
+    batch: int = 1,
+    settings: Mapping[str, Any] | None = None,
+    references: Sequence[str | Case] = (FULL,),
+    metrics: Sequence[FidelityMetric] = (PSNR, SSIM),
+    embedder: Embedder | None = None,
+    spread_sets: int = 0,
+    timed: bool = True,
+    rounds: int = 1,
+    budget: float | None = None,
+    warm_up: Literal["none", "short", "round"] = "short",
+    keep: str | Path | None = None,
+    shown: int | None = None,
+    known: Mapping[str, Drawings] | None = None,
+    on_progress: OnProgress = lambda progress: None,
+) -> Comparison:
+    """Draw all calls in every case and compare the pictures, and the times where they are taken.
+
+    Args:
+        cases: the one called `full`, where there is one, is what times are held against.
+        calls: prompts, or pipeline arguments; call `i` has seed `seed + i`, or `seed[i]`.
+        settings: arguments of every call, such as `guidance_scale`.
+        references: names of cases, or cases that are drawn to be compared with only.
+        embedder: a CLIP, for the quality of sets.
+        spread_sets: further sets of the full run from other seeds, to tell chance from effect.
+        timed: whether cases take turns at every batch; all pictures are in memory then.
+        rounds: how often every batch is drawn; the fastest run of a batch counts.
+        budget: seconds after which no further round begins.
+        warm_up: before timing, the first case in two steps, or every case on the first batch.
+        keep: a folder for what is drawn untimed; the same comparison goes on from there.
+        shown: how many pictures of each case are handed on; all by default.
+        known: what references drew before.
+
+    Raises:
+        LeansdError: two cases share a name, a reference is unknown, or a call cannot be run.
+    """
+    by_name = {each.name: each for each in cases}
+    held = [_find_reference(each, by_name) for each in references]
+    require_distinct([*cases, *(each for each in held if each.name not in by_name)])
+    require_distinct(held)
+    drawer = _Drawer(pipe, calls, seed, batch, settings or {}, keep, on_progress)
+    full = by_name.get(FULL)
+    known = dict(known or {})
+    beside = [each for each in held if each.name not in by_name and each.name not in known]
+    sets = range(1, spread_sets + 1) if embedder is not None and full is not None else range(0)
+    work = [(each, 0) for each in (*beside, *(() if timed else cases))]
+    work += [(full, number) for number in sets if full is not None]
+    drawer.total = sum(drawer.count_steps(*each) for each in work)
+
+    timings: dict[str, Timing] = {}
+    left_out: dict[str, str] = {}
+    drawn = dict(known)
+    if timed:
+        drawn |= drawer.race(cases, rounds, budget, warm_up, timings, left_out)
+    elif full is not None:
+        drawn[FULL] = drawer.draw(full)
+    # Untimed, only the references' pictures and those of the case at hand are in memory.
+    drawn |= {each.name: drawer.draw(each) for each in held if each.name not in drawn}
+    judge = None
+    if embedder is not None and full is not None:
+        judge = QualityJudge(
+            embedder,
+            read_prompts(calls),
+            embed_pictures(embedder, drawn[FULL].pictures),
+            [embed_pictures(embedder, drawer.draw(full, number).pictures) for number in sets],
+        )
+    compared: dict[str, Compared] = {}
+    for case in cases:
+        if case.name in left_out:
+            continue
+        own = drawn[case.name] if case.name in drawn else drawer.draw(case)
+        measures = [
+            measure
+            for each in held
+            if each.name != case.name
+            for measure in compare_drawings(own, drawn[each.name], each, metrics)
+        ]
+        if judge is not None:
+            measures += judge.judge(own.pictures)
+        timing = timings.get(case.name)
+        base = timings.get(FULL)
+        compared[case.name] = Compared(
+            case,
+            own.pictures[:shown],
+            tuple(measures),
+            timing,
+            compare_timings(base, timing) if base is not None and timing is not None else None,
+            drawer.attachments.get(case.name),
+        )
+    references_drawn = {each.name: drawn[each.name] for each in held}
+    return Comparison(compared, references_drawn, left_out)
+
+
+def compare_drawings(
+    drawn: Drawings, reference: Drawings, case: Case, metrics: Sequence[FidelityMetric]
+) -> Iterator[Measure]:
+    """Every fidelity to what the reference `case` drew."""
+    fields = {"reference": case.name, "reference_steps": case.steps}
+    for metric in metrics:
+        if metric.of == "latents":
+            values = metric.compare(drawn.latents, reference.latents)
+        else:
+            pairs = zip(drawn.pictures.split(PART), reference.pictures.split(PART), strict=True)
+            values = torch.cat([metric.compare(a.float() / 255, b.float() / 255) for a, b in pairs])
+        yield Measure(metric.name, metric.unit, values, fields)
+
+
+def read_prompts(calls: Sequence[PipelineCall]) -> list[str] | None:
+    """The prompts of the calls; None where some have none that can be read."""
+    prompts = [call.get("prompt") for call in expand_calls(calls)]
+    read = [prompt for prompt in prompts if isinstance(prompt, str)]
+    return read if len(read) == len(prompts) else None
+
+
+def require_distinct(cases: Sequence[Case]) -> None:
+    """One name, one case."""
+    names = [case.name for case in cases]
+    for name in names:
+        if names.count(name) > 1:
+            raise LeansdError(f"two cases are called {name!r}: rename one, or leave it out")
+
+
+def _find_reference(reference: str | Case, cases: Mapping[str, Case]) -> Case:
+    if isinstance(reference, str):
+        if reference not in cases:
+            raise LeansdError(f"no reference {reference!r}: there are {', '.join(cases)}")
+        return cases[reference]
+    if reference.name in cases and cases[reference.name] != reference:
+        raise LeansdError(f"two cases are called {reference.name!r}: rename one, or leave it out")
+    return reference
+
+
+class _Drawer:
+    """Runs cases batch by batch, in turns or one after the other, or reads what was kept."""
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        calls: Sequence[PipelineCall],
+        seed: Seeds,
+        batch: int,
+        settings: Mapping[str, Any],
+        keep: str | Path | None,
+        on_progress: OnProgress,
+    ) -> None:
+        self.pipe, self.calls, self.settings = pipe, calls, settings
+        self.on_progress = on_progress
+        self.seeds = expand_seeds(seed, len(calls))
+        self.arguments = expand_calls(calls, settings)
+        self.parts = split_calls(calls, batch)
+        self.keep = Path(keep) if keep is not None else None
+        self.weights = fingerprint_pipe(pipe) if keep is not None else ""
+        self.attachments: dict[str, Attachment] = {}
+        self.seconds: dict[str, float] = {}
+        self.done = self.total = 0.0
+        self.turn, self.turns = 0, 1
+
+    # -- untimed -----------------------------------------------------------------------------
+
+    def count_steps(self, case: Case, number: int) -> float:
+        """The steps of single pictures that are still to be run."""
+        files = self._name_files(case, number)
+        return sum(
+            len(part) * case.steps
+            for part in self.parts
+            if not all(files and files[place].is_file() for place in part)
+        )
+
+    def draw(self, case: Case, number: int = 0) -> Drawings:
+        """Set `number` of a case, in whole batches: a resumed one is the same to the bit."""
+        files = self._name_files(case, number)
+        parts: list[Drawings] = []
+        for part in self.parts:
+            kept = [_read_drawn(files[place]) for place in part] if files else []
+            whole = [each for each in kept if each is not None]
+            if whole and len(whole) == len(part):
+                parts.append(Drawings(*(torch.stack(each) for each in zip(*whole, strict=True))))
+                continue
+            drawn, _ = self.run(case, part, number)
+            parts.append(drawn)
+            for path, *each in zip(
+                files[part.start : part.stop], drawn.latents, drawn.pictures, strict=False
+            ):
+                latents, picture = (value.contiguous() for value in each)
+                write_file(path, save({"latents": latents, "picture": picture}))
+        return _join(parts)
+
+    # -- timed -------------------------------------------------------------------------------
+
+    def race(
+        self,
+        cases: Sequence[Case],
+        rounds: int,
+        budget: float | None,
+        warm_up: str,
+        timings: dict[str, Timing],
+        left_out: dict[str, str],
+    ) -> dict[str, Drawings]:
+        """All cases on every batch in turns; fills in times and which cases failed."""
+        if rounds < 1:
+            raise LeansdError(f"{rounds} timing rounds: at least 1 is needed")
+        self.turns = rounds * len(self.parts)
+        steps = sum(case.steps for case in cases)
+        self.total += steps * rounds * len(self.calls)
+        racing = list(cases)
+
+        def run(case: Case, part: range) -> tuple[Drawings, float] | None:
+            try:
+                return self.run(case, part)
+            except Exception as error:
+                if not case.may_fail:
+                    raise
+                left_out[case.name] = f"failed here: {_first_line(error)}"
+                racing.remove(case)
+                return None
+
+        if warm_up == "short":
+            self._run_calls(Case(FULL, WARM_UP_STEPS), self.parts[0][:1], 0, lambda *_: None)
+        elif warm_up == "round":
+            self.total += steps * len(self.parts[0])
+            for case in cases:
+                run(case, self.parts[0])
+        seconds: dict[str, list[float]] = {case.name: [] for case in cases}
+        drawn: dict[str, list[Drawings]] = {case.name: [] for case in cases}
+        started = monotonic()
+        held = 0
+        for turn in range(self.turns):
+            self.turn, place = turn, turn % len(self.parts)
+            if not place:
+                if held and budget is not None and monotonic() - started > budget:
+                    break
+                held += 1
+            for case in rotate(racing, turn):
+                result = run(case, self.parts[place])
+                if result is not None:
+                    seconds[case.name].append(result[1])
+                    drawn[case.name] += [result[0]] if held == 1 else []
+        timings |= {case.name: Timing(tuple(seconds[case.name]), held) for case in racing}
+        return {case.name: _join(drawn[case.name]) for case in racing}
+
+    # -- one batch ---------------------------------------------------------------------------
+
+    def run(self, case: Case, part: range, number: int = 0) -> tuple[Drawings, float]:
+        """A case on a batch of calls, and the seconds of the whole pipeline call."""
+        before = self.done
+
+        def tell(step: int, steps: int) -> None:
+            self.done = before + len(part) * case.steps * step / steps
+            self.on_progress(
+                RunProgress(
+                    case.name,
+                    step,
+                    steps,
+                    self.turn,
+                    self.turns,
+                    self.done,
+                    max(self.total, self.done),
+                    dict(self.seconds),
+                )
+            )
+
+        tell(0, case.steps)
+        outputs = self._run_calls(case, part, number, lambda step, steps, _: tell(step, steps))
+        self.seconds[case.name] = sum(outputs.seconds)
+        if outputs.attachment is not None:
+            self.attachments[case.name] = outputs.attachment
+        tell(case.steps, case.steps)
+        # 8 bits, as a picture file has them: what is compared is what is seen.
+        pictures = outputs.pictures.mul(255).round().byte()
+        return Drawings(outputs.latents, pictures), sum(outputs.seconds)
+
+    def _run_calls(
+        self, case: Case, part: range, number: int, on_step: Callable[[int, int, int], None]
+    ) -> RunOutputs:
+        own = case.scheduler or self.pipe.scheduler
+        # A fresh one: none carries over to the next run.
+        scheduler = type(own).from_config(own.config)
+        # What a case does on entering is not timed: a user does it once.
+        with case.enter(self.pipe) as called:
+            return run_calls(
+                called,
+                [self.calls[place] for place in part],
+                case.steps,
+                case.plan,
+                seed=[self._find_seed(place, number) for place in part],
+                batch=len(part),
+                scheduler=scheduler,
+                settings=self.settings,
+                nets=case.nets,
+                on_step=on_step,
+            )
+
+    def _find_seed(self, place: int, number: int) -> int:
+        return self.seeds[place] + number * len(self.calls)
+
+    def _name_files(self, case: Case, number: int) -> list[Path]:
+        """A file a call, named by all that its content follows from; none where nothing is kept."""
+        if self.keep is None or case.enter is not nullcontext:
+            return []
+        scheduler = case.scheduler or self.pipe.scheduler
+        facts: dict[str, Any] = {
+            "weights": self.weights,
+            "plan": case.fingerprint,
+            "steps": case.steps,
+            "scheduler": type(scheduler).__name__,
+            "options": dict(scheduler.config),
+            "settings": dict(self.settings),
+        }
+        if case.nets:
+            facts["nets"] = {name: fingerprint_module(net) for name, net in case.nets.items()}
+        folder = self.keep / fingerprint_case(facts)
+        seeds = [self._find_seed(place, number) for place in range(len(self.calls))]
+        return [
+            folder / f"{seed}-{fingerprint_call(each, seed)}.safetensors"
+            for seed, each in zip(seeds, self.arguments, strict=True)
+        ]
+
+
+def _read_drawn(path: Path) -> tuple[Tensor, Tensor] | None:
+    """Kept latents [C, h, w] and their picture; None where there are none that can be read."""
+    try:
+        kept = load_file(path)
+        return kept["latents"], kept["picture"]
+    except (OSError, SafetensorError, KeyError):
+        return None
+
+
+def _join(parts: Sequence[Drawings]) -> Drawings:
+    latents, pictures = ([getattr(part, of) for part in parts] for of in ("latents", "pictures"))
+    return Drawings(torch.cat(latents), torch.cat(pictures))
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
