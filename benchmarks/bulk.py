@@ -20,16 +20,16 @@ from typing import Any
 
 import typer
 
-from leansd.bulk.jobs import Job, Part, cut_parts
-from leansd.bulk.on_ray import connect, work_on_ray
+from leansd.bulk.jobs import Job, Part, Work, cut_parts, draw_here, run_job
+from leansd.bulk.on_ray import work_on_ray
 from leansd.bulk.rows import read_sheet
-from leansd.bulk.running import Work, draw_here, run_job
-from leansd.bulk.shards import list_shards
 from leansd.cli.terminal import hush_libraries
+from leansd.cluster import connect
 from leansd.evaluation.prompts import GUIDANCE, THINGS
 from leansd.evaluation.records import Record, stamp, write_records
 from leansd.plans.document import make_document
 from leansd.plans.presets import preset
+from leansd.shards import list_shards
 
 RESULTS = Path(__file__).parent / "results" / "bulk.jsonl"
 SHARD = 16
@@ -68,7 +68,7 @@ def main(
     }
     connect("local")
     with tempfile.TemporaryDirectory() as home:
-        parts = cut_parts(read_sheet(write_prompts(Path(home) / "p.jsonl", pictures)).rows, shard)
+        parts = cut_parts(read_sheet(write_prompts(Path(home) / "p.jsonl", pictures)).rows, job)
     seconds: dict[tuple[str, int], list[float]] = {}
     expected: dict[int, list[bytes]] = {}
     few = parts[: max(1, len(parts) // 3)]

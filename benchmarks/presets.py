@@ -17,11 +17,11 @@ from rich.progress import Progress, TaskID
 
 from leansd.anatomy import dissect
 from leansd.cli.terminal import hush_libraries
+from leansd.drawing import Request
 from leansd.evaluation.prompts import GUIDANCE, PROMPTS
 from leansd.evaluation.records import write_records
 from leansd.faces.comparison import FULL, Contestant, compare_plans, list_records
 from leansd.faces.outlines import predict_gain
-from leansd.faces.pictures import Request
 from leansd.faces.scoring import find_scorer
 from leansd.loading import load
 from leansd.plans.anatomy import Anatomy

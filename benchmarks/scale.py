@@ -22,12 +22,12 @@ import numpy as np
 import typer
 from PIL import Image
 
-from leansd.bulk.shards import Drawn, name_shard, pack_shard
 from leansd.evaluation.records import Record, stamp, write_records
 from leansd.files import write_file
 from leansd.scoring.pictures import list_pictures
 from leansd.scoring.reading import read_samples
 from leansd.scoring.samples import show_samples
+from leansd.shards import Drawn, name_shard, pack_shard
 
 RESULTS = Path(__file__).parent / "results" / "scale.jsonl"
 GPUS = (1, 10, 100, 1000)

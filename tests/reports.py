@@ -9,24 +9,24 @@ import torch
 from PIL import Image
 
 import leansd
+from leansd.bulk.jobs import Job, place_order
 from leansd.bulk.rows import read_sheet
-from leansd.bulk.shards import Drawn, name_shard, pack_shard
+from leansd.drawing import Painting, Request
 from leansd.emoji.location import model_folder
 from leansd.evaluation.evaluation import CONVERGED, Evaluation
 from leansd.evaluation.prediction import Prediction
 from leansd.evaluation.records import Record, load_records, stamp
 from leansd.evaluation.timing import Ratio, Timing
 from leansd.exporting.exporter import Exported
-from leansd.faces.bulk import place_order
 from leansd.faces.comparison import FEWER, FULL, Comparison, Contestant, Entry
 from leansd.faces.costs import Profiled
-from leansd.faces.pictures import Painting, Request
 from leansd.faces.redundancy import list_records, read_spent
 from leansd.faces.standings import read_standings
 from leansd.incubation.estimate import Estimate, StageCost
 from leansd.incubation.recipe import load_recipe
 from leansd.incubation.training_log import TrainingLog, read_log, read_run
 from leansd.incubation.validation import paste_grid
+from leansd.plans.document import make_document
 from leansd.plans.plan import Plan
 from leansd.plans.presets import HOUSE, PRESETS, preset
 from leansd.report import (
@@ -51,6 +51,7 @@ from leansd.report import (
 )
 from leansd.report.scores import judge, prepare
 from leansd.scoring.looking import Manner
+from leansd.shards import Drawn, name_shard, pack_shard
 from leansd.surgery.edits import Surgery
 from leansd.tuning.cutting import Candidate, Cut
 from leansd.tuning.front import Front, Point
@@ -223,10 +224,11 @@ def report_job(folder: Path) -> Report:
     lines = [json.dumps(row) for row in rows]
     (folder / "rows.jsonl").write_text("\n".join([*lines, '{"id": 3}']) + "\n")
     out = folder / "out"
-    settings = {"model": "tiny", "steps": STEPS, "shard": 2}
-    order = place_order(read_sheet(folder / "rows.jsonl"), out, preset("fast", STEPS), settings)
+    plan = make_document(preset("fast", STEPS)).model_dump(mode="json", exclude_defaults=True)
+    job = Job("tiny", STEPS, plan, shard=2)
+    order = place_order(read_sheet(folder / "rows.jsonl"), out, job)
     for part in order.parts:
-        drawn = [Drawn(row.id, draw(row.number), {}) for row in part.rows]
+        drawn = [Drawn(item.row.id, draw(item.row.number), {}) for item in part.items]
         (out / part.name).write_bytes(pack_shard(drawn))
     return orders.make_report(order, out, 12.5, ORIGIN)
 

@@ -10,13 +10,21 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from leansd.bulk.drawing import Drawer
-from leansd.bulk.jobs import FILE, Job, Part, claim_folder, cut_parts, list_missing
+from leansd.bulk.jobs import (
+    FILE,
+    Drawer,
+    Job,
+    Part,
+    Shard,
+    claim_folder,
+    cut_parts,
+    list_missing,
+    run_job,
+)
 from leansd.bulk.rows import read_sheet
-from leansd.bulk.running import run_job
-from leansd.bulk.shards import list_shards, read_shard
 from leansd.cli import main
 from leansd.errors import LeansdError
+from leansd.shards import list_shards, read_shard
 from tiny import shallow_unet, tiny_pipeline
 
 
@@ -82,11 +90,11 @@ def test_every_row_becomes_a_picture(
 
 def test_a_stopped_job_goes_on(model: str, prompts: Path, tmp_path: Path) -> None:
     job = Job(model, steps=2, batch=2, shard=2, threads=1, home=str(tmp_path), device="cpu")
-    parts = cut_parts(read_sheet(prompts).rows, job.shard)
+    parts = cut_parts(read_sheet(prompts).rows, job)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run_job(job, parts, whole)
 
-    def die(job: Job, parts: Sequence[Part]) -> Iterator[tuple[Part, bytes]]:
+    def die(job: Job, parts: Sequence[Part]) -> Iterator[tuple[Part, Shard]]:
         drawer = Drawer(job)
         for part in (parts[2], parts[0]):
             yield part, drawer.draw(part)
@@ -105,11 +113,11 @@ def test_a_full_disk_leaves_whole_shards(
     prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = Job("emoji", steps=2, shard=2)
-    parts = cut_parts(read_sheet(prompts).rows, job.shard)
+    parts = cut_parts(read_sheet(prompts).rows, job)
     out = tmp_path / "out"
 
-    def draw(job: Job, parts: Sequence[Part]) -> Iterator[tuple[Part, bytes]]:
-        return ((part, part.name.encode()) for part in parts)
+    def draw(job: Job, parts: Sequence[Part]) -> Iterator[tuple[Part, Shard]]:
+        return ((part, Shard(part.name.encode(), {})) for part in parts)
 
     honest = Path.write_bytes
 
@@ -182,7 +190,7 @@ def test_what_is_wrong_is_said_before_anything_is_drawn(
         (["generate"], "give prompts, or a file"),
         (["generate", "a", "--prompts", str(prompts)], "one of the two"),
         (["generate", "--prompts", str(empty), "--model", model], "it is empty"),
-        (["generate", "--prompts", str(tmp_path / "a.csv"), "--model", model], ".jsonl or .parq"),
+        (["generate", "--prompts", str(tmp_path / "a.docx"), "--model", model], ".jsonl or .csv"),
         (["generate", "--prompts", str(tmp_path / "no.jsonl"), "--model", model], "cannot read"),
     ):
         assert main(arguments) == 2

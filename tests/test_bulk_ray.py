@@ -13,11 +13,10 @@ from typing import Any
 import psutil
 import pytest
 
-from leansd.bulk.jobs import Job, Part, cut_parts, list_missing
+from leansd.bulk.jobs import Job, Part, cut_parts, list_missing, run_job
 from leansd.bulk.rows import read_sheet
-from leansd.bulk.running import run_job
-from leansd.bulk.shards import list_shards
 from leansd.errors import LeansdError
+from leansd.shards import list_shards
 from tiny import shallow_unet, tiny_pipeline
 
 ray = pytest.importorskip("ray")
@@ -41,8 +40,8 @@ def job(home: Path) -> Job:
 
 
 @pytest.fixture(scope="module")
-def parts(home: Path) -> list[Part]:
-    return cut_parts(read_sheet(home / "prompts.jsonl").rows, SHARD)
+def parts(home: Path, job: Job) -> list[Part]:
+    return cut_parts(read_sheet(home / "prompts.jsonl").rows, job)
 
 
 @pytest.fixture(scope="module")

@@ -109,7 +109,7 @@ def test_ctrl_c_is_exit_code_130_and_one_line(run, model, tmp_path, monkeypatch)
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("leansd.faces.pictures.paint", interrupt)
+    monkeypatch.setattr("leansd.drawing.paint", interrupt)
     code, out, err = run("generate", "a", "--model", model, "--out", tmp_path / "out")
     assert (code, out, err) == (130, "", "leansd: stopped\n")
     assert not (tmp_path / "out").exists()

@@ -12,11 +12,12 @@ ROOT = Path(leansd.__file__).parent
 # Lowest first; a package may import what is in its own row's package or in a row above this one.
 LAYERS = (
     ("errors", "version"),
-    ("files", "text"),
+    ("files", "text", "shards", "cluster"),
     ("plans",),
     ("anatomy",),
     ("surgery",),
     ("runtime",),
+    ("drawing",),
     ("emoji",),
     ("loading",),
     ("evaluation",),

@@ -19,7 +19,6 @@ from torch import Tensor
 
 import leansd
 from leansd import LeansdError
-from leansd.bulk.shards import Drawn, name_shard, pack_shard
 from leansd.cli import main
 from leansd.evaluation.frechet import (
     Gaussian,
@@ -38,6 +37,7 @@ from leansd.scoring.metrics import METRICS
 from leansd.scoring.metrics.inception_score import measure_inception_score
 from leansd.scoring.pictures import list_pictures
 from leansd.scoring.samples import Shown
+from leansd.shards import Drawn, name_shard, pack_shard
 from pages import read_page
 from test_evaluate import clip_folder  # noqa: F401
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from leansd.bulk.shards import list_shards
 from leansd.errors import LeansdError
 from leansd.scoring.features import Features
 from leansd.scoring.looking import Manner
 from leansd.scoring.scores import carry_out, plan_scoring
+from leansd.shards import list_shards
 from test_bulk_ray import cluster, list_workers  # noqa: F401
 from test_scoring import write_shards
 

@@ -10,8 +10,8 @@ import torch
 
 from leansd.anatomy.cost import dissect
 from leansd.cli import main
+from leansd.drawing import Request, paint
 from leansd.errors import LeansdError
-from leansd.faces.pictures import Request, paint
 from leansd.plans.liveness import GUIDANCE
 from leansd.plans.plan import Plan
 from leansd.plans.presets import preset

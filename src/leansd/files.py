@@ -1,12 +1,17 @@
 """Output files: checked before the work starts, and never seen half-written."""
 
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from hashlib import sha256
+from itertools import count
 from pathlib import Path
+from uuid import uuid4
 
-from leansd.errors import LeansdError
+from leansd.errors import LeansdError, OutputError
 
 
 def check_folder(folder: str | Path) -> Path:
@@ -36,20 +41,30 @@ def check_file(path: str | Path) -> Path:
 
 
 def write_file(path: str | Path, content: str | bytes) -> Path:
-    """Write `content` beside `path` and move it there in one go, making missing folders."""
+    """Writes `content` beside `path` and moves it there in one go, making missing folders.
+
+    Raises:
+        OutputError: it cannot be written; what was there stays.
+    """
     path = check_file(path)
-    data = content.encode() if isinstance(content, str) else content
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with _draft(path, content) as draft:
+        os.replace(draft, path)
+    return path
+
+
+@contextmanager
+def _draft(path: Path, content: str | bytes) -> Iterator[Path]:
+    """A whole file beside `path`, to be moved there; gone afterwards."""
+    draft = path.with_name(f".{uuid4().hex[:12]}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            draft.write_bytes(data)
-            os.replace(draft, path)
+            draft.write_bytes(content.encode() if isinstance(content, str) else content)
+            yield draft
         finally:
             draft.unlink(missing_ok=True)
     except OSError as error:
-        raise LeansdError(f"cannot write {path}: {error.strerror or error}") from error
-    return path
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 PARTIAL, OLD = ".partial", ".old"
@@ -61,7 +76,7 @@ def writing(path: str | Path) -> Iterator[Path]:
     """A place beside `path` for a big file or a folder, moved to `path` when all is written.
 
     Raises:
-        LeansdError: it cannot be written; what was at `path` stays.
+        OutputError: it cannot be written; what was at `path` stays.
     """
     path = Path(path)
     partial = path.with_name(path.name + PARTIAL)
@@ -73,7 +88,7 @@ def writing(path: str | Path) -> Iterator[Path]:
             discard(path)
         os.replace(partial, path)
     except OSError as error:
-        raise LeansdError(f"cannot write {path}: {error.strerror or error}") from error
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def discard(path: Path) -> None:
@@ -85,3 +100,102 @@ def discard(path: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
     os.replace(path, gone)
     shutil.rmtree(gone, ignore_errors=True)
+
+
+NAME_BYTES = 120
+"""Most bytes of a name made of words: with what is put before and behind, file systems take 255."""
+# Names that Windows keeps for devices, whatever ending they have.
+_RESERVED = {"con", "prn", "aux", "nul"} | {f"{d}{n}" for d in ("com", "lpt") for n in range(10)}
+
+
+def name_file(words: str, *, otherwise: str = "picture") -> str:
+    """Returns a file name, without an ending, from a user's words: `a-red-apple`, `猫`.
+
+    Letters and digits of every script stay, each run of anything else is one `-`, so the name has
+    no dot and stays in its folder. Words that are cut end in a digest of the whole, so that long
+    ones with the same beginning have different names.
+    """
+    text = unicodedata.normalize("NFC", words)
+    # Marks belong to the letters before them: without them many scripts are other words.
+    kept = "".join(c if unicodedata.category(c)[0] in "LNM" or c == "_" else "-" for c in text)
+    name = re.sub("-+", "-", kept).strip("-") or otherwise
+    if len(name.encode()) > NAME_BYTES:
+        digest = sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+        short = name.encode()[: NAME_BYTES - len(digest) - 1].decode(errors="ignore")
+        name = f"{short.rstrip('-')}-{digest}"
+    return f"{name}-" if name.casefold() in _RESERVED else name
+
+
+def name_files(words: Iterable[str], *, otherwise: str = "picture") -> list[str]:
+    """Returns a name for each of several words, no two alike where case does not count."""
+    taken: set[str] = set()
+    names: list[str] = []
+    for each in words:
+        name = next(
+            n for n in _list_names(name_file(each, otherwise=otherwise)) if _fold(n) not in taken
+        )
+        names.append(name)
+        taken.add(_fold(name))
+    return names
+
+
+def stand_beside(path: str | Path, ending: str) -> Path:
+    """Returns the path of a file that belongs to `path`: `plan.json` and `.html`, `plan.html`.
+
+    Only an ending that says what kind of file it is goes: `v1.5` and `v1.6` stay apart.
+    """
+    path = Path(path)
+    known = {".json", ".jsonl", ".yaml", ".yml", ".html", ".png", ".safetensors"}
+    stem = path.stem if path.suffix.lower() in known else path.name
+    return path.with_name(stem + ending)
+
+
+def find_free(path: str | Path) -> Path:
+    """Returns `path`, or where something lies there `NAME-2.END`, `NAME-3.END`, ...
+
+    Names that differ in case or in how their letters are composed count as one, as they do on many
+    disks.
+    """
+    path = Path(path)
+    taken = {_fold(each) for each in os.listdir(path.parent)} if path.parent.is_dir() else set()
+    return next(
+        path.with_name(name)
+        for name in _list_names(path.stem, path.suffix)
+        if _fold(name) not in taken
+    )
+
+
+def write_new(path: str | Path, content: str | bytes) -> Path:
+    """Writes `content` to `path` or, rather than over what lies there, to the next free name.
+
+    Returns where it lies. The same content is not written twice: a command that is given again and
+    draws the same leaves one file.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    path = check_file(path)
+    data = content.encode() if isinstance(content, str) else content
+    if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
+        return path
+    with _draft(path, data) as draft:
+        while True:
+            free = find_free(path)
+            try:
+                # Unlike a move, a link is never made over a file that another process just wrote.
+                os.link(draft, free)
+            except FileExistsError:
+                continue
+            except OSError:  # a file system without links
+                os.replace(draft, free)
+            return free
+
+
+def _list_names(stem: str, suffix: str = "") -> Iterator[str]:
+    yield stem + suffix
+    for number in count(2):
+        yield f"{stem}-{number}{suffix}"
+
+
+def _fold(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()

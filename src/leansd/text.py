@@ -1,9 +1,15 @@
-"""Text that every face prints alike: tables and durations."""
+"""Text that every face prints alike: tables, durations, offers after a mistake."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import pairwise
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 @dataclass(frozen=True)
@@ -57,3 +63,20 @@ def describe_duration(seconds: float) -> str:
         if left >= size:
             return f"{left // size} {unit} {left % size // least} {part}"
     return f"{left} s"
+
+
+def suggest_name(name: str, known: Iterable[str]) -> str:
+    """What to say after "no such name": `; did you mean X?` if one is near, and all there are."""
+    names = list(known)
+    near = get_close_matches(name, names, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{hint} (there are {', '.join(names)})"
+
+
+def explain_validation(error: ValidationError) -> str:
+    """The first thing that pydantic found wrong, with its place: `data.size: Field required`."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    # What our own validators raise reads as it is.
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{place}: {message}" if place else message

@@ -1,4 +1,4 @@
-"""A job: all that decides which pictures come out, and the folder that they go to.
+"""A job: all that decides which pictures come out, the folder they go to, and drawing them.
 
 Work is cut into shards of neighbouring rows. A shard is whole or not there, so what is left to do
 can be seen in the folder, whoever stopped when.
@@ -7,19 +7,36 @@ can be seen in the folder, whoever stopped when.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from hashlib import sha256
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from leansd.bulk.rows import Row
-from leansd.bulk.shards import name_shard
-from leansd.errors import LeansdError
-from leansd.files import write_file
+import torch
+
+from leansd.bulk.rows import Row, Sheet
+from leansd.drawing import (
+    Request,
+    check_strength,
+    explain_fault,
+    open_picture,
+    paint_together,
+    place_init,
+)
+from leansd.errors import LeansdError, OutputError
+from leansd.files import name_files, write_file
+from leansd.loading import as_image_to_image, load, load_unet, load_vae, set_vae
+from leansd.plans.document import PlanDocument, make_plan
+from leansd.runtime.samplers import name_sampler, set_sampler
+from leansd.shards import Drawn, name_shard, pack_shard
 from leansd.version import __version__
 
 FILE = "job.json"
+FAULTS = "faults.jsonl"
+"""Rows whose picture shows nothing, a JSON object a line."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +53,24 @@ class Job:
     sampler: str | None = None
     size: tuple[int, int] | None = None
     seed: int = 0
-    """Row `n` has seed `seed + n`, unless it has one of its own."""
+    """Picture `n` has seed `seed + n`, unless its row has one of its own."""
+    count: int = 1
+    """Pictures a row, each a seed further."""
+    negative: str | None = None
+    """Of rows that say none."""
+    init: str | None = None
+    """A picture that rows start from that name none."""
     strength: float = 0.8
     """Of rows with a picture to start from that do not say."""
+    vae: str | None = None
+    """Folder of another autoencoder."""
     batch: int = 8
     shard: int = 256
-    """Rows of a shard."""
+    """Pictures of a shard."""
     threads: int = 0
     """Of torch on a CPU, whose sums depend on them; 0 for as many as there are."""
     device: str | None = None
+    dtype: str | None = None
     home: str = "."
     """The folder that paths of pictures start from."""
     source: str = ""
@@ -59,23 +85,59 @@ class Job:
         return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+class Item(NamedTuple):
+    """One picture of a job."""
+
+    row: Row
+    seed: int
+    name: str
+    """Of its files in the shard."""
+
+
 @dataclass(frozen=True)
 class Part:
-    """The rows of one shard."""
+    """The pictures of one shard."""
 
     number: int
-    rows: tuple[Row, ...]
+    items: tuple[Item, ...]
 
     @property
     def name(self) -> str:
         return name_shard(self.number)
 
 
-def cut_parts(rows: Sequence[Row], size: int) -> list[Part]:
-    """Neighbouring rows, so many a shard."""
+class Shard(NamedTuple):
+    """A drawn part: the bytes of its tar, and what is wrong with pictures that are not in it."""
+
+    content: bytes
+    faults: Mapping[str, str]
+
+
+Work = Callable[[Job, Sequence[Part]], Iterable[tuple[Part, Shard]]]
+"""Draws parts, in any order."""
+
+
+def cut_parts(rows: Sequence[Row], job: Job) -> list[Part]:
+    """All pictures of a job, neighbours in a shard.
+
+    Files in shards have names without dots, and none alike where case does not count: readers of
+    webdataset end a sample's name at its first dot.
+    """
+    many = job.count > 1
+    chosen = [
+        Item(
+            row.model_copy(update={"id": f"{row.id}-{turn}"}) if many else row,
+            job.seed + row.number * job.count + turn if row.seed is None else row.seed + turn,
+            "",
+        )
+        for row in rows
+        for turn in range(job.count)
+    ]
+    names = name_files(item.row.id for item in chosen)
+    items = [item._replace(name=name) for item, name in zip(chosen, names, strict=True)]
     return [
-        Part(number, tuple(rows[begin : begin + size]))
-        for number, begin in enumerate(range(0, len(rows), size))
+        Part(number, tuple(items[begin : begin + job.shard]))
+        for number, begin in enumerate(range(0, len(items), job.shard))
     ]
 
 
@@ -85,7 +147,7 @@ def list_missing(parts: Sequence[Part], folder: Path) -> list[Part]:
 
 
 def claim_folder(folder: Path, job: Job) -> None:
-    """Make a job's folder, or see that it is this job's.
+    """Makes a job's folder, or sees that it is this job's.
 
     Raises:
         LeansdError: it holds another job, or something else.
@@ -105,3 +167,169 @@ def claim_folder(folder: Path, job: Job) -> None:
         raise LeansdError(f"{folder} is not empty and holds no job: choose another folder")
     facts = {"fingerprint": job.fingerprint, "leansd": __version__, **asdict(job)}
     write_file(file, json.dumps(facts, indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class Order:
+    """A job that is ready in its folder, and what of it is still to be drawn."""
+
+    job: Job
+    sheet: Sheet
+    parts: tuple[Part, ...]
+    missing: tuple[Part, ...]
+
+    @property
+    def total(self) -> int:
+        """Pictures of the job."""
+        return sum(len(part.items) for part in self.parts)
+
+    @property
+    def left(self) -> int:
+        """Pictures still to be drawn."""
+        return sum(len(part.items) for part in self.missing)
+
+
+def place_order(sheet: Sheet, folder: Path, job: Job) -> Order:
+    """Lays out a job in a folder, or finds what is left of it there.
+
+    Raises:
+        LeansdError: the folder holds something else, or an option does not go with a row.
+    """
+    job = replace(job, home=str(sheet.home), source=sheet.digest)
+    parts = cut_parts(sheet.rows, job)
+    for row in sheet.rows:
+        if row.init_image is not None or job.init is not None:
+            try:
+                check_strength(job.strength if row.strength is None else row.strength, job.steps)
+            except LeansdError as error:
+                raise LeansdError(f"row {row.id}: {error}") from error
+    claim_folder(folder, job)
+    return Order(job, sheet, tuple(parts), tuple(list_missing(parts, folder)))
+
+
+class Drawer:
+    """Draws the shards of one job with a pipeline that is opened once."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        if job.threads:
+            torch.set_num_threads(job.threads)
+        dtype = getattr(torch, job.dtype) if job.dtype is not None else None
+        self.pipe: Any = load(job.model, device=job.device, dtype=dtype)
+        self.pipe.set_progress_bar_config(disable=True)
+        if job.sampler is not None:
+            set_sampler(self.pipe, job.sampler)
+        if job.vae is not None:
+            set_vae(self.pipe, load_vae(job.vae))
+        self.plan = None if job.plan is None else make_plan(PlanDocument.model_validate(job.plan))
+        self.nets = {
+            name: load_unet(folder, beside=self.pipe.unet) for name, folder in job.nets.items()
+        }
+
+    def draw(self, part: Part) -> Shard:
+        """A whole shard."""
+        faults: dict[str, str] = {}
+        return Shard(pack_shard(self._draw_items(part.items, faults)), faults)
+
+    def _draw_items(self, items: Sequence[Item], faults: dict[str, str]) -> Iterator[Drawn]:
+        """Every picture. Who shares a batch follows from the places of the rows in their shard."""
+        asked = [(item, self._make_request(item)) for item in items]
+        for _, group in groupby(asked, key=lambda each: each[1].kind):
+            alike = list(group)
+            for begin in range(0, len(alike), self.job.batch):
+                yield from self._draw_batch(alike[begin : begin + self.job.batch], faults)
+
+    def _make_request(self, item: Item) -> Request:
+        job, row = self.job, item.row
+        path = row.init_image or job.init
+        negative = job.negative if row.negative_prompt is None else row.negative_prompt
+        try:
+            init = open_picture(Path(job.home) / path) if path is not None else None
+            request = Request(
+                prompt=row.prompt,
+                negative=negative,
+                seed=item.seed,
+                steps=job.steps,
+                guidance=job.guidance,
+                size=job.size,
+                init=init,
+                strength=job.strength if row.strength is None else row.strength,
+            )
+        except LeansdError as error:
+            raise LeansdError(f"row {row.id}: {error}") from error
+        return place_init(self.pipe, request)
+
+    def _draw_batch(
+        self, asked: Sequence[tuple[Item, Request]], faults: dict[str, str]
+    ) -> Iterator[Drawn]:
+        requests = [request for _, request in asked]
+        pipe = self.pipe if requests[0].init is None else self._image_to_image
+        shared = {
+            "model": self.job.model,
+            "plan": self.plan.name if self.plan is not None else "full",
+            "steps": self.job.steps,
+            "sampler": name_sampler(pipe),
+        }
+        drawn = paint_together(pipe, requests, self.plan, nets=self.nets)
+        guidance = {"guidance": getattr(pipe, "guidance_scale", self.job.guidance)}
+        for (item, request), painting in zip(asked, drawn, strict=True):
+            if painting.fault:
+                faults[item.row.id] = explain_fault(pipe, request, painting, self.plan)
+                continue
+            own = item.row.model_dump(exclude_none=True) | {"seed": item.seed}
+            if request.negative is not None:
+                own["negative_prompt"] = request.negative
+            yield Drawn(item.row.id, painting.image, own | shared | guidance, item.name)
+
+    @cached_property
+    def _image_to_image(self) -> Any:
+        other: Any = as_image_to_image(self.pipe)
+        other.set_progress_bar_config(disable=True)
+        return other
+
+
+def draw_here(job: Job, parts: Sequence[Part]) -> Iterator[tuple[Part, Shard]]:
+    """One after the other, in this process."""
+    drawer = Drawer(job)
+    for part in parts:
+        yield part, drawer.draw(part)
+
+
+def run_job(
+    job: Job,
+    parts: Sequence[Part],
+    folder: Path,
+    *,
+    work: Work = draw_here,
+    on_part: Callable[[Part], None] = lambda part: None,
+) -> None:
+    """Draws the parts that are given, and writes each shard in one go as it comes.
+
+    Raises:
+        LeansdError: a shard cannot be drawn or written; those that are there are whole.
+    """
+    if not parts:
+        return
+    for part, shard in work(job, parts):
+        try:
+            if shard.faults:
+                _keep_faults(folder, part, shard.faults)
+            write_file(folder / part.name, shard.content)
+        except OutputError as error:
+            raise OutputError(
+                f"{error}; the shards that are there are whole, and the same command goes on"
+            ) from error
+        on_part(part)
+
+
+def _keep_faults(folder: Path, part: Part, faults: Mapping[str, str]) -> None:
+    known = read_faults(folder) | faults
+    lines = [json.dumps({"id": at, "fault": why}, ensure_ascii=False) for at, why in known.items()]
+    write_file(folder / FAULTS, "".join(f"{line}\n" for line in lines))
+
+
+def read_faults(folder: Path) -> dict[str, str]:
+    """Why rows of a job have no picture, by their ids."""
+    path = folder / FAULTS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return {found["id"]: found["fault"] for found in map(json.loads, lines)}

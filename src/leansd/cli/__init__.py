@@ -18,7 +18,7 @@ from leansd.cli.failures import explain_failure
 from leansd.cli.invocation import GIVEN
 from leansd.cli.silence import keep_silent
 from leansd.cli.wrapping import fit
-from leansd.errors import LeansdError
+from leansd.errors import LeansdError, OutputError
 from leansd.version import __version__
 
 PROGRAM = "leansd"
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A reader that has gone is noticed here, not when Python ends.
         sys.stdout.flush()
     except LeansdError as error:
-        return _complain(str(error), MISTAKE)
+        return _complain(str(error), FAILED if isinstance(error, OutputError) else MISTAKE)
     except _UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # a group by itself, as leansd by itself
             print(error.format_message())

@@ -46,11 +46,11 @@ def show_demo(
         show_table,
         show_text,
     )
+    from leansd.drawing import Request, encode_png
     from leansd.evaluation.prompts import GUIDANCE, PROMPTS
     from leansd.evaluation.records import write_records
     from leansd.faces.comparison import compare_plans, line_up, list_records, tabulate_comparison
     from leansd.faces.outlines import open_anatomy
-    from leansd.faces.pictures import Request, encode_png
     from leansd.faces.scoring import find_scorer
     from leansd.files import check_folder, write_file
     from leansd.loading import EMBEDDED, find_device, load, locate

@@ -121,23 +121,21 @@ def generate_pictures(
         show_text,
         warn,
     )
+    from leansd.drawing import (
+        Request,
+        describe_report,
+        encode_png,
+        open_picture,
+        paint,
+        parse_size,
+        place_init,
+    )
     from leansd.errors import LeansdError
     from leansd.evaluation.prompts import find_guidance
     from leansd.evaluation.records import stamp
     from leansd.faces.outlines import STEPS, choose_plan, open_anatomy, read_front, read_nets
-    from leansd.faces.pictures import (
-        Request,
-        default_size,
-        describe_report,
-        fit_picture,
-        name_file,
-        open_picture,
-        paint,
-        parse_size,
-        save_picture,
-    )
     from leansd.faces.provenance import check_tuned
-    from leansd.files import check_folder
+    from leansd.files import check_folder, name_file, write_new
     from leansd.loading import (
         as_image_to_image,
         find_device,
@@ -161,7 +159,7 @@ def generate_pictures(
     check_folder(out)
     base = Request(
         prompt="",
-        negative=negative,
+        negative=negative or None,
         steps=steps or STEPS,
         guidance=guidance,
         size=parse_size(size) if size else None,
@@ -181,39 +179,52 @@ def generate_pictures(
     else:
         chosen = choose_plan(plan, steps, anatomy, nets=anatomies, fit=fit)
     if prompt_file is not None:
-        from leansd.faces.bulk import carry_out, place_order, read_prompts_file
+        from leansd.bulk.jobs import Job, draw_here, place_order, run_job
+        from leansd.bulk.rows import read_sheet
+        from leansd.plans.document import make_document
         from leansd.report.orders import make_report as report_order
 
-        order = place_order(
-            read_prompts_file(prompt_file, strict=strict, note=warn),
-            out,
-            chosen,
-            {
-                "model": model,
-                "steps": chosen.steps,
-                "nets": folders,
-                "guidance": guidance,
-                "sampler": sampler,
-                "size": base.size,
-                "seed": seed,
-                "strength": strength,
-                "batch": batch,
-                "shard": shard,
-                "threads": threads or (1 if ray is not None else 0),
-                "device": device,
-            },
+        sheet = read_sheet(prompt_file)
+        if sheet.flaws and strict:
+            raise LeansdError(
+                f"{prompt_file}, {sheet.flaws[0]}; leave --strict out to pass over it"
+            )
+        for flaw in sheet.flaws[:5]:
+            warn(f"{prompt_file}, {flaw}: passed over")
+        if len(sheet.flaws) > 5:
+            warn(f"{prompt_file}: {len(sheet.flaws) - 5} more rows passed over")
+        job = Job(
+            model,
+            chosen.steps,
+            make_document(chosen).model_dump(mode="json", exclude_defaults=True),
+            nets=folders,
+            guidance=guidance,
+            sampler=sampler,
+            size=base.size,
+            seed=seed,
+            strength=strength,
+            batch=batch,
+            shard=shard,
+            threads=threads or (1 if ray is not None else 0),
+            device=device,
         )
-        total = len(order.sheet.rows)
+        order = place_order(sheet, out, job)
+        work = draw_here
+        if ray is not None:
+            from leansd.bulk.on_ray import work_on_ray
+
+            work = work_on_ray(ray, workers=workers)
+        total = order.total
         note(f"{order.left} of {total} pictures to draw, {len(order.missing)} shards")
         begin = time.monotonic()
         with open_progress() as progress:
             bar = progress.add_task("pictures", total=total, completed=total - order.left)
-            carry_out(
-                order,
+            run_job(
+                order.job,
+                order.missing,
                 out,
-                address=ray,
-                workers=workers,
-                on_pictures=lambda count: progress.advance(bar, count),
+                work=work,
+                on_part=lambda part: progress.advance(bar, len(part.items)),
             )
         origin = Origin(quote_command(), stamp(find_device(device)))
         page = out / "report.html"
@@ -244,9 +255,8 @@ def generate_pictures(
         set_sampler(pipe, sampler)
     nets = {name: load_unet(folder, beside=pipe.unet) for name, folder in folders.items()}
     if picture is not None:
-        picture = fit_picture(picture, base.size or default_size(pipe))
         pipe = as_image_to_image(pipe)
-    base = replace(base, steps=chosen.steps, init=picture)
+    base = place_init(pipe, replace(base, steps=chosen.steps, init=picture))
     own = find_guidance(pipe, model="") if guidance is None else guidance
     for warning in check_tuned(chosen, pipe, guidance=own, force=force):
         warn(warning)
@@ -302,8 +312,10 @@ def generate_pictures(
                 "init": init,
                 "strength": strength if init is not None else None,
             }
-            path = out / name_file(request.prompt, chosen.name, request.seed)
-            save_picture(path, painting.image, facts)
+            name = (
+                f"{name_file(request.prompt.lower())}.{name_file(chosen.name)}.seed{request.seed}"
+            )
+            path = write_new(out / f"{name}.png", encode_png(painting.image, facts))
             written.append((path, painting, facts))
             told = f"{path}  {painting.seconds:.2f} s"
             progress.console.print(told, highlight=False, markup=False, soft_wrap=True)

@@ -69,6 +69,7 @@ def profile_model(
         show_table,
         show_text,
     )
+    from leansd.drawing import parse_size
     from leansd.evaluation.prediction import (
         check_predictions,
         find_worst,
@@ -85,7 +86,6 @@ def profile_model(
         tabulate_predictions,
         tabulate_split,
     )
-    from leansd.faces.pictures import parse_size
     from leansd.faces.stand_ins import build_stand_in, build_tiny_vae, check_stand_in
     from leansd.files import check_folder
     from leansd.loading import check_vae, find_device, load, load_vae, locate

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from diffusers import DiffusionPipeline
 from PIL.Image import Image
 
+from leansd.drawing import Painting, Request, paint
 from leansd.evaluation.fidelity import psnr, ssim
 from leansd.evaluation.records import Record, stamp
 from leansd.evaluation.timing import Ratio, Timing, compare_timings, time_cases
 from leansd.faces.outlines import predict_gain
-from leansd.faces.pictures import Painting, Request, paint
 from leansd.faces.scoring import Scorer
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.plan import Plan

@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from leansd.drawing import Painting, Request
 from leansd.evaluation.fidelity import psnr, ssim
-from leansd.faces.pictures import Painting, Request
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.document import encode_plan
 from leansd.plans.plan import Plan

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-from leansd.bulk.shards import Drawn, read_shard
-from leansd.faces.bulk import Order
+from leansd.bulk.jobs import Order
 from leansd.report.sections import Attachment, Grid, Listing, Origin, Report, Section
 from leansd.report.words import count
+from leansd.shards import Drawn, read_shard
 from leansd.text import Table, describe_duration
 
 SHOWN = 8
@@ -22,7 +22,7 @@ def make_report(order: Order, folder: Path, seconds: float, origin: Origin) -> R
     Args:
         seconds: that this call took.
     """
-    total, flaws = len(order.sheet.rows), order.sheet.flaws
+    total, flaws = order.total, order.sheet.flaws
     sections: list[Section] = []
     first = list(islice(read_shard(folder / order.parts[0].name), SHOWN)) if order.parts else []
     if first:
@@ -34,7 +34,7 @@ def make_report(order: Order, folder: Path, seconds: float, origin: Origin) -> R
             Table(
                 ("shard", "pictures", "drawn now"),
                 tuple(
-                    (part.name, str(len(part.rows)), "yes" if part in order.missing else "")
+                    (part.name, str(len(part.items)), "yes" if part in order.missing else "")
                     for part in order.parts
                 ),
             ),
@@ -64,7 +64,7 @@ def tabulate_job(order: Order, seconds: float) -> Table:
     rows = [
         ("model", job.model),
         ("plan", f"{plan}, {job.steps} steps"),
-        ("pictures", f"{len(order.sheet.rows)} in {count(len(order.parts), 'shard')}"),
+        ("pictures", f"{order.total} in {count(len(order.parts), 'shard')}"),
         ("seeds", f"row n has {job.seed} + n, unless it says"),
         ("in turns", f"{job.batch} at once"),
     ]
@@ -75,7 +75,7 @@ def tabulate_job(order: Order, seconds: float) -> Table:
 
 
 def _show_first(first: Sequence[Drawn], order: Order) -> Grid:
-    prompts = {row.id: row.prompt for row in order.parts[0].rows}
+    prompts = {item.row.id: item.row.prompt for item in order.parts[0].items}
     pictures = [each.picture for each in first]
     columns = [prompts.get(each.id, each.id) for each in first]
     return Grid("The first pictures", columns, [("drawn", "", pictures)])

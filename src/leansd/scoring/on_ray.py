@@ -16,7 +16,7 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
-from leansd.bulk.on_ray import connect, lay_out_pool, require_success
+from leansd.cluster import connect, lay_out_pool, require_success
 from leansd.errors import LeansdError
 from leansd.scoring.looking import Looker, Manner, Seen, Task, Work
 from leansd.scoring.reading import Sample, read_part

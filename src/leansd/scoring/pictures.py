@@ -182,7 +182,7 @@ def _describe(path: Path) -> str:
 
 def _list_gaps(tars: Sequence[Path]) -> Iterator[str]:
     """What is missing among shards that are numbered as `leansd generate` does it."""
-    from leansd.bulk.shards import name_shard
+    from leansd.shards import name_shard
 
     for folder in dict.fromkeys(path.parent for path in tars):
         names = {path.name for path in tars if path.parent == folder}

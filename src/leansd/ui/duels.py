@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from PIL.Image import Image
 
+from leansd.drawing import Painting, Request, paint
 from leansd.evaluation.fidelity import psnr, ssim
 from leansd.evaluation.timing import Ratio, Timing, compare_timings
-from leansd.faces.pictures import Painting, Request, paint
 from leansd.plans.plan import Plan
 from leansd.ui.tickets import Ticket
 

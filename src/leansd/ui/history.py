@@ -10,8 +10,8 @@ from pathlib import Path
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from leansd.drawing import encode_png
 from leansd.errors import LeansdError
-from leansd.faces.pictures import encode_png
 from leansd.files import write_file
 from leansd.plans.document import PlanDocument, make_document, make_plan
 from leansd.plans.plan import Plan

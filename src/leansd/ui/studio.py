@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from leansd.anatomy.cost import dissect
+from leansd.drawing import Request, default_size
 from leansd.errors import LeansdError
 from leansd.evaluation.cost import CostModel
 from leansd.evaluation.profile import profile
 from leansd.evaluation.prompts import find_guidance
 from leansd.evaluation.records import stamp
 from leansd.faces.costs import Profiled
-from leansd.faces.pictures import Request, default_size
 from leansd.faces.provenance import check_tuned
 from leansd.loading import load
 from leansd.plans.anatomy import Anatomy
@@ -310,7 +310,7 @@ def make_request(settings: Settings) -> Request:
         raise LeansdError("no prompt: say what to draw")
     return Request(
         prompt=settings.prompt.strip(),
-        negative=settings.negative.strip(),
+        negative=settings.negative.strip() or None,
         seed=settings.seed,
         steps=settings.steps,
         guidance=settings.guidance,

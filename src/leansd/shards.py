@@ -27,18 +27,21 @@ class Drawn:
     id: str
     picture: Image.Image
     facts: Mapping[str, Any]
+    name: str = ""
+    """Of its files, without an ending and so without a dot; its id by default."""
 
 
 def pack_shard(drawn: Iterable[Drawn]) -> bytes:
-    """A tar of `ID.png` and `ID.json`, in the order of the pictures."""
+    """A tar of `NAME.png` and `NAME.json`, in the order of the pictures."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    # PAX differs from USTAR only where a name is too long for that.
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for each in drawn:
             png = io.BytesIO()
             each.picture.save(png, format="PNG")
             facts = json.dumps(dict(each.facts), sort_keys=True, ensure_ascii=False)
             for ending, content in ((PICTURE, png.getvalue()), (FACTS, facts.encode())):
-                member = tarfile.TarInfo(each.id + ending)
+                member = tarfile.TarInfo((each.name or each.id) + ending)
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     return buffer.getvalue()
@@ -60,7 +63,8 @@ def read_shard(path: Path) -> Iterator[Drawn]:
                 if name.suffix == PICTURE:
                     waiting = name.stem, Image.open(io.BytesIO(content)).convert("RGB")
                 elif name.suffix == FACTS and waiting is not None and waiting[0] == name.stem:
-                    yield Drawn(*waiting, json.loads(content))
+                    facts = json.loads(content)
+                    yield Drawn(facts.get("id", name.stem), waiting[1], facts, name.stem)
     except (OSError, tarfile.TarError, ValueError) as error:
         raise LeansdError(f"{path} is damaged: {error}; remove it, and run again") from error
 

@@ -1,0 +1,269 @@
+"""Pictures from a pipeline: one request type for the command line, the page and bulk jobs."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+from leansd.errors import LeansdError
+from leansd.plans.plan import Plan
+from leansd.runtime import Attachment, Report, inherit
+from leansd.runtime.inheritance import NO_NETS
+
+OnStep = Callable[[int, int], None]
+NOT_FINITE = "are not finite numbers"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to draw. `None` leaves a choice to the pipeline."""
+
+    prompt: str
+    negative: str | None = None
+    seed: int = 0
+    steps: int = 30
+    guidance: float | None = None
+    size: tuple[int, int] | None = None  # width, height
+    init: Image.Image | None = None
+    strength: float = 0.8
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise LeansdError(f"{self.steps} steps: at least 1 is needed")
+        if not 0 < self.strength <= 1:
+            raise LeansdError(
+                f"strength {self.strength:g} lies outside (0, 1]: "
+                "near 0 keeps the picture, 1 redraws it"
+            )
+        if self.init is not None:
+            check_strength(self.strength, self.steps)
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What requests that are drawn in one call have in common."""
+        return (
+            self.negative is None,
+            self.steps,
+            self.guidance,
+            self.size,
+            self.init is None,
+            self.strength if self.init is not None else None,
+        )
+
+
+@dataclass
+class Painting:
+    """A picture, how long the whole pipeline took, and the run where a plan was followed."""
+
+    image: Image.Image
+    seconds: float
+    run: Attachment | None = None
+    fault: str = ""
+    """Why there is nothing to see in the picture; empty where there is."""
+
+    @cached_property
+    def report(self) -> Report | None:
+        """The run's report, made when asked for: counting takes time that is not the run's."""
+        return self.run.report() if self.run is not None else None
+
+
+def paint(
+    pipe: DiffusionPipeline,
+    request: Request,
+    plan: Plan | None = None,
+    on_step: OnStep | None = None,
+    nets: Mapping[str, UNet2DConditionModel] = NO_NETS,
+) -> Painting:
+    """Draws one picture; without a plan nothing of this package touches the pipeline."""
+    return paint_together(pipe, [request], plan, on_step, nets)[0]
+
+
+def paint_together(
+    pipe: DiffusionPipeline,
+    requests: Sequence[Request],
+    plan: Plan | None = None,
+    on_step: OnStep | None = None,
+    nets: Mapping[str, UNet2DConditionModel] = NO_NETS,
+) -> list[Painting]:
+    """Draws requests of one kind in one call; each has the seconds of all."""
+    first = requests[0]
+    watch = _Watch(on_step)
+    options: dict[str, Any] = {
+        "prompt": [each.prompt for each in requests],
+        "num_inference_steps": first.steps,
+        "generator": [torch.Generator("cpu").manual_seed(each.seed) for each in requests],
+    }
+    if first.negative is not None:
+        options["negative_prompt"] = [each.negative for each in requests]
+    if first.guidance is not None:
+        options["guidance_scale"] = first.guidance
+    if first.init is not None:
+        options |= {"image": [each.init for each in requests], "strength": first.strength}
+    elif first.size is not None:
+        options |= dict(zip(("width", "height"), first.size, strict=True))
+    if "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
+        options["callback_on_step_end"] = watch
+    start = time.perf_counter()
+    following = inherit(pipe, plan, nets=nets) if plan is not None else nullcontext()
+    with torch.no_grad(), following as run:
+        output = pipe(**options)
+    seconds = time.perf_counter() - start
+    flagged = getattr(output, "nsfw_content_detected", None) or [False] * len(requests)
+    bad = watch.find_bad(len(requests))
+    return [
+        Painting(image, seconds, run, _find_fault(image, step, watch.total, bool(hidden)))
+        for image, step, hidden in zip(output.images, bad, flagged, strict=True)
+    ]
+
+
+class _Watch:
+    """Follows a call step by step, and remembers whose latents are finite.
+
+    The answers stay on the device until the run is over: reading them would wait for every step.
+    """
+
+    def __init__(self, on_step: OnStep | None) -> None:
+        self.on_step = on_step
+        self.total = 0
+        self._finite: list[torch.Tensor] = []
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
+        self.total = pipe.num_timesteps
+        latents = tensors.get("latents")
+        if isinstance(latents, torch.Tensor):
+            self._finite.append(torch.isfinite(latents).flatten(1).all(1))
+        if self.on_step is not None:
+            self.on_step(step + 1, self.total)
+        return tensors
+
+    def find_bad(self, pictures: int) -> list[int]:
+        """The first step, from 1, after which each picture's latents are not finite; 0 for none."""
+        if not self._finite:
+            return [0] * pictures
+        bad = ~torch.stack(self._finite).cpu()
+        if bad.shape[1] != pictures:  # latents that are not one a picture
+            bad = bad.any(1, keepdim=True).expand(-1, pictures)
+        first = [int(column.int().argmax()) + 1 if column.any() else 0 for column in bad.unbind(1)]
+        return first
+
+
+def _find_fault(image: Any, step: int, steps: int, is_hidden: bool) -> str:
+    if step:
+        return f"its latents {NOT_FINITE} (NaN or Inf) from step {step} of {steps} on"
+    if is_hidden:
+        return "the model's safety checker blacked it out: use another prompt or seed"
+    if not isinstance(image, Image.Image):
+        return ""
+    extremes = image.convert("RGB").getextrema()
+    if any(low != high for low, high in extremes):  # type: ignore[misc]
+        return ""
+    return (
+        "all its pixels are equal though its latents are finite, as where the autoencoder "
+        "overflows in half precision: use --dtype float32 or another --vae"
+    )
+
+
+def explain_fault(
+    pipe: DiffusionPipeline, request: Request, painting: Painting, plan: Plan | None
+) -> str:
+    """Says what is wrong with a picture and what to do, after a full run of the same request."""
+    if NOT_FINITE not in painting.fault:
+        return painting.fault
+    precision = str(pipe.dtype).removeprefix("torch.")
+    remedy = "whole weights" if precision == "float32" else "--dtype float32"
+    if plan is None or plan.rows == Plan.full(plan.steps).rows:
+        return f"{painting.fault}; the model itself fails in {precision}, in full: use {remedy}"
+    full = paint(pipe, request)
+    if full.fault:
+        return f"{painting.fault}; so does the full run: use {remedy}"
+    return f"{painting.fault}; the full run is sound: use --plan full or a slower plan"
+
+
+def check_strength(strength: float, steps: int) -> None:
+    """Refuses a share of steps that leaves none to run.
+
+    Raises:
+        LeansdError: it does.
+    """
+    if int(steps * strength) < 1:
+        raise LeansdError(
+            f"strength {strength:g} of {steps} steps leaves no step to run: "
+            f"use --strength {1 / steps:.2g} or more, or more steps"
+        )
+
+
+def describe_report(report: Report) -> dict[str, int | float]:
+    """The numbers of a run's report, for JSON."""
+    return {
+        "calls": report.calls,
+        "computed": report.computed,
+        "inherited": report.inherited,
+        "idle": report.idle,
+        "bytes_kept": report.bytes_kept,
+        "predicted_speedup": round(report.predicted_speedup, 4),
+        "measured_speedup": round(report.measured_speedup, 4),
+        "unet_seconds": round(report.seconds, 4),
+    }
+
+
+def default_size(pipe: DiffusionPipeline) -> tuple[int, int]:
+    """The width and height a pipeline draws when it is not told."""
+    side = pipe.unet.config.sample_size
+    height, width = (side, side) if isinstance(side, int) else side
+    return width * pipe.vae_scale_factor, height * pipe.vae_scale_factor
+
+
+def place_init(pipe: DiffusionPipeline, request: Request) -> Request:
+    """A request with its picture cut to the size that is drawn."""
+    if request.init is None:
+        return request
+    size = request.size or default_size(pipe)
+    return replace(request, init=ImageOps.fit(request.init, size, Image.Resampling.LANCZOS))
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`512` or `768x512` as width and height."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())
+    if match is None:
+        raise LeansdError(f"size {text!r} is not a size: give 512 or, width first, 768x512")
+    width = int(match[1])
+    height = int(match[2] or width)
+    if width % 8 or height % 8 or not width or not height:
+        raise LeansdError(f"size {width}x{height}: both sides must be positive multiples of 8")
+    return width, height
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """Reads a picture file as RGB, whole."""
+    path = Path(path)
+    if not path.exists():
+        raise LeansdError(f"no picture at {path}: give the path of a PNG, JPEG or WebP file")
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise LeansdError(f"{path} is not a readable picture: give a PNG, JPEG or WebP") from error
+
+
+def encode_png(image: Image.Image, facts: Mapping[str, Any] | None = None) -> bytes:
+    """A picture as the bytes of a PNG file that carries `facts` as text chunks."""
+    info = PngInfo()
+    for name, value in (facts or {}).items():
+        if value is not None:
+            info.add_text(name, str(value))
+    buffer = BytesIO()
+    image.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
