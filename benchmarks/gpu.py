@@ -23,7 +23,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 
 import leansd
 from leansd.anatomy.builtin import BUILTIN
-from leansd.anatomy.cost import make_inputs
+from leansd.anatomy.inputs import make_inputs
 from leansd.evaluation.records import Record, stamp, write_records
 from leansd.evaluation.timing import compare_timings, time_cases
 from leansd.plans import Plan, preset

@@ -18,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 from leansd.anatomy.builtin import BUILTIN
-from leansd.anatomy.cost import make_inputs
+from leansd.anatomy.inputs import make_inputs
 from leansd.anatomy.reading import read_anatomy
 from leansd.cli.terminal import hush_libraries
 from leansd.evaluation.records import Record, append_records, stamp

@@ -13,7 +13,7 @@ from torch import nn
 
 import leansd
 from leansd.anatomy import read_anatomy
-from leansd.anatomy.cost import make_inputs
+from leansd.anatomy.inputs import make_inputs
 from leansd.errors import LeansdError
 from leansd.surgery.condconv import CondConvResnet
 from leansd.surgery.folding import embed_times, fold, fold_segments

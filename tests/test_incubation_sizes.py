@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 
 from leansd.anatomy.builtin import open_builtin
-from leansd.anatomy.cost import make_inputs
+from leansd.anatomy.inputs import make_inputs
 from leansd.incubation.batches import Batch
 from leansd.incubation.noise import Schedule
 from leansd.incubation.recipe import Recipe

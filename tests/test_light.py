@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 import leansd
 from leansd.anatomy import read_anatomy
-from leansd.anatomy.cost import count_macs, make_inputs
+from leansd.anatomy.cost import count_macs
+from leansd.anatomy.inputs import make_inputs
 from leansd.errors import LeansdError
 from leansd.loading import load_outline
 from leansd.surgery.narrowing import count_kept

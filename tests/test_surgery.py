@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 import leansd
 from leansd.anatomy import read_anatomy
 from leansd.anatomy.builtin import open_builtin
-from leansd.anatomy.cost import make_inputs
+from leansd.anatomy.inputs import make_inputs
 from leansd.errors import LeansdError
 from leansd.surgery.operating import draft
 from leansd.surgery.presets import PRESETS, find_surgery

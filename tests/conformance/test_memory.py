@@ -7,7 +7,7 @@ import leansd
 from conformance.reference import is_empty, list_tensors, watch_stores
 from leansd.anatomy import read_anatomy
 from leansd.anatomy.builtin import open_builtin
-from leansd.anatomy.cost import make_inputs
+from leansd.anatomy.inputs import make_inputs
 from leansd.plans import Plan
 from leansd.plans.tracing import compile_plan
 from tiny import LATENT, tiny_unet

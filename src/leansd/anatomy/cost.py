@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from accelerate.hooks import ModelHook, remove_hook_from_module
 from diffusers import UNet2DConditionModel
+from diffusers.models import embeddings
+from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from leansd.anatomy.reading import read_anatomy
+from leansd.anatomy.inputs import PATCHES, TOKENS, make_inputs, pick_size
+from leansd.anatomy.reading import find_unet, read_anatomy
+from leansd.errors import LeansdError
 from leansd.plans.anatomy import Anatomy
-
-TOKENS = 77
-"""Text tokens of CLIP, what Stable Diffusion is conditioned on."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,9 @@ def dissect(
 ) -> Anatomy:
     """Read a UNet into an anatomy, with the cost of every unit.
 
+    A UNet that can be read but not counted has an anatomy too: its MACs are 0, and `uncounted` says
+    why.
+
     Args:
         latent: height (and width) in latent pixels; by default the UNet's own sample size.
         tokens: length of the text condition.
@@ -61,7 +66,10 @@ def dissect(
         LeansdError: it is no `UNet2DConditionModel`, or a block is built in a way not known here.
     """
     anatomy = read_anatomy(unet, name=name)
-    ledger = count_macs(unet, latent=latent, tokens=tokens)
+    try:
+        ledger = count_macs(unet, latent=latent, tokens=tokens)
+    except LeansdError as error:
+        return replace(anatomy, uncounted=str(error))
     units = tuple(replace(unit, macs=ledger[unit.path]) for unit in anatomy)
     parts = tuple(replace(part, macs=ledger[part.path]) for part in anatomy.parts)
     counted = replace(anatomy, units=units, parts=parts, macs=ledger.total)
@@ -77,15 +85,26 @@ def count_macs(
     """Run the UNet's shapes on the meta device and count every matrix product and convolution.
 
     Counted are multiply-accumulates of one forward on one sample, attention's products included.
+    They depend on shapes alone, so all is counted in single precision, whatever the UNet's is.
 
     Args:
         latent: height (and width) in latent pixels; by default the UNet's own sample size.
         tokens: length of the text condition.
+
+    Raises:
+        LeansdError: a module of it cannot run on shapes alone; the message names the cause.
     """
+    unet = find_unet(unet)
     size = pick_size(unet, latent)
-    skeleton = copy_skeleton(unet)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        skeleton(**make_inputs(unet, size=size, tokens=tokens, device="meta"))
+    try:
+        skeleton = copy_skeleton(unet, dtype=torch.float32)
+        inputs = make_inputs(skeleton, size=size, tokens=tokens, device="meta", dtype=torch.float32)
+        _give_clip_embeds(skeleton)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            skeleton(**inputs)
+    except Exception as error:  # any module of the user's may be in it
+        first = (str(error) or "no reason given").strip().splitlines()[0]
+        raise LeansdError(f"not counted, because {type(error).__name__}: {first}") from error
     counts: defaultdict[str, int] = defaultdict(int)
     for path, by_operator in counter.get_flop_counts().items():
         # The counter prefixes the class name; "Global" is its own name for the whole.
@@ -95,67 +114,98 @@ def count_macs(
     return Ledger(dict(counts), size, tokens)
 
 
-def copy_skeleton(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """A copy of `unet` on the meta device that takes no memory, its structure as it is now."""
-    tensors = chain(unet.parameters(), unet.buffers())
+def copy_skeleton(
+    unet: UNet2DConditionModel, *, dtype: torch.dtype | None = None
+) -> UNet2DConditionModel:
+    """A copy of `unet` on the meta device that takes no memory, its structure as it is now.
+
+    Hooks and patched forwards stay behind; a quantised layer becomes the plain one of its shape.
+
+    Args:
+        dtype: of all floating-point tensors; by default each keeps its own.
+    """
     # deepcopy takes what the memo holds for an object, so no weight is ever copied.
-    memo: dict[int, Any] = {id(tensor): _to_meta(tensor) for tensor in tensors}
-    # Offloading keeps the weights in hooks, and would look for them when the copy runs.
-    hooks = (getattr(module, "_hf_hook", None) for module in unet.modules())
-    memo |= {id(hook): ModelHook() for hook in hooks if hook is not None}
-    skeleton = copy.deepcopy(unet, memo)
+    memo: dict[int, Any] = {}
+    for tensor in chain(unet.parameters(), unet.buffers()):
+        memo[id(tensor)] = _to_meta(tensor, dtype)
+    for module in unet.modules():
+        plain = _find_plain(module, dtype or unet.dtype)
+        if plain is not None:
+            memo[id(module)] = plain
+        # Offloading keeps the weights in hooks, and would look for them when the copy runs.
+        hook = getattr(module, "_hf_hook", None)
+        if hook is not None:
+            memo[id(hook)] = ModelHook()
+    with _MetaCopies(dtype):
+        skeleton = copy.deepcopy(unet, memo)
     remove_hook_from_module(skeleton, recurse=True)
+    for module in skeleton.modules():
+        module.__dict__.pop("forward", None)
+        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
+            getattr(module, hooks).clear()
     return skeleton
 
 
-def make_inputs(
-    unet: UNet2DConditionModel,
-    *,
-    size: tuple[int, int],
-    tokens: int = TOKENS,
-    batch: int = 1,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    generator: torch.Generator | None = None,
-) -> dict[str, Any]:
-    """Random keyword arguments for one call of `unet`: `sample` [B, C, H, W] and its conditions."""
-    config = unet.config
+class _MetaCopies(TorchFunctionMode):
+    """Copies tensors that are no parameters to the meta device; those with a gradient too."""
 
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device=device, dtype=dtype, generator=generator)
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.dtype = dtype
 
-    inputs: dict[str, Any] = {
-        "sample": draw(batch, config.in_channels, *size),
-        "timestep": torch.full((), 500, device=device),
-        "encoder_hidden_states": draw(batch, tokens, _get_text_width(config.cross_attention_dim)),
-    }
-    if config.addition_embed_type == "text_time":
-        time_ids = 6
-        pooled = (
-            config.projection_class_embeddings_input_dim - time_ids * config.addition_time_embed_dim
-        )
-        inputs["added_cond_kwargs"] = {
-            "text_embeds": draw(batch, pooled),
-            "time_ids": draw(batch, time_ids),
-        }
-    return inputs
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__deepcopy__:
+            tensor, memo = args
+            memo[id(tensor)] = made = _to_meta(tensor, self.dtype)
+            return made
+        return func(*args, **(kwargs or {}))
 
 
-def pick_size(unet: UNet2DConditionModel, latent: int | tuple[int, int] | None) -> tuple[int, int]:
-    """Latent (height, width): what was asked for, or the UNet's own."""
-    chosen = latent if latent is not None else unet.config.sample_size or 64
-    if isinstance(chosen, int):
-        return chosen, chosen
-    height, width = chosen
-    return height, width
-
-
-def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
-    meta = tensor.detach().to("meta")
-    if isinstance(tensor, torch.nn.Parameter):
-        return torch.nn.Parameter(meta, requires_grad=False)
+def _to_meta(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    if not tensor.dtype.is_floating_point:
+        dtype = None
+    # By shape, since a quantised tensor may not know how to move.
+    meta = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device="meta")
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(meta, requires_grad=False)
     return meta
 
 
-def _get_text_width(width: int | tuple[int, ...]) -> int:
-    return width if isinstance(width, int) else width[0]
+def _find_plain(module: nn.Module, dtype: torch.dtype) -> nn.Module | None:
+    """The linear layer or convolution that a quantised one stands for; None for any other."""
+    if hasattr(module, "base_layer"):  # an adapter's, around a layer that is asked by itself
+        return None
+    if type(module).__module__.partition(".")[0] in ("leansd", "diffusers"):
+        return None
+    kind = type(module)
+    bias = getattr(module, "bias", None) is not None
+    if isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features"):
+        if kind.forward is nn.Linear.forward:
+            return None
+        return nn.Linear(
+            module.in_features, module.out_features, bias=bias, device="meta", dtype=dtype
+        )
+    if hasattr(module, "kernel_size") and hasattr(module, "out_channels"):
+        if kind.forward is nn.Conv2d.forward or len(module.kernel_size) != 2:
+            return None
+        return nn.Conv2d(
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,
+            stride=module.stride,
+            padding=module.padding,
+            dilation=module.dilation,
+            groups=module.groups,
+            bias=bias,
+            device="meta",
+            dtype=dtype,
+        )
+    return None
+
+
+def _give_clip_embeds(skeleton: UNet2DConditionModel) -> None:
+    """Images for FaceID-Plus adapters, which take them as an attribute."""
+    for module in skeleton.modules():
+        if isinstance(module, embeddings.IPAdapterFaceIDPlusImageProjection):
+            width = module.proj_in.in_features
+            module.clip_embeds = torch.empty(1, 1, PATCHES, width, device="meta")

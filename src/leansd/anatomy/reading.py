@@ -4,13 +4,85 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import zip_longest
+from typing import Any
 
-from diffusers import UNet2DConditionModel
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.unets import unet_2d_blocks
 from torch import nn
 
-from leansd.anatomy.absent import Absent
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import HEAD, STEM, Anatomy, Unit
+
+UNREADABLE = (
+    unet_2d_blocks.KDownBlock2D,
+    unet_2d_blocks.KCrossAttnDownBlock2D,
+    unet_2d_blocks.KUpBlock2D,
+    unet_2d_blocks.KCrossAttnUpBlock2D,
+    unet_2d_blocks.SkipDownBlock2D,
+    unet_2d_blocks.AttnSkipDownBlock2D,
+    unet_2d_blocks.SkipUpBlock2D,
+    unet_2d_blocks.AttnSkipUpBlock2D,
+)
+"""Blocks that hand over their outputs otherwise than Stable Diffusion's do."""
+
+WORN_BY = {
+    "UNetMotionModel": "AnimateDiff",
+    "UNetSpatioTemporalConditionModel": "Stable Video Diffusion",
+    "UNet3DConditionModel": "text-to-video",
+    "I2VGenXLUNet": "I2VGen-XL",
+    "Kandinsky3UNet": "Kandinsky 3",
+    "StableCascadeUNet": "Stable Cascade",
+    "UVit2DModel": "aMUSEd",
+    "UNet2DModel": "unconditional generation",
+}
+"""UNets of diffusers that cannot be read, and whose they are."""
+
+
+class SkippedAttention(nn.Module):
+    """Stands where a block's forward calls an attention that was dropped: no unit, no weight."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        return_dict: bool = True,
+        **unused: Any,
+    ) -> tuple[torch.Tensor] | Transformer2DModelOutput:
+        """`hidden_states` [B, C, H, W] as they are, in the form that `Transformer2DModel` has."""
+        if return_dict:
+            return Transformer2DModelOutput(sample=hidden_states)
+        return (hidden_states,)
+
+
+def find_unet(model: Any) -> UNet2DConditionModel:
+    """The `UNet2DConditionModel` in `model`: itself, or what `torch.compile` or DDP wrapped.
+
+    Raises:
+        LeansdError: there is none, or its weights are sharded.
+    """
+    found, name = model, type(model).__name__
+    while True:
+        if type(found).__name__ == "OptimizedModule":
+            found = found._orig_mod
+        elif isinstance(found, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            found = found.module
+        else:
+            break
+    if type(found).__name__ in ("FullyShardedDataParallel", "DeepSpeedEngine"):
+        raise LeansdError(f"{name} keeps the weights in shards; give the UNet before it is sharded")
+    if isinstance(found, UNet2DConditionModel):
+        return found
+    if isinstance(found, DiffusionPipeline):
+        inside = " (its UNet is `pipe.unet`)" if hasattr(found, "unet") else ", without a UNet"
+        raise LeansdError(f"{name} is no UNet2DConditionModel but a pipeline{inside}")
+    known = WORN_BY.get(name)
+    whose = f" ({known})" if known else ""
+    raise LeansdError(
+        f"{name}{whose} is no UNet2DConditionModel; only those can be dissected: "
+        "Stable Diffusion 1.x and 2.x, SDXL and what shares their UNet"
+    )
 
 
 def read_anatomy(unet: UNet2DConditionModel, *, name: str = "UNet") -> Anatomy:
@@ -19,10 +91,7 @@ def read_anatomy(unet: UNet2DConditionModel, *, name: str = "UNet") -> Anatomy:
     Raises:
         LeansdError: it is no `UNet2DConditionModel`, or a block is built in a way not known here.
     """
-    if not isinstance(unet, UNet2DConditionModel):
-        raise LeansdError(
-            f"{type(unet).__name__} is no UNet2DConditionModel; only those can be dissected"
-        )
+    unet = find_unet(unet)
     units = tuple(_walk(unet))
     parts = tuple(part for row in units for part in _list_parts(unet, row))
     params = sum(parameter.numel() for parameter in unet.parameters())
@@ -86,7 +155,8 @@ def _list_layers(block: nn.Module, path: str) -> list[tuple[nn.Module, nn.Module
     """The layers of a block: a ResNet each and, where there is one, its attention."""
     resnets = list(getattr(block, "resnets", ()))
     attentions = _list_attentions(block)
-    if not resnets or len(attentions) not in (0, len(resnets)):
+    fits = resnets and len(attentions) in (0, len(resnets))
+    if isinstance(block, UNREADABLE) or not fits:
         raise LeansdError(f"{path} is a {type(block).__name__}, which is not known here")
     return list(zip_longest(resnets, attentions))
 
@@ -94,7 +164,7 @@ def _list_layers(block: nn.Module, path: str) -> list[tuple[nn.Module, nn.Module
 def _list_attentions(block: nn.Module) -> list[nn.Module | None]:
     """A block's attentions, None for one that was dropped."""
     attentions = getattr(block, "attentions", ())
-    return [None if isinstance(each, Absent) else each for each in attentions]
+    return [None if isinstance(each, SkippedAttention) else each for each in attentions]
 
 
 def _walk_layer(

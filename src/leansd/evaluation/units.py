@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from leansd.anatomy.cost import TOKENS, make_inputs, pick_size
+from leansd.anatomy.inputs import TOKENS, make_inputs, pick_size
 from leansd.anatomy.reading import read_anatomy
 from leansd.evaluation.laps import check_count, check_timing, list_units
 from leansd.evaluation.timing import Timing, wait_for

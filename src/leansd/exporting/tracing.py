@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from leansd.anatomy.cost import make_inputs
+from leansd.anatomy.inputs import make_inputs
 from leansd.errors import LeansdError
 from leansd.exporting.graphs import Graph, name_feature
 from leansd.runtime.engine import Engine

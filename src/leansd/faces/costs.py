@@ -120,7 +120,7 @@ def tabulate_blocks(profiled: Profiled) -> Table:
                 show_milliseconds(whole),
                 show_milliseconds(half) if cost.is_guided else "–",
                 f"{whole / total:.1%}",
-                f"{macs / anatomy.macs:.1%}",
+                f"{macs / (anatomy.macs or 1):.1%}",
             )
             for name, whole, half, macs in rows
         ),

@@ -21,7 +21,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from leansd.anatomy.builtin import BUILTIN
-from leansd.anatomy.cost import TOKENS
+from leansd.anatomy.inputs import TOKENS
 from leansd.emoji.location import model_folder
 from leansd.errors import LeansdError
 from leansd.loading import check_vae, find_device

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from leansd.anatomy.cost import copy_skeleton, make_inputs, pick_size
+from leansd.anatomy.cost import copy_skeleton
+from leansd.anatomy.inputs import make_inputs, pick_size
 from leansd.incubation.batches import Batch
 from leansd.incubation.learning import Learner, Teacher, call_unet, learn, teach
 from leansd.incubation.losses import Setting, build_loss

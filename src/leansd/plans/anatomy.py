@@ -77,6 +77,8 @@ class Anatomy:
     """Latent (height, width) that the MACs were counted at."""
     tokens: int | None = None
     """Text tokens that the MACs were counted at."""
+    uncounted: str = field(default="", compare=False)
+    """Why the MACs could not be counted, "not counted, because ..."; empty where they could."""
     by_address: dict[str, Unit] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -191,7 +191,7 @@ def _describe(anatomy: Anatomy) -> str:
     units = f"{anatomy.name}: {len(anatomy) - 2} units and 2 ends"
     params = f"{anatomy.params / 1e6:,.2f} M parameters"
     if not anatomy.macs or not anatomy.size:
-        return f"{units}, {params}"
+        return "\n".join(filter(None, (f"{units}, {params}", anatomy.uncounted)))
     height, width = anatomy.size
     macs = f"{anatomy.macs / 1e9:,.3f} GMAC at {height}x{width} latents, {anatomy.tokens} tokens"
     return f"{units}, {params}\n{macs}"

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import nan
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
@@ -235,6 +236,8 @@ def predict_speedup(
 ) -> float:
     """Multiply-accumulates of computing everything in every call, over those of these calls.
 
+    NaN where a UNet could not be counted (`Anatomy.uncounted` says why).
+
     Args:
         anatomy: of the pipeline's own UNet, which everything is computed by.
         nets: the others that the calls run, by name.
@@ -244,6 +247,8 @@ def predict_speedup(
     """
     there = {OWN: anatomy, **{name: net.anatomy for name, net in nets.items()}}
     for each in there.values():
+        if each.uncounted:
+            return nan
         if not each.macs:
             raise LeansdError("this anatomy has no cost; leansd.dissect(unet) counts it")
     spent = sum(_count_macs(call, there[call.net]) for call in calls)

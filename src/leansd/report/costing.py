@@ -121,7 +121,7 @@ def _make_predictions(profiled: Profiled) -> Listing:
 def _make_bars(profiled: Profiled) -> Chart:
     cost, anatomy = profiled.cost, profiled.anatomy
     times = {unit.at: cost.units[unit.at]["whole"] for unit in anatomy}
-    total, macs = sum(times.values()), sum(unit.macs for unit in anatomy)
+    total, macs = sum(times.values()), sum(unit.macs for unit in anatomy) or 1
     bars = [
         Bar(
             unit.at,

@@ -14,7 +14,8 @@ from leansd.text import Table
 def make_report(seen: Preview, model: str, origin: Origin) -> Report:
     """What goes and what is left, as shapes, numbers and addresses."""
     weights = seen.after.params / seen.before.params
-    work = seen.after.macs / seen.before.macs
+    uncounted = seen.before.uncounted or seen.after.uncounted
+    work = f"{seen.after.macs / seen.before.macs:.0%}" if not uncounted else "an unknown part"
     gone = list_under(seen.gone, seen.before)
     replaced = list_under(seen.replaced, seen.after)
     sections: list[Section] = [
@@ -45,7 +46,7 @@ def make_report(seen: Preview, model: str, origin: Origin) -> Report:
     return Report(
         title=f"{seen.surgery.name} on {model}",
         summary=(
-            f"The new network keeps {weights:.0%} of the weights and does {work:.0%} of the work "
+            f"The new network keeps {weights:.0%} of the weights and does {work} of the work "
             "of the original; until it is trained it draws worse."
         ),
         measured=f"what surgery {seen.surgery.name} ({seen.surgery.fingerprint}) leaves of "
@@ -74,6 +75,8 @@ def tabulate_sizes(seen: Preview) -> Table:
         ("parameters", before.params / 1e6, after.params / 1e6, "{:.2f} M"),
         ("MACs of a call", before.macs / 1e9, after.macs / 1e9, "{:.2f} G"),
     ]
+    if before.uncounted or after.uncounted:
+        del rows[-1]
     if seen.seconds is not None:
         old, new = (1000 * each for each in seen.seconds)
         rows.append(("time of the units", old, new, "{:.2f} ms"))

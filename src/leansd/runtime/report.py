@@ -42,7 +42,7 @@ class Report:
     bytes_kept: int
     """The most that was kept at any time."""
     predicted_speedup: float
-    """Full run's over this run's multiply-accumulates, UNet only."""
+    """Full run's over this run's multiply-accumulates, UNet only; NaN where it was not counted."""
     measured_speedup: float
     """What the run would have taken with every call like its median full one, over what it took.
 
@@ -58,6 +58,8 @@ class Report:
     """Of these, those that were computed in full because the picture had drifted too far."""
     gated: int = 0
     """Calls in which the plan had self-attentions computed otherwise than the UNet has them."""
+    uncounted: str = ""
+    """Why nothing is predicted, "not counted, because ..."; empty where it is."""
 
     def __str__(self) -> str:
         control = ""
@@ -73,7 +75,7 @@ class Report:
             f"of {units} unit runs {self.computed} computed, {self.inherited} inherited, "
             f"{self.idle} idle; {self.bytes_kept / 2**20:.2f} MiB kept; {control}{drift}{gates}"
             f"UNet {self.seconds:.2f} s, speed-up {self.measured_speedup:.2f}x "
-            f"(predicted {self.predicted_speedup:.2f}x)"
+            f"({self.uncounted or f'predicted {self.predicted_speedup:.2f}x'})"
         )
 
 
@@ -112,6 +114,7 @@ class Tally:
         full = [all(call.is_full for call in calls) for calls in self.calls]
         gated = [any(call.gates for call in calls) for calls in self.calls]
         whole = _find_whole(seconds, full, gated)
+        there = (anatomy, *(net.anatomy for net in nets.values()))
         return Report(
             plan=self.plan,
             calls=len(self.calls),
@@ -128,6 +131,7 @@ class Tally:
             guarded=guarded,
             drifted=drifted,
             gated=sum(gated),
+            uncounted=next((each.uncounted for each in there if each.uncounted), ""),
         )
 
 

@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from leansd.anatomy import read_anatomy
-from leansd.anatomy.absent import Absent
+from leansd.anatomy.reading import SkippedAttention
 from leansd.errors import LeansdError
 from leansd.plans.address import SEPARATOR, get_block, get_layer
 from leansd.surgery.gri import call_at_size
@@ -84,7 +84,7 @@ def drop_places(unet: UNet2DConditionModel, addresses: Iterable[str]) -> None:
         if at in layers and at.endswith((".down", ".up")):
             _drop_sampler(unet, block, at)
         elif at in units and at.endswith(".attn"):
-            block.attentions[int(_get_number(at, 1))] = Absent()
+            block.attentions[int(_get_number(at, 1))] = SkippedAttention()
         elif not (at in layers or is_block):
             raise LeansdError(f"{at} cannot be dropped from what the config builds")
     for at in {at.rpartition(SEPARATOR)[0] for at in gone if at.count(SEPARATOR) == 3}:

@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from leansd.anatomy import read_anatomy
+from leansd.anatomy.reading import find_unet, read_anatomy
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import Anatomy
 from leansd.surgery.blueprint import Replaced, Source, draw_blueprint
@@ -95,7 +95,8 @@ def draft(nets: Nets, surgery: Surgery | str | Path) -> Draft:
         LeansdError: it cannot be done.
     """
     surgery = find_surgery(surgery)
-    named: Mapping[str, UNet2DConditionModel] = nets if isinstance(nets, Mapping) else {BASE: nets}
+    given = nets if isinstance(nets, Mapping) else {BASE: nets}
+    named = {name: find_unet(net) for name, net in given.items()}
     sources = {name: describe_net(name, net) for name, net in named.items()}
     layout = lay_out_surgery(sources, surgery)
     expression = express(layout)
@@ -128,6 +129,10 @@ def describe_net(name: str, net: UNet2DConditionModel) -> Source:
     """A net as data."""
     anatomy = read_anatomy(net, name=name)
     config: dict[str, Any] = {k: v for k, v in net.config.items() if not k.startswith("_")}
+    if config.get("encoder_hid_dim_type") == "ip_image_proj":
+        # An adapter's, which the new net is made without.
+        has_text = getattr(net, "text_encoder_hid_proj", None) is not None
+        config["encoder_hid_dim_type"] = "text_proj" if has_text else None
     structure = config.pop("structure", None) or {}
     replaced = tuple(
         Replaced(each["at"], each["by"], each["options"], is_new=False)

@@ -90,6 +90,11 @@ def find_surgery(source: Surgery | str | Path) -> Surgery:
     """
     if isinstance(source, Surgery):
         return source
+    if not isinstance(source, str | Path):
+        raise LeansdError(
+            f"a surgery is a name, a file or a leansd.Surgery, not a {type(source).__name__}; "
+            "the UNets come first, then the surgery"
+        )
     name = str(source)
     if name in PRESETS:
         return PRESETS[name].surgery

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from leansd.anatomy.cost import TOKENS, dissect
+from leansd.anatomy.cost import dissect
+from leansd.anatomy.inputs import TOKENS
 from leansd.errors import LeansdError
 from leansd.plans.address import SEPARATOR, get_layer
 from leansd.plans.anatomy import Anatomy, Unit
@@ -55,11 +56,14 @@ class Preview:
         params = (self.before.params / 1e6, self.after.params / 1e6)
         macs = (self.before.macs / 1e9, self.after.macs / 1e9)
         height, width = self.after.size or (0, 0)
+        uncounted = self.before.uncounted or self.after.uncounted
         lines = [
             f"{self.surgery.name} on {self.before.name}: {len(self.before) - 2} units become "
             f"{len(self.after) - 2}, a {self.kind}",
             f"parameters  {_compare(*params, 'M')}",
-            f"MACs        {_compare(*macs, 'G')} at {height}x{width} latents, "
+            f"MACs        {uncounted}"
+            if uncounted
+            else f"MACs        {_compare(*macs, 'G')} at {height}x{width} latents, "
             f"{self.after.tokens} tokens",
         ]
         if self.seconds is not None:

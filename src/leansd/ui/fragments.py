@@ -177,7 +177,7 @@ def show_anatomy(model: Model) -> str:
     bars = [
         Bar(
             block,
-            (units.params / anatomy.params, units.macs / anatomy.macs),
+            (units.params / anatomy.params, units.macs / (anatomy.macs or 1)),
             f"{units.params / 1e6:.2f} M",
         )
         for block, units in picked
@@ -201,7 +201,7 @@ def show_profile(profiled: Profiled) -> str:
     """Where the time goes on this machine."""
     cost, anatomy = profiled.cost, profiled.anatomy
     whole = sum(cost.units[unit.at]["whole"] for unit in anatomy)
-    work = sum(unit.macs for unit in anatomy)
+    work = sum(unit.macs for unit in anatomy) or 1
     bars = [
         Bar(
             unit.at,
