@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import diffusers
@@ -28,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
 from leansd.errors import LeansdError
+from leansd.runtime.samplers import name_sampler
 from leansd.surgery.folders import find_class, open_unet
 from leansd.surgery.sharing import share_weights
 from leansd.surgery.thin import open_thin
@@ -109,6 +111,22 @@ def load_outline(model: str | Path) -> UNet2DConditionModel:
     except (OSError, ValueError) as error:
         raise LeansdError(_explain(where, error)) from error
     return _build_outline(file, where)
+
+
+def read_sampler(model: str | Path) -> str:
+    """The short name of a model's sampler, from its config alone; empty where nothing says it.
+
+    A UNet's folder and a single file have none.
+    """
+    name = "scheduler/scheduler_config.json"
+    try:
+        where = locate(model)
+        file = Path(where) / name if isinstance(where, Path) else Path(hf_hub_download(where, name))
+        config = json.loads(file.read_text(encoding="utf-8"))
+        scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    except (OSError, ValueError, KeyError, AttributeError):
+        return ""
+    return name_sampler(SimpleNamespace(scheduler=scheduler))  # pyright: ignore[reportArgumentType]
 
 
 def is_unet_folder(model: str | Path) -> bool:

@@ -45,6 +45,7 @@ def show_demo(
         show_json,
         show_table,
         show_text,
+        warn,
     )
     from leansd.drawing import Request, encode_png
     from leansd.evaluation.prompts import GUIDANCE, PROMPTS
@@ -54,9 +55,12 @@ def show_demo(
     from leansd.faces.scoring import find_scorer
     from leansd.files import check_folder, write_file
     from leansd.loading import EMBEDDED, find_device, load, locate
+    from leansd.plans.presets import HOUSE
+    from leansd.plans.resolve import resolve_plan
     from leansd.report import Origin, write_report
     from leansd.report.showing import draw_sheet, make_report
-    from leansd.runtime.samplers import check_sampler, name_sampler, set_sampler
+    from leansd.runtime.context import describe_runs
+    from leansd.runtime.samplers import check_sampler, set_sampler
 
     check_folder(out)
     find_device(device)
@@ -70,7 +74,11 @@ def show_demo(
         set_sampler(pipe, sampler)
     pipe.set_progress_bar_config(disable=True)
     chosen = prompts or list(PROMPTS)
-    contestants = line_up(anatomy, steps, name_sampler(pipe))
+    context = describe_runs(pipe, steps, anatomy=anatomy)
+    resolved = {name: resolve_plan(name, context) for name in HOUSE}
+    for line in dict.fromkeys(line for each in resolved.values() for line in each.notes):
+        warn(line)
+    contestants = line_up(anatomy, steps, {name: each.plan for name, each in resolved.items()})
     names = ", ".join(each.name for each in contestants)
     note(f"drawing {len(chosen)} prompts on {pipe.device}, each with {names}")
     scale = GUIDANCE if guidance is None and model == EMBEDDED else guidance

@@ -14,6 +14,7 @@ from leansd.cli.options import (
     Count,
     Device,
     Fit,
+    Force,
     Guidance,
     Json,
     ModelArgument,
@@ -45,9 +46,7 @@ def evaluate_plans(
     ] = None,
     steps: Annotated[int, typer.Option(min=2, help="Sampler steps of full run and plans.")] = 30,
     fit: Fit = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Use a plan file also where it was not tuned for.")
-    ] = False,
+    force: Force = False,
     sampler: Sampler = None,
     prompts: PromptFile = None,
     count: Count = 64,
@@ -145,13 +144,14 @@ def evaluate_plans(
     from leansd.evaluation.prompts import GUIDANCE, find_guidance, read_prompts
     from leansd.evaluation.records import stamp, write_records
     from leansd.evaluation.runs import FULL
-    from leansd.faces.outlines import choose_plan, open_anatomy
-    from leansd.faces.provenance import check_tuned
+    from leansd.faces.outlines import open_anatomy, outline_runs
     from leansd.faces.scoring import find_embedder
     from leansd.files import check_folder
     from leansd.loading import EMBEDDED, find_device, load, locate
+    from leansd.plans.resolve import resolve_plan
     from leansd.report import Origin, write_report
     from leansd.report.evaluating import make_report, tabulate_fidelity, tabulate_quality
+    from leansd.runtime.context import describe_runs
     from leansd.runtime.samplers import (
         check_sampler,
         make_scheduler,
@@ -206,7 +206,9 @@ def evaluate_plans(
         require_convergence(sampler)
     hush_libraries()
     anatomy = open_anatomy(model)
-    plans = [choose_plan(each, steps, anatomy, fit=fit) for each in plan]
+    context = outline_runs(model, anatomy, steps, sampler=sampler)
+    for each in plan:
+        resolve_plan(each, context, fit=fit, force=force)
     alexnet = lpips or find_lpips_weights()
     distance = open_lpips(alexnet) if alexnet is not None else None
     embedder = find_embedder(model, clip)
@@ -231,6 +233,15 @@ def evaluate_plans(
     def label(case: Case) -> Case:
         return Case(case.name, case.steps, case.plan, sampler=own)
 
+    applied = find_guidance(pipe, model) if guidance is None else guidance
+    context = describe_runs(pipe, steps, anatomy=anatomy, guidance=applied)
+    resolved = [resolve_plan(each, context, fit=fit, force=force) for each in plan]
+    for each in resolved:
+        if not force:
+            each.require_tuned()
+        for line in each.notes:
+            warn(line)
+    plans = [each.plan for each in resolved]
     contestants = [label(each) for each in list_cases(pipe, plans, steps)]
     contestants += [courses[name] for name in rival or ()]
     references = [
@@ -238,9 +249,6 @@ def evaluate_plans(
         for name in named
     ]
     scale = GUIDANCE if guidance is None and model == EMBEDDED else guidance
-    applied = find_guidance(pipe, model) if guidance is None else guidance
-    for warning in (w for p in plans for w in check_tuned(p, pipe, guidance=applied, force=force)):
-        warn(warning)
     drawn = [texts[place % len(texts)] for place in range(count)]
     names = ", ".join(each.name for each in contestants)
     note(f"drawing {count} pictures on {pipe.device}, each with {names}")

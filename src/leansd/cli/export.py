@@ -77,10 +77,11 @@ def export_net(
     from leansd.errors import LeansdError
     from leansd.exporting import export
     from leansd.exporting.exporter import check_form
-    from leansd.exporting.opening import find_home, read_sampler
-    from leansd.faces.outlines import choose_plan
+    from leansd.exporting.opening import find_home
+    from leansd.faces.outlines import outline_runs
     from leansd.files import check_file
     from leansd.loading import load_outline
+    from leansd.plans.resolve import resolve_plan
     from leansd.runtime.samplers import check_sampler
     from leansd.text import Table
 
@@ -96,8 +97,11 @@ def export_net(
     anatomy = read_anatomy(load_outline(find_home(net)))
     chosen = None
     if plan is not None:
-        own = sampler or read_sampler(net)
-        chosen = choose_plan(plan, steps, anatomy, fit=fit, sampler=own)
+        context = outline_runs(net, anatomy, steps, sampler=sampler)
+        resolved = resolve_plan(plan, context, fit=fit)
+        chosen = resolved.plan
+        for line in resolved.notes:
+            warn(line)
 
     with open_progress() as progress:
         bar = progress.add_task("opening the net", total=None)

@@ -10,6 +10,7 @@ from leansd.cli.examples import give_examples
 from leansd.cli.options import (
     Device,
     Fit,
+    Force,
     Json,
     ModelOption,
     Nets,
@@ -58,14 +59,7 @@ def generate_pictures(
         int | None, typer.Option(min=1, help="Sampler steps; 30, or what the plan file is for.")
     ] = None,
     fit: Fit = False,
-    force: Annotated[
-        bool,
-        typer.Option(
-            "--force",
-            help="Follow a preset also where few steps gain nothing, and a plan file also where it "
-            "was not tuned for.",
-        ),
-    ] = False,
+    force: Force = False,
     guidance: OwnGuidance = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture of a prompt.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="Pictures a prompt, each a seed further.")] = 1,
@@ -133,8 +127,7 @@ def generate_pictures(
     from leansd.errors import LeansdError
     from leansd.evaluation.prompts import find_guidance
     from leansd.evaluation.records import stamp
-    from leansd.faces.outlines import STEPS, choose_plan, open_anatomy, read_front, read_nets
-    from leansd.faces.provenance import check_tuned
+    from leansd.faces.outlines import open_anatomy, outline_runs, read_front, read_nets
     from leansd.files import check_folder, name_file, write_new
     from leansd.loading import (
         as_image_to_image,
@@ -145,9 +138,9 @@ def generate_pictures(
         locate,
         set_vae,
     )
-    from leansd.plans.plan import Plan
-    from leansd.plans.presets import look_up, suits
+    from leansd.plans.resolve import STEPS, resolve_plan
     from leansd.report import Origin, write_report
+    from leansd.runtime.context import describe_runs
     from leansd.runtime.samplers import check_sampler, name_sampler, set_sampler
     from leansd.version import __version__
 
@@ -174,16 +167,20 @@ def generate_pictures(
     anatomy = open_anatomy(model)
     folders = read_nets(net or [])
     anatomies = {name: open_anatomy(folder) for name, folder in folders.items()}
-    if speedup is not None:
-        chosen = read_front(plan, steps, anatomy, speedup=speedup)
-    else:
-        chosen = choose_plan(plan, steps, anatomy, nets=anatomies, fit=fit)
+    source = plan if speedup is None else read_front(plan, steps, anatomy, speedup=speedup)
+    context = outline_runs(model, anatomy, steps, sampler=sampler, nets=anatomies)
+    resolved = resolve_plan(source, context, fit=fit, force=force)
+    if not force:
+        resolved.require_tuned()
+    chosen = resolved.plan
     if prompt_file is not None:
         from leansd.bulk.jobs import Job, draw_here, place_order, run_job
         from leansd.bulk.rows import read_sheet
         from leansd.plans.document import make_document
         from leansd.report.orders import make_report as report_order
 
+        for line in resolved.notes:
+            warn(line)
         sheet = read_sheet(prompt_file)
         if sheet.flaws and strict:
             raise LeansdError(
@@ -258,11 +255,13 @@ def generate_pictures(
         pipe = as_image_to_image(pipe)
     base = place_init(pipe, replace(base, steps=chosen.steps, init=picture))
     own = find_guidance(pipe, model="") if guidance is None else guidance
-    for warning in check_tuned(chosen, pipe, guidance=own, force=force):
-        warn(warning)
-    if speedup is None and not force and not suits(look_up(plan), chosen.steps):
-        warn(f"{chosen.steps} steps run in full, so few gain nothing; --force follows {plan}")
-        chosen = Plan.full(chosen.steps)
+    context = describe_runs(pipe, steps, anatomy=anatomy, nets=anatomies, guidance=own)
+    resolved = resolve_plan(source, context, fit=fit, force=force)
+    if not force:
+        resolved.require_tuned()
+    for line in resolved.notes:
+        warn(line)
+    chosen = resolved.plan
     pipe.set_progress_bar_config(disable=True)
 
     requests = [

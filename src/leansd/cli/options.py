@@ -39,6 +39,14 @@ Size = Annotated[
 Fit = Annotated[
     bool, typer.Option("--fit", help="Stretch a plan file to --steps if it is for others.")
 ]
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        help="Follow a preset also where few steps gain nothing, and a plan file also where it "
+        "was not tuned for.",
+    ),
+]
 ConvergedSteps = Annotated[
     int, typer.Option(min=2, help="Steps of the converged run, same sampler.")
 ]

@@ -7,7 +7,7 @@ import typer
 
 from leansd.cli.completions import complete_plan, complete_shape
 from leansd.cli.examples import give_examples
-from leansd.cli.options import Fit, Json, Nets, Quiet, ReportFile
+from leansd.cli.options import Fit, Force, Json, Nets, Quiet, ReportFile, Sampler
 
 app = typer.Typer(add_completion=False)
 
@@ -32,6 +32,8 @@ def show_plan(
         typer.Option(min=1, help="Steps of the sampler: 30 for a preset, a file's own count."),
     ] = None,
     fit: Fit = False,
+    force: Force = False,
+    sampler: Sampler = None,
     model: Annotated[
         str,
         typer.Option(
@@ -58,6 +60,7 @@ def show_plan(
         show_json,
         show_table,
         show_text,
+        warn,
     )
     from leansd.plans.presets import PRESETS
     from leansd.text import Table
@@ -71,25 +74,33 @@ def show_plan(
         return
 
     from leansd.faces.outlines import (
-        choose_plan,
         encode_figure,
         open_anatomy,
+        outline_runs,
         predict_gain,
         read_nets,
     )
     from leansd.files import check_file, write_file
     from leansd.plans.drawing import draw_picture
+    from leansd.plans.resolve import resolve_plan
+    from leansd.runtime.samplers import check_sampler
 
     for path in (out, picture, report):
         if path is not None:
             check_file(path)
+    if sampler is not None:
+        check_sampler(sampler)
     hush_libraries()
     anatomy = open_anatomy(model)
     nets = {name: open_anatomy(folder) for name, folder in read_nets(net or []).items()}
-    chosen = choose_plan(plan, steps, anatomy, nets=nets, fit=fit)
+    context = outline_runs(model, anatomy, steps, sampler=sampler, nets=nets)
+    resolved = resolve_plan(plan, context, fit=fit, force=force)
+    chosen = resolved.plan
     grid = chosen.draw(anatomy)
     drawn = encode_figure(draw_picture(chosen, anatomy), picture) if picture is not None else b""
     speedup = predict_gain(chosen, anatomy, nets)
+    for line in resolved.notes:
+        warn(line)
     show_grid(grid, chosen.steps)
     show_text(f"fingerprint {chosen.fingerprint}, predicted speed-up of the UNet {speedup:.2f}x")
     if out is not None:

@@ -91,6 +91,7 @@ def profile_model(
     from leansd.loading import check_vae, find_device, load, load_vae, locate
     from leansd.report import Origin, write_report
     from leansd.report.costing import make_report, name_vae
+    from leansd.runtime.samplers import name_sampler
 
     # Everything that can be wrong is found before a weight is read.
     check_folder(out)
@@ -144,6 +145,7 @@ def profile_model(
         repeats=repeats,
         circumstances=circumstances,
         vae=other,
+        sampler=name_sampler(pipe),
     )
     shared = {
         **circumstances,

@@ -8,6 +8,7 @@ only copies the full run's own discretisation error wins nothing under the secon
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,6 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from leansd.anatomy.cost import dissect
-from leansd.anatomy.reading import read_anatomy
 from leansd.errors import LeansdError
 from leansd.evaluation.compare import (
     CONVERGED,
@@ -32,9 +32,9 @@ from leansd.evaluation.records import Record, stamp
 from leansd.evaluation.runs import FULL, PipelineCall, expand_calls
 from leansd.plans.liveness import predict_speedup
 from leansd.plans.plan import Plan
-from leansd.plans.presets import resolve
+from leansd.plans.resolve import resolve_plan
 from leansd.plans.tracing import compile_plan
-from leansd.runtime.samplers import name_sampler
+from leansd.runtime.context import describe_runs
 
 SHOWN = 8  # pictures of every case that are handed on for reports
 
@@ -110,11 +110,14 @@ def evaluate(
 
 def list_cases(pipe: DiffusionPipeline, plans: Sequence[Plan | str], steps: int) -> list[Case]:
     """The full run, then every plan, checked against the UNet."""
-    anatomy = read_anatomy(pipe.unet)
+    context = describe_runs(pipe, steps)
     cases = [Case(FULL, steps)]
     for source in plans:
-        plan = resolve(source, steps, blocks=anatomy.up_blocks, sampler=name_sampler(pipe))
-        plan.resolve(anatomy)
+        resolved = resolve_plan(source, context)
+        plan = resolved.plan
+        if not isinstance(source, Plan):  # of a plan its runs say it
+            for note in resolved.notes:
+                warnings.warn(note, stacklevel=3)
         # A plan that computes everything is not the run without a plan; it has to prove equal.
         name = f"{plan.name} plan" if plan.name in (FULL, CONVERGED) else plan.name
         cases.append(Case(name, steps, plan))

@@ -15,10 +15,9 @@ from diffusers import DiffusionPipeline
 from PIL.Image import Image
 from torch import Tensor
 
+from leansd.anatomy.fingerprint import encode_tensor, sample_weight
 from leansd.errors import LeansdError
 from leansd.version import __version__
-
-SAMPLED = 64  # values of every weight that the fingerprint of a pipeline looks at
 
 
 def fingerprint_pipe(pipe: DiffusionPipeline) -> str:
@@ -32,19 +31,7 @@ def fingerprint_pipe(pipe: DiffusionPipeline) -> str:
         if isinstance(part, torch.nn.Module):
             for key, value in part.state_dict().items():
                 digest.update(f"{key} {list(value.shape)} {value.dtype}".encode())
-                digest.update(_sample(value))
-    return digest.hexdigest()[:16]
-
-
-def fingerprint_module(module: torch.nn.Module) -> str:
-    """Sixteen hex digits of a network: its class, the shapes and a sample of all its weights.
-
-    The same in single and in half precision.
-    """
-    digest = sha256(type(module).__name__.encode())
-    for key, value in module.state_dict().items():
-        digest.update(f"{key} {list(value.shape)}".encode())
-        digest.update(_sample(value.half()))
+                digest.update(encode_tensor(sample_weight(value)))
     return digest.hexdigest()[:16]
 
 
@@ -81,7 +68,7 @@ def _(value: str | float | None) -> bytes:
 
 @describe.register
 def _(value: Tensor) -> bytes:
-    return f"{value.dtype} {list(value.shape)}".encode() + _as_bytes(value)
+    return f"{value.dtype} {list(value.shape)}".encode() + encode_tensor(value)
 
 
 @describe.register
@@ -103,18 +90,6 @@ def _(value: Sequence[Any]) -> bytes:
 @describe.register
 def _(value: dict) -> bytes:
     return b"{" + describe([[str(key), value[key]] for key in sorted(value)]) + b"}"
-
-
-def _sample(value: Tensor) -> bytes:
-    """Some values of a weight, evenly spread; training changes them all."""
-    if value.is_meta or not value.numel():
-        return b""
-    flat = value.reshape(-1)
-    return _as_bytes(flat[:: max(1, len(flat) // SAMPLED)])
-
-
-def _as_bytes(value: Tensor) -> bytes:
-    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _versions() -> str:

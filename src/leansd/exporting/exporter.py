@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
-
-from diffusers import UNet2DConditionModel
 
 from leansd.anatomy.reading import read_anatomy
 from leansd.cards import Card, write_card
@@ -17,13 +16,11 @@ from leansd.exporting.opening import name_source, open_net
 from leansd.exporting.plain import describe_losses, write_plain
 from leansd.exporting.sessions import require_packages
 from leansd.plans.plan import Plan
-from leansd.plans.presets import build_for, look_up
+from leansd.plans.resolve import PlanContext, find_source, resolve_plan
 from leansd.runtime.samplers import check_sampler
 
 Form = Literal["diffusers", "onnx"]
 FORMS: tuple[Form, ...] = get_args(Form)
-STEPS = 30
-"""Of a run for which a preset is exported, where nobody says."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ def export(
     """
     home = Path(folder).expanduser()
     check_form(to, home, plan)
-    source = look_up(plan) if plan is not None else None
+    source = find_source(plan) if plan is not None else None
     if sampler is not None:
         check_sampler(sampler)
     unet, own = open_net(net)
@@ -82,8 +79,11 @@ def export(
         return Exported(home, _measure(home), losses=losses)
     chosen = None
     if source is not None:
-        count = steps or (source.steps if isinstance(source, Plan) else STEPS)
-        chosen = build_for(source, count, _count_up_blocks(unet), sampler or own)
+        context = PlanContext(steps, sampler or own, anatomy=read_anatomy(unet))
+        resolved = resolve_plan(source, context)
+        chosen = resolved.plan
+        for note in resolved.notes:
+            warnings.warn(note, stacklevel=2)
     card = Card(home.name, nets, "onnx")
     difference = write_onnx(
         unet, home, chosen, tell, lambda draft, unet: write_card(draft, card, unet)
@@ -108,10 +108,6 @@ def check_form(to: str, folder: Path, plan: Plan | str | None = None) -> Form:
         )
     check_out(folder, replaces=TABLE if form == "onnx" else None)
     return form
-
-
-def _count_up_blocks(unet: UNet2DConditionModel) -> int:
-    return read_anatomy(unet).up_blocks
 
 
 def _measure(folder: Path) -> dict[str, int]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import diffusers
 import torch
 from diffusers import UNet2DConditionModel
 
 from leansd.errors import LeansdError
-from leansd.loading import EMBEDDED, is_unet_folder, load_unet, locate
+from leansd.loading import EMBEDDED, is_unet_folder, load_unet, locate, read_sampler
 from leansd.runtime.samplers import name_sampler
 
 FORMS = f"give {EMBEDDED!r}, a UNet's folder with a config.json, or a model in the diffusers layout"
@@ -63,14 +60,3 @@ def find_home(net: str | Path) -> Path:
     if not is_unet_folder(home) and not (home / "unet" / "config.json").is_file():
         raise LeansdError(f"no UNet in {net}: {FORMS}")
     return home
-
-
-def read_sampler(net: str | Path) -> str:
-    """The short name of a model's sampler; empty where a net is a UNet's folder alone."""
-    file = find_home(net) / "scheduler" / "scheduler_config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
-    except (OSError, ValueError, KeyError, AttributeError):
-        return ""
-    return name_sampler(SimpleNamespace(scheduler=scheduler))  # pyright: ignore[reportArgumentType]

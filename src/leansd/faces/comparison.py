@@ -7,7 +7,7 @@ the contestants.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from diffusers import DiffusionPipeline
@@ -21,7 +21,7 @@ from leansd.faces.outlines import predict_gain
 from leansd.faces.scoring import Scorer
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.plan import Plan
-from leansd.plans.presets import HOUSE, PRESETS, preset
+from leansd.plans.presets import PRESETS
 from leansd.runtime.samplers import name_sampler
 from leansd.text import Table
 
@@ -74,9 +74,8 @@ class Comparison:
     entries: tuple[Entry, ...]
 
 
-def line_up(anatomy: Anatomy, steps: int, sampler: str = "") -> list[Contestant]:
+def line_up(anatomy: Anatomy, steps: int, plans: Mapping[str, Plan]) -> list[Contestant]:
     """The full run, every preset of the house, and fewer steps at about the cost of `balanced`."""
-    plans = {name: preset(name, steps, blocks=anatomy.up_blocks, sampler=sampler) for name in HOUSE}
     fewer = max(1, round(steps / predict_gain(plans["balanced"], anatomy)))
     return [
         Contestant(FULL, f"the whole UNet at each of {steps} steps", steps),

@@ -13,7 +13,8 @@ from leansd.errors import LeansdError
 from leansd.evaluation.contest import OURS, STRENGTH, Contest, Contestant, Grounds, send_plan
 from leansd.evaluation.runs import PipelineCall, run_calls
 from leansd.plans.plan import Plan
-from leansd.plans.presets import HOUSE, look_up, preset, resolve
+from leansd.plans.presets import HOUSE
+from leansd.plans.resolve import PlanContext, find_source, resolve_plan
 from leansd.tuning.front import Front
 
 SAMPLERS = ("dpm++2m", "ddim", "euler")
@@ -99,7 +100,7 @@ def check_plans(sources: Sequence[str]) -> None:
     """
     for source in sources:
         if not Path(source).is_dir():
-            look_up(source)
+            find_source(source)
         elif not any(Path(source).glob("*.json")):
             raise LeansdError(
                 f"no plans in {source}: a folder holds SAMPLER-STEPS-GOAL.json, as in "
@@ -113,10 +114,9 @@ def choose_plans(sources: Sequence[str], contest: Contest, blocks: int) -> tuple
     A folder holds plans named SAMPLER-STEPS-GOAL.json, and fronts, SAMPLER-STEPS.json, or those of
     `name_own_front`; a plan file of another step count sits out.
     """
+    context = PlanContext(contest.steps, contest.sampler, blocks=blocks)
     if not sources:
-        return tuple(
-            preset(name, contest.steps, blocks=blocks, sampler=contest.sampler) for name in HOUSE
-        )
+        return tuple(resolve_plan(name, context).plan for name in HOUSE)
     plans: list[Plan] = []
     for source in sources:
         if Path(source).is_dir():
@@ -131,9 +131,9 @@ def choose_plans(sources: Sequence[str], contest: Contest, blocks: int) -> tuple
                 if not OWN_SETTING.fullmatch(file.stem.removeprefix(stem))
             ]
             continue
-        found = look_up(source)
+        found = find_source(source)
         if not isinstance(found, Plan) or found.steps == contest.steps:
-            plans.append(resolve(source, contest.steps, blocks=blocks, sampler=contest.sampler))
+            plans.append(resolve_plan(found, context).plan)
     return tuple(plans)
 
 

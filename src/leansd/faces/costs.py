@@ -11,7 +11,8 @@ from leansd.evaluation.prediction import Prediction
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.liveness import Program
 from leansd.plans.plan import Plan
-from leansd.plans.presets import HOUSE, preset
+from leansd.plans.presets import HOUSE
+from leansd.plans.resolve import PlanContext, resolve_plan
 from leansd.plans.tracing import compile_plan
 from leansd.text import Table
 
@@ -53,6 +54,13 @@ class Profiled:
     repeats: int
     circumstances: dict[str, str]
     vae: OtherVae | None = None
+    sampler: str = ""
+    """Short name of the sampler that presets are for."""
+
+    def resolve(self, name: str) -> Plan:
+        """The plan of a preset for these runs."""
+        context = PlanContext(self.steps, self.sampler, anatomy=self.anatomy)
+        return resolve_plan(name, context).plan
 
     def compile(self, plan: Plan) -> Program:
         return compile_plan(plan, self.anatomy, guided=self.cost.is_guided)
@@ -61,8 +69,7 @@ class Profiled:
     def gains(self) -> tuple[Gain, ...]:
         """Of no plan at all, the house presets, and DeepCache's schedule."""
         names = ("full", *HOUSE, "deepcache")
-        plans = [preset(name, self.steps, blocks=self.anatomy.up_blocks) for name in names]
-        return tuple(self._predict_gain(plan) for plan in plans)
+        return tuple(self._predict_gain(self.resolve(name)) for name in names)
 
     def _predict_gain(self, plan: Plan) -> Gain:
         program = self.compile(plan)
@@ -94,7 +101,7 @@ class Profiled:
 
     @cached_property
     def example(self) -> Plan:
-        return preset(EXAMPLE, self.steps, blocks=self.anatomy.up_blocks)
+        return self.resolve(EXAMPLE)
 
 
 def tabulate_blocks(profiled: Profiled) -> Table:

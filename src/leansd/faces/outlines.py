@@ -23,19 +23,18 @@ from leansd.loading import (
     load,
     load_outline,
     load_unet,
+    read_sampler,
 )
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.liveness import Net, predict_speedup
 from leansd.plans.plan import NO_NETS, Plan
-from leansd.plans.presets import PRESETS, resolve
+from leansd.plans.resolve import PlanContext
 from leansd.plans.tracing import compile_plan
 from leansd.tuning.front import Front
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-STEPS = 30
-"""Steps of a run where the user names none and no plan file says."""
 FORMATS = (".png", ".svg", ".pdf")
 
 
@@ -66,32 +65,16 @@ def open_unet(model: str | Path, *, device: str | None = None) -> UNet2DConditio
     return unet.to(where, torch.float16 if where.type == "cuda" else torch.float32)
 
 
-def choose_plan(
-    source: str,
-    steps: int | None,
+def outline_runs(
+    model: str | Path,
     anatomy: Anatomy,
+    steps: int | None,
     *,
+    sampler: str | None = None,
     nets: Mapping[str, Anatomy] = NO_NETS,
-    fit: bool = False,
-    sampler: str = "",
-) -> Plan:
-    """A preset or a plan file, checked against a UNet and the others that it runs.
-
-    Without `steps` a file keeps its own count; with others it is refused unless `fit` is set.
-    """
-    if source not in PRESETS and Path(source).is_file():
-        plan = Plan.load(source)
-        if steps is not None and plan.steps != steps:
-            if not fit:
-                raise LeansdError(
-                    f"plan {source} is for {plan.steps} steps, not {steps}: "
-                    f"add --fit to stretch it, or use --steps {plan.steps}"
-                )
-            plan = plan.fit(steps)
-    else:
-        plan = resolve(source, steps or STEPS, blocks=anatomy.up_blocks, sampler=sampler)
-    plan.resolve(anatomy, nets)
-    return plan
+) -> PlanContext:
+    """What is known of a model's runs before a weight is read, to find a wrong plan early."""
+    return PlanContext(steps, sampler or read_sampler(model), anatomy=anatomy, nets=nets)
 
 
 def read_nets(given: Sequence[str]) -> dict[str, str]:

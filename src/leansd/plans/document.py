@@ -6,22 +6,30 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from leansd.errors import LeansdError
 from leansd.plans.drift import Drift, Measure
 from leansd.plans.gate import Attend
+from leansd.plans.methods import METHODS, NO_CORRECTION, Correction
 from leansd.plans.plan import Plan, Tuned
-from leansd.plans.row import NO_CORRECTION, OWN, Correction, Guidance, How, Row
+from leansd.plans.row import OWN, Guidance, Row
+from leansd.text import suggest_name
 
 VERSION = 1
 
 
+def _check_method(how: str) -> str:
+    if how not in METHODS:
+        raise ValueError(f"no way to inherit is called {how!r}{suggest_name(how, METHODS)}")
+    return how
+
+
 class RowDocument(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    inherit: dict[str, How] = Field(default_factory=dict)
+    inherit: dict[str, Annotated[str, AfterValidator(_check_method)]] = Field(default_factory=dict)
     guidance: Guidance = "compute"
     correct: tuple[FiniteFloat, FiniteFloat] = NO_CORRECTION
     attend: dict[str, Attend] = Field(default_factory=dict)

@@ -8,6 +8,7 @@ net runs, the units of the pipeline's own are `:`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from leansd.plans.address import get_block, get_layer
 from leansd.plans.anatomy import Anatomy, Unit
 from leansd.plans.gate import Attend
 from leansd.plans.liveness import GUIDANCE, Net
+from leansd.plans.methods import METHODS
 from leansd.plans.plan import Plan
 from leansd.plans.row import OWN, Guidance
 from leansd.plans.tracing import compile_plan
@@ -22,19 +24,38 @@ from leansd.plans.tracing import compile_plan
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MARKS = {
-    "compute": "#",
-    "reuse": "=",
-    "residual": "+",
-    "forecast": "~",
-    "forecast2": "^",
-    "chebyshev": "%",
-    "chebyshev-line": "&",
-    "idle": ".",
-    "gri": "g",
-    "full-attention": "f",
-    "elsewhere": ":",
+
+@dataclass(frozen=True)
+class State:
+    """What a cell of a plan's grid says."""
+
+    mark: str
+    """One character, in text."""
+    label: str
+    """In legends."""
+    colour: str
+    """On white."""
+    dark: str
+    """On a dark page."""
+
+
+_COMPUTED = {"compute": State("#", "computed", "#3b6fd8", "#5b8bea")}
+_OTHERS = {
+    "idle": State(".", "idle", "#e8eaee", "#2a2e36"),
+    "gri": State("g", "GRI", "#7cc4ef", "#8fd0f2"),
+    "full-attention": State("f", "full attention", "#23408f", "#3d5fc0"),
+    "elsewhere": State(":", "another net runs", "#f3f4f7", "#22252c"),
 }
+
+
+def get_states() -> dict[str, State]:
+    """All that cells can say: computed, every way of `METHODS` to inherit, and the rest."""
+    methods = {
+        name: State(each.mark, each.label, each.colour, each.dark) for name, each in METHODS.items()
+    }
+    return {**_COMPUTED, **methods, **_OTHERS}
+
+
 ATTEND_STATES: dict[Attend | None, str] = {
     None: "compute",
     "gri": "gri",
@@ -46,23 +67,10 @@ GUIDANCE_STATES: dict[Guidance, str] = {
     "forecast": "forecast",
     "drop": "idle",
 }
-COLOURS = {
-    "compute": "#2563eb",
-    "reuse": "#f59e0b",
-    "residual": "#a855f7",
-    "forecast": "#10b981",
-    "forecast2": "#0f766e",
-    "chebyshev": "#be185d",
-    "chebyshev-line": "#9d174d",
-    "idle": "#e5e7eb",
-    "gri": "#7dd3fc",
-    "full-attention": "#1e3a8a",
-    "elsewhere": "#f8fafc",
-}
 
 
 def list_states(plan: Plan, anatomy: Anatomy) -> dict[str, list[str]]:
-    """For every unit (parts and guidance if need be) its state at every step: a key of `MARKS`."""
+    """For every unit (parts and guidance if need be) its state at every step: a key of `get_states`."""
     # What other nets are is not known here: only that they run.
     nets = {name: Net(anatomy) for name in plan.nets}
     calls = compile_plan(plan, anatomy, nets=nets).calls
@@ -91,12 +99,12 @@ def list_nets(plan: Plan) -> dict[str, list[str]]:
 
 def draw_grid(plan: Plan, anatomy: Anatomy) -> str:
     """The plan as a grid of units and steps, with the share of multiply-accumulates where known."""
-    states = list_states(plan, anatomy)
+    states, known = list_states(plan, anatomy), get_states()
     width = max(len(at) for at in states)
     lines = [*_headlines(plan), " " * width + " " + _ruler(plan.steps)]
     for at, row in states.items():
-        lines.append(f"{at:<{width}} " + "".join(MARKS[state] for state in row))
-    lines.append(" ".join(f"{mark} {state}" for state, mark in MARKS.items()))
+        lines.append(f"{at:<{width}} " + "".join(known[state].mark for state in row))
+    lines.append(" ".join(f"{each.mark} {state}" for state, each in known.items()))
     return "\n".join(lines)
 
 
@@ -116,11 +124,11 @@ def list_row_states(plan: Plan) -> dict[str, list[str]]:
 
 def draw_rows(plan: Plan) -> str:
     """The plan without a UNet: a line for each address or glob it names."""
-    states = list_row_states(plan)
+    states, known = list_row_states(plan), get_states()
     width = max((len(name) for name in states), default=8)
     lines = [*_headlines(plan), " " * width + " " + _ruler(plan.steps)]
     for name, row in states.items():
-        lines.append(f"{name:<{width}} " + "".join(MARKS[state] for state in row))
+        lines.append(f"{name:<{width}} " + "".join(known[state].mark for state in row))
     return "\n".join(lines)
 
 
@@ -132,7 +140,8 @@ def draw_picture(plan: Plan, anatomy: Anatomy | None = None) -> Figure:
 
     states = list_row_states(plan) if anatomy is None else list_states(plan, anatomy)
     states = states or {"everything": ["compute"] * plan.steps}
-    codes = {state: code for code, state in enumerate(COLOURS)}
+    known = get_states()
+    codes = {state: code for code, state in enumerate(known)}
     cells = [[codes[state] for state in row] for row in states.values()]
     figure = Figure(
         figsize=(2.2 + plan.steps * 0.17, 1.3 + len(states) * 0.15), layout="constrained"
@@ -140,9 +149,9 @@ def draw_picture(plan: Plan, anatomy: Anatomy | None = None) -> Figure:
     axes = figure.add_subplot()
     axes.imshow(
         cells,
-        cmap=ListedColormap(list(COLOURS.values())),
+        cmap=ListedColormap([each.colour for each in known.values()]),
         vmin=0,
-        vmax=len(COLOURS) - 1,
+        vmax=len(known) - 1,
         aspect="auto",
     )
     axes.set_xticks([step + 0.5 for step in range(plan.steps)], minor=True)
@@ -155,7 +164,11 @@ def draw_picture(plan: Plan, anatomy: Anatomy | None = None) -> Figure:
     axes.spines[:].set_visible(False)
     used = {state for row in states.values() for state in row}
     axes.legend(
-        handles=[Patch(color=COLOURS[state], label=state) for state in COLOURS if state in used],
+        handles=[
+            Patch(color=each.colour, label=each.label)
+            for state, each in known.items()
+            if state in used
+        ],
         loc="upper left", bbox_to_anchor=(0, -0.06), ncols=5, fontsize=7, frameon=False,
     )  # fmt: skip
     return figure

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
 from leansd.plans import keysteps
-from leansd.plans.plan import Plan
+from leansd.plans.plan import Plan, Tuned
 from leansd.plans.registry import register
 
 SPEEDS = {"quality": 1.5, "balanced": 2.0, "fast": 2.5, "turbo": 3.0}
@@ -22,6 +23,8 @@ INTERVALS = {"quality": 2, "balanced": 3, "fast": 4, "turbo": 6}
 """Every how many steps a staged one computes in full."""
 HOUSE = tuple(SPEEDS)
 """Slowest first."""
+DEFAULT_SAMPLER = "dpm++2m"
+"""Of the embedded model; where nobody says what the sampler is, presets are as tuned for it."""
 TUNED = Path(__file__).parent / "tuned.json"
 
 
@@ -30,12 +33,11 @@ def build_full(*, steps: int, blocks: int) -> Plan:
     return Plan.full(steps)
 
 
-def build_house(*, steps: int, blocks: int, sampler: str = "", name: str) -> Plan:
+def build_house(*, steps: int, blocks: int, sampler: str = DEFAULT_SAMPLER, name: str) -> Plan:
     """The tuned plan for the sampler, from the nearest step count, or the staged one."""
-    known = load_tuned() if sampler else {}
     tuned = [
         (abs(math.log(count / steps)), plans[name])
-        for (kind, count), plans in known.items()
+        for (kind, count), plans in load_tuned().items()
         if kind == sampler and name in plans
     ]
     if not tuned:
@@ -49,6 +51,11 @@ def build_staged(*, steps: int, blocks: int, interval: int) -> Plan:
     return Plan.between(keys, cut=f"up{blocks - 1}.l1", steps=steps, how="forecast")
 
 
+def list_tuned_samplers(name: str) -> list[str]:
+    """The samplers that a preset is tuned for."""
+    return list(dict.fromkeys(kind for (kind, _), plans in load_tuned().items() if name in plans))
+
+
 @cache
 def load_tuned(path: Path = TUNED) -> dict[tuple[str, int], dict[str, Plan]]:
     """The tuned plans by sampler and step count, and by the preset's name."""
@@ -60,7 +67,10 @@ def load_tuned(path: Path = TUNED) -> dict[tuple[str, int], dict[str, Plan]]:
     rows = json.loads(path.read_text(encoding="utf-8"))
     return {
         (row["sampler"], row["steps"]): {
-            name: make_plan(PlanDocument.model_validate(plan))
+            # For any weights: what they were tuned on says nothing of where they are used.
+            name: replace(
+                make_plan(PlanDocument.model_validate(plan)), tuned=Tuned(row["sampler"], unet="")
+            )
             for name, plan in row["plans"].items()
         }
         for row in rows

@@ -11,7 +11,6 @@ inherits or drops guidance, only the conditional lane runs, and what is kept is 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,7 +22,8 @@ from leansd.errors import LeansdError
 from leansd.plans.anatomy import HEAD, Anatomy
 from leansd.plans.drift import SAMPLE, Drift
 from leansd.plans.gate import Attend, Gates, count_attention
-from leansd.plans.row import NO_CORRECTION, OWN, Correction, Guidance, How
+from leansd.plans.methods import METHODS, NO_CORRECTION, Correction
+from leansd.plans.row import OWN, Guidance, How
 
 Lane = Literal["all", "rest", "cond"]
 """`all` of a batch; or of a guided one the `cond`itional half, which comes last, and the `rest`."""
@@ -45,16 +45,6 @@ class Pattern:
     active: frozenset[str] = frozenset()
     """Units and parts that are computed."""
 
-
-DEPTHS: dict[How, int] = {
-    "reuse": 1,
-    "residual": 1,
-    "forecast": 2,
-    "forecast2": 3,
-    "chebyshev": sys.maxsize,
-    "chebyshev-line": sys.maxsize,
-}
-"""How many computed outputs each way of inheriting draws on, at most."""
 
 What = Literal["output", "change", "difference"]
 """A unit's output; what it added to its input; conditional minus unconditional output."""
@@ -188,8 +178,8 @@ def find_pattern(anatomy: Anatomy, inherits: Mapping[str, How]) -> Pattern:
             computed.add(unit.at)
         else:
             inherited[unit.at] = how
-        # A residual needs the present input; the head's is the UNet's own.
-        if how is None or (how == "residual" and unit.at != HEAD):
+        # A change is added to the present input; the head's is the UNet's own.
+        if how is None or (METHODS[how].of_change and unit.at != HEAD):
             needed.update(unit.reads)
     working = [part.at for part in anatomy.parts if part.reads[0] in computed]
     parts: dict[str, How] = {at: inherits[at] for at in working if at in inherits}

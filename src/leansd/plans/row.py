@@ -5,25 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import HEAD, STEM, Anatomy
 from leansd.plans.gate import Attend, Gates, check_gates
+from leansd.plans.methods import METHODS, NO_CORRECTION, Correction
 
-How = Literal["reuse", "residual", "forecast", "forecast2", "chebyshev", "chebyshev-line"]
-"""How a unit gives an output that it does not compute.
-
-`reuse`     the output it gave when it was last computed.
-`residual`  its present input plus what it added to its input when it was last computed; for the
-            head, whose output is the UNet's, the input is the UNet's own.
-`forecast`  the line through its last two computed outputs, over log-SNR.
-`forecast2` the parabola through its last three, over log-SNR.
-`chebyshev` Spectrum's ridge regression on Chebyshev polynomials over the calls, of all computed
-            outputs (`runtime/spectrum.py`).
-`chebyshev-line` the mean of that and of the line through its last two, over the calls.
-"""
-HOWS: tuple[How, ...] = get_args(How)
+How = str
+"""How a unit gives an output that it does not compute: a word of `leansd.plans.methods.METHODS`."""
 
 Guidance = Literal["compute", "inherit", "forecast", "drop"]
 """What a guided call does with its unconditional half.
@@ -35,20 +25,6 @@ Guidance = Literal["compute", "inherit", "forecast", "drop"]
 """
 GUIDANCES: tuple[Guidance, ...] = get_args(Guidance)
 
-
-class Correction(NamedTuple):
-    """How far a computed output of the UNet is moved on, to make good what was inherited before.
-
-    Multiples of what a forecast of it would have been wrong by.
-    """
-
-    line: float = 0.0
-    """Of the forecast by the line through the last two outputs computed before."""
-    last: float = 0.0
-    """Of the last of them as it was."""
-
-
-NO_CORRECTION = Correction()
 
 OWN = ""
 """What the pipeline's own UNet is called among the nets of a plan."""
@@ -100,8 +76,8 @@ def check_row(step: int, row: Row) -> None:
         )
     check_gates(step, row.attend)
     for pattern, how in row.inherit.items():
-        if how not in HOWS:
-            known = ", ".join(HOWS)
+        if how not in METHODS:
+            known = ", ".join(METHODS)
             raise LeansdError(f"step {step}, {pattern}: unknown how {how!r}; there are {known}")
 
 
@@ -118,19 +94,19 @@ def resolve_row(step: int, row: Row, anatomy: Anatomy) -> dict[str, How]:
         except LeansdError as error:
             raise LeansdError(f"step {step}: {error}") from None
         for unit in units:
-            if how == "residual" and len(unit.at.split(".")) > 3:
+            if METHODS[how].of_change and len(unit.at.split(".")) > 3:
                 raise LeansdError(
                     f"step {step}: {unit.at} is itself added to its input; use reuse or forecast"
                 )
             given = anatomy[STEM].channels[0] if unit.at == HEAD else unit.channels[0]
             # Further channels of the UNet's input (masks, other pictures) follow the latents.
             fits = given >= unit.channels[1] if unit.at == HEAD else given == unit.channels[1]
-            if how == "residual" and not fits:
+            if METHODS[how].of_change and not fits:
                 raise LeansdError(
                     f"step {step}: {unit.at} cannot inherit its residual: it takes "
                     f"{given} channels, gives {unit.channels[1]}; use reuse or forecast"
                 )
-            if how == "residual" and unit.kind.endswith("sampler"):
+            if METHODS[how].of_change and unit.kind.endswith("sampler"):
                 raise LeansdError(
                     f"step {step}: {unit.at} cannot inherit its residual: it changes the size; "
                     "use reuse or forecast"

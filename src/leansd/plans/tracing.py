@@ -9,7 +9,6 @@ from itertools import chain
 
 from leansd.plans.anatomy import HEAD, Anatomy
 from leansd.plans.liveness import (
-    DEPTHS,
     GUIDANCE,
     NO_NETS,
     Call,
@@ -22,8 +21,9 @@ from leansd.plans.liveness import (
     find_pattern,
     find_probe,
 )
+from leansd.plans.methods import GUIDANCE_METHODS, METHODS, NO_CORRECTION, Correction
 from leansd.plans.plan import Plan
-from leansd.plans.row import NO_CORRECTION, OWN, Correction, Guidance, How, Row
+from leansd.plans.row import OWN, Guidance, How, Row
 
 Sources = Mapping[str, tuple[tuple[Kept, ...], ...]]
 
@@ -137,7 +137,7 @@ class _Trace:
         """The next call, with what it can inherit of what its row says."""
         if net is not self._net:
             self._switch(net)
-        if guidance in ("inherit", "forecast") and not self._knows(GUIDANCE, ("cond",)):
+        if guidance in GUIDANCE_METHODS and not self._knows(GUIDANCE, ("cond",)):
             guidance = "compute"
         lanes = _pick_lanes(guidance, guides=self._guides)
         known: dict[str, How] = {at: how for at, how in inherits.items() if self._knows(at, lanes)}
@@ -147,8 +147,8 @@ class _Trace:
             at: tuple(self._list_sources(at, lane, how) for lane in lanes)
             for at, how in inherited.items()
         }
-        if guidance in ("inherit", "forecast"):
-            how: How = "forecast" if guidance == "forecast" else "reuse"
+        if guidance in GUIDANCE_METHODS:
+            how = GUIDANCE_METHODS[guidance]
             sources[GUIDANCE] = (self._list_sources(GUIDANCE, "cond", how),)
         self._inherits = self._inherits or HEAD in pattern.inherited
         corrects = self._list_corrects(row.correct, lanes)
@@ -191,11 +191,11 @@ class _Trace:
 
     def _list_sources(self, at: str, lane: Lane, how: How) -> tuple[Kept, ...]:
         """What an inherited unit is made from: its latest computed outputs."""
-        what: What = "change" if how == "residual" else "output"
+        what: What = "change" if METHODS[how].of_change else "output"
         if at == GUIDANCE:
             what = "difference"
         name = self._name(at)
-        calls = self._computed_at[name, lane][: DEPTHS[how]]
+        calls = self._computed_at[name, lane][: METHODS[how].depth]
         return tuple(Kept(name, call, what, lane) for call in calls)
 
     def _list_corrects(

@@ -15,11 +15,13 @@ from leansd.anatomy.reading import read_anatomy
 from leansd.errors import LeansdError
 from leansd.plans.liveness import Lane, Program
 from leansd.plans.plan import Plan
-from leansd.plans.presets import Preset, build_for, suits
+from leansd.plans.presets import Preset
+from leansd.plans.resolve import PlanContext, resolve_plan
 from leansd.plans.row import OWN
 from leansd.plans.tracing import compile_plan
 from leansd.runtime.adaptive import AdaptiveBranch
 from leansd.runtime.clock import Clock, Course, LoopClock, SchedulerClock, Tick
+from leansd.runtime.context import describe_runs
 from leansd.runtime.control import (
     Control,
     ControlRun,
@@ -33,7 +35,6 @@ from leansd.runtime.guidance import count_pictures, find_lane, guides, is_guided
 from leansd.runtime.nets import ALONE, Company
 from leansd.runtime.passes import Branch, Step
 from leansd.runtime.report import Lap, Report, Tally
-from leansd.runtime.samplers import name_sampler
 
 
 class Attachment:
@@ -219,28 +220,18 @@ class Attachment:
         return picked[1]
 
     def _build_plan(self, steps: int, engine: Engine) -> Plan:
-        if not suits(self.source, steps):
-            warnings.warn(
-                f"{steps} steps change too much each for inheritance to gain anything, so they run "
-                f"in full; to follow the preset all the same give the plan itself, "
-                f"leansd.preset({self.source.name!r}, steps={steps})",
-                stacklevel=2,
-            )
-            return Plan.full(steps)
+        nets = {name: net.anatomy for name, net in self.company.nets.items()}
+        context = PlanContext(steps, anatomy=engine.anatomy, nets=nets)
+        if self.pipe is not None:
+            context = describe_runs(self.pipe, steps, anatomy=engine.anatomy, nets=nets)
         try:
-            sampler = name_sampler(self.pipe) if self.pipe is not None else ""
-            plan = build_for(self.source, steps, engine.anatomy.up_blocks, sampler)
+            resolved = resolve_plan(self.source, context)
         except LeansdError:
             self.abort()
             raise
-        if plan.tuned is not None and self.pipe is not None:
-            own = {sampler, type(self.pipe.scheduler).__name__}
-            if plan.tuned.sampler not in own:
-                warnings.warn(
-                    f"plan {plan.name} was tuned for sampler {plan.tuned.sampler}, not {sampler}: "
-                    "it runs, but nothing says that it is any good; leansd.tune makes one that is",
-                    stacklevel=2,
-                )
+        for note in resolved.notes:
+            warnings.warn(note, stacklevel=2)
+        plan = resolved.plan
         if plan.drift is not None and self.compile_options is not None:
             warnings.warn(
                 f"plan {plan.name} decides as it runs what each picture inherits, which one graph "

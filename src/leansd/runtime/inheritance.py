@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 
 from leansd.errors import LeansdError
 from leansd.plans.plan import Plan
-from leansd.plans.presets import look_up
+from leansd.plans.resolve import find_source
 from leansd.runtime.attachment import Attachment
 from leansd.runtime.engines import list_attachments
 from leansd.runtime.graphs import read_options
@@ -80,7 +80,9 @@ def _make_attachment(
     compile: bool | Mapping[str, Any],
 ) -> Attachment:
     pipe, unet = _split_target(target)
-    return Attachment(unet, pipe, look_up(plan), read_options(compile), keep_company(unet, nets))
+    return Attachment(
+        unet, pipe, find_source(plan), read_options(compile), keep_company(unet, nets)
+    )
 
 
 def _split_target(target: Any) -> tuple[Any | None, UNet2DConditionModel]:

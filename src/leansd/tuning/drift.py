@@ -19,7 +19,8 @@ from leansd.errors import LeansdError
 from leansd.evaluation.records import Record, stamp
 from leansd.evaluation.runs import PipelineCall, run_calls
 from leansd.plans.anatomy import HEAD, Anatomy
-from leansd.plans.liveness import DEPTHS, Pattern, find_pattern
+from leansd.plans.liveness import Pattern, find_pattern
+from leansd.plans.methods import METHODS
 from leansd.plans.row import How
 from leansd.runtime.clock import SchedulerClock, Tick
 from leansd.runtime.engines import list_attachments
@@ -31,7 +32,7 @@ from leansd.tuning.calibration import require_one_call_a_step
 UNET = "unet"
 GAPS = (1, 2, 3)
 WAYS: tuple[How, ...] = ("reuse", "forecast", "forecast2")
-REACH = max(GAPS) * max(DEPTHS[how] for how in WAYS)
+REACH = max(GAPS) * max(METHODS[how].depth for how in WAYS)
 """Steps back that an inherited output can draw on."""
 
 
@@ -151,7 +152,7 @@ class _Watch:
         resting = {at: self._now[at] for at in pattern.idle}
         for how in WAYS:
             for gap in GAPS:
-                back = [gap * (place + 1) for place in range(DEPTHS[how])]
+                back = [gap * (place + 1) for place in range(METHODS[how].depth)]
                 if back[-1] > len(self._past):
                     continue
                 points = [tick.course.log_snr[tick.index - each] for each in back]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from leansd.plans.liveness import DEPTHS
+from leansd.plans.methods import METHODS
 from leansd.plans.row import NO_CORRECTION, Correction, How
 from leansd.runtime.store import weigh
 from leansd.tuning.calibration import Calibration
@@ -134,7 +134,7 @@ class ErrorModel:
         """What a forecast at `step` is made of, in the basis; not to be written to."""
         asked = tuple(keys), step, how
         if asked not in self._made:
-            self._made[asked] = self._make_forecast(asked[0], step, DEPTHS[how])
+            self._made[asked] = self._make_forecast(asked[0], step, METHODS[how].depth)
         return self._made[asked]
 
     def _make_forecast(self, keys: Sequence[Key], step: int, depth: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 import torch
 
 from leansd.plans.anatomy import HEAD
-from leansd.plans.liveness import DEPTHS
+from leansd.plans.methods import METHODS
 from leansd.plans.plan import Plan
 from leansd.tuning.calibration import Calibration
 from leansd.tuning.dynamic import Proposal, Stretch
@@ -118,7 +118,7 @@ def list_neighbours(
         if stretch.end - stretch.key.step > 1:
             for action in choices:
                 # With fewer key steps behind it, a parabola is a line.
-                if action != stretch.action and place + 1 >= DEPTHS[action.how]:
+                if action != stretch.action and place + 1 >= METHODS[action.how].depth:
                     changed = [*actions[:place], action, *actions[place + 1 :]]
                     neighbours.append(_join(keys, changed, count))
     return neighbours

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from leansd.plans.liveness import DEPTHS
+from leansd.plans.methods import METHODS
 from leansd.plans.row import How
 from leansd.runtime.store import weigh
 
@@ -29,7 +29,7 @@ class Memory:
 
     def forecast(self, place: float, how: How) -> torch.Tensor:
         """The polynomial through the last outputs, [B, C, H, W]."""
-        known = self._known[-DEPTHS[how] :]
+        known = self._known[-METHODS[how].depth :]
         points = [here for here, _ in known]
         return torch.stack([weigh(place, here, points) * each for here, each in known]).sum(0)
 

@@ -20,10 +20,10 @@ from typing import Any
 
 from diffusers import UNet2DConditionModel
 
+from leansd.anatomy.fingerprint import fingerprint_module
 from leansd.anatomy.reading import read_anatomy
 from leansd.errors import LeansdError
 from leansd.evaluation.cost import CostModel
-from leansd.evaluation.fingerprints import fingerprint_module
 from leansd.evaluation.profile import profile
 from leansd.evaluation.records import name_device
 from leansd.evaluation.runs import PipelineCall, expand_calls

@@ -21,13 +21,14 @@ from leansd.evaluation.profile import profile
 from leansd.evaluation.prompts import find_guidance
 from leansd.evaluation.records import stamp
 from leansd.faces.costs import Profiled
-from leansd.faces.provenance import check_tuned
 from leansd.loading import load
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.liveness import predict_speedup
 from leansd.plans.plan import Plan
 from leansd.plans.presets import HOUSE, PRESETS, preset
+from leansd.plans.resolve import PlanContext, Resolved, resolve_plan
 from leansd.plans.tracing import compile_plan
+from leansd.runtime.context import describe_runs
 from leansd.runtime.samplers import name_sampler, set_sampler
 from leansd.tuning.calibration import require_tunable
 from leansd.tuning.front import Front, Point
@@ -170,15 +171,19 @@ class Studio:
         Raises:
             LeansdError: there is none, or it does not suit the UNet.
         """
+        return self.resolve(choice, settings).plan
+
+    def resolve(self, choice: str, settings: Settings) -> Resolved:
+        """The same with what must be said of it."""
         model = self.open(settings.model)
+        source: Plan | str = choice
         if choice.startswith(SAVED):
-            plan = self.folders.load_plan(choice.removeprefix(SAVED)).fit(settings.steps)
-        else:
-            sampler = model.sampler if settings.sampler == OWN_SAMPLER else settings.sampler
-            blocks = model.anatomy.up_blocks
-            plan = preset(choice, settings.steps, blocks=blocks, sampler=sampler)
-        self.check_plan(plan, model)
-        return plan
+            source = self.folders.load_plan(choice.removeprefix(SAVED))
+        sampler = model.sampler if settings.sampler == OWN_SAMPLER else settings.sampler
+        context = PlanContext(settings.steps, sampler, anatomy=model.anatomy)
+        resolved = resolve_plan(source, context, fit=True)
+        self.check_plan(resolved.plan, model)
+        return resolved
 
     def check_plan(self, plan: Plan, model: Model) -> None:
         """Refuse a plan that this model cannot follow here."""
@@ -224,7 +229,10 @@ class Studio:
                 f"plan {plan.name} is for {plan.steps} steps, not {settings.steps}: choose it again"
             )
         with self._work_on(settings, ticket) as opened:
-            warnings = check_tuned(plan, opened.pipe, guidance=settings.guidance, force=True)
+            context = describe_runs(
+                opened.pipe, anatomy=opened.model.anatomy, guidance=settings.guidance
+            )
+            warnings = resolve_plan(plan, context).notes
             outcome = hold_duel(
                 opened.pipe,
                 request,
@@ -236,7 +244,7 @@ class Studio:
             )
             opened.warm = True
         entry = keep_entry(self.folders.history, settings, plan, outcome)
-        return Drawn(entry, tuple(warnings))
+        return Drawn(entry, warnings)
 
     def profile(
         self, settings: Settings, *, ticket: Ticket, tell: Callable[[int, int], None]
@@ -258,7 +266,9 @@ class Studio:
             )
             facts = stamp(opened.pipe.device)
         model = opened.model
-        model.profiled = Profiled(cost, model.anatomy, settings.steps, (), PROFILE_REPEATS, facts)
+        model.profiled = Profiled(
+            cost, model.anatomy, settings.steps, (), PROFILE_REPEATS, facts, sampler=model.sampler
+        )
         return model.profiled
 
     def tune(

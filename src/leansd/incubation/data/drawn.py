@@ -10,8 +10,8 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from leansd.anatomy.fingerprint import fingerprint_module
 from leansd.errors import LeansdError
-from leansd.evaluation.fingerprints import fingerprint_module
 from leansd.incubation.data.encoding import has_sizes, make_time_ids
 from leansd.incubation.data.order import make_generator
 from leansd.incubation.data.parts import Latents

@@ -19,8 +19,8 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from leansd.anatomy.fingerprint import fingerprint_module
 from leansd.errors import LeansdError
-from leansd.evaluation.fingerprints import fingerprint_module
 from leansd.incubation.batches import Conditions
 from leansd.incubation.data.parts import Latents
 from leansd.incubation.data.samples import Flaw, Sample

@@ -1,0 +1,188 @@
+"""The one road from what a user says to a plan: a name, a file or a plan, and the runs it is for.
+
+The API, every command, the page, exports and bulk all resolve their plans here, so the same words
+mean the same plan everywhere, and what must be said of it is said in the same sentences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from leansd.errors import LeansdError
+from leansd.plans.anatomy import Anatomy
+from leansd.plans.house import DEFAULT_SAMPLER, list_tuned_samplers
+from leansd.plans.plan import NO_NETS, Plan
+from leansd.plans.presets import PRESETS, Preset
+from leansd.text import suggest_name
+
+STEPS = 30
+"""Steps of a run where the user names none and no plan file says."""
+FEW_STEPS = 8
+"""Runs of few-step models (LCM, Turbo, Lightning) have no more than these."""
+
+
+@dataclass(frozen=True)
+class PlanContext:
+    """What is known of the runs that a plan is for; what is not known is left out.
+
+    `leansd.runtime.describe_runs` makes one from a pipeline.
+    """
+
+    steps: int | None = None
+    """Of the sampler; None for those of the plan file, or `STEPS`."""
+    sampler: str = ""
+    """Its short name, or its scheduler's class where it has none."""
+    scheduler: str = ""
+    """The class of its scheduler."""
+    anatomy: Anatomy | None = None
+    """Of the pipeline's UNet; a plan is then checked against it."""
+    blocks: int = 4
+    """How many up blocks the UNet has, where there is no anatomy."""
+    nets: Mapping[str, Anatomy] = NO_NETS
+    """Of the other UNets that a plan may run, by name."""
+    guidance: float | None = None
+    """Guidance scale."""
+    find_unet: Callable[[], str | None] | None = None
+    """Gives the fingerprint of the UNet's weights; asked only of a plan tuned for certain ones."""
+
+    @property
+    def up_blocks(self) -> int:
+        return self.blocks if self.anatomy is None else self.anatomy.up_blocks
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A plan for certain runs, and what a user should know of it."""
+
+    plan: Plan
+    notes: tuple[str, ...] = ()
+    """Whole sentences, without their full stops."""
+    elsewhere: tuple[str, ...] = ()
+    """What the plan was tuned for and these runs are not; among the notes, too."""
+
+    def require_tuned(self) -> None:
+        """Refuse a plan that was tuned for another sampler or UNet.
+
+        Raises:
+            LeansdError: it was.
+        """
+        if self.elsewhere:
+            raise LeansdError(
+                f"{' and '.join(self.elsewhere)}: tune one by leansd tune, or use it by --force "
+                "all the same"
+            )
+
+
+def find_source(source: Plan | Preset | str | Path) -> Plan | Preset:
+    """What a user means by a plan: a plan itself, the name of a preset, or the path of a plan file.
+
+    Raises:
+        LeansdError: there is no such preset or file, or the file is not a plan.
+    """
+    if isinstance(source, Plan | Preset):
+        return source
+    name = str(source)
+    if name in PRESETS:
+        return PRESETS[name]
+    if Path(name).is_file():
+        return Plan.load(name)
+    if Path(name).suffix or "/" in name:
+        raise LeansdError(f"no plan file at {name}")
+    raise LeansdError(f"no preset {name!r}{suggest_name(name, PRESETS)}")
+
+
+def resolve_plan(
+    source: Plan | Preset | str | Path,
+    context: PlanContext,
+    *,
+    fit: bool = False,
+    force: bool = False,
+) -> Resolved:
+    """The plan that `source` means for the runs of `context`, and what must be said of it.
+
+    A preset fits itself to the runs: to their steps, their sampler and their UNet. Where the steps
+    are few, it means the full run. A plan is taken as it is.
+
+    Args:
+        fit: stretch a plan that is for another number of steps.
+        force: follow a preset however few the steps are.
+
+    Raises:
+        LeansdError: there is no such preset or file, the plan is for another number of steps, or it
+            does not suit the UNet.
+    """
+    found = find_source(source)
+    if isinstance(found, Preset):
+        steps = context.steps or STEPS
+        if found.name != "full" and steps <= FEW_STEPS and not force:
+            return Resolved(Plan.full(steps), (_explain_few(found.name, steps),))
+        sampler = context.sampler or DEFAULT_SAMPLER
+        plan = found.build_for(steps, context.up_blocks, sampler)
+        notes = _describe_sampler(found, context.sampler)
+        elsewhere: list[str] = []
+    else:
+        plan = _stretch(found, context.steps or found.steps, fit=fit)
+        elsewhere = _list_elsewhere(plan, context)
+        notes = [f"{each}: nothing says that it is any good here" for each in elsewhere]
+        notes += _describe_guidance(plan, context.guidance)
+    if context.anatomy is not None:
+        plan.resolve(context.anatomy, context.nets)
+        plan.resolve_gates(context.anatomy, context.nets)
+    return Resolved(plan, tuple(notes), tuple(elsewhere))
+
+
+def _explain_few(name: str, steps: int) -> str:
+    return (
+        f"{steps} steps change too much each for inheritance to gain anything, so they run in "
+        f"full; to follow {name} all the same give --force, or in Python the plan itself, "
+        f"leansd.preset({name!r}, steps={steps})"
+    )
+
+
+def _describe_sampler(preset: Preset, sampler: str) -> list[str]:
+    """What to say of a tuned preset where it was not tuned for the sampler, or it is not known."""
+    if not preset.by_sampler:
+        return []
+    tuned = list_tuned_samplers(preset.name)
+    if not sampler:
+        return [f"the sampler is not known, so {preset.name} is as tuned for {DEFAULT_SAMPLER}"]
+    if sampler in tuned:
+        return []
+    return [
+        f"no plan is tuned for sampler {sampler} (there are {', '.join(tuned)}), so {preset.name} "
+        "is a plain schedule that is faster but not as near to the full run; leansd tune makes a "
+        "tuned one"
+    ]
+
+
+def _stretch(plan: Plan, steps: int, *, fit: bool) -> Plan:
+    if plan.steps != steps and not fit:
+        raise LeansdError(
+            f"plan {plan.name} is for {plan.steps} steps, this run has {steps}; stretch it, by "
+            f"--fit or plan.fit({steps}), or run {plan.steps} steps"
+        )
+    return plan.fit(steps)
+
+
+def _list_elsewhere(plan: Plan, context: PlanContext) -> list[str]:
+    """What a plan was tuned for and these runs are not, as far as it is known."""
+    tuned, found = plan.tuned, list[str]()
+    if tuned is None:
+        return found
+    names = {context.sampler, context.scheduler} - {""}
+    if names and tuned.sampler not in names:
+        own = context.sampler or context.scheduler
+        found.append(f"plan {plan.name} was tuned for sampler {tuned.sampler}, not {own}")
+    unet = context.find_unet() if tuned.unet and context.find_unet is not None else None
+    if unet is not None and tuned.unet != unet:
+        found.append(f"plan {plan.name} was tuned for a UNet with other weights")
+    return found
+
+
+def _describe_guidance(plan: Plan, guidance: float | None) -> list[str]:
+    own = plan.tuned.guidance if plan.tuned is not None else None
+    if own is None or guidance is None or own == guidance:
+        return []
+    return [f"plan {plan.name} was tuned at guidance {own:g}, not {guidance:g}"]
