@@ -145,7 +145,7 @@ def test_generate_draws_pictures_that_carry_their_facts(run, model, tmp_path):
         "guidance": "2.0",
         "model": model,
         "plan": "fast",
-        "plan_fingerprint": leansd.preset("fast", 4).fingerprint,
+        "plan_fingerprint": leansd.preset("fast", 4, sampler="euler").fingerprint,
         "leansd": leansd.__version__,
     }
     report, wrote, last = printed.strip().splitlines()[-3:]
@@ -226,7 +226,7 @@ def test_generate_tells_what_is_wrong_before_it_draws(fails, model, tmp_path):
         (["--plan", "fsat"], "did you mean fast?"),
         (["--plan", tmp_path / "file"], "is not a valid plan file"),
         (["--plan", tmp_path / "none.json"], "no plan file at"),
-        (["--plan", tmp_path / "plan.json", "--steps", 6], "is for 5 steps, not 6: add --fit"),
+        (["--plan", tmp_path / "plan.json", "--steps", 6], "is for 5 steps, this run has 6; stretch it, by --fit"),
         (["--plan", tmp_path / "other.json"], "step 1"),
         (["--model", "none"], "no model 'none': give 'emoji'"),
         (["--model", "nobody/none"], "HF_HUB_OFFLINE"),

@@ -70,7 +70,7 @@ GUIDANCE_STATES: dict[Guidance, str] = {
 
 
 def list_states(plan: Plan, anatomy: Anatomy) -> dict[str, list[str]]:
-    """For every unit (parts and guidance if need be) its state at every step: a key of `get_states`."""
+    """For every unit (parts and guidance if need be) its state at every step (see `get_states`)."""
     # What other nets are is not known here: only that they run.
     nets = {name: Net(anatomy) for name in plan.nets}
     calls = compile_plan(plan, anatomy, nets=nets).calls

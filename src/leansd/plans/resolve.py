@@ -7,13 +7,13 @@ mean the same plan everywhere, and what must be said of it is said in the same s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.house import DEFAULT_SAMPLER, list_tuned_samplers
-from leansd.plans.plan import NO_NETS, Plan
+from leansd.plans.plan import Plan
 from leansd.plans.presets import PRESETS, Preset
 from leansd.text import suggest_name
 
@@ -40,7 +40,7 @@ class PlanContext:
     """Of the pipeline's UNet; a plan is then checked against it."""
     blocks: int = 4
     """How many up blocks the UNet has, where there is no anatomy."""
-    nets: Mapping[str, Anatomy] = NO_NETS
+    nets: Mapping[str, Anatomy] = field(default_factory=dict[str, Anatomy])
     """Of the other UNets that a plan may run, by name."""
     guidance: float | None = None
     """Guidance scale."""
@@ -126,6 +126,8 @@ def resolve_plan(
         plan = _stretch(found, context.steps or found.steps, fit=fit)
         elsewhere = _list_elsewhere(plan, context)
         notes = [f"{each}: nothing says that it is any good here" for each in elsewhere]
+        if plan.tuned is not None and not plan.tuned.unet:  # a preset's, for whatever UNet
+            elsewhere = []
         notes += _describe_guidance(plan, context.guidance)
     if context.anatomy is not None:
         plan.resolve(context.anatomy, context.nets)
