@@ -228,7 +228,7 @@ def test_generate_tells_what_is_wrong_before_it_draws(fails, model, tmp_path):
         (["--plan", tmp_path / "none.json"], "no plan file at"),
         (
             ["--plan", tmp_path / "plan.json", "--steps", 6],
-            "is for 5 steps, this run has 6; stretch it, by --fit",
+            "5 steps, this run has 6",
         ),
         (["--plan", tmp_path / "other.json"], "step 1"),
         (["--model", "none"], "no model 'none': give 'emoji'"),

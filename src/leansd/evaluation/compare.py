@@ -22,12 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from leansd.anatomy.fingerprint import fingerprint_module
 from leansd.errors import LeansdError
 from leansd.evaluation.fidelity import PSNR, SSIM, FidelityMetric, Measure
 from leansd.evaluation.fingerprints import (
     fingerprint_call,
     fingerprint_case,
-    fingerprint_module,
     fingerprint_pipe,
 )
 from leansd.evaluation.quality import Embedder, QualityJudge, embed_pictures
