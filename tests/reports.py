@@ -29,26 +29,7 @@ from leansd.incubation.validation import paste_grid
 from leansd.plans.document import make_document
 from leansd.plans.plan import Plan
 from leansd.plans.presets import HOUSE, PRESETS, preset
-from leansd.report import (
-    Origin,
-    Report,
-    benching,
-    costing,
-    cutting,
-    estimating,
-    evaluating,
-    exporting,
-    generating,
-    operating,
-    orders,
-    planning,
-    recognising,
-    redundancy,
-    scoring,
-    showing,
-    training,
-    tuning,
-)
+from leansd.report import Origin, Report, bulk, measurements, nets, plans, recognising, training
 from leansd.report.scores import judge, prepare
 from leansd.scoring.looking import Manner
 from leansd.shards import Drawn, name_shard, pack_shard
@@ -100,7 +81,7 @@ def make_comparison() -> Comparison:
 
 
 def report_demo(folder: Path) -> Report:
-    return showing.make_report(make_comparison(), ORIGIN)
+    return plans.report_comparison(make_comparison())
 
 
 def make_drift() -> Iterator[Record]:
@@ -125,7 +106,7 @@ def report_tune(folder: Path) -> Report:
     plain = [Point(Plan.full(19, name="19 steps"), 1.55, 580, 43.1)]
     plain += [Point(Plan.full(9, name="9 steps"), 3.2, 300, 29.3)]
     front = Front.of("0123", "dpm++2m", STEPS, [*points, *plain])
-    return tuning.make_report(front, points[1], ANATOMY, list(make_drift()), ORIGIN)
+    return plans.report_tuning(front, points[1], ANATOMY, list(make_drift()))
 
 
 def report_profile(folder: Path) -> Report:
@@ -136,19 +117,19 @@ def report_profile(folder: Path) -> Report:
         for plan, gain in zip(plans, (1.0, 2.0), strict=True)
     )
     profiled = Profiled(cost, ANATOMY, STEPS, predictions, 5, stamp("cpu"))
-    return costing.make_report(profiled, cost.list_records(stamp("cpu")), ORIGIN)
+    return measurements.report_profile(profiled, cost.list_records(stamp("cpu")))
 
 
 def report_anatomy(folder: Path) -> Report:
     records = list_records(ANATOMY, None, stamp("meta"))
     (spent,) = read_spent(records)
-    return redundancy.make_report(spent, records, Origin("leansd anatomy tiny", stamp("meta")))
+    return nets.report_anatomy(spent, records)
 
 
 def report_bench(folder: Path) -> Report:
     results = Path(__file__).parents[1] / "benchmarks" / "results" / "bench.jsonl"
     standings = read_standings(load_records(results))
-    return benching.make_report(standings[:2], ORIGIN)
+    return measurements.report_bench(standings[:2])
 
 
 def report_evaluation(folder: Path) -> Report:
@@ -175,7 +156,7 @@ def report_evaluation(folder: Path) -> Report:
         for place, name in enumerate(cases)
     }
     evaluation = Evaluation(records, records[:2], pictures)
-    return evaluating.make_report(evaluation, ["full", CONVERGED], PROMPTS, ["No LPIPS."], ORIGIN)
+    return measurements.report_evaluation(evaluation, ["full", CONVERGED], PROMPTS, ["No LPIPS."])
 
 
 def _as_tensor(picture: Image.Image) -> torch.Tensor:
@@ -188,35 +169,35 @@ def report_cut(folder: Path) -> Report:
     front = tuple((1 - 0.05 * n, 0.004 * n**2) for n in range(9))
     surgery = Surgery("light").drop("dn0.l1", "up3.l1", "mid")
     cut = Cut(surgery, "macs", 0.8, 0.79, 0.03, 0.045, tuple(gone[:2]), tuple(candidates), front)
-    return cutting.make_report(cut, ANATOMY, ORIGIN)
+    return nets.report_cut(cut, ANATOMY)
 
 
 def report_plan(folder: Path) -> Report:
-    return planning.make_report(preset("turbo", STEPS), ANATOMY, 3.33, ORIGIN)
+    return plans.report_plan(preset("turbo", STEPS), ANATOMY, 3.33)
 
 
 def report_surgery(folder: Path) -> Report:
     surgery = Surgery("light").drop("dn0.l1", "up3.l1").drop("mid.l0.attn")
     seen = leansd.preview(tiny_unet(), surgery, latent=8)
-    return operating.make_report(seen, "tiny", ORIGIN)
+    return nets.report_surgery(seen, "tiny")
 
 
 def report_export(folder: Path) -> Report:
     files = {"graphs.json": 4_000, "key-0123456789.onnx": 1_200_000, "cut.onnx": 300_000}
     written = Exported(folder, files, preset("fast", STEPS), 1.3e-6)
-    return exporting.make_report(written, "tiny", "onnx", ANATOMY, ORIGIN)
+    return nets.report_export(written, "tiny", "onnx", ANATOMY)
 
 
 def report_comparison(folder: Path) -> Report:
     pairs = [
-        generating.Pair(
+        plans.Pair(
             Request(prompt=prompt, seed=seed),
             Painting(draw(seed), 2.0),
             Painting(draw(seed, 1), 1.1),
         )
         for seed, prompt in enumerate(PROMPTS)
     ]
-    return generating.make_report(pairs, preset("balanced", STEPS), ANATOMY, ORIGIN)
+    return plans.report_pairs(pairs, preset("balanced", STEPS), ANATOMY)
 
 
 def report_job(folder: Path) -> Report:
@@ -230,7 +211,7 @@ def report_job(folder: Path) -> Report:
     for part in order.parts:
         drawn = [Drawn(item.row.id, draw(item.row.number), {}) for item in part.items]
         (out / part.name).write_bytes(pack_shard(drawn))
-    return orders.make_report(order, out, 12.5, ORIGIN)
+    return bulk.report_job(order, out, 12.5)
 
 
 RECIPE = """
@@ -267,11 +248,11 @@ def write_run(folder: Path, *, ended: bool = True) -> TrainingLog:
 
 
 def report_training(folder: Path) -> Report:
-    return training.make_report(write_run(folder), ORIGIN, RECIPE)
+    return training.report_training(write_run(folder), RECIPE)
 
 
 def report_training_under_way(folder: Path) -> Report:
-    return training.make_report(write_run(folder, ended=False), ORIGIN, RECIPE)
+    return training.report_training(write_run(folder, ended=False), RECIPE)
 
 
 def report_emoji_training(folder: Path) -> Report:
@@ -292,12 +273,12 @@ def report_emoji_training(folder: Path) -> Report:
         (folder / stage / "losses.jsonl").write_text(text)
     stages = {"vae": None, "unet": None}
     log = read_log(folder, stages, name="emoji", subject="emoji", state="finished")
-    return training.make_report(log, ORIGIN)
+    return training.report_training(log)
 
 
 def report_emoji_evaluation(folder: Path) -> Report:
     result = json.loads((model_folder() / "evaluation.json").read_text())
-    return recognising.make_report(result, "emoji", ORIGIN)
+    return recognising.make_report(result, "emoji")
 
 
 def report_estimate(folder: Path) -> Report:
@@ -308,7 +289,7 @@ def report_estimate(folder: Path) -> Report:
         )
         for n, name in enumerate(("warm", "whole"))
     )  # fmt: skip
-    return estimating.make_report(Estimate("light", 8, stages, 5e10, "cpu"), ORIGIN)
+    return training.report_estimate(Estimate("light", 8, stages, 5e10, "cpu"))
 
 
 def report_scoring(folder: Path) -> Report:
@@ -319,7 +300,7 @@ def report_scoring(folder: Path) -> Report:
         folder / "drawn", None, "tiny-clip", (), manner=Manner({}), out=folder, cache=folder,
         note=print,
     )  # fmt: skip
-    return scoring.make_report(scored, judge(scored), ["seen by the tiny CLIP only"], ORIGIN)
+    return measurements.report_scores(scored, judge(scored), ["seen by the tiny CLIP only"])
 
 
 KINDS: dict[str, Callable[[Path], Report]] = {

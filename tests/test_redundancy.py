@@ -12,7 +12,7 @@ from leansd.errors import LeansdError
 from leansd.evaluation.records import load_records, stamp
 from leansd.evaluation.units import time_units
 from leansd.faces.redundancy import list_records, read_spent
-from leansd.report.redundancy import draw_blocks, draw_units
+from leansd.report.nets import draw_blocks, draw_units
 from pages import read_page
 from tiny import tiny_pipeline, tiny_unet, tiny_xl_unet
 

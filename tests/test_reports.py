@@ -2,12 +2,15 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
 
+from leansd.plans.methods import METHODS
+from leansd.plans.plan import Plan
 from leansd.plans.presets import preset
 from leansd.report import (
     Attachment,
@@ -20,11 +23,12 @@ from leansd.report import (
     render_page,
     write_report,
 )
-from leansd.report.differences import LOUDER, subtract_pictures
 from leansd.report.drawings import draw_heat, draw_plan
 from leansd.report.figures import embed_svg, encode_svg, open_axes, open_figure
-from leansd.report.palette import DARK, LIGHT, NAMES
+from leansd.report.palette import get_colours, name_colours
+from leansd.report.plans import report_plan
 from leansd.report.plots import Point, average_points, plot_tradeoff
+from leansd.report.sections import LOUDER, subtract_pictures
 from leansd.text import Table
 from pages import parse_page, read_page
 from reports import ANATOMY, KINDS, ORIGIN, write_run
@@ -39,7 +43,7 @@ def written(
     """A report of a kind, and the folder of its page."""
     make: Callable[[Path], Report] = KINDS[request.param]
     report = make(tmp_path_factory.mktemp(request.param))
-    page = write_report(tmp_path_factory.mktemp("page") / "page.html", report)
+    page = write_report(tmp_path_factory.mktemp("page") / "page.html", report, ORIGIN)
     return report, page.parent
 
 
@@ -47,7 +51,7 @@ def test_every_report_is_a_page_that_needs_nothing_else(written: tuple[Report, P
     kind, folder = written
     page, text = read_page(folder / "page.html")
     head = text[: text.index("<section")]
-    for said in ("leansd", kind.origin.facts["torch"], kind.origin.facts["time"], "<code>leansd"):
+    for said in ("leansd", ORIGIN.facts["torch"], ORIGIN.facts["time"], "<code>leansd"):
         assert said in head
     assert page.words["h1"] == [kind.title]
     assert 20 < len(kind.summary) < 330
@@ -74,7 +78,7 @@ def test_every_figure_follows_the_page_and_is_a_file(written: tuple[Report, Path
         ElementTree.fromstring(svg)
         with Image.open(folder / f"page-{drawing.name}.png") as picture:
             assert picture.width > 800
-        assert set(COLOUR.findall(svg)) <= set(NAMES), "every colour has a name"
+        assert set(COLOUR.findall(svg)) <= set(name_colours()), "every colour has a name"
         assert not COLOUR.search(embed_svg(svg, drawing.name, drawing.alt))
 
 
@@ -85,8 +89,7 @@ def test_a_figure_is_the_same_again() -> None:
 
 
 def test_colours_have_one_name_each_in_light_and_dark() -> None:
-    assert list(LIGHT) == list(DARK)
-    assert len(NAMES) == len(LIGHT)
+    assert len(name_colours()) == len(get_colours())
 
 
 def contrast(one: str, other: str) -> float:
@@ -103,8 +106,9 @@ def contrast(one: str, other: str) -> float:
     return max(shines) / min(shines)
 
 
-@pytest.mark.parametrize("colours", [LIGHT, DARK], ids=["light", "dark"])
-def test_text_and_lines_can_be_told_from_the_page(colours: dict[str, str]) -> None:
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_text_and_lines_can_be_told_from_the_page(theme: int) -> None:
+    colours = {name: both[theme] for name, both in get_colours().items()}
     for ground in ("card", "paper"):
         assert contrast(colours["ink"], colours[ground]) > 7
         assert contrast(colours["soft"], colours[ground]) > 4.5
@@ -128,11 +132,10 @@ def test_a_page_holds_every_kind_of_section(tmp_path: Path) -> None:
             Grid("Seen", ["first"], [("row", "remark", [Image.new("RGB", (4, 4))])]),
             Prose("Words", ["again"]),
         ],
-        ORIGIN,
         [Attachment("a.json", "{}", "all of it")],
         reload=60,
     )
-    page, text = read_page(write_report(tmp_path / "page.html", report))
+    page, text = read_page(write_report(tmp_path / "page.html", report, ORIGIN))
     assert "<title>A &amp; B</title>" in text
     assert "two &amp; three" in text
     assert "&lt;a&gt;" in text
@@ -147,7 +150,7 @@ def test_a_page_holds_every_kind_of_section(tmp_path: Path) -> None:
 def test_two_drawings_of_one_name_are_refused() -> None:
     drawing = draw_plan(preset("fast", 4), ANATOMY)
     with pytest.raises(ValueError, match="two drawings of one name"):
-        Report("", "", "", [Chart("", [drawing, drawing])], ORIGIN)
+        Report("", "", "", [Chart("", [drawing, drawing])])
 
 
 # -- figures -----------------------------------------------------------------------------------
@@ -169,9 +172,20 @@ def measure_cells(drawing: Drawing, colour: str) -> float:
 def test_a_plan_drawing_covers_every_unit_and_step() -> None:
     plan = preset("turbo", 10)
     drawing = draw_plan(plan, ANATOMY)
-    areas = [measure_cells(drawing, colour) for colour in LIGHT.values()]
+    areas = [measure_cells(drawing, colour) for colour in name_colours()]
     assert sum(areas) == pytest.approx(46 * 10)
     assert f"{len(plan.keys)} of 10 steps" in drawing.alt
+
+
+def test_a_method_that_is_added_to_the_table_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = replace(METHODS["reuse"], mark="T", label="toy", colour="#abcdef", dark="#123456")
+    monkeypatch.setitem(METHODS, "toy", toy)
+    plan = Plan.every(2, cut="up2.up", steps=6, how="toy")
+    text = render_page(report_plan(plan, ANATOMY, 1.0), ORIGIN)
+    assert "--toy: #abcdef" in text
+    assert "--toy: #123456" in text
+    assert "fill: var(--toy)" in text
+    assert ">toy</text>" in text
 
 
 def test_a_heat_map_is_stronger_for_more() -> None:
@@ -183,7 +197,7 @@ def test_a_heat_map_is_stronger_for_more() -> None:
 
 
 def test_names_in_a_plot_do_not_cover_each_other() -> None:
-    points = [Point(name, 2.0, 30.0 + i * 0.1, 1.9, 2.1) for i, name in enumerate("abcd")]
+    points = [Point(name, 2.0, 30.0 + i * 0.1, (1.9, 2.1)) for i, name in enumerate("abcd")]
     (axes,) = plot_tradeoff(points, x_name="x", y_name="y").figure.axes
     boxes = [text.get_window_extent() for text in axes.texts]
     assert len(boxes) == 4
@@ -211,7 +225,7 @@ def test_large_pictures_are_made_smaller_and_small_ones_kept() -> None:
     grid = Grid(
         "Seen", ["a", "b"], [("", "", [Image.new("RGB", (8, 8)), Image.new("RGB", (900, 600))])]
     )
-    text = render_page(Report("t", "s", "m", [grid], ORIGIN))
+    text = render_page(Report("t", "s", "m", [grid]), ORIGIN)
     small, large = parse_page(text).images
     assert str(small["src"]).startswith("data:image/png")
     assert str(large["src"]).startswith("data:image/webp")
@@ -235,6 +249,6 @@ def test_a_log_says_how_far_a_run_came(tmp_path: Path) -> None:
 
 
 def test_the_page_of_a_training_under_way_opens_itself_again(tmp_path: Path) -> None:
-    text = render_page(KINDS["training_under_way"](tmp_path))
+    text = render_page(KINDS["training_under_way"](tmp_path), ORIGIN)
     assert "http-equiv" in text
     assert "is under way after 450 of 600 steps of stage 2 of 2" in text

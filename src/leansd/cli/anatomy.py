@@ -76,7 +76,7 @@ def show_anatomy(
     from leansd.files import check_folder
     from leansd.loading import find_device
     from leansd.report import Origin, write_report
-    from leansd.report.redundancy import headline, make_report
+    from leansd.report.nets import report_anatomy, summarise_anatomy
 
     if out is not None:
         check_folder(out)
@@ -112,10 +112,11 @@ def show_anatomy(
             write_records(out / "records.jsonl", records),
             write_report(
                 out / "report.html",
-                make_report(spent, records, Origin(quote_command(), circumstances)),
+                report_anatomy(spent, records),
+                Origin(quote_command(), circumstances),
             ),
         ]
-        show_text(headline(spent))
+        show_text(summarise_anatomy(spent))
         show_text("wrote " + ", ".join(map(str, files)))
     if as_json:
         show_json(

@@ -116,7 +116,7 @@ def bench(
     from leansd.files import check_file, check_folder
     from leansd.loading import find_device, load, locate
     from leansd.report import Origin, write_report
-    from leansd.report.benching import make_report
+    from leansd.report.measurements import report_bench
     from leansd.runtime.samplers import check_sampler, require_convergence
     from leansd.text import describe_duration
 
@@ -181,8 +181,8 @@ def bench(
     held = {entry.settings for entry in entries}
     records = [record for record in load_records(out) if get_field(record, SETTINGS) in held]
     standings = read_standings(records)
-    page = make_report(standings, Origin(quote_command(), stamp(pipe.device)))
-    files = [out, write_report(report / "report.html", page)]
+    origin = Origin(quote_command(), stamp(pipe.device))
+    files = [out, write_report(report / "report.html", report_bench(standings), origin)]
     for standing in standings:
         show_table(tabulate_margins(standing))
         quality = describe_quality(standing)

@@ -92,7 +92,7 @@ def cut_unet(
     from leansd.files import check_file
     from leansd.loading import find_device, load, locate
     from leansd.report import Origin, write_report
-    from leansd.report.cutting import describe, make_report
+    from leansd.report.nets import describe_cut, report_cut
     from leansd.runtime.samplers import check_sampler, set_sampler
     from leansd.surgery.previewing import preview
     from leansd.tuning.cutting import CALLS, check_budget, cut
@@ -138,11 +138,11 @@ def cut_unet(
     out.parent.mkdir(parents=True, exist_ok=True)
     found.surgery.save(out)
     origin = Origin(quote_command(), stamp(pipe.device))
-    report = make_report(found, dissect(pipe.unet, name=model), origin)
-    files = [out, write_report(page, report)]
+    report = report_cut(found, dissect(pipe.unet, name=model))
+    files = [out, write_report(page, report, origin)]
     show_table(found.tabulate())
     show_text(str(preview(pipe.unet, found.surgery)))
-    show_text(fill(describe(found), 80))
+    show_text(fill(describe_cut(found), 80))
     show_text("wrote " + ", ".join(map(str, files)))
     if as_json:
         show_json(

@@ -58,7 +58,7 @@ def show_demo(
     from leansd.plans.presets import HOUSE
     from leansd.plans.resolve import resolve_plan
     from leansd.report import Origin, write_report
-    from leansd.report.showing import draw_sheet, make_report
+    from leansd.report.plans import draw_sheet, report_comparison
     from leansd.runtime.context import describe_runs
     from leansd.runtime.samplers import check_sampler, set_sampler
 
@@ -99,7 +99,7 @@ def show_demo(
         )
     origin = Origin(quote_command(), comparison.circumstances)
     files = [
-        write_report(out / "report.html", make_report(comparison, origin)),
+        write_report(out / "report.html", report_comparison(comparison), origin),
         write_file(out / "grid.png", encode_png(draw_sheet(comparison))),
         write_records(out / "records.jsonl", list_records(comparison)),
     ]

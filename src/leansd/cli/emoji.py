@@ -66,7 +66,7 @@ def train(
     from leansd.evaluation.records import stamp
     from leansd.incubation.training_log import read_log
     from leansd.report import Origin, write_report
-    from leansd.report.training import make_report
+    from leansd.report.training import report_training
 
     hush_libraries()
     recipe = choose_recipe(size)
@@ -92,7 +92,8 @@ def train(
     plot_curves(out)
     stages = dict.fromkeys(STAGES)
     log = read_log(out, stages, name="emoji", subject="emoji", state="finished")
-    write_report(out / "report.html", make_report(log, Origin(quote_command(), stamp(device))))
+    origin = Origin(quote_command(), stamp(device))
+    write_report(out / "report.html", report_training(log), origin)
     show_text(f"wrote {model}")
     if as_json:
         show_json(
@@ -161,7 +162,7 @@ def evaluate(
     save_json(result, path)
     if out is not None:  # a model's folder holds what belongs to the model
         origin = Origin(quote_command(), stamp(device))
-        write_report(out.with_suffix(".html"), make_report(result, folder.name, origin))
+        write_report(out.with_suffix(".html"), make_report(result, folder.name), origin)
     show_text(f"wrote {path}")
     if as_json:
         show_json({"command": "emoji evaluate", **result, "files": [str(path)]})

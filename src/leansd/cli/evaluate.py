@@ -150,7 +150,11 @@ def evaluate_plans(
     from leansd.loading import EMBEDDED, find_device, load, locate
     from leansd.plans.resolve import resolve_plan
     from leansd.report import Origin, write_report
-    from leansd.report.evaluating import make_report, tabulate_fidelity, tabulate_quality
+    from leansd.report.measurements import (
+        report_evaluation,
+        tabulate_fidelity,
+        tabulate_quality,
+    )
     from leansd.runtime.context import describe_runs
     from leansd.runtime.samplers import (
         check_sampler,
@@ -276,8 +280,9 @@ def evaluate_plans(
     if embedder is None:
         notes.append("no quality of sets: the model has no CLIP of its own, give one by --clip")
     origin = Origin(quote_command(), stamp(pipe.device))
+    page = report_evaluation(evaluation, named, drawn, notes)
     files = [
-        write_report(out / "report.html", make_report(evaluation, named, drawn, notes, origin)),
+        write_report(out / "report.html", page, origin),
         write_records(out / "records.jsonl", evaluation.records),
         write_records(out / "values.jsonl", evaluation.values),
     ]

@@ -124,10 +124,11 @@ def export_net(
     if report is not None:
         from leansd.evaluation.records import stamp
         from leansd.report import Origin, write_report
-        from leansd.report.exporting import make_report
+        from leansd.report.nets import report_export
 
-        page = make_report(written, net, to, anatomy, Origin(quote_command(), stamp("cpu")))
-        show_text(f"wrote {write_report(report, page)}")
+        origin = Origin(quote_command(), stamp("cpu"))
+        page = report_export(written, net, to, anatomy)
+        show_text(f"wrote {write_report(report, page, origin)}")
     if as_json:
         show_json(
             {

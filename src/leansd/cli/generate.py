@@ -177,7 +177,7 @@ def generate_pictures(
         from leansd.bulk.jobs import Job, draw_here, place_order, run_job
         from leansd.bulk.rows import read_sheet
         from leansd.plans.document import make_document
-        from leansd.report.orders import make_report as report_order
+        from leansd.report.bulk import report_job
 
         for line in resolved.notes:
             warn(line)
@@ -226,7 +226,7 @@ def generate_pictures(
         origin = Origin(quote_command(), stamp(find_device(device)))
         page = out / "report.html"
         if order.left or not page.exists():
-            write_report(page, report_order(order, out, time.monotonic() - begin, origin))
+            write_report(page, report_job(order, out, time.monotonic() - begin), origin)
         show_text(f"wrote {total} pictures in {len(order.parts)} shards in {out}")
         if as_json:
             show_json(
@@ -241,7 +241,7 @@ def generate_pictures(
             )
         return
     assert prompts is not None
-    from leansd.report.generating import Pair, make_report
+    from leansd.report.plans import Pair, report_pairs
 
     autoencoder = load_vae(vae) if vae is not None else None
 
@@ -324,7 +324,7 @@ def generate_pictures(
     show_text(f"wrote {place}")
     if compare:
         origin = Origin(quote_command(), stamp(pipe.device))
-        page = write_report(out / "report.html", make_report(pairs, chosen, anatomy, origin))
+        page = write_report(out / "report.html", report_pairs(pairs, chosen, anatomy), origin)
         show_text(f"wrote {page}")
     if as_json:
         show_json(

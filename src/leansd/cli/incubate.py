@@ -63,10 +63,10 @@ def incubate_recipe(
         if report is not None:
             from leansd.evaluation.records import stamp
             from leansd.report import Origin, write_report
-            from leansd.report.estimating import make_report
+            from leansd.report.training import report_estimate
 
             origin = Origin(quote_command(), stamp(estimate.device))
-            show_text(f"wrote {write_report(report, make_report(estimate, origin))}")
+            show_text(f"wrote {write_report(report, report_estimate(estimate), origin)}")
         if as_json:
             show_json({"command": "incubate", "dry_run": True, **estimate.to_fields()})
         return

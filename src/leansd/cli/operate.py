@@ -94,10 +94,10 @@ def operate_on_unet(
     if report is not None:
         from leansd.evaluation.records import stamp
         from leansd.report import Origin, write_report
-        from leansd.report.operating import make_report
+        from leansd.report.nets import report_surgery
 
-        page = make_report(seen, model, Origin(quote_command(), stamp("meta")))
-        written.append(write_report(report, page))
+        origin = Origin(quote_command(), stamp("meta"))
+        written.append(write_report(report, report_surgery(seen, model), origin))
     show_text(str(seen))
     for path in written:
         show_text(f"wrote {path}")

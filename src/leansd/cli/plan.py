@@ -113,10 +113,11 @@ def show_plan(
     if report is not None:
         from leansd.evaluation.records import stamp
         from leansd.report import Origin, write_report
-        from leansd.report.planning import make_report
+        from leansd.report.plans import report_plan
 
-        page = make_report(chosen, anatomy, speedup, Origin(quote_command(), stamp("meta")))
-        show_text(f"wrote {write_report(report, page)}")
+        origin = Origin(quote_command(), stamp("meta"))
+        page = report_plan(chosen, anatomy, speedup)
+        show_text(f"wrote {write_report(report, page, origin)}")
     if as_json:
         show_json(
             {

@@ -90,7 +90,7 @@ def profile_model(
     from leansd.files import check_folder
     from leansd.loading import check_vae, find_device, load, load_vae, locate
     from leansd.report import Origin, write_report
-    from leansd.report.costing import make_report, name_vae
+    from leansd.report.measurements import name_vae, report_profile
     from leansd.runtime.samplers import name_sampler
 
     # Everything that can be wrong is found before a weight is read.
@@ -158,9 +158,9 @@ def profile_model(
         *cost.list_records(circumstances),
         *list_prediction_records(predictions, shared),
     ]
-    report = make_report(profiled, records, Origin(quote_command(), circumstances))
+    origin = Origin(quote_command(), circumstances)
     files = [
-        write_report(out / "report.html", report),
+        write_report(out / "report.html", report_profile(profiled, records), origin),
         write_records(out / "records.jsonl", records),
     ]
     if not as_json:

@@ -29,8 +29,8 @@ def score_folder(
         show_table,
         show_text,
     )
+    from leansd.report.measurements import tabulate_scores
     from leansd.report.scores import judge, list_notes, prepare, write_report
-    from leansd.report.scoring import tabulate_scores
 
     hush_libraries()
     scoring = prepare(

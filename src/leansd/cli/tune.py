@@ -103,7 +103,7 @@ def tune_plans(
     from leansd.files import check_file
     from leansd.loading import EMBEDDED, find_device, load, load_unet, locate
     from leansd.report import Origin, write_report
-    from leansd.report.tuning import make_report
+    from leansd.report.plans import report_tuning
     from leansd.runtime.samplers import (
         check_sampler,
         name_sampler,
@@ -185,7 +185,7 @@ def tune_plans(
     anatomy = dissect(pipe.unet, name=model)
     origin = Origin(quote_command(), stamp(pipe.device))
     page = write_report(
-        out.with_suffix(".html"), make_report(found, chosen, anatomy, drifts, origin)
+        out.with_suffix(".html"), report_tuning(found, chosen, anatomy, drifts), origin
     )
     files = [out, front_file, page, *([drift] if drift is not None else [])]
     show_table(tabulate_front(found, chosen))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from markupsafe import Markup, escape
 
-from leansd.report.palette import LIGHT, NAMES
+from leansd.report.palette import LIGHT, name_colours
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -147,7 +147,12 @@ def embed_svg(svg: str, name: str, alt: str) -> Markup:
     used = set(re.findall(r'href="#([^"]+)"', body))
     body = re.sub(r' id="([^"]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", body)
     body = body.replace('href="#', f'href="#{name}-')
-    body = re.sub(r"(?<=[ :])#[0-9a-f]{6}\b", _name_colour, body)
+    names = name_colours()
+    body = re.sub(
+        r"(?<=[ :])#[0-9a-f]{6}\b",
+        lambda m: f"var(--{names[m[0]]})" if m[0] in names else m[0],
+        body,
+    )
     body = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--font)", body)
     opening = body[: body.index(">") + 1]
     _, _, width, height = re.findall(r'viewBox="(\S+) (\S+) (\S+) (\S+)"', opening)[0]
@@ -157,8 +162,3 @@ def embed_svg(svg: str, name: str, alt: str) -> Markup:
         'xmlns:xlink="http://www.w3.org/1999/xlink">'
     )
     return Markup(re.sub(r"\n\s*", "\n", head + body[len(opening) :]))
-
-
-def _name_colour(match: re.Match[str]) -> str:
-    name = NAMES.get(match[0])
-    return f"var(--{name})" if name is not None else match[0]

@@ -25,7 +25,7 @@ from leansd.incubation.training_log import FILE, VALIDATION, LossLog, describe_r
 from leansd.incubation.validation import Validation
 from leansd.loading import load
 from leansd.report import Origin, write_report
-from leansd.report.training import make_report
+from leansd.report.training import report_training
 
 Note = Callable[[str], None]
 PAGE = "report.html"
@@ -53,8 +53,8 @@ class LivePage:
     def write(self, *, ended: bool) -> None:
         """Write it now."""
         begin = time.monotonic()
-        course = read_run(self.recipe, self.folder, ended=ended)
-        write_report(self.folder / PAGE, make_report(course, self.origin, self.recipe.write()))
+        log = read_run(self.recipe, self.folder, ended=ended)
+        write_report(self.folder / PAGE, report_training(log, self.recipe.write()), self.origin)
         end = time.monotonic()
         self.due = end + max(LEAST, SHARE * (end - begin))
 

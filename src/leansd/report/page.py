@@ -13,8 +13,8 @@ from PIL.Image import Image, Resampling
 
 from leansd.files import write_file
 from leansd.report.figures import embed_svg, encode_png, encode_svg
-from leansd.report.palette import DARK, LIGHT, declare_colours
-from leansd.report.sections import Report
+from leansd.report.palette import declare_colours
+from leansd.report.sections import Origin, Report
 
 SHOWN = 384
 """Pixels of a picture's longer side on a page; larger ones are made smaller."""
@@ -22,7 +22,7 @@ SMALL = 160
 """Up to here pictures are kept to the bit."""
 
 
-def write_report(path: str | Path, report: Report) -> Path:
+def write_report(path: str | Path, report: Report, origin: Origin) -> Path:
     """Write a page, and beside it every figure as `STEM-NAME.svg` and `STEM-NAME.png`."""
     path = Path(path)
     vectors = {drawing.name: encode_svg(drawing.figure) for drawing in report.drawings}
@@ -30,32 +30,33 @@ def write_report(path: str | Path, report: Report) -> Path:
         stem = f"{path.stem}-{drawing.name}"
         write_file(path.with_name(f"{stem}.svg"), vectors[drawing.name])
         write_file(path.with_name(f"{stem}.png"), encode_png(drawing.figure))
-    return write_file(path, _render(report, vectors))
+    return write_file(path, _render(report, origin, vectors))
 
 
-def render_page(report: Report) -> str:
+def render_page(report: Report, origin: Origin) -> str:
     """A report as HTML."""
-    return _render(report, {each.name: encode_svg(each.figure) for each in report.drawings})
+    return _render(report, origin, {each.name: encode_svg(each.figure) for each in report.drawings})
 
 
-def _render(report: Report, vectors: dict[str, str]) -> str:
-    page = Environment(
+def _render(report: Report, origin: Origin, vectors: dict[str, str]) -> str:
+    pages = Environment(
         loader=PackageLoader(__package__ or "leansd.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    embedded = {
-        each.name: embed_svg(vectors[each.name], each.name, each.alt) for each in report.drawings
-    }
-    page.filters |= {"picture": _embed_picture, "download": _embed_text}
-    return page.get_template("page.html.j2").render(
+    pages.filters |= {"picture": _embed_picture, "download": _embed_text}
+    return pages.get_template("page.html.j2").render(
         report=report,
+        origin=origin,
         anchors=_name_anchors([section.title for section in report.sections]),
-        embedded=embedded,
-        light=Markup(declare_colours(LIGHT)),
-        dark=Markup(declare_colours(DARK)),
+        embedded={
+            each.name: embed_svg(vectors[each.name], each.name, each.alt)
+            for each in report.drawings
+        },
+        light=Markup(declare_colours("light")),
+        dark=Markup(declare_colours("dark")),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from leansd.report.figures import TEXT, add_key, name_axes, open_axes, open_figure
 from leansd.report.palette import LIGHT, list_series
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH, HEIGHT = 400.0, 270.0
+Box: TypeAlias = tuple[float, float, float, float]
+"""Left, bottom, width and height."""
 MOST = 300
 """Points of a curve; more are averaged."""
 FAST = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 15, 20)
@@ -23,14 +25,19 @@ FAST = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 15, 20)
 
 @dataclass(frozen=True)
 class Point:
-    """A named place in a plot; `low` and `high` are the range of `x`."""
+    """A named place in a plot."""
 
     name: str
     x: float
     y: float
-    low: float
-    high: float
+    span: tuple[float, float] | None = None
+    """The range of `x`, where there is one."""
     is_rival: bool = False
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The range of `x`; without one `x` itself twice."""
+        return self.span or (self.x, self.x)
 
 
 @dataclass(frozen=True)
@@ -53,19 +60,22 @@ class Curve:
 
 
 def plot_tradeoff(
-    points: Sequence[Point], *, x_name: str, y_name: str, name: str = "front", caption: str = ""
+    points: Sequence[Point],
+    *,
+    x_name: str,
+    y_name: str = "PSNR to the full run, dB",
+    name: str = "front",
+    caption: str = "",
 ) -> Drawing:
     """Named points with a range, further right and further up being better."""
     figure = open_figure(WIDTH, HEIGHT)
     axes = open_axes(figure, left=46, right=14, top=10, bottom=38, rules="both")
     name_axes(axes, x_name, y_name)
-    _set_range(axes, [edge for p in points for edge in (p.low, p.high)], [p.y for p in points])
+    _set_range(axes, [end for p in points for end in p.ends], [p.y for p in points])
     for is_rival, colour, shape in ((True, "reuse", "D"), (False, "mark", "o")):
         own = [point for point in points if point.is_rival == is_rival]
         for point in own:
-            axes.plot(
-                (point.low, point.high), (point.y, point.y), color=LIGHT[colour], alpha=0.4, lw=2.5
-            )
+            axes.plot(point.ends, (point.y, point.y), color=LIGHT[colour], alpha=0.4, lw=2.5)
         axes.plot([p.x for p in own], [p.y for p in own], shape, color=LIGHT[colour], ms=6.5)
     axes.xaxis.set_major_formatter("{x:g}x")
     _label_points(axes, [(point.name, point.x, point.y) for point in points if point.name])
@@ -194,7 +204,7 @@ def _label_points(axes: Axes, named: Sequence[tuple[str, float, float]]) -> None
     """Names beside their points, where no other name is: right of it, left, or further down."""
     box = axes.get_window_extent()
     places: Any = axes.transData.transform([(x, y) for _, x, y in named]) if named else []
-    taken: list[tuple[float, float, float, float]] = []
+    taken: list[Box] = []
     for (name, x, y), (at, up) in zip(named, places, strict=True):
         length, tall = 0.56 * TEXT * len(name), TEXT + 2
         is_left = at + 9 + length > box.x1
@@ -211,25 +221,15 @@ def _label_points(axes: Axes, named: Sequence[tuple[str, float, float]]) -> None
         )
         taken.append((begin, up + free, length, tall))
         axes.annotate(
-            name,
-            (x, y),
-            xytext=(-9 if is_left else 9, free),
-            textcoords="offset points",
-            ha="right" if is_left else "left",
-            va="bottom",
-            fontsize=TEXT,
-            color=LIGHT["ink"],
-        )
+            name, (x, y), xytext=(-9 if is_left else 9, free), textcoords="offset points",
+            ha="right" if is_left else "left", va="bottom", fontsize=TEXT, color=LIGHT["ink"],
+        )  # fmt: skip
 
 
-def _overlap(
-    one: tuple[float, float, float, float], other: tuple[float, float, float, float]
-) -> bool:
-    return (
-        one[0] < other[0] + other[2]
-        and other[0] < one[0] + one[2]
-        and one[1] < other[1] + other[3]
-        and other[1] < one[1] + one[3]
+def _overlap(one: Box, other: Box) -> bool:
+    return all(
+        one[side] < other[side] + other[side + 2] and other[side] < one[side] + one[side + 2]
+        for side in (0, 1)
     )
 
 
@@ -237,14 +237,9 @@ def _mark_borders(axes: Axes, borders: Mapping[str, float]) -> None:
     for name, x in borders.items():
         axes.axvline(x, color=LIGHT["soft"], lw=0.8, ls=(0, (2, 2)), zorder=1)
         axes.annotate(
-            name,
-            (x, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(2, 4),
-            textcoords="offset points",
-            fontsize=TEXT - 0.5,
-            color=LIGHT["soft"],
-        )
+            name, (x, 1), xycoords=("data", "axes fraction"), xytext=(2, 4),
+            textcoords="offset points", fontsize=TEXT - 0.5, color=LIGHT["soft"],
+        )  # fmt: skip
 
 
 def _mark_values(axes: Axes, *, is_log: bool) -> None:

@@ -12,7 +12,6 @@ from leansd.report.sections import (
     Chart,
     Drawing,
     Listing,
-    Origin,
     Prose,
     Report,
 )
@@ -21,7 +20,7 @@ from leansd.text import Table
 SETS = {"train": "captions it was trained on", "held_out": "captions it never saw"}
 
 
-def make_report(result: Mapping[str, Any], subject: str, origin: Origin) -> Report:
+def make_report(result: Mapping[str, Any], subject: str) -> Report:
     """Pictures beside real ones, by how often a CLIP finds their captions.
 
     Args:
@@ -60,7 +59,6 @@ def make_report(result: Mapping[str, Any], subject: str, origin: Origin) -> Repo
                 ],
             ),
         ],
-        origin=origin,
         attachments=[Attachment("evaluation.json", json.dumps(result, indent=1), "all numbers")],
     )
 

@@ -10,7 +10,7 @@ from leansd.evaluation.records import stamp, write_records
 from leansd.loading import find_device
 from leansd.report import Origin
 from leansd.report import write_report as write_page
-from leansd.report.scoring import make_report
+from leansd.report.measurements import report_scores
 from leansd.scoring.extractors import EXTRACTORS
 from leansd.scoring.looking import Manner, look_here
 from leansd.scoring.metrics import METRICS
@@ -112,9 +112,10 @@ def write_report(
 ) -> list[Path]:
     """The page, the records, and a record a picture where there are such."""
     device = find_device(scoring.manner.device)
-    page = make_report(scoring, scored, notes, Origin(command, stamp(device)))
+    page = report_scores(scoring, scored, notes)
+    origin = Origin(command, stamp(device))
     files = [
-        write_page(out / "report.html", page),
+        write_page(out / "report.html", page, origin),
         write_records(out / "records.jsonl", scored.records),
     ]
     if scored.values:

@@ -6,13 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
-from PIL.Image import Image
+import numpy as np
+from PIL import Image
+from torch import Tensor
 
 from leansd.evaluation.records import Record
 from leansd.text import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+DECIBELS = (
+    "Decibels (dB) say how close pictures are to those of the reference: 6 more are half the "
+    "error, and above about 40 differences are hard to see."
+)
+LOUDER = 4
+"""Times that differences between pictures are amplified."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ class Drawing:
     """One figure; `alt` says in words what it shows."""
 
     name: str
-    """Of its files, and no other's in the report."""
+    """Of its files; no other drawing of the report has it."""
     figure: Figure
     alt: str
     caption: str = ""
@@ -61,7 +70,7 @@ class Grid:
 
     title: str
     columns: Sequence[str]
-    rows: Sequence[tuple[str, str, Sequence[Image]]]
+    rows: Sequence[tuple[str, str, Sequence[Image.Image]]]
     notes: Sequence[str] = ()
     kind: ClassVar[str] = "grid"
 
@@ -71,7 +80,7 @@ Section: TypeAlias = Prose | Listing | Chart | Grid
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a report comes from: what stands in its head."""
+    """Where a report comes from; stands in the head of its page."""
 
     command: str
     """The command line that makes it again."""
@@ -100,11 +109,10 @@ class Report:
 
     title: str
     summary: str
-    """What came out, in a sentence that no engineer is needed for."""
+    """The result, in a sentence that no engineer is needed for."""
     measured: str
     """What was measured or looked at, in a line."""
     sections: Sequence[Section]
-    origin: Origin
     attachments: Sequence[Attachment] = ()
     reload: int = 0
     """Seconds after which the page opens itself again; 0 for never."""
@@ -124,3 +132,51 @@ def attach_records(records: Sequence[Record], name: str = "records.jsonl") -> At
     """Every number with its circumstances, as `leansd` reads them again."""
     lines = "".join(f"{record.line()}\n" for record in records)
     return Attachment(name, lines, f"{len(records)} records, one measured number a line of JSON")
+
+
+def count(number: int, word: str) -> str:
+    """`1 stage`, `2 stages`."""
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
+# -- pictures ------------------------------------------------------------------------------------
+
+
+def show_differences(
+    title: str,
+    columns: Sequence[str],
+    reference: tuple[str, str, Sequence[Image.Image]],
+    others: Sequence[tuple[str, str, Sequence[Image.Image]]],
+) -> Grid:
+    """A grid of the reference's pictures, and below them each other row with its difference.
+
+    Args:
+        reference: name, remark and pictures, as the rows of `Grid`.
+    """
+    rows = [reference]
+    for name, remark, pictures in others:
+        apart = subtract_all(pictures, reference[2])
+        rows += [(name, remark, pictures), ("difference", f"{name} - {reference[0]}", apart)]
+    return Grid(title, columns, rows, [AMPLIFIED])
+
+
+AMPLIFIED = f"A difference is amplified {LOUDER} times; grey is none."
+
+
+def subtract_all(
+    pictures: Sequence[Image.Image], reference: Sequence[Image.Image]
+) -> list[Image.Image]:
+    """The difference of every picture from the one at its place in the reference."""
+    return [subtract_pictures(*pair) for pair in zip(pictures, reference, strict=True)]
+
+
+def subtract_pictures(one: Image.Image, other: Image.Image, times: int = LOUDER) -> Image.Image:
+    """How much lighter or darker one is than the other, on grey; what is too much is cut off."""
+    ours, theirs = (np.asarray(each.convert("RGB"), dtype=np.int16) for each in (one, other))
+    apart = np.clip((ours - theirs) * times + 128, 0, 255)
+    return Image.fromarray(apart.astype(np.uint8))
+
+
+def as_images(pictures: Tensor) -> list[Image.Image]:
+    """8-bit pictures [n, 3, H, W] for a page."""
+    return [Image.fromarray(each.permute(1, 2, 0).contiguous().numpy()) for each in pictures]

@@ -1,12 +1,14 @@
-"""A training as a report: while it is under way, when it was stopped, and at its end."""
+"""Reports of a training: under way, stopped or at its end; and what one would take."""
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
+from leansd.incubation.estimate import GIB, Estimate, StageCost
 from leansd.incubation.training_log import StageLog, TrainingLog
 from leansd.incubation.validation import read_grid
-from leansd.report.differences import NOTE, list_differences
+from leansd.report.drawings import Bar, draw_bars
 from leansd.report.plots import Curve, plot_curves
 from leansd.report.sections import (
     Attachment,
@@ -14,12 +16,13 @@ from leansd.report.sections import (
     Drawing,
     Grid,
     Listing,
-    Origin,
     Prose,
     Report,
     Section,
+    count,
+    show_differences,
 )
-from leansd.report.words import count
+from leansd.text import Table, describe_duration
 
 AGAIN = 60
 """Seconds after which the page of a training that is under way opens itself again."""
@@ -30,36 +33,37 @@ TITLES = {
 }
 
 
-def make_report(log: TrainingLog, origin: Origin, recipe: str = "") -> Report:
+def report_training(log: TrainingLog, recipe: str = "") -> Report:
     """Curves, pictures on the way, a row a stage.
 
     Args:
         recipe: its text, which the page then carries.
     """
-    sections: list[Section] = []
     drawings = _draw_curves(log)
-    if drawings:
-        sections.append(Chart("Training curves", drawings, _explain(log)))
     seen = [stage for stage in log.stages if stage.grids and log.prompts]
-    sections += [_show_grid(log, stage) for stage in seen]
-    sections.append(Listing("Stages", log.tabulate()))
-    if not drawings:
-        sections.append(Prose("Nothing yet", ["No steps are on record; they come every ten."]))
-    attachments = [Attachment("losses.jsonl", log.write_rows(), "all that was logged")]
-    attachments += [Attachment("recipe.yaml", recipe, "the recipe")] if recipe else []
+    nothing = Prose("Nothing yet", ["No steps are on record; they come every ten."])
+    sections: list[Section] = [
+        *([Chart("Training curves", drawings, _explain(log))] if drawings else []),
+        *(_show_grid(log, stage) for stage in seen),
+        Listing("Stages", log.tabulate()),
+        *([] if drawings else [nothing]),
+    ]
+    recipes = [Attachment("recipe.yaml", recipe, "the recipe")] if recipe else []
     return Report(
         title=TITLES[log.state].format(name=log.name),
-        summary=summarise(log),
+        summary=summarise_training(log),
         measured=f"the training of {log.name} on {log.subject}, "
         f"{count(len(log.stages), 'stage')}: {', '.join(stage.name for stage in log.stages)}",
         sections=sections,
-        origin=origin,
-        attachments=attachments,
+        attachments=[
+            Attachment("losses.jsonl", log.write_rows(), "all that was logged"),
+            *recipes,
+        ],
         reload=AGAIN if log.state == "under way" else 0,
     )
 
 
-def summarise(log: TrainingLog) -> str:
+def summarise_training(log: TrainingLog) -> str:
     """How far it came and whether it learns, in a sentence."""
     begun = [stage for stage in log.stages if stage.rows]
     if not begun:
@@ -98,36 +102,27 @@ def _draw_curves(log: TrainingLog) -> list[Drawing]:
         return []
     # One stage alone needs no border.
     borders: dict[str, float] = dict(starts) if len(starts) > 1 else {}
+    draw = partial(plot_curves, x_name="step", borders=borders)
     names = dict.fromkeys(name for stage in log.stages for name in stage.losses)
     losses = [
         Curve(name, log.list_values(name), is_main=name == "loss")
         for name in sorted(names, key=lambda each: each != "loss")
     ]
-    draw = partial(plot_curves, x_name="step", borders=borders)
-    drawings = [draw(losses, y_name="loss", name="losses", caption="Losses.", is_log=True)]
-    for key, y_name, caption in (
-        ("learning_rate", "learning rate", "Learning rate."),
-        ("norm", "norm of the gradient", "Norm of the gradient, before it is clipped."),
-    ):
-        parts = log.list_values(key)
-        if parts:
-            name = key.replace("_", "-")
-            curve = Curve(y_name, parts)
-            drawings.append(draw([curve], y_name=y_name, name=name, caption=caption))
     closeness = [
         [(starts[stage.name] + step, value) for step, value in sorted(stage.psnr.items())]
         for stage in log.stages
         if stage.psnr and stage.name in starts
     ]
-    if closeness:
-        drawings.append(
-            draw(
-                [Curve("PSNR", closeness)],
-                y_name="PSNR to the original, dB",
-                name="validation",
-                caption="Pictures on the way.",
-            )
-        )
+    drawings = [draw(losses, y_name="loss", name="losses", caption="Losses.", is_log=True)]
+    for name, parts, label, y_name, caption in (
+        ("learning-rate", log.list_values("learning_rate"), "learning rate", "learning rate",
+         "Learning rate."),
+        ("norm", log.list_values("norm"), "norm of the gradient", "norm of the gradient",
+         "Norm of the gradient, before it is clipped."),
+        ("validation", closeness, "PSNR", "PSNR to the original, dB", "Pictures on the way."),
+    ):  # fmt: skip
+        if parts:
+            drawings.append(draw([Curve(label, parts)], y_name=y_name, name=name, caption=caption))
     return drawings
 
 
@@ -136,10 +131,85 @@ def _show_grid(log: TrainingLog, stage: StageLog) -> Grid:
     step = max(stage.grids)
     teacher, student = read_grid(stage.grids[step], len(log.prompts))
     close = f"{stage.psnr[step]:.1f} dB" if step in stage.psnr else ""
-    apart = list_differences(teacher, {"student": student})["student"]
-    rows = [
+    return show_differences(
+        f"Pictures of stage {stage.name}",
+        log.prompts,
         ("original", "", teacher),
-        ("trained", f"step {step} {close}".rstrip(), student),
-        ("difference", "trained - original", apart),
-    ]
-    return Grid(f"Pictures of stage {stage.name}", log.prompts, rows, [NOTE])
+        [("trained", f"step {step} {close}".rstrip(), student)],
+    )
+
+
+# -- incubate --dry-run --------------------------------------------------------------------------
+
+
+def report_estimate(estimate: Estimate) -> Report:
+    """What a recipe takes, before anything is trained: hours, memory, disk, work of every stage."""
+    stages = estimate.stages
+    hours = sum(estimate.hours(stage) for stage in stages)
+    memory = max(estimate.memory(stage) for stage in stages)
+    times: list[Bar] = []
+    memories: list[Bar] = []
+    for stage in stages:
+        took = estimate.hours(stage)
+        times.append(Bar(stage.name, (took,), describe_duration(3600 * took)))
+        parts = stage.weights / GIB, estimate.batch * stage.activations / GIB
+        memories.append(Bar(stage.name, parts, f"{sum(parts):.2f} GiB"))
+    return Report(
+        title=f"What training {estimate.recipe} takes",
+        summary=(
+            f"Training {estimate.recipe} would take about {describe_duration(3600 * hours)} "
+            f"on this machine and {memory / GIB:.1f} GiB of memory."
+        ),
+        measured=f"{count(len(stages), 'stage')} in batches of {estimate.batch}, counted "
+        "without training; only the speed of this machine is measured",
+        sections=[
+            Chart(
+                "By stage",
+                [
+                    draw_bars(times, names=("time",), name="hours", caption="Time."),
+                    draw_bars(
+                        memories,
+                        names=("weights and optimizer", "activations"),
+                        name="memory",
+                        caption="Memory.",
+                    ),
+                ],
+            ),
+            Listing("Everything that was counted", tabulate_estimate(estimate)),
+            Prose(
+                "How this was counted",
+                [
+                    "One step of every stage is run on a device without memory, forward and "
+                    "backward: products are counted as they come, and what is kept for the way "
+                    "back is what the step needs. Hours follow from the rate of the original's "
+                    f"forward, measured here: {estimate.macs_per_second / 1e9:.3g} G "
+                    "multiply-accumulates a second.",
+                ],
+            ),
+        ],
+        attachments=[
+            Attachment("estimate.json", json.dumps(estimate.to_fields(), indent=1), "all numbers")
+        ],
+    )
+
+
+def tabulate_estimate(estimate: Estimate) -> Table:
+    """A row a stage."""
+    columns = (
+        *("stage", "steps", "samples", "trained, M", "of, M", "G MACs a sample"),
+        *("memory, GiB", "disk, GiB", "hours"),
+    )
+    return Table(columns, tuple(_show_cost(estimate, stage) for stage in estimate.stages))
+
+
+def _show_cost(estimate: Estimate, stage: StageCost) -> tuple[str, ...]:
+    numbers = (
+        *(stage.trained / 1e6, stage.parameters / 1e6, stage.macs / 1e9),
+        *(estimate.memory(stage) / GIB, stage.disk / GIB, estimate.hours(stage)),
+    )
+    return (
+        stage.name,
+        str(stage.steps),
+        str(stage.samples),
+        *(f"{number:.3g}" for number in numbers),
+    )

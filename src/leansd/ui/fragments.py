@@ -238,8 +238,6 @@ def show_front(tuned: Tuned) -> str:
             point.plan.name if point.is_plain else f"{len(point.plan.keys)} in full",
             point.speedup,
             point.psnr,
-            point.speedup,
-            point.speedup,
             is_rival=point.is_plain,
         )
         for point in (*front.points, *front.beaten)

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from leansd.report.drawings import STATES
+from leansd.plans.drawing import get_states
 from leansd.runtime.samplers import SAMPLERS
 from leansd.ui.cells import BRUSHES, TIERS
 from leansd.ui.history import OWN_SAMPLER
@@ -235,7 +235,8 @@ def _lay_out_plan() -> dict[str, Any]:
         elem_id="grid",
     )
     cell = gr.HTML(apply_default_css=False, padding=False, elem_id="cell")
-    marks = "".join(f'<span><i class="{each}"></i>{STATES[each]}</span>' for each in _LEGEND)
+    states = get_states()
+    marks = "".join(f'<span><i class="{each}"></i>{states[each].label}</span>' for each in _LEGEND)
     gr.HTML(
         f'<div class="legend">{marks}<span>Click a cell, or drag over several; click a row\'s name '
         "for the whole row, a step's head to compute that step in full or not. Arrow keys move, "

@@ -18,7 +18,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from leansd.errors import LeansdError
-from leansd.report.palette import DARK, LIGHT, declare_colours
+from leansd.report.palette import declare_colours
 from leansd.ui.events import connect
 from leansd.ui.page import ASSETS, lay_out
 from leansd.ui.studio import Studio
@@ -215,4 +215,4 @@ def _resize(start: Any, length: int) -> Message:
 def read_style() -> str:
     """The page's style, in the colours of the reports."""
     own = (ASSETS / "page.css").read_text(encoding="utf-8")
-    return f":root {{ {declare_colours(LIGHT)} }}\n.dark {{ {declare_colours(DARK)} }}\n{own}"
+    return f":root {{ {declare_colours('light')} }}\n.dark {{ {declare_colours('dark')} }}\n{own}"

@@ -1,0 +1,414 @@
+"""Reports of plans: a plan itself, pictures drawn after plans, a tuning."""
+
+from __future__ import annotations
+
+import statistics
+import textwrap
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFont
+
+from leansd.drawing import Painting, Request
+from leansd.evaluation.fidelity import psnr, ssim
+from leansd.evaluation.records import Record
+from leansd.evaluation.resuming import get_field
+from leansd.faces.comparison import FEWER, Comparison, Entry, list_records, tabulate_comparison
+from leansd.faces.fronts import describe_choice, tabulate_front
+from leansd.plans.anatomy import Anatomy
+from leansd.plans.document import encode_plan
+from leansd.plans.drawing import get_states, list_states
+from leansd.plans.plan import Plan
+from leansd.report.drawings import draw_heat, draw_plan
+from leansd.report.palette import LIGHT
+from leansd.report.plots import Point, plot_tradeoff
+from leansd.report.sections import (
+    AMPLIFIED,
+    DECIBELS,
+    Attachment,
+    Chart,
+    Drawing,
+    Grid,
+    Listing,
+    Prose,
+    Report,
+    Section,
+    attach_records,
+    count,
+    show_differences,
+    subtract_all,
+)
+from leansd.text import Table
+from leansd.tuning.front import Front
+from leansd.tuning.front import Point as Tuned
+
+SAME = "The same prompts, the same seeds"
+HOW_TO_READ = (
+    "A column is a step of the sampler, a line is a unit of the UNet from input to output. An idle "
+    "unit is one that nobody reads at that step."
+)
+
+
+def report_plan(plan: Plan, anatomy: Anatomy, gain: float) -> Report:
+    """The grid of a plan, and how much of what it does.
+
+    Args:
+        gain: how many times fewer multiply-accumulates the UNet does.
+    """
+    return Report(
+        title=f"Plan {plan.name} on {anatomy.name}",
+        summary=(
+            f"With this plan {len(plan.keys)} of {plan.steps} steps run the whole network, and the "
+            f"others take over what was computed before: {gain:.1f} times less work in all."
+        ),
+        measured=f"what plan {plan.name} ({plan.fingerprint}) makes of {anatomy.name}'s UNet; "
+        "counted, not measured",
+        sections=[
+            Chart("What runs when", [draw_plan(plan, anatomy)], [HOW_TO_READ]),
+            Listing("How much of what", tabulate_states(plan, anatomy)),
+        ],
+        attachments=[attach_plan(plan)],
+    )
+
+
+def attach_plan(plan: Plan, about: str = "the plan") -> Attachment:
+    """A plan as a file that the page carries."""
+    return Attachment("plan.json", encode_plan(plan), about)
+
+
+def tabulate_states(plan: Plan, anatomy: Anatomy) -> Table:
+    """How many units at how many steps are in each state."""
+    counts = Counter(state for marks in list_states(plan, anatomy).values() for state in marks)
+    rows = [
+        (state.label, str(counts[name]), f"{counts[name] / counts.total():.1%}")
+        for name, state in get_states().items()
+        if counts[name]
+    ]
+    return Table(("state", "units x steps", "share"), tuple(rows))
+
+
+# -- generate --compare --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One request, drawn both ways."""
+
+    request: Request
+    full: Painting
+    planned: Painting
+
+    @property
+    def gain(self) -> float:
+        """Times faster."""
+        return self.full.seconds / self.planned.seconds
+
+
+def report_pairs(pairs: Sequence[Pair], plan: Plan, anatomy: Anatomy) -> Report:
+    """Pictures drawn in full and after a plan: differences, times and fidelity, the plan."""
+    full = [pair.full.image for pair in pairs]
+    planned = [pair.planned.image for pair in pairs]
+    close, alike = psnr(planned, full).tolist(), ssim(planned, full).tolist()
+    gain = statistics.median(pair.gain for pair in pairs)
+    what = "A picture was" if len(pairs) == 1 else f"{len(pairs)} pictures were"
+    table = Table(
+        ("prompt", "seed", "full", plan.name, "speed-up", "PSNR", "SSIM"),
+        tuple(
+            (
+                pair.request.prompt,
+                str(pair.request.seed),
+                f"{pair.full.seconds:.2f} s",
+                f"{pair.planned.seconds:.2f} s",
+                f"{pair.gain:.2f}x",
+                f"{decibels:.1f} dB",
+                f"{similarity:.3f}",
+            )
+            for pair, decibels, similarity in zip(pairs, close, alike, strict=True)
+        ),
+    )
+    once = (
+        "Time of the whole call, once each: leansd demo and leansd bench take turns and say how "
+        "sure they are."
+    )
+    return Report(
+        title=f"{plan.name} beside the full run",
+        summary=(
+            f"{what} drawn {gain:.1f} times faster with plan {plan.name}, "
+            f"{statistics.fmean(close):.0f} dB close to what the full run draws (above about 40 "
+            "differences are hard to see)."
+        ),
+        measured=f"{count(len(pairs), 'picture')} drawn by {anatomy.name} in full and after "
+        f"{plan.name} from the same seeds, one after the other",
+        sections=[
+            show_differences(
+                SAME,
+                [pair.request.prompt for pair in pairs],
+                ("full", "", full),
+                [(plan.name, f"{gain:.2f}x", planned)],
+            ),
+            Listing("Time and fidelity", table, [once]),
+            Chart("The plan", [draw_plan(plan, anatomy, plan.name)]),
+        ],
+        attachments=[attach_plan(plan)],
+    )
+
+
+# -- demo ----------------------------------------------------------------------------------------
+
+
+def report_comparison(comparison: Comparison) -> Report:
+    """Plans beside the full run: pictures, what differs, speed against fidelity, the plans."""
+    width, height = comparison.size
+    first, *others = comparison.entries
+    rows = [(e.contestant.name, _remark(e), e.pictures) for e in comparison.entries]
+    summaries = [f"{e.contestant.name}: {e.contestant.summary}." for e in comparison.entries]
+    apart = [
+        (e.contestant.name, "minus full", subtract_all(e.pictures, first.pictures)) for e in others
+    ]
+    points = [
+        Point(
+            e.contestant.name,
+            e.speedup.median,
+            e.psnr,
+            (e.speedup.low, e.speedup.high),
+            is_rival=e.contestant.name == FEWER,
+        )
+        for e in comparison.entries
+        if e.psnr is not None
+    ]
+    plans = [
+        draw_plan(
+            e.contestant.plan,
+            comparison.anatomy,
+            f"{e.contestant.name}: {e.contestant.summary}",
+            name=f"plan-{e.contestant.name}",
+        )
+        for e in comparison.entries
+        if e.contestant.plan is not None
+    ]
+    return Report(
+        title="Lean Stable Diffusion: the same pictures in less time",
+        summary=summarise_comparison(comparison),
+        measured=f"{len(comparison.prompts)} prompts drawn by {comparison.subject} at {width} x "
+        f"{height} pixels, in full and after every plan, in turns",
+        sections=[
+            Grid(SAME, comparison.prompts, rows, summaries),
+            Chart(
+                "Speed against fidelity",
+                [plot_tradeoff(points, x_name="measured speed-up")],
+                [
+                    "Further right is faster, further up is closer to the full run; a bar is the "
+                    "range over the prompts. Fewer steps, a diamond in another colour, needs no "
+                    "plan.",
+                    DECIBELS,
+                ],
+            ),
+            Listing("Results", tabulate_comparison(comparison), _explain_results(comparison)),
+            Grid("What differs from the full run", comparison.prompts, apart, [AMPLIFIED]),
+            Chart("The plans", plans, [HOW_TO_READ]),
+            Prose(
+                "How this was measured",
+                [
+                    f"Sampler {comparison.sampler}, {comparison.steps} steps, guidance "
+                    f"{comparison.guidance:g}, prompt i from seed {comparison.seed} + i. One "
+                    "warm-up, then every prompt is drawn by all contestants in turns, so that a "
+                    "slow spell of the machine hits all alike.",
+                ],
+            ),
+        ],
+        attachments=[attach_records(list_records(comparison))],
+    )
+
+
+def _explain_results(comparison: Comparison) -> list[str]:
+    notes = [
+        "Speed-up: whole pictures, text encoder and decoder included; median and range over the "
+        f"{len(comparison.prompts)} prompts, each drawn by all in turn.",
+        "Predicted: from multiply-accumulates of the UNet alone.",
+        "PSNR (in dB) and SSIM: against the full run's picture from the same seed. They say "
+        "whether it is the same picture, not whether it is a good one.",
+        "Kept: the most memory that inherited features took at any time.",
+    ]
+    if any(entry.clip is not None for entry in comparison.entries):
+        notes.append("CLIP: agreement of picture and prompt, by the small CLIP beside the model.")
+    return notes
+
+
+def summarise_comparison(comparison: Comparison) -> str:
+    """The gentlest plan, the boldest, and fewer steps, in a sentence."""
+    first, *others = comparison.entries
+    plans = [entry for entry in others if entry.contestant.plan is not None]
+    gains = sorted(plans, key=lambda entry: entry.speedup.median)
+    gentle, bold = (_name_gain(gains[place]) for place in (0, -1))
+    told = (
+        f"A picture that takes {first.timing.median:.2f} s in full is drawn {gentle} with the "
+        f"gentlest plan and {bold} with the boldest"
+    )
+    rival = next((entry for entry in others if entry.contestant.name == FEWER), None)
+    if rival is None:
+        return f"{told}."
+    return f"{told}; simply drawing in {rival.contestant.steps} steps is {_name_gain(rival)}."
+
+
+def _name_gain(entry: Entry) -> str:
+    return f"{entry.speedup.median:.1f} times faster ({entry.psnr:.0f} dB close to it)"
+
+
+def _remark(entry: Entry) -> str:
+    if entry.is_full:
+        return f"{entry.timing.median:.2f} s"
+    return f"{entry.speedup.median:.2f}x, {entry.psnr:.1f} dB"
+
+
+def draw_sheet(comparison: Comparison) -> Image.Image:
+    """All pictures on one sheet: a row a contestant, a column a prompt."""
+    side, gap, left, top = 128, 8, 132, 60
+    columns, rows = len(comparison.prompts), len(comparison.entries)
+    size = left + columns * (side + gap), top + rows * (side + gap)
+    sheet = Image.new("RGB", size, LIGHT["card"])
+    pen = ImageDraw.Draw(sheet)
+    bold, plain = ImageFont.load_default(16), ImageFont.load_default(12)
+    for column, prompt in enumerate(comparison.prompts):
+        text = "\n".join(textwrap.wrap(prompt, 20)[:3])
+        x = left + column * (side + gap) + side / 2
+        pen.multiline_text((x, top - 6), text, LIGHT["soft"], plain, anchor="md", align="center")
+    for row, entry in enumerate(comparison.entries):
+        y = top + row * (side + gap)
+        pen.text((10, y + side / 2 - 14), entry.contestant.name, LIGHT["ink"], bold, anchor="lm")
+        pen.multiline_text((10, y + side / 2), _remark(entry), LIGHT["soft"], plain)
+        for column, picture in enumerate(entry.pictures):
+            small = picture.resize((side, side), Image.Resampling.LANCZOS)
+            sheet.paste(small, (left + column * (side + gap), y))
+    return sheet
+
+
+# -- tune ----------------------------------------------------------------------------------------
+
+
+def report_tuning(
+    front: Front, chosen: Tuned, anatomy: Anatomy, drift: Sequence[Record] = ()
+) -> Report:
+    """The front as a plot and a table, the chosen plan, the drift where it was measured."""
+    named = {id(front.points[0]), id(front.points[-1]), id(chosen)}
+    named |= {id(point) for point in front.points if len(front.points) <= 8}
+    names = {id(point): point.plan.name for point in front.points if id(point) in named}
+    notes = [describe_choice(front, chosen), _list_corrections(chosen.plan)]
+    sections: list[Section] = [
+        Chart(
+            "Speed against fidelity",
+            [plot_front(front, names)],
+            [
+                "On calls that had no part in the tuning. Plain runs of fewer steps are diamonds "
+                "in another colour.",
+                DECIBELS,
+            ],
+        ),
+        Listing(
+            "The front",
+            tabulate_front(front, chosen),
+            [
+                "Speed-up and milliseconds: the whole call, predicted from a profile of this "
+                "machine.",
+                "or: the best at least as fast of the other kind: fewer steps beside a tuned "
+                "plan, tuned plans beside fewer steps.",
+            ],
+        ),
+        Chart(
+            "The chosen plan",
+            [draw_plan(chosen.plan, anatomy, chosen.plan.name)],
+            [note for note in notes if note],
+        ),
+        *(show_drift(drift) if drift else []),
+        Prose(
+            "How this was found",
+            [
+                f"Sampler {front.sampler}, plans to be like its full run of {front.steps} steps. "
+                "An error model calibrated on full runs proposes key steps and forecasts for every "
+                "speed by dynamic programming; the best are run, their corrections fitted, their "
+                "key steps moved while that helps. Held-out calls from other seeds decide.",
+            ],
+        ),
+    ]
+    drifts = [attach_records(drift, "drift.jsonl")] if drift else []
+    return Report(
+        title=f"Plans tuned for {anatomy.name}",
+        summary=summarise_tuning(front, chosen),
+        measured=f"what skipping work does to pictures of {anatomy.name}, {front.steps} steps of "
+        f"sampler {front.sampler}",
+        sections=sections,
+        attachments=[attach_plan(chosen.plan, "the chosen plan"), *drifts],
+    )
+
+
+def plot_front(front: Front, names: Mapping[int, str], caption: str = "") -> Drawing:
+    """Speed against fidelity of everything that was tried.
+
+    Args:
+        names: by `id` of a point; those without one have no name in the plot.
+    """
+    points = [
+        Point(names.get(id(point), ""), point.speedup, point.psnr, is_rival=point.is_plain)
+        for point in (*front.points, *front.beaten)
+    ]
+    return plot_tradeoff(points, x_name="predicted speed-up", caption=caption)
+
+
+def summarise_tuning(front: Front, chosen: Tuned) -> str:
+    """What the choice gains, and whether it was worth tuning, in a sentence."""
+    rival = front.find_rival(chosen)
+    gain = f"{chosen.speedup:.1f} times faster, {chosen.psnr:.0f} dB close to the originals"
+    if chosen.is_plain:
+        return (
+            f"Nothing beats simply drawing in fewer steps here: {chosen.plan.steps} in the place "
+            f"of {front.steps} are {gain}."
+        )
+    beside = f" (drawing in fewer steps: {rival.psnr:.0f} dB)" if rival is not None else ""
+    return f"With the chosen plan pictures are drawn {gain}{beside}."
+
+
+def show_drift(drift: Sequence[Record]) -> list[Section]:
+    """Heat maps of what changes from step to step."""
+
+    def draw(metric: str, caption: str, name: str, **fields: str | int) -> Drawing:
+        rows: dict[str, dict[int, float]] = {}
+        for record in drift:
+            same = all(get_field(record, key) == value for key, value in fields.items())
+            if record.metric == metric and same:
+                row = rows.setdefault(record.at or "guidance", {})
+                row[get_field(record, "step")] = record.value
+        return draw_heat(rows, caption, name=name)
+
+    units = [record for record in drift if record.metric == "unit_drift"]
+    lanes = dict.fromkeys(str(get_field(record, "lane")) for record in units)
+    errors = [record for record in drift if record.metric == "cut_error"]
+    ways = sorted({(str(get_field(r, "how")), int(get_field(r, "gap"))) for r in errors})
+    sections: list[Section] = [
+        Chart(
+            "Drift of every unit",
+            [draw("unit_drift", f"Lane {lane}", f"drift-{lane}", lane=lane) for lane in lanes],
+            ["The change of a unit's output since the step before, over the output itself."],
+        ),
+        Chart(
+            "One-step error of every cut",
+            [
+                draw("cut_error", f"{how}, gap {gap}", f"cut-{how}-{gap}", how=how, gap=gap)
+                for how, gap in ways
+            ],
+            [
+                "The relative error of the UNet's output where the cut alone inherits at this "
+                "step, from outputs that are one, two, three times the gap back."
+            ],
+        ),
+    ]
+    if any(record.metric == "guidance_drift" for record in drift):
+        what = "Conditional minus unconditional output"
+        heat = draw("guidance_drift", what, "drift-guidance")
+        sections.append(Chart("Drift of the guidance difference", [heat]))
+    return sections
+
+
+def _list_corrections(plan: Plan) -> str:
+    corrections = [(step, row.correct) for step, row in enumerate(plan.rows) if any(row.correct)]
+    listed = ", ".join(f"{line:.2f} and {last:.2f} at step {n}" for n, (line, last) in corrections)
+    return f"Corrections, by the line and by the last output: {listed}." if listed else ""
