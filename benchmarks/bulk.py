@@ -27,7 +27,6 @@ from leansd.cli.terminal import hush_libraries
 from leansd.cluster import connect
 from leansd.evaluation.prompts import GUIDANCE, THINGS
 from leansd.evaluation.records import Record, stamp, write_records
-from leansd.plans.document import make_document
 from leansd.plans.presets import preset
 from leansd.shards import list_shards
 
@@ -56,9 +55,9 @@ def main(
     pictures: int = 96, rounds: int = 3, steps: int = 30, plan: str = "balanced", shard: int = SHARD
 ) -> None:
     hush_libraries()
-    followed = make_document(preset(plan, steps, sampler="dpm++2m"))
+    followed = preset(plan, steps, sampler="dpm++2m")
     job = Job(
-        "emoji", steps=steps, plan=followed.model_dump(mode="json", exclude_defaults=True),
+        "emoji", steps=steps, plan=followed.to_dict(),
         guidance=GUIDANCE, batch=8, shard=shard, threads=1, device="cpu",
     )  # fmt: skip
     ways: Mapping[str, Callable[[], Work]] = {

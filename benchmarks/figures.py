@@ -23,8 +23,8 @@ from leansd.evaluation.records import Record, load_records
 from leansd.faces.outlines import open_anatomy, open_outline
 from leansd.faces.standings import Standing, read_standings
 from leansd.plans import Plan
-from leansd.plans.drawing import draw_picture
-from leansd.plans.house import HOUSE
+from leansd.plans.grid import draw_picture
+from leansd.plans.presets import SPEED_PRESETS
 from leansd.surgery.operating import operate
 
 ROOT = Path(__file__).parent.parent
@@ -109,7 +109,7 @@ def draw_front() -> Figure:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     groups = {
-        "presets": ([plan for plan in plans if plan in HOUSE], OURS, "o"),
+        "presets": ([plan for plan in plans if plan in SPEED_PRESETS], OURS, "o"),
         "DeepCache's schedule": ([plan for plan in plans if "deepcache" in plan], RIVAL, "s"),
         "fewer steps": ([plan for plan in plans if plan.endswith(" steps")], "#334155", "^"),
     }

@@ -32,9 +32,8 @@ from leansd.evaluation.runs import PipelineCall, expand_calls
 from leansd.faces.contests import OWN_SETTING, draw_inputs, list_settings, name_own_front
 from leansd.files import write_file
 from leansd.loading import as_image_to_image, load
-from leansd.plans import house
-from leansd.plans.document import make_document
 from leansd.plans.plan import Plan
+from leansd.plans.presets import tuned
 from leansd.runtime.samplers import make_scheduler
 from leansd.tuning import Front, tune
 from leansd.tuning.front import Point
@@ -44,7 +43,7 @@ JOURNALS = Path(__file__).parent.parent / "runs" / "fronts"
 SEED, INPUT_SEED = 2_000_000, 12_000_000
 """Of pictures, and of those that image-to-image starts from; far from the benchmark's."""
 CALLS = 8
-SPEEDS = list(house.SPEEDS.values())
+SPEEDS = [each.speedup for each in tuned.SPEED_PRESETS.values()]
 SPARES = [1.03, 1.07]
 """Plans are sought faster than they shall be, by little and by more: predictions are off by as
 much, and a plan that misses its speed counts for nothing."""
@@ -147,20 +146,18 @@ def write_presets() -> None:
             continue
         front = Front.load(path)
         found = {
-            name: find_preset(front.points, front.steps, speed)
-            for name, speed in house.SPEEDS.items()
+            name: find_preset(front.points, front.steps, speed.speedup)
+            for name, speed in tuned.SPEED_PRESETS.items()
         }
         plans = {
             # What a preset was tuned on is no reason to refuse it elsewhere.
-            name: make_document(replace(plan, name=name, tuned=None)).model_dump(
-                exclude_defaults=True
-            )
+            name: replace(plan, name=name, tuned=None).to_dict()
             for name, plan in found.items()
             if plan is not None
         }
         rows.append({"sampler": front.sampler, "steps": front.steps, "plans": plans})
     lines = ",\n".join(json.dumps(row) for row in rows)
-    write_file(house.TUNED, f"[\n{lines}\n]\n")
+    write_file(tuned.TUNED, f"[\n{lines}\n]\n")
 
 
 if __name__ == "__main__":

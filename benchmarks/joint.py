@@ -39,10 +39,10 @@ from leansd.evaluation.records import (
 from leansd.evaluation.runs import RunOutputs, run_calls
 from leansd.evaluation.timing import compare_timings, time_cases
 from leansd.loading import load, load_unet
+from leansd.plans.compile import compile_plan
 from leansd.plans.plan import Plan
 from leansd.plans.presets import preset
 from leansd.plans.row import OWN
-from leansd.plans.tracing import compile_plan
 from leansd.runtime.nets import keep_company
 from leansd.runtime.samplers import make_scheduler
 from leansd.tuning import tune

@@ -29,9 +29,9 @@ from leansd.evaluation.rivals.deepcache import cache
 from leansd.evaluation.timing import compare_timings, time_cases
 from leansd.faces.stand_ins import build_stand_in
 from leansd.loading import load
+from leansd.plans.compile import compile_plan
 from leansd.plans.plan import Plan
 from leansd.plans.presets import preset
-from leansd.plans.tracing import compile_plan
 from leansd.runtime.engine import Engine
 from leansd.runtime.weave import Weave
 

@@ -25,7 +25,7 @@ from leansd.faces.outlines import predict_gain
 from leansd.faces.scoring import find_scorer
 from leansd.loading import load
 from leansd.plans.anatomy import Anatomy
-from leansd.plans.presets import HOUSE, preset
+from leansd.plans.presets import SPEED_PRESETS, preset
 from leansd.runtime.samplers import set_sampler
 
 RESULTS = Path(__file__).parent / "results" / "presets.jsonl"
@@ -36,7 +36,7 @@ INTERVALS = (2, 3, 5)
 def list_contestants(anatomy: Anatomy, steps: int, sampler: str) -> list[Contestant]:
     """Full run, presets, DeepCache's branch 0, and fewer steps at the cost of each of those."""
     blocks = anatomy.up_blocks
-    plans = {name: preset(name, steps, blocks=blocks, sampler=sampler) for name in HOUSE}
+    plans = {name: preset(name, steps, blocks=blocks, sampler=sampler) for name in SPEED_PRESETS}
     for interval in INTERVALS:
         plan = preset("deepcache", steps, blocks=blocks, interval=interval)
         plans[f"deepcache 1:{interval}"] = plan

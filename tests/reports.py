@@ -26,9 +26,8 @@ from leansd.incubation.estimate import Estimate, StageCost
 from leansd.incubation.recipe import load_recipe
 from leansd.incubation.training_log import TrainingLog, read_log, read_run
 from leansd.incubation.validation import paste_grid
-from leansd.plans.document import make_document
 from leansd.plans.plan import Plan
-from leansd.plans.presets import HOUSE, PRESETS, preset
+from leansd.plans.presets import PRESETS, SPEED_PRESETS, preset
 from leansd.report import Origin, Report, bulk, measurements, nets, plans, recognising, training
 from leansd.report.scores import judge, prepare
 from leansd.scoring.looking import Manner
@@ -57,10 +56,12 @@ def draw(seed: int, shift: float = 0.0, side: int = 64) -> Image.Image:
 
 def make_comparison() -> Comparison:
     entries: list[Entry] = []
-    names = [FULL, *HOUSE, FEWER]
+    names = [FULL, *SPEED_PRESETS, FEWER]
     for place, name in enumerate(names):
-        plan = preset(name, STEPS) if name in HOUSE else None
-        summary = PRESETS[name].summary if name in HOUSE else f"the whole UNet, {STEPS} steps"
+        plan = preset(name, STEPS) if name in SPEED_PRESETS else None
+        summary = (
+            PRESETS[name].summary if name in SPEED_PRESETS else f"the whole UNet, {STEPS} steps"
+        )
         gain = 1 + 0.45 * place
         entries.append(
             Entry(
@@ -101,7 +102,7 @@ def make_drift() -> Iterator[Record]:
 
 
 def report_tune(folder: Path) -> Report:
-    tuned = [preset(name, STEPS, sampler="dpm++2m") for name in HOUSE]
+    tuned = [preset(name, STEPS, sampler="dpm++2m") for name in SPEED_PRESETS]
     points = [Point(plan, 1.5 + 0.6 * n, 600 - 90 * n, 52 - 6 * n) for n, plan in enumerate(tuned)]
     plain = [Point(Plan.full(19, name="19 steps"), 1.55, 580, 43.1)]
     plain += [Point(Plan.full(9, name="9 steps"), 3.2, 300, 29.3)]
@@ -138,7 +139,7 @@ def report_evaluation(folder: Path) -> Report:
     cases = {"full": 1.0, "balanced": 2.1, "turbo": 3.3, "unipc:15": 2.0}
     records = []
     for place, (name, gain) in enumerate(cases.items()):
-        case = {**shared, "plan": name, "fingerprint": "ab12" if name in HOUSE else ""}
+        case = {**shared, "plan": name, "fingerprint": "ab12" if name in SPEED_PRESETS else ""}
         records.append(Record(**case, metric="predicted_speedup", value=gain, unit="x"))
         for reference in ("full", CONVERGED):
             if name != reference:
@@ -205,7 +206,7 @@ def report_job(folder: Path) -> Report:
     lines = [json.dumps(row) for row in rows]
     (folder / "rows.jsonl").write_text("\n".join([*lines, '{"id": 3}']) + "\n")
     out = folder / "out"
-    plan = make_document(preset("fast", STEPS)).model_dump(mode="json", exclude_defaults=True)
+    plan = preset("fast", STEPS).to_dict()
     job = Job("tiny", STEPS, plan, shard=2)
     order = place_order(read_sheet(folder / "rows.jsonl"), out, job)
     for part in order.parts:

@@ -16,8 +16,7 @@ import leansd
 from leansd.anatomy import read_anatomy
 from leansd.errors import LeansdError
 from leansd.plans import Plan
-from leansd.plans.drift import MEASURES, Measure
-from leansd.plans.row import How, Row
+from leansd.plans.row import MEASURES, How, Measure, Row
 from leansd.runtime.attachment import Attachment
 from test_control import make_controlnet
 from test_control import make_pipeline as make_control_pipeline

@@ -273,7 +273,9 @@ def test_own_plans_from_a_folder_are_those_of_the_sampler_and_step_count(tmp_pat
         Plan.full(int(name.split("-")[1])).save(tmp_path / f"{name}.json")
     plans = choose_plans([str(tmp_path), "fast"], CONTEST, 4)
     assert [plan.name for plan in plans] == ["1.5x", "2x", "fast"]
-    assert [plan.name for plan in choose_plans([], CONTEST, 4)] == list(leansd.plans.presets.HOUSE)
+    assert [plan.name for plan in choose_plans([], CONTEST, 4)] == list(
+        leansd.plans.presets.SPEED_PRESETS
+    )
 
 
 def test_a_front_for_what_a_contest_draws_comes_before_one_for_anything(tmp_path):

@@ -23,8 +23,8 @@ from leansd.anatomy import read_anatomy
 from leansd.errors import LeansdError
 from leansd.plans import Plan
 from leansd.plans.anatomy import HEAD
+from leansd.plans.compile import compile_plan
 from leansd.plans.structures import list_structures
-from leansd.plans.tracing import compile_plan
 from leansd.runtime.graphs import read_options, uses_cuda_graphs
 from test_control import draw as draw_controlled
 from test_control import make_pipeline as make_control_pipeline

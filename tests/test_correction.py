@@ -10,8 +10,8 @@ import leansd
 from leansd.errors import LeansdError
 from leansd.plans import Plan
 from leansd.plans.anatomy import HEAD
+from leansd.plans.compile import compile_plan
 from leansd.plans.liveness import Kept
-from leansd.plans.tracing import compile_plan
 from leansd.runtime.clock import read_course
 from loops import sample
 from tiny import tiny_pipeline, tiny_scheduler, tiny_unet

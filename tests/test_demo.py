@@ -8,7 +8,7 @@ from PIL import Image
 
 from leansd.cli import main
 from leansd.evaluation.records import load_records
-from leansd.plans.presets import HOUSE
+from leansd.plans.presets import SPEED_PRESETS
 from pages import read_page
 from tiny import tiny_pipeline
 
@@ -35,7 +35,7 @@ def test_the_demo_compares_every_preset(demo, capsys, monkeypatch):
     lines = capsys.readouterr().out.strip().splitlines()
     facts = json.loads(lines[-1])
     names = [row["name"] for row in facts["plans"]]
-    assert names == ["full", *HOUSE, "fewer steps"]
+    assert names == ["full", *SPEED_PRESETS, "fewer steps"]
     assert all(name in "".join(lines[:-1]) for name in names)
     full, *others = facts["plans"]
     assert full["speedup"] == 1
@@ -43,7 +43,7 @@ def test_the_demo_compares_every_preset(demo, capsys, monkeypatch):
     assert all(10 < row["psnr"] <= 100 and row["speedup"] > 0 for row in others)
     assert all(row["predicted_speedup"] > 1 for row in others)
     assert all(row["bytes_kept"] > 0 for row in others if row["fingerprint"])
-    figures = ["front", *(f"plan-{name}" for name in HOUSE)]
+    figures = ["front", *(f"plan-{name}" for name in SPEED_PRESETS)]
     assert {path.name for path in out.iterdir()} == {
         "grid.png",
         "records.jsonl",
@@ -55,7 +55,7 @@ def test_the_demo_compares_every_preset(demo, capsys, monkeypatch):
     assert len(page.images) == 2 * (6 + 5)  # and what differs from the full run
     assert all(image["alt"] for image in page.images)
     assert "a &lt;b&gt;red&lt;/b&gt; apple" in text
-    assert text.count("<svg") == 1 + len(HOUSE)
+    assert text.count("<svg") == 1 + len(SPEED_PRESETS)
     with Image.open(out / "grid.png") as grid:
         assert grid.width > 2 * 128
     records = load_records(out / "records.jsonl")

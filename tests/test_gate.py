@@ -22,10 +22,9 @@ from leansd.errors import LeansdError
 from leansd.evaluation.cost import name_gated
 from leansd.exporting.graphs import list_graphs
 from leansd.plans import Plan
-from leansd.plans.gate import count_attention
-from leansd.plans.liveness import predict_speedup
+from leansd.plans.compile import compile_plan
+from leansd.plans.macs import count_attention, predict_speedup
 from leansd.plans.structures import list_structures
-from leansd.plans.tracing import compile_plan
 from leansd.surgery.gri import MODES, GRIAttnProcessor, call_at_size
 from loops import sample
 from test_control import draw as draw_controlled

@@ -12,7 +12,7 @@ import leansd
 from conformance.reference import is_empty, watch_stores
 from leansd.errors import LeansdError
 from leansd.plans import Plan
-from leansd.plans.tracing import compile_plan
+from leansd.plans.compile import compile_plan
 from leansd.runtime.clock import read_course
 from tiny import tiny_pipeline, tiny_scheduler
 

@@ -29,7 +29,7 @@ def list_packages(statement: str) -> set[str]:
         "import leansd.plans",
         "import leansd; leansd.Plan.every(3, cut='up2.up', steps=30).inherit('mid', at=[4])",
         "import leansd; leansd.preset('deepcache', 30); leansd.preset('balanced', 30)",
-        "import leansd.plans.drawing, leansd.plans.structures",
+        "import leansd.plans.grid, leansd.plans.structures",
     ],
 )
 def test_plans_need_the_standard_library_only(statement: str) -> None:

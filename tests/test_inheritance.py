@@ -12,7 +12,7 @@ import leansd
 from leansd.anatomy import read_anatomy
 from leansd.errors import LeansdError
 from leansd.plans import Anatomy, Plan
-from leansd.plans.tracing import compile_plan
+from leansd.plans.compile import compile_plan
 from leansd.runtime.store import unwrap
 from loops import count_calls, sample
 from tiny import tiny_pipeline, tiny_scheduler, tiny_unet, tiny_xl_unet

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from leansd.anatomy import read_anatomy
 from leansd.anatomy.builtin import open_builtin
 from leansd.errors import LeansdError
 from leansd.plans import Anatomy, Plan, address, keysteps, presets
-from leansd.plans.drawing import draw_picture, list_states
-from leansd.plans.liveness import Net, find_pattern
-from leansd.plans.tracing import compile_plan
+from leansd.plans.compile import compile_plan
+from leansd.plans.grid import draw_picture, list_states
+from leansd.plans.liveness import Kept, Net, find_pattern
+from leansd.plans.methods import METHODS, Method, lagrange
+from leansd.plans.plan import Tuned
 
 
 @pytest.fixture(scope="module")
@@ -224,10 +227,56 @@ def test_every_preset_fits_every_step_count_and_model(name: str, steps: int, mod
 def test_unknown_presets_and_options_say_what_there_is() -> None:
     with pytest.raises(LeansdError, match="no preset 'balansed'; did you mean balanced"):
         leansd.preset("balansed")
-    with pytest.raises(LeansdError, match=r"preset fast: got an unexpected keyword argument 'cut'"):
+    with pytest.raises(LeansdError, match=r"preset fast has no option 'cut'; it has none"):
         leansd.preset("fast", cut="mid")
     with pytest.raises(LeansdError, match="branch 12 does not exist"):
         leansd.preset("deepcache", branch=12)
+
+
+def test_stretching_keeps_what_is_no_inheritance() -> None:
+    for count in (8, 20, 45):
+        stretched = leansd.preset("guidance-cutoff", 30).fit(count)
+        assert stretched.fingerprint == leansd.preset("guidance-cutoff", count).fingerprint
+    tuned = Tuned("ddim", "ab12")
+    plan = replace(Plan.full(10), tuned=tuned).guide("forecast", at=range(1, 10, 2))
+    stretched = plan.fit(20)
+    assert stretched.tuned == tuned
+    assert sum(row.guidance == "forecast" for row in stretched.rows) == 10
+    guarded = Plan.full(6).guard("sample", threshold=0.1).correct({3: 0.5}).fit(12)
+    assert guarded.drift is not None
+    assert sum(any(row.correct) for row in guarded.rows) == 2
+
+
+def test_a_new_way_to_inherit_is_one_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anatomy: Anatomy
+) -> None:
+    toy = Method(
+        "twice the last", 1, lambda now, then, calls: (2.0,), "2", "doubled", "#101010", ""
+    )
+    with pytest.raises(LeansdError, match="unknown how 'toy'"):
+        Plan.every(2, cut="mid", steps=4, how="toy")
+    monkeypatch.setitem(METHODS, "toy", toy)
+    plan = Plan.every(2, cut="mid", steps=4, how="toy")
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    call = compile_plan(plan, anatomy).calls[1]
+    assert call.sources["mid.l1.res"] == ((Kept("mid.l1.res", 0, "output"),),)
+    assert "2" in plan.draw(anatomy)
+    legend = draw_picture(plan, anatomy).axes[0].get_legend().get_texts()
+    assert "doubled" in [text.get_text() for text in legend]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_weights_of_exact_methods_add_up_and_follow_a_line(name: str) -> None:
+    method, then = METHODS[name], (2.5, 1.0, -0.5)[: METHODS[name].depth]
+    weights = method.weights(4, then if method.axis == "log_snr" else (3, 1, 0), 9)
+    if method.is_exact:
+        assert sum(weights) == pytest.approx(1)
+    if method.weights is lagrange:
+        line = [3 * place + 2 for place in then]
+        read = sum(weight * value for weight, value in zip(weights, line, strict=True))
+        assert read == pytest.approx(3 * 4 + 2)
+        assert lagrange(4, (1.0, 1.0)) == (1.0, 0.0)
 
 
 # -- files ---------------------------------------------------------------------------------
@@ -246,13 +295,13 @@ def test_plans_survive_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.pop("rows"), "rows: Field required"),
+        (lambda d: d.pop("rows"), "rows is missing"),
         (lambda d: d.update(format="x"), "format"),
         (lambda d: d.update(version=99), "has plan format 99, this leansd reads up to 1"),
         (lambda d: d.update(steps=3), "says 3 steps and has 4 rows"),
-        (lambda d: d["rows"][1]["inherit"].update(mid="magic"), "rows.1.inherit.mid"),
+        (lambda d: d["rows"][1]["inherit"].update(mid="magic"), "step 1, mid: unknown how 'magic'"),
         (lambda d: d["rows"][0].update(inherit={"mid": "reuse"}), "step 0 cannot inherit mid"),
-        (lambda d: d.update(colour="red"), "colour: Extra inputs"),
+        (lambda d: d.update(colour="red"), "colour: there is no such key"),
     ],
 )
 def test_corrupt_plan_files_say_where(tmp_path: Path, change: object, message: str) -> None:
@@ -275,7 +324,7 @@ def test_unreadable_plan_files(tmp_path: Path) -> None:
     broken.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(LeansdError, match="it is not text"):
         Plan.load(broken)
-    with pytest.raises(LeansdError, match="cannot write the plan"):
+    with pytest.raises(LeansdError, match="cannot write into"):
         Plan.full(2).save(broken / "below" / "plan.json")
 
 
@@ -304,10 +353,10 @@ def test_grid_has_lines_for_parts_and_guidance_where_they_matter(anatomy: Anatom
 
 def test_picture_has_a_cell_for_every_state(anatomy: Anatomy) -> None:
     plan = leansd.preset("balanced", steps=10)
-    figure = draw_picture(plan, anatomy)
-    image = figure.axes[0].images[0].get_array()
-    assert image is not None
-    assert image.shape == (46, 10)
+    axes = draw_picture(plan, anatomy).axes[0]
+    assert (axes.get_xlim(), axes.get_ylim()) == ((0, 10), (46, 0))
+    used = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert used == ["computed", "forecast", "idle"]
     assert {state for row in list_states(plan, anatomy).values() for state in row} == {
         "compute", "forecast", "idle",
     }  # fmt: skip

@@ -26,9 +26,9 @@ from leansd.evaluation.profile import make_arguments, make_probing_plan, profile
 from leansd.evaluation.records import Record, load_records, stamp
 from leansd.faces.stand_ins import build_tiny_vae
 from leansd.loading import as_image_to_image, load_vae, set_vae
+from leansd.plans.compile import compile_plan
 from leansd.plans.liveness import Program
 from leansd.plans.plan import Plan
-from leansd.plans.tracing import compile_plan
 from pages import read_page
 from tiny import shallow_unet, tiny_pipeline, tiny_unet, tiny_vae
 

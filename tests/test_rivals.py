@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 import leansd
 from leansd.errors import LeansdError
 from leansd.plans import Plan
-from leansd.plans.rivals import list_complex_power_steps
+from leansd.plans.presets.published import list_complex_power_steps
 from test_inheritance import UNETS, Loop
 from tiny import tiny_unet
 

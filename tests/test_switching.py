@@ -12,8 +12,8 @@ from diffusers import UNet2DConditionModel
 import leansd
 from leansd.errors import LeansdError
 from leansd.plans import Plan
+from leansd.plans.compile import compile_plan
 from leansd.plans.liveness import Net
-from leansd.plans.tracing import compile_plan
 from leansd.runtime.nets import keep_company
 from loops import count_calls, sample
 from tiny import shallow_unet, tiny_pipeline, tiny_unet

@@ -16,8 +16,8 @@ from conformance.cases import STEPS, Call
 from conformance.samplers import Sampler
 from leansd.plans import Anatomy, Plan, preset
 from leansd.plans.anatomy import HEAD
+from leansd.plans.compile import compile_plan
 from leansd.plans.liveness import Call as UNetCall
-from leansd.plans.tracing import compile_plan
 from leansd.runtime.attachment import Attachment
 from leansd.runtime.engines import list_attachments
 from leansd.runtime.store import Store

@@ -9,7 +9,7 @@ from leansd.anatomy import read_anatomy
 from leansd.anatomy.builtin import open_builtin
 from leansd.anatomy.inputs import make_inputs
 from leansd.plans import Plan
-from leansd.plans.tracing import compile_plan
+from leansd.plans.compile import compile_plan
 from tiny import LATENT, tiny_unet
 
 MIB = 2**20

@@ -17,8 +17,8 @@ from conformance.samplers import SAMPLERS
 from leansd.anatomy import read_anatomy
 from leansd.plans import Anatomy, Plan
 from leansd.plans.anatomy import HEAD
+from leansd.plans.compile import compile_plan
 from leansd.plans.liveness import Call
-from leansd.plans.tracing import compile_plan
 
 
 @pytest.fixture

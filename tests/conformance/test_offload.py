@@ -14,7 +14,7 @@ from conformance.reference import count_predicted, draw
 from conformance.samplers import SAMPLERS
 from leansd.anatomy import read_anatomy
 from leansd.plans import Plan
-from leansd.plans.tracing import compile_plan
+from leansd.plans.compile import compile_plan
 from loops import count_calls
 
 PLANS = {

@@ -25,7 +25,7 @@ from conformance.samplers import SAMPLERS
 from leansd.anatomy import read_anatomy
 from leansd.errors import LeansdError
 from leansd.plans import Anatomy, Plan
-from leansd.plans.tracing import compile_plan
+from leansd.plans.compile import compile_plan
 from loops import count_calls
 from tiny import TOKENS, WIDTH
 

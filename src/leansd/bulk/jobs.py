@@ -29,7 +29,7 @@ from leansd.drawing import (
 from leansd.errors import LeansdError, OutputError
 from leansd.files import name_files, write_file
 from leansd.loading import as_image_to_image, load, load_unet, load_vae, set_vae
-from leansd.plans.document import PlanDocument, make_plan
+from leansd.plans.plan import Plan
 from leansd.runtime.samplers import name_sampler, set_sampler
 from leansd.shards import Drawn, name_shard, pack_shard
 from leansd.version import __version__
@@ -221,7 +221,7 @@ class Drawer:
             set_sampler(self.pipe, job.sampler)
         if job.vae is not None:
             set_vae(self.pipe, load_vae(job.vae))
-        self.plan = None if job.plan is None else make_plan(PlanDocument.model_validate(job.plan))
+        self.plan = None if job.plan is None else Plan.from_dict(job.plan)
         self.nets = {
             name: load_unet(folder, beside=self.pipe.unet) for name, folder in job.nets.items()
         }

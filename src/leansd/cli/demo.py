@@ -55,7 +55,7 @@ def show_demo(
     from leansd.faces.scoring import find_scorer
     from leansd.files import check_folder, write_file
     from leansd.loading import EMBEDDED, find_device, load, locate
-    from leansd.plans.presets import HOUSE
+    from leansd.plans.presets import SPEED_PRESETS
     from leansd.plans.resolve import resolve_plan
     from leansd.report import Origin, write_report
     from leansd.report.plans import draw_sheet, report_comparison
@@ -75,7 +75,7 @@ def show_demo(
     pipe.set_progress_bar_config(disable=True)
     chosen = prompts or list(PROMPTS)
     context = describe_runs(pipe, steps, anatomy=anatomy)
-    resolved = {name: resolve_plan(name, context) for name in HOUSE}
+    resolved = {name: resolve_plan(name, context) for name in SPEED_PRESETS}
     for line in dict.fromkeys(line for each in resolved.values() for line in each.notes):
         warn(line)
     contestants = line_up(anatomy, steps, {name: each.plan for name, each in resolved.items()})

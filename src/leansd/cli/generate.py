@@ -176,7 +176,6 @@ def generate_pictures(
     if prompt_file is not None:
         from leansd.bulk.jobs import Job, draw_here, place_order, run_job
         from leansd.bulk.rows import read_sheet
-        from leansd.plans.document import make_document
         from leansd.report.bulk import report_job
 
         for line in resolved.notes:
@@ -193,7 +192,7 @@ def generate_pictures(
         job = Job(
             model,
             chosen.steps,
-            make_document(chosen).model_dump(mode="json", exclude_defaults=True),
+            chosen.to_dict(),
             nets=folders,
             guidance=guidance,
             sampler=sampler,

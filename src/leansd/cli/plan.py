@@ -81,7 +81,7 @@ def show_plan(
         read_nets,
     )
     from leansd.files import check_file, write_file
-    from leansd.plans.drawing import draw_picture
+    from leansd.plans.grid import draw_picture
     from leansd.plans.resolve import resolve_plan
     from leansd.runtime.samplers import check_sampler
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from leansd.plans.anatomy import Anatomy
-from leansd.plans.liveness import predict_speedup
+from leansd.plans.compile import compile_plan
+from leansd.plans.macs import predict_speedup
 from leansd.plans.plan import Plan
-from leansd.plans.tracing import compile_plan
 from leansd.runtime import inherit
 
 FULL = "full"

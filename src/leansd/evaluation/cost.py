@@ -17,9 +17,8 @@ from leansd.errors import LeansdError
 from leansd.evaluation.records import Record
 from leansd.plans.address import get_block
 from leansd.plans.anatomy import HEAD, STEM
-from leansd.plans.gate import Attend
 from leansd.plans.liveness import Call, Kept, Program
-from leansd.plans.row import OWN
+from leansd.plans.row import OWN, Attend
 
 Batch = Literal["whole", "half", "none"]
 """What a call runs: the `whole` batch, only the conditional `half` of a guided one, or `none` of

@@ -30,10 +30,10 @@ from leansd.evaluation.fidelity import Lpips, list_metrics
 from leansd.evaluation.quality import Embedder
 from leansd.evaluation.records import Record, stamp
 from leansd.evaluation.runs import FULL, PipelineCall, expand_calls
-from leansd.plans.liveness import predict_speedup
+from leansd.plans.compile import compile_plan
+from leansd.plans.macs import predict_speedup
 from leansd.plans.plan import Plan
 from leansd.plans.resolve import resolve_plan
-from leansd.plans.tracing import compile_plan
 from leansd.runtime.context import describe_runs
 
 SHOWN = 8  # pictures of every case that are handed on for reports

@@ -19,9 +19,9 @@ from leansd.anatomy.reading import read_anatomy
 from leansd.errors import LeansdError
 from leansd.evaluation.timing import wait_for
 from leansd.plans.anatomy import Anatomy
+from leansd.plans.compile import compile_plan
 from leansd.plans.liveness import Program
 from leansd.plans.plan import Plan
-from leansd.plans.tracing import compile_plan
 from leansd.runtime import Weave, inherit
 from leansd.runtime.clock import read_course
 from leansd.runtime.guidance import is_guided

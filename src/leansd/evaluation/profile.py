@@ -32,10 +32,9 @@ from leansd.evaluation.laps import RunLaps, check_count, check_timing, measure_p
 from leansd.evaluation.timing import time_cases
 from leansd.plans.address import get_block
 from leansd.plans.anatomy import HEAD, STEM, Anatomy
-from leansd.plans.gate import ATTENDS
 from leansd.plans.liveness import Call
 from leansd.plans.plan import Plan
-from leansd.plans.row import Guidance, Row
+from leansd.plans.row import ATTENDS, Guidance, Row
 from leansd.runtime.engines import list_attachments
 
 PROMPT = "a red apple"

@@ -13,7 +13,7 @@ from leansd.errors import LeansdError
 from leansd.evaluation.contest import OURS, STRENGTH, Contest, Contestant, Grounds, send_plan
 from leansd.evaluation.runs import PipelineCall, run_calls
 from leansd.plans.plan import Plan
-from leansd.plans.presets import HOUSE
+from leansd.plans.presets import SPEED_PRESETS
 from leansd.plans.resolve import PlanContext, find_source, resolve_plan
 from leansd.tuning.front import Front
 
@@ -116,7 +116,7 @@ def choose_plans(sources: Sequence[str], contest: Contest, blocks: int) -> tuple
     """
     context = PlanContext(contest.steps, contest.sampler, blocks=blocks)
     if not sources:
-        return tuple(resolve_plan(name, context).plan for name in HOUSE)
+        return tuple(resolve_plan(name, context).plan for name in SPEED_PRESETS)
     plans: list[Plan] = []
     for source in sources:
         if Path(source).is_dir():

@@ -9,11 +9,11 @@ from functools import cached_property
 from leansd.evaluation.cost import CostModel
 from leansd.evaluation.prediction import Prediction
 from leansd.plans.anatomy import Anatomy
+from leansd.plans.compile import compile_plan
 from leansd.plans.liveness import Program
 from leansd.plans.plan import Plan
-from leansd.plans.presets import HOUSE
+from leansd.plans.presets import SPEED_PRESETS
 from leansd.plans.resolve import PlanContext, resolve_plan
-from leansd.plans.tracing import compile_plan
 from leansd.text import Table
 
 EXAMPLE = "balanced"
@@ -68,7 +68,7 @@ class Profiled:
     @cached_property
     def gains(self) -> tuple[Gain, ...]:
         """Of no plan at all, the house presets, and DeepCache's schedule."""
-        names = ("full", *HOUSE, "deepcache")
+        names = ("full", *SPEED_PRESETS, "deepcache")
         return tuple(self._predict_gain(self.resolve(name)) for name in names)
 
     def _predict_gain(self, plan: Plan) -> Gain:

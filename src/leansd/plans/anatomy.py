@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 
 from leansd.errors import LeansdError
 from leansd.plans import address
@@ -129,6 +130,51 @@ class Anatomy:
         return Selection(self.by_address[at] for at in address.select(pattern, every))
 
     def __str__(self) -> str:
-        from leansd.plans.drawing import draw_tree
+        return _draw_tree(self)
 
-        return draw_tree(self)
+
+def _draw_tree(anatomy: Anatomy) -> str:
+    """An anatomy as a tree of blocks, layers and units with parameters and multiply-accumulates."""
+    lines = [
+        _describe(anatomy),
+        f"{'address':<18}{'kind':<13}{'channels':>12}{'scale':>7}{'params':>11}",
+    ]
+    if anatomy.macs:
+        lines[-1] += f"{'MACs':>10}{'share':>8}"
+    for block, members in groupby(anatomy.units, key=lambda unit: address.get_block(unit.at)):
+        units = list(members)
+        if len(units) > 1 or units[0].at != block:
+            lines.append(_row(block, "", "", "", units, anatomy))
+        for layer, parts in groupby(units, key=lambda unit: address.get_layer(unit.at)):
+            rows = list(parts)
+            indent = "" if layer == block else "  "
+            if len(rows) > 1:
+                lines.append(_row(indent + layer, "", "", "", rows, anatomy))
+                indent += "  "
+            for unit in rows:
+                channels = f"{unit.channels[0]}>{unit.channels[1]}"
+                lines.append(
+                    _row(indent + unit.at, unit.kind, channels, f"1/{unit.scale}", [unit], anatomy)
+                )
+    return "\n".join(lines)
+
+
+def _describe(anatomy: Anatomy) -> str:
+    units = f"{anatomy.name}: {len(anatomy) - 2} units and 2 ends"
+    params = f"{anatomy.params / 1e6:,.2f} M parameters"
+    if not anatomy.macs or not anatomy.size:
+        return "\n".join(filter(None, (f"{units}, {params}", anatomy.uncounted)))
+    height, width = anatomy.size
+    macs = f"{anatomy.macs / 1e9:,.3f} GMAC at {height}x{width} latents, {anatomy.tokens} tokens"
+    return f"{units}, {params}\n{macs}"
+
+
+def _row(
+    name: str, kind: str, channels: str, scale: str, units: list[Unit], anatomy: Anatomy
+) -> str:
+    params = sum(unit.params for unit in units)
+    text = f"{name:<18}{kind:<13}{channels:>12}{scale:>7}{params / 1e6:>9,.3f} M"
+    if anatomy.macs:
+        macs = sum(unit.macs for unit in units)
+        text += f"{macs / 1e9:>8,.3f} G{macs / anatomy.macs:>8.1%}"
+    return text

@@ -14,16 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import nan
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import HEAD, Anatomy
-from leansd.plans.drift import SAMPLE, Drift
-from leansd.plans.gate import Attend, Gates, count_attention
 from leansd.plans.methods import METHODS, NO_CORRECTION, Correction
-from leansd.plans.row import OWN, Guidance, How
+from leansd.plans.row import OWN, SAMPLE, Attend, Drift, Gates, Guidance, How
 
 Lane = Literal["all", "rest", "cond"]
 """`all` of a batch; or of a guided one the `cond`itional half, which comes last, and the `rest`."""
@@ -96,7 +93,7 @@ class Call:
     """See `Row.correct`; nothing where nothing was inherited since the output before."""
     corrects: tuple[tuple[Kept, ...], ...] = ()
     """For each lane, the earlier outputs that the correction is by, latest first."""
-    is_upgraded: bool = False
+    recomputed: bool = False
     """Whether everything is computed although the plan would have inherited."""
     attend: Gates = field(default_factory=dict[str, Attend])
     """Self-attentions that attend otherwise than the UNet has them, wherever they are computed."""
@@ -219,38 +216,3 @@ def _list_early(anatomy: Anatomy, patterns: Sequence[Pattern]) -> list[str]:
                 return early
         early.append(unit.at)
     return early
-
-
-def predict_speedup(
-    calls: Sequence[Call], anatomy: Anatomy, nets: Mapping[str, Net] = NO_NETS
-) -> float:
-    """Multiply-accumulates of computing everything in every call, over those of these calls.
-
-    NaN where a UNet could not be counted (`Anatomy.uncounted` says why).
-
-    Args:
-        anatomy: of the pipeline's own UNet, which everything is computed by.
-        nets: the others that the calls run, by name.
-
-    Raises:
-        LeansdError: the anatomy's cost was not counted (`leansd.dissect` does).
-    """
-    there = {OWN: anatomy, **{name: net.anatomy for name, net in nets.items()}}
-    for each in there.values():
-        if each.uncounted:
-            return nan
-        if not each.macs:
-            raise LeansdError("this anatomy has no cost; leansd.dissect(unet) counts it")
-    spent = sum(_count_macs(call, there[call.net]) for call in calls)
-    return anatomy.macs * len(calls) / spent
-
-
-def _count_macs(call: Call, anatomy: Anatomy) -> float:
-    """Multiply-accumulates of a call, for a whole guided batch one sample's."""
-    parts = {part.at: part.macs for part in anatomy.parts}
-    pattern, size = call.pattern, anatomy.size or (0, 0)
-    macs = anatomy.macs - sum(parts[at] for at in pattern.parts)
-    macs -= sum(unit.macs for unit in anatomy if unit.at not in pattern.computed)
-    for at, attend in call.gates.items():
-        macs += count_attention(anatomy.by_address[at], attend, size) - parts[at]
-    return macs / 2 if call.is_half else macs

@@ -7,20 +7,38 @@ row means for one UNet (what runs, what is read, what nobody needs) follows from
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, NoReturn, cast
 
 from leansd.errors import LeansdError
 from leansd.plans import keysteps
 from leansd.plans.anatomy import Anatomy
-from leansd.plans.drift import Drift, Measure
-from leansd.plans.gate import Attend, Gates, resolve_gates
-from leansd.plans.row import OWN, Correction, Guidance, How, Row, check_row, resolve_row
+from leansd.plans.grid import draw_picture, draw_text
+from leansd.plans.methods import NO_CORRECTION, Correction
+from leansd.plans.row import (
+    OWN,
+    Attend,
+    Drift,
+    Gates,
+    Guidance,
+    How,
+    Measure,
+    Row,
+    check_row,
+    list_nets,
+    resolve_all_gates,
+    resolve_rows,
+)
+from leansd.text import suggest_name
 
 NO_NETS: Mapping[str, Anatomy] = MappingProxyType({})
+VERSION = 1
+"""Of the file format; a change that an older reader would misunderstand raises it."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +138,7 @@ class Plan:
     def guard(self, probe: str, *, threshold: float, measure: Measure = "change") -> Plan:
         """This plan as a frame: a picture inherits only while its drift is below `threshold`.
 
-        See `leansd.plans.drift`.
+        See `leansd.plans.row.Drift`.
 
         Args:
             probe: address of a unit that runs before anything inherits, or `sample`.
@@ -192,17 +210,17 @@ class Plan:
 
         Key steps keep their density over the run, so that the speed-up stays about the same; every
         other step does what the nearest such step of this plan did. Gates and nets keep their
-        place.
+        place, and so does everything where no unit inherits.
         """
         if steps == self.steps:
             return self
         if steps < 1:
             raise LeansdError(f"a plan needs at least one step, not {steps}")
-        old_keys = [step for step, row in enumerate(self.rows) if row.is_key]
-        others = [step for step, row in enumerate(self.rows) if not row.is_key]
         placed = [self.rows[step * self.steps // steps] for step in range(steps)]
+        old_keys = list(self.keys)
+        others = [step for step, row in enumerate(self.rows) if not row.is_key]
         if not others:
-            return Plan(tuple(Row(attend=each.attend, net=each.net) for each in placed), self.name)
+            return replace(self, rows=tuple(placed))
         scale = steps / self.steps
         count = min(steps, max(1, round(len(old_keys) * scale)))
         ends = [*old_keys, self.steps]
@@ -236,7 +254,7 @@ class Plan:
     @cached_property
     def nets(self) -> tuple[str, ...]:
         """The nets that it runs besides the pipeline's own UNet, in the order of their turns."""
-        return tuple(dict.fromkeys(row.net for row in self.rows if row.net != OWN))
+        return list_nets(self.rows)
 
     @cached_property
     def guides(self) -> bool:
@@ -265,11 +283,7 @@ class Plan:
             LeansdError: an address matches nothing in this UNet, or a unit cannot inherit that way.
                 The message names the step and the address. Or there is no such net.
         """
-        there = self._pick_anatomies(anatomy, nets)
-        return tuple(
-            resolve_row(step, row, each)
-            for step, (row, each) in enumerate(zip(self.rows, there, strict=True))
-        )
+        return resolve_rows(self.rows, anatomy, nets)
 
     def resolve_gates(
         self, anatomy: Anatomy, nets: Mapping[str, Anatomy] = NO_NETS
@@ -279,23 +293,7 @@ class Plan:
         Raises:
             LeansdError: an address matches no self-attention of this UNet.
         """
-        there = self._pick_anatomies(anatomy, nets)
-        return tuple(
-            resolve_gates(step, row.attend, each)
-            for step, (row, each) in enumerate(zip(self.rows, there, strict=True))
-        )
-
-    def _pick_anatomies(self, own: Anatomy, nets: Mapping[str, Anatomy]) -> list[Anatomy]:
-        """The UNet of every step."""
-        known = {**nets, OWN: own}
-        for step, row in enumerate(self.rows):
-            if row.net not in known:
-                there = ", ".join(nets) or "none"
-                raise LeansdError(
-                    f"step {step} runs net {row.net!r}, and the nets given are: {there}; give it "
-                    f"to leansd.inherit(pipe, plan, nets={{{row.net!r}: unet}})"
-                )
-        return [known[row.net] for row in self.rows]
+        return resolve_all_gates(self.rows, anatomy, nets)
 
     def draw(self, anatomy: Anatomy | None = None, *, picture: str | Path | None = None) -> str:
         """The plan as a grid in text: of a UNet's units, or without one of what the plan names.
@@ -303,24 +301,24 @@ class Plan:
         Args:
             picture: a file to draw the same grid to as well, `plan.png` or `.svg`.
         """
-        from leansd.plans.drawing import draw_grid, draw_picture, draw_rows
-
         if picture is not None:
             draw_picture(self, anatomy).savefig(picture, dpi=150)
-        return draw_rows(self) if anatomy is None else draw_grid(self, anatomy)
+        return draw_text(self, anatomy)
 
     def __str__(self) -> str:
-        from leansd.plans.drawing import draw_rows
-
-        return draw_rows(self)
+        return draw_text(self)
 
     # -- files -------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
-        from leansd.plans.document import write_plan
+        """Write the plan as JSON.
 
-        write_plan(self, Path(path))
+        Raises:
+            LeansdError: it cannot be written; what was there stays.
+        """
+        from leansd.files import write_file  # here, since it opens OpenSSL
+
+        write_file(path, self.encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -329,9 +327,61 @@ class Plan:
         Raises:
             LeansdError: there is no such file, or it is not a plan.
         """
-        from leansd.plans.document import read_plan
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise LeansdError(f"cannot read the plan {path}: {error.strerror}") from error
+        except UnicodeDecodeError:
+            raise LeansdError(f"{path} is not a valid plan file: it is not text") from None
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise LeansdError(f"{path} is not a valid plan file: {error}") from None
+        except LeansdError as error:
+            raise LeansdError(f"{path} is not a valid plan file: {error}") from None
 
-        return read_plan(Path(path))
+    def encode(self) -> str:
+        """The text of the plan's file."""
+        head: dict[str, Any] = {"format": "leansd-plan", "version": VERSION, "name": self.name}
+        values = self.to_dict()
+        head |= {key: value for key, value in values.items() if key != "rows"}
+        if self.drift is not None:
+            head["drift"] = {**values["drift"], "measure": self.drift.measure}
+        rows = ",\n  ".join(json.dumps(_describe_row(row)) for row in self.rows)
+        return "{" + json.dumps(head)[1:-1] + ', "rows": [\n  ' + rows + "\n]}\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain values, as in its file; what is as by default is left out."""
+        values: dict[str, Any] = {} if self.name == "plan" else {"name": self.name}
+        values["steps"] = self.steps
+        if self.drift is not None:
+            drift = {"probe": self.drift.probe, "threshold": float(self.drift.threshold)}
+            other = {} if self.drift.measure == "change" else {"measure": self.drift.measure}
+            values["drift"] = {**drift, **other}
+        if self.tuned is not None:
+            told = vars(self.tuned)
+            values["tuned"] = {key: value for key, value in told.items() if value is not None}
+        return {**values, "rows": [_describe_row(row) for row in self.rows]}
+
+    @classmethod
+    def from_dict(cls, values: object) -> Plan:
+        """The plan that `to_dict`, or a plan's file, says.
+
+        Raises:
+            LeansdError: a key is missing, unknown or of another kind, or the plan means nothing.
+        """
+        return _read_plan(values)
+
+
+def _describe_row(row: Row) -> dict[str, Any]:
+    values: dict[str, Any] = {"inherit": dict(row.inherit)} if row.inherit else {}
+    if row.guidance != "compute":
+        values["guidance"] = row.guidance
+    if row.correct != NO_CORRECTION:
+        values["correct"] = [float(each) for each in row.correct]
+    if row.attend:
+        values["attend"] = dict(row.attend)
+    return {**values, "net": row.net} if row.net != OWN else values
 
 
 def _list_values(drift: Drift) -> tuple[str, float, str]:
@@ -342,3 +392,109 @@ def _interpolate(values: list[int], position: float) -> float:
     """`values` at a fractional index."""
     index = min(int(position), len(values) - 2)
     return values[index] + (values[index + 1] - values[index]) * (position - index)
+
+
+# -- reading files -----------------------------------------------------------------------------
+
+
+def _read_plan(values: object) -> Plan:
+    known = ("format", "version", "name", "steps", "drift", "tuned", "rows")
+    head = _read_keys(values, "", known, needed=("steps", "rows"))
+    if head.get("format", "leansd-plan") != "leansd-plan":
+        raise LeansdError(f"format: {head['format']!r} is not 'leansd-plan'")
+    version = _read_number(head.get("version", VERSION), "version")
+    if version > VERSION:
+        raise LeansdError(
+            f"it has plan format {version:g}, this leansd reads up to {VERSION}; upgrade leansd"
+        )
+    rows = _read_list(head["rows"], "rows")
+    if head["steps"] != len(rows):
+        raise LeansdError(f"it says {head['steps']} steps and has {len(rows)} rows")
+    drift, tuned = head.get("drift"), head.get("tuned")
+    return Plan(
+        tuple(_read_row(row, f"rows.{step}") for step, row in enumerate(rows)),
+        _read_text(head.get("name", "plan"), "name"),
+        None if drift is None else _read_drift(drift),
+        None if tuned is None else _read_tuned(tuned),
+    )
+
+
+def _read_row(values: object, place: str) -> Row:
+    row = _read_keys(values, place, ("inherit", "guidance", "correct", "attend", "net"))
+    correct = _read_list(row.get("correct", (0.0, 0.0)), f"{place}.correct")
+    if len(correct) != 2:
+        _refuse(f"{place}.correct", correct, "two numbers")
+    # Whether the words are any that there are is checked by the plan.
+    return Row(
+        _read_words(row.get("inherit", {}), f"{place}.inherit"),
+        cast(Guidance, _read_text(row.get("guidance", "compute"), f"{place}.guidance")),
+        Correction(*(_read_number(each, f"{place}.correct") for each in correct)),
+        cast(Gates, _read_words(row.get("attend", {}), f"{place}.attend")),
+        _read_text(row.get("net", OWN), f"{place}.net"),
+    )
+
+
+def _read_drift(values: object) -> Drift:
+    known = ("probe", "threshold", "measure")
+    drift = _read_keys(values, "drift", known, needed=("probe", "threshold"))
+    return Drift(
+        _read_text(drift["probe"], "drift.probe"),
+        _read_number(drift["threshold"], "drift.threshold"),
+        cast(Measure, _read_text(drift.get("measure", "change"), "drift.measure")),
+    )
+
+
+def _read_tuned(values: object) -> Tuned:
+    known = ("sampler", "unet", "guidance")
+    tuned = _read_keys(values, "tuned", known, needed=("sampler", "unet"))
+    guidance = tuned.get("guidance")
+    return Tuned(
+        _read_text(tuned["sampler"], "tuned.sampler"),
+        _read_text(tuned["unet"], "tuned.unet"),
+        None if guidance is None else _read_number(guidance, "tuned.guidance"),
+    )
+
+
+def _read_keys(
+    values: object, place: str, known: Sequence[str], needed: Sequence[str] = ()
+) -> dict[str, Any]:
+    """An object of JSON that has the keys that it needs, and none that means nothing here."""
+    if not isinstance(values, dict):
+        _refuse(place or "the file", values, "an object")
+    found = cast(dict[str, Any], values)
+    before = f"{place}." if place else ""
+    for key in found:
+        if key not in known:
+            raise LeansdError(f"{before}{key}: there is no such key{suggest_name(key, known)}")
+    for key in needed:
+        if key not in found:
+            raise LeansdError(f"{before}{key} is missing")
+    return found
+
+
+def _read_list(value: object, place: str) -> list[Any]:
+    if not isinstance(value, list | tuple):
+        _refuse(place, value, "a list")
+    return list(cast(Iterable[Any], value))
+
+
+def _read_words(value: object, place: str) -> dict[str, str]:
+    if not isinstance(value, dict):
+        _refuse(place, value, "an object")
+    items = cast(dict[str, object], value).items()
+    return {key: _read_text(each, f"{place}.{key}") for key, each in items}
+
+
+def _read_text(value: object, place: str) -> str:
+    return value if isinstance(value, str) else _refuse(place, value, "a text")
+
+
+def _read_number(value: object, place: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        _refuse(place, value, "a number")
+    return float(value)
+
+
+def _refuse(place: str, value: object, wanted: str) -> NoReturn:
+    told = json.dumps(value, default=str)
+    raise LeansdError(f"{place}: {told if len(told) < 40 else 'what it says'} is not {wanted}")

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import Anatomy
-from leansd.plans.house import DEFAULT_SAMPLER, list_tuned_samplers
 from leansd.plans.plan import Plan
-from leansd.plans.presets import PRESETS, Preset
+from leansd.plans.presets import DEFAULT_SAMPLER, PRESETS, Preset
+from leansd.plans.presets.tuned import list_tuned_samplers
 from leansd.text import suggest_name
 
 STEPS = 30

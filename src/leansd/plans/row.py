@@ -1,15 +1,19 @@
-"""One step of a plan: what inherits, what guidance does, what is corrected, which UNet runs."""
+"""One step of a plan: what inherits, which attention, what guidance does, which UNet runs.
+
+Besides rows, a plan may have a drift: how far something may change before inheritance is called off
+for a picture.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, NoReturn, Protocol, get_args
 
 from leansd.errors import LeansdError
+from leansd.plans.address import covers
 from leansd.plans.anatomy import HEAD, STEM, Anatomy
-from leansd.plans.gate import Attend, Gates, check_gates
 from leansd.plans.methods import METHODS, NO_CORRECTION, Correction
 
 How = str
@@ -25,6 +29,27 @@ Guidance = Literal["compute", "inherit", "forecast", "drop"]
 """
 GUIDANCES: tuple[Guidance, ...] = get_args(Guidance)
 
+
+# -- gates: which self-attentions a step computes by GRI, and which in full ---------------------
+
+Attend = Literal["full", "gri"]
+"""How a gated self-attention attends.
+
+`full`  every token to every token.
+`gri`   the averaged tokens of the whole picture to those of each of its four regional pictures.
+"""
+ATTENDS: tuple[Attend, ...] = get_args(Attend)
+
+Gates = Mapping[str, Attend]
+"""By address; of a row also by glob, where a later entry overrules an earlier one."""
+
+SELF_ATTENTION = "self-attention"
+"""The kind of part that can be gated."""
+
+CELL = 2
+"""Side of GRI's cells in tokens."""
+REGIONS = CELL * CELL
+"""Its regional pictures, one for each place in a cell."""
 
 OWN = ""
 """What the pipeline's own UNet is called among the nets of a plan."""
@@ -121,3 +146,131 @@ def _order(choices: Mapping[str, str]) -> list[tuple[str, str]]:
     """The entries of a row; their order means something only where they differ in how."""
     entries = list(choices.items())
     return entries if len(set(choices.values())) > 1 else sorted(entries)
+
+
+def check_gates(step: int, gates: Gates) -> None:
+    """Refuse an attention that there is not."""
+    for pattern, attend in gates.items():
+        if attend not in ATTENDS:
+            known = ", ".join(ATTENDS)
+            raise LeansdError(
+                f"step {step}, {pattern}: cannot attend by {attend!r}; there are {known}"
+            )
+
+
+def resolve_gates(step: int, gates: Gates, anatomy: Anatomy) -> dict[str, Attend]:
+    """The self-attentions that a row gates, by full address.
+
+    Raises:
+        LeansdError: an address matches nothing, or nothing that is a self-attention.
+    """
+    own = [part.at for part in anatomy.parts if part.kind == SELF_ATTENTION] if gates else []
+    resolved: dict[str, Attend] = {}
+    for pattern, attend in gates.items():
+        covered = [at for at in own if covers(pattern, at)]
+        if not covered:
+            _explain_nothing(step, pattern, anatomy)
+        resolved.update(dict.fromkeys(covered, attend))
+    return resolved
+
+
+def _explain_nothing(step: int, pattern: str, anatomy: Anatomy) -> NoReturn:
+    try:
+        found = anatomy.select(pattern).addresses
+    except LeansdError as error:
+        raise LeansdError(f"step {step}: {error}") from None
+    raise LeansdError(
+        f"step {step}: {pattern!r} ({found[0]}) is no self-attention; only those can be gated, the "
+        "likes of dn0.*.attn and dn0.*.sa"
+    )
+
+
+# -- drift: a plan with one is a frame ---------------------------------------------------------
+
+SAMPLE = "sample"
+"""As a probe: the latents that the UNet is given, known before anything is computed."""
+
+Measure = Literal["change", "predicted"]
+"""What is compared with the threshold; both are relative, in sums of absolute values.
+
+`change`     the probe now against the probe when the picture was last computed in full.
+`predicted`  the output's change as predicted from the probe's, call by call, and added up since the
+             picture was last computed in full (EasyCache, arXiv 2507.02860): the probe's change
+             since the call before, times how much the output changed for the probe's change between
+             the last two full computations, over the last computed output.
+"""
+MEASURES: tuple[Measure, ...] = get_args(Measure)
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Inherit while the drift of `probe` is below `threshold`, each picture on its own."""
+
+    probe: str
+    """Address of a unit that runs before anything inherits, or `sample`."""
+    threshold: float
+    """0 computes everything, infinity follows the plan."""
+    measure: Measure = "change"
+
+    def __post_init__(self) -> None:
+        if not self.threshold >= 0:
+            raise LeansdError(f"a drift's threshold must be 0 or more, not {self.threshold}")
+        if self.measure not in MEASURES:
+            known = ", ".join(MEASURES)
+            raise LeansdError(f"unknown measure of drift {self.measure!r}; there are {known}")
+
+    def __str__(self) -> str:
+        what = "change of" if self.measure == "change" else "output change predicted from"
+        return f"inherits while the {what} {self.probe} is below {self.threshold:g}"
+
+
+# -- all steps ---------------------------------------------------------------------------------
+
+
+class Schedule(Protocol):
+    """What a plan says, step by step; `leansd.Plan` is one."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def rows(self) -> tuple[Row, ...]: ...
+
+    @property
+    def drift(self) -> Drift | None: ...
+
+
+def list_nets(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The nets that run besides the pipeline's own UNet, in the order of their turns."""
+    return tuple(dict.fromkeys(row.net for row in rows if row.net != OWN))
+
+
+def resolve_rows(
+    rows: Sequence[Row], anatomy: Anatomy, nets: Mapping[str, Anatomy]
+) -> tuple[dict[str, How], ...]:
+    """For every step, the units that inherit and how (see `Plan.resolve`)."""
+    each_step = _pair_anatomies(rows, anatomy, nets)
+    return tuple(resolve_row(step, row, each) for step, row, each in each_step)
+
+
+def resolve_all_gates(
+    rows: Sequence[Row], anatomy: Anatomy, nets: Mapping[str, Anatomy]
+) -> tuple[Gates, ...]:
+    """For every step, the self-attentions that are gated (see `Plan.resolve_gates`)."""
+    each_step = _pair_anatomies(rows, anatomy, nets)
+    return tuple(resolve_gates(step, row.attend, each) for step, row, each in each_step)
+
+
+def _pair_anatomies(
+    rows: Sequence[Row], own: Anatomy, nets: Mapping[str, Anatomy]
+) -> Iterator[tuple[int, Row, Anatomy]]:
+    """Every step with the UNet that it runs."""
+    known = {**nets, OWN: own}
+    for step, row in enumerate(rows):
+        if row.net not in known:
+            there = ", ".join(nets) or "none"
+            raise LeansdError(
+                f"step {step} runs net {row.net!r}, and the nets given are: {there}; give it "
+                f"to leansd.inherit(pipe, plan, nets={{{row.net!r}: unet}})"
+            )
+        yield step, row, known[row.net]

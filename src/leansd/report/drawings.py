@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from leansd.plans.address import get_block, get_layer
 from leansd.plans.anatomy import Anatomy, Unit
-from leansd.plans.drawing import get_states, list_states
+from leansd.plans.grid import get_states, list_states
 from leansd.plans.plan import Plan
 from leansd.report.figures import (
     TEXT,

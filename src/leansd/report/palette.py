@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from leansd.plans.drawing import get_states
+from leansd.plans.grid import get_states
 
 COLOURS = {
     "paper": ("#fafaf9", "#14161a"),

@@ -17,8 +17,7 @@ from leansd.evaluation.resuming import get_field
 from leansd.faces.comparison import FEWER, Comparison, Entry, list_records, tabulate_comparison
 from leansd.faces.fronts import describe_choice, tabulate_front
 from leansd.plans.anatomy import Anatomy
-from leansd.plans.document import encode_plan
-from leansd.plans.drawing import get_states, list_states
+from leansd.plans.grid import get_states, list_states
 from leansd.plans.plan import Plan
 from leansd.report.drawings import draw_heat, draw_plan
 from leansd.report.palette import LIGHT
@@ -74,7 +73,7 @@ def report_plan(plan: Plan, anatomy: Anatomy, gain: float) -> Report:
 
 def attach_plan(plan: Plan, about: str = "the plan") -> Attachment:
     """A plan as a file that the page carries."""
-    return Attachment("plan.json", encode_plan(plan), about)
+    return Attachment("plan.json", plan.encode(), about)
 
 
 def tabulate_states(plan: Plan, anatomy: Anatomy) -> Table:

@@ -15,8 +15,8 @@ from typing import Any, cast
 import torch
 
 from leansd.plans.anatomy import HEAD
-from leansd.plans.drift import SAMPLE, Drift
 from leansd.plans.liveness import Call, Lane, Program
+from leansd.plans.row import SAMPLE, Drift
 from leansd.runtime.clock import Tick
 from leansd.runtime.gauges import GAUGES, Gauge, Rows
 from leansd.runtime.passes import Branch, Pass, Step

@@ -13,12 +13,12 @@ from diffusers import UNet2DConditionModel
 
 from leansd.anatomy.reading import read_anatomy
 from leansd.errors import LeansdError
+from leansd.plans.compile import compile_plan
 from leansd.plans.liveness import Lane, Program
 from leansd.plans.plan import Plan
 from leansd.plans.presets import Preset
 from leansd.plans.resolve import PlanContext, resolve_plan
 from leansd.plans.row import OWN
-from leansd.plans.tracing import compile_plan
 from leansd.runtime.adaptive import AdaptiveBranch
 from leansd.runtime.clock import Clock, Course, LoopClock, SchedulerClock, Tick
 from leansd.runtime.context import describe_runs

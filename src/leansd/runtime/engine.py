@@ -18,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from leansd.anatomy.reading import read_anatomy
 from leansd.plans.address import get_layer
 from leansd.plans.anatomy import HEAD, Anatomy
-from leansd.plans.gate import Attend
+from leansd.plans.row import Attend
 from leansd.runtime.graphs import Graphs, Slot, freeze
 from leansd.runtime.guidance import (
     complete,

@@ -12,8 +12,8 @@ from typing import Protocol
 
 import torch
 
-from leansd.plans.drift import Measure
 from leansd.plans.liveness import Lane
+from leansd.plans.row import Measure
 
 Rows = Mapping[Lane, torch.Tensor]
 """A picture's part of a tensor, lane by lane."""

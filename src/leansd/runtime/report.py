@@ -13,7 +13,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from leansd.anatomy.cost import dissect
-from leansd.plans.liveness import Call, Net, predict_speedup
+from leansd.plans.liveness import Call, Net
+from leansd.plans.macs import predict_speedup
 from leansd.plans.plan import Plan
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class Tally:
         counts = [_count_units(calls) for calls in self.calls]
         computed, inherited, idle = (sum(each) for each in zip(*counts, strict=True))
         every = [call for calls in self.calls for call in calls]
-        drifted = sum(call.is_upgraded for call in every)
+        drifted = sum(call.recomputed for call in every)
         guarded = drifted + sum(call.inherits for call in every) if self.plan.drift else 0
         seconds = [lap() for lap in self.laps]
         full = [all(call.is_full for call in calls) for calls in self.calls]

@@ -15,7 +15,7 @@ from diffusers.models.attention_processor import (
     XFormersAttnProcessor,
 )
 
-from leansd.plans.gate import Attend
+from leansd.plans.row import Attend
 from leansd.surgery.gri import GRIAttnProcessor
 
 Processor = Callable[..., torch.Tensor]

@@ -26,7 +26,7 @@ from leansd.anatomy import read_anatomy
 from leansd.errors import LeansdError
 from leansd.plans.address import covers
 from leansd.plans.anatomy import Unit
-from leansd.plans.gate import CELL, REGIONS, SELF_ATTENTION
+from leansd.plans.row import CELL, REGIONS, SELF_ATTENTION
 from leansd.surgery.replacements import Options, Replacement
 
 Size = tuple[int, int]

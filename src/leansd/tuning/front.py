@@ -6,13 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from leansd.errors import LeansdError
 from leansd.files import write_file
-from leansd.plans.document import PlanDocument, make_document, make_plan
 from leansd.plans.plan import Plan
 from leansd.plans.row import Row
 from leansd.text import Table
@@ -170,17 +169,17 @@ class Front:
         try:
             text = Path(path).read_text(encoding="utf-8")
             document = FrontDocument.model_validate_json(text)
+            points, beaten = (
+                tuple(
+                    Point(Plan.from_dict(each.plan), each.speedup, each.milliseconds, each.psnr)
+                    for each in group
+                )
+                for group in (document.points, document.beaten)
+            )
         except OSError as error:
             raise LeansdError(f"cannot read the front {path}: {error.strerror}") from error
-        except (UnicodeDecodeError, ValidationError):
+        except (UnicodeDecodeError, ValidationError, LeansdError):
             raise LeansdError(f"{path} is not a front that leansd tune wrote") from None
-        points, beaten = (
-            tuple(
-                Point(make_plan(each.plan), each.speedup, each.milliseconds, each.psnr)
-                for each in group
-            )
-            for group in (document.points, document.beaten)
-        )
         return cls(document.subject, document.sampler, document.steps, points, beaten)
 
 
@@ -189,7 +188,7 @@ class PointDocument(BaseModel):
     speedup: float
     milliseconds: float
     psnr: float
-    plan: PlanDocument
+    plan: dict[str, Any]
 
 
 class FrontDocument(BaseModel):
@@ -210,5 +209,5 @@ def _make_point_document(point: Point) -> PointDocument:
         speedup=round(point.speedup, 3),
         milliseconds=round(point.milliseconds, 2),
         psnr=round(point.psnr, 2),
-        plan=make_document(point.plan),
+        plan=point.plan.to_dict(),
     )

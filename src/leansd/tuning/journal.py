@@ -15,7 +15,6 @@ from typing import Any
 from leansd.evaluation.cost import CostModel
 from leansd.evaluation.fingerprints import fingerprint_case
 from leansd.evaluation.records import Record, stamp
-from leansd.plans.document import PlanDocument, make_document, make_plan
 from leansd.plans.plan import Plan
 from leansd.plans.row import OWN
 from leansd.tuning.trials import Trial
@@ -52,7 +51,7 @@ class Journal:
                 cost = CostModel.from_records(map(Record.model_validate, row["cost"]))
                 self._take_cost(cost, row.get("net", OWN))
             else:
-                plan = make_plan(PlanDocument.model_validate(row["plan"]))
+                plan = Plan.from_dict(row["plan"])
                 self.known[row["key"]] = Trial(plan, row["psnr"])
 
     def find(self, plan: Plan, stage: str = "tried") -> Trial | None:
@@ -61,8 +60,7 @@ class Journal:
     def note(self, plan: Plan, trial: Trial, stage: str = "tried") -> None:
         key = f"{plan.fingerprint} {stage}"
         self.known[key] = trial
-        plan_document = make_document(trial.plan).model_dump(exclude_defaults=True)
-        self._write({"key": key, "psnr": trial.psnr, "plan": plan_document})
+        self._write({"key": key, "psnr": trial.psnr, "plan": trial.plan.to_dict()})
 
     def note_cost(self, cost: CostModel, device: Any, net: str = OWN) -> None:
         """Note what a UNet costs: the pipeline's own first, then the others."""

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from leansd.evaluation.cost import CostModel
 from leansd.plans.anatomy import Anatomy
+from leansd.plans.compile import compile_plan
 from leansd.plans.plan import Plan
-from leansd.plans.tracing import compile_plan
 from leansd.tuning.errors import HEAD_ACTIONS, Action
 from leansd.tuning.variants import FULL, TICKS, WORTH, Variant
 

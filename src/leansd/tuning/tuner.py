@@ -28,9 +28,9 @@ from leansd.evaluation.profile import profile
 from leansd.evaluation.records import name_device
 from leansd.evaluation.runs import PipelineCall, expand_calls
 from leansd.plans.anatomy import Anatomy
+from leansd.plans.compile import compile_plan
 from leansd.plans.liveness import Net
 from leansd.plans.plan import Plan, Tuned
-from leansd.plans.tracing import compile_plan
 from leansd.runtime.inheritance import NO_NETS
 from leansd.runtime.nets import keep_company
 from leansd.tuning.calibration import PROBES, Calibration, calibrate, require_tunable

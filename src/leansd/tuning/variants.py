@@ -15,11 +15,10 @@ import torch
 
 from leansd.evaluation.cost import CostModel
 from leansd.plans.anatomy import Anatomy
-from leansd.plans.gate import Attend, Gates
+from leansd.plans.compile import compile_plan
 from leansd.plans.liveness import Net
 from leansd.plans.plan import Plan
-from leansd.plans.row import OWN, Guidance
-from leansd.plans.tracing import compile_plan
+from leansd.plans.row import OWN, Attend, Gates, Guidance
 from leansd.tuning.calibration import Calibration
 from leansd.tuning.errors import Key
 from leansd.tuning.taps import Seen, Step, tap

@@ -14,11 +14,11 @@ from typing import Literal, get_args
 from leansd.errors import LeansdError
 from leansd.plans.address import get_block, get_layer
 from leansd.plans.anatomy import HEAD, Anatomy
-from leansd.plans.drawing import GUIDANCE_STATES, list_states
+from leansd.plans.compile import compile_plan
+from leansd.plans.grid import GUIDANCE_STATES, list_states
 from leansd.plans.liveness import GUIDANCE, Net
 from leansd.plans.plan import Plan
 from leansd.plans.row import GUIDANCES, NO_CORRECTION, Guidance, How, Row, resolve_row
-from leansd.plans.tracing import compile_plan
 
 Tier = Literal["block", "layer", "unit"]
 TIERS: tuple[Tier, ...] = get_args(Tier)

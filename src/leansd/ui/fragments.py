@@ -9,9 +9,10 @@ from markupsafe import escape
 
 from leansd.faces.costs import Profiled, show_milliseconds, tabulate_gains, tabulate_split
 from leansd.plans.anatomy import Anatomy
-from leansd.plans.liveness import Call, predict_speedup
+from leansd.plans.compile import compile_plan
+from leansd.plans.liveness import Call
+from leansd.plans.macs import predict_speedup
 from leansd.plans.plan import Plan
-from leansd.plans.tracing import compile_plan
 from leansd.report.drawings import Bar, draw_bars
 from leansd.report.figures import embed_svg, encode_svg
 from leansd.report.plots import Point, plot_tradeoff

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -13,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from leansd.drawing import encode_png
 from leansd.errors import LeansdError
 from leansd.files import write_file
-from leansd.plans.document import PlanDocument, make_document, make_plan
 from leansd.plans.plan import Plan
 from leansd.ui.duels import Outcome
 from leansd.ui.folders import find_inside
@@ -77,7 +77,7 @@ class EntryDocument(BaseModel):
     version: int = 1
     settings: Settings
     numbers: Numbers
-    plan: PlanDocument
+    plan: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def keep_entry(home: Path, settings: Settings, plan: Plan, outcome: Outcome) -> 
     numbers = Numbers.of(outcome)
     for name, picture in (("full", outcome.full), ("lean", outcome.lean)):
         write_file(folder / f"{name}.png", encode_png(picture))
-    document = EntryDocument(settings=settings, numbers=numbers, plan=make_document(plan))
+    document = EntryDocument(settings=settings, numbers=numbers, plan=plan.to_dict())
     # Last, so that an entry with it is whole.
     write_file(folder / "entry.json", document.model_dump_json(exclude_defaults=True))
     return Entry(key, folder, settings, numbers, plan)
@@ -136,9 +136,9 @@ def read_entry(home: Path, key: str) -> Entry:
     try:
         text = (folder / "entry.json").read_text(encoding="utf-8")
         document = EntryDocument.model_validate_json(text)
-    except (OSError, UnicodeDecodeError, ValidationError):
+        plan = Plan.from_dict(document.plan)
+    except (OSError, UnicodeDecodeError, ValidationError, LeansdError):
         raise LeansdError(f"the history has no whole entry {key}") from None
-    plan = make_plan(document.plan)
     return Entry(key, folder, document.settings, document.numbers, plan)
 
 

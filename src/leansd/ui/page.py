@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from leansd.plans.drawing import get_states
+from leansd.plans.grid import get_states
 from leansd.runtime.samplers import SAMPLERS
 from leansd.ui.cells import BRUSHES, TIERS
 from leansd.ui.history import OWN_SAMPLER

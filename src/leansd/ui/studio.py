@@ -23,11 +23,11 @@ from leansd.evaluation.records import stamp
 from leansd.faces.costs import Profiled
 from leansd.loading import load
 from leansd.plans.anatomy import Anatomy
-from leansd.plans.liveness import predict_speedup
+from leansd.plans.compile import compile_plan
+from leansd.plans.macs import predict_speedup
 from leansd.plans.plan import Plan
-from leansd.plans.presets import HOUSE, PRESETS, preset
+from leansd.plans.presets import PRESETS, SPEED_PRESETS, preset
 from leansd.plans.resolve import PlanContext, Resolved, resolve_plan
-from leansd.plans.tracing import compile_plan
 from leansd.runtime.context import describe_runs
 from leansd.runtime.samplers import name_sampler, set_sampler
 from leansd.tuning.calibration import require_tunable
@@ -162,8 +162,8 @@ class Studio:
 
     def list_plans(self) -> list[str]:
         """Presets, those of the house first, and saved plans; none that needs further UNets."""
-        others = [name for name in PRESETS if name not in HOUSE and _runs_alone(name)]
-        return [*HOUSE, *others, *(SAVED + name for name in self.folders.list_plans())]
+        others = [name for name in PRESETS if name not in SPEED_PRESETS and _runs_alone(name)]
+        return [*SPEED_PRESETS, *others, *(SAVED + name for name in self.folders.list_plans())]
 
     def make_plan(self, choice: str, settings: Settings) -> Plan:
         """The plan that a choice means for these settings, checked against the model's UNet.

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import TypeAlias
 
 from leansd.evaluation.contest import Contestant, Grounds
-from leansd.plans.registry import PRESETS
+from leansd.plans.presets import PRESETS
 
 Send: TypeAlias = Callable[[Grounds], Sequence[Contestant]]
 

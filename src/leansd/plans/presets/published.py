@@ -9,19 +9,15 @@ from collections.abc import Sequence
 
 from leansd.errors import LeansdError
 from leansd.plans import keysteps
-from leansd.plans.drift import SAMPLE
 from leansd.plans.plan import Plan
-from leansd.plans.registry import register
-from leansd.plans.row import How
+from leansd.plans.row import SAMPLE, How
 
 
-@register("deepcache", "DeepCache's uniform 1:N schedule (options interval, branch)")
 def build_deepcache(*, steps: int, blocks: int, interval: int = 3, branch: int = 0) -> Plan:
     """DeepCache (arXiv 2312.00858), as its published helper does it."""
     return Plan.every(interval, cut=_find_branch(branch, blocks), steps=steps)
 
 
-@register("deepcache-power", "DeepCache's non-uniform schedule, the sign minded (centre, power)")
 def build_deepcache_power(
     *,
     steps: int,
@@ -38,7 +34,6 @@ def build_deepcache_power(
     return Plan.between(chosen, cut=_find_branch(branch, blocks), steps=steps)
 
 
-@register("deepcache-exact", "DeepCache's paper-era non-uniform schedule as its code computes it")
 def build_deepcache_exact(
     *,
     steps: int,
@@ -54,7 +49,6 @@ def build_deepcache_exact(
     return Plan.between(keys, cut=_find_branch(branch, blocks), steps=steps)
 
 
-@register("encoder", "Faster-Diffusion's encoder propagation (option keys)")
 def build_encoder(*, steps: int, blocks: int, keys: Sequence[int] | None = None) -> Plan:
     """Faster-Diffusion (arXiv 2312.09608): between key steps the encoder and the mid block inherit.
 
@@ -65,7 +59,6 @@ def build_encoder(*, steps: int, blocks: int, keys: Sequence[int] | None = None)
     return Plan.full(steps).inherit("stem", "dn*", "mid", at=others)
 
 
-@register("tgate", "T-GATE: cross-attention inherits from a gate on, guidance may drop there")
 def build_tgate(
     *, steps: int, blocks: int, gate: int | None = None, drop_guidance: bool = True
 ) -> Plan:
@@ -82,7 +75,6 @@ def build_tgate(
     return plan.guide("drop", at=gated) if drop_guidance else plan
 
 
-@register("pab", "Pyramid Attention Broadcast (options spatial, cross, start, stop)")
 def build_pab(
     *,
     steps: int,
@@ -106,14 +98,12 @@ def build_pab(
     return plan
 
 
-@register("guidance-cutoff", "no guidance in the last part of the run (option share)")
 def build_guidance_cutoff(*, steps: int, blocks: int, share: float = 0.4) -> Plan:
     """What `SDCFGCutoffCallback` of diffusers does: the plain rival of T-GATE."""
     gate = max(1, round((1 - share) * steps))
     return Plan.full(steps).guide("drop", at=range(min(gate, steps), steps))
 
 
-@register("spectrum", "Spectrum's forecast by Chebyshev polynomials (window, growth, warm_up, how)")
 def build_spectrum(
     *,
     steps: int,
@@ -143,7 +133,6 @@ def build_spectrum(
     return Plan.between(keys, cut=f"up{blocks - 1}", steps=steps, how=how)
 
 
-@register("easycache", "EasyCache's whole-step reuse by predicted change (threshold, warm_up)")
 def build_easycache(
     *, steps: int, blocks: int, threshold: float = 0.05, warm_up: int | None = None
 ) -> Plan:

@@ -10,24 +10,20 @@ from collections.abc import Sequence
 
 from leansd.errors import LeansdError
 from leansd.plans.plan import Plan
-from leansd.plans.registry import register
 from leansd.plans.row import OWN
 
 LIGHT = "light"
 """What presets call the compressed UNet."""
 
 
-@register("light-early", "a light net at first, the pipeline's own late (options share, net)")
 def build_light_early(*, steps: int, blocks: int, share: float = 0.5, net: str = LIGHT) -> Plan:
     return build_stitch(steps=steps, blocks=blocks, nets=(net,), shares=(share,))
 
 
-@register("light-late", "the pipeline's own at first, a light net late (options share, net)")
 def build_light_late(*, steps: int, blocks: int, share: float = 0.5, net: str = LIGHT) -> Plan:
     return Plan.full(steps).switch(net, at=range(steps - _count(share, steps), steps))
 
 
-@register("stitch", "T-Stitch's shares, the smallest net first (options nets, shares)")
 def build_stitch(
     *, steps: int, blocks: int, nets: Sequence[str] = (LIGHT,), shares: Sequence[float] = (0.4,)
 ) -> Plan:
@@ -43,15 +39,11 @@ def build_stitch(
     return plan
 
 
-@register(
-    "tstitch-exact", "T-Stitch's share as its code counts it, a step more (options share, net)"
-)
 def build_tstitch_exact(*, steps: int, blocks: int, share: float = 0.4, net: str = LIGHT) -> Plan:
     """Its comparison of step over steps with the share lets the step at the share in as well."""
     return Plan.full(steps).switch(net, at=[i for i in range(steps) if i / steps <= share])
 
 
-@register("turns", 'a net for every step, as OMS-DPM lists them (option names, OWN is "")')
 def build_turns(*, steps: int, blocks: int, names: Sequence[str] = (LIGHT, OWN)) -> Plan:
     """Names of nets in their order; another number of them than of steps is stretched over them."""
     if not names:

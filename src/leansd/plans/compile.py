@@ -1,0 +1,237 @@
+"""Compiling: a plan becomes the UNet calls of a run, each with what it reads of those before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+
+from leansd.plans.anatomy import HEAD, Anatomy
+from leansd.plans.liveness import (
+    GUIDANCE,
+    NO_NETS,
+    Call,
+    Kept,
+    Lane,
+    Net,
+    Pattern,
+    Program,
+    What,
+    find_pattern,
+    find_probe,
+)
+from leansd.plans.methods import GUIDANCE_METHODS, METHODS, NO_CORRECTION, Correction
+from leansd.plans.row import (
+    OWN,
+    Guidance,
+    How,
+    Row,
+    Schedule,
+    resolve_all_gates,
+    resolve_rows,
+)
+
+Sources = Mapping[str, tuple[tuple[Kept, ...], ...]]
+
+WHOLE: tuple[Lane, ...] = ("all",)
+BOTH: tuple[Lane, ...] = ("rest", "cond")
+
+
+def compile_plan(
+    plan: Schedule,
+    anatomy: Anatomy,
+    *,
+    nets: Mapping[str, Net] = NO_NETS,
+    start: int = 0,
+    rows: Sequence[int] | None = None,
+    moments: Sequence[float] | None = None,
+    guided: bool = True,
+    upgrades: frozenset[int] = frozenset(),
+) -> Program:
+    """The UNet calls of a run that follows `plan`, from call `start` on.
+
+    A run that starts late (image-to-image) or has to start over (another batch size midway) is the
+    same plan with another `start`: its first call computes everything. What a net inherits after a
+    switch without anybody having computed it is computed.
+
+    Args:
+        anatomy: of the pipeline's own UNet.
+        nets: the others that the plan runs, by name.
+        rows: the plan's row for each UNet call, where a sampler makes several in a step.
+        moments: the time step of each call; forecasts draw on outputs of distinct moments.
+        guided: whether the batch has an unconditional and a conditional half; without them what the
+            plan says of guidance means nothing.
+        upgrades: calls to compute in full where the plan inherits; guidance stays the plan's.
+
+    Raises:
+        LeansdError: the plan does not suit its UNets, one of them is missing, or its probe runs too
+            late.
+    """
+    retrace = partial(
+        compile_plan, plan, anatomy,
+        nets=nets, start=start, rows=rows, moments=moments, guided=guided,
+    )  # fmt: skip
+    rows = range(len(plan.rows)) if rows is None else rows
+    anatomies = {name: net.anatomy for name, net in nets.items()}
+    resolved = resolve_rows(plan.rows, anatomy, anatomies)
+    gates = resolve_all_gates(plan.rows, anatomy, anatomies)
+    there = {**nets, OWN: Net(anatomy)}
+    guides = any(row.guidance != "compute" for row in plan.rows)
+    trace = _Trace(moments, guides=guided and guides)
+    drafts: list[_Draft] = []
+    for index in range(start, len(rows)):
+        row = plan.rows[rows[index]]
+        inherits = {} if index == start or index in upgrades else resolved[rows[index]]
+        guidance: Guidance = row.guidance if guided and index > start else "compute"
+        drafts.append(trace.take(index, row, there[row.net], inherits, guidance))
+    patterns = [draft.pattern for draft in drafts]
+    probe = find_probe(plan.drift, anatomy, patterns) if plan.drift is not None else None
+    last_use = {kept: draft.index for draft in drafts for kept in draft.list_read()}
+    calls = tuple(
+        Call(
+            index=draft.index,
+            pattern=draft.pattern,
+            lanes=draft.lanes,
+            guidance=draft.guidance,
+            sources=draft.sources,
+            keeps=_group(draft, (kept for kept in last_use if kept.call == draft.index)),
+            releases=frozenset(kept for kept, last in last_use.items() if last == draft.index),
+            correct=draft.row.correct if draft.corrects else NO_CORRECTION,
+            corrects=draft.corrects,
+            recomputed=draft.index in upgrades,
+            attend=gates[rows[draft.index]],
+            net=draft.row.net,
+        )
+        for draft in drafts
+    )
+    return Program(start, calls, probe, upgrades, retrace)
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A call before it is known what later ones read of it."""
+
+    index: int
+    row: Row
+    net: Net
+    pattern: Pattern
+    lanes: tuple[Lane, ...]
+    guidance: Guidance
+    sources: Sources
+    corrects: tuple[tuple[Kept, ...], ...]
+
+    def list_read(self) -> Iterator[Kept]:
+        """What is read of earlier calls."""
+        made = chain.from_iterable(chain.from_iterable(self.sources.values()))
+        return chain(made, chain.from_iterable(self.corrects))
+
+
+class _Trace:
+    """What has been computed so far, and when."""
+
+    def __init__(self, moments: Sequence[float] | None, *, guides: bool) -> None:
+        self._moments = moments
+        self._guides = guides
+        self._net: Net | None = None
+        self._computed_at: dict[tuple[str, Lane], tuple[int, ...]] = {}
+        """By name among all nets: the calls, latest first."""
+        self._inherits = False
+        """Whether the head was inherited since it was last computed."""
+
+    def take(
+        self, index: int, row: Row, net: Net, inherits: Mapping[str, How], guidance: Guidance
+    ) -> _Draft:
+        """The next call, with what it can inherit of what its row says."""
+        if net is not self._net:
+            self._switch(net)
+        if guidance in GUIDANCE_METHODS and not self._knows(GUIDANCE, ("cond",)):
+            guidance = "compute"
+        lanes = _pick_lanes(guidance, guides=self._guides)
+        known: dict[str, How] = {at: how for at, how in inherits.items() if self._knows(at, lanes)}
+        pattern = find_pattern(net.anatomy, known)
+        inherited: dict[str, How] = {**pattern.inherited, **pattern.parts}
+        sources = {
+            at: tuple(self._list_sources(at, lane, how) for lane in lanes)
+            for at, how in inherited.items()
+        }
+        if guidance in GUIDANCE_METHODS:
+            how = GUIDANCE_METHODS[guidance]
+            sources[GUIDANCE] = (self._list_sources(GUIDANCE, "cond", how),)
+        self._inherits = self._inherits or HEAD in pattern.inherited
+        corrects = self._list_corrects(row.correct, lanes)
+        if HEAD in pattern.active:
+            self._inherits = False
+        for at in pattern.active:
+            # What a half call leaves out of the UNet's output is made up, and given like the rest.
+            for lane in BOTH if at == HEAD and lanes != WHOLE else lanes:
+                self._note(at, lane, index)
+        if guidance == "compute":
+            self._note(GUIDANCE, "cond", index)
+        return _Draft(index, row, net, pattern, lanes, guidance, sources, corrects)
+
+    def _switch(self, net: Net) -> None:
+        """Go on with another UNet, which inherits from units of its own only."""
+        own = {net.name(at) for at in (*_list_addresses(net.anatomy), GUIDANCE)}
+        self._computed_at = {
+            (name, lane): calls for (name, lane), calls in self._computed_at.items() if name in own
+        }
+        self._inherits = self._inherits and any(
+            name == net.name(HEAD) for name, _ in self._computed_at
+        )
+        self._net = net
+
+    def _name(self, at: str) -> str:
+        assert self._net is not None
+        return self._net.name(at)
+
+    def _knows(self, at: str, lanes: Sequence[Lane]) -> bool:
+        """Whether a unit was computed before, for all of these lanes."""
+        return all((self._name(at), lane) in self._computed_at for lane in lanes)
+
+    def _note(self, at: str, lane: Lane, index: int) -> None:
+        key: tuple[str, Lane] = (self._name(at), lane)
+        moments = self._moments
+        before = self._computed_at.get(key, ())
+        if before and moments is not None and moments[before[0]] == moments[index]:
+            before = before[1:]
+        self._computed_at[key] = (index, *before)
+
+    def _list_sources(self, at: str, lane: Lane, how: How) -> tuple[Kept, ...]:
+        """What an inherited unit is made from: its latest computed outputs."""
+        what: What = "change" if METHODS[how].of_change else "output"
+        if at == GUIDANCE:
+            what = "difference"
+        name = self._name(at)
+        calls = self._computed_at[name, lane][: METHODS[how].depth]
+        return tuple(Kept(name, call, what, lane) for call in calls)
+
+    def _list_corrects(
+        self, correct: Correction, lanes: Sequence[Lane]
+    ) -> tuple[tuple[Kept, ...], ...]:
+        """What a correction of the UNet's output is made from, where there is one."""
+        if not (self._inherits and any(correct) and self._knows(HEAD, lanes)):
+            return ()
+        return tuple(self._list_sources(HEAD, lane, "forecast") for lane in lanes)
+
+
+def _pick_lanes(guidance: Guidance, *, guides: bool) -> tuple[Lane, ...]:
+    """The lanes that a call runs; a plan that computes guidance throughout needs no lanes."""
+    if not guides:
+        return WHOLE
+    return BOTH if guidance == "compute" else ("cond",)
+
+
+def _list_addresses(anatomy: Anatomy) -> Iterator[str]:
+    """Units and their parts."""
+    return chain(anatomy.addresses, (part.at for part in anatomy.parts))
+
+
+def _group(draft: _Draft, items: Iterable[Kept]) -> dict[str, tuple[Kept, ...]]:
+    """What is to be kept, by the address that it has in the call's UNet."""
+    places = {draft.net.name(at): at for at in (*draft.pattern.active, GUIDANCE)}
+    grouped: dict[str, tuple[Kept, ...]] = {}
+    for kept in items:
+        at = places[kept.unit]
+        grouped[at] = (*grouped.get(at, ()), kept)
+    return grouped

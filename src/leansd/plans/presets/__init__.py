@@ -1,0 +1,163 @@
+"""Presets: plans by name, which fit themselves to the steps, the UNet and the sampler of a run.
+
+A preset is a function that builds a plan from `steps`, `blocks` (the UNet's number of up blocks: 4
+in SD 1.x and 2.x, 3 in SDXL) and options of its own; where the plan depends on the sampler, it
+takes `sampler`, too. `PRESETS` is the whole table: a new one is a function and one entry.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from leansd.errors import LeansdError
+from leansd.plans.plan import Plan
+from leansd.plans.presets import nets, published, tuned
+from leansd.plans.presets.tuned import DEFAULT_SAMPLER, SPEED_PRESETS
+from leansd.text import suggest_name
+
+HOUSE = SPEED_PRESETS  # its former name
+
+__all__ = ["DEFAULT_SAMPLER", "PRESETS", "SPEED_PRESETS", "Preset", "preset"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named way to make a plan."""
+
+    name: str
+    summary: str
+    build: Callable[..., Plan]
+
+    @cached_property
+    def _takes(self) -> frozenset[str]:
+        return frozenset(inspect.signature(self.build).parameters)
+
+    @property
+    def by_sampler(self) -> bool:
+        """Whether the plan depends on the pipeline's sampler."""
+        return "sampler" in self._takes
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """What can be chosen besides."""
+        return tuple(sorted(self._takes - {"steps", "blocks", "sampler"}))
+
+    def build_for(self, steps: int, blocks: int, sampler: str, **options: Any) -> Plan:
+        """The plan for a run, by the preset's name.
+
+        Raises:
+            LeansdError: there is no such option, or its value means nothing.
+        """
+        for option in options:
+            if option not in self.options:
+                there = suggest_name(option, self.options) if self.options else "; it has none"
+                raise LeansdError(f"preset {self.name} has no option {option!r}{there}")
+        given = {"sampler": sampler, **options} if self.by_sampler else options
+        return self.build(steps=steps, blocks=blocks, **given).rename(self.name)
+
+
+_TABLE = (
+    Preset("full", "every unit at every step; bit-equal to no plan", tuned.build_full),
+    *(
+        Preset(
+            name,
+            f"about {speed.speedup:g}x with DDIM, Euler or DPM-Solver++ 2M, where it is tuned",
+            tuned.build_tuned(name),
+        )
+        for name, speed in SPEED_PRESETS.items()
+    ),
+    Preset(
+        "deepcache",
+        "DeepCache's uniform 1:N schedule (options interval, branch)",
+        published.build_deepcache,
+    ),
+    Preset(
+        "deepcache-power",
+        "DeepCache's non-uniform schedule, the sign minded (centre, power)",
+        published.build_deepcache_power,
+    ),
+    Preset(
+        "deepcache-exact",
+        "DeepCache's paper-era non-uniform schedule as its code computes it",
+        published.build_deepcache_exact,
+    ),
+    Preset(
+        "encoder",
+        "Faster-Diffusion's encoder propagation (option keys)",
+        published.build_encoder,
+    ),
+    Preset(
+        "tgate",
+        "T-GATE: cross-attention inherits from a gate on, guidance may drop there",
+        published.build_tgate,
+    ),
+    Preset(
+        "pab",
+        "Pyramid Attention Broadcast (options spatial, cross, start, stop)",
+        published.build_pab,
+    ),
+    Preset(
+        "guidance-cutoff",
+        "no guidance in the last part of the run (option share)",
+        published.build_guidance_cutoff,
+    ),
+    Preset(
+        "spectrum",
+        "Spectrum's forecast by Chebyshev polynomials (window, growth, warm_up, how)",
+        published.build_spectrum,
+    ),
+    Preset(
+        "easycache",
+        "EasyCache's whole-step reuse by predicted change (threshold, warm_up)",
+        published.build_easycache,
+    ),
+    Preset(
+        "light-early",
+        "a light net at first, the pipeline's own late (options share, net)",
+        nets.build_light_early,
+    ),
+    Preset(
+        "light-late",
+        "the pipeline's own at first, a light net late (options share, net)",
+        nets.build_light_late,
+    ),
+    Preset(
+        "stitch",
+        "T-Stitch's shares, the smallest net first (options nets, shares)",
+        nets.build_stitch,
+    ),
+    Preset(
+        "tstitch-exact",
+        "T-Stitch's share as its code counts it, a step more (options share, net)",
+        nets.build_tstitch_exact,
+    ),
+    Preset(
+        "turns",
+        'a net for every step, as OMS-DPM lists them (option names, OWN is "")',
+        nets.build_turns,
+    ),
+)
+PRESETS: dict[str, Preset] = {each.name: each for each in _TABLE}
+
+
+def preset(
+    name: str, steps: int = 30, *, blocks: int = 4, sampler: str = DEFAULT_SAMPLER, **options: Any
+) -> Plan:
+    """The plan of a preset for a run of `steps` steps on a UNet with `blocks` up blocks.
+
+    Args:
+        sampler: short name of the pipeline's sampler, that of the embedded model by default.
+            `quality`, `balanced`, `fast` and `turbo` are tuned for `ddim`, `euler` and `dpm++2m`,
+            and a plain schedule for others. Given by name to `inherit`, a preset finds out itself
+            what the sampler is.
+
+    Raises:
+        LeansdError: there is no such preset, or it has no such option.
+    """
+    if name not in PRESETS:
+        raise LeansdError(f"no preset {name!r}{suggest_name(name, PRESETS)}")
+    return PRESETS[name].build_for(steps, blocks, sampler, **options)
