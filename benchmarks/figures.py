@@ -25,7 +25,7 @@ from leansd.faces.standings import Standing, read_standings
 from leansd.plans import Plan
 from leansd.plans.grid import draw_picture
 from leansd.plans.presets import SPEED_PRESETS
-from leansd.surgery.operating import operate
+from leansd.surgery.apply import operate
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

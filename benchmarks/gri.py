@@ -23,7 +23,7 @@ from leansd.anatomy.reading import read_anatomy
 from leansd.cli.terminal import hush_libraries
 from leansd.evaluation.records import Record, append_records, stamp
 from leansd.evaluation.timing import compare_timings, time_cases
-from leansd.surgery.gri import MODES
+from leansd.surgery.parts.gri import MODES
 
 RESULTS = Path(__file__).parent / "results" / "gri.jsonl"
 HEADS, WIDTH = 8, 40

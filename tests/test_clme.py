@@ -15,9 +15,9 @@ import leansd
 from leansd.anatomy import read_anatomy
 from leansd.anatomy.inputs import make_inputs
 from leansd.errors import LeansdError
-from leansd.surgery.condconv import CondConvResnet
-from leansd.surgery.folding import embed_times, fold, fold_segments
-from leansd.surgery.gri import GlobalGRIAttnProcessor, GRIAttnProcessor
+from leansd.surgery.fold import embed_times, fold, fold_segments
+from leansd.surgery.parts.condconv import CondConvResnet
+from leansd.surgery.parts.gri import GlobalGRIAttnProcessor, GRIAttnProcessor
 from tiny import tiny_pipeline, tiny_unet, tiny_xl_unet
 
 LIGHT = leansd.Surgery("light").drop("dn0.l1", "up3.l1")

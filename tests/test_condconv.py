@@ -11,18 +11,28 @@ from torch import nn
 from leansd.anatomy import read_anatomy
 from leansd.anatomy.builtin import open_builtin
 from leansd.errors import LeansdError
-from leansd.surgery.alignment import align_resnet, compare_channels, match_channels, permute_inner
-from leansd.surgery.condconv import (
+from leansd.surgery.parts.condconv import (
+    ROUTERS,
     CondConv2d,
     CondConvResnet,
+    Inputs,
+    build_router,
     convolve_grouped,
     convolve_merged,
     convolve_stacked,
+    fill_experts,
+    fit_kernel,
+    list_donors,
     merge_kernels,
     pick_convolution,
+    read_inputs,
 )
-from leansd.surgery.experts import Inputs, fill_experts, fit_kernel, list_donors, read_inputs
-from leansd.surgery.routing import ROUTERS, build_router
+from leansd.surgery.parts.experts import (
+    align_resnet,
+    compare_channels,
+    match_channels,
+    permute_inner,
+)
 from tiny import tiny_unet
 
 GEOMETRY = {"padding": 1}

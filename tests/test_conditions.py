@@ -19,8 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import leansd
 from leansd.anatomy import count_macs, make_inputs
 from leansd.errors import LeansdError
-from leansd.report.operating import make_report
-from leansd.report.sections import Origin
+from leansd.report.nets import report_surgery
 from tiny import LATENT, WIDTH, shallow_unet, tiny_pipeline, tiny_unet, tiny_xl_unet
 
 SIMPLE: dict[str, Any] = {
@@ -350,9 +349,7 @@ def test_what_cannot_be_counted_fails_no_report() -> None:
     assert "not counted, because" in str(report)
     seen = leansd.preview(unet, "bk-base", latent=LATENT)
     assert f"MACs        {anatomy.uncounted}" in str(seen)
-    assert "an unknown part of the work" in str(
-        make_report(seen, "tiny", Origin("", {"device": "cpu"})).summary
-    )
+    assert "an unknown part of the work" in str(report_surgery(seen, "tiny").summary)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

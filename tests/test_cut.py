@@ -15,7 +15,8 @@ from leansd.errors import LeansdError
 from leansd.evaluation.records import stamp
 from leansd.evaluation.units import time_units
 from leansd.faces.redundancy import list_records, read_cost
-from leansd.surgery.operating import BASE, describe_net, lay_out_surgery
+from leansd.surgery.apply import BASE
+from leansd.surgery.blueprint import Source, lay_out_surgery
 from leansd.tuning.cutting import Study, cut, list_prices, make_surgery, study_removals
 from leansd.tuning.outputs import guide, keep_calls, measure_error
 from leansd.tuning.removals import Removal, Removals, list_removals
@@ -34,7 +35,7 @@ RUN = {"steps": 4, "moments": 2, "settings": {"guidance_scale": 3.0}}
 
 
 def read_removals(unet) -> tuple[Removals, dict]:
-    sources = {BASE: describe_net(BASE, unet)}
+    sources = {BASE: Source.read(BASE, unet)}
     found = list_removals(
         sources[BASE].anatomy, lambda gone: lay_out_surgery(sources, make_surgery([Removal(gone)]))
     )

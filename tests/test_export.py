@@ -21,7 +21,7 @@ from leansd.exporting import checking, sessions
 from leansd.exporting.folder import TABLE, WEIGHTS
 from leansd.exporting.graphs import list_graphs
 from leansd.plans import Plan
-from leansd.surgery.folding import fold
+from leansd.surgery.fold import fold
 from loops import sample
 from pages import read_page
 from tiny import WIDTH, tiny_pipeline, tiny_scheduler, tiny_unet, tiny_xl_unet
@@ -282,7 +282,7 @@ def test_operated_nets_in_stock_diffusers(unet: UNet2DConditionModel, tmp_path: 
             "narrow-ff at up1.l0.attn.t0.ff",
         ),
         (
-            leansd.Surgery("d").replace("up1.l0.attn.t0.sa", by="nothing"),
+            leansd.Surgery("d").replace("up1.l0.attn.t0.sa", by="skip"),
             "nothing at up1.l0.attn.t0.sa",
         ),
     ],

@@ -25,7 +25,7 @@ from leansd.plans import Plan
 from leansd.plans.compile import compile_plan
 from leansd.plans.macs import count_attention, predict_speedup
 from leansd.plans.structures import list_structures
-from leansd.surgery.gri import MODES, GRIAttnProcessor, call_at_size
+from leansd.surgery.parts.gri import MODES, GRIAttnProcessor, call_at_size
 from loops import sample
 from test_control import draw as draw_controlled
 from test_control import make_controlnet

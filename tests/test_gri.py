@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from leansd.anatomy import count_macs
 from leansd.anatomy.builtin import open_builtin
-from leansd.surgery.gri import (
+from leansd.surgery.parts.gri import (
     MODES,
     GlobalGRIAttnProcessor,
     GRIAttnProcessor,

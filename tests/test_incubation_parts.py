@@ -19,7 +19,7 @@ from leansd.incubation.random_latents import RandomLatents
 from leansd.incubation.recipe import BUNDLED, load_recipe
 from leansd.incubation.trainer import read_peak
 from leansd.incubation.vgg import Vgg, fit_projection, load_vgg, project_latents
-from leansd.surgery.operating import operate
+from leansd.surgery.apply import operate
 from tiny import shallow_unet, tiny_scheduler
 
 SHARED = """

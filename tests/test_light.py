@@ -19,9 +19,8 @@ from leansd.anatomy.cost import count_macs
 from leansd.anatomy.inputs import make_inputs
 from leansd.errors import LeansdError
 from leansd.loading import load_outline
-from leansd.surgery.narrowing import count_kept
-from leansd.surgery.sharing import share_weights
-from leansd.surgery.thin import open_thin, save_thin
+from leansd.surgery.checkpoints import open_delta, save_delta, share_weights
+from leansd.surgery.parts.narrow_ff import count_kept
 from tiny import tiny_pipeline, tiny_unet
 
 ODD = (
@@ -67,7 +66,7 @@ def test_a_pipeline_with_it_is_saved_and_opened(tmp_path: Path) -> None:
     expected = draw(pipe)
     pipe.save_pretrained(tmp_path)
     code = (
-        "import sys, leansd; assert 'leansd.surgery.light' not in sys.modules; "
+        "import sys, leansd; assert 'leansd.surgery.light_unet' not in sys.modules; "
         "from diffusers import StableDiffusionPipeline as P; import torch; "
         f"pipe = P.from_pretrained({str(tmp_path)!r}); "
         "assert type(pipe.unet) is leansd.LightUNet2DConditionModel; "
@@ -164,12 +163,12 @@ def test_the_largest_hidden_units_are_kept() -> None:
     assert "dn0.l0.attn" not in lineage.frozen("original")
 
 
-# -- nothing -----------------------------------------------------------------------------------
+# -- skip --------------------------------------------------------------------------------------
 
 
-def test_nothing_is_a_transformer_block_without_a_part(tmp_path: Path) -> None:
+def test_skip_takes_a_part_out_of_a_transformer_block(tmp_path: Path) -> None:
     unet = tiny_unet()
-    surgery = leansd.Surgery().replace("dn0.*.sa", "up2.l0.*.ff", "mid.*.ca", by="nothing")
+    surgery = leansd.Surgery().replace("dn0.*.sa", "up2.l0.*.ff", "mid.*.ca", by="skip")
     student, lineage = leansd.operate(unet, surgery)
     parts = [unet.down_blocks[0].attentions[n].transformer_blocks[0].attn1 for n in (0, 1)]
     parts.append(unet.up_blocks[2].attentions[0].transformer_blocks[0].ff)
@@ -189,8 +188,21 @@ def test_nothing_is_a_transformer_block_without_a_part(tmp_path: Path) -> None:
     assert all(parameter.grad is not None for parameter in student.parameters())
 
 
-def test_nothing_can_be_put_where_nothing_is() -> None:
-    surgery = leansd.Surgery().replace("dn0.*.sa", by="nothing")
+def test_old_name_of_skip_is_read_with_a_note(tmp_path: Path) -> None:
+    """Files, fingerprints and checkpoints from before the name changed stay what they were."""
+    new = leansd.Surgery("quiet").replace("dn0.*.sa", by="skip")
+    file = tmp_path / "quiet.yaml"
+    file.write_text(new.write().replace("by: skip", "by: nothing"))
+    with pytest.warns(FutureWarning, match="'nothing' is called 'skip' now"):
+        old = leansd.Surgery.load(file)
+    assert old == new
+    assert new.fingerprint == "d6fd474c850a"
+    student, _ = leansd.operate(tiny_unet(), new)
+    assert student.config.structure["replace"][0]["by"] == "nothing"
+
+
+def test_skip_can_be_put_where_a_part_is_skipped() -> None:
+    surgery = leansd.Surgery().replace("dn0.*.sa", by="skip")
     student, _ = leansd.operate(tiny_unet(), surgery)
     less, _ = leansd.operate(student, leansd.Surgery().drop("dn0.l1", "up3.l1"))
     assert less.config.structure["replace"] == [
@@ -208,19 +220,19 @@ def test_a_net_is_kept_as_what_it_has_of_its_own(tmp_path) -> None:
     student, _ = leansd.operate(teacher, leansd.Surgery("thin").drop("dn*.l1", "up*.l1"))
     with torch.no_grad():
         student.conv_in.weight += 1
-    save_thin(student, teacher, tmp_path)
+    save_delta(student, teacher, tmp_path)
     own = load_file(tmp_path / "own.safetensors")
     assert sum(each.numel() for each in own.values()) < sum(
         each.numel() for each in student.parameters()
     )
-    again = open_thin(tmp_path, teacher)
+    again = open_delta(tmp_path, teacher)
     assert all(
         torch.equal(tensor, again.state_dict()[name])
         for name, tensor in student.state_dict().items()
     )
     other, _ = leansd.operate(teacher, leansd.Surgery("thinner").drop("dn1.l0.attn"))
     with pytest.raises(LeansdError, match="beside the UNet that it was saved beside"):
-        open_thin(tmp_path, other)
+        open_delta(tmp_path, other)
 
 
 def test_the_embedded_lean_net_is_what_its_recipe_says() -> None:

@@ -15,7 +15,7 @@ from leansd.anatomy import read_anatomy
 from leansd.anatomy.builtin import open_builtin
 from leansd.anatomy.inputs import make_inputs
 from leansd.errors import LeansdError
-from leansd.surgery.operating import draft
+from leansd.surgery.apply import plan_operation
 from leansd.surgery.presets import PRESETS, find_surgery
 from tiny import tiny_unet, tiny_xl_unet
 
@@ -200,7 +200,7 @@ PUBLISHED: list[tuple[str, str, dict[str, Any], float]] = [
 def test_presets_are_the_published_nets(
     name: str, model: str, changes: dict[str, Any], params: float
 ) -> None:
-    student = draft(open_shape(model), name).outline
+    student = plan_operation(open_shape(model), name).outline
     published = open_builtin(model, **changes)
     assert type(student) is UNet2DConditionModel
     assert shapes(student) == shapes(published)
@@ -338,7 +338,7 @@ def test_refused_with_the_address(case: str, monkeypatch: pytest.MonkeyPatch) ->
     def touch(*_: Any, **__: Any) -> None:
         raise AssertionError("a weight was copied")
 
-    monkeypatch.setattr("leansd.surgery.operating._copy", touch)
+    monkeypatch.setattr("leansd.surgery.apply._copy", touch)
     drop, *said = REFUSED[case]
     with pytest.raises(LeansdError) as error:
         leansd.operate(open_shape("sd15"), leansd.Surgery("mine").drop(*drop))
@@ -371,10 +371,10 @@ def test_take_and_replace_are_refused_with_the_address() -> None:
         (make.replace("dn0.*.ff", by="narrow-ff", sahre=1), "no option 'sahre'"),
         (narrow.replace("dn0.l0.attn.t0.ff", by="narrow-ff", share=0.5), "replaced already"),
         (
-            make.replace("dn0.l0.attn", by="nothing"),
+            make.replace("dn0.l0.attn", by="skip"),
             "dn0.l0.attn is no part of a transformer block",
         ),
-        (make.replace("dn0.*.sa", by="nothing", share=1), "nothing has no option 'share'"),
+        (make.replace("dn0.*.sa", by="skip", share=1), "skip takes no options; leave 'share' out"),
     ):
         with pytest.raises(LeansdError) as error:
             leansd.operate(nets, surgery)

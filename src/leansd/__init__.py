@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from leansd.plans import Anatomy, Plan, preset
     from leansd.runtime import Report, inherit, inherit_, release_
     from leansd.scoring.scores import score
+    from leansd.surgery.apply import operate
     from leansd.surgery.edits import Surgery
-    from leansd.surgery.light import LightUNet2DConditionModel
+    from leansd.surgery.light_unet import LightUNet2DConditionModel
     from leansd.surgery.lineage import Lineage
-    from leansd.surgery.operating import operate
-    from leansd.surgery.previewing import preview
+    from leansd.surgery.preview import preview
     from leansd.tuning import Cut, Front, cut, tune
 
 # Where each public name lives; it is imported when it is first asked for, so that
@@ -38,7 +38,7 @@ _HOMES = {
     "Front": "leansd.tuning",
     "Anatomy": "leansd.plans",
     "CostModel": "leansd.evaluation.cost",
-    "LightUNet2DConditionModel": "leansd.surgery.light",
+    "LightUNet2DConditionModel": "leansd.surgery.light_unet",
     "Lineage": "leansd.surgery.lineage",
     "Plan": "leansd.plans",
     "Report": "leansd.runtime",
@@ -53,9 +53,9 @@ _HOMES = {
     "load": "leansd.loading",
     "load_onnx": "leansd.exporting",
     "load_unet": "leansd.loading",
-    "operate": "leansd.surgery.operating",
+    "operate": "leansd.surgery.apply",
     "preset": "leansd.plans",
-    "preview": "leansd.surgery.previewing",
+    "preview": "leansd.surgery.preview",
     "profile": "leansd.evaluation.profile",
     "release_": "leansd.runtime",
     "score": "leansd.scoring.scores",

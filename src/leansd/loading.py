@@ -30,9 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from leansd.errors import LeansdError
 from leansd.runtime.samplers import name_sampler
-from leansd.surgery.folders import find_class, open_unet
-from leansd.surgery.sharing import share_weights
-from leansd.surgery.thin import open_thin
+from leansd.surgery.checkpoints import find_class, open_delta, open_unet, share_weights
 
 EMBEDDED = "emoji"
 NETS = {"emoji-light": "light", "emoji-lean": "lean"}
@@ -192,7 +190,7 @@ def _open_embedded(name: str, dtype: torch.dtype) -> UNet2DConditionModel:
 
     with silent_loading():
         own = open_unet(model_folder() / "unet", dtype)
-    return own if name == EMBEDDED else open_thin(net_folder(NETS[name]), own)
+    return own if name == EMBEDDED else open_delta(net_folder(NETS[name]), own)
 
 
 def load_vae(folder: str | Path, *, dtype: torch.dtype | None = None) -> Autoencoder:

@@ -21,7 +21,7 @@ from leansd.anatomy import dissect
 from leansd.cards.licences import FILE, find_licence, join_licences
 from leansd.errors import LeansdError
 from leansd.loading import EMBEDDED, is_unet_folder
-from leansd.surgery.light import LightUNet2DConditionModel
+from leansd.surgery.light_unet import LightUNet2DConditionModel
 from leansd.surgery.lineage import Lineage
 from leansd.version import __version__
 

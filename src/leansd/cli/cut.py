@@ -94,7 +94,7 @@ def cut_unet(
     from leansd.report import Origin, write_report
     from leansd.report.nets import describe_cut, report_cut
     from leansd.runtime.samplers import check_sampler, set_sampler
-    from leansd.surgery.previewing import preview
+    from leansd.surgery.preview import preview
     from leansd.tuning.cutting import CALLS, check_budget, cut
 
     # Everything that can be wrong is found before a weight is read.

@@ -79,7 +79,7 @@ def operate_on_unet(
     from leansd.faces.operations import list_nets, operate_into
     from leansd.faces.outlines import open_outline
     from leansd.files import check_file, check_folder
-    from leansd.surgery.previewing import preview
+    from leansd.surgery.preview import preview
 
     if out is not None:
         check_folder(out)

@@ -20,7 +20,7 @@ def model_folder() -> Path:
 def net_folder(name: str) -> Path:
     """Return the folder of one of the embedded model's further UNets, `light` or `lean`.
 
-    It holds the net's own tensors, see `surgery.thin`.
+    It holds the net's own tensors, see `surgery.checkpoints`.
     """
     folder = model_folder() / name
     if not (folder / "config.json").is_file():

@@ -11,8 +11,8 @@ from diffusers import UNet2DConditionModel
 
 from leansd.errors import LeansdError
 from leansd.exporting.folder import replace_folder
-from leansd.surgery.folding import fold
-from leansd.surgery.light import LightUNet2DConditionModel
+from leansd.surgery.fold import fold
+from leansd.surgery.light_unet import LightUNet2DConditionModel
 
 MERGED, FORGOTTEN = "condconv", "gri"
 """Replacements that a plain net can do without: kernels that can be merged, and an attention
@@ -68,7 +68,7 @@ def describe_losses(unet: UNet2DConditionModel) -> tuple[str, ...]:
     }
     losses = {
         MERGED: "the kernels are merged at their mean routing over all time steps "
-        "(leansd.surgery.folding.fold_segments makes one net for each stretch of them)",
+        "(leansd.surgery.fold.fold_segments makes one net for each stretch of them)",
         FORGOTTEN: "stock diffusers runs full attention, for which the net was not distilled",
     }
     return tuple(f"{' '.join(places[by])}: {text}" for by, text in losses.items() if places[by])

@@ -10,8 +10,8 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from leansd.cards import Card, write_card
 from leansd.errors import LeansdError
 from leansd.loading import is_unet_folder, load, load_unet
+from leansd.surgery.apply import BASE, operate
 from leansd.surgery.edits import Surgery
-from leansd.surgery.operating import BASE, operate
 
 
 def list_nets(model: str, others: Sequence[str]) -> dict[str, str]:

@@ -26,8 +26,8 @@ from pydantic import (
 from leansd.errors import LeansdError
 from leansd.incubation.losses import check_loss
 from leansd.incubation.ramps import RampName
+from leansd.surgery.apply import BASE
 from leansd.surgery.edits import Surgery
-from leansd.surgery.operating import BASE
 from leansd.surgery.presets import find_surgery
 
 TEACHER = "teacher"

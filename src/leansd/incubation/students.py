@@ -23,8 +23,8 @@ from leansd.incubation.taps import list_boundary
 from leansd.loading import load_outline, load_unet
 from leansd.plans.address import get_block
 from leansd.plans.anatomy import Anatomy
+from leansd.surgery.apply import operate
 from leansd.surgery.lineage import Lineage
-from leansd.surgery.operating import operate
 
 FILE = "incubation.json"
 

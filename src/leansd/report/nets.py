@@ -36,7 +36,7 @@ from leansd.report.sections import (
     count,
 )
 from leansd.surgery.edits import Surgery
-from leansd.surgery.previewing import Preview
+from leansd.surgery.preview import Preview
 from leansd.text import Table
 from leansd.tuning.cutting import NAMES, Cut
 

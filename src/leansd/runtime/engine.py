@@ -33,8 +33,7 @@ from leansd.runtime.outlines import Outlines
 from leansd.runtime.passes import Pass, Step
 from leansd.runtime.report import start_lap
 from leansd.runtime.weave import EndOfCall, Weave, exchange_forward
-from leansd.surgery.gating import attend, find_processor
-from leansd.surgery.gri import call_at_size
+from leansd.surgery.parts.gri import attend, call_at_size, find_processor
 
 if TYPE_CHECKING:
     from leansd.runtime.attachment import Attachment

@@ -1,7 +1,7 @@
-"""A UNet's structure as data, changed by edits: which units there are and where each comes from.
+"""A UNet's structure as data, changed by edits and numbered anew: what there is, and whence.
 
-Places keep the addresses of the net that is operated on until the last edit is done; `layout.py`
-then numbers them anew and checks what fits together.
+Pieces keep the addresses of the net that is operated on until the last edit is done; `lay_out` then
+gives every unit its address in the finished net and checks that skips, channels and blocks fit.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import singledispatch
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
+from diffusers import UNet2DConditionModel
+
+from leansd.anatomy.reading import read_anatomy
 from leansd.errors import LeansdError
-from leansd.plans.address import SEPARATOR, covers, get_layer, select
+from leansd.plans.address import SEPARATOR, covers, get_block, get_layer, select
 from leansd.plans.anatomy import HEAD, STEM, Anatomy, Unit
-from leansd.surgery.edits import Drop, Replace, Surgery, Take
-from leansd.surgery.lineage import Origin
-from leansd.surgery.replacements import find_replacement
+from leansd.surgery.edits import Drop, Replace, Surgery, Take, read_name
+from leansd.surgery.lineage import Lineage, Origin
+from leansd.surgery.parts import find_replacement
 
 
 class Replaced(NamedTuple):
@@ -42,16 +45,31 @@ class Source:
     """What is taken out of what the config builds, as addresses in that."""
     replaced: tuple[Replaced, ...] = ()
 
+    @classmethod
+    def read(cls, name: str, net: UNet2DConditionModel) -> Source:
+        """A net as data, without its adapters."""
+        config: dict[str, Any] = {k: v for k, v in net.config.items() if not k.startswith("_")}
+        if config.get("encoder_hid_dim_type") == "ip_image_proj":
+            has_text = getattr(net, "text_encoder_hid_proj", None) is not None
+            config["encoder_hid_dim_type"] = "text_proj" if has_text else None
+        structure = config.pop("structure", None) or {}
+        replaced = tuple(
+            Replaced(each["at"], read_name(each["by"]), each["options"], is_new=False)
+            for each in structure.get("replace", ())
+        )
+        drop = tuple(structure.get("drop", ()))
+        return cls(read_anatomy(net, name=name), config, drop, replaced)
+
 
 @dataclass(frozen=True)
 class Piece:
     """One unit of a blueprint."""
 
-    at: str
-    """Its place, named as in the net that is operated on."""
+    place: str
+    """Its address in the net that is operated on."""
     origin: Origin
     unit: Unit
-    """The row of the anatomy that it comes from."""
+    """Its row: that of the origin first, and once laid out that of the finished net."""
     skip: int
     """How many of the channels that it takes come by a skip."""
     parts: tuple[str, ...]
@@ -60,13 +78,33 @@ class Piece:
     """What stands in its place, or in a part's; addresses are the origin's."""
 
     @property
+    def at(self) -> str:
+        """Its address in the finished net, once it is laid out."""
+        return self.unit.at
+
+    @property
     def blocks(self) -> tuple[int, ...]:
         """Numbers, in the origin, of the transformer blocks that are kept."""
         return tuple(dict.fromkeys(get_block_number(at) for at in self.parts))
 
-    def place(self, at: str) -> str:
+    @property
+    def is_changed(self) -> bool:
+        """Whether something was put into it."""
+        return any(each.is_new for each in self.replaced)
+
+    def find_place(self, at: str) -> str:
         """What an address of the origin is called in the net that is operated on."""
-        return self.at + at.removeprefix(self.origin.at)
+        return self.place + at.removeprefix(self.origin.at)
+
+    def list_replaced(self) -> Iterator[Replaced]:
+        """What stands in its place or in parts', with addresses of the finished net."""
+        blocks = {number: place for place, number in enumerate(self.blocks)}
+        for each in self.replaced:
+            inside = each.at.removeprefix(self.origin.at)
+            if inside:
+                _, block, *part = inside.split(SEPARATOR)
+                inside = SEPARATOR.join(["", f"t{blocks[int(block[1:])]}", *part])
+            yield each._replace(at=self.at + inside)
 
 
 @dataclass(frozen=True)
@@ -82,38 +120,78 @@ class Blueprint:
 
     @property
     def places(self) -> tuple[str, ...]:
-        return tuple(piece.at for piece in self.pieces)
+        return tuple(piece.place for piece in self.pieces)
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether it is the net operated on, unit for unit."""
+        own = list_pieces(self.base, self.sources[self.base])
+        here, there = (
+            [(each.place, each.origin, each.parts, each.replaced) for each in pieces]
+            for pieces in (self.pieces, own)
+        )
+        return here == there
+
+    @property
+    def skips(self) -> tuple[tuple[str, str], ...]:
+        """Every up layer, and the unit whose output it reads by a skip."""
+        units = (piece.unit for piece in self.pieces)
+        return tuple((unit.at, unit.reads[1]) for unit in units if len(unit.reads) > 1)
 
     def select(self, pattern: str) -> tuple[str, ...]:
         """The places that a pattern covers; those of parts, where it is too deep for units."""
         places = self.places
         if not any(covers(pattern, at) for at in places):
-            parts = (piece.place(at) for piece in self.pieces for at in piece.parts)
+            parts = (piece.find_place(at) for piece in self.pieces for at in piece.parts)
             places = (*places, *parts)
         return select(pattern, places)
 
-    @property
-    def is_untouched(self) -> bool:
-        """Whether it is the net operated on, unit for unit."""
-        return self.pieces == list_pieces(self.base, self.sources[self.base])
-
     def set(self, pieces: Iterable[Piece]) -> Blueprint:
         """The blueprint with other pieces, brought into running order."""
-        return replace(self, pieces=tuple(sorted(pieces, key=lambda piece: rank(piece.at))))
+        return replace(self, pieces=tuple(sorted(pieces, key=lambda piece: rank(piece.place))))
+
+    def list_block(self, block: str) -> tuple[Piece, ...]:
+        """The pieces of a block of the finished net."""
+        return tuple(piece for piece in self.pieces if get_block(piece.at) == block)
+
+    def count_blocks(self, side: str) -> int:
+        """How many blocks there are down (`dn`) or up (`up`) in the finished net."""
+        return len({get_block(each.at) for each in self.pieces if each.at.startswith(side)})
 
 
-def draw_blueprint(sources: Mapping[str, Source], surgery: Surgery) -> Blueprint:
-    """What the edits make of the first net.
+def list_pieces(name: str, source: Source) -> tuple[Piece, ...]:
+    """All units of a net."""
+    anatomy = source.anatomy
+    parts: dict[str, list[str]] = {}
+    for part in anatomy.parts:
+        parts.setdefault(part.reads[0], []).append(part.at)
+    return tuple(
+        Piece(
+            place=unit.at,
+            origin=Origin(name, unit.at),
+            unit=unit,
+            skip=anatomy.by_address[unit.reads[1]].channels[1] if len(unit.reads) > 1 else 0,
+            parts=tuple(parts.get(unit.at, ())),
+            replaced=tuple(each for each in source.replaced if covers(unit.at, each.at)),
+        )
+        for unit in anatomy
+    )
+
+
+def lay_out_surgery(sources: Mapping[str, Source], surgery: Surgery) -> Blueprint:
+    """What the edits make of the first net, numbered anew and checked.
 
     Raises:
-        LeansdError: an edit cannot be done; the message names surgery, edit and address.
+        LeansdError: an edit cannot be done, or what is left does not fit together; the message
+            names surgery, edit and address.
     """
     base = next(iter(sources))
     blueprint = Blueprint(list_pieces(base, sources[base]), sources)
     for number, edit in enumerate(surgery.edits, 1):
         with _naming(f"surgery {surgery.name}, edit {number} ({edit})"):
             blueprint = apply_edit(edit, blueprint)
-    return blueprint
+    with _naming(f"surgery {surgery.name}"):
+        return lay_out(blueprint)
 
 
 @contextmanager
@@ -141,7 +219,7 @@ def _(edit: Drop, blueprint: Blueprint) -> Blueprint:
                     f"{end} cannot be dropped, every UNet has one; take another net's if need be"
                 )
         blueprint = blueprint.set(
-            _thin(piece, gone) for piece in blueprint.pieces if piece.at not in gone
+            _thin(piece, gone) for piece in blueprint.pieces if piece.place not in gone
         )
         _check_layers(blueprint, gone)
     return blueprint
@@ -160,7 +238,7 @@ def _(edit: Take, blueprint: Blueprint) -> Blueprint:
     taken: dict[str, Piece] = {}
     for pattern in edit.take:
         for at in _select_in(edit.source, pattern, source.anatomy):
-            taken[at] = next(piece for piece in whole if piece.at == at)
+            taken[at] = next(piece for piece in whole if piece.place == at)
     for name, place in here.items():
         if not any(covers(name, at) for at in taken):
             raise LeansdError(f"{name} is said to be called {place}, but is not taken")
@@ -170,12 +248,12 @@ def _(edit: Take, blueprint: Blueprint) -> Blueprint:
     kept = [
         piece
         for piece in blueprint.pieces
-        if (at := _rename(piece.at, there, barred=here)) is None
+        if (at := _rename(piece.place, there, barred=here)) is None
         or not any(covers(pattern, at) for pattern in edit.take)
     ]
-    added = [replace(piece, at=_rename(at, here) or at) for at, piece in taken.items()]
-    doubled = {piece.at for piece in kept} & {piece.at for piece in added}
-    if doubled or len({piece.at for piece in added}) < len(added):
+    added = [replace(piece, place=_rename(at, here) or at) for at, piece in taken.items()]
+    doubled = {piece.place for piece in kept} & {piece.place for piece in added}
+    if doubled or len({piece.place for piece in added}) < len(added):
         raise LeansdError("two units would come to the same place; check what `as` says")
     after = blueprint.set([*kept, *added])
     _check_layers(after, {*blueprint.places} - {*after.places})
@@ -185,20 +263,21 @@ def _(edit: Take, blueprint: Blueprint) -> Blueprint:
 @apply_edit.register
 def _(edit: Replace, blueprint: Blueprint) -> Blueprint:
     replacement = find_replacement(edit.by)
+    anatomies = {name: source.anatomy for name, source in blueprint.sources.items()}
     for pattern in edit.replace:
         chosen = set(blueprint.select(pattern))
         pieces: list[Piece] = []
         for piece in blueprint.pieces:
-            rows = {at: piece.place(at) for at in (piece.origin.at, *piece.parts)}
-            for at, place in rows.items():
+            for at in (piece.origin.at, *piece.parts):
+                place = piece.find_place(at)
                 if place not in chosen:
                     continue
-                anatomy = blueprint.sources[piece.origin.net].anatomy
-                replacement.accepts(replace(anatomy.by_address[at], at=place), edit.options)
+                origin = Origin(piece.origin.net, at)
+                unit = anatomies[origin.net].by_address[at]
+                replacement.validate(replace(unit, at=place), edit.options)
                 if any(each.at == at for each in piece.replaced):
                     raise LeansdError(f"{place} is replaced already; replace it once")
-                origin = Origin(piece.origin.net, at)
-                options = replacement.settle(origin, edit.options, blueprint.sources)
+                options = replacement.resolve_options(origin, edit.options, anatomies)
                 new = Replaced(at, edit.by, options)
                 piece = replace(piece, replaced=(*piece.replaced, new))
             pieces.append(piece)
@@ -234,35 +313,17 @@ def _split(name: str) -> tuple[str, str]:
     return found[1], found[2]
 
 
-def list_pieces(name: str, source: Source) -> tuple[Piece, ...]:
-    anatomy = source.anatomy
-    parts: dict[str, list[str]] = {}
-    for part in anatomy.parts:
-        parts.setdefault(part.reads[0], []).append(part.at)
-    return tuple(
-        Piece(
-            at=unit.at,
-            origin=Origin(name, unit.at),
-            unit=unit,
-            skip=anatomy.by_address[unit.reads[1]].channels[1] if len(unit.reads) > 1 else 0,
-            parts=tuple(parts.get(unit.at, ())),
-            replaced=tuple(each for each in source.replaced if covers(unit.at, each.at)),
-        )
-        for unit in anatomy
-    )
-
-
 def _thin(piece: Piece, gone: set[str]) -> Piece:
     """A piece without the transformer blocks that are gone."""
-    left = tuple(at for at in piece.parts if piece.place(at) not in gone)
+    left = tuple(at for at in piece.parts if piece.find_place(at) not in gone)
     if left == piece.parts:
         return piece
     blocks = {get_block_number(at) for at in left}
     if not left:
-        raise LeansdError(f"{piece.at} would have no transformer block left; drop {piece.at}")
+        raise LeansdError(f"{piece.place} would have no transformer block left; drop {piece.place}")
     for at in piece.parts:
         if at not in left and get_block_number(at) in blocks:
-            place = piece.place(at)
+            place = piece.find_place(at)
             block = place.rpartition(SEPARATOR)[0]
             raise LeansdError(f"{place} cannot be dropped alone; drop {block}, or replace {place}")
     replaced = tuple(
@@ -295,3 +356,176 @@ def _rename(at: str, names: Mapping[str, str], *, barred: Iterable[str] = ()) ->
         if covers(name, at):
             return other + at.removeprefix(name)
     return None if any(covers(name, at) for name in barred) else at
+
+
+def lay_out(blueprint: Blueprint) -> Blueprint:
+    """Number the pieces anew and let the hidden state run through them.
+
+    Raises:
+        LeansdError: skips are unbalanced, channels do not fit, or a block is of no use; the
+            message names places as the net that is operated on does.
+    """
+    names = _number(blueprint.pieces)
+    scales = _find_scales(blueprint.pieces)
+    _check_blocks(blueprint.pieces)
+    _check_balance(blueprint.pieces, scales)
+    pushing = _list_pushing(blueprint.pieces)
+    done: list[Piece] = []
+    skips: list[Piece] = []
+    for piece in blueprint.pieces:
+        reads: tuple[Piece, ...] = tuple(done[-1:])
+        if piece.skip:
+            reads = (*reads, skips.pop())
+        _check_channels(piece, reads)
+        unit = replace(
+            piece.unit,
+            at=names[piece.place],
+            scale=scales[piece.place],
+            reads=tuple(read.at for read in reads),
+        )
+        done.append(replace(piece, unit=unit))
+        if piece.place in pushing:
+            skips.append(done[-1])
+    return replace(blueprint, pieces=tuple(done))
+
+
+def make_lineage(blueprint: Blueprint, surgery: str, fingerprint: str) -> Lineage:
+    """Where the units of a finished net come from."""
+    origins: dict[str, Origin] = {}
+    changed: list[str] = []
+    for piece in blueprint.pieces:
+        origin = piece.origin
+        origins[piece.at] = origin
+        for place, number in enumerate(piece.blocks):
+            origins[f"{piece.at}.t{place}"] = Origin(origin.net, f"{origin.at}.t{number}")
+        parts = blueprint.sources[origin.net].anatomy.parts
+        before = {get_block_number(part.at) for part in parts if part.reads[0] == origin.at}
+        if piece.is_changed or before != {*piece.blocks}:
+            changed.append(piece.at)
+    nets = {
+        name: source.anatomy.addresses
+        for name, source in blueprint.sources.items()
+        if any(origin.net == name for origin in origins.values())
+    }
+    return Lineage(
+        surgery=surgery,
+        fingerprint=fingerprint,
+        base=blueprint.base,
+        origins=origins,
+        changed=tuple(changed),
+        nets=nets,
+    )
+
+
+def _number(pieces: Iterable[Piece]) -> dict[str, str]:
+    """New addresses: blocks of a side, and layers of a block, counted without gaps."""
+    blocks: dict[str, str] = {}
+    layers: dict[str, str] = {}
+    names: dict[str, str] = {}
+    for piece in pieces:
+        block, layer = get_block(piece.place), get_layer(piece.place)
+        side = block.rstrip("0123456789")
+        if block not in blocks:
+            count = sum(name.startswith(side) for name in blocks)
+            blocks[block] = block if side == block else f"{side}{count}"
+        if layer not in layers:
+            count = sum(get_block(name) == block for name in layers)
+            layers[layer] = f"{blocks[block]}{SEPARATOR}l{count}"
+        inside = piece.place.removeprefix(layer)
+        if piece.place == layer:  # an end, or a sampler
+            names[piece.place] = blocks[block] + piece.place.removeprefix(block)
+        else:
+            names[piece.place] = layers[layer] + inside
+    return names
+
+
+def _find_scales(pieces: Iterable[Piece]) -> dict[str, int]:
+    scale, scales = 1, dict[str, int]()
+    for piece in pieces:
+        if piece.unit.kind == "downsampler":
+            scale *= 2
+        if piece.unit.kind == "upsampler":
+            if scale == 1:
+                _refuse_scale(
+                    f"{piece.place} would make more than the latents' size", "drop it, too"
+                )
+            scale //= 2
+        scales[piece.place] = scale
+    if scale != 1:
+        _refuse_scale(
+            f"the output would have 1/{scale} of the latents' sides",
+            "drop as many samplers on the way down as on the way up",
+        )
+    return scales
+
+
+def _refuse_scale(what: str, remedy: str) -> NoReturn:
+    raise LeansdError(f"unbalanced samplers: {what}; {remedy}")
+
+
+def _check_blocks(pieces: tuple[Piece, ...]) -> None:
+    kinds: dict[str, list[str]] = {}
+    for piece in pieces:
+        kinds.setdefault(get_block(piece.place), []).append(piece.unit.kind)
+    for block, found in kinds.items():
+        if block not in (STEM, HEAD) and "resnet" not in found:
+            sampler = next(piece.place for piece in pieces if get_block(piece.place) == block)
+            raise LeansdError(f"{block} has only {sampler} left; drop {block}, or keep a layer")
+        if block == "mid" and found[-1] != "resnet":
+            last = [piece.place for piece in pieces if get_block(piece.place) == "mid"][-1]
+            raise LeansdError(f"{last} has no ResNet after it; drop it, too")
+    down, up = (sorted(block for block in kinds if block.startswith(s)) for s in ("dn", "up"))
+    if len(down) != len(up):
+        raise LeansdError(
+            f"{len(down)} blocks are left on the way down ({' '.join(down)}) and {len(up)} on the "
+            f"way up ({' '.join(up)}); drop as many on both"
+        )
+    if not down:
+        raise LeansdError("no block is left; keep one on the way down and one on the way up")
+
+
+def _list_pushing(pieces: tuple[Piece, ...]) -> set[str]:
+    """The places whose outputs are handed over as skips: stem, samplers down, ends of layers."""
+    ends = {
+        get_layer(piece.place): piece.place
+        for piece in pieces
+        if piece.place == STEM or piece.place.startswith("dn")
+    }
+    return set(ends.values())
+
+
+def _check_balance(pieces: tuple[Piece, ...], scales: dict[str, int]) -> None:
+    pushing = _list_pushing(pieces)
+    for scale in sorted(set(scales.values())):
+        here = [piece for piece in pieces if scales[piece.place] == scale]
+        given = [piece.place for piece in here if piece.place in pushing]
+        read = [piece.place for piece in here if piece.skip]
+        if len(given) != len(read):
+            side = "up" if len(given) < len(read) else "down"
+            raise LeansdError(
+                f"unbalanced skips at 1/{scale} of the latents' sides: {len(given)} outputs are "
+                f"handed over ({' '.join(given)}) and {len(read)} read ({' '.join(read)}); "
+                f"drop {abs(len(given) - len(read))} more on the way {side}"
+            )
+
+
+def _check_channels(piece: Piece, reads: tuple[Piece, ...]) -> None:
+    if not reads:
+        return
+    takes = piece.unit.channels[0] - piece.skip
+    gets = reads[0].unit.channels[1]
+    if takes != gets:
+        before = reads[0]
+        remedy = "keep the layer between them that changes their number"
+        if before.origin.net != piece.origin.net:
+            remedy = f"take {get_block(before.place)} of net {piece.origin.net}, too"
+        raise LeansdError(
+            f"{piece.place} takes {takes} channels and would get {gets} from {before.place}; "
+            f"{remedy}"
+        )
+    if piece.skip and piece.skip != reads[1].unit.channels[1]:
+        raise LeansdError(
+            f"{piece.place} takes {piece.skip} channels by its skip and would get "
+            f"{reads[1].unit.channels[1]} from {reads[1].place}; drop another layer of "
+            f"{get_block(piece.place)}"
+        )

@@ -8,7 +8,7 @@ finished net is numbered anew.
 from __future__ import annotations
 
 import json
-import os
+import warnings
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -27,6 +27,30 @@ from pydantic import (
 )
 
 from leansd.errors import LeansdError
+from leansd.files import write_file
+from leansd.text import explain_validation
+
+STORED = {"skip": "nothing"}
+"""What checkpoints and fingerprints call a replacement whose name has changed since the first."""
+_RENAMED = {old: new for new, old in STORED.items()}
+
+
+def read_name(by: str) -> str:
+    """The present name of a replacement, from any that it has had."""
+    return _RENAMED.get(by, by)
+
+
+def write_name(by: str) -> str:
+    """What a checkpoint calls a replacement: the name that every version reads."""
+    return STORED.get(by, by)
+
+
+def _rename(by: Any) -> Any:
+    if by in _RENAMED:
+        note = f"the replacement {by!r} is called {read_name(by)!r} now; the old name is still read"
+        warnings.warn(note, FutureWarning, stacklevel=2)
+        return read_name(by)
+    return by
 
 
 def _listed(value: Any) -> Any:
@@ -68,7 +92,7 @@ class Replace(_Frozen):
     """Put something else in the place of units, or parts of them: `by` names what."""
 
     replace: Addresses
-    by: str
+    by: Annotated[str, BeforeValidator(_rename)]
     options: dict[str, JsonValue] = Field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -125,12 +149,14 @@ class Surgery(_Frozen):
         try:
             return Surgery(self.name, (*self.edits, edit))
         except ValidationError as error:
-            raise LeansdError(f"surgery {self.name}: {_describe(error)}") from None
+            raise LeansdError(f"surgery {self.name}: {explain_validation(error)}") from None
 
     @property
     def fingerprint(self) -> str:
         """Twelve hex digits of the edits; the name has no part in it."""
-        text = json.dumps(self.to_document()["edits"], sort_keys=True)
+        edits = self.to_document()["edits"]
+        stored = [each | ({"by": write_name(each["by"])} if "by" in each else {}) for each in edits]
+        text = json.dumps(stored, sort_keys=True)
         return sha256(text.encode()).hexdigest()[:12]
 
     def to_document(self) -> dict[str, Any]:
@@ -153,12 +179,7 @@ class Surgery(_Frozen):
         path = Path(path)
         is_json = path.suffix == ".json"
         text = json.dumps(self.to_document(), indent=2) + "\n" if is_json else self.write()
-        partial = path.with_name(path.name + ".partial")
-        try:
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, path)
-        except OSError as error:
-            raise LeansdError(f"cannot write the surgery to {path}: {error.strerror}") from error
+        write_file(path, text)
 
     @classmethod
     def load(cls, path: str | Path) -> Surgery:
@@ -178,15 +199,10 @@ class Surgery(_Frozen):
         try:
             return cls.model_validate({"name": Path(path).stem} | document)
         except ValidationError as error:
-            raise LeansdError(f"{path} is not a valid surgery file: {_describe(error)}") from None
+            raise LeansdError(
+                f"{path} is not a valid surgery file: {explain_validation(error)}"
+            ) from None
 
     def __str__(self) -> str:
         lines = [f"surgery {self.name}: {len(self.edits)} edits, fingerprint {self.fingerprint}"]
         return "\n".join([*lines, *(f"  {n}. {edit}" for n, edit in enumerate(self.edits, 1))])
-
-
-def _describe(error: ValidationError) -> str:
-    """Where a document is wrong, and how."""
-    first = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in first["loc"]) or "file"
-    return f"{place}: {first['msg']}"

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from leansd.errors import LeansdError
+from leansd.files import write_file
 from leansd.plans.address import get_block, get_layer
 from leansd.plans.anatomy import HEAD, STEM
 
@@ -110,11 +111,7 @@ class Lineage(BaseModel):
 
     def save(self, path: str | Path) -> None:
         """Write it as a JSON file, or as `lineage.json` into a folder."""
-        path = _find_file(path)
-        try:
-            path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise LeansdError(f"cannot write the lineage to {path}: {error.strerror}") from error
+        write_file(_find_file(path), self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Lineage:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 from leansd.errors import LeansdError
 from leansd.surgery.edits import Surgery
+from leansd.text import suggest_name
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ _TINY = Surgery("bk-tiny", _SMALL.edits).drop("dn2.down", "dn3", "up0")
 # cross-attention: they cost next to nothing, and what the prompt does training gives back last.
 _HARDLY_USED = ("mid", "dn2.l1", "up1.l1", "dn3.l1", "up0.l1", "dn2.l0.attn", "up1.l0.attn")
 _SECOND = ("up3.l[12].*.sa", "up3.l[12].*.ff", "dn0.l1.*.sa", "dn1.l1.*.sa", "up2.l0.*.sa")
-_LEAN = Surgery("lean").drop(*_HARDLY_USED).replace(*_SECOND, by="nothing")
+_LEAN = Surgery("lean").drop(*_HARDLY_USED).replace(*_SECOND, by="skip")
 _LEANER = Surgery("leaner", _LEAN.edits).replace(
-    "dn0.l1.*.ff", "dn1.l1.*.ff", "up1.l2.*.sa", by="nothing"
+    "dn0.l1.*.ff", "dn1.l1.*.ff", "up1.l2.*.sa", by="skip"
 )
 _LEANEST = Surgery("leanest", _LEANER.edits).replace(
-    "dn0.l0.*.ff", "up2.l0.*.ff", "up1.l2.*.ff", by="nothing"
+    "dn0.l0.*.ff", "up2.l0.*.ff", "up1.l2.*.ff", by="skip"
 )
 _KOALA = Surgery("koala-1b").drop("dn*.l1", "up*.l1")
 
@@ -100,6 +100,6 @@ def find_surgery(source: Surgery | str | Path) -> Surgery:
         return PRESETS[name].surgery
     if Path(name).is_file():
         return Surgery.load(name)
-    near = get_close_matches(name, PRESETS, n=2)
-    offer = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(PRESETS)}"
-    raise LeansdError(f"no surgery {name!r}, neither a file nor a preset; {offer}")
+    raise LeansdError(
+        f"no surgery {name!r}, neither a file nor a preset{suggest_name(name, PRESETS)}"
+    )

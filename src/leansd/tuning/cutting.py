@@ -25,8 +25,9 @@ from leansd.evaluation.cost import CostModel
 from leansd.evaluation.runs import PipelineCall, expand_calls
 from leansd.evaluation.units import time_units
 from leansd.plans.anatomy import Anatomy
+from leansd.surgery.apply import BASE, operate
+from leansd.surgery.blueprint import Source, lay_out_surgery
 from leansd.surgery.edits import Surgery
-from leansd.surgery.operating import BASE, describe_net, lay_out_surgery, operate
 from leansd.text import Table
 from leansd.tuning.knapsack import Choice, find_best
 from leansd.tuning.outputs import KeptCall, keep_calls, measure_error
@@ -312,7 +313,7 @@ def study_removals(
     anatomy = dissect(unet, latent=tuple(sample.shape[-2:]))
     tell("timing", 0.1)
     prices = list_prices(unet, anatomy, of, cost, guided=kept[0].guidance is not None)
-    sources = {BASE: describe_net(BASE, unet)}
+    sources = {BASE: Source.read(BASE, unet)}
     removals = list_removals(
         anatomy, lambda addresses: lay_out_surgery(sources, Surgery("cut").drop(*addresses))
     )
@@ -355,4 +356,4 @@ def make_surgery(removals: Sequence[Removal], name: str = "cut") -> Surgery:
     dropped = [at for each in removals if not each.inside for at in each.addresses]
     parts = [at for each in removals if each.inside for at in each.addresses]
     surgery = Surgery(name).drop(*dropped) if dropped else Surgery(name)
-    return surgery.replace(*parts, by="nothing") if parts else surgery
+    return surgery.replace(*parts, by="skip") if parts else surgery

@@ -6,24 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from torch import nn
 
-from leansd.anatomy import read_anatomy
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import Unit
 from leansd.surgery.lineage import Origin
-from leansd.surgery.replacements import Options, Replacement
+from leansd.surgery.parts import AddressedUNet, Options, Replacement, check_options
 
 
-def accept(unit: Unit, options: Options) -> None:
+def validate(unit: Unit, options: Options) -> None:
     """Refuse what is no feed-forward, and a share that leaves nothing or adds."""
     if unit.kind != "feed-forward":
         raise LeansdError(f"{unit.at} is no feed-forward; narrow-ff is for the likes of *.ff")
-    unknown = set(options) - {"share"}
-    if unknown:
-        raise LeansdError(f"{unit.at}: narrow-ff has no option {unknown.pop()!r}; there is share")
+    check_options("narrow-ff", options, ("share",))
     share = options.get("share")
     if not isinstance(share, int | float) or not 0 < share <= 1:
         raise LeansdError(
@@ -31,24 +27,24 @@ def accept(unit: Unit, options: Options) -> None:
         )
 
 
-def build(unet: UNet2DConditionModel, at: str, options: Options) -> None:
+def build(net: AddressedUNet, at: str, options: Options) -> None:
     """Put a narrower GEGLU and its projection in place."""
-    net = _find_net(unet, at)
-    gate, project = net[0], net[2]
+    layers: Any = net.find(at).net  # GEGLU, dropout, projection
+    gate, project = layers[0], layers[2]
     if not isinstance(gate, GEGLU):
         raise LeansdError(f"{at} is no GEGLU feed-forward, which narrow-ff is for")
     width = count_kept(project.in_features, options["share"])
     narrow = GEGLU(gate.proj.in_features, width, bias=gate.proj.bias is not None)
-    net[0] = narrow.to(gate.proj.weight)
+    layers[0] = narrow.to(gate.proj.weight)
     narrow_project = nn.Linear(width, project.out_features, bias=project.bias is not None)
-    net[2] = narrow_project.to(project.weight)
+    layers[2] = narrow_project.to(project.weight)
 
 
 @torch.no_grad()
 def inherit(
-    student: UNet2DConditionModel,
+    student: AddressedUNet,
     at: str,
-    nets: Mapping[str, UNet2DConditionModel],
+    nets: Mapping[str, AddressedUNet],
     origin: Origin,
     options: Options,
 ) -> None:
@@ -57,7 +53,8 @@ def inherit(
     A unit's norm is that of its three weight vectors together: value, gate, and the column that
     writes it out.
     """
-    net, whole = _find_net(student, at), _find_net(nets[origin.net], origin.at)
+    net: Any = student.find(at).net
+    whole: Any = nets[origin.net].find(origin.at).net
     weight, out = whole[0].proj.weight, whole[2].weight  # [2 * hidden, C], [C, hidden]
     hidden = out.shape[1]
     norms = weight.float().square().sum(1).view(2, hidden).sum(0) + out.float().square().sum(0)
@@ -76,9 +73,4 @@ def count_kept(hidden: int, share: float) -> int:
     return max(1, round(hidden * share))
 
 
-def _find_net(unet: UNet2DConditionModel, at: str) -> Any:
-    """The modules of a feed-forward: GEGLU, dropout, projection."""
-    return unet.get_submodule(read_anatomy(unet)[at].path).net
-
-
-REPLACEMENT = Replacement(accept, build, inherit)
+REPLACEMENT = Replacement(validate, build, inherit)

@@ -12,9 +12,9 @@ from leansd.anatomy.inputs import TOKENS
 from leansd.errors import LeansdError
 from leansd.plans.address import SEPARATOR, get_layer
 from leansd.plans.anatomy import Anatomy, Unit
+from leansd.surgery.apply import Nets, Operation, plan_operation
+from leansd.surgery.blueprint import Piece
 from leansd.surgery.edits import Surgery
-from leansd.surgery.layout import Row
-from leansd.surgery.operating import Draft, Nets, draft
 
 LISTED = 12
 """Addresses that a line of a preview names before it only counts."""
@@ -102,44 +102,44 @@ def preview(
     Raises:
         LeansdError: what `operate` would raise, or the cost lacks a unit.
     """
-    plan = draft(nets, surgery)
+    plan = plan_operation(nets, surgery)
     counted = {
-        name: dissect(net, latent=latent, tokens=tokens, name=name)
+        name: dissect(net.unet, latent=latent, tokens=tokens, name=name)
         for name, net in plan.nets.items()
         if name in plan.lineage.nets or name == plan.lineage.base
     }
     before = counted[plan.lineage.base]
     after = dissect(plan.outline, latent=before.size, tokens=tokens, name=plan.surgery.name)
-    rows = plan.layout.rows
-    own = [row for row in rows if row.piece.origin.net == plan.lineage.base]
-    base = plan.nets[plan.lineage.base]
+    rows = plan.blueprint.pieces
+    own = [row for row in rows if row.origin.net == plan.lineage.base]
+    base = plan.nets[plan.lineage.base].unet
     return Preview(
         surgery=plan.surgery,
         before=before,
         after=after,
         gone=_shorten(_list_gone(plan, own), before),
-        moved=_join({row.piece.at: row.at for row in own if row.piece.at != row.at}),
-        taken=_join({row.at: str(row.piece.origin) for row in rows if row not in own}),
-        replaced={each.at: each.by for each in plan.expression.replaced},
-        skips=plan.layout.skips,
+        moved=_join({row.place: row.at for row in own if row.place != row.at}),
+        taken=_join({row.at: str(row.origin) for row in rows if row not in own}),
+        replaced={each.at: each.by for each in plan.build.replaced},
+        skips=plan.blueprint.skips,
         kind=type(plan.outline).__name__,
         config={
             name: value
-            for name, value in plan.expression.config.items()
+            for name, value in plan.build.config.items()
             if value != base.config.get(name)
         },
         seconds=None if cost is None else _predict(rows, before, after, _read_seconds(cost)),
     )
 
 
-def _list_gone(plan: Draft, own: list[Row]) -> set[str]:
+def _list_gone(plan: Operation, own: list[Piece]) -> set[str]:
     """Units, and transformer blocks of those that stay."""
-    anatomy = plan.layout.blueprint.sources[plan.lineage.base].anatomy
-    kept = {row.piece.origin.at: row for row in own}
+    anatomy = plan.blueprint.sources[plan.lineage.base].anatomy
+    kept = {row.origin.at: row for row in own}
     gone = {at for at in anatomy.addresses if at not in kept}
     for part in anatomy.parts:
         row = kept.get(part.reads[0])
-        if row is not None and part.at not in row.piece.parts:
+        if row is not None and part.at not in row.parts:
             gone.add(part.at.rpartition(SEPARATOR)[0])
     return gone
 
@@ -174,7 +174,7 @@ def _read_seconds(cost: Measured | Mapping[str, float]) -> Mapping[str, float]:
 
 
 def _predict(
-    rows: Iterable[Row], before: Anatomy, after: Anatomy, seconds: Mapping[str, float]
+    rows: Iterable[Piece], before: Anatomy, after: Anatomy, seconds: Mapping[str, float]
 ) -> tuple[float, float]:
     missing = [unit.at for unit in before if unit.at not in seconds]
     if missing:
@@ -187,9 +187,9 @@ def _predict(
     return sum(seconds[unit.at] for unit in before), left
 
 
-def _find_like(row: Row, before: Anatomy) -> Unit:
+def _find_like(row: Piece, before: Anatomy) -> Unit:
     """The unit of the net operated on whose time tells that of a row."""
-    place = row.piece.at
+    place = row.place
     if place in before.by_address:
         return before.by_address[place]
     alike = [unit for unit in before if unit.kind == row.unit.kind]

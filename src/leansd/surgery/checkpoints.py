@@ -1,4 +1,8 @@
-"""UNets in folders: opened where their weights are what their config says."""
+"""UNets on disk: whole in a folder, or as a delta checkpoint beside another; weights held once.
+
+An assembled student has its teacher's deep part. On disk a delta checkpoint holds only what the
+other net lacks; in memory `share_weights` lets both hold the common tensors once.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,15 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-from leansd.anatomy import read_anatomy
+from leansd.anatomy.reading import read_anatomy
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import Anatomy
-from leansd.surgery.light import LightUNet2DConditionModel
+from leansd.surgery.light_unet import LightUNet2DConditionModel
 
+CONFIG, OWN = "config.json", "own.safetensors"
 CLASSES: dict[str, type[UNet2DConditionModel]] = {
     each.__name__: each for each in (UNet2DConditionModel, LightUNet2DConditionModel)
 }
@@ -44,7 +51,7 @@ def open_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
         LeansdError: it is no UNet's, or config and weights disagree.
         OSError, ValueError, SafetensorError: a file is missing or damaged.
     """
-    file = folder / "config.json"
+    file = folder / CONFIG
     if not file.is_file():
         raise LeansdError(
             f"no UNet in {folder}: give a folder with config.json and safetensors weights"
@@ -108,3 +115,87 @@ def find_address(name: str, anatomy: Anatomy) -> str:
     layer = {"resnets": f"l{parts[3]}.res", "attentions": f"l{parts[3]}.attn"}
     unit = layer.get(parts[2], {"downsamplers": "down", "upsamplers": "up"}.get(parts[2], ""))
     return f"{sides[parts[0]]}{parts[1]}.{unit}".rstrip(".")
+
+
+def save_delta(unet: UNet2DConditionModel, other: UNet2DConditionModel, folder: Path) -> Path:
+    """Write a UNet's config, and of its tensors those that another has not under the same name."""
+    there = other.state_dict()
+    own = {
+        name: tensor.contiguous()
+        for name, tensor in unet.state_dict().items()
+        if name not in there or not _is_same(tensor, there[name])
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.loads(unet.to_json_string())
+    config.pop("_name_or_path", None)  # where it lay is nobody's affair
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    save_file(own, folder / OWN, metadata={"format": "pt"})
+    return folder
+
+
+def open_delta(folder: Path, other: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A UNet from what `save_delta` wrote and the one that it was written beside.
+
+    It is in the other's precision, on its device, and shares no memory with it.
+
+    Raises:
+        LeansdError: it was written beside another UNet.
+    """
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    with torch.device("meta"):
+        unet = find_class(config, f"what is in {folder}").from_config(config)
+    there, own = other.state_dict(), load_file(folder / OWN)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, outline in unet.state_dict().items():
+        found = own.get(name, there.get(name))
+        if found is None or found.shape != outline.shape:
+            raise LeansdError(
+                f"{folder} holds a UNet without {name}, and the one beside it has none that fits: "
+                "open it beside the UNet that it was saved beside"
+            )
+        tensors[name] = found.detach().to(other.device, other.dtype, copy=True)
+    unet.load_state_dict(tensors, assign=True)
+    return unet.eval()
+
+
+def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.to(other.device, other.dtype), other)
+
+
+@torch.no_grad()
+def share_weights(unet: UNet2DConditionModel, other: UNet2DConditionModel) -> int:
+    """Let a UNet hold another's tensors wherever they are the same, bit for bit.
+
+    Afterwards it is on the other's device, in its precision. What is shared must not be trained;
+    moving one of the two to another device gives it tensors of its own again.
+
+    Returns:
+        the bytes that are held once now.
+    """
+    # That of `nn.Module`: diffusers' own warns where it has nothing to warn of.
+    nn.Module.to(unet, dtype=other.dtype)
+    there: dict[object, list[nn.Parameter]] = {}
+    for parameter in other.parameters():
+        there.setdefault(_sign(parameter), []).append(parameter)
+    shared = 0
+    for parameter in unet.parameters():
+        twin = _find_twin(parameter, there.get(_sign(parameter), []))
+        if twin is None:
+            parameter.data = parameter.data.to(other.device)
+        else:
+            parameter.data = twin.data
+            shared += parameter.nbytes
+    nn.Module.to(unet, device=other.device)  # buffers
+    return shared
+
+
+def _find_twin(tensor: Tensor, candidates: list[nn.Parameter]) -> nn.Parameter | None:
+    for each in candidates:
+        if torch.equal(each.to(tensor.device), tensor):
+            return each
+    return None
+
+
+def _sign(tensor: Tensor) -> object:
+    """What tensors that are equal have in common, and others hardly ever."""
+    return tuple(tensor.shape), tuple(tensor.detach().flatten()[:4].tolist())

@@ -13,9 +13,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from leansd.errors import LeansdError
-from leansd.surgery.condconv import CondConvResnet, merge_kernels
-from leansd.surgery.light import LightUNet2DConditionModel
-from leansd.surgery.routing import TimeRouter
+from leansd.surgery.light_unet import LightUNet2DConditionModel
+from leansd.surgery.parts.condconv import CondConvResnet, TimeRouter, merge_kernels
 
 REPLACED_BY = "condconv"
 

@@ -7,7 +7,8 @@ matrix products of self-attention (arXiv 2406.00210). It uses an attention's own
 that a checkpoint stays what it was: stock diffusers runs full attention with it.
 
 Where features are constant on the cells it equals full attention. Elsewhere it does not: a network
-is distilled to it.
+is distilled to it. A plan's gate puts it, or full attention, in the place of what an attention
+computes for one call.
 """
 
 from __future__ import annotations
@@ -18,16 +19,21 @@ from math import isqrt
 from typing import Any, TypeVar
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
 from torch.nn import functional as F
 
-from leansd.anatomy import read_anatomy
 from leansd.errors import LeansdError
 from leansd.plans.address import covers
 from leansd.plans.anatomy import Unit
-from leansd.plans.row import CELL, REGIONS, SELF_ATTENTION
-from leansd.surgery.replacements import Options, Replacement
+from leansd.plans.row import CELL, REGIONS, SELF_ATTENTION, Attend
+from leansd.surgery.parts import AddressedUNet, Options, Replacement, check_options
 
 Size = tuple[int, int]
 Result = TypeVar("Result")
@@ -201,27 +207,70 @@ def _project(attn: Attention, tokens: torch.Tensor) -> torch.Tensor:
     return dropout(projection(tokens))
 
 
-def accept(unit: Unit, options: Options) -> None:
+Processor = Callable[..., torch.Tensor]
+"""An attention processor of diffusers."""
+
+FULL = (
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
+"""Processors that compute full attention and nothing else."""
+GRI = GRIAttnProcessor()
+
+
+def find_processor(attention: Attention, by: Attend) -> Processor | None:
+    """The processor that has `attention` attend `by` GRI or in full.
+
+    None where its own does so already, and where it is neither: perturbed-attention guidance, say,
+    would be lost with it.
+    """
+    own: Any = attention.processor
+    if by == "gri":
+        return GRI if type(own) in FULL else None
+    return own.full if isinstance(own, GRIAttnProcessor) else None
+
+
+def attend(
+    attention: Attention,
+    processor: Processor,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    **ignored: Any,
+) -> torch.Tensor:
+    """What `attention` makes of `hidden_states` [B, N, C] with `processor` in its own's place.
+
+    Like `Attention.forward`, without setting anything: other threads may be in the same module.
+    """
+    return processor(
+        attention,
+        hidden_states,
+        encoder_hidden_states=encoder_hidden_states,
+        attention_mask=attention_mask,
+    )
+
+
+def validate(unit: Unit, options: Options) -> None:
     """Refuse what has no self-attention, and options that are none."""
     if unit.kind not in ("transformer", SELF_ATTENTION):
         raise LeansdError(
             f"{unit.at} is no self-attention; gri is for the likes of *.attn and *.attn.*.sa"
         )
-    unknown = sorted(set(options) - {"mode"})
-    if unknown:
-        raise LeansdError(f"gri has no option {unknown[0]!r}; there is mode")
+    check_options("gri", options, ("mode",))
     mode = options.get("mode", next(iter(MODES)))
     if mode not in MODES:
         raise LeansdError(f"gri has no mode {mode!r}; there are {', '.join(MODES)}")
 
 
-def build(unet: UNet2DConditionModel, at: str, options: Options) -> None:
+def build(net: AddressedUNet, at: str, options: Options) -> None:
     """Give GRI to a self-attention, or to all of a transformer."""
     make = MODES[options.get("mode", next(iter(MODES)))]
-    for part in read_anatomy(unet).parts:
+    for part in net.anatomy.parts:
         if part.kind == SELF_ATTENTION and covers(at, part.at):
-            attention: Any = unet.get_submodule(part.path)
-            attention.set_processor(make())
+            net.find(part.at).set_processor(make())
 
 
-REPLACEMENT = Replacement(accept, build)
+REPLACEMENT = Replacement(validate, build)

@@ -1,8 +1,12 @@
-"""A layout as a diffusers config, and what no config can say.
+"""A blueprint as a diffusers config, and what no config can say.
 
 diffusers counts layers by level, one more on the way up than down, and gives attention to all
 layers of a block or to none. What is fewer is said as addresses to drop from what the config
 builds.
+
+`transformer_layers_per_block` has a number for each level, or where the layers of a level differ
+one for each layer; then the way up has an entry of its own. The middle block has no entry: it
+takes the first number of the last level.
 """
 
 from __future__ import annotations
@@ -13,9 +17,8 @@ from typing import Any, NamedTuple
 
 from leansd.errors import LeansdError
 from leansd.plans.address import get_block
-from leansd.surgery.blueprint import Replaced
-from leansd.surgery.depths import Depths, choose_depths
-from leansd.surgery.layout import Layout, Row
+from leansd.surgery.blueprint import Blueprint, Piece, Replaced
+from leansd.surgery.edits import write_name
 
 BY_LEVEL = (
     "attention_head_dim",
@@ -42,7 +45,7 @@ MID, MID_ATTENTION = "UNetMidBlock2D", "UNetMidBlock2DCrossAttn"
 
 
 @dataclass(frozen=True)
-class Expression:
+class BuildConfig:
     """How a network is built: by a diffusers config, then by taking out and replacing."""
 
     config: Mapping[str, Any]
@@ -60,16 +63,35 @@ class Expression:
     def structure(self) -> dict[str, Any]:
         """What the config of a `LightUNet2DConditionModel` holds besides, as plain JSON values."""
         replaced = [
-            {"at": each.at, "by": each.by, "options": dict(each.options)} for each in self.replaced
+            {"at": each.at, "by": write_name(each.by), "options": dict(each.options)}
+            for each in self.replaced
         ]
         return {"drop": list(self.drop), "replace": replaced}
+
+
+class Depths(NamedTuple):
+    """The numbers of transformer blocks of a block's attentions, in the order of its layers."""
+
+    at: str
+    counts: tuple[int | None, ...]
+    """None for a layer that has none or is not there; empty for a block without attention."""
+
+    @property
+    def known(self) -> tuple[int, ...]:
+        return tuple(count for count in self.counts if count is not None)
+
+    @property
+    def filled(self) -> list[int]:
+        """A number for every layer; those of no account are as others."""
+        spare = self.known[0] if self.known else 1
+        return [spare if count is None else count for count in self.counts]
 
 
 class Slot(NamedTuple):
     """A layer that the config builds, and the rows that it is for; without any it is dropped."""
 
-    resnet: Row | None = None
-    attention: Row | None = None
+    resnet: Piece | None = None
+    attention: Piece | None = None
 
 
 @dataclass(frozen=True)
@@ -97,41 +119,40 @@ class Block:
         """How many transformer blocks each layer has; None where that is of no account."""
         slots = self.slots if self.has_attention else ()
         rows = (slot.attention for slot in slots)
-        return Depths(self.at, tuple(len(row.piece.blocks) if row else None for row in rows))
+        return Depths(self.at, tuple(len(row.blocks) if row else None for row in rows))
 
 
-def express(layout: Layout) -> Expression:
+def make_config(blueprint: Blueprint) -> BuildConfig:
     """The config that comes closest, and the rest as addresses.
 
     Raises:
         LeansdError: what diffusers builds alike is not; the message names the address.
     """
-    blueprint = layout.blueprint
     source = blueprint.sources[blueprint.base]
-    replaced = tuple(each for row in layout.rows for each in row.replaced)
+    replaced = tuple(each for row in blueprint.pieces for each in row.list_replaced())
     if blueprint.is_untouched:
-        return Expression(source.config, source.drop, replaced)
-    _check_families(layout)
-    base, levels = source.config, layout.count_blocks("dn")
-    channels = [layout.list_block(f"dn{level}")[0].unit.channels[1] for level in range(levels)]
-    counts = [_count_layers(layout, level, levels) for level in range(levels)]
-    down = [_fill_down(layout, level, counts[level]) for level in range(levels)]
-    up = [_fill_up(layout, level, counts[level], channels) for level in range(levels)]
-    mid = _fill_mid(layout)
+        return BuildConfig(source.config, source.drop, replaced)
+    _check_families(blueprint)
+    base, levels = source.config, blueprint.count_blocks("dn")
+    channels = [blueprint.list_block(f"dn{level}")[0].unit.channels[1] for level in range(levels)]
+    counts = [_count_layers(blueprint, level, levels) for level in range(levels)]
+    down = [_fill_down(blueprint, level, counts[level]) for level in range(levels)]
+    up = [_fill_up(blueprint, level, counts[level], channels) for level in range(levels)]
+    mid = _fill_mid(blueprint)
     config = {
         **base,
         "block_out_channels": _write_like(base["block_out_channels"], channels),
         "layers_per_block": _write_like(base["layers_per_block"], counts),
         "down_block_types": _write_like(
-            base["down_block_types"], [_find_type(layout, each, "down") for each in down]
+            base["down_block_types"], [_find_type(blueprint, each, "down") for each in down]
         ),
         "up_block_types": _write_like(
-            base["up_block_types"], [_find_type(layout, each, "up") for each in reversed(up)]
+            base["up_block_types"], [_find_type(blueprint, each, "up") for each in reversed(up)]
         ),
-        "mid_block_type": _find_mid_type(layout, mid),
+        "mid_block_type": _find_mid_type(blueprint, mid),
     }
     for name in BY_LEVEL:
-        entries = [_find_entry(layout, name, level, levels) for level in range(levels)]
+        entries = [_find_entry(blueprint, name, level, levels) for level in range(levels)]
         config[name] = _write_like(base[name], entries)
     depths, extra = choose_depths(
         [each.depths for each in down], mid.depths, [each.depths for each in up]
@@ -143,14 +164,15 @@ def express(layout: Layout) -> Expression:
     else:
         config |= depths
     dropped = [at for block in (*down, mid, *reversed(up)) for at in block.dropped]
-    return Expression(config, (*_list_missing_samplers(layout, levels), *dropped, *extra), replaced)
+    return BuildConfig(
+        config, (*_list_missing_samplers(blueprint, levels), *dropped, *extra), replaced
+    )
 
 
-def _check_families(layout: Layout) -> None:
+def _check_families(blueprint: Blueprint) -> None:
     """Refuse nets that are built differently outside their blocks."""
-    blueprint = layout.blueprint
     base = blueprint.sources[blueprint.base].config
-    for name in {row.piece.origin.net for row in layout.rows} - {blueprint.base}:
+    for name in {row.origin.net for row in blueprint.pieces} - {blueprint.base}:
         other = blueprint.sources[name].config
         for key in sorted({*base, *other} - STRUCTURAL):
             if not key.startswith("_") and _plain(base.get(key)) != _plain(other.get(key)):
@@ -160,9 +182,9 @@ def _check_families(layout: Layout) -> None:
                 )
 
 
-def _list_layers(layout: Layout, block: str) -> list[Slot]:
+def _list_layers(blueprint: Blueprint, block: str) -> list[Slot]:
     """The layers of a block of the finished net."""
-    rows = {row.at: row for row in layout.list_block(block)}
+    rows = {row.at: row for row in blueprint.list_block(block)}
     return [
         Slot(row, rows.get(at.removesuffix("res") + "attn"))
         for at, row in rows.items()
@@ -170,32 +192,32 @@ def _list_layers(layout: Layout, block: str) -> list[Slot]:
     ]
 
 
-def _count_layers(layout: Layout, level: int, levels: int) -> int:
+def _count_layers(blueprint: Blueprint, level: int, levels: int) -> int:
     """What `layers_per_block` must be for both ways of a level to get enough."""
-    down = len(_list_layers(layout, f"dn{level}"))
-    return max(down, len(_list_layers(layout, f"up{levels - 1 - level}")) - 1)
+    down = len(_list_layers(blueprint, f"dn{level}"))
+    return max(down, len(_list_layers(blueprint, f"up{levels - 1 - level}")) - 1)
 
 
-def _fill_down(layout: Layout, level: int, count: int) -> Block:
+def _fill_down(blueprint: Blueprint, level: int, count: int) -> Block:
     block = f"dn{level}"
-    layers = _list_layers(layout, block)
+    layers = _list_layers(blueprint, block)
     slots = (*layers, *[Slot()] * (count - len(layers)))
     return Block(block, slots, any(slot.attention for slot in layers))
 
 
-def _fill_up(layout: Layout, level: int, count: int, channels: Sequence[int]) -> Block:
+def _fill_up(blueprint: Blueprint, level: int, count: int, channels: Sequence[int]) -> Block:
     """Layers of an up block in what diffusers builds, each where its channels are the same."""
     block = f"up{len(channels) - 1 - level}"
     width, before = channels[level], channels[min(level + 1, len(channels) - 1)]
     built = [(width, width)] * (count + 1)  # what a layer takes from its input and by its skip
     built[0] = (before, width)
     built[-1] = (built[-1][0], channels[max(level - 1, 0)])
-    layers = _list_layers(layout, block)
+    layers = _list_layers(blueprint, block)
     slots = [Slot()] * len(built)
     place = 0
     for layer in layers:
         assert layer.resnet is not None
-        piece = layer.resnet.piece
+        piece = layer.resnet
         wanted = (piece.unit.channels[0] - piece.skip, piece.skip)
         if wanted not in built[place:]:
             raise LeansdError(
@@ -208,33 +230,33 @@ def _fill_up(layout: Layout, level: int, count: int, channels: Sequence[int]) ->
     return Block(block, tuple(slots), any(slot.attention for slot in layers))
 
 
-def _fill_mid(layout: Layout) -> Block:
-    slots = tuple(_list_layers(layout, "mid"))
+def _fill_mid(blueprint: Blueprint) -> Block:
+    slots = tuple(_list_layers(blueprint, "mid"))
     if len(slots) > 2:
         raise LeansdError(f"mid has {len(slots)} ResNets, diffusers builds one or two; drop mid.l1")
     return Block("mid", slots, len(slots) == 2)
 
 
-def _find_level(layout: Layout, row: Row) -> int:
+def _find_level(blueprint: Blueprint, row: Piece) -> int:
     """The level that a row had in the net it comes from."""
-    levels = len(layout.blueprint.sources[row.piece.origin.net].config["block_out_channels"])
-    block = get_block(row.piece.origin.at)
+    levels = len(blueprint.sources[row.origin.net].config["block_out_channels"])
+    block = get_block(row.origin.at)
     if block == "mid":
         return levels - 1
     number = int(block[2:])
     return number if block.startswith("dn") else levels - 1 - number
 
 
-def _find_entry(layout: Layout, name: str, level: int, levels: int) -> Any:
+def _find_entry(blueprint: Blueprint, name: str, level: int, levels: int) -> Any:
     """A level's value of a config entry, which all its attentions must agree on."""
     blocks = [f"dn{level}", f"up{levels - 1 - level}", *(["mid"] if level == levels - 1 else [])]
-    rows = [row for block in blocks for row in layout.list_block(block)]
+    rows = [row for block in blocks for row in blueprint.list_block(block)]
     attentions = [row for row in rows if row.unit.kind == "transformer"] or rows[:1]
     found: dict[str, Any] = {}
     for row in attentions:
-        value = layout.blueprint.sources[row.piece.origin.net].config[name]
+        value = blueprint.sources[row.origin.net].config[name]
         is_scalar = not isinstance(value, list | tuple)
-        found[row.piece.at] = value if is_scalar else value[_find_level(layout, row)]
+        found[row.at] = value if is_scalar else value[_find_level(blueprint, row)]
     first, *others = found
     for at in others:
         if found[at] != found[first]:
@@ -245,29 +267,29 @@ def _find_entry(layout: Layout, name: str, level: int, levels: int) -> Any:
     return found[first]
 
 
-def _find_type(layout: Layout, block: Block, way: str) -> str:
+def _find_type(blueprint: Blueprint, block: Block, way: str) -> str:
     rows = [row for slot in block.slots for row in slot if row is not None]
     donor = next((row for row in rows if row.unit.kind == "transformer"), rows[0])
-    types = layout.blueprint.sources[donor.piece.origin.net].config[f"{way}_block_types"]
-    level = _find_level(layout, donor)
+    types = blueprint.sources[donor.origin.net].config[f"{way}_block_types"]
+    level = _find_level(blueprint, donor)
     kind: str = types[level if way == "down" else len(types) - 1 - level]
     return kind if block.has_attention else WITHOUT_ATTENTION.get(kind, kind)
 
 
-def _find_mid_type(layout: Layout, mid: Block) -> str | None:
+def _find_mid_type(blueprint: Blueprint, mid: Block) -> str | None:
     if not mid.slots:
         return None
     if not mid.has_attention:
         return MID
     assert mid.slots[0].resnet is not None
-    donor = mid.slots[0].resnet.piece.origin.net
-    before = layout.blueprint.sources[donor].config["mid_block_type"]
+    donor = mid.slots[0].resnet.origin.net
+    before = blueprint.sources[donor].config["mid_block_type"]
     return MID_ATTENTION if before == MID else before
 
 
-def _list_missing_samplers(layout: Layout, levels: int) -> Iterator[str]:
+def _list_missing_samplers(blueprint: Blueprint, levels: int) -> Iterator[str]:
     """Samplers that diffusers builds, for every block but the last of its way, and that are not."""
-    there = {row.at for row in layout.rows}
+    there = {row.at for row in blueprint.pieces}
     for number in range(levels - 1):
         for at in (f"dn{number}.down", f"up{number}.up"):
             if at not in there:
@@ -284,3 +306,51 @@ def _write_like(before: Any, values: Sequence[Any]) -> Any:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, list | tuple) else value
+
+
+def choose_depths(
+    down: Sequence[Depths], mid: Depths, up: Sequence[Depths]
+) -> tuple[list[int] | dict[str, Any], tuple[str, ...]]:
+    """One number a level if that will do, else both config entries; and what they build too much.
+
+    Args:
+        down, up: by level, the shallowest first.
+    """
+    deepest = len(down) - 1
+    flat: list[int] = []
+    for level, (one, other) in enumerate(zip(down, up, strict=True)):
+        middle = mid.known if level == deepest else ()
+        numbers = {*one.known, *other.known, *middle}
+        if len(numbers) > 1:
+            return _nest(down, mid, up)
+        flat.append(numbers.pop() if numbers else 1)
+    return flat, ()
+
+
+def _nest(
+    down: Sequence[Depths], mid: Depths, up: Sequence[Depths]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    ways = [[each.filled for each in way] for way in (down, up)]
+    extra: list[str] = []
+    if mid.known:
+        # The middle block and the first layer of the last level share a number: the larger.
+        wanted, last = mid.known[0], ways[0][-1]
+        if not last:
+            last.append(wanted)
+        shared = max(wanted, last[0])
+        for at, count in ((f"{mid.at}.l0.attn", wanted), (f"{down[-1].at}.l0.attn", last[0])):
+            extra += [f"{at}.t{number}" for number in range(count, shared)]
+        last[0] = shared
+    below, above = ([_shorten(counts) for counts in way] for way in ways)
+    entries = {
+        "transformer_layers_per_block": below,
+        "reverse_transformer_layers_per_block": above[::-1],
+    }
+    return entries, tuple(extra)
+
+
+def _shorten(counts: list[int]) -> int | list[int]:
+    """One number where all are equal."""
+    if not counts:
+        return 1
+    return counts[0] if len(set(counts)) == 1 else counts

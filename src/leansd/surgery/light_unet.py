@@ -11,12 +11,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from leansd.anatomy import read_anatomy
-from leansd.anatomy.reading import SkippedAttention
+from leansd.anatomy.reading import SkippedAttention, read_anatomy
 from leansd.errors import LeansdError
 from leansd.plans.address import SEPARATOR, get_block, get_layer
-from leansd.surgery.gri import call_at_size
-from leansd.surgery.replacements import find_replacement
+from leansd.surgery.edits import read_name
+from leansd.surgery.parts import AddressedUNet, find_replacement
+from leansd.surgery.parts.gri import call_at_size
 
 
 class LightUNet2DConditionModel(UNet2DConditionModel):
@@ -32,8 +32,9 @@ class LightUNet2DConditionModel(UNet2DConditionModel):
         structure = structure or {}
         self.register_to_config(structure=structure)
         drop_places(self, structure.get("drop", ()))
+        net = AddressedUNet.read(self)
         for each in structure.get("replace", ()):
-            replace_place(self, each["at"], by=each["by"], options=each["options"])
+            replace_place(net, each["at"], by=read_name(each["by"]), options=each["options"])
 
     # diffusers takes from a saved config what the signature names.
     __init__.__signature__ = inspect.signature(UNet2DConditionModel.__init__).replace(  # type: ignore[attr-defined]
@@ -97,13 +98,11 @@ def drop_places(unet: UNet2DConditionModel, addresses: Iterable[str]) -> None:
             block.attentions = _thin(block.attentions, at + ".l", gone)
 
 
-def replace_place(
-    unet: UNet2DConditionModel, at: str, *, by: str, options: Mapping[str, Any]
-) -> None:
+def replace_place(net: AddressedUNet, at: str, *, by: str, options: Mapping[str, Any]) -> None:
     """Put something in the place of a unit or a part, in place."""
     replacement = find_replacement(by)
-    replacement.accepts(read_anatomy(unet)[at], options)
-    replacement.build(unet, at, options)
+    replacement.validate(net.anatomy[at], options)
+    replacement.build(net, at, options)
 
 
 def _drop_sampler(unet: UNet2DConditionModel, block: nn.Module, at: str) -> None:

@@ -1,4 +1,4 @@
-"""Conditional convolution: kernels mixed anew for each call, A-SDM's capacity for shallow layers.
+"""`condconv`, CLME-CondConv: kernels mixed anew for each call, A-SDM's capacity for shallow layers.
 
 A convolution keeps its own kernel and has experts, kernels of the layers that were dropped or of
 others like them. With a routing `a` it convolves with
@@ -10,10 +10,18 @@ others like them. With a routing `a` it convolves with
 
 There are three ways to compute it. Where the whole batch has one routing, the kernels are merged
 first, and the convolution costs what a plain one does.
+
+CLME is A-SDM's cross-layer multi-expert: what is left of a thinned block mixes the kernels of all
+layers that the block had.
+
+A router gives a routing [R, K], one row for the whole batch or one for each sample, between -1 and
+1 for each of K experts. It starts at zero everywhere; its last layer learns from the first step,
+for what that layer reads is not zero.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +30,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from leansd.errors import LeansdError
+from leansd.plans.anatomy import Anatomy, Unit
+from leansd.surgery.lineage import Origin
+from leansd.surgery.parts import AddressedUNet, Options, Replacement, check_options
+from leansd.surgery.parts.experts import (
+    Inputs,
+    align_resnet,
+    fit_kernel,
+    list_donors,
+    read_inputs,
+)
 
 
 class Convolution(Protocol):
@@ -224,3 +242,168 @@ def _describe_resnet(resnet: ResnetBlock2D) -> dict[str, Any]:
         "output_scale_factor": resnet.output_scale_factor,
         "use_in_shortcut": resnet.conv_shortcut is not None,
     }
+
+
+WIDTH = 64
+"""Hidden units of a router by time."""
+
+
+class TimeRouter(nn.Module):
+    """A routing from the time embedding alone: as many rows as that has."""
+
+    def __init__(self, channels: int, experts: int, width: int = WIDTH) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(channels, width)
+        self.output = _make_zero(nn.Linear(width, experts))
+
+    def forward(self, features: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """The routing [R, K] for `temb` [R, C]; `features` are not read."""
+        return torch.tanh(self.output(F.silu(self.hidden(F.silu(temb)))))
+
+
+class ImageRouter(nn.Module):
+    """A routing from the features, averaged over the picture, as in CondConv (arXiv 1904.04971)."""
+
+    def __init__(self, channels: int, experts: int) -> None:
+        super().__init__()
+        self.output = _make_zero(nn.Linear(channels, experts))
+
+    def forward(self, features: torch.Tensor, temb: torch.Tensor | None) -> torch.Tensor:
+        """The routing [B, K] for `features` [B, C, H, W]; `temb` is not read."""
+        return torch.tanh(self.output(features.mean((2, 3))))
+
+
+def _make_zero(layer: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _route_by_time(resnet: ResnetBlock2D, experts: int) -> TimeRouter:
+    return TimeRouter(resnet.time_emb_proj.in_features, experts)
+
+
+def _route_by_image(resnet: ResnetBlock2D, experts: int) -> ImageRouter:
+    return ImageRouter(resnet.in_channels, experts)
+
+
+ROUTERS: Mapping[str, Callable[[ResnetBlock2D, int], nn.Module]] = {
+    "time": _route_by_time,
+    "image": _route_by_image,
+}
+"""What a routing can follow from, by name."""
+
+
+def build_router(routing: str, resnet: ResnetBlock2D, experts: int) -> nn.Module:
+    """A router of `experts` experts for `resnet`, on its device and in its dtype.
+
+    Raises:
+        LeansdError: there is no such routing, or `resnet` has no time embedding to route by.
+    """
+    if routing not in ROUTERS:
+        raise LeansdError(f"no routing {routing!r} (there are {', '.join(ROUTERS)})")
+    if routing == "time" and resnet.time_emb_proj is None:
+        raise LeansdError("a ResNet without a time embedding cannot be routed by time")
+    return ROUTERS[routing](resnet, experts).to(resnet.conv1.weight)
+
+
+@torch.no_grad()
+def fill_experts(
+    resnet: CondConvResnet, mine: Inputs, donors: Sequence[tuple[ResnetBlock2D, Inputs]]
+) -> None:
+    """Make the donors' kernels the experts of `resnet`, in their order.
+
+    Each donor comes with its input channels; `mine` are those of `resnet`.
+
+    Raises:
+        LeansdError: there are not as many donors as experts, or a kernel does not fit.
+    """
+    firsts, seconds = resnet.conv1.experts, resnet.conv2.experts
+    # A conditional ResNet has experts.
+    assert firsts is not None
+    assert seconds is not None
+    if len(donors) != len(firsts):
+        raise LeansdError(f"{len(donors)} donors for {len(firsts)} experts")
+    for index, (donor, theirs) in enumerate(donors):
+        first = fit_kernel(resnet.conv1.weight, donor.conv1.weight, mine, theirs)
+        inner = Inputs(resnet.out_channels), Inputs(donor.out_channels)
+        second = fit_kernel(resnet.conv2.weight, donor.conv2.weight, *inner)
+        firsts[index].copy_(first)
+        seconds[index].copy_(second)
+
+
+OPTIONS = ("donors", "source", "routing", "align")
+"""`donors` (addresses or globs, the block that it lies in if none is given) of the net `source`
+(its own if none is given); `routing` by `time` or `image`; whether to `align` them first."""
+
+
+def validate(unit: Unit, options: Options) -> None:
+    """Refuse what is no ResNet, and options that are none."""
+    if unit.kind != "resnet":
+        raise LeansdError(f"{unit.at} is no ResNet; condconv is for the likes of *.res")
+    check_options("condconv", options, OPTIONS)
+    routing = options.get("routing", "time")
+    if routing not in ROUTERS:
+        raise LeansdError(f"condconv has no routing {routing!r}; there are {', '.join(ROUTERS)}")
+    if not isinstance(options.get("align", False), bool):
+        raise LeansdError("condconv's align is true or false")
+
+
+def resolve_options(origin: Origin, options: Options, anatomies: Mapping[str, Anatomy]) -> Options:
+    """All options of one place: its donors by their full addresses, without what it comes from."""
+    net = options.get("source", origin.net)
+    if net not in anatomies:
+        raise LeansdError(f"no net {net!r} to take experts from: there are {', '.join(anatomies)}")
+    donors = options.get("donors", origin.at.split(".")[0])
+    own = origin.at if net == origin.net else None
+    anatomy = anatomies[net]
+    found = list_donors(anatomy, [donors] if isinstance(donors, str) else donors, own)
+    width = anatomies[origin.net][origin.at].channels[1]
+    for at in found:
+        if anatomy[at].channels[1] != width:
+            raise LeansdError(
+                f"{at} gives {anatomy[at].channels[1]} channels and {origin.at} {width}; donors "
+                "must give as many"
+            )
+    return {
+        "donors": list(found),
+        "source": net,
+        "routing": options.get("routing", "time"),
+        "align": options.get("align", False),
+    }
+
+
+def build(net: AddressedUNet, at: str, options: Options) -> None:
+    """Give a ResNet experts, copies of its own kernels, and a router."""
+    path = net.anatomy[at].path
+    resnet: Any = net.find(at)
+    try:
+        check_resnet(resnet)
+        experts = len(options["donors"])
+        router = build_router(options["routing"], resnet, experts)
+        conditional = CondConvResnet(resnet, router, experts)
+    except LeansdError as error:
+        raise LeansdError(f"{at}: {error}") from None
+    net.unet.set_submodule(path, conditional)
+
+
+def inherit(
+    student: AddressedUNet,
+    at: str,
+    nets: Mapping[str, AddressedUNet],
+    origin: Origin,
+    options: Options,
+) -> None:
+    """Make the donors' kernels its experts."""
+    source = nets[options["source"]]
+    resnet: Any = student.find(at)
+    mine = read_inputs(student.anatomy, at)
+    donors: list[tuple[Any, Inputs]] = [
+        (source.find(donor), read_inputs(source.anatomy, donor)) for donor in options["donors"]
+    ]
+    if options["align"]:
+        donors = [(align_resnet(donor, resnet, read, mine), read) for donor, read in donors]
+    fill_experts(resnet, mine, donors)
+
+
+REPLACEMENT = Replacement(validate, build, inherit, resolve_options)

@@ -1,22 +1,87 @@
-"""Alignment: a ResNet's inner channels put into the order of another's, its function unchanged.
+"""Experts: which kernels of other layers a convolution can use, where they fit, and their order.
+
+The layers of an up block read different numbers of channels, the hidden state first, then the skip.
+A donor's kernel fits where its hidden or its skip channels are as many as the convolution's own;
+elsewhere the expert keeps the own kernel. The ResNets' inner convolutions all fit.
 
 The channels between the two convolutions of a ResNet come in an order of their own in every layer,
 so that mixing the kernels of two layers mixes channels that have nothing to do with each other. A
 permutation of the inner channels that keeps the groups of their GroupNorm together changes nothing
-but their order; this one makes the kernels as similar as they can be.
+but their order; alignment is the one that makes the kernels as similar as they can be.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch.nn import functional as F
 
 from leansd.errors import LeansdError
-from leansd.surgery.experts import Inputs
+from leansd.plans.anatomy import Anatomy
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The input channels of a ResNet: those of the hidden state, then those of its skip."""
+
+    hidden: int
+    skip: int = 0
+
+    def match(self, donor: Inputs) -> tuple[tuple[slice, slice], ...]:
+        """The parts that `donor` has as well: (own channels, the donor's channels) of each."""
+        parts: list[tuple[slice, slice]] = []
+        if self.hidden == donor.hidden:
+            parts.append((slice(0, self.hidden), slice(0, donor.hidden)))
+        if self.skip == donor.skip and self.skip:
+            own = slice(self.hidden, self.hidden + self.skip)
+            parts.append((own, slice(donor.hidden, donor.hidden + donor.skip)))
+        return tuple(parts)
+
+
+def read_inputs(anatomy: Anatomy, at: str) -> Inputs:
+    """The input channels of the unit at address `at`."""
+    unit = anatomy.by_address[at]
+    skip = sum(anatomy.by_address[other].channels[1] for other in unit.reads[1:])
+    return Inputs(unit.channels[0] - skip, skip)
+
+
+def list_donors(anatomy: Anatomy, patterns: Sequence[str], own: str | None) -> tuple[str, ...]:
+    """The ResNets of `anatomy` under addresses or globs, without `own`, in running order.
+
+    Raises:
+        LeansdError: an address matches nothing, or no ResNet is left.
+    """
+    chosen = {unit.at for pattern in patterns for unit in anatomy.select(pattern)}
+    donors = tuple(
+        unit.at for unit in anatomy if unit.kind == "resnet" and unit.at in chosen - {own}
+    )
+    if not donors:
+        besides = f" besides {own}" if own else ""
+        raise LeansdError(f"{', '.join(patterns)}: no ResNet to take experts from{besides}")
+    return donors
+
+
+def fit_kernel(
+    own: torch.Tensor, donor: torch.Tensor, mine: Inputs, theirs: Inputs
+) -> torch.Tensor:
+    """The expert [O, I, h, w] that a donor's kernel [O, J, h, w] makes for `own` [O, I, h, w].
+
+    Raises:
+        LeansdError: the kernels differ in size or in output channels.
+    """
+    if own.shape[0] != donor.shape[0] or own.shape[2:] != donor.shape[2:]:
+        raise LeansdError(
+            f"a kernel {tuple(donor.shape)} cannot be an expert of one of {tuple(own.shape)}: "
+            "output channels and size must be the same"
+        )
+    expert = own.detach().clone()
+    for here, there in mine.match(theirs):
+        expert[:, here] = donor.detach()[:, there].to(expert)
+    return expert
 
 
 def align_resnet(

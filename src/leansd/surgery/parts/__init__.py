@@ -1,0 +1,113 @@
+"""What can be put in the place of a unit or a part, by the name that a `replace` edit gives.
+
+A new one is a module that holds a `REPLACEMENT`, and a line in `HOMES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, TypeAlias
+
+from diffusers import UNet2DConditionModel
+
+from leansd.anatomy.reading import find_unet, read_anatomy
+from leansd.errors import LeansdError
+from leansd.plans.anatomy import Anatomy, Unit
+from leansd.surgery.edits import read_name
+from leansd.surgery.lineage import Origin
+from leansd.text import suggest_name
+
+Options: TypeAlias = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class AddressedUNet:
+    """A UNet and its anatomy, read once: its modules by address."""
+
+    unet: UNet2DConditionModel
+    anatomy: Anatomy
+
+    @classmethod
+    def read(cls, unet: UNet2DConditionModel) -> AddressedUNet:
+        """The UNet in `unet`, which may be compiled."""
+        found = find_unet(unet)
+        return cls(found, read_anatomy(found))
+
+    def find(self, at: str) -> Any:
+        """The module at an address."""
+        return self.unet.get_submodule(self.anatomy[at].path)
+
+
+Nets: TypeAlias = Mapping[str, AddressedUNet]
+
+
+def _inherit_nothing(
+    student: AddressedUNet, at: str, nets: Nets, origin: Origin, options: Options
+) -> None:
+    """What has no weights of its own, or takes those that it finds, inherits nothing more."""
+
+
+def _keep_options(origin: Origin, options: Options, anatomies: Mapping[str, Anatomy]) -> Options:
+    """What has the same options at every place keeps them as they are given."""
+    return options
+
+
+def _reach_itself(path: str) -> tuple[str, ...]:
+    """What stands in a place changes nothing beside it."""
+    return (path,)
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """How one kind of module comes into a UNet in the place of another."""
+
+    validate: Callable[[Unit, Options], None]
+    """Raises a `LeansdError` where it cannot stand in the place of a unit or part, or not with
+    these options."""
+    build: Callable[[AddressedUNet, str, Options], None]
+    """Puts it at an address of a UNet, in the place of what is there. It follows from structure
+    and options alone, so that a saved net is built again, and works on the meta device."""
+    inherit: Callable[[AddressedUNet, str, Nets, Origin, Options], None] = _inherit_nothing
+    """Fills what `build` could not take over: student, address in it, the nets by name, where in
+    them the place comes from, options."""
+    resolve_options: Callable[[Origin, Options, Mapping[str, Anatomy]], Options] = _keep_options
+    """All options of one place: where it comes from, the options that an edit gives, and the nets'
+    anatomies by name. What it makes is plain JSON, and what `build` and `inherit` are given."""
+    reaches: Callable[[str], tuple[str, ...]] = _reach_itself
+    """The paths of the modules that it changes, by the path of its place."""
+
+
+HOMES: dict[str, str] = {
+    "condconv": "leansd.surgery.parts.condconv",
+    "gri": "leansd.surgery.parts.gri",
+    "narrow-ff": "leansd.surgery.parts.narrow_ff",
+    "skip": "leansd.surgery.parts.skip",
+}
+"""Modules by the name of their replacement; imported when it is first asked for."""
+
+
+def find_replacement(by: str) -> Replacement:
+    """The replacement of a name.
+
+    Raises:
+        LeansdError: there is none.
+    """
+    by = read_name(by)
+    if by not in HOMES:
+        raise LeansdError(f"no replacement is called {by!r}{suggest_name(by, HOMES)}")
+    return import_module(HOMES[by]).REPLACEMENT
+
+
+def check_options(by: str, options: Options, known: Sequence[str]) -> None:
+    """Refuse options that a replacement does not have.
+
+    Raises:
+        LeansdError: there is one.
+    """
+    unknown = sorted({*options} - {*known})
+    if unknown:
+        if not known:
+            raise LeansdError(f"{by} takes no options; leave {unknown[0]!r} out")
+        raise LeansdError(f"{by} has no option {unknown[0]!r}; there are {', '.join(known)}")
