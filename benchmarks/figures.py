@@ -17,11 +17,11 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from leansd.evaluation.contest import FULL
-from leansd.evaluation.margins import find_front
+from leansd.evaluation.pareto import find_front
 from leansd.evaluation.records import Record, load_records
+from leansd.evaluation.runs import FULL
+from leansd.evaluation.standings import Standing, read_standings
 from leansd.faces.outlines import open_anatomy, open_outline
-from leansd.faces.standings import Standing, read_standings
 from leansd.plans import Plan
 from leansd.plans.grid import draw_picture
 from leansd.plans.presets import SPEED_PRESETS

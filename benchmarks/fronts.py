@@ -23,13 +23,13 @@ import torch
 import typer
 
 from leansd.cli.terminal import hush_libraries
-from leansd.evaluation.contest import Contest, Task
+from leansd.evaluation.bench import OWN_SETTING, draw_inputs, list_settings, name_own_front
 from leansd.evaluation.cost import CostModel
 from leansd.evaluation.profile import profile
 from leansd.evaluation.prompts import GUIDANCE, THINGS
 from leansd.evaluation.records import load_records, stamp, write_records
+from leansd.evaluation.rivals import Contest, Task
 from leansd.evaluation.runs import PipelineCall, expand_calls
-from leansd.faces.contests import OWN_SETTING, draw_inputs, list_settings, name_own_front
 from leansd.files import write_file
 from leansd.loading import as_image_to_image, load
 from leansd.plans.plan import Plan

@@ -25,7 +25,7 @@ from leansd.anatomy.reading import read_anatomy
 from leansd.cli.terminal import hush_libraries
 from leansd.evaluation.laps import time_run
 from leansd.evaluation.records import Record, stamp, write_records
-from leansd.evaluation.rivals.deepcache import cache
+from leansd.evaluation.rivals import apply_deepcache
 from leansd.evaluation.timing import compare_timings, time_cases
 from leansd.faces.stand_ins import build_stand_in
 from leansd.loading import load
@@ -105,7 +105,7 @@ def main(model: str = "sd15", rounds: int = 3, steps: int = 2, interval: int = 2
             pipe(**arguments)
 
     def run_package(_: int) -> None:
-        with cache(interval, 0)(pipe):
+        with apply_deepcache(interval, 0)(pipe):
             pipe(**arguments)
 
     cases = {"full": lambda _: pipe(**arguments), "leansd": run_plan, "DeepCache": run_package}

@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import Progress, TaskID
+from rich.progress import Progress
 
 from leansd.anatomy import dissect
 from leansd.cli.terminal import hush_libraries
-from leansd.drawing import Request
+from leansd.evaluation.compare import Case
+from leansd.evaluation.demo import list_records, run_demo
 from leansd.evaluation.prompts import GUIDANCE, PROMPTS
 from leansd.evaluation.records import write_records
-from leansd.faces.comparison import FULL, Contestant, compare_plans, list_records
+from leansd.evaluation.runs import FULL
 from leansd.faces.outlines import predict_gain
-from leansd.faces.scoring import find_scorer
+from leansd.faces.scoring import find_embedder
 from leansd.loading import load
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.presets import SPEED_PRESETS, preset
@@ -33,7 +34,7 @@ SAMPLERS = ("dpm++2m", "ddim", "euler")
 INTERVALS = (2, 3, 5)
 
 
-def list_contestants(anatomy: Anatomy, steps: int, sampler: str) -> list[Contestant]:
+def list_cases(anatomy: Anatomy, steps: int, sampler: str) -> list[Case]:
     """Full run, presets, DeepCache's branch 0, and fewer steps at the cost of each of those."""
     blocks = anatomy.up_blocks
     plans = {name: preset(name, steps, blocks=blocks, sampler=sampler) for name in SPEED_PRESETS}
@@ -42,13 +43,9 @@ def list_contestants(anatomy: Anatomy, steps: int, sampler: str) -> list[Contest
         plans[f"deepcache 1:{interval}"] = plan
     counts = {max(1, round(steps / predict_gain(plan, anatomy))) for plan in plans.values()}
     return [
-        Contestant(FULL, f"the whole UNet at each of {steps} steps", steps),
-        *(Contestant(name, name, steps, plan) for name, plan in plans.items()),
-        *(
-            Contestant(f"{count} steps", "fewer steps", count)
-            for count in sorted(counts, reverse=True)
-            if count < steps
-        ),
+        Case(FULL, steps),
+        *(Case(name, steps, plan) for name, plan in plans.items()),
+        *(Case(f"{count} steps", count) for count in sorted(counts, reverse=True) if count < steps),
     ]
 
 
@@ -66,25 +63,23 @@ def main(
     records = []
     for sampler in SAMPLERS:
         set_sampler(pipe, sampler)
-        contestants = list_contestants(anatomy, steps, sampler)
         with Progress() as progress:
-            total = prompts * sum(each.steps for each in contestants)
-            task = progress.add_task(sampler, total=total)
-
-            def count_step(name: str, progress: Progress = progress, task: TaskID = task) -> None:
-                progress.advance(task)
-
-            comparison = compare_plans(
+            task = progress.add_task(sampler, total=None)
+            demo = run_demo(
                 pipe,
                 chosen,
+                list_cases(anatomy, steps, sampler),
                 subject=model,
                 anatomy=anatomy,
-                base=Request(prompt="", steps=steps, seed=seed, guidance=guidance),
-                contestants=contestants,
-                scorer=find_scorer(model),
-                on_step=count_step,
+                seed=seed,
+                guidance=guidance,
+                embedder=find_embedder(model),
+                rounds=1,
+                on_progress=lambda far, progress=progress, task=task: progress.update(
+                    task, completed=far.done, total=far.total
+                ),
             )
-        records += list_records(comparison)
+        records += list_records(demo)
     write_records(RESULTS, records)
 
 

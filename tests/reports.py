@@ -13,15 +13,17 @@ from leansd.bulk.jobs import Job, place_order
 from leansd.bulk.rows import read_sheet
 from leansd.drawing import Painting, Request
 from leansd.emoji.location import model_folder
-from leansd.evaluation.evaluation import CONVERGED, Evaluation
+from leansd.evaluation.compare import CONVERGED, Case
+from leansd.evaluation.demo import FEWER, Demo, DemoEntry
+from leansd.evaluation.evaluation import Evaluation
 from leansd.evaluation.prediction import Prediction
 from leansd.evaluation.records import Record, load_records, stamp
+from leansd.evaluation.runs import FULL
+from leansd.evaluation.standings import read_standings
 from leansd.evaluation.timing import Ratio, Timing
 from leansd.exporting.exporter import Exported
-from leansd.faces.comparison import FEWER, FULL, Comparison, Contestant, Entry
 from leansd.faces.costs import Profiled
 from leansd.faces.redundancy import list_records, read_spent
-from leansd.faces.standings import read_standings
 from leansd.incubation.estimate import Estimate, StageCost
 from leansd.incubation.recipe import load_recipe
 from leansd.incubation.training_log import TrainingLog, read_log, read_run
@@ -54,8 +56,8 @@ def draw(seed: int, shift: float = 0.0, side: int = 64) -> Image.Image:
     return Image.fromarray((ground * (1 - soft) + blob * soft).astype(np.uint8))
 
 
-def make_comparison() -> Comparison:
-    entries: list[Entry] = []
+def make_demo() -> Demo:
+    entries: list[DemoEntry] = []
     names = [FULL, *SPEED_PRESETS, FEWER]
     for place, name in enumerate(names):
         plan = preset(name, STEPS) if name in SPEED_PRESETS else None
@@ -64,8 +66,8 @@ def make_comparison() -> Comparison:
         )
         gain = 1 + 0.45 * place
         entries.append(
-            Entry(
-                contestant=Contestant(name, summary, STEPS if plan or not place else 14, plan),
+            DemoEntry(
+                case=Case(name, STEPS if plan or not place else 14, plan, summary=summary),
                 pictures=tuple(draw(seed, place) for seed in range(len(PROMPTS))),
                 timing=Timing((2.0 / gain, 2.1 / gain)),
                 speedup=Ratio(gain, gain * 0.95, gain * 1.1),
@@ -76,13 +78,13 @@ def make_comparison() -> Comparison:
                 bytes_kept=2**20 if plan else 0,
             )
         )
-    return Comparison(
+    return Demo(
         "tiny", PROMPTS, 0, STEPS, 4.0, "dpm++2m", (64, 64), stamp("cpu"), ANATOMY, tuple(entries)
     )
 
 
 def report_demo(folder: Path) -> Report:
-    return plans.report_comparison(make_comparison())
+    return plans.report_comparison(make_demo())
 
 
 def make_drift() -> Iterator[Record]:

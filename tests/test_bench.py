@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -11,24 +12,47 @@ import torch
 import leansd
 from leansd import LeansdError, Plan
 from leansd.cli import main
-from leansd.evaluation.bench import Stage, line_up, run_rounds, summarise
-from leansd.evaluation.contest import FULL, OURS, Contest, Contestant, Grounds, send_plan
-from leansd.evaluation.evaluation import CONVERGED
-from leansd.evaluation.margins import Point, find_front, find_margin, read_front, read_points
+from leansd.evaluation.bench import (
+    BenchSettings,
+    PreparedContest,
+    choose_plans,
+    compare_contest,
+    drop_done,
+    fingerprint_contest,
+    line_up,
+    list_contests,
+    list_records,
+    put_contest,
+)
+from leansd.evaluation.compare import CONVERGED, Case
+from leansd.evaluation.pareto import find_front
 from leansd.evaluation.records import load_records, stamp
-from leansd.evaluation.resuming import fingerprint_contest, list_done, put_contest
-from leansd.evaluation.rivals import ALL, choose_rivals
-from leansd.evaluation.rivals.deepcache import cache
-from leansd.evaluation.rivals.rival import Rival
-from leansd.evaluation.rivals.tgate import gate_at
-from leansd.evaluation.rivals.tomesd import merge
-from leansd.evaluation.runs import run_calls
-from leansd.faces.contests import choose_plans, list_contests
-from leansd.faces.standings import read_standings, tabulate_margins, tabulate_summary
+from leansd.evaluation.rivals import (
+    OURS,
+    RIVALS,
+    Contest,
+    Rival,
+    RivalContext,
+    apply_deepcache,
+    apply_tgate,
+    apply_tomesd,
+    choose_rivals,
+)
+from leansd.evaluation.runs import FULL, run_calls
+from leansd.evaluation.standings import (
+    BenchPoint,
+    find_margin,
+    rate_point,
+    read_front,
+    read_points,
+    read_standings,
+    tabulate_margins,
+    tabulate_summary,
+)
 from leansd.runtime.clock import read_course
 from leansd.runtime.samplers import make_scheduler
 from leansd.runtime.spectrum import weigh_chebyshev
-from leansd.tuning.front import Front
+from leansd.tuning.front import Front, read_plans
 from leansd.tuning.front import Point as FrontPoint
 from loops import sample
 from tiny import tiny_pipeline, tiny_scheduler, tiny_unet
@@ -43,24 +67,28 @@ def pipe():
 
 
 @pytest.fixture(scope="module")
-def grounds(pipe):
+def context(pipe):
     plan = Plan.every(2, cut="up3.l1", steps=4, name="lean")
-    return Grounds(CONTEST, pipe, leansd.dissect(pipe.unet), own=(plan,))
+    return RivalContext(CONTEST, pipe, leansd.dissect(pipe.unet), own=(plan,))
 
 
-@pytest.fixture(scope="module")
-def stage(pipe):
-    schedulers = {"ddim": make_scheduler(pipe, "ddim")}
-    return Stage("tiny", PROMPTS, schedulers, {"guidance_scale": 3.0}, batch=1)
+SETTINGS = BenchSettings(
+    "tiny", PROMPTS, [], lambda contest, blocks: (), batch=1, spread_sets=0, converged_steps=8
+)
+
+
+def prepare(pipe, context, rivals=(), contest=CONTEST, **changes):
+    cases, left_out = line_up(context, rivals, {"ddim": make_scheduler(pipe, "ddim")})
+    return replace(PreparedContest(contest, pipe, cases, PROMPTS, 0, left_out), **changes)
 
 
 # -- fronts ------------------------------------------------------------------------------------
 
-FEWER = [Point("15", 2.0, 40.0), Point("10", 3.0, 30.0), Point("20", 1.5, 35.0)]
+FEWER = [BenchPoint("15", 2.0, 40.0), BenchPoint("10", 3.0, 30.0), BenchPoint("20", 1.5, 35.0)]
 
 
 def test_a_front_leaves_out_who_is_beaten_in_both():
-    assert [point.name for point in find_front(FEWER)] == ["15", "10"]
+    assert [point.name for point in find_front(FEWER, rate_point)] == ["15", "10"]
 
 
 def test_between_two_points_a_front_is_a_line_over_the_logarithm_of_the_speed():
@@ -82,8 +110,8 @@ def test_nobody_is_read_beyond_the_fastest_point():
 
 
 def test_ours_is_only_what_was_measured():
-    ours = [Point("quality", 1.6, 50.0), Point("fast", 2.5, 38.0)]
-    margin = find_margin(ours, {"fewer": FEWER, "slow": [Point("s", 1.1, 90.0)]}, 2.0)
+    ours = [BenchPoint("quality", 1.6, 50.0), BenchPoint("fast", 2.5, 38.0)]
+    margin = find_margin(ours, {"fewer": FEWER, "slow": [BenchPoint("s", 1.1, 90.0)]}, 2.0)
     assert margin.ours == ours[1]
     assert margin.family == "fewer"
     assert margin.value == 38.0 - 40.0
@@ -156,11 +184,14 @@ def test_the_window_of_spectrum_grows_with_every_computed_step():
 
 # -- rivals ------------------------------------------------------------------------------------
 
-PACKAGES = {
-    "DeepCache": cache(2, 0),
-    "tgate": gate_at(2),
-    "tomesd": merge(lambda pipe: cache(2, 1)(pipe)),
-}
+
+@contextmanager
+def compose(pipe):
+    with apply_tomesd(pipe) as called, apply_deepcache(2, 1)(called) as both:
+        yield both
+
+
+PACKAGES = {"DeepCache": apply_deepcache(2, 0), "tgate": apply_tgate(2), "tomesd": compose}
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -176,16 +207,16 @@ def test_a_package_changes_the_run_and_leaves_nothing_behind(package):
     assert after == parts
 
 
-def test_a_rival_that_is_not_there_is_left_out_and_said(grounds):
-    rival = Rival("ghost", "", lambda grounds: [], package="ghost-sd", module="ghost_sd")
-    line = line_up(grounds, [], [rival, ALL["fewer"]])
-    assert dict(line.left_out) == {"ghost": "ghost-sd is not installed (pip install ghost-sd)"}
-    assert [each.name for each in line.contestants] == ["full", "3 steps", "2 steps", "1 steps"]
+def test_a_rival_that_is_not_there_is_left_out_and_said(pipe, context):
+    rival = Rival("ghost", "", lambda context: [], package="ghost-sd", module="ghost_sd")
+    prepared = prepare(pipe, replace(context, own=()), [rival, RIVALS["fewer"]])
+    assert prepared.left_out == {"ghost": "ghost-sd is not installed (pip install ghost-sd)"}
+    assert [each.name for each in prepared.cases] == ["full", "3 steps", "2 steps", "1 steps"]
 
 
 def test_rivals_by_name():
     assert [rival.name for rival in choose_rivals("deepcache, fewer")] == ["deepcache", "fewer"]
-    assert len(choose_rivals("all")) == len(ALL)
+    assert len(choose_rivals("all")) == len(RIVALS)
     with pytest.raises(LeansdError, match="no rival 'nobody'"):
         choose_rivals("fewer,nobody")
 
@@ -193,27 +224,22 @@ def test_rivals_by_name():
 # -- contests ----------------------------------------------------------------------------------
 
 
-def hold_one(pipe, grounds, stage, rivals):
-    own = [send_plan(grounds, plan, plan.name, OURS) for plan in grounds.own]
-    line = line_up(grounds, own, rivals)
-    runs = run_rounds(CONTEST, pipe, stage, line)
-    fields = {**stamp(), "settings": fingerprint_contest(CONTEST, stage, line, "w")}
-    converged = runs.drawings[FULL]
-    return runs, summarise(CONTEST, stage, line, runs, converged, fields=fields)
+def hold_one(prepared):
+    comparison = compare_contest(prepared, SETTINGS)
+    fields = {**stamp(), "settings": fingerprint_contest(prepared, SETTINGS, "w")}
+    return comparison, list_records(prepared, SETTINGS, comparison, fields)
 
 
-def test_pictures_are_those_of_the_pipeline_alone_and_times_are_of_every_round(
-    pipe, grounds, stage
-):
-    runs, records = hold_one(pipe, grounds, stage, [ALL["fewer"]])
-    settings = {"guidance_scale": 3.0}
-    for name, steps, plan in ((FULL, 4, None), ("lean", 4, grounds.own[0]), ("2 steps", 2, None)):
+def test_pictures_are_those_of_the_pipeline_alone_and_times_are_of_every_round(pipe, context):
+    prepared = prepare(pipe, context, [RIVALS["fewer"]])
+    comparison, records = hold_one(prepared)
+    for name, steps, plan in ((FULL, 4, None), ("lean", 4, context.own[0]), ("2 steps", 2, None)):
         alone = run_calls(
-            pipe, PROMPTS, steps, plan, batch=1, scheduler=stage.schedulers["ddim"],
-            settings=settings,
+            pipe, PROMPTS, steps, plan, batch=1, scheduler=make_scheduler(pipe, "ddim"),
+            settings={"guidance_scale": 3.0},
         )  # fmt: skip
-        assert torch.equal(runs.drawings[name].latents, alone.latents)
-        assert len(runs.seconds[name]) == len(PROMPTS)
+        assert torch.equal(comparison[name].pictures, alone.pictures.mul(255).round().byte())
+        assert len(comparison[name].timing.seconds) == len(PROMPTS)
     (standing,) = read_standings(records)
     assert standing.names == ["full", "lean", "3 steps", "2 steps", "1 steps"]
     assert set(standing.list_points(FULL)) == {"ours", "fewer"}
@@ -221,41 +247,43 @@ def test_pictures_are_those_of_the_pipeline_alone_and_times_are_of_every_round(
     assert tabulate_summary([standing]).rows[0][0] == str(CONTEST)
 
 
-def test_a_package_that_fails_is_left_out_but_ours_must_not_fail(pipe, grounds, stage):
+def test_a_package_that_fails_is_left_out_but_ours_must_not_fail(pipe, context):
     def fail(pipe):
         raise RuntimeError("sizes must match\nat line 3")
 
-    broken = Contestant("broken", "deepcache", 4, 1.0, fail)
-    rival = Rival("broken", "", lambda grounds: [broken])
-    runs, records = hold_one(pipe, grounds, stage, [rival])
-    assert runs.left_out == {"broken": "failed here: RuntimeError: sizes must match"}
+    broken = Case("broken", 4, enter=fail, family="deepcache")
+    prepared = prepare(pipe, context, [Rival("broken", "", lambda context: [broken])])
+    comparison, records = hold_one(prepared)
+    assert comparison.left_out == {"broken": "failed here: RuntimeError: sizes must match"}
     assert {record.plan for record in records} == {"full", "lean"}
-    line = line_up(grounds, [replace(broken, family=OURS)], [])
+    assert "broken: failed here" in next(r.left_out for r in records if r.metric == "seconds")
     with pytest.raises(RuntimeError):
-        run_rounds(CONTEST, pipe, stage, line)
+        hold_one(replace(prepared, cases=(prepared.cases[0], replace(broken, family=OURS))))
 
 
-def test_records_of_a_contest_take_the_place_of_older_ones(pipe, grounds, stage, tmp_path):
+def test_records_of_a_contest_take_the_place_of_older_ones(pipe, context, tmp_path):
     path = tmp_path / "bench.jsonl"
-    assert list_done(path) == set()
-    _, records = hold_one(pipe, grounds, stage, [])
+    prepared = prepare(pipe, context)
+    prepared = replace(prepared, fingerprint=fingerprint_contest(prepared, SETTINGS, "w"))
+    assert drop_done([prepared], path) == [prepared]
+    _, records = hold_one(prepared)
     other = [record.model_copy(update={"subject": "other"}) for record in records]
     put_contest(path, other)
     put_contest(path, records)
     put_contest(path, records)
     assert len(load_records(path)) == 2 * len(records)
-    assert len(list_done(path)) == 1
+    assert drop_done([prepared], path) == []
 
 
-def test_what_a_contest_follows_from_changes_its_fingerprint(grounds, stage):
-    line = line_up(grounds, [], [])
-    first = fingerprint_contest(CONTEST, stage, line, "w")
-    assert first == fingerprint_contest(CONTEST, stage, line_up(grounds, [], []), "w")
+def test_what_a_contest_follows_from_changes_its_fingerprint(pipe, context):
+    first = fingerprint_contest(prepare(pipe, context), SETTINGS, "w")
+    assert first == fingerprint_contest(prepare(pipe, context), SETTINGS, "w")
+    loud = replace(CONTEST, guidance=8.0)
     others = [
-        fingerprint_contest(CONTEST, stage, line, "v"),
-        fingerprint_contest(CONTEST, replace(stage, seed=7), line, "w"),
-        fingerprint_contest(replace(CONTEST, guidance=8.0), stage, line, "w"),
-        fingerprint_contest(CONTEST, stage, line_up(grounds, [], [ALL["fewer"]]), "w"),
+        fingerprint_contest(prepare(pipe, context), SETTINGS, "v"),
+        fingerprint_contest(prepare(pipe, context), replace(SETTINGS, seed=7), "w"),
+        fingerprint_contest(prepare(pipe, context, contest=loud), SETTINGS, "w"),
+        fingerprint_contest(prepare(pipe, context, [RIVALS["fewer"]]), SETTINGS, "w"),
     ]
     assert len({first, *others}) == 5
 
@@ -271,11 +299,10 @@ def test_all_samplers_and_step_counts_the_papers_setting_and_image_to_image():
 def test_own_plans_from_a_folder_are_those_of_the_sampler_and_step_count(tmp_path):
     for name in ("ddim-4-2x", "ddim-4-1.5x", "ddim-6-2x", "euler-4-2x"):
         Plan.full(int(name.split("-")[1])).save(tmp_path / f"{name}.json")
-    plans = choose_plans([str(tmp_path), "fast"], CONTEST, 4)
+    plans = choose_plans([str(tmp_path), "fast"], CONTEST, 4, read_front=read_plans)
     assert [plan.name for plan in plans] == ["1.5x", "2x", "fast"]
-    assert [plan.name for plan in choose_plans([], CONTEST, 4)] == list(
-        leansd.plans.presets.SPEED_PRESETS
-    )
+    plans = choose_plans([], CONTEST, 4, read_front=read_plans)
+    assert [plan.name for plan in plans] == list(leansd.plans.presets.SPEED_PRESETS)
 
 
 def test_a_front_for_what_a_contest_draws_comes_before_one_for_anything(tmp_path):
@@ -284,7 +311,9 @@ def test_a_front_for_what_a_contest_draws_comes_before_one_for_anything(tmp_path
         front = Front.of("unet", "ddim", 4, [FrontPoint(plan, 1.2, 1.0, 40.0)])
         front.save(tmp_path / f"ddim-4{suffix}.json")
     contests = [replace(CONTEST, guidance=8.0), CONTEST, replace(CONTEST, task="image-to-image")]
-    found = [choose_plans([str(tmp_path)], contest, 4) for contest in contests]
+    found = [
+        choose_plans([str(tmp_path)], contest, 4, read_front=read_plans) for contest in contests
+    ]
     assert [[plan.name for plan in plans] for plans in found] == [
         ["tuned-g8 of 4 steps"],
         ["tuned of 4 steps"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from leansd.evaluation.records import Record, load_records
-from leansd.faces.standings import read_standings, tabulate_summary
+from leansd.evaluation.standings import read_standings, tabulate_summary
 from tabulation.cells import RESULTS, get, get_number, tabulate_ratio
 
 PREDICTED = "predicted_speedup"

@@ -80,6 +80,7 @@ def bench(
 
     Every contest is on record when it is over; the same command goes on with the next.
     """
+    from functools import partial
     from textwrap import fill
 
     from leansd.cli.invocation import quote_command
@@ -92,33 +93,40 @@ def bench(
         show_text,
     )
     from leansd.errors import LeansdError
-    from leansd.evaluation.compare import CONVERGED
-    from leansd.evaluation.contest import FULL
-    from leansd.evaluation.prompts import choose_prompts, find_guidance, read_prompts
-    from leansd.evaluation.records import load_records, stamp
-    from leansd.evaluation.resuming import SETTINGS, get_field
-    from leansd.evaluation.rivals import choose_rivals
-    from leansd.faces.benching import Setup, drop_done, estimate, hold, prepare, time_step
-    from leansd.faces.contests import (
+    from leansd.evaluation.bench import (
         SAMPLERS,
+        SETTINGS,
         STEPS,
+        BenchSettings,
+        PreparedContest,
         check_plans,
+        choose_plans,
+        drop_done,
+        estimate,
+        hold,
         list_contests,
-        list_quick_contests,
+        prepare,
+        time_step,
     )
-    from leansd.faces.scoring import find_embedder
-    from leansd.faces.standings import (
+    from leansd.evaluation.compare import CONVERGED, RunProgress
+    from leansd.evaluation.prompts import choose_prompts, find_guidance, read_prompts
+    from leansd.evaluation.records import get_field, load_records, stamp
+    from leansd.evaluation.rivals import choose_rivals
+    from leansd.evaluation.runs import FULL
+    from leansd.evaluation.standings import (
         describe_quality,
         list_left_out,
         read_standings,
         tabulate_margins,
     )
+    from leansd.faces.scoring import find_embedder
     from leansd.files import check_file, check_folder
     from leansd.loading import find_device, load, locate
     from leansd.report import Origin, write_report
     from leansd.report.measurements import report_bench
     from leansd.runtime.samplers import check_sampler, require_convergence
     from leansd.text import describe_duration
+    from leansd.tuning.front import read_plans
 
     # Everything that can be wrong is found before a weight is read.
     check_file(out)
@@ -129,7 +137,6 @@ def bench(
     check_plans(plans or [])
     samplers = list(dict.fromkeys(sampler or SAMPLERS))
     counts = list(dict.fromkeys(steps or STEPS))
-    list_them = list_quick_contests if quick else list_contests
     if quick:
         count, batch = min(count, 8), min(batch, 2)
     for name in samplers:
@@ -148,37 +155,45 @@ def bench(
     if embedder is not None:
         embedder.clip.to(pipe.device)
     scale = find_guidance(pipe, model) if guidance is None else guidance
-    setup = Setup(
+    settings = BenchSettings(
         model=model,
         prompts=choose_prompts(model, count, texts),
         rivals=chosen,
-        plans=plans or [],
+        choose_plans=partial(choose_plans, plans or (), read_front=read_plans),
         seed=seed,
         batch=batch,
         embedder=embedder,
         spread_sets=seeds_for_spread,
         converged_steps=converged_steps,
     )
-    contests = list_them(samplers, counts, scale)
-    entries = prepare(pipe, setup, contests)
+    contests = list_contests(samplers, counts, scale, quick=quick)
+    entries = prepare(pipe, settings, contests)
     waiting = drop_done(entries, out) if resume else entries
-    step = time_step(waiting[0]) if waiting else 0.0
-    seconds = estimate(waiting, step)
+    step = time_step(waiting[0], settings) if waiting else 0.0
+    expected = dict(
+        zip((each.contest for each in waiting), estimate(waiting, settings, step), strict=True)
+    )
     note(
         f"{len(waiting)} of {len(entries)} contests to hold on {pipe.device}, {count} pictures "
-        f"each: about {describe_duration(seconds)} at {step:.3f} s a step of {batch}"
+        f"each: about {describe_duration(sum(expected.values()))} at {step:.3f} s a step of {batch}"
     )
     with open_progress() as progress:
-        bar = progress.add_task("", total=round(seconds))
+        bar = progress.add_task("", total=round(sum(expected.values())))
+
+        def show(each: PreparedContest, far: RunProgress) -> None:
+            before = sum(list(expected.values())[: list(expected).index(each.contest)])
+            done = before + expected[each.contest] * far.done / far.total
+            progress.update(bar, description=f"{each.contest}: {far.case}", completed=done)
+
         hold(
             waiting,
+            settings,
             out,
-            step=step,
-            on_work=lambda what, spent: progress.update(bar, description=what, advance=spent),
+            on_progress=show,
             on_end=lambda entry, records: note(f"on record: {entry.contest}"),
         )
 
-    held = {entry.settings for entry in entries}
+    held = {entry.fingerprint for entry in entries}
     records = [record for record in load_records(out) if get_field(record, SETTINGS) in held]
     standings = read_standings(records)
     origin = Origin(quote_command(), stamp(pipe.device))

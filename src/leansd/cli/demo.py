@@ -47,12 +47,12 @@ def show_demo(
         show_text,
         warn,
     )
-    from leansd.drawing import Request, encode_png
+    from leansd.drawing import encode_png
+    from leansd.evaluation.demo import list_cases, list_records, run_demo, tabulate_demo
     from leansd.evaluation.prompts import GUIDANCE, PROMPTS
     from leansd.evaluation.records import write_records
-    from leansd.faces.comparison import compare_plans, line_up, list_records, tabulate_comparison
     from leansd.faces.outlines import open_anatomy
-    from leansd.faces.scoring import find_scorer
+    from leansd.faces.scoring import find_embedder
     from leansd.files import check_folder, write_file
     from leansd.loading import EMBEDDED, find_device, load, locate
     from leansd.plans.presets import SPEED_PRESETS
@@ -75,54 +75,54 @@ def show_demo(
     pipe.set_progress_bar_config(disable=True)
     chosen = prompts or list(PROMPTS)
     context = describe_runs(pipe, steps, anatomy=anatomy)
-    resolved = {name: resolve_plan(name, context) for name in SPEED_PRESETS}
+    resolved = {name: resolve_plan(name, context, force=True) for name in SPEED_PRESETS}
     for line in dict.fromkeys(line for each in resolved.values() for line in each.notes):
         warn(line)
-    contestants = line_up(anatomy, steps, {name: each.plan for name, each in resolved.items()})
-    names = ", ".join(each.name for each in contestants)
+    cases = list_cases(anatomy, steps, {name: each.plan for name, each in resolved.items()})
+    names = ", ".join(each.name for each in cases)
     note(f"drawing {len(chosen)} prompts on {pipe.device}, each with {names}")
     scale = GUIDANCE if guidance is None and model == EMBEDDED else guidance
     with open_progress() as progress:
-        bars = {
-            each.name: progress.add_task(each.name, total=each.steps * len(chosen))
-            for each in contestants
-        }
-        comparison = compare_plans(
+        bar = progress.add_task("", total=None)
+        demo = run_demo(
             pipe,
             chosen,
+            cases,
             subject=model,
             anatomy=anatomy,
-            base=Request(prompt="", seed=seed, steps=steps, guidance=scale),
-            contestants=contestants,
-            scorer=find_scorer(model),
-            on_step=lambda name: progress.advance(bars[name]),
+            seed=seed,
+            guidance=scale,
+            embedder=find_embedder(model),
+            on_progress=lambda far: progress.update(
+                bar, description=far.case, completed=far.done, total=far.total
+            ),
         )
-    origin = Origin(quote_command(), comparison.circumstances)
+    origin = Origin(quote_command(), demo.circumstances)
     files = [
-        write_report(out / "report.html", report_comparison(comparison), origin),
-        write_file(out / "grid.png", encode_png(draw_sheet(comparison))),
-        write_records(out / "records.jsonl", list_records(comparison)),
+        write_report(out / "report.html", report_comparison(demo), origin),
+        write_file(out / "grid.png", encode_png(draw_sheet(demo))),
+        write_records(out / "records.jsonl", list_records(demo)),
     ]
     if not as_json:
-        show_table(tabulate_comparison(comparison))
-        show_text(f"{contestants[-1].name}: {contestants[-1].summary}")
+        show_table(tabulate_demo(demo))
+        show_text(f"{cases[-1].name}: {cases[-1].summary}")
         show_text("PSNR (dB) and SSIM compare with the full run's pictures from the same seeds")
         show_text("wrote " + ", ".join(map(str, files)))
     show_json(
         {
             "command": "demo",
             "model": model,
-            "device": comparison.circumstances["device"],
+            "device": demo.circumstances["device"],
             "steps": steps,
             "seed": seed,
-            "sampler": comparison.sampler,
-            "guidance": comparison.guidance,
-            "prompts": list(comparison.prompts),
+            "sampler": demo.sampler,
+            "guidance": demo.guidance,
+            "prompts": list(demo.prompts),
             "plans": [
                 {
-                    "name": entry.contestant.name,
-                    "fingerprint": plan.fingerprint if (plan := entry.contestant.plan) else None,
-                    "steps": entry.contestant.steps,
+                    "name": entry.case.name,
+                    "fingerprint": plan.fingerprint if (plan := entry.case.plan) else None,
+                    "steps": entry.case.steps,
                     "seconds": round(entry.timing.median, 4),
                     "speedup": round(entry.speedup.median, 4),
                     "speedup_low": round(entry.speedup.low, 4),
@@ -133,7 +133,7 @@ def show_demo(
                     "clip_score": _round(entry.clip),
                     "bytes_kept": entry.bytes_kept,
                 }
-                for entry in comparison.entries
+                for entry in demo.entries
             ],
             "files": [str(path) for path in files],
         }

@@ -1,47 +1,203 @@
-"""The benchmark: all contestants of a contest in one process, in turns, on the same batches.
+"""The benchmark: ours and every rival of a contest in one process, in turns, on the same batches.
 
-Time and pictures come from the same runs. A round is one batch drawn by everybody, in an order that
-turns by one place each round; a speed-up is the median of the rounds' own ratios to the full run.
+A contest is one task, sampler, step count and guidance. Its records are in the file before the next
+contest begins, so that a stopped benchmark goes on where it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from leansd.anatomy.cost import dissect
 from leansd.errors import LeansdError
-from leansd.evaluation.compare import CONVERGED, CONVERGED_STEPS, Case, Drawings, compare_drawings
-from leansd.evaluation.contest import FULL, OURS, Contest, Contestant, Grounds, send_full
-from leansd.evaluation.fidelity import Measure, list_metrics
-from leansd.evaluation.quality import Embedded, Embedder, QualityJudge, embed_pictures
-from leansd.evaluation.records import Record
-from leansd.evaluation.rivals import Rival
-from leansd.evaluation.runs import PipelineCall, expand_calls, run_calls, split_calls
-from leansd.evaluation.timing import Timing, compare_timings
+from leansd.evaluation.compare import (
+    CONVERGED,
+    CONVERGED_STEPS,
+    Case,
+    Comparison,
+    Drawings,
+    RunProgress,
+    compare_runs,
+    require_distinct,
+)
+from leansd.evaluation.fidelity import list_metrics
+from leansd.evaluation.fingerprints import fingerprint_call, fingerprint_case, fingerprint_pipe
+from leansd.evaluation.quality import Embedder
+from leansd.evaluation.records import Record, get_field, load_records, put_records, stamp
+from leansd.evaluation.rivals import OURS, Contest, Rival, RivalContext, make_case
+from leansd.evaluation.runs import FULL, PipelineCall, expand_calls, run_calls, split_calls
+from leansd.loading import as_image_to_image
+from leansd.plans.plan import Plan
+from leansd.plans.presets import SPEED_PRESETS
+from leansd.plans.resolve import PlanContext, find_source, resolve_plan
+from leansd.runtime.samplers import make_scheduler
 
-OnRun = Callable[[str, float], None]
-"""Told who ran a batch, and what that cost in full runs of a batch, as expected."""
+SAMPLERS = ("dpm++2m", "ddim", "euler")
+STEPS = (20, 30, 50)
+LONG = 30
+"""The step count at which the first sampler is run by all variants of all rivals."""
+PAPER_GUIDANCE = 8.0
+"""With 30 steps, the setting of A-SDM's tables (arXiv 2406.00210)."""
+OTHERS = ("unipc",)
+"""Samplers whose fewer steps are rivals of every other: a good one, for its family's best."""
+STRENGTH = 0.6
+"""Of image-to-image."""
+INPUT_SEED = 10_000_000
+INPUT_STEPS = 20
+OWN_SETTING = re.compile(r"-(g[\d.]+|image-to-image)")
+"""What the name of a front for one guidance scale or for pictures has behind the steps."""
+SETTINGS = "settings"
+"""The field of records that holds the fingerprint of all that a contest's numbers follow from."""
+
+ChoosePlans = Callable[[Contest, int], Sequence[Plan]]
+"""Ours in a contest, for a UNet with so many up blocks."""
+
+
+# -- which contests ----------------------------------------------------------------------------
+
+
+def list_contests(
+    samplers: Sequence[str], steps: Sequence[int], guidance: float, *, quick: bool = False
+) -> list[Contest]:
+    """Text-to-image everywhere; image-to-image and the papers' guidance with the first sampler.
+
+    One contest is long: who is far from the front there is so elsewhere. `quick` is a first look at
+    one contest.
+    """
+    first, central = samplers[0], LONG if LONG in steps else steps[0]
+    if quick:
+        return [Contest("text-to-image", first, central, guidance)]
+    contests = [
+        Contest("text-to-image", sampler, count, guidance, (sampler, count) == (first, central))
+        for sampler in samplers
+        for count in steps
+    ]
+    contests.append(Contest("image-to-image", first, central, guidance))
+    if guidance != PAPER_GUIDANCE:
+        contests.append(Contest("text-to-image", first, central, PAPER_GUIDANCE))
+    return contests
+
+
+def list_settings(contest: Contest) -> dict[str, Any]:
+    """The pipeline arguments of every call of a contest."""
+    settings: dict[str, Any] = {"guidance_scale": contest.guidance}
+    if contest.task == "image-to-image":
+        settings["strength"] = STRENGTH
+    return settings
+
+
+def draw_inputs(
+    pipe: Any,
+    prompts: Sequence[str],
+    scheduler: Any,
+    *,
+    guidance: float,
+    batch: int,
+    seed: int = INPUT_SEED,
+) -> list[PipelineCall]:
+    """Image-to-image calls: every prompt on a picture that was drawn for the next one.
+
+    By default, pictures come from seeds that no contest uses.
+    """
+    pictures = run_calls(
+        pipe,
+        [*prompts[1:], prompts[0]],
+        INPUT_STEPS,
+        seed=seed,
+        batch=batch,
+        scheduler=scheduler,
+        settings={"guidance_scale": guidance},
+    ).pictures
+    return [
+        {"prompt": prompt, "image": picture}
+        for prompt, picture in zip(prompts, torch.split(pictures, 1), strict=True)
+    ]
+
+
+# -- ours --------------------------------------------------------------------------------------
+
+
+def name_own_front(contest: Contest) -> str:
+    """The name of a front that was tuned for what a contest draws: pictures, or one guidance."""
+    setting = contest.task if contest.task == "image-to-image" else f"g{contest.guidance:g}"
+    return f"{contest.sampler}-{contest.steps}-{setting}"
+
+
+def check_plans(sources: Sequence[str]) -> None:
+    """Find what is wrong with --plans before anything is loaded.
+
+    Raises:
+        LeansdError: there is no such preset, file or folder, or a file is not a plan.
+    """
+    for source in sources:
+        if not Path(source).is_dir():
+            find_source(source)
+        elif not any(Path(source).glob("*.json")):
+            raise LeansdError(
+                f"no plans in {source}: a folder holds SAMPLER-STEPS-GOAL.json, as in "
+                "dpm++2m-30-2x.json"
+            )
+
+
+def choose_plans(
+    sources: Sequence[str],
+    contest: Contest,
+    blocks: int,
+    *,
+    read_front: Callable[[Path], Sequence[Plan]],
+) -> tuple[Plan, ...]:
+    """The plans that are ours in a contest: the house presets where none are named.
+
+    A folder holds plans named SAMPLER-STEPS-GOAL.json, and fronts, SAMPLER-STEPS.json, or those of
+    `name_own_front`; a plan file of another step count sits out.
+
+    Args:
+        read_front: gives the plans of a front's file.
+    """
+    context = PlanContext(contest.steps, contest.sampler, blocks=blocks)
+    if not sources:
+        return tuple(resolve_plan(name, context, force=True).plan for name in SPEED_PRESETS)
+    plans: list[Plan] = []
+    for source in sources:
+        if Path(source).is_dir():
+            stem = f"{contest.sampler}-{contest.steps}"
+            own = Path(source) / f"{name_own_front(contest)}.json"
+            front = own if own.exists() else Path(source) / f"{stem}.json"
+            plans += read_front(front) if front.exists() else []
+            plans += [
+                Plan.load(file).rename(file.stem.split("-", 2)[-1])
+                for file in sorted(Path(source).glob(f"{stem}-*.json"))
+                if not OWN_SETTING.fullmatch(file.stem.removeprefix(stem))
+            ]
+            continue
+        found = find_source(source)
+        if not isinstance(found, Plan) or found.steps == contest.steps:
+            plans.append(resolve_plan(found, context, force=True).plan)
+    return tuple(plans)
+
+
+# -- preparing ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What a contest is run on.
+class BenchSettings:
+    """What all contests share.
 
     Attributes:
-        calls: for the pipeline of the contest's task; call `i` has seed `seed + i`.
-        schedulers: by the name of their sampler, the contest's own among them.
         spread_sets: further sets of the full run from other seeds, to tell chance from effect.
     """
 
-    subject: str
-    calls: Sequence[PipelineCall]
-    schedulers: Mapping[str, Any]
-    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    model: str
+    prompts: Sequence[str]
+    rivals: Sequence[Rival]
+    choose_plans: ChoosePlans
     seed: int = 0
     batch: int = 8
     embedder: Embedder | None = None
@@ -50,199 +206,258 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class LineUp:
-    """Who takes part in a contest, the full run first, and who does not and why."""
-
-    contestants: tuple[Contestant, ...]
-    left_out: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Runs:
-    """All rounds of a contest.
+class PreparedContest:
+    """A contest that is ready to be held.
 
     Attributes:
-        seconds: of every round, by contestant.
-        drawings: of all rounds, by contestant; pictures in 8 bits.
-        left_out: rivals that failed here, and why.
+        cases: the full run first, then ours, then the rivals.
+        calls: for the pipeline of the contest's task; call `i` has seed `seed + i`.
+        left_out: rivals that do not take part, and why.
+        fingerprint: of everything that its numbers follow from.
     """
 
-    seconds: Mapping[str, tuple[float, ...]]
-    drawings: Mapping[str, Drawings]
-    left_out: Mapping[str, str]
+    contest: Contest
+    pipe: Any
+    cases: tuple[Case, ...]
+    calls: Sequence[PipelineCall]
+    spread_sets: int = 0
+    left_out: Mapping[str, str] = field(default_factory=dict[str, str])
+    fingerprint: str = ""
 
 
-def line_up(grounds: Grounds, own: Sequence[Contestant], rivals: Sequence[Rival]) -> LineUp:
-    """Everybody for a contest.
+def prepare(
+    pipe: Any, settings: BenchSettings, contests: Sequence[Contest]
+) -> list[PreparedContest]:
+    """All cases of every contest; draws the pictures that image-to-image starts from."""
+    weights, anatomy = fingerprint_pipe(pipe), dissect(pipe.unet)
+    names = dict.fromkeys([*(each.sampler for each in contests), *OTHERS])
+    schedulers = {name: make_scheduler(pipe, name) for name in names}
+    tasks: dict[str, tuple[Any, Sequence[Any]]] = {"text-to-image": (pipe, settings.prompts)}
+    prepared: list[PreparedContest] = []
+    for contest in contests:
+        if contest.task not in tasks:
+            other: Any = as_image_to_image(pipe)
+            other.set_progress_bar_config(disable=True)
+            scheduler, guidance = schedulers[contest.sampler], contest.guidance
+            calls = draw_inputs(
+                pipe, settings.prompts, scheduler, guidance=guidance, batch=settings.batch
+            )
+            tasks[contest.task] = other, calls
+        runner, calls = tasks[contest.task]
+        context = RivalContext(
+            contest,
+            runner,
+            anatomy,
+            tuple(name for name in OTHERS if name != contest.sampler),
+            tuple(settings.choose_plans(contest, anatomy.up_blocks)),
+        )
+        cases, left_out = line_up(context, settings.rivals, schedulers)
+        spread = settings.spread_sets if contest.steps == LONG or contest.is_long else 0
+        each = PreparedContest(contest, runner, cases, calls, spread, left_out)
+        prepared.append(replace(each, fingerprint=fingerprint_contest(each, settings, weights)))
+    return prepared
+
+
+def line_up(
+    context: RivalContext, rivals: Sequence[Rival], schedulers: Mapping[str, Any]
+) -> tuple[tuple[Case, ...], dict[str, str]]:
+    """The full run, ours and the rivals' cases, and which rivals do not take part and why.
 
     Raises:
         LeansdError: two have the same name.
     """
-    contestants = [send_full(grounds.contest), *own]
+    contest = context.contest
+    cases = [Case(FULL, contest.steps, family=FULL)]
+    cases += [make_case(context, plan, plan.name, OURS) for plan in context.own]
     left_out: dict[str, str] = {}
     for rival in rivals:
         obstacle = rival.find_obstacle()
         if obstacle:
             left_out[rival.name] = obstacle
         else:
-            contestants += rival.send(grounds)
-    names = [each.name for each in contestants]
-    for name in names:
-        if names.count(name) > 1:
-            raise LeansdError(
-                f"two contestants are called {name!r}: rename a plan, or leave it out"
-            )
-    return LineUp(tuple(contestants), left_out)
+            cases += [replace(each, may_fail=True) for each in rival.give(context)]
+    require_distinct(cases)
+    sampled = [replace(c, sampler=c.sampler or contest.sampler) for c in cases]
+    return tuple(replace(c, scheduler=schedulers[c.sampler]) for c in sampled), left_out
 
 
-def run_rounds(
-    contest: Contest, pipe: Any, stage: Stage, line: LineUp, on_run: OnRun = lambda name, cost: None
-) -> Runs:
-    """Everybody on every batch, after a warm-up round that does not count.
+def fingerprint_contest(prepared: PreparedContest, settings: BenchSettings, weights: str) -> str:
+    """Sixteen hex digits of a contest: who takes part, on what, from which seeds, by which model.
 
-    A rival that fails is left out from there on; ours and the full run must not.
+    Args:
+        weights: the pipeline's fingerprint, with the versions of the libraries.
     """
-    racing = list(line.contestants)
-    parts = split_calls(stage.calls, stage.batch)
-    seconds: dict[str, list[float]] = {each.name: [] for each in racing}
-    drawn: dict[str, list[Drawings]] = {each.name: [] for each in racing}
-    left_out = dict(line.left_out)
-    for turn, part in enumerate([parts[0], *parts]):
-        shift = turn % len(racing)
-        for each in racing[shift:] + racing[:shift]:
-            try:
-                drawings, spent = run_batch(contest, pipe, stage, each, part)
-            except Exception as error:
-                if each.family in (FULL, OURS):
-                    raise
-                left_out[each.name] = f"failed here: {_first_line(error)}"
-                racing.remove(each)
-                continue
-            if turn:
-                seconds[each.name].append(spent)
-                drawn[each.name].append(drawings)
-            on_run(each.name, each.cost)
-    names = [each.name for each in racing]
-    return Runs(
-        {name: tuple(seconds[name]) for name in names},
-        {name: join_drawings(drawn[name]) for name in names},
-        left_out,
+    calls = expand_calls(prepared.calls)
+    return fingerprint_case(
+        {
+            **describe_contest(prepared.contest),
+            "weights": weights,
+            "calls": [fingerprint_call(each, settings.seed + i) for i, each in enumerate(calls)],
+            "arguments": list_settings(prepared.contest),
+            "batch": settings.batch,
+            "clip": settings.embedder.name if settings.embedder is not None else None,
+            "spread_sets": prepared.spread_sets,
+            "converged_steps": settings.converged_steps,
+            "contestants": [
+                [each.name, each.family, each.fingerprint, each.steps] for each in prepared.cases
+            ],
+            "left_out": dict(prepared.left_out),
+        }
     )
 
 
-def run_batch(
-    contest: Contest, pipe: Any, stage: Stage, contestant: Contestant, part: range
-) -> tuple[Drawings, float]:
-    """One contestant on one batch of calls, and the seconds of the whole pipeline call."""
-    own = stage.schedulers[contestant.sampler or contest.sampler]
-    before = pipe.scheduler
-    pipe.scheduler = own.__class__.from_config(own.config)  # none carries over to the next run
-    try:
-        # What contestants do on entering is not timed: a user does it once.
-        with contestant.enter(pipe) as called:
-            finals = run_calls(
-                called,
-                [stage.calls[place] for place in part],
-                contestant.steps,
-                seed=stage.seed + part.start,
-                batch=len(part),
-                settings=stage.settings,
-            )
-    finally:
-        pipe.scheduler = before
-    pictures = finals.pictures.mul(255).round().byte()
-    return Drawings(finals.latents, pictures), sum(finals.seconds)
+def drop_done(prepared: Sequence[PreparedContest], path: Path) -> list[PreparedContest]:
+    """The contests that a file of records does not hold yet."""
+    records = load_records(path) if path.exists() else []
+    done = {get_field(record, SETTINGS) for record in records}
+    return [each for each in prepared if each.fingerprint not in done]
 
 
-def draw_set(
-    contest: Contest,
-    pipe: Any,
-    stage: Stage,
-    contestant: Contestant,
-    on_run: OnRun = lambda name, cost: None,
-) -> Drawings:
-    """All calls by one contestant, untimed."""
-    drawn: list[Drawings] = []
-    for part in split_calls(stage.calls, stage.batch):
-        drawn.append(run_batch(contest, pipe, stage, contestant, part)[0])
-        on_run(contestant.name, contestant.cost)
-    return join_drawings(drawn)
+# -- how long it takes -------------------------------------------------------------------------
 
 
-def draw_converged(
-    contest: Contest, pipe: Any, stage: Stage, on_run: OnRun = lambda name, cost: None
-) -> Drawings:
-    """The same sampler in many more steps: what all step counts of it approximate."""
-    steps = stage.converged_steps
-    contestant = Contestant(CONVERGED, CONVERGED, steps, steps / contest.steps)
-    return draw_set(contest, pipe, stage, contestant, on_run)
+def time_step(prepared: PreparedContest, settings: BenchSettings) -> float:
+    """Seconds that a step of a full batch takes here, from one run after a warm-up."""
+    part = split_calls(prepared.calls, settings.batch)[0]
+    for _ in range(2):
+        start = time.perf_counter()
+        compare_runs(
+            prepared.pipe,
+            prepared.cases[:1],
+            [prepared.calls[place] for place in part],
+            batch=len(part),
+            settings=list_settings(prepared.contest),
+            references=(),
+            timed=False,
+        )
+        spent = time.perf_counter() - start
+    return spent / count_run_steps(prepared.contest)
 
 
-def draw_spread(
-    contest: Contest, pipe: Any, stage: Stage, on_run: OnRun = lambda name, cost: None
-) -> list[Embedded]:
-    """Sets of the full run from other seeds, as the CLIP sees them; none without a CLIP."""
-    if stage.embedder is None:
-        return []
-    count = len(stage.calls)
-    sets: list[Embedded] = []
-    for number in range(1, stage.spread_sets + 1):
-        other = replace(stage, seed=stage.seed + number * count)
-        drawn = draw_set(contest, pipe, other, send_full(contest), on_run)
-        sets.append(embed_pictures(stage.embedder, drawn.pictures))
-    return sets
+def count_run_steps(contest: Contest) -> float:
+    """The steps that a full run takes."""
+    return contest.steps * (STRENGTH if contest.task == "image-to-image" else 1)
 
 
-def summarise(
-    contest: Contest,
-    stage: Stage,
-    line: LineUp,
-    runs: Runs,
-    converged: Drawings,
-    spread: Sequence[Embedded] = (),
+def estimate(
+    prepared: Sequence[PreparedContest], settings: BenchSettings, step: float
+) -> list[float]:
+    """The expected seconds of each contest, at so many seconds a step of a full batch."""
+    seen: set[tuple[Any, ...]] = set()
+    seconds: list[float] = []
+    for each in prepared:
+        contest = each.contest
+        rounds = -(-len(each.calls) // settings.batch)
+        share = (rounds + 1) * sum(case.cost for case in each.cases)
+        share += rounds * each.spread_sets if settings.embedder is not None else 0
+        if name_limit(contest) not in seen:
+            share += rounds * settings.converged_steps / contest.steps
+            seen.add(name_limit(contest))
+        seconds.append(share * count_run_steps(contest) * step)
+    return seconds
+
+
+def name_limit(contest: Contest) -> tuple[Any, ...]:
+    """What contests have in common that have the same converged run."""
+    return contest.task, contest.sampler, contest.guidance
+
+
+# -- holding -----------------------------------------------------------------------------------
+
+
+def hold(
+    prepared: Sequence[PreparedContest],
+    settings: BenchSettings,
+    path: Path,
     *,
+    on_progress: Callable[[PreparedContest, RunProgress], None] = lambda each, far: None,
+    on_end: Callable[[PreparedContest, Sequence[Record]], None] = lambda each, records: None,
+) -> None:
+    """Hold all contests; the records of each are in the file before the next begins."""
+    limits: dict[tuple[Any, ...], Drawings] = {}
+    for each in prepared:
+        limit = name_limit(each.contest)
+        comparison = compare_contest(
+            each, settings, limits.get(limit), lambda far, each=each: on_progress(each, far)
+        )
+        limits[limit] = comparison.references[CONVERGED]
+        fields: Mapping[str, Any] = {**stamp(each.pipe.device), SETTINGS: each.fingerprint}
+        records = list_records(each, settings, comparison, fields)
+        put_contest(path, records)
+        on_end(each, records)
+
+
+def compare_contest(
+    prepared: PreparedContest,
+    settings: BenchSettings,
+    limit: Drawings | None = None,
+    on_progress: Callable[[RunProgress], None] = lambda far: None,
+) -> Comparison:
+    """Everybody on every batch, in turns, after a warm-up round that does not count.
+
+    Args:
+        limit: what the converged run drew, where another contest needed it.
+    """
+    converged = Case(CONVERGED, settings.converged_steps, scheduler=prepared.cases[0].scheduler)
+    return compare_runs(
+        prepared.pipe,
+        prepared.cases,
+        prepared.calls,
+        seed=settings.seed,
+        batch=settings.batch,
+        settings=list_settings(prepared.contest),
+        references=(FULL, converged),
+        metrics=list_metrics(),
+        embedder=settings.embedder,
+        spread_sets=prepared.spread_sets,
+        warm_up="round",
+        known={CONVERGED: limit} if limit is not None else {},
+        on_progress=on_progress,
+    )
+
+
+def list_records(
+    prepared: PreparedContest,
+    settings: BenchSettings,
+    comparison: Comparison,
     fields: Mapping[str, Any],
 ) -> list[Record]:
     """All numbers of a contest; `fields` are on every record."""
-    judge = make_judge(stage, runs.drawings[FULL].pictures, spread)
-    full = Timing(runs.seconds[FULL])
+    contest = prepared.contest
     shared = {
         **fields,
-        "subject": stage.subject,
-        "seed": stage.seed,
+        "subject": settings.model,
+        "seed": settings.seed,
         **describe_contest(contest),
-        "calls": len(stage.calls),
-        "batch": stage.batch,
+        "calls": len(prepared.calls),
+        "batch": settings.batch,
     }
-    left_out = "; ".join(f"{name}: {why}" for name, why in runs.left_out.items())
+    absent = {**prepared.left_out, **comparison.left_out}
+    left_out = "; ".join(f"{name}: {why}" for name, why in absent.items())
     records: list[Record] = []
-    for each in line.contestants:
-        if each.name not in runs.seconds:
-            continue
+    for each in comparison:
+        case, timing, ratio = each.case, each.timing, each.speedup
+        assert timing is not None
+        assert ratio is not None
         base = {
             **shared,
-            "plan": each.name,
-            "fingerprint": each.fingerprint,
-            "family": each.family,
-            "run_steps": each.steps,
-            "run_sampler": each.sampler or contest.sampler,
+            "plan": case.name,
+            "fingerprint": case.fingerprint,
+            "family": case.family,
+            "run_steps": case.steps,
+            "run_sampler": case.sampler,
         }
-        timing = Timing(runs.seconds[each.name])
-        rounds: dict[str, Any] = {
-            "rounds": len(timing.seconds),
-            "each": _join_numbers(timing.seconds),
-        }
-        if each.family == FULL and left_out:
-            rounds["left_out"] = left_out
-        records.append(
-            Record(**base, **rounds, metric="seconds", value=timing.median, unit="s a batch")
-        )
-        ratio = compare_timings(full, timing)
-        span: dict[str, Any] = {"low": ratio.low, "high": ratio.high, "rounds": len(timing.seconds)}
-        records.append(Record(**base, **span, metric="speedup", value=ratio.median, unit="x"))
+        rounds: dict[str, Any] = {"rounds": len(timing.seconds)}
+        told = {"each": " ".join(f"{value:.4f}" for value in timing.seconds)}
+        if case.family == FULL and left_out:
+            told["left_out"] = left_out
+        span: dict[str, Any] = {"low": ratio.low, "high": ratio.high, **rounds}
         records += [
-            measure.summarise(base)
-            for measure in _measure(each, contest, stage, runs, converged, judge)
+            Record(
+                **base, **rounds, **told, metric="seconds", value=timing.median, unit="s a batch"
+            ),
+            Record(**base, **span, metric="speedup", value=ratio.median, unit="x"),
+            *(measure.summarise(base) for measure in each.measures),
         ]
     return records
 
@@ -257,45 +472,11 @@ def describe_contest(contest: Contest) -> dict[str, Any]:
     }
 
 
-def make_judge(stage: Stage, full: Tensor, spread: Sequence[Embedded]) -> QualityJudge | None:
-    """The quality of sets beside the full run's pictures [n, 3, H, W]; None without a CLIP."""
-    if stage.embedder is None:
-        return None
-    prompts = [call.get("prompt") for call in expand_calls(stage.calls)]
-    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    own = embed_pictures(stage.embedder, full)
-    return QualityJudge(stage.embedder, texts if len(texts) == len(prompts) else None, own, spread)
+def put_contest(path: str | Path, records: Sequence[Record]) -> Path:
+    """Add the records of one contest, in the place of those of the same contest and model."""
 
+    def place(record: Record) -> tuple[Any, ...]:
+        fields = ("task", "sampler", "steps", "guidance")
+        return record.subject, *(get_field(record, name) for name in fields)
 
-def join_drawings(parts: Sequence[Drawings]) -> Drawings:
-    latents, pictures = ([getattr(part, of) for part in parts] for of in ("latents", "pictures"))
-    return Drawings(torch.cat(latents), torch.cat(pictures))
-
-
-def _measure(
-    each: Contestant,
-    contest: Contest,
-    stage: Stage,
-    runs: Runs,
-    converged: Drawings,
-    judge: QualityJudge | None,
-) -> Iterator[Measure]:
-    drawn = runs.drawings[each.name]
-    limit = Case(CONVERGED, stage.converged_steps)
-    measured = compare_drawings(drawn, converged, limit, list_metrics())
-    if each.family != FULL:
-        reference = Case(FULL, contest.steps)
-        full = runs.drawings[FULL]
-        measured = chain(compare_drawings(drawn, full, reference, list_metrics()), measured)
-    if judge is not None:
-        measured = chain(measured, judge.judge(drawn.pictures))
-    yield from measured
-
-
-def _join_numbers(values: Sequence[float]) -> str:
-    return " ".join(f"{value:.4f}" for value in values)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    return put_records(path, records, place)

@@ -39,6 +39,7 @@ from leansd.evaluation.runs import (
     expand_calls,
     expand_seeds,
     run_calls,
+    sampled_by,
     split_calls,
 )
 from leansd.evaluation.timing import Ratio, Timing, compare_timings, rotate
@@ -215,7 +216,7 @@ def compare_runs(
         spread_sets: further sets of the full run from other seeds, to tell chance from effect.
         timed: whether cases take turns at every batch; all pictures are in memory then.
         rounds: how often every batch is drawn; the fastest run of a batch counts.
-        budget: seconds after which no further round begins.
+        budget: seconds that the rounds may take; another one begins only if it should end in time.
         warm_up: before timing, the first case in two steps, or every case on the first batch.
         keep: a folder for what is drawn untimed; the same comparison goes on from there.
         shown: how many pictures of each case are handed on; all by default.
@@ -412,12 +413,13 @@ class _Drawer:
                 run(case, self.parts[0])
         seconds: dict[str, list[float]] = {case.name: [] for case in cases}
         drawn: dict[str, list[Drawings]] = {case.name: [] for case in cases}
-        started = monotonic()
-        held = 0
+        started = began = monotonic()
+        held, longest = 0, 0.0
         for turn in range(self.turns):
             self.turn, place = turn, turn % len(self.parts)
             if not place:
-                if held and budget is not None and monotonic() - started > budget:
+                longest, began = max(longest, monotonic() - began), monotonic()
+                if held and budget is not None and began - started + longest > budget:
                     break
                 held += 1
             for case in rotate(racing, turn):
@@ -466,7 +468,7 @@ class _Drawer:
         # A fresh one: none carries over to the next run.
         scheduler = type(own).from_config(own.config)
         # What a case does on entering is not timed: a user does it once.
-        with case.enter(self.pipe) as called:
+        with sampled_by(self.pipe, scheduler), case.enter(self.pipe) as called:
             return run_calls(
                 called,
                 [self.calls[place] for place in part],
@@ -474,7 +476,6 @@ class _Drawer:
                 case.plan,
                 seed=[self._find_seed(place, number) for place in part],
                 batch=len(part),
-                scheduler=scheduler,
                 settings=self.settings,
                 nets=case.nets,
                 on_step=on_step,

@@ -125,6 +125,11 @@ def load_records(path: str | Path) -> list[Record]:
     return list(_parse(text, path))
 
 
+def get_field(record: Record, name: str) -> Any:
+    """A field that not every record has."""
+    return (record.__pydantic_extra__ or {}).get(name)
+
+
 def tabulate(records: Iterable[Record], *, row: str = "plan", column: str = "metric") -> Table:
     """The values of `records` as a table: one row and one column for each value of two fields.
 

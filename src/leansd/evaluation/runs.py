@@ -99,7 +99,7 @@ def run_calls(
     seconds: list[float] = []
     seeds = expand_seeds(seed, len(calls))
     following = inherit(pipe, plan, nets=nets) if plan is not None else nullcontext()
-    with _sampled_by(pipe, scheduler), following as attachment:
+    with sampled_by(pipe, scheduler), following as attachment:
         for places in split_calls(calls, batch):
             wait_for(pipe.device)
             start = time.perf_counter()
@@ -226,7 +226,7 @@ def _run_together(
 
 
 @contextmanager
-def _sampled_by(pipe: DiffusionPipeline, scheduler: Any | None) -> Iterator[None]:
+def sampled_by(pipe: DiffusionPipeline, scheduler: Any | None) -> Iterator[None]:
     """The pipeline with another scheduler, for a while."""
     own = pipe.scheduler
     pipe.scheduler = scheduler if scheduler is not None else own

@@ -12,8 +12,7 @@ from typing import Any
 
 from leansd.errors import LeansdError
 from leansd.evaluation.cost import Batch, CostModel
-from leansd.evaluation.records import Record
-from leansd.evaluation.resuming import get_field
+from leansd.evaluation.records import Record, get_field
 from leansd.evaluation.units import UnitTimes
 from leansd.plans.address import get_block
 from leansd.plans.anatomy import HEAD, STEM, Anatomy

@@ -10,13 +10,20 @@ import torch
 from PIL import Image
 
 from leansd.evaluation.compare import CONVERGED
-from leansd.evaluation.contest import OURS
 from leansd.evaluation.evaluation import Evaluation
-from leansd.evaluation.margins import find_front
+from leansd.evaluation.pareto import find_front
 from leansd.evaluation.prediction import find_worst
-from leansd.evaluation.records import Record
-from leansd.evaluation.resuming import get_field
+from leansd.evaluation.records import Record, get_field
+from leansd.evaluation.rivals import OURS
 from leansd.evaluation.runs import FULL
+from leansd.evaluation.standings import (
+    Standing,
+    describe_quality,
+    list_left_out,
+    rate_point,
+    tabulate_all,
+    tabulate_margins,
+)
 from leansd.faces.costs import (
     EXAMPLE,
     Profiled,
@@ -26,13 +33,6 @@ from leansd.faces.costs import (
     tabulate_gains,
     tabulate_predictions,
     tabulate_split,
-)
-from leansd.faces.standings import (
-    Standing,
-    describe_quality,
-    list_left_out,
-    tabulate_all,
-    tabulate_margins,
 )
 from leansd.report.drawings import Bar, draw_bars
 from leansd.report.plots import Family, Point, plot_families, plot_tradeoff
@@ -297,7 +297,7 @@ def _plot_contest(standing: Standing, reference: str) -> Drawing:
         Family(
             family,
             [(point.speed, point.quality) for point in points],
-            [(point.speed, point.quality) for point in find_front(points)],
+            [(point.speed, point.quality) for point in find_front(points, rate_point)],
             is_ours=family == OURS,
         )
         for family, points in standing.list_points(reference).items()

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 
 from leansd.drawing import Painting, Request
+from leansd.evaluation.demo import FEWER, Demo, DemoEntry, list_records, tabulate_demo
 from leansd.evaluation.fidelity import psnr, ssim
-from leansd.evaluation.records import Record
-from leansd.evaluation.resuming import get_field
-from leansd.faces.comparison import FEWER, Comparison, Entry, list_records, tabulate_comparison
+from leansd.evaluation.records import Record, get_field
 from leansd.faces.fronts import describe_choice, tabulate_front
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.grid import get_states, list_states
@@ -156,43 +155,41 @@ def report_pairs(pairs: Sequence[Pair], plan: Plan, anatomy: Anatomy) -> Report:
 # -- demo ----------------------------------------------------------------------------------------
 
 
-def report_comparison(comparison: Comparison) -> Report:
+def report_comparison(demo: Demo) -> Report:
     """Plans beside the full run: pictures, what differs, speed against fidelity, the plans."""
-    width, height = comparison.size
-    first, *others = comparison.entries
-    rows = [(e.contestant.name, _remark(e), e.pictures) for e in comparison.entries]
-    summaries = [f"{e.contestant.name}: {e.contestant.summary}." for e in comparison.entries]
-    apart = [
-        (e.contestant.name, "minus full", subtract_all(e.pictures, first.pictures)) for e in others
-    ]
+    width, height = demo.size
+    first, *others = demo.entries
+    rows = [(e.case.name, _remark(e), e.pictures) for e in demo.entries]
+    summaries = [f"{e.case.name}: {e.case.summary}." for e in demo.entries]
+    apart = [(e.case.name, "minus full", subtract_all(e.pictures, first.pictures)) for e in others]
     points = [
         Point(
-            e.contestant.name,
+            e.case.name,
             e.speedup.median,
             e.psnr,
             (e.speedup.low, e.speedup.high),
-            is_rival=e.contestant.name == FEWER,
+            is_rival=e.case.name == FEWER,
         )
-        for e in comparison.entries
+        for e in demo.entries
         if e.psnr is not None
     ]
     plans = [
         draw_plan(
-            e.contestant.plan,
-            comparison.anatomy,
-            f"{e.contestant.name}: {e.contestant.summary}",
-            name=f"plan-{e.contestant.name}",
+            e.case.plan,
+            demo.anatomy,
+            f"{e.case.name}: {e.case.summary}",
+            name=f"plan-{e.case.name}",
         )
-        for e in comparison.entries
-        if e.contestant.plan is not None
+        for e in demo.entries
+        if e.case.plan is not None
     ]
     return Report(
         title="Lean Stable Diffusion: the same pictures in less time",
-        summary=summarise_comparison(comparison),
-        measured=f"{len(comparison.prompts)} prompts drawn by {comparison.subject} at {width} x "
+        summary=summarise_comparison(demo),
+        measured=f"{len(demo.prompts)} prompts drawn by {demo.subject} at {width} x "
         f"{height} pixels, in full and after every plan, in turns",
         sections=[
-            Grid(SAME, comparison.prompts, rows, summaries),
+            Grid(SAME, demo.prompts, rows, summaries),
             Chart(
                 "Speed against fidelity",
                 [plot_tradeoff(points, x_name="measured speed-up")],
@@ -203,78 +200,80 @@ def report_comparison(comparison: Comparison) -> Report:
                     DECIBELS,
                 ],
             ),
-            Listing("Results", tabulate_comparison(comparison), _explain_results(comparison)),
-            Grid("What differs from the full run", comparison.prompts, apart, [AMPLIFIED]),
+            Listing("Results", tabulate_demo(demo), _explain_results(demo)),
+            Grid("What differs from the full run", demo.prompts, apart, [AMPLIFIED]),
             Chart("The plans", plans, [HOW_TO_READ]),
             Prose(
                 "How this was measured",
                 [
-                    f"Sampler {comparison.sampler}, {comparison.steps} steps, guidance "
-                    f"{comparison.guidance:g}, prompt i from seed {comparison.seed} + i. One "
-                    "warm-up, then every prompt is drawn by all contestants in turns, so that a "
+                    f"Sampler {demo.sampler}, {demo.steps} steps, guidance "
+                    f"{demo.guidance:g}, prompt i from seed {demo.seed} + i. One "
+                    "warm-up, then every prompt is drawn by all in turns, so that a "
                     "slow spell of the machine hits all alike.",
                 ],
             ),
         ],
-        attachments=[attach_records(list_records(comparison))],
+        attachments=[attach_records(list_records(demo))],
     )
 
 
-def _explain_results(comparison: Comparison) -> list[str]:
+def _explain_results(demo: Demo) -> list[str]:
     notes = [
         "Speed-up: whole pictures, text encoder and decoder included; median and range over the "
-        f"{len(comparison.prompts)} prompts, each drawn by all in turn.",
+        f"{len(demo.prompts)} prompts, each drawn by all in turn. Every prompt is drawn up to "
+        f"{demo.rounds} times and the fastest run of each case counts: other work on the machine "
+        "only ever adds time.",
         "Predicted: from multiply-accumulates of the UNet alone.",
         "PSNR (in dB) and SSIM: against the full run's picture from the same seed. They say "
         "whether it is the same picture, not whether it is a good one.",
         "Kept: the most memory that inherited features took at any time.",
     ]
-    if any(entry.clip is not None for entry in comparison.entries):
+    if any(entry.clip is not None for entry in demo.entries):
         notes.append("CLIP: agreement of picture and prompt, by the small CLIP beside the model.")
     return notes
 
 
-def summarise_comparison(comparison: Comparison) -> str:
+def summarise_comparison(demo: Demo) -> str:
     """The gentlest plan, the boldest, and fewer steps, in a sentence."""
-    first, *others = comparison.entries
-    plans = [entry for entry in others if entry.contestant.plan is not None]
+    first, *others = demo.entries
+    plans = [entry for entry in others if entry.case.plan is not None]
     gains = sorted(plans, key=lambda entry: entry.speedup.median)
     gentle, bold = (_name_gain(gains[place]) for place in (0, -1))
     told = (
         f"A picture that takes {first.timing.median:.2f} s in full is drawn {gentle} with the "
         f"gentlest plan and {bold} with the boldest"
     )
-    rival = next((entry for entry in others if entry.contestant.name == FEWER), None)
+    rival = next((entry for entry in others if entry.case.name == FEWER), None)
     if rival is None:
         return f"{told}."
-    return f"{told}; simply drawing in {rival.contestant.steps} steps is {_name_gain(rival)}."
+    return f"{told}; simply drawing in {rival.case.steps} steps is {_name_gain(rival)}."
 
 
-def _name_gain(entry: Entry) -> str:
+def _name_gain(entry: DemoEntry) -> str:
     return f"{entry.speedup.median:.1f} times faster ({entry.psnr:.0f} dB close to it)"
 
 
-def _remark(entry: Entry) -> str:
+def _remark(entry: DemoEntry) -> str:
     if entry.is_full:
         return f"{entry.timing.median:.2f} s"
     return f"{entry.speedup.median:.2f}x, {entry.psnr:.1f} dB"
 
 
-def draw_sheet(comparison: Comparison) -> Image.Image:
-    """All pictures on one sheet: a row a contestant, a column a prompt."""
+def draw_sheet(demo: Demo) -> Image.Image:
+    """All pictures on one sheet: a row a case, a column a prompt."""
     side, gap, left, top = 128, 8, 132, 60
-    columns, rows = len(comparison.prompts), len(comparison.entries)
+    columns, rows = len(demo.prompts), len(demo.entries)
     size = left + columns * (side + gap), top + rows * (side + gap)
     sheet = Image.new("RGB", size, LIGHT["card"])
     pen = ImageDraw.Draw(sheet)
     bold, plain = ImageFont.load_default(16), ImageFont.load_default(12)
-    for column, prompt in enumerate(comparison.prompts):
+    for column, prompt in enumerate(demo.prompts):
         text = "\n".join(textwrap.wrap(prompt, 20)[:3])
         x = left + column * (side + gap) + side / 2
         pen.multiline_text((x, top - 6), text, LIGHT["soft"], plain, anchor="md", align="center")
-    for row, entry in enumerate(comparison.entries):
+    for row, entry in enumerate(demo.entries):
         y = top + row * (side + gap)
-        pen.text((10, y + side / 2 - 14), entry.contestant.name, LIGHT["ink"], bold, anchor="lm")
+        pen.text((10, y + side / 2 - 14), entry.case.name, LIGHT["ink"], bold, anchor="lm")
         pen.multiline_text((10, y + side / 2), _remark(entry), LIGHT["soft"], plain)
         for column, picture in enumerate(entry.pictures):
             small = picture.resize((side, side), Image.Resampling.LANCZOS)

@@ -183,6 +183,15 @@ class Front:
         return cls(document.subject, document.sampler, document.steps, points, beaten)
 
 
+def read_plans(path: str | Path) -> list[Plan]:
+    """The plans of a front, by names of their own; plain runs of fewer steps are left out."""
+    return [
+        point.plan.rename(f"{point.plan.name} of {point.plan.steps} steps")
+        for point in Front.load(path).points
+        if not point.is_plain
+    ]
+
+
 class PointDocument(BaseModel):
     model_config = ConfigDict(extra="forbid")
     speedup: float

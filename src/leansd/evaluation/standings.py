@@ -1,19 +1,19 @@
-"""What came out of a contest, from its records: points, margins and tables."""
+"""What came out of a benchmark, from its records: points, fronts, margins and tables."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 from leansd.evaluation.compare import CONVERGED
-from leansd.evaluation.contest import FULL, OURS
-from leansd.evaluation.margins import Margin, Point, find_margin
+from leansd.evaluation.pareto import find_front
 from leansd.evaluation.quality import OTHER_SEEDS
-from leansd.evaluation.records import Record
-from leansd.evaluation.resuming import get_field
-from leansd.evaluation.rivals import ALL
+from leansd.evaluation.records import Record, get_field
+from leansd.evaluation.rivals import OURS, RIVALS
+from leansd.evaluation.runs import FULL
 from leansd.text import Table
 
 SPEEDS = (1.5, 2.0, 3.0)
@@ -29,6 +29,67 @@ COLUMNS = {
     "Fréchet (CLIP), other seeds": ("frechet", OTHER_SEEDS, ".3f"),
 }
 """Of the whole table: metric, reference and form."""
+
+
+@dataclass(frozen=True)
+class BenchPoint:
+    """One contestant: how many times faster than the full run, and a quality; more is better."""
+
+    name: str
+    speed: float
+    quality: float
+
+
+@dataclass(frozen=True)
+class Margin:
+    """Ours against the best rival at one speed; what nobody reaches is None."""
+
+    speed: float
+    ours: BenchPoint | None
+    rival: BenchPoint | None
+    family: str = ""
+
+    @property
+    def value(self) -> float | None:
+        """By how much ours is better."""
+        if self.ours is None or self.rival is None:
+            return None
+        return self.ours.quality - self.rival.quality
+
+
+def rate_point(point: BenchPoint) -> tuple[float, float]:
+    """What a front is made of."""
+    return point.speed, point.quality
+
+
+def read_points(points: Sequence[BenchPoint], speed: float) -> BenchPoint | None:
+    """The best measured point that is at least so fast."""
+    fast = [point for point in points if point.speed >= speed]
+    return max(fast, key=lambda point: point.quality, default=None)
+
+
+def read_front(points: Sequence[BenchPoint], speed: float) -> BenchPoint | None:
+    """The best that a family reaches at a speed, between its measured points too."""
+    front = find_front(points, rate_point)
+    for slow, fast in pairwise(front):
+        if slow.speed < speed < fast.speed:
+            share = math.log(speed / slow.speed) / math.log(fast.speed / slow.speed)
+            quality = slow.quality + share * (fast.quality - slow.quality)
+            return BenchPoint(f"{slow.name} to {fast.name}", speed, quality)
+    return read_points(front, speed)
+
+
+def find_margin(
+    ours: Sequence[BenchPoint], rivals: Mapping[str, Sequence[BenchPoint]], speed: float
+) -> Margin:
+    """Ours against the best of all rivals, by family, at a speed."""
+    reached = {family: read_front(points, speed) for family, points in rivals.items()}
+    there = {family: point for family, point in reached.items() if point is not None}
+    own = read_points(ours, speed)
+    if not there:
+        return Margin(speed, own, None)
+    best = max(there, key=lambda family: there[family].quality)
+    return Margin(speed, own, there[best], best)
 
 
 @dataclass(frozen=True)
@@ -59,15 +120,15 @@ class Standing:
     def get_family(self, name: str) -> str:
         return str(get_field(self.cells[name, "speedup", None], "family"))
 
-    def list_points(self, reference: str) -> dict[str, list[Point]]:
+    def list_points(self, reference: str) -> dict[str, list[BenchPoint]]:
         """By family, every contestant's speed-up and mean PSNR in dB to a reference."""
-        points: dict[str, list[Point]] = {}
+        points: dict[str, list[BenchPoint]] = {}
         for name in self.names:
             psnr = self.find(name, "psnr", reference)
             if psnr is not None and name != FULL:
                 speed = self.cells[name, "speedup", None].value
                 family = points.setdefault(self.get_family(name), [])
-                family.append(Point(name, speed, psnr.value))
+                family.append(BenchPoint(name, speed, psnr.value))
         return points
 
     def find_margins(self, reference: str = FULL, speeds: Sequence[float] = SPEEDS) -> list[Margin]:
@@ -76,7 +137,7 @@ class Standing:
         rivals = {
             family: each
             for family, each in points.items()
-            if family != OURS and (family not in ALL or ALL[family].competes)
+            if family != OURS and (family not in RIVALS or RIVALS[family].competes)
         }
         return [find_margin(points.get(OURS, []), rivals, speed) for speed in speeds]
 
@@ -159,7 +220,7 @@ def summarise_margin(margin: Margin) -> str:
     return f"{ours} / {rival}: {show_margin(margin)}"
 
 
-def show_point(point: Point | None) -> str:
+def show_point(point: BenchPoint | None) -> str:
     return "–" if point is None else f"{point.quality:.1f} dB ({point.name})"
 
 

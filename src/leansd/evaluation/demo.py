@@ -1,0 +1,209 @@
+"""The demo: the same prompts from the same seeds, in full and under each preset, timed in turns.
+
+What a user would do without this package, fewer steps at about the cost of `balanced`, is one of
+the cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from PIL.Image import Image
+
+from leansd.evaluation.compare import Case, Compared, OnProgress, compare_runs
+from leansd.evaluation.quality import Embedder
+from leansd.evaluation.records import Record, stamp
+from leansd.evaluation.runs import FULL
+from leansd.evaluation.timing import Ratio, Timing
+from leansd.plans.anatomy import Anatomy
+from leansd.plans.compile import compile_plan
+from leansd.plans.macs import predict_speedup
+from leansd.plans.plan import Plan
+from leansd.plans.presets import PRESETS
+from leansd.runtime.samplers import name_sampler
+from leansd.text import Table
+
+FEWER = "fewer steps"
+ROUNDS = 3
+BUDGET = 90.0
+"""Seconds that the timed rounds may take: another one begins only if it should end in time."""
+
+
+@dataclass(frozen=True)
+class DemoEntry:
+    """What one case drew and how it fared against the full run; means over the prompts."""
+
+    case: Case
+    pictures: tuple[Image, ...]
+    timing: Timing
+    speedup: Ratio
+    predicted: float
+    psnr: float | None
+    ssim: float | None
+    clip: float | None
+    bytes_kept: int
+
+    @property
+    def is_full(self) -> bool:
+        return self.case.name == FULL
+
+
+@dataclass(frozen=True)
+class Demo:
+    """All entries, the full run first, with the circumstances they share."""
+
+    subject: str
+    prompts: tuple[str, ...]
+    seed: int
+    steps: int
+    guidance: float
+    sampler: str
+    size: tuple[int, int]
+    circumstances: dict[str, str]
+    anatomy: Anatomy
+    entries: tuple[DemoEntry, ...]
+    rounds: int = 1
+
+
+def list_cases(anatomy: Anatomy, steps: int, plans: Mapping[str, Plan]) -> list[Case]:
+    """The full run, the presets, and fewer steps at about the cost of `balanced`."""
+    calls = compile_plan(plans["balanced"], anatomy).calls
+    fewer = max(1, round(steps / predict_speedup(calls, anatomy)))
+    return [
+        Case(FULL, steps, summary=f"the whole UNet at each of {steps} steps"),
+        *(Case(name, steps, plan, summary=PRESETS[name].summary) for name, plan in plans.items()),
+        Case(FEWER, fewer, summary=f"the whole UNet, {fewer} steps of the same sampler"),
+    ]
+
+
+def run_demo(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    cases: Sequence[Case],
+    *,
+    subject: str,
+    anatomy: Anatomy,
+    seed: int = 0,
+    guidance: float | None = None,
+    embedder: Embedder | None = None,
+    rounds: int = ROUNDS,
+    budget: float | None = BUDGET,
+    on_progress: OnProgress = lambda progress: None,
+) -> Demo:
+    """Draw every prompt in every case, the first of which is the full run.
+
+    Prompt `i` has seed `seed + i`. Every case draws every prompt once a round; of the rounds the
+    fastest run of a prompt counts, and a speed-up is the median over the prompts.
+    """
+    comparison = compare_runs(
+        pipe,
+        cases,
+        prompts,
+        seed=seed,
+        settings={"guidance_scale": guidance} if guidance is not None else {},
+        embedder=embedder,
+        rounds=rounds,
+        budget=budget,
+        on_progress=on_progress,
+    )
+    entries = tuple(_make_entry(each, cases[0].steps) for each in comparison)
+    return Demo(
+        subject=subject,
+        prompts=tuple(prompts),
+        seed=seed,
+        steps=cases[0].steps,
+        guidance=float(getattr(pipe, "guidance_scale", guidance or 0.0)),
+        sampler=name_sampler(pipe),
+        size=entries[0].pictures[0].size,
+        circumstances=stamp(pipe.device),
+        anatomy=anatomy,
+        entries=entries,
+        rounds=entries[0].timing.rounds,
+    )
+
+
+def _make_entry(each: Compared, steps: int) -> DemoEntry:
+    report = each.report
+    assert each.timing is not None
+    assert each.speedup is not None
+    return DemoEntry(
+        case=each.case,
+        pictures=each.images,
+        timing=each.timing,
+        speedup=each.speedup,
+        predicted=report.predicted_speedup if report is not None else steps / each.case.steps,
+        psnr=each.mean("psnr"),
+        ssim=each.mean("ssim"),
+        clip=each.mean("clip_score", None),
+        bytes_kept=report.bytes_kept if report is not None else 0,
+    )
+
+
+def list_records(demo: Demo) -> list[Record]:
+    """Every number of the demo as a record."""
+    records: list[Record] = []
+    for entry in demo.entries:
+        case: dict[str, Any] = {
+            **demo.circumstances,
+            "subject": demo.subject,
+            "plan": entry.case.name,
+            "fingerprint": entry.case.fingerprint,
+            "seed": demo.seed,
+            "steps": entry.case.steps,
+            "sampler": demo.sampler,
+            "guidance": demo.guidance,
+            "prompts": len(demo.prompts),
+            "width": demo.size[0],
+            "height": demo.size[1],
+        }
+        seconds, speedup = entry.timing.seconds, entry.speedup
+        spread = {"low": min(seconds), "high": max(seconds)}
+        ratio = {"low": speedup.low, "high": speedup.high}
+        rows: list[tuple[str, float | None, str, dict[str, float]]] = [
+            ("seconds", entry.timing.median, "s", spread),
+            ("speedup", speedup.median, "x", ratio),
+            ("predicted_speedup", entry.predicted, "x", {}),
+            ("bytes_kept", entry.bytes_kept, "B", {}),
+            ("psnr", entry.psnr, "dB", {}),
+            ("ssim", entry.ssim, "", {}),
+            ("clip_score", entry.clip, "", {}),
+        ]
+        records += [
+            Record(**case, **fields, metric=metric, value=value, unit=unit)
+            for metric, value, unit, fields in rows
+            if value is not None
+        ]
+    return records
+
+
+def tabulate_demo(demo: Demo) -> Table:
+    """The demo as people read it; without scores there is no column for them."""
+    scored = any(entry.clip is not None for entry in demo.entries)
+    rows = [
+        (
+            entry.case.name,
+            f"{entry.timing.median:.2f} s",
+            "1.00x" if entry.is_full else str(entry.speedup),
+            f"{entry.predicted:.2f}x",
+            _show(entry.psnr, ".1f"),
+            _show(entry.ssim, ".3f"),
+            *((_show(entry.clip, ".1f"),) if scored else ()),
+            _show_bytes(entry.bytes_kept),
+        )
+        for entry in demo.entries
+    ]
+    columns = ("plan", "time", "speed-up", "predicted", "PSNR", "SSIM")
+    return Table((*columns, *(("CLIP",) if scored else ()), "kept"), tuple(rows))
+
+
+def _show(value: float | None, form: str) -> str:
+    return "–" if value is None else f"{value:{form}}"
+
+
+def _show_bytes(count: int) -> str:
+    if not count:
+        return "–"
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"

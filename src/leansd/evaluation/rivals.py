@@ -1,0 +1,403 @@
+"""Rivals: what a user would take instead of a plan of this package.
+
+Each gives cases to a contest of the benchmark. A rival whose package or preset is not there gives
+none and says why; nothing is ever installed. A new one is a function and an entry in `RIVALS`.
+Whatever a case does to the pipeline it undoes, so that all of them can take turns in one process.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any, Literal, TypeAlias
+
+from leansd.errors import LeansdError
+from leansd.evaluation.compare import Case, Enter
+from leansd.plans.anatomy import Anatomy
+from leansd.plans.compile import compile_plan
+from leansd.plans.macs import predict_speedup
+from leansd.plans.plan import Plan
+from leansd.plans.presets import PRESETS, preset
+
+OURS = "ours"
+
+Task = Literal["text-to-image", "image-to-image"]
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What all cases of a benchmark are asked to draw.
+
+    Attributes:
+        sampler: what records call it.
+        is_long: whether every variant of every rival takes part, or those near the front only.
+    """
+
+    task: Task
+    sampler: str
+    steps: int
+    guidance: float
+    is_long: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.task}, {self.sampler}, {self.steps} steps, guidance {self.guidance:g}"
+
+
+@dataclass(frozen=True)
+class RivalContext:
+    """What a rival has to know to give its cases.
+
+    Attributes:
+        pipe: of the contest's task.
+        anatomy: of its UNet, with its cost.
+        others: samplers besides the contest's own.
+        own: the plans that are `ours`.
+    """
+
+    contest: Contest
+    pipe: Any
+    anatomy: Anatomy
+    others: tuple[str, ...] = ()
+    own: tuple[Plan, ...] = ()
+
+
+GiveCases: TypeAlias = Callable[[RivalContext], Iterable[Case]]
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A family of cases.
+
+    Attributes:
+        give: its cases; none where it has nothing to offer a contest.
+        package: what has to be installed, as pip calls it.
+        module: what is imported of it.
+        preset: what has to be there where it is a plan.
+        competes: whether it is held against ours; what builds on ours is only shown.
+    """
+
+    name: str
+    summary: str
+    give: GiveCases
+    package: str = ""
+    module: str = ""
+    preset: str = ""
+    competes: bool = True
+
+    def find_obstacle(self) -> str:
+        """Why it cannot take part; empty where it can."""
+        if self.module and find_spec(self.module) is None:
+            return f"{self.package} is not installed (pip install {self.package})"
+        if self.preset and self.preset not in PRESETS:
+            return f"there is no preset {self.preset}"
+        return ""
+
+
+def make_case(context: RivalContext, plan: Plan, name: str, family: str) -> Case:
+    """A plan as a case of the benchmark."""
+    plan.resolve(context.anatomy)
+    calls = compile_plan(plan, context.anatomy).calls
+    cost = 1 / predict_speedup(calls, context.anatomy)
+    return Case(name, plan.steps, plan, family=family, cost=cost)
+
+
+@contextmanager
+def keep_forwards(module: Any) -> Generator[None]:
+    """On leaving, every part's `forward` is what it was: packages leave their own behind."""
+    parts = list(module.modules())
+    before: list[Any] = [vars(part).get("forward") for part in parts]
+    try:
+        yield
+    finally:
+        for part, forward in zip(parts, before, strict=True):
+            vars(part).pop("forward", None)
+            if forward is not None:
+                part.forward = forward
+
+
+# -- fewer steps -------------------------------------------------------------------------------
+
+SHARES = {
+    True: (1.2, 1.4, 1.6, 1.8, 2.0, 2.3, 2.7, 3.2, 4.0),
+    False: (1.4, 1.8, 2.3, 3.2),
+}
+"""Times fewer steps, in long contests and in others."""
+OTHER_SHARES = {True: (1.4, 1.8, 2.3, 3.2), False: (1.8, 2.3, 3.2)}
+"""The same with other samplers."""
+
+
+def count_fewer(contest: Contest, shares: Mapping[bool, Sequence[float]]) -> list[int]:
+    """Smaller step counts, the largest first."""
+    counts = {max(1, round(contest.steps / share)) for share in shares[contest.is_long]}
+    return sorted(counts, reverse=True)
+
+
+def give_fewer(context: RivalContext) -> Iterable[Case]:
+    """The same sampler with fewer steps."""
+    steps = context.contest.steps
+    for count in count_fewer(context.contest, SHARES):
+        if count != steps:
+            yield Case(f"{count} steps", count, family="fewer", cost=count / steps)
+
+
+def give_others(context: RivalContext) -> Iterable[Case]:
+    """Other samplers with fewer steps: better or worse than the full run under the converged run,
+    whatever they do to its own picture."""
+    for sampler in context.others:
+        for count in count_fewer(context.contest, OTHER_SHARES):
+            yield Case(
+                f"{count} steps of {sampler}",
+                count,
+                sampler=sampler,
+                family="samplers",
+                cost=count / context.contest.steps,
+            )
+
+
+# -- the DeepCache package (Ma et al., arXiv 2312.00858) through its own helper ----------------
+
+INTERVALS = {True: (2, 3, 5), False: (2, 3)}
+BRANCHES = {True: (0, 1, 2), False: (0,)}
+SHALLOW = 0.2
+"""About what a step between two full ones costs, by branch 0."""
+
+
+def give_deepcache(context: RivalContext) -> Iterable[Case]:
+    """Every interval and branch in long contests, the shallowest branch in others."""
+    contest = context.contest
+    for branch in BRANCHES[contest.is_long]:
+        for interval in INTERVALS[contest.is_long]:
+            yield Case(
+                f"deepcache 1:{interval} b{branch}",
+                contest.steps,
+                enter=apply_deepcache(interval, branch),
+                family="deepcache",
+                cost=(1 + (interval - 1) * SHALLOW * (1 + branch)) / interval,
+            )
+
+
+def apply_deepcache(interval: int, branch: int) -> Enter:
+    """The package's helper, a fresh one each time.
+
+    Used again, a helper counts from the first time step of its first run, which is wrong for
+    image-to-image of another strength.
+    """
+
+    @contextmanager
+    def enter(pipe: Any) -> Generator[Any]:
+        package = importlib.import_module("DeepCache")
+        with keep_forwards(pipe.unet):
+            helper = package.DeepCacheSDHelper(pipe=pipe)
+            helper.set_params(cache_interval=interval, cache_branch_id=branch)
+            helper.enable()
+            try:
+                yield pipe
+            finally:
+                helper.disable()
+
+    return enter
+
+
+# -- T-GATE (Liu et al., arXiv 2404.02747): its package, and its schedule as a plan ------------
+
+GATES = (0.33, 0.5)
+"""Shares of the run after which cross-attention is kept and guidance left out."""
+TGATE_LOADERS = {
+    "StableDiffusionPipeline": "TgateSDLoader",
+    "StableDiffusionXLPipeline": "TgateSDXLLoader",
+}
+"""The package has a pipeline call of its own for each of these classes, and for no others."""
+
+
+def list_gates(context: RivalContext) -> list[int]:
+    """The steps from which on the gate is shut; none in short contests."""
+    contest = context.contest
+    gates = {max(1, round(share * contest.steps)) for share in GATES}
+    return sorted(gates) if contest.is_long else []
+
+
+def give_tgate(context: RivalContext) -> Iterable[Case]:
+    """The package with its defaults, where it has a call for the pipeline."""
+    if type(context.pipe).__name__ not in TGATE_LOADERS:
+        return
+    steps = context.contest.steps
+    for gate in list_gates(context):
+        cost = (steps + gate) / (2 * steps)
+        yield Case(f"tgate {gate}", steps, enter=apply_tgate(gate), family="tgate", cost=cost)
+
+
+def give_tgate_plans(context: RivalContext) -> Iterable[Case]:
+    """Its schedule as plans: without the package's caching of self-attention before the gate."""
+    for gate in list_gates(context):
+        plan = preset("tgate", context.contest.steps, blocks=context.anatomy.up_blocks, gate=gate)
+        yield make_case(context, plan, f"tgate {gate}, as a plan", "tgate-plan")
+
+
+class GatedPipeline:
+    """A pipeline whose call is the package's."""
+
+    def __init__(self, pipe: Any, gate: int) -> None:
+        self.__dict__["pipe"] = pipe
+        self.__dict__["gate"] = gate
+
+    def __call__(self, **arguments: Any) -> Any:
+        return self.pipe.tgate(**arguments, gate_step=self.gate)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.pipe, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.pipe, name, value)
+
+
+def apply_tgate(gate: int) -> Enter:
+    """The package's call; what it leaves in the attention layers is removed."""
+
+    @contextmanager
+    def enter(pipe: Any) -> Generator[Any]:
+        load = getattr(importlib.import_module("tgate"), TGATE_LOADERS[type(pipe).__name__])
+        with keep_forwards(pipe.unet):
+            load(pipe)
+            try:
+                yield GatedPipeline(pipe, gate)
+            finally:
+                del pipe.tgate
+                for part in pipe.unet.modules():
+                    vars(part).pop("cache", None)
+
+    return enter
+
+
+# -- token merging (Bolya and Hoffman, arXiv 2303.17604) through its package -------------------
+# It makes every step cheaper rather than steps fewer, so it composes with all others.
+
+RATIO = 0.5
+"""Of tokens that are merged away, the package's own default."""
+
+
+def give_tomesd(context: RivalContext) -> Iterable[Case]:
+    """Full runs with merged tokens."""
+    if context.contest.is_long:
+        yield Case("tomesd", context.contest.steps, enter=apply_tomesd, family="tomesd")
+
+
+def give_composed(context: RivalContext) -> Iterable[Case]:
+    """Ours with merged tokens."""
+    if not context.contest.is_long:
+        return
+    for plan in context.own:
+        case = make_case(context, plan, f"{plan.name} + tomesd", "ours+tomesd")
+        yield replace(case, enter=apply_tomesd)
+
+
+@contextmanager
+def apply_tomesd(pipe: Any) -> Generator[Any]:
+    """Tokens merged under whatever else is done to the pipeline."""
+    package = importlib.import_module("tomesd")
+    package.apply_patch(pipe, ratio=RATIO)
+    try:
+        yield pipe
+    finally:
+        package.remove_patch(pipe)
+        for part in pipe.unet.modules():
+            vars(part).pop("_tome_info", None)
+
+
+# -- methods without a package for diffusers' UNets, as plans of this one ----------------------
+
+Options: TypeAlias = Sequence[Mapping[str, Any]]
+
+
+def give_presets(name: str, label: str, long: Options, short: Options) -> GiveCases:
+    """A preset with one set of options a case; `label` is formatted with the options."""
+
+    def give(context: RivalContext) -> Iterable[Case]:
+        contest = context.contest
+        for options in long if contest.is_long else short:
+            plan = preset(name, contest.steps, blocks=context.anatomy.up_blocks, **options)
+            yield make_case(context, plan, label.format(**options), name)
+
+    return give
+
+
+def _list_spectrum(hows: Sequence[str], growths: Sequence[float]) -> Options:
+    return [{"growth": growth, "how": how} for growth in growths for how in hows]
+
+
+RIVALS: dict[str, Rival] = {
+    rival.name: rival
+    for rival in (
+        Rival("fewer", "fewer steps of the same sampler", give_fewer),
+        Rival("samplers", "fewer steps of other samplers", give_others),
+        Rival(
+            "deepcache",
+            "the DeepCache package",
+            give_deepcache,
+            package="DeepCache",
+            module="DeepCache",
+        ),
+        Rival("tgate", "the T-GATE package", give_tgate, package="tgate", module="tgate"),
+        Rival("tgate-plan", "T-GATE's schedule as a plan", give_tgate_plans, preset="tgate"),
+        Rival("tomesd", "token merging", give_tomesd, package="tomesd", module="tomesd"),
+        Rival(
+            "ours+tomesd",
+            "ours with token merging",
+            give_composed,
+            package="tomesd",
+            module="tomesd",
+            competes=False,
+        ),
+        Rival(
+            "easycache",
+            "EasyCache's reuse of whole steps, as a plan",
+            give_presets(
+                "easycache",
+                "easycache {threshold}",
+                [{"threshold": threshold} for threshold in (0.02, 0.05, 0.1, 0.2)],
+                [{"threshold": threshold} for threshold in (0.05, 0.1)],
+            ),
+            preset="easycache",
+        ),
+        Rival(
+            "spectrum",
+            "Spectrum's forecast, as a plan",
+            give_presets(
+                "spectrum",
+                "{how} {growth}",
+                _list_spectrum(("chebyshev", "chebyshev-line"), (0, 0.25, 0.75)),
+                _list_spectrum(("chebyshev-line",), (0, 0.75)),
+            ),
+            preset="spectrum",
+        ),
+        Rival(
+            "guidance-cutoff",
+            "no guidance in the last part of the run, as a plan: the callback of diffusers keeps "
+            "one prompt of a batch",
+            give_presets(
+                "guidance-cutoff",
+                "cutoff {share}",
+                [{"share": share} for share in (0.2, 0.4, 0.6)],
+                [],
+            ),
+            preset="guidance-cutoff",
+        ),
+    )
+}
+
+
+def choose_rivals(names: str) -> list[Rival]:
+    """Rivals from a list such as `fewer,deepcache`; `all` is every one.
+
+    Raises:
+        LeansdError: there is no such rival.
+    """
+    if names == "all":
+        return list(RIVALS.values())
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    for name in chosen:
+        if name not in RIVALS:
+            raise LeansdError(f"no rival {name!r} (there are all, {', '.join(RIVALS)})")
+    return [RIVALS[name] for name in dict.fromkeys(chosen)]
