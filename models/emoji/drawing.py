@@ -1,0 +1,87 @@
+"""Pictures drawn in batches by the stock pipeline, and the card's grid of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from leansd.errors import LeansdError
+from models.emoji.data import add_article
+
+# Fixed before any was drawn: things a person knows at a glance, in all three styles, in an order
+# that puts the styles of a row side by side.
+_THINGS = (
+    ("red apple", "pizza", "lemon", "strawberry", "hamburger", "ice cream"),
+    ("cat face", "panda", "penguin", "tropical fish", "lady beetle", "octopus"),
+    ("grinning face", "red heart", "rocket", "police car", "soccer ball", "crown"),
+    ("tulip", "mushroom", "cactus", "guitar", "umbrella", "alarm clock"),
+    ("robot", "ghost", "sunflower", "sailboat", "light bulb", "birthday cake"),
+    ("dolphin", "banana", "house", "gem stone", "trophy", "smiling face with sunglasses"),
+)
+_STYLES = ("noto", "twemoji", "fluent")
+GRID_PROMPTS = tuple(
+    f"{add_article(thing)}, {_STYLES[(row + column) % 3]} style"
+    for row, things in enumerate(_THINGS)
+    for column, thing in enumerate(things)
+)
+
+
+def draw_captions(
+    pipe: StableDiffusionPipeline,
+    captions: Sequence[str],
+    *,
+    steps: int = 30,
+    guidance: float = 7.5,
+    seed: int = 0,
+    batch: int = 20,
+    on_batch: Callable[[int], None] | None = None,
+) -> torch.Tensor:
+    """Draw one picture a caption: uint8 (captions, 3, side, side).
+
+    Caption number i always starts from seed + i, whatever the batch.
+    """
+    pipe.set_progress_bar_config(disable=True)
+    rows = []
+    for start in range(0, len(captions), batch):
+        part = list(captions[start : start + batch])
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
+        drawn = pipe(
+            part,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=generators,
+            output_type="pt",
+        ).images
+        rows.append(drawn.float().cpu().mul(255).round().clamp(0, 255).to(torch.uint8))
+        if on_batch:
+            on_batch(len(part))
+    return torch.cat(rows)
+
+
+def paste_grid(pictures: torch.Tensor, columns: int, gap: int = 2) -> Image.Image:
+    """Paste uint8 pictures (count, 3, side, side) into one, row by row."""
+    count, _, height, width = pictures.shape
+    rows = -(-count // columns)
+    size = (columns * (width + gap) + gap, rows * (height + gap) + gap)
+    sheet = Image.new("RGB", size, (225, 225, 225))
+    for place, picture in enumerate(pictures):
+        row, column = divmod(place, columns)
+        tile = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+        sheet.paste(tile, (gap + column * (width + gap), gap + row * (height + gap)))
+    return sheet
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(part, format="PNG", optimize=True)
+        os.replace(part, path)
+    except OSError as error:
+        raise LeansdError(f"cannot write {path}: {error.strerror or error}") from error
