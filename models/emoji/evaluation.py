@@ -102,7 +102,7 @@ def evaluate_model(
     decibels = measure_psnr(pipe.vae, pictures.held_out)
     split = pictures.split
     result: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
         "seed": seed,
         "steps": steps,
