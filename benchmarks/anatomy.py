@@ -20,9 +20,9 @@ from rich.progress import Progress
 from leansd.cli.terminal import hush_libraries
 from leansd.evaluation.records import Record, load_records, stamp, write_records
 from leansd.evaluation.units import time_units
-from leansd.faces.outlines import open_anatomy, open_unet
 from leansd.faces.redundancy import list_records, read_spent
 from leansd.report.nets import write_figures
+from leansd.unets import open_anatomy, open_unet
 
 RESULTS = Path(__file__).parent / "results" / "anatomy.jsonl"
 IMAGES = Path(__file__).parents[1] / "docs" / "images" / "anatomy"

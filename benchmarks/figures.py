@@ -21,11 +21,11 @@ from leansd.evaluation.pareto import find_front
 from leansd.evaluation.records import Record, load_records
 from leansd.evaluation.runs import FULL
 from leansd.evaluation.standings import Standing, read_standings
-from leansd.faces.outlines import open_anatomy, open_outline
 from leansd.plans import Plan
 from leansd.plans.grid import draw_picture
 from leansd.plans.presets import SPEED_PRESETS
 from leansd.surgery.apply import operate
+from leansd.unets import open_anatomy, open_outline
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

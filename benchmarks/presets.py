@@ -22,12 +22,12 @@ from leansd.evaluation.demo import list_records, run_demo
 from leansd.evaluation.prompts import GUIDANCE, PROMPTS
 from leansd.evaluation.records import write_records
 from leansd.evaluation.runs import FULL
-from leansd.faces.outlines import predict_gain
 from leansd.faces.scoring import find_embedder
 from leansd.loading import load
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.presets import SPEED_PRESETS, preset
 from leansd.runtime.samplers import set_sampler
+from leansd.unets import predict_gain
 
 RESULTS = Path(__file__).parent / "results" / "presets.jsonl"
 SAMPLERS = ("dpm++2m", "ddim", "euler")

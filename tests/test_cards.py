@@ -11,7 +11,7 @@ import leansd
 from leansd.cards import Card, Licence, Training, find_licence, write_card
 from leansd.cards.card import render_card
 from leansd.cards.licences import UNKNOWN
-from leansd.faces.operations import operate_into
+from leansd.cli.operate import operate_into
 from leansd.surgery.edits import Surgery
 from tiny import shallow_unet, tiny_pipeline
 

@@ -197,7 +197,7 @@ def test_generate_compares_with_the_full_run(run, model, tmp_path, fails):
 def test_generate_runs_few_steps_in_full(run, model, tmp_path):
     shared = ["generate", "a", "--model", model, "--plan", "fast", "--out", tmp_path, "--json"]
     _, out, told = run(*shared, "--steps", 8)
-    assert "8 steps run in full" in told
+    assert "8 steps change too much" in told
     assert json.loads(out.splitlines()[-1])["pictures"][0]["plan"] == "full"
     _, out, told = run(*shared, "--steps", 9)
     assert "in full" not in told

@@ -16,14 +16,14 @@ import pytest
 import torch
 from typer.core import TyperCommand
 
-from leansd.cli import PROGRAM, completions, main, open_program, silence
-from leansd.cli.manpages import FORMS, Page, compose, read_pages
-from leansd.cli.wrapping import fold_grid, wrap_text
-from leansd.faces.outlines import open_anatomy
+from leansd.cli import PROGRAM, completions, main, open_program, terminal
+from leansd.cli.manual import FORMS, Page, compose, read_pages
+from leansd.cli.terminal import fold_grid, wrap_text
 from leansd.plans.presets import PRESETS
 from leansd.plans.presets import preset as build_preset
 from leansd.runtime.samplers import SAMPLERS
 from leansd.surgery.presets import PRESETS as SURGERIES
+from leansd.unets import open_anatomy
 from tiny import tiny_pipeline
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -151,9 +151,9 @@ def test_quiet_leaves_results_and_warnings(model: str, tmp_path: Path, capsys: A
     said = capsys.readouterr()
     assert said.err == "1 steps run in full, so few gain nothing; --force follows fast\n"
     assert said.out.endswith(f"wrote {tmp_path / 'apple.full.seed0.png'}\n")
-    assert silence.is_silent()
+    assert terminal.is_silent()
     assert main(["plan"]) == 0
-    assert not silence.is_silent()
+    assert not terminal.is_silent()
 
 
 class Stub:
@@ -233,7 +233,7 @@ def test_what_goes_wrong_on_the_way_is_exit_code_1_and_one_line(
     def fail(*_: Any, **__: Any) -> Any:
         raise error
 
-    monkeypatch.setattr("leansd.faces.outlines.open_anatomy", fail)
+    monkeypatch.setattr("leansd.unets.open_anatomy", fail)
     assert main(["anatomy", "sd15"]) == 1
     said = capsys.readouterr()
     assert said.out == ""
@@ -245,7 +245,7 @@ def test_what_only_a_developer_can_mend_is_not_hidden(monkeypatch: pytest.Monkey
     def fail(*_: Any, **__: Any) -> Any:
         return 1 / 0
 
-    monkeypatch.setattr("leansd.faces.outlines.open_anatomy", fail)
+    monkeypatch.setattr("leansd.unets.open_anatomy", fail)
     with pytest.raises(ZeroDivisionError):
         main(["anatomy", "sd15"])
 

@@ -20,6 +20,7 @@ LAYERS = (
     ("drawing",),
     ("emoji",),
     ("loading",),
+    ("unets",),
     ("evaluation",),
     ("tuning",),
     ("cards",),

@@ -92,7 +92,7 @@ def paint(
 
 
 def paint_together(
-    pipe: DiffusionPipeline,
+    pipe: Any,
     requests: Sequence[Request],
     plan: Plan | None = None,
     on_step: OnStep | None = None,

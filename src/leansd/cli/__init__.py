@@ -13,15 +13,20 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from leansd.cli.examples import give_examples
-from leansd.cli.failures import explain_failure
-from leansd.cli.invocation import GIVEN
-from leansd.cli.silence import keep_silent
-from leansd.cli.wrapping import fit
+from leansd.cli.command import (
+    DONE,
+    FAILED,
+    GIVEN,
+    MISTAKE,
+    PROGRAM,
+    STOPPED,
+    complain,
+    explain_failure,
+    give_examples,
+)
+from leansd.cli.terminal import keep_silent
 from leansd.errors import LeansdError, OutputError
 from leansd.version import __version__
-
-PROGRAM = "leansd"
 
 COMMANDS = {
     "demo": "Draw prompts in full and with every preset, and compare.",
@@ -41,11 +46,6 @@ COMMANDS = {
     "manual": "Show every command with its options and examples.",
 }
 """Each name is also a module of this package that holds a Typer `app`; a summary has 60 letters."""
-
-DONE = 0
-FAILED = 1
-MISTAKE = 2
-STOPPED = 130
 
 # The base of Typer's usage errors, whether it brings its own copy of click or not.
 _UsageError: Any = typer.BadParameter.__mro__[1]
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A reader that has gone is noticed here, not when Python ends.
         sys.stdout.flush()
     except LeansdError as error:
-        return _complain(str(error), FAILED if isinstance(error, OutputError) else MISTAKE)
+        return complain(str(error), FAILED if isinstance(error, OutputError) else MISTAKE)
     except _UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # a group by itself, as leansd by itself
             print(error.format_message())
@@ -130,9 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # An option without its value does not know whose it is.
         asked = " ".join([PROGRAM, *(word for word in given[:1] if word in COMMANDS)])
         where = error.ctx.command_path if getattr(error, "ctx", None) else asked
-        return _complain(f"{error.format_message().rstrip('.')} (see {where} --help)", MISTAKE)
+        return complain(f"{error.format_message().rstrip('.')} (see {where} --help)", MISTAKE)
     except (KeyboardInterrupt, typer.Abort):
-        return _complain("stopped", STOPPED)
+        return complain("stopped", STOPPED)
     except BrokenPipeError:
         # Whoever read has gone, as `head` does: nothing is left to say, nor anybody to hear it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -141,12 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         told = explain_failure(error)
         if told is None:
             raise
-        return _complain(told, FAILED)
+        return complain(told, FAILED)
     if result == STOPPED:
-        return _complain("stopped", STOPPED)
+        return complain("stopped", STOPPED)
     return result if isinstance(result, int) else DONE
-
-
-def _complain(message: str, code: int) -> int:
-    print(fit(f"{PROGRAM}: {' '.join(message.split())}", sys.stderr), file=sys.stderr)
-    return code

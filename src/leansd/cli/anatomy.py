@@ -1,23 +1,26 @@
 """`leansd anatomy`: where a UNet keeps its weights and spends its time."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from leansd.cli.completions import complete_device, complete_shape
-from leansd.cli.examples import give_examples
-from leansd.cli.options import Quiet
+from leansd.cli.command import Result, command
+from leansd.cli.completions import complete_shape
+from leansd.cli.options import Place
+
+if TYPE_CHECKING:
+    from leansd.evaluation.units import UnitTimes
 
 app = typer.Typer(add_completion=False)
 
 
-@app.command(
-    epilog=give_examples(
-        "leansd anatomy",
-        "leansd anatomy sd15 --latent 64",
-        "leansd anatomy emoji --time --out anatomy --json",
-    )
+@command(
+    app,
+    "anatomy",
+    "leansd anatomy",
+    "leansd anatomy sd15 --latent 64",
+    "leansd anatomy emoji --time --out anatomy --json",
 )
 def show_anatomy(
     model: Annotated[
@@ -28,6 +31,7 @@ def show_anatomy(
             autocompletion=complete_shape,
         ),
     ] = "emoji",
+    *,
     latent: Annotated[
         int | None, typer.Option(min=1, help="Side of the latents; the model's own by default.")
     ] = None,
@@ -42,17 +46,8 @@ def show_anatomy(
     out: Annotated[
         Path | None, typer.Option(help="Folder for the records, the figures and a page.")
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="With --time: cpu, cuda; the GPU by default.", autocompletion=complete_device
-        ),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="End with one line of JSON holding every row.")
-    ] = False,
-    quiet: Quiet = False,
-) -> None:
+    place: Place,
+) -> Result:
     """Show a UNet as a tree of blocks, layers and units, with parameters and MACs.
 
     With --time every unit is timed in full calls on random inputs; a bare shape gets random
@@ -60,80 +55,66 @@ def show_anatomy(
     """
     from dataclasses import asdict
 
-    from leansd.cli.invocation import quote_command
-    from leansd.cli.terminal import (
-        hush_libraries,
-        note,
-        open_progress,
-        show_json,
-        show_table,
-        show_text,
-    )
-    from leansd.evaluation.records import stamp, write_records
-    from leansd.evaluation.units import time_units
-    from leansd.faces.outlines import open_anatomy, open_unet
+    from leansd.evaluation.records import stamp
     from leansd.faces.redundancy import list_records, read_spent, tabulate_spent
     from leansd.files import check_folder
-    from leansd.loading import find_device
-    from leansd.report import Origin, write_report
     from leansd.report.nets import report_anatomy, summarise_anatomy
+    from leansd.unets import open_anatomy
 
     if out is not None:
         check_folder(out)
-    where = find_device(device)
-    hush_libraries()
+    place.check()
     anatomy = open_anatomy(model, latent=latent, tokens=tokens)
-    show_text(str(anatomy))
-
-    times = None
-    if time:
-        note(f"opening {model} on {where}")
-        unet = open_unet(model, device=device)
-        with open_progress() as progress:
-            bar = progress.add_task("warming up", total=repeats + 1)
-
-            def follow(seconds: float) -> None:
-                if progress.tasks[bar].completed == 0:
-                    expected = f"{seconds:.1f} s a call, about {seconds * repeats:.0f} s to go"
-                    progress.console.print(expected)
-                progress.update(bar, advance=1, description="timing")
-
-            times = time_units(
-                unet, batch=batch, latent=latent, tokens=tokens, repeats=repeats, on_call=follow
-            )
-    circumstances = stamp(where if time else "meta")
-    records = list_records(anatomy, times, circumstances)
+    times = _time(model, place, batch, latent, tokens, repeats) if time else None
+    device = place.find_device() if time else "meta"
+    records = list_records(anatomy, times, stamp(device))
     (spent,) = read_spent(records)
-    if times is not None:
-        show_table(tabulate_spent(spent))
-    files: list[Path] = []
-    if out is not None:
-        files = [
-            write_records(out / "records.jsonl", records),
-            write_report(
-                out / "report.html",
-                report_anatomy(spent, records),
-                Origin(quote_command(), circumstances),
-            ),
-        ]
-        show_text(summarise_anatomy(spent))
-        show_text("wrote " + ", ".join(map(str, files)))
-    if as_json:
-        show_json(
-            {
-                "command": "anatomy",
-                "model": model,
-                "units": len(anatomy.units) - 2,
-                "ends": 2,
-                "params": anatomy.params,
-                "macs": anatomy.macs,
-                "latent": anatomy.size,
-                "tokens": anatomy.tokens,
-                "fingerprint": anatomy.fingerprint,
-                "rows": [asdict(unit) for unit in anatomy],
-                "batch": times.batch if times is not None else None,
-                "call_time": times.call.median if times is not None else None,
-                "unit_times": times.medians if times is not None else None,
-                "files": [str(path) for path in files],
-            }
+    return Result(
+        facts={
+            "model": model,
+            "units": len(anatomy.units) - 2,
+            "ends": 2,
+            "params": anatomy.params,
+            "macs": anatomy.macs,
+            "latent": anatomy.size,
+            "tokens": anatomy.tokens,
+            "fingerprint": anatomy.fingerprint,
+            "rows": [asdict(unit) for unit in anatomy],
+            "batch": times.batch if times is not None else None,
+            "call_time": times.call.median if times is not None else None,
+            "unit_times": times.medians if times is not None else None,
+        },
+        shown=[
+            str(anatomy),
+            *([tabulate_spent(spent)] if time else []),
+            *([summarise_anatomy(spent)] if out is not None else []),
+        ],
+        records={out / "records.jsonl": records} if out is not None else {},
+        pages={out / "report.html": report_anatomy(spent, records)} if out is not None else {},
+        device=device,
+    )
+
+
+def _time(
+    model: str, place: Place, batch: int, latent: int | None, tokens: int, repeats: int
+) -> "UnitTimes":
+    """Times units here; the first call warms up and says how long it will take."""
+    from leansd.cli.terminal import follow, note
+    from leansd.evaluation.units import time_units
+    from leansd.unets import open_unet
+
+    note(f"opening {model} on {place.find_device()}")
+    unet = open_unet(model, device=place.device, dtype=place.precision)
+    with follow("warming up", repeats + 1) as bar:
+        is_warm = False
+
+        def on_call(seconds: float) -> None:
+            nonlocal is_warm
+            if not is_warm:
+                bar.say(f"{seconds:.1f} s a call, about {seconds * repeats:.0f} s to go")
+                is_warm = True
+            bar.advance("timing")
+
+        return time_units(
+            unet, batch=batch, latent=latent, tokens=tokens, repeats=repeats, on_call=on_call
         )

@@ -1,39 +1,33 @@
 """`leansd bench`: ours and every rival in one process, in turns."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from leansd.cli.command import Result, command
 from leansd.cli.completions import complete_plan, complete_sampler
-from leansd.cli.examples import give_examples
-from leansd.cli.options import (
-    Clip,
-    ConvergedSteps,
-    Count,
-    Device,
-    Guidance,
-    Json,
-    ModelOption,
-    PromptFile,
-    Quiet,
-    SeedsForSpread,
-)
+from leansd.cli.options import Calls, Clip, ConvergedSteps, ModelOption, Place, SeedsForSpread
+
+if TYPE_CHECKING:
+    from leansd.evaluation.bench import PreparedContest
+    from leansd.evaluation.compare import RunProgress
+    from leansd.evaluation.records import Record
+    from leansd.evaluation.standings import Standing
 
 app = typer.Typer(add_completion=False)
+CALLS = Calls(count=64, seed=500_000)
 
 
-@app.command(
-    epilog=give_examples(
-        "leansd bench --quick --rivals fewer,deepcache --out quick.jsonl",
-        "leansd bench --sampler ddim --steps 30 --count 16 --report ddim",
-    )
-)
-def bench(
-    model: ModelOption = "emoji",
+@dataclass(frozen=True)
+class Field:
+    """Who is measured, and under which samplers and step counts."""
+
     rivals: Annotated[
         str, typer.Option(help="all, or some: fewer, samplers, deepcache, tgate, tomesd ...")
-    ] = "all",
+    ] = "all"
     plans: Annotated[
         list[str] | None,
         typer.Option(
@@ -41,27 +35,51 @@ def bench(
             "each. The house presets by default.",
             autocompletion=complete_plan,
         ),
-    ] = None,
+    ] = None
     sampler: Annotated[
         list[str] | None,
         typer.Option(
             help="Once for each; dpm++2m, ddim and euler by default.",
             autocompletion=complete_sampler,
         ),
-    ] = None,
+    ] = None
     steps: Annotated[
         list[int] | None, typer.Option(min=2, help="Once for each; 20, 30 and 50 by default.")
-    ] = None,
+    ] = None
     quick: Annotated[
         bool, typer.Option("--quick", help="A first look: 8 prompts, one sampler and step count.")
-    ] = False,
-    prompts: PromptFile = None,
-    count: Count = 64,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Picture i has seed SEED + i; nothing is tuned on these.")
-    ] = 500_000,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once: a round.")] = 8,
-    guidance: Guidance = None,
+    ] = False
+
+    def check(self, converged_steps: int) -> tuple[list[str], list[int]]:
+        """Samplers and step counts; raises LeansdError where one has no converged run."""
+        from leansd.errors import LeansdError
+        from leansd.evaluation.bench import SAMPLERS, STEPS, check_plans
+        from leansd.runtime.samplers import check_sampler, require_convergence
+
+        check_plans(self.plans or [])
+        samplers = list(dict.fromkeys(self.sampler or SAMPLERS))
+        counts = list(dict.fromkeys(self.steps or STEPS))
+        for name in samplers:
+            require_convergence(check_sampler(name))
+        if converged_steps <= max(counts):
+            raise LeansdError(
+                f"a converged run of {converged_steps} steps against runs of {max(counts)}: "
+                "it needs more, 150 are usual"
+            )
+        return samplers, counts
+
+
+@command(
+    app,
+    "bench",
+    "leansd bench --quick --rivals fewer,deepcache --out quick.jsonl",
+    "leansd bench --sampler ddim --steps 30 --count 16 --report ddim",
+)
+def bench(
+    *,
+    model: ModelOption = "emoji",
+    field: Field,
+    calls: Calls = CALLS,
     converged_steps: ConvergedSteps = 150,
     seeds_for_spread: SeedsForSpread = 2,
     clip: Clip = None,
@@ -72,34 +90,19 @@ def bench(
     resume: Annotated[
         bool, typer.Option(help="Go on where a stopped run with the same settings was.")
     ] = True,
-    device: Device = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+    place: Place,
+) -> Result:
     """Measure ours against every rival: time and fidelity of the same runs, interleaved.
 
     Every contest is on record when it is over; the same command goes on with the next.
     """
     from functools import partial
-    from textwrap import fill
 
-    from leansd.cli.invocation import quote_command
-    from leansd.cli.terminal import (
-        hush_libraries,
-        note,
-        open_progress,
-        show_json,
-        show_table,
-        show_text,
-    )
-    from leansd.errors import LeansdError
+    from leansd.cli.options import Opening
+    from leansd.cli.terminal import follow, note
     from leansd.evaluation.bench import (
-        SAMPLERS,
         SETTINGS,
-        STEPS,
         BenchSettings,
-        PreparedContest,
-        check_plans,
         choose_plans,
         drop_done,
         estimate,
@@ -108,82 +111,58 @@ def bench(
         prepare,
         time_step,
     )
-    from leansd.evaluation.compare import CONVERGED, RunProgress
-    from leansd.evaluation.prompts import choose_prompts, find_guidance, read_prompts
-    from leansd.evaluation.records import get_field, load_records, stamp
+    from leansd.evaluation.prompts import choose_prompts, read_prompts
+    from leansd.evaluation.records import get_field, load_records
     from leansd.evaluation.rivals import choose_rivals
-    from leansd.evaluation.runs import FULL
-    from leansd.evaluation.standings import (
-        describe_quality,
-        list_left_out,
-        read_standings,
-        tabulate_margins,
-    )
     from leansd.faces.scoring import find_embedder
     from leansd.files import check_file, check_folder
-    from leansd.loading import find_device, load, locate
-    from leansd.report import Origin, write_report
-    from leansd.report.measurements import report_bench
-    from leansd.runtime.samplers import check_sampler, require_convergence
     from leansd.text import describe_duration
     from leansd.tuning.front import read_plans
 
     # Everything that can be wrong is found before a weight is read.
     check_file(out)
     check_folder(report)
-    find_device(device)
-    locate(model)
-    chosen = choose_rivals(rivals)
-    check_plans(plans or [])
-    samplers = list(dict.fromkeys(sampler or SAMPLERS))
-    counts = list(dict.fromkeys(steps or STEPS))
-    if quick:
-        count, batch = min(count, 8), min(batch, 2)
-    for name in samplers:
-        require_convergence(check_sampler(name))
-    if converged_steps <= max(counts):
-        raise LeansdError(
-            f"a converged run of {converged_steps} steps against runs of {max(counts)}: "
-            "it needs more, 150 are usual"
-        )
-    texts = read_prompts(prompts) if prompts is not None else None
-    hush_libraries()
+    opening = Opening(place.device, place.dtype)
+    opening.check_model(model)
+    chosen = choose_rivals(field.rivals)
+    samplers, counts = field.check(converged_steps)
+    count = calls.count or 64
+    if field.quick:
+        count, calls = min(count, 8), replace(calls, batch=min(calls.batch, 2))
+    texts = read_prompts(calls.prompts) if calls.prompts is not None else None
     embedder = find_embedder(model, clip)
 
-    pipe = load(model, device=device)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = opening.open(model)
     if embedder is not None:
         embedder.clip.to(pipe.device)
-    scale = find_guidance(pipe, model) if guidance is None else guidance
     settings = BenchSettings(
         model=model,
         prompts=choose_prompts(model, count, texts),
         rivals=chosen,
-        choose_plans=partial(choose_plans, plans or (), read_front=read_plans),
-        seed=seed,
-        batch=batch,
+        choose_plans=partial(choose_plans, field.plans or (), read_front=read_plans),
+        seed=calls.seed,
+        batch=calls.batch,
         embedder=embedder,
         spread_sets=seeds_for_spread,
         converged_steps=converged_steps,
     )
-    contests = list_contests(samplers, counts, scale, quick=quick)
+    guidance = calls.find_guidance(pipe, model)
+    contests = list_contests(samplers, counts, guidance, quick=field.quick)
     entries = prepare(pipe, settings, contests)
     waiting = drop_done(entries, out) if resume else entries
     step = time_step(waiting[0], settings) if waiting else 0.0
-    expected = dict(
-        zip((each.contest for each in waiting), estimate(waiting, settings, step), strict=True)
-    )
+    lengths = estimate(waiting, settings, step)
+    expected = dict(zip((each.contest for each in waiting), lengths, strict=True))
     note(
         f"{len(waiting)} of {len(entries)} contests to hold on {pipe.device}, {count} pictures "
-        f"each: about {describe_duration(sum(expected.values()))} at {step:.3f} s a step of {batch}"
+        f"each: about {describe_duration(sum(lengths))} at {step:.3f} s a step of {calls.batch}"
     )
-    with open_progress() as progress:
-        bar = progress.add_task("", total=round(sum(expected.values())))
+    with follow("") as bar:
 
-        def show(each: PreparedContest, far: RunProgress) -> None:
-            before = sum(list(expected.values())[: list(expected).index(each.contest)])
+        def show(each: "PreparedContest", far: "RunProgress") -> None:
+            before = sum(lengths[: list(expected).index(each.contest)])
             done = before + expected[each.contest] * far.done / far.total
-            progress.update(bar, description=f"{each.contest}: {far.case}", completed=done)
+            bar.count(done, round(sum(lengths)), f"{each.contest}: {far.case}")
 
         hold(
             waiting,
@@ -192,49 +171,66 @@ def bench(
             on_progress=show,
             on_end=lambda entry, records: note(f"on record: {entry.contest}"),
         )
-
     held = {entry.fingerprint for entry in entries}
     records = [record for record in load_records(out) if get_field(record, SETTINGS) in held]
+    own = {"seed": calls.seed, "count": count, "batch": calls.batch, "held": len(waiting)}
+    lacks = "no quality of sets: the model has no CLIP of its own, give one by --clip"
+    shown = [lacks] if embedder is None else []
+    return _give_standings(records, {"model": model, **own}, shown, out, report, pipe.device)
+
+
+def _give_standings(
+    records: "Sequence[Record]",
+    facts: dict[str, Any],
+    remarks: list[str],
+    out: Path,
+    report: Path,
+    device: Any,
+) -> Result:
+    from textwrap import fill
+
+    from leansd.evaluation.standings import (
+        describe_quality,
+        list_left_out,
+        read_standings,
+        tabulate_margins,
+    )
+    from leansd.report.measurements import report_bench
+
     standings = read_standings(records)
-    origin = Origin(quote_command(), stamp(pipe.device))
-    files = [out, write_report(report / "report.html", report_bench(standings), origin)]
+    shown: list[Any] = []
     for standing in standings:
-        show_table(tabulate_margins(standing))
         quality = describe_quality(standing)
-        for line in (*([quality] if quality else []), *list_left_out(standing)):
-            show_text(fill(line, 80))
-    if embedder is None:
-        show_text("no quality of sets: the model has no CLIP of its own, give one by --clip")
-    show_text("wrote " + ", ".join(map(str, files)))
-    if as_json:
-        show_json(
+        lines = [*([quality] if quality else []), *list_left_out(standing)]
+        shown += [tabulate_margins(standing), *(fill(line, 80) for line in lines)]
+    return Result(
+        facts={**facts, "contests": [_list_margins(each) for each in standings]},
+        shown=[*shown, *remarks],
+        files=[out],
+        pages={report / "report.html": report_bench(standings)},
+        device=device,
+    )
+
+
+def _list_margins(standing: "Standing") -> dict[str, Any]:
+    from leansd.evaluation.compare import CONVERGED
+    from leansd.evaluation.runs import FULL
+    from leansd.evaluation.standings import list_left_out
+
+    return {
+        **standing.fields,
+        "left_out": list_left_out(standing),
+        "margins": [
             {
-                "command": "bench",
-                "model": model,
-                "seed": seed,
-                "count": count,
-                "batch": batch,
-                "held": len(waiting),
-                "contests": [
-                    {
-                        **standing.fields,
-                        "left_out": list_left_out(standing),
-                        "margins": [
-                            {
-                                "speed": margin.speed,
-                                "reference": reference,
-                                "ours": margin.ours and margin.ours.quality,
-                                "plan": margin.ours and margin.ours.name,
-                                "rival": margin.rival and margin.rival.quality,
-                                "family": margin.family,
-                                "margin": margin.value,
-                            }
-                            for reference in (FULL, CONVERGED)
-                            for margin in standing.find_margins(reference)
-                        ],
-                    }
-                    for standing in standings
-                ],
-                "files": [str(path) for path in files],
+                "speed": margin.speed,
+                "reference": reference,
+                "ours": margin.ours and margin.ours.quality,
+                "plan": margin.ours and margin.ours.name,
+                "rival": margin.rival and margin.rival.quality,
+                "family": margin.family,
+                "margin": margin.value,
             }
-        )
+            for reference in (FULL, CONVERGED)
+            for margin in standing.find_margins(reference)
+        ],
+    }

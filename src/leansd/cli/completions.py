@@ -26,6 +26,7 @@ SAMPLERS = (
 )
 """Of `leansd.runtime.samplers`, which needs diffusers."""
 DEVICES = ("cpu", "cuda", "mps")
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 def offer(*names: str) -> Completer:
@@ -55,3 +56,4 @@ complete_model = offer(*MODELS)
 complete_shape = offer(*MODELS, *SHAPES)
 complete_sampler = offer(*SAMPLERS)
 complete_device = offer(*DEVICES)
+complete_dtype = offer(*DTYPES)

@@ -5,9 +5,8 @@ from typing import Annotated
 
 import typer
 
+from leansd.cli.command import Json, Quiet, give_examples
 from leansd.cli.completions import offer
-from leansd.cli.examples import give_examples
-from leansd.cli.options import Json, Quiet
 
 app = typer.Typer(
     add_completion=False,
@@ -51,13 +50,13 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train autoencoder, CLIP and UNet from the packages to a pipeline in OUT/model."""
-    from leansd.cli.invocation import quote_command
+    from leansd.cli.command import quote_command
     from leansd.cli.terminal import (
         hush_libraries,
         note,
         open_progress,
+        show,
         show_json,
-        show_text,
     )
     from leansd.emoji.curves import plot_curves
     from leansd.emoji.recipe import STAGES, choose_recipe, read_pictures, train_model
@@ -94,7 +93,7 @@ def train(
     log = read_log(out, stages, name="emoji", subject="emoji", state="finished")
     origin = Origin(quote_command(), stamp(device))
     write_report(out / "report.html", report_training(log), origin)
-    show_text(f"wrote {model}")
+    show(f"wrote {model}")
     if as_json:
         show_json(
             {
@@ -128,8 +127,8 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Measure reconstruction, caption retrieval and Fréchet distance of a trained model."""
-    from leansd.cli.invocation import quote_command
-    from leansd.cli.terminal import hush_libraries, open_progress, show_json, show_text
+    from leansd.cli.command import quote_command
+    from leansd.cli.terminal import hush_libraries, open_progress, show, show_json
     from leansd.emoji.assembly import load_clip, load_pipeline
     from leansd.emoji.evaluation import evaluate_model
     from leansd.emoji.recipe import read_pictures
@@ -163,7 +162,7 @@ def evaluate(
     if out is not None:  # a model's folder holds what belongs to the model
         origin = Origin(quote_command(), stamp(device))
         write_report(out.with_suffix(".html"), make_report(result, folder.name), origin)
-    show_text(f"wrote {path}")
+    show(f"wrote {path}")
     if as_json:
         show_json({"command": "emoji evaluate", **result, "files": [str(path)]})
 
@@ -189,7 +188,7 @@ def grid(
     quiet: Quiet = False,
 ) -> None:
     """Draw a grid of pictures."""
-    from leansd.cli.terminal import hush_libraries, open_progress, show_json, show_text
+    from leansd.cli.terminal import hush_libraries, open_progress, show, show_json
     from leansd.emoji.assembly import load_pipeline
     from leansd.emoji.card import GRID_PROMPTS
     from leansd.emoji.drawing import draw_captions, paste_grid, save_picture
@@ -209,7 +208,7 @@ def grid(
             on_batch=lambda count: progress.advance(task, count),
         )
     save_picture(paste_grid(drawn, columns), out)
-    show_text(f"wrote {out}")
+    show(f"wrote {out}")
     if as_json:
         show_json(
             {
@@ -238,14 +237,14 @@ def pictures(
     quiet: Quiet = False,
 ) -> None:
     """Write the pictures with captions as Hugging Face's imagefolder, for `leansd incubate`."""
-    from leansd.cli.terminal import note, show_json, show_text
+    from leansd.cli.terminal import note, show, show_json
     from leansd.emoji.folder import write_pictures
     from leansd.emoji.recipe import read_pictures
 
     found = read_pictures(data, cache.expanduser(), size)
     write_pictures(found, out)
     note(f"{len(found.train)} pictures to train on, {len(found.held_out)} held out")
-    show_text(f"wrote {out}")
+    show(f"wrote {out}")
     if as_json:
         show_json(
             {
@@ -274,7 +273,7 @@ def vgg(
     quiet: Quiet = False,
 ) -> None:
     """Train a small VGG to tell emoji groups apart: OUT/vgg.safetensors, for the `vgg` loss."""
-    from leansd.cli.terminal import open_progress, show_json, show_text
+    from leansd.cli.terminal import open_progress, show, show_json
     from leansd.emoji.recipe import read_pictures
     from leansd.emoji.training import Budget
     from leansd.incubation.vgg_training import PIXELS, train_vgg
@@ -292,8 +291,8 @@ def vgg(
             on_log=lambda row: progress.update(task, completed=int(1000 * row["progress"])),
         )
     told = f"{result['train']:.1%} in training, {result['held_out']:.1%} held out"
-    show_text(f"groups told right: {told}")
-    show_text(f"wrote {out / 'vgg.safetensors'}")
+    show(f"groups told right: {told}")
+    show(f"wrote {out / 'vgg.safetensors'}")
     if as_json:
         show_json({"command": "emoji vgg", **result})
 
@@ -310,11 +309,11 @@ def card(
     quiet: Quiet = False,
 ) -> None:
     """Write the model card, MODEL/README.md, from MODEL/evaluation.json and MODEL/training.json."""
-    from leansd.cli.terminal import show_json, show_text
+    from leansd.cli.terminal import show, show_json
     from leansd.emoji.card import write_card
 
     path = write_card(find_model(model))
-    show_text(f"wrote {path}")
+    show(f"wrote {path}")
     if as_json:
         show_json({"command": "emoji card", "files": [str(path)]})
 

@@ -5,18 +5,19 @@ from typing import Annotated
 
 import typer
 
+from leansd.cli.command import Result, command
 from leansd.cli.completions import complete_model, complete_plan, complete_sampler, offer
-from leansd.cli.examples import give_examples
-from leansd.cli.options import Fit, Json, Quiet, ReportFile
+from leansd.cli.options import Fit, ReportFile
+from leansd.text import Table
 
 app = typer.Typer(add_completion=False)
 
 
-@app.command(
-    epilog=give_examples(
-        "leansd export emoji --to onnx --plan fast --out emoji-onnx",
-        "leansd export emoji --to diffusers --out emoji-unet",
-    )
+@command(
+    app,
+    "export",
+    "leansd export emoji --to onnx --plan fast --out emoji-onnx",
+    "leansd export emoji --to diffusers --out emoji-unet",
 )
 def export_net(
     net: Annotated[
@@ -27,6 +28,7 @@ def export_net(
             autocompletion=complete_model,
         ),
     ],
+    *,
     to: Annotated[
         str,
         typer.Option(
@@ -60,30 +62,21 @@ def export_net(
         ),
     ] = None,
     report: ReportFile = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+) -> Result:
     """Export a net; for ONNX, check in ONNX Runtime that it gives what PyTorch gives."""
     from leansd.anatomy.reading import read_anatomy
-    from leansd.cli.invocation import quote_command
-    from leansd.cli.terminal import (
-        hush_libraries,
-        open_progress,
-        show_json,
-        show_table,
-        show_text,
-        warn,
-    )
+    from leansd.cli.options import tell_notes
+    from leansd.cli.terminal import follow, hush_libraries, warn
     from leansd.errors import LeansdError
     from leansd.exporting import export
     from leansd.exporting.exporter import check_form
     from leansd.exporting.opening import find_home
-    from leansd.faces.outlines import outline_runs
     from leansd.files import check_file
     from leansd.loading import load_outline
     from leansd.plans.resolve import resolve_plan
+    from leansd.report.nets import report_export
     from leansd.runtime.samplers import check_sampler
-    from leansd.text import Table
+    from leansd.unets import outline_runs
 
     # Everything that can be wrong is found before a weight is read.
     form = check_form(to, out, plan)
@@ -98,49 +91,36 @@ def export_net(
     chosen = None
     if plan is not None:
         context = outline_runs(net, anatomy, steps, sampler=sampler)
-        resolved = resolve_plan(plan, context, fit=fit)
-        chosen = resolved.plan
-        for line in resolved.notes:
-            warn(line)
-
-    with open_progress() as progress:
-        bar = progress.add_task("opening the net", total=None)
+        chosen = tell_notes(resolve_plan(plan, context, fit=fit))
+    with follow("opening the net") as bar:
         written = export(
             net,
             out,
             to=form,
             plan=chosen,
-            tell=lambda what, done, stages: progress.update(
-                bar, description=what, completed=done, total=stages
-            ),
+            tell=lambda what, done, stages: bar.share(what, done / stages),
         )
-    rows = tuple((name, f"{size / 1e6:.2f}") for name, size in written.files.items())
-    show_table(Table(("file", "MB"), rows))
     for loss in written.losses:
         warn(loss)
-    if written.difference is not None:
-        show_text(f"largest difference from PyTorch: {written.difference:.1e}")
-    show_text(f"wrote {written.folder}")
-    if report is not None:
-        from leansd.evaluation.records import stamp
-        from leansd.report import Origin, write_report
-        from leansd.report.nets import report_export
-
-        origin = Origin(quote_command(), stamp("cpu"))
-        page = report_export(written, net, to, anatomy)
-        show_text(f"wrote {write_report(report, page, origin)}")
-    if as_json:
-        show_json(
-            {
-                "command": "export",
-                "net": net,
-                "to": to,
-                "folder": str(written.folder),
-                "files": written.files,
-                "plan": chosen.name if chosen is not None else None,
-                "fingerprint": chosen.fingerprint if chosen is not None else None,
-                "steps": chosen.steps if chosen is not None else None,
-                "difference": written.difference,
-                "losses": list(written.losses),
-            }
-        )
+    rows = tuple((name, f"{size / 1e6:.2f}") for name, size in written.files.items())
+    differs = written.difference
+    return Result(
+        facts={
+            "net": net,
+            "to": to,
+            "folder": str(written.folder),
+            "files": written.files,
+            "plan": chosen.name if chosen is not None else None,
+            "fingerprint": chosen.fingerprint if chosen is not None else None,
+            "steps": chosen.steps if chosen is not None else None,
+            "difference": differs,
+            "losses": list(written.losses),
+        },
+        shown=[
+            Table(("file", "MB"), rows),
+            *([f"largest difference from PyTorch: {differs:.1e}"] if differs is not None else []),
+        ],
+        files=[written.folder],
+        pages={report: report_export(written, net, to, anatomy)} if report is not None else {},
+        device="cpu",
+    )

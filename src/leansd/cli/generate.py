@@ -1,48 +1,28 @@
 """`leansd generate`: prompts in, pictures and a report out."""
 
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from leansd.cli.command import Result, command
 from leansd.cli.completions import complete_plan
-from leansd.cli.examples import give_examples
-from leansd.cli.options import (
-    Device,
-    Fit,
-    Force,
-    Json,
-    ModelOption,
-    Nets,
-    OwnGuidance,
-    Quiet,
-    Sampler,
-    Size,
-)
+from leansd.cli.options import Following, ModelOption, Opening, OwnGuidance, Size
+
+if TYPE_CHECKING:
+    from leansd.drawing import Painting, Request
+    from leansd.plans.plan import Plan
+    from leansd.plans.resolve import PlanContext
 
 app = typer.Typer(add_completion=False)
 
 
-@app.command(
-    epilog=give_examples(
-        "leansd generate 'a red apple' 'a pizza' --plan fast --out pictures",
-        "leansd generate 'a pizza' --count 4 --seed 7 --sampler ddim --json",
-        "leansd generate --prompts rows.jsonl --out shards --batch 16",
-    )
-)
-def generate_pictures(
-    prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw.")
-    ] = None,
-    prompt_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--prompts",
-            help="A .jsonl or .parquet of rows (id, prompt, and if you like seed, negative_prompt, "
-            "init_image, strength); pictures go to OUT/shard-*.tar, and a stopped run goes on.",
-        ),
-    ] = None,
-    model: ModelOption = "emoji",
+@dataclass(frozen=True)
+class Wanted:
+    """What to draw, whichever way the prompts come."""
+
     plan: Annotated[
         str,
         typer.Option(
@@ -50,293 +30,400 @@ def generate_pictures(
             "nothing.",
             autocompletion=complete_plan,
         ),
-    ] = "balanced",
-    net: Nets = None,
+    ] = "balanced"
     speedup: Annotated[
         float | None, typer.Option(help="With a front of leansd tune: the speed to take it at.")
-    ] = None,
+    ] = None
     steps: Annotated[
         int | None, typer.Option(min=1, help="Sampler steps; 30, or what the plan file is for.")
-    ] = None,
-    fit: Fit = False,
-    force: Force = False,
-    guidance: OwnGuidance = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture of a prompt.")] = 0,
-    count: Annotated[int, typer.Option(min=1, help="Pictures a prompt, each a seed further.")] = 1,
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("pictures"),
-    negative: Annotated[str, typer.Option(help="What to steer away from.")] = "",
-    sampler: Sampler = None,
-    size: Size = None,
-    init: Annotated[
-        Path | None, typer.Option(help="Start from this picture (image-to-image).")
-    ] = None,
+    ] = None
+    guidance: OwnGuidance = None
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture of a prompt.")] = 0
+    count: Annotated[int, typer.Option(min=1, help="Pictures a prompt, each a seed further.")] = 1
+    negative: Annotated[str, typer.Option(help="What to steer away from.")] = ""
+    size: Size = None
+    init: Annotated[Path | None, typer.Option(help="Start from this picture (image-to-image).")] = (
+        None
+    )
     strength: Annotated[
         float, typer.Option(help="With --init: how much to redraw, above 0 and up to 1.")
-    ] = 0.8,
+    ] = 0.8
     vae: Annotated[
         Path | None,
         typer.Option(help="Folder of another autoencoder, such as a small one, to decode with."),
-    ] = None,
-    compare: Annotated[
-        bool,
-        typer.Option("--compare", help="Draw in full as well, and show both in OUT/report.html."),
-    ] = False,
-    batch: Annotated[int, typer.Option(min=1, help="With --prompts: pictures at once.")] = 8,
-    shard: Annotated[int, typer.Option(min=1, help="With --prompts: pictures a shard.")] = 256,
+    ] = None
+
+    def find_source(self) -> "Plan | str":
+        """The plan that is asked for, that of a front looked up."""
+        return self.plan if self.speedup is None else _read_front(self)
+
+    def make_request(self, steps: int) -> "Request":
+        """All but the prompt; raises LeansdError where options do not go together."""
+        from leansd.drawing import Request, open_picture, parse_size
+
+        return Request(
+            prompt="",
+            negative=self.negative or None,
+            seed=self.seed,
+            steps=steps,
+            guidance=self.guidance,
+            size=parse_size(self.size) if self.size else None,
+            init=open_picture(self.init) if self.init is not None else None,
+            strength=self.strength,
+        )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Prompts from a file, drawn into shards."""
+
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            help="A .jsonl, .csv or .parquet of rows (id, prompt, and if you like seed, "
+            "negative_prompt, init_image, strength), or a .txt of prompts; pictures go to "
+            "OUT/shard-*.tar, and a stopped run goes on.",
+        ),
+    ] = None
+    batch: Annotated[int, typer.Option(min=1, help="With --prompts: pictures at once.")] = 8
+    shard: Annotated[int, typer.Option(min=1, help="With --prompts: pictures a shard.")] = 256
     strict: Annotated[
         bool, typer.Option("--strict", help="With --prompts: stop at a malformed row.")
-    ] = False,
+    ] = False
     ray: Annotated[
         str | None,
         typer.Option(
             metavar="ADDRESS", help="With --prompts: a Ray cluster, or local for one here."
         ),
-    ] = None,
+    ] = None
     workers: Annotated[
         int | None, typer.Option(min=1, help="With --ray: models at once; one a GPU by default.")
-    ] = None,
+    ] = None
     threads: Annotated[
         int, typer.Option(min=0, help="With --prompts: of a model on a CPU; 0 for all.")
-    ] = 0,
-    device: Device = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Draw pictures from prompts, each as a PNG that carries its prompt, seed and plan."""
-    import time
-    from dataclasses import replace
+    ] = 0
 
-    from leansd.cli.invocation import quote_command
-    from leansd.cli.terminal import (
-        hush_libraries,
-        note,
-        open_progress,
-        show_json,
-        show_text,
-        warn,
-    )
-    from leansd.drawing import (
-        Request,
-        describe_report,
-        encode_png,
-        open_picture,
-        paint,
-        parse_size,
-        place_init,
-    )
+
+@command(
+    app,
+    "generate",
+    "leansd generate 'a red apple' 'a pizza' --plan fast --out pictures",
+    "leansd generate 'a pizza' --count 4 --seed 7 --sampler ddim --json",
+    "leansd generate --prompts rows.jsonl --out shards --batch 16",
+)
+def generate_pictures(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw.")
+    ] = None,
+    *,
+    model: ModelOption = "emoji",
+    wanted: Wanted,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("pictures"),
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Write over other pictures of the same name in OUT."),
+    ] = False,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Draw in full as well, and show both in OUT/report.html."),
+    ] = False,
+    following: Following,
+    opening: Opening,
+    rows: Rows,
+) -> Result:
+    """Draw pictures from prompts, each as a PNG that carries its prompt, seed and plan."""
     from leansd.errors import LeansdError
-    from leansd.evaluation.prompts import find_guidance
-    from leansd.evaluation.records import stamp
-    from leansd.faces.outlines import open_anatomy, outline_runs, read_front, read_nets
-    from leansd.files import check_folder, name_file, write_new
-    from leansd.loading import (
-        as_image_to_image,
-        find_device,
-        load,
-        load_unet,
-        load_vae,
-        locate,
-        set_vae,
-    )
-    from leansd.plans.resolve import STEPS, resolve_plan
-    from leansd.report import Origin, write_report
-    from leansd.runtime.context import describe_runs
-    from leansd.runtime.samplers import check_sampler, name_sampler, set_sampler
-    from leansd.version import __version__
+    from leansd.files import check_folder
 
     # Everything that can be wrong is found before a weight is read.
-    if (prompts is None) == (prompt_file is None):
+    if bool(prompts) == (rows.prompt_file is not None):
         raise LeansdError("give prompts, or a file of them by --prompts; one of the two")
-    if compare and prompt_file is not None:
+    if compare and rows.prompt_file is not None:
         raise LeansdError("--compare is for prompts on the command line: leave --prompts out")
     check_folder(out)
-    base = Request(
-        prompt="",
-        negative=negative or None,
-        steps=steps or STEPS,
-        guidance=guidance,
-        size=parse_size(size) if size else None,
-        strength=strength,
+    wanted.make_request(wanted.steps or 1_000)
+    opening.check_model(model)
+    source = wanted.find_source()
+    resolved, context = following.outline(
+        source, model, steps=wanted.steps, sampler=opening.sampler
     )
-    picture = open_picture(init) if init is not None else None
-    if sampler is not None:
-        check_sampler(sampler)
-    find_device(device)
-    locate(model)
-    hush_libraries()
-    anatomy = open_anatomy(model)
-    folders = read_nets(net or [])
-    anatomies = {name: open_anatomy(folder) for name, folder in folders.items()}
-    source = plan if speedup is None else read_front(plan, steps, anatomy, speedup=speedup)
-    context = outline_runs(model, anatomy, steps, sampler=sampler, nets=anatomies)
-    resolved = resolve_plan(source, context, fit=fit, force=force)
-    if not force:
-        resolved.require_tuned()
-    chosen = resolved.plan
-    if prompt_file is not None:
-        from leansd.bulk.jobs import Job, draw_here, place_order, run_job
-        from leansd.bulk.rows import read_sheet
-        from leansd.report.bulk import report_job
-
-        for line in resolved.notes:
-            warn(line)
-        sheet = read_sheet(prompt_file)
-        if sheet.flaws and strict:
-            raise LeansdError(
-                f"{prompt_file}, {sheet.flaws[0]}; leave --strict out to pass over it"
-            )
-        for flaw in sheet.flaws[:5]:
-            warn(f"{prompt_file}, {flaw}: passed over")
-        if len(sheet.flaws) > 5:
-            warn(f"{prompt_file}: {len(sheet.flaws) - 5} more rows passed over")
-        job = Job(
-            model,
-            chosen.steps,
-            chosen.to_dict(),
-            nets=folders,
-            guidance=guidance,
-            sampler=sampler,
-            size=base.size,
-            seed=seed,
-            strength=strength,
-            batch=batch,
-            shard=shard,
-            threads=threads or (1 if ray is not None else 0),
-            device=device,
-        )
-        order = place_order(sheet, out, job)
-        work = draw_here
-        if ray is not None:
-            from leansd.bulk.on_ray import work_on_ray
-
-            work = work_on_ray(ray, workers=workers)
-        total = order.total
-        note(f"{order.left} of {total} pictures to draw, {len(order.missing)} shards")
-        begin = time.monotonic()
-        with open_progress() as progress:
-            bar = progress.add_task("pictures", total=total, completed=total - order.left)
-            run_job(
-                order.job,
-                order.missing,
-                out,
-                work=work,
-                on_part=lambda part: progress.advance(bar, len(part.items)),
-            )
-        origin = Origin(quote_command(), stamp(find_device(device)))
-        page = out / "report.html"
-        if order.left or not page.exists():
-            write_report(page, report_job(order, out, time.monotonic() - begin), origin)
-        show_text(f"wrote {total} pictures in {len(order.parts)} shards in {out}")
-        if as_json:
-            show_json(
-                {
-                    "command": "generate",
-                    "pictures": total,
-                    "drawn": order.left,
-                    "flaws": [str(flaw) for flaw in order.sheet.flaws],
-                    "shards": [str(out / part.name) for part in order.parts],
-                    "fingerprint": order.job.fingerprint,
-                }
-            )
-        return
-    assert prompts is not None
-    from leansd.report.plans import Pair, report_pairs
-
-    autoencoder = load_vae(vae) if vae is not None else None
-
-    pipe = load(model, device=device)
-    if autoencoder is not None:
-        set_vae(pipe, autoencoder)
-    if sampler is not None:
-        set_sampler(pipe, sampler)
-    nets = {name: load_unet(folder, beside=pipe.unet) for name, folder in folders.items()}
-    if picture is not None:
-        pipe = as_image_to_image(pipe)
-    base = place_init(pipe, replace(base, steps=chosen.steps, init=picture))
-    own = find_guidance(pipe, model="") if guidance is None else guidance
-    context = describe_runs(pipe, steps, anatomy=anatomy, nets=anatomies, guidance=own)
-    resolved = resolve_plan(source, context, fit=fit, force=force)
-    if not force:
-        resolved.require_tuned()
-    for line in resolved.notes:
-        warn(line)
-    chosen = resolved.plan
-    pipe.set_progress_bar_config(disable=True)
-
-    requests = [
-        replace(base, prompt=prompt, seed=seed + turn)
-        for prompt in prompts
-        for turn in range(count)
+    base = wanted.make_request(resolved.plan.steps)
+    task = _Task(model, source, wanted, following, opening, context)
+    if rows.prompt_file is not None:
+        return _draw_rows(task, rows, rows.prompt_file, out)
+    chosen = [
+        replace(base, prompt=prompt, seed=wanted.seed + turn)
+        for prompt in prompts or ()
+        for turn in range(wanted.count)
     ]
-    written, painting, pairs = [], None, []
-    if compare:  # the first call of a process takes longer than others
-        paint(pipe, replace(requests[0], steps=max(2, round(2 / strength))))
+    return _draw_prompts(task, chosen, out, overwrite=overwrite, compare=compare)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What both ways share, checked."""
+
+    model: str
+    source: "Plan | str"
+    wanted: Wanted
+    following: Following
+    opening: Opening
+    context: "PlanContext"
+
+    def open(self) -> "tuple[Any, Plan]":
+        """The pipeline, and the plan for its runs."""
+        from leansd.evaluation.prompts import find_guidance
+        from leansd.loading import load_vae, set_vae
+
+        vae = load_vae(self.wanted.vae) if self.wanted.vae is not None else None
+        pipe = self.opening.open(self.model)
+        if vae is not None:
+            set_vae(pipe, vae)
+        own = self.wanted.guidance
+        guidance = find_guidance(pipe, model="") if own is None else own
+        return pipe, self.following.settle(self.source, pipe, self.context, guidance)
+
+
+def _draw_prompts(
+    task: _Task, requests: "Sequence[Request]", out: Path, *, overwrite: bool, compare: bool
+) -> Result:
+    """One file a picture."""
+    from leansd.cli.options import open_nets
+    from leansd.cli.terminal import open_progress
+    from leansd.drawing import describe_report, explain_fault, place_init
+    from leansd.files import find_free
+    from leansd.loading import as_image_to_image
+
+    pipe, plan = task.open()
+    nets = open_nets(pipe, task.following.nets)
+    if requests[0].init is not None:
+        pipe = as_image_to_image(pipe)
+    requests = [place_init(pipe, each) for each in requests]
+    written: list[tuple[Path, Painting, Mapping[str, Any]]] = []
+    faults: list[str] = []
+    pairs: list[Any] = []
     with open_progress() as progress:
-        for number, request in enumerate(requests, start=1):
-            bar = progress.add_task(
-                f"{number}/{len(requests)} {request.prompt[:40]}", total=chosen.steps
-            )
-            painting = paint(
-                pipe,
-                request,
-                chosen,
-                lambda done, total, bar=bar: progress.update(bar, completed=done, total=total),
-                nets,
-            )
-            progress.remove_task(bar)
-            if compare:
-                bar = progress.add_task(f"{number}/{len(requests)} in full", total=chosen.steps)
-                full = paint(
-                    pipe,
-                    request,
-                    None,
-                    lambda done, total, bar=bar: progress.update(bar, completed=done, total=total),
-                )
-                progress.remove_task(bar)
-                pairs.append(Pair(request, full, painting))
-            facts = {
-                "prompt": request.prompt,
-                "negative": request.negative or None,
-                "seed": request.seed,
-                "steps": request.steps,
-                "sampler": name_sampler(pipe),
-                "guidance": getattr(pipe, "guidance_scale", guidance),
-                "model": model,
-                "plan": chosen.name,
-                "nets": " ".join(net or []) or None,
-                "vae": vae,
-                "plan_fingerprint": chosen.fingerprint,
-                "leansd": __version__,
-                "init": init,
-                "strength": strength if init is not None else None,
-            }
-            name = (
-                f"{name_file(request.prompt.lower())}.{name_file(chosen.name)}.seed{request.seed}"
-            )
-            path = write_new(out / f"{name}.png", encode_png(painting.image, facts))
+        for request, painting, full in _paint_all(pipe, requests, plan, nets, progress, compare):
+            facts = _list_facts(task, pipe, request, plan)
+            if painting.fault:
+                why = explain_fault(pipe, request, painting, plan)
+                faults.append(f"{request.prompt[:60]!r} with seed {request.seed}: {why}")
+                continue
+            if full is not None:
+                pairs.append((request, full, painting))
+            path = _write_picture(out, painting, facts, {at for at, *_ in written}, overwrite)
             written.append((path, painting, facts))
             told = f"{path}  {painting.seconds:.2f} s"
             progress.console.print(told, highlight=False, markup=False, soft_wrap=True)
-    assert painting is not None
-    show_text(str(painting.report))
-    place = str(written[0][0]) if len(written) == 1 else f"{len(written)} pictures in {out}"
-    show_text(f"wrote {place}")
-    if compare:
-        origin = Origin(quote_command(), stamp(pipe.device))
-        page = write_report(out / "report.html", report_pairs(pairs, chosen, anatomy), origin)
-        show_text(f"wrote {page}")
-    if as_json:
-        show_json(
-            {
-                "command": "generate",
-                "pictures": [
-                    {
-                        "path": str(path),
-                        "seconds": round(done.seconds, 4),
-                        **{k: str(v) if isinstance(v, Path) else v for k, v in facts.items()},
-                        **describe_report(done.report),
-                    }
-                    for path, done, facts in written
-                ],
-            }
+    pages = {}
+    if pairs:
+        from leansd.report.plans import Pair, report_pairs
+
+        assert task.context.anatomy is not None
+        report = report_pairs([Pair(*each) for each in pairs], plan, task.context.anatomy)
+        pages[out / "report.html" if overwrite else find_free(out / "report.html")] = report
+    return Result(
+        facts={
+            "pictures": [
+                {
+                    "path": str(path),
+                    "seconds": round(done.seconds, 4),
+                    **{k: str(v) if isinstance(v, Path) else v for k, v in facts.items()},
+                    **describe_report(done.report),
+                }
+                for path, done, facts in written
+                if done.report is not None
+            ],
+            "faults": faults,
+        },
+        shown=[str(written[-1][1].report)] if written else [],
+        pages=pages,
+        device=pipe.device,
+        files=[path for path, *_ in written] if len(written) < 2 else [],
+        wrote="" if len(written) < 2 else _tell_places(written, pages, out),
+        failure="; ".join([f"{len(faults)} of {len(requests)} pictures show nothing", *faults])
+        if faults
+        else "",
+    )
+
+
+def _tell_places(written: Sequence[Any], pages: Mapping[Path, Any], out: Path) -> str:
+    return ", ".join([f"{len(written)} pictures in {out}", *map(str, pages)])
+
+
+def _paint_all(
+    pipe: Any,
+    requests: "Sequence[Request]",
+    plan: "Plan",
+    nets: Mapping[str, Any],
+    progress: Any,
+    compare: bool,
+) -> "Iterator[tuple[Request, Painting, Painting | None]]":
+    """Every request after the plan, and in full as well where they are compared."""
+    from leansd.drawing import paint
+
+    if compare:  # the first call of a process takes longer than others
+        first = requests[0]
+        paint(pipe, replace(first, steps=max(2, round(2 / first.strength))))
+    for number, request in enumerate(requests, start=1):
+        name = f"{number}/{len(requests)} {request.prompt[:40]}"
+        bar = progress.add_task(name, total=plan.steps * (1 + compare))
+
+        def follow(done: int, total: int, bar: Any = bar) -> None:
+            progress.update(bar, advance=1)
+
+        painting = paint(pipe, request, plan, follow, nets)
+        full = paint(pipe, request, None, follow) if compare else None
+        progress.remove_task(bar)
+        yield request, painting, full
+
+
+def _list_facts(task: _Task, pipe: Any, request: "Request", plan: "Plan") -> dict[str, Any]:
+    """What a picture says of itself."""
+    from leansd.runtime.samplers import name_sampler
+    from leansd.version import __version__
+
+    init = task.wanted.init
+    return {
+        "prompt": request.prompt,
+        "negative": request.negative,
+        "seed": request.seed,
+        "steps": request.steps,
+        "sampler": name_sampler(pipe),
+        "guidance": getattr(pipe, "guidance_scale", request.guidance),
+        "model": task.model,
+        "plan": plan.name,
+        "nets": " ".join(task.following.net or ()) or None,
+        "vae": task.wanted.vae,
+        "plan_fingerprint": plan.fingerprint,
+        "leansd": __version__,
+        "init": init,
+        "strength": request.strength if init is not None else None,
+    }
+
+
+def _write_picture(
+    out: Path, painting: "Painting", facts: Mapping[str, Any], taken: set[Path], overwrite: bool
+) -> Path:
+    """`a-red-apple.balanced.seed0.png`; never over another picture of this run."""
+    from leansd.drawing import encode_png
+    from leansd.files import find_free, name_file, write_file, write_new
+
+    words = name_file(facts["prompt"].lower())
+    path = out / f"{words}.{name_file(facts['plan'])}.seed{facts['seed']}.png"
+    content = encode_png(painting.image, facts)
+    if path in taken:
+        return write_file(find_free(path), content)
+    return write_file(path, content) if overwrite else write_new(path, content)
+
+
+def _draw_rows(task: _Task, rows: Rows, file: Path, out: Path) -> Result:
+    """Shards of pictures, those that are there already left out."""
+    import time
+
+    from leansd.bulk.jobs import draw_here, place_order, read_faults, run_job
+    from leansd.cli.terminal import note, open_progress
+    from leansd.report.bulk import report_job
+
+    order = place_order(_read_rows(file, strict=rows.strict), out, _make_job(task, rows))
+    note(f"{order.left} of {order.total} pictures to draw, {len(order.missing)} shards")
+    work = draw_here
+    if rows.ray is not None:
+        from leansd.bulk.on_ray import work_on_ray
+
+        work = work_on_ray(rows.ray, workers=rows.workers)
+    begin = time.monotonic()
+    with open_progress() as progress:
+        bar = progress.add_task("pictures", total=order.total, completed=order.total - order.left)
+        run_job(
+            order.job,
+            order.missing,
+            out,
+            work=work,
+            on_part=lambda part: progress.advance(bar, len(part.items)),
         )
+    page, faults = out / "report.html", read_faults(out)
+    isnew = bool(order.left) or not page.exists()
+    first = " ".join(f"row {at}: {why}" for at, why in list(faults.items())[:1])
+    return Result(
+        facts={
+            "pictures": order.total - len(faults),
+            "drawn": order.left,
+            "flaws": [str(flaw) for flaw in order.sheet.flaws],
+            "faults": faults,
+            "shards": [str(out / part.name) for part in order.parts],
+            "fingerprint": order.job.fingerprint,
+        },
+        pages={page: report_job(order, out, time.monotonic() - begin)} if isnew else {},
+        device=task.opening.find_device(),
+        wrote=f"{order.total - len(faults)} pictures in {len(order.parts)} shards in {out}",
+        failure=f"{len(faults)} of {order.total} pictures show nothing; {first}" if faults else "",
+    )
+
+
+def _make_job(task: _Task, rows: Rows) -> Any:
+    """What decides which pictures come out, as it travels to workers."""
+    from leansd.bulk.jobs import Job
+    from leansd.cli.options import tell_notes
+    from leansd.drawing import parse_size
+
+    wanted, opening = task.wanted, task.opening
+    resolved, _ = task.following.outline(
+        task.source, task.model, steps=wanted.steps, sampler=opening.sampler
+    )
+    # Only a plan that was tuned for certain weights asks for them.
+    plan = task.open()[1] if resolved.plan.tuned is not None else tell_notes(resolved)
+    return Job(
+        task.model,
+        plan.steps,
+        plan.to_dict(),
+        nets=task.following.nets,
+        guidance=wanted.guidance,
+        sampler=opening.sampler,
+        size=parse_size(wanted.size) if wanted.size else None,
+        seed=wanted.seed,
+        count=wanted.count,
+        negative=wanted.negative or None,
+        init=str(wanted.init.resolve()) if wanted.init is not None else None,
+        strength=wanted.strength,
+        vae=str(wanted.vae.resolve()) if wanted.vae is not None else None,
+        batch=rows.batch,
+        shard=rows.shard,
+        threads=rows.threads or (1 if rows.ray is not None else 0),
+        device=opening.device,
+        dtype=opening.dtype,
+    )
+
+
+def _read_rows(file: Path, *, strict: bool) -> Any:
+    """The rows of a file; what is wrong with others is told."""
+    from leansd.bulk.rows import read_sheet
+    from leansd.cli.terminal import warn
+    from leansd.errors import LeansdError
+
+    sheet, most = read_sheet(file), 5
+    if sheet.flaws and strict:
+        more = f" (and {len(sheet.flaws) - 1} more)" if len(sheet.flaws) > 1 else ""
+        raise LeansdError(f"{file}, {sheet.flaws[0]}{more}; leave --strict out to pass over it")
+    for flaw in sheet.flaws[:most]:
+        warn(f"{file}, {flaw}: passed over")
+    if len(sheet.flaws) > most:
+        warn(f"{file}: {len(sheet.flaws) - most} more rows passed over")
+    for remark in sheet.remarks[:most]:
+        warn(f"{file}, {remark}")
+    return sheet
+
+
+def _read_front(wanted: Wanted) -> "Plan":
+    """The plan of a tuned front for a speed-up; it says its number of steps itself."""
+    from leansd.errors import LeansdError
+    from leansd.tuning.front import Front
+
+    plan = Front.load(wanted.plan).at(speedup=wanted.speedup)
+    if wanted.steps is not None and plan.steps != wanted.steps:
+        raise LeansdError(
+            f"plan {plan.name} of {wanted.plan} runs {plan.steps} steps, not {wanted.steps}: "
+            "leave --steps out"
+        )
+    return plan

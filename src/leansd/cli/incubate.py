@@ -1,22 +1,24 @@
 """`leansd incubate`: a lighter UNet distilled from a pipeline's, as a recipe says."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from leansd.cli.examples import give_examples
-from leansd.cli.options import Quiet
+from leansd.cli.command import Result, command, quote_command
+
+if TYPE_CHECKING:
+    from leansd.incubation.recipe import Recipe
 
 app = typer.Typer(add_completion=False)
 
 
-@app.command(
-    epilog=give_examples(
-        "leansd incubate recipes/smoke.yaml --dry-run",
-        "leansd incubate recipes/smoke.yaml --out runs/smoke trainer.batch=4",
-        "leansd incubate recipes/smoke.yaml --out runs/smoke --resume",
-    )
+@command(
+    app,
+    "incubate",
+    "leansd incubate recipes/smoke.yaml --dry-run",
+    "leansd incubate recipes/smoke.yaml --out runs/smoke trainer.batch=4",
+    "leansd incubate recipes/smoke.yaml --out runs/smoke --resume",
 )
 def incubate_recipe(
     recipe: Annotated[
@@ -27,6 +29,7 @@ def incubate_recipe(
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Changes by dotted path."),
     ] = None,
+    *,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder of the run; the net is OUT/net.")
     ] = None,
@@ -39,14 +42,11 @@ def incubate_recipe(
         Path | None,
         typer.Option(help="With --dry-run: an HTML page of it; a run has OUT/report.html."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
-    quiet: Quiet = False,
-) -> None:
+) -> Result:
     """Distil, assemble and distil again; accelerate launch -m leansd.cli for several GPUs."""
-    from leansd.cli.invocation import quote_command
-    from leansd.cli.terminal import hush_libraries, note, show_json, show_text
+    from leansd.cli.terminal import hush_libraries, note
     from leansd.errors import LeansdError
-    from leansd.files import check_file
+    from leansd.files import check_file, check_folder
     from leansd.incubation.recipe import load_recipe
 
     chosen = load_recipe(recipe, changes or ())
@@ -55,28 +55,23 @@ def incubate_recipe(
     if report is not None:
         check_file(report)
     hush_libraries()
-    if dry_run:
-        from leansd.report.incubating import estimate_recipe
-
-        estimate = estimate_recipe(chosen)
-        show_text(str(estimate))
-        if report is not None:
-            from leansd.evaluation.records import stamp
-            from leansd.report import Origin, write_report
-            from leansd.report.training import report_estimate
-
-            origin = Origin(quote_command(), stamp(estimate.device))
-            show_text(f"wrote {write_report(report, report_estimate(estimate), origin)}")
-        if as_json:
-            show_json({"command": "incubate", "dry_run": True, **estimate.to_fields()})
-        return
-
-    from leansd.files import check_folder
+    if out is None or dry_run:
+        return _estimate(chosen, report)
     from leansd.report.incubating import PAGE, incubate_into
 
-    assert out is not None
     check_folder(out)
     net = incubate_into(out, chosen, resume=resume, note=note, command=quote_command())
-    show_text(f"wrote {net}, {out / PAGE}")
-    if as_json:
-        show_json({"command": "incubate", "recipe": chosen.name, "net": str(net)})
+    return Result({"recipe": chosen.name, "net": str(net)}, files=[net, out / PAGE])
+
+
+def _estimate(recipe: "Recipe", report: Path | None) -> Result:
+    from leansd.report.incubating import estimate_recipe
+    from leansd.report.training import report_estimate
+
+    estimate = estimate_recipe(recipe)
+    return Result(
+        {"dry_run": True, **estimate.to_fields()},
+        [str(estimate)],
+        pages={report: report_estimate(estimate)} if report is not None else {},
+        device=estimate.device,
+    )

@@ -1,23 +1,28 @@
 """`leansd operate`: a surgery, and the UNet that it makes."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from leansd.cli.command import Result, command
 from leansd.cli.completions import complete_shape, complete_surgery
-from leansd.cli.examples import give_examples
-from leansd.cli.options import Json, Quiet, ReportFile
+from leansd.cli.options import ReportFile
+from leansd.text import Table
+
+if TYPE_CHECKING:
+    from leansd.surgery.edits import Surgery
 
 app = typer.Typer(add_completion=False)
 
 
-@app.command(
-    epilog=give_examples(
-        "leansd operate",
-        "leansd operate bk-base --model sd15 --preview",
-        "leansd operate bk-base --model emoji --out nets/light",
-    )
+@command(
+    app,
+    "operate",
+    "leansd operate",
+    "leansd operate bk-base --model sd15 --preview",
+    "leansd operate bk-base --model emoji --out nets/light",
 )
 def operate_on_unet(
     surgery: Annotated[
@@ -27,6 +32,7 @@ def operate_on_unet(
             autocompletion=complete_surgery,
         ),
     ] = None,
+    *,
     model: Annotated[
         str,
         typer.Option(
@@ -55,32 +61,24 @@ def operate_on_unet(
         int | None, typer.Option(min=1, help="Side of the latents that MACs are counted at.")
     ] = None,
     report: ReportFile = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+) -> Result:
     """Cut a UNet, or assemble one from several, and write it."""
-    from leansd.cli.invocation import quote_command
-    from leansd.cli.terminal import hush_libraries, show_json, show_table, show_text
     from leansd.errors import LeansdError
     from leansd.surgery.presets import PRESETS, find_surgery
-    from leansd.text import Table
 
     if surgery is None:
-        rows = tuple((name, each.summary) for name, each in PRESETS.items())
-        show_table(Table(("surgery", "summary"), rows))
-        if as_json:
-            show_json({"command": "operate", "presets": dict(rows)})
-        return
+        rows = {name: each.summary for name, each in PRESETS.items()}
+        return Result({"presets": rows}, [Table(("surgery", "summary"), tuple(rows.items()))])
     if out is None and not only_preview:
         raise LeansdError("give --out a folder for the new UNet, or only look with --preview")
     chosen = find_surgery(surgery)
-    hush_libraries()
-
-    from leansd.faces.operations import list_nets, operate_into
-    from leansd.faces.outlines import open_outline
+    from leansd.cli.terminal import hush_libraries
     from leansd.files import check_file, check_folder
+    from leansd.report.nets import report_surgery
     from leansd.surgery.preview import preview
+    from leansd.unets import open_outline
 
+    hush_libraries()
     if out is not None:
         check_folder(out)
     if report is not None:
@@ -88,34 +86,78 @@ def operate_on_unet(
     models = list_nets(model, nets or [])
     outlines = {name: open_outline(each) for name, each in models.items()}
     seen = preview(outlines, chosen, latent=latent)
-    written: list[Path] = []
-    if out is not None and not only_preview:
-        written = operate_into(out, models, chosen, whole=whole)
-    if report is not None:
-        from leansd.evaluation.records import stamp
-        from leansd.report import Origin, write_report
-        from leansd.report.nets import report_surgery
+    is_asked = out is not None and not only_preview
+    return Result(
+        facts={
+            "surgery": chosen.name,
+            "fingerprint": chosen.fingerprint,
+            "model": model,
+            "class": seen.kind,
+            "units": len(seen.after) - 2,
+            "params": [seen.before.params, seen.after.params],
+            "macs": [seen.before.macs, seen.after.macs],
+            "latent": seen.after.size,
+            "dropped": list(seen.gone),
+            "taken": dict(seen.taken),
+            "replaced": dict(seen.replaced),
+        },
+        shown=[str(seen)],
+        files=operate_into(out, models, chosen, whole=whole) if out and is_asked else [],
+        pages={report: report_surgery(seen, model)} if report is not None else {},
+    )
 
-        origin = Origin(quote_command(), stamp("meta"))
-        written.append(write_report(report, report_surgery(seen, model), origin))
-    show_text(str(seen))
-    for path in written:
-        show_text(f"wrote {path}")
-    if as_json:
-        show_json(
-            {
-                "command": "operate",
-                "surgery": chosen.name,
-                "fingerprint": chosen.fingerprint,
-                "model": model,
-                "class": seen.kind,
-                "units": len(seen.after) - 2,
-                "params": [seen.before.params, seen.after.params],
-                "macs": [seen.before.macs, seen.after.macs],
-                "latent": seen.after.size,
-                "dropped": list(seen.gone),
-                "taken": dict(seen.taken),
-                "replaced": dict(seen.replaced),
-                "files": [str(path) for path in written],
-            }
-        )
+
+def list_nets(model: str, others: Sequence[str]) -> dict[str, str]:
+    """Models by the name that a surgery has for them, from `NAME=MODEL`; the first has none.
+
+    Raises:
+        LeansdError: one is not of this form, or a name comes twice.
+    """
+    from leansd.cli.options import read_pairs
+    from leansd.errors import LeansdError
+    from leansd.surgery.apply import BASE
+
+    nets = read_pairs(others, "MODEL, light=nets/light")
+    if BASE in nets:
+        raise LeansdError(f"--net {BASE}={nets[BASE]}: {BASE} is the net operated on")
+    return {BASE: model, **nets}
+
+
+def operate_into(
+    folder: Path, models: Mapping[str, str], surgery: "Surgery", *, whole: bool
+) -> list[Path]:
+    """Operates, and writes the UNet with lineage, surgery and card; gives what was written."""
+    from leansd.cards import Card, write_card
+    from leansd.errors import LeansdError
+    from leansd.loading import is_unet_folder, load
+    from leansd.surgery.apply import BASE, operate
+    from leansd.unets import open_unet
+
+    pipe: Any = None
+    if whole:
+        if is_unet_folder(models[BASE]):
+            raise LeansdError(f"{models[BASE]} is a UNet by itself: leave --whole out")
+        pipe = load(models[BASE], device="cpu")
+    unets = {
+        name: pipe.unet if whole and name == BASE else open_unet(each, device="cpu")
+        for name, each in models.items()
+    }
+    student, lineage = operate(unets, surgery)
+    home = folder / "unet" if whole else folder
+    home.mkdir(parents=True, exist_ok=True)
+    if pipe is not None:
+        pipe.register_modules(unet=student)
+        pipe.save_pretrained(folder)
+    else:
+        student.save_pretrained(home)
+    lineage.save(home)
+    surgery.save(home / "surgery.yaml")
+    card = Card(
+        name=surgery.name,
+        nets=models,
+        form="pipeline" if whole else "unet",
+        edits=[str(edit) for edit in surgery.edits],
+        lineage=lineage,
+    )
+    written = write_card(folder, card, student, before=unets[BASE])
+    return [folder, home / "lineage.json", home / "surgery.yaml", written]

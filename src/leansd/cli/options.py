@@ -1,19 +1,35 @@
-"""Options that several commands share: one declaration each, so that they read alike everywhere."""
+"""Options that several commands share, one declaration each; those that travel together are one.
 
+A command takes a dataclass of options as one parameter (see `leansd.cli.command`), and the
+dataclass does with them what every command would.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from leansd.cli.completions import complete_device, complete_model, complete_sampler
-from leansd.cli.silence import keep_silent
+from leansd.cli.completions import (
+    DTYPES,
+    complete_device,
+    complete_dtype,
+    complete_model,
+    complete_sampler,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from leansd.plans.plan import Plan
+    from leansd.plans.resolve import PlanContext, Resolved
 
 _MODELS = "emoji (embedded), a model folder, a .safetensors file or a hub id."
-_SAMPLERS = "ddim, dpm++2m, euler, heun, unipc ...; the model's own by default."
+
 
 ModelArgument = Annotated[str, typer.Argument(help=_MODELS, autocompletion=complete_model)]
 ModelOption = Annotated[str, typer.Option(help=_MODELS, autocompletion=complete_model)]
-Sampler = Annotated[str | None, typer.Option(help=_SAMPLERS, autocompletion=complete_sampler)]
 Guidance = Annotated[
     float | None,
     typer.Option(help="Guidance scale; 4 for emoji, the pipeline's own for other models."),
@@ -21,31 +37,25 @@ Guidance = Annotated[
 OwnGuidance = Annotated[
     float | None, typer.Option(help="Guidance scale; the pipeline's own by default.")
 ]
-Nets = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--net", metavar="NAME=FOLDER", help="A UNet that the plan switches to; repeat it."
-    ),
-]
-PromptFile = Annotated[
-    Path | None, typer.Option(help="Text file, a prompt a line; some are built in.")
-]
-Count = Annotated[int, typer.Option(min=2, help="Pictures; prompts are taken in turns.")]
-Seed = Annotated[int, typer.Option(min=0, help="Picture i has seed SEED + i.")]
-Batch = Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")]
 Size = Annotated[
     str | None, typer.Option(help="512, or width first 768x512; the model's own by default.")
 ]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="cpu, cuda, mps; the GPU where there is one by default.",
+        autocompletion=complete_device,
+    ),
+]
+Sampler = Annotated[
+    str | None,
+    typer.Option(
+        help="ddim, dpm++2m, euler, heun, unipc ...; the model's own by default.",
+        autocompletion=complete_sampler,
+    ),
+]
 Fit = Annotated[
     bool, typer.Option("--fit", help="Stretch a plan file to --steps if it is for others.")
-]
-Force = Annotated[
-    bool,
-    typer.Option(
-        "--force",
-        help="Follow a preset also where few steps gain nothing, and a plan file also where it "
-        "was not tuned for.",
-    ),
 ]
 ConvergedSteps = Annotated[
     int, typer.Option(min=2, help="Steps of the converged run, same sampler.")
@@ -54,34 +64,230 @@ SeedsForSpread = Annotated[
     int, typer.Option(min=0, help="Further sets of the full run, to tell chance from effect.")
 ]
 Clip = Annotated[Path | None, typer.Option(help="Folder of a CLIP for the quality of sets.")]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        help="cpu, cuda, mps; the GPU where there is one by default.",
-        autocompletion=complete_device,
-    ),
-]
-TimingDevice = Annotated[
-    str | None,
-    typer.Option(
-        help="cpu, cuda; the GPU where there is one by default.", autocompletion=complete_device
-    ),
-]
 ReportFile = Annotated[
     Path | None, typer.Option("--report", help="Write an HTML page, its figures beside it.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]
-OnlyJson = Annotated[
-    bool, typer.Option("--json", help="Only the JSON line on standard output, no table.")
-]
-Quiet = Annotated[
-    bool,
+Nets = Annotated[
+    list[str] | None,
     typer.Option(
-        "--quiet",
-        "-q",
-        callback=keep_silent,
-        expose_value=False,
-        help="No progress, no notes: only results, warnings and errors.",
+        "--net", metavar="NAME=FOLDER", help="A UNet that the plan switches to; repeat it."
     ),
 ]
-"""Every command takes it; it says so to `silence`, and the command itself need not look."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model runs, and in what precision."""
+
+    device: Device = None
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, float16 or bfloat16; float16 on a GPU and float32 elsewhere by default.",
+            autocompletion=complete_dtype,
+        ),
+    ] = None
+
+    def check(self) -> None:
+        """Refuses what is not there, before a weight is read."""
+        from leansd.cli.terminal import hush_libraries, note
+        from leansd.errors import LeansdError
+
+        hush_libraries()
+        where = self.find_device()
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise LeansdError(f"no dtype {self.dtype!r}: give {', '.join(DTYPES)}")
+        if where.type == "cpu" and self.dtype not in (None, "float32"):
+            note(f"{self.dtype} on a CPU saves memory, not time: float32 is the faster there")
+
+    def find_device(self) -> "torch.device":
+        """The device that is meant, if it is there."""
+        from leansd.loading import find_device
+
+        return find_device(self.device)
+
+    @property
+    def precision(self) -> "torch.dtype | None":
+        """None for what suits the device."""
+        import torch
+
+        return getattr(torch, self.dtype) if self.dtype is not None else None
+
+    def as_arguments(self) -> dict[str, Any]:
+        """What `leansd.load` and its like are given."""
+        return {"device": self.device, "dtype": self.precision}
+
+
+@dataclass(frozen=True)
+class Opening(Place):
+    """How a pipeline is opened."""
+
+    sampler: Sampler = None
+
+    def check_model(self, model: str) -> None:
+        """Refuses a model, device or sampler that is not there, before a weight is read."""
+        from leansd.loading import locate
+        from leansd.runtime.samplers import check_sampler
+
+        if self.sampler is not None:
+            check_sampler(self.sampler)
+        self.check()
+        locate(model)
+
+    def open(self, model: str) -> Any:
+        """The pipeline with its sampler, and without bars of its own."""
+        from leansd.loading import load
+        from leansd.runtime.samplers import set_sampler
+
+        pipe = load(model, **self.as_arguments())
+        if self.sampler is not None:
+            set_sampler(pipe, self.sampler)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How a plan is fitted to the runs that follow it."""
+
+    fit: Fit = False
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Follow a preset also where few steps gain nothing, and a plan file also where it "
+            "was not tuned for.",
+        ),
+    ] = False
+
+    @property
+    def nets(self) -> dict[str, str]:
+        """Folders of UNets by the names that plans call them by."""
+        return {}
+
+    def outline(
+        self,
+        plan: "Plan | str",
+        model: str,
+        *,
+        steps: int | None = None,
+        sampler: str | None = None,
+    ) -> "tuple[Resolved, PlanContext]":
+        """The plan that is meant for runs of a model, as far as is known without its weights.
+
+        Raises:
+            LeansdError: there is none, it does not suit the model, or it was tuned for another
+                sampler and `--force` is not given.
+        """
+        from leansd.unets import open_anatomy, outline_runs
+
+        nets = {name: open_anatomy(folder) for name, folder in self.nets.items()}
+        context = outline_runs(model, open_anatomy(model), steps, sampler=sampler, nets=nets)
+        return self._resolve(plan, context), context
+
+    def settle(
+        self, plan: "Plan | str", pipe: Any, context: "PlanContext", guidance: float
+    ) -> "Plan":
+        """The plan for the runs of an open pipeline, with what must be said of it told.
+
+        Raises:
+            LeansdError: it was tuned for another UNet and `--force` is not given.
+        """
+        from leansd.runtime.context import describe_runs
+
+        known = describe_runs(
+            pipe, context.steps, anatomy=context.anatomy, nets=context.nets, guidance=guidance
+        )
+        return tell_notes(self._resolve(plan, known))
+
+    def _resolve(self, plan: "Plan | str", context: "PlanContext") -> "Resolved":
+        from leansd.plans.resolve import resolve_plan
+
+        resolved = resolve_plan(plan, context, fit=self.fit, force=self.force)
+        if not self.force:
+            resolved.require_tuned()
+        return resolved
+
+
+@dataclass(frozen=True)
+class Following(Fitting):
+    """The same, where a plan may switch to other UNets."""
+
+    net: Nets = None
+
+    @property
+    def nets(self) -> dict[str, str]:
+        """Folders of UNets by the names that plans call them by."""
+        return read_pairs(self.net or (), "FOLDER, light=runs/asdm/net")
+
+
+def tell_notes(resolved: "Resolved") -> "Plan":
+    """Warns of what must be said of a plan, and gives the plan."""
+    from leansd.cli.terminal import warn
+
+    for each in resolved.notes:
+        warn(each)
+    return resolved.plan
+
+
+def read_pairs(given: Sequence[str], form: str) -> dict[str, str]:
+    """What `--net NAME=FOLDER` says, by name.
+
+    Raises:
+        LeansdError: one is not of this form, or a name comes twice.
+    """
+    from leansd.errors import LeansdError
+
+    nets: dict[str, str] = {}
+    for each in given:
+        name, sign, path = each.partition("=")
+        if not (name and sign and path):
+            raise LeansdError(f"--net {each} names no net; give NAME={form}")
+        if name in nets:
+            raise LeansdError(f"--net {each}: {name} is given twice")
+        nets[name] = path
+    return nets
+
+
+@dataclass(frozen=True)
+class Calls:
+    """A set of pictures: what they are of, and how they are drawn."""
+
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file, a prompt a line; some are built in.")
+    ] = None
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Pictures; prompts are taken in turns.")
+    ] = None
+    guidance: Guidance = None
+    seed: Annotated[int, typer.Option(min=0, help="Picture i has seed SEED + i.")] = 0
+    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 8
+
+    def list_prompts(self, model: str, own: Sequence[str]) -> list[str]:
+        """So many prompts, those of the file or the embedded model's, in turns.
+
+        Raises:
+            LeansdError: there are none for this model.
+        """
+        from leansd.errors import LeansdError
+        from leansd.evaluation.prompts import read_prompts
+        from leansd.loading import EMBEDDED
+
+        if self.prompts is None and model != EMBEDDED and not own:
+            raise LeansdError(f"no prompts for {model}: give --prompts FILE, one prompt a line")
+        texts = list(own) if self.prompts is None else read_prompts(self.prompts)
+        count = self.count or len(texts)
+        return [texts[place % len(texts)] for place in range(count)]
+
+    def find_guidance(self, pipe: Any, model: str) -> float:
+        """The guidance scale of the calls."""
+        from leansd.evaluation.prompts import find_guidance
+
+        return find_guidance(pipe, model) if self.guidance is None else self.guidance
+
+
+def open_nets(pipe: Any, folders: Mapping[str, str]) -> dict[str, Any]:
+    """The UNets in folders, opened beside a pipeline's own."""
+    from leansd.loading import load_unet
+
+    return {name: load_unet(folder, beside=pipe.unet) for name, folder in folders.items()}

@@ -1,23 +1,30 @@
 """`leansd plan`: what runs when, as a grid, a file or a picture."""
 
+from io import BytesIO
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from leansd.cli.command import Result, command
 from leansd.cli.completions import complete_plan, complete_shape
-from leansd.cli.examples import give_examples
-from leansd.cli.options import Fit, Force, Json, Nets, Quiet, ReportFile, Sampler
+from leansd.cli.options import Following, ReportFile, Sampler
+from leansd.cli.terminal import PlanGrid
+from leansd.text import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 app = typer.Typer(add_completion=False)
+FORMATS = (".png", ".svg", ".pdf")
 
 
-@app.command(
-    epilog=give_examples(
-        "leansd plan",
-        "leansd plan balanced --steps 30",
-        "leansd plan fast --model sd15 -o plan.json --picture plan.png",
-    )
+@command(
+    app,
+    "plan",
+    "leansd plan",
+    "leansd plan balanced --steps 30",
+    "leansd plan fast --model sd15 -o plan.json --picture plan.png",
 )
 def show_plan(
     plan: Annotated[
@@ -27,13 +34,11 @@ def show_plan(
             autocompletion=complete_plan,
         ),
     ] = None,
+    *,
     steps: Annotated[
         int | None,
         typer.Option(min=1, help="Steps of the sampler: 30 for a preset, a file's own count."),
     ] = None,
-    fit: Fit = False,
-    force: Force = False,
-    sampler: Sampler = None,
     model: Annotated[
         str,
         typer.Option(
@@ -41,6 +46,8 @@ def show_plan(
             autocompletion=complete_shape,
         ),
     ] = "emoji",
+    sampler: Sampler = None,
+    following: Following,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the plan as a JSON file.")
     ] = None,
@@ -48,42 +55,17 @@ def show_plan(
         Path | None, typer.Option(help="Write the grid as a PNG, SVG or PDF file.")
     ] = None,
     report: ReportFile = None,
-    net: Nets = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+) -> Result:
     """Show a plan as a grid of units and steps; save it, or a picture of it."""
-    from leansd.cli.invocation import quote_command
-    from leansd.cli.terminal import (
-        hush_libraries,
-        show_grid,
-        show_json,
-        show_table,
-        show_text,
-        warn,
-    )
-    from leansd.plans.presets import PRESETS
-    from leansd.text import Table
-
     if plan is None:
-        show_table(
-            Table(("preset", "summary"), tuple((p.name, p.summary) for p in PRESETS.values()))
-        )
-        if as_json:
-            show_json({"command": "plan", "presets": {p.name: p.summary for p in PRESETS.values()}})
-        return
-
-    from leansd.faces.outlines import (
-        encode_figure,
-        open_anatomy,
-        outline_runs,
-        predict_gain,
-        read_nets,
-    )
+        return _list_presets()
+    from leansd.cli.options import tell_notes
+    from leansd.cli.terminal import hush_libraries
     from leansd.files import check_file, write_file
     from leansd.plans.grid import draw_picture
-    from leansd.plans.resolve import resolve_plan
+    from leansd.report.plans import report_plan
     from leansd.runtime.samplers import check_sampler
+    from leansd.unets import predict_gain
 
     for path in (out, picture, report):
         if path is not None:
@@ -91,43 +73,48 @@ def show_plan(
     if sampler is not None:
         check_sampler(sampler)
     hush_libraries()
-    anatomy = open_anatomy(model)
-    nets = {name: open_anatomy(folder) for name, folder in read_nets(net or []).items()}
-    context = outline_runs(model, anatomy, steps, sampler=sampler, nets=nets)
-    resolved = resolve_plan(plan, context, fit=fit, force=force)
-    chosen = resolved.plan
-    grid = chosen.draw(anatomy)
-    drawn = encode_figure(draw_picture(chosen, anatomy), picture) if picture is not None else b""
-    speedup = predict_gain(chosen, anatomy, nets)
-    for line in resolved.notes:
-        warn(line)
-    show_grid(grid, chosen.steps)
-    show_text(f"fingerprint {chosen.fingerprint}, predicted speed-up of the UNet {speedup:.2f}x")
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        chosen.save(out)
-        show_text(f"wrote {out}")
-    if picture is not None:
-        write_file(picture, drawn)
-        show_text(f"wrote {picture}")
-    if report is not None:
-        from leansd.evaluation.records import stamp
-        from leansd.report import Origin, write_report
-        from leansd.report.plans import report_plan
+    resolved, context = following.outline(plan, model, steps=steps, sampler=sampler)
+    anatomy, chosen = context.anatomy, resolved.plan
+    assert anatomy is not None
+    grid = PlanGrid(chosen.draw(anatomy), chosen.steps)
+    drawn = _encode(draw_picture(chosen, anatomy), picture) if picture is not None else b""
+    speedup = predict_gain(chosen, anatomy, context.nets)
+    tell_notes(resolved)
+    files = [write_file(out, chosen.encode())] if out is not None else []
+    files += [write_file(picture, drawn)] if picture is not None else []
+    return Result(
+        facts={
+            "plan": chosen.name,
+            "fingerprint": chosen.fingerprint,
+            "model": model,
+            "steps": chosen.steps,
+            "keys": list(chosen.keys),
+            "predicted_speedup": round(speedup, 4),
+            "notes": list(resolved.notes),
+        },
+        shown=[
+            grid,
+            f"fingerprint {chosen.fingerprint}, predicted speed-up of the UNet {speedup:.2f}x",
+        ],
+        files=files,
+        pages={report: report_plan(chosen, anatomy, speedup)} if report is not None else {},
+    )
 
-        origin = Origin(quote_command(), stamp("meta"))
-        page = report_plan(chosen, anatomy, speedup)
-        show_text(f"wrote {write_report(report, page, origin)}")
-    if as_json:
-        show_json(
-            {
-                "command": "plan",
-                "plan": chosen.name,
-                "fingerprint": chosen.fingerprint,
-                "model": model,
-                "steps": chosen.steps,
-                "keys": list(chosen.keys),
-                "predicted_speedup": round(speedup, 4),
-                "files": [str(path) for path in (out, picture, report) if path is not None],
-            }
-        )
+
+def _list_presets() -> Result:
+    from leansd.plans.presets import PRESETS
+
+    rows = {each.name: each.summary for each in PRESETS.values()}
+    return Result({"presets": rows}, [Table(("preset", "summary"), tuple(rows.items()))])
+
+
+def _encode(figure: "Figure", path: Path) -> bytes:
+    """A figure as the bytes of the file format that `path` ends in."""
+    from leansd.errors import LeansdError
+
+    form = path.suffix.lower()
+    if form not in FORMATS:
+        raise LeansdError(f"cannot draw {path}: the name must end in one of {', '.join(FORMATS)}")
+    buffer = BytesIO()
+    figure.savefig(buffer, format=form[1:], dpi=150)
+    return buffer.getvalue()

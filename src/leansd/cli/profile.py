@@ -1,22 +1,27 @@
 """`leansd profile`: what everything costs on this machine, and what plans gain of it."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from leansd.cli.command import OnlyJson, Result, command
 from leansd.cli.completions import complete_shape
-from leansd.cli.examples import give_examples
-from leansd.cli.options import Batch, OnlyJson, OwnGuidance, Quiet, Size, TimingDevice
+from leansd.cli.options import OwnGuidance, Place, Size
+
+if TYPE_CHECKING:
+    from leansd.evaluation.profile import Probe
+    from leansd.faces.costs import OtherVae, Profiled
 
 app = typer.Typer(add_completion=False)
 
 
-@app.command(
-    epilog=give_examples(
-        "leansd profile emoji --repeats 10 --out profile",
-        "leansd profile sd15 --size 512 --repeats 1 --check 0 --json",
-    )
+@command(
+    app,
+    "profile",
+    "leansd profile emoji --repeats 10 --out profile",
+    "leansd profile sd15 --size 512 --repeats 1 --check 0 --json",
+    json=OnlyJson,
 )
 def profile_model(
     model: Annotated[
@@ -27,10 +32,11 @@ def profile_model(
             autocompletion=complete_shape,
         ),
     ] = "emoji",
+    *,
     out: Annotated[Path, typer.Option(help="Folder for the report and the records.")] = Path(
         "profile"
     ),
-    batch: Batch = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 1,
     size: Size = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
     steps: Annotated[int, typer.Option(min=2, help="Steps of the runs that are split.")] = 30,
@@ -50,168 +56,172 @@ def profile_model(
             help="Self-attentions to time by GRI and in full as well, as dn0.*.attn; repeatable."
         ),
     ] = None,
-    device: TimingDevice = None,
-    as_json: OnlyJson = False,
-    quiet: Quiet = False,
-) -> None:
+    place: Place,
+) -> Result:
     """Time every unit, whole UNet calls and the pipeline's stages; predict what plans gain.
 
     The last line on standard output is one JSON object.
     """
-    from leansd.anatomy import dissect
-    from leansd.anatomy.builtin import BUILTIN
-    from leansd.cli.invocation import quote_command
-    from leansd.cli.terminal import (
-        hush_libraries,
-        note,
-        open_progress,
-        show_json,
-        show_table,
-        show_text,
-    )
+    from leansd.cli.terminal import follow
     from leansd.drawing import parse_size
-    from leansd.evaluation.prediction import (
-        check_predictions,
-        find_worst,
-        hold_out,
-        list_prediction_records,
-    )
-    from leansd.evaluation.profile import prepare_probe, time_decoder
-    from leansd.evaluation.records import stamp, write_records
-    from leansd.faces.costs import (
-        OtherVae,
-        Profiled,
-        tabulate_blocks,
-        tabulate_gains,
-        tabulate_predictions,
-        tabulate_split,
-    )
-    from leansd.faces.stand_ins import build_stand_in, build_tiny_vae, check_stand_in
+    from leansd.evaluation.prediction import check_predictions, hold_out, list_prediction_records
+    from leansd.evaluation.profile import prepare_probe
+    from leansd.evaluation.records import stamp
+    from leansd.faces.costs import Profiled
     from leansd.files import check_folder
-    from leansd.loading import check_vae, find_device, load, load_vae, locate
-    from leansd.report import Origin, write_report
-    from leansd.report.measurements import name_vae, report_profile
+    from leansd.report.measurements import report_profile
     from leansd.runtime.samplers import name_sampler
 
     # Everything that can be wrong is found before a weight is read.
     check_folder(out)
     pixels = parse_size(size) if size else None
-    find_device(device)
-    if model in BUILTIN:
-        check_stand_in(model)
-    else:
-        locate(model)
-    autoencoder = load_vae(vae) if vae is not None and vae != "tiny" else None
-    hush_libraries()
-
-    pipe = build_stand_in(model, device=device) if model in BUILTIN else load(model, device=device)
-    pipe.set_progress_bar_config(disable=True)
-    if vae == "tiny":
-        autoencoder = build_tiny_vae(pipe)
-    elif autoencoder is not None:
-        check_vae(pipe, autoencoder)
-        autoencoder.to(device=pipe.device, dtype=pipe.dtype)
-    note(f"warming up {model} on {pipe.device}")
-    call = {} if guidance is None else {"guidance_scale": guidance}
-    probe = prepare_probe(
-        pipe, call=call, pictures=batch, size=pixels, subject=model, attend=attend or ()
-    )
-    plans = hold_out(probe.anatomy, check, guided=probe.is_guided) if check else {}
-    with open_progress() as progress:
-        bar = progress.add_task("profiling", total=repeats * (1 + len(plans)))
-        cost, predictions = check_predictions(
-            probe,
-            plans,
-            rounds=repeats,
-            on_run=lambda name: progress.update(bar, advance=1, description=name),
+    pipe, autoencoder = _open(model, vae, place)
+    with follow(f"warming up {model} on {pipe.device}", repeats) as bar:
+        probe = prepare_probe(
+            pipe,
+            call={} if guidance is None else {"guidance_scale": guidance},
+            pictures=batch,
+            size=pixels,
+            subject=model,
+            attend=attend or (),
         )
-    other = None
-    if vae is not None and autoencoder is not None:
-        decode = time_decoder(probe, autoencoder, rounds=repeats)
-        other = OtherVae(vae, decode, is_trained=vae != "tiny")
-    width, height = probe.size
-    factor = pipe.vae_scale_factor
+        plans = hold_out(probe.anatomy, check, guided=probe.is_guided) if check else {}
+        bar.count(0, repeats * (1 + len(plans)))
+        cost, predictions = check_predictions(probe, plans, rounds=repeats, on_run=bar.advance)
+        other = _time_other(probe, autoencoder, vae, repeats)
     circumstances = stamp(pipe.device)
     profiled = Profiled(
         cost=cost,
-        anatomy=dissect(
-            pipe.unet,
-            latent=(height // factor, width // factor),
-            tokens=pipe.tokenizer.model_max_length,
-            name=model,
-        ),
+        anatomy=_dissect(pipe, probe, model),
         steps=steps,
         predictions=predictions,
         repeats=repeats,
         circumstances=circumstances,
-        vae=other,
         sampler=name_sampler(pipe),
+        vae=other,
     )
-    shared = {
-        **circumstances,
-        "subject": model,
-        "pictures": batch,
-        "width": width,
-        "height": height,
-    }
+    width, height = probe.size
+    shared = {"subject": model, "pictures": batch, "width": width, "height": height}
     records = [
         *cost.list_records(circumstances),
-        *list_prediction_records(predictions, shared),
+        *list_prediction_records(predictions, {**circumstances, **shared}),
     ]
-    origin = Origin(quote_command(), circumstances)
-    files = [
-        write_report(out / "report.html", report_profile(profiled, records), origin),
-        write_records(out / "records.jsonl", records),
-    ]
-    if not as_json:
-        for table in (tabulate_blocks, tabulate_split, tabulate_gains):
-            show_table(table(profiled))
-        if other is not None:
-            show_text(name_vae(profiled))
-        if predictions:
-            show_table(tabulate_predictions(predictions))
-            show_text(f"largest error of a predicted speed-up: {find_worst(predictions):.1%}")
-        show_text("wrote " + ", ".join(map(str, files)))
-    show_json(
-        {
-            "command": "profile",
-            "model": model,
-            "device": circumstances["device"],
-            "pictures": batch,
-            "size": [width, height],
-            "guided": cost.is_guided,
-            "repeats": repeats,
-            "steps": steps,
-            "full_call": cost.full_call,
-            "overhead_per_run": cost.overhead_per_run,
-            "per_step": cost.per_step,
-            "call_overhead": dict(cost.fixed),
-            "units": {at: dict(times) for at, times in cost.units.items()},
-            "split": profiled.split(profiled.full),
-            "gains": [
-                {
-                    "plan": gain.plan.name,
-                    "fingerprint": gain.plan.fingerprint,
-                    "unet": gain.unet,
-                    "run": gain.run,
-                    "run_with_vae": gain.run_with_vae,
-                }
-                for gain in profiled.gains
-            ],
-            "predictions": [
-                {
-                    "plan": each.plan.name,
-                    "fingerprint": each.plan.fingerprint,
-                    "predicted": each.predicted,
-                    "measured": each.measured.median,
-                    "predicted_speedup": each.predicted_speedup,
-                    "speedup": each.measured_speedup.median,
-                    "speedup_low": each.measured_speedup.low,
-                    "speedup_high": each.measured_speedup.high,
-                }
-                for each in predictions
-            ],
-            "vae": None if other is None else {"name": other.name, "decode": other.decode},
-            "files": [str(path) for path in files],
-        }
+    own = {"model": model, "pictures": batch, "size": [width, height], "repeats": repeats}
+    return Result(
+        facts={**own, "steps": steps, **_list_facts(profiled)},
+        shown=_show(profiled),
+        pages={out / "report.html": report_profile(profiled, records)},
+        records={out / "records.jsonl": records},
+        device=pipe.device,
     )
+
+
+def _open(model: str, vae: str | None, place: Place) -> tuple[Any, Any]:
+    """The pipeline, and another autoencoder where one is asked for."""
+    from leansd.anatomy.builtin import BUILTIN
+    from leansd.cli.options import Opening
+    from leansd.cli.terminal import note
+    from leansd.faces.stand_ins import build_stand_in, build_tiny_vae, check_stand_in
+    from leansd.loading import check_vae, load_vae
+
+    if model in BUILTIN:
+        check_stand_in(model)
+        place.check()
+    else:
+        Opening(place.device, place.dtype).check_model(model)
+    other = load_vae(vae) if vae is not None and vae != "tiny" else None
+    note(f"opening {model}")
+    if model in BUILTIN:
+        pipe = build_stand_in(model, device=place.device)
+        pipe.set_progress_bar_config(disable=True)
+    else:
+        pipe = Opening(place.device, place.dtype).open(model)
+    if vae == "tiny":
+        return pipe, build_tiny_vae(pipe)
+    if other is not None:
+        check_vae(pipe, other)
+        other.to(device=pipe.device, dtype=pipe.dtype)
+    return pipe, other
+
+
+def _time_other(
+    probe: "Probe", autoencoder: Any, vae: str | None, repeats: int
+) -> "OtherVae | None":
+    from leansd.evaluation.profile import time_decoder
+    from leansd.faces.costs import OtherVae
+
+    if vae is None or autoencoder is None:
+        return None
+    decode = time_decoder(probe, autoencoder, rounds=repeats)
+    return OtherVae(vae, decode, is_trained=vae != "tiny")
+
+
+def _dissect(pipe: Any, probe: "Probe", model: str) -> Any:
+    from leansd.anatomy import dissect
+
+    (width, height), factor = probe.size, pipe.vae_scale_factor
+    return dissect(
+        pipe.unet,
+        latent=(height // factor, width // factor),
+        tokens=pipe.tokenizer.model_max_length,
+        name=model,
+    )
+
+
+def _show(profiled: "Profiled") -> list[Any]:
+    from leansd.evaluation.prediction import find_worst
+    from leansd.faces.costs import (
+        tabulate_blocks,
+        tabulate_gains,
+        tabulate_predictions,
+        tabulate_split,
+    )
+    from leansd.report.measurements import name_vae
+
+    shown: list[Any] = [table(profiled) for table in (tabulate_blocks, tabulate_split)]
+    shown.append(tabulate_gains(profiled))
+    if profiled.vae is not None:
+        shown.append(name_vae(profiled))
+    if profiled.predictions:
+        shown.append(tabulate_predictions(profiled.predictions))
+        worst = find_worst(profiled.predictions)
+        shown.append(f"largest error of a predicted speed-up: {worst:.1%}")
+    return shown
+
+
+def _list_facts(profiled: "Profiled") -> dict[str, Any]:
+    cost, other = profiled.cost, profiled.vae
+    return {
+        "device": profiled.circumstances["device"],
+        "guided": cost.is_guided,
+        "full_call": cost.full_call,
+        "overhead_per_run": cost.overhead_per_run,
+        "per_step": cost.per_step,
+        "call_overhead": dict(cost.fixed),
+        "units": {at: dict(times) for at, times in cost.units.items()},
+        "split": profiled.split(profiled.full),
+        "gains": [
+            {
+                "plan": gain.plan.name,
+                "fingerprint": gain.plan.fingerprint,
+                "unet": gain.unet,
+                "run": gain.run,
+                "run_with_vae": gain.run_with_vae,
+            }
+            for gain in profiled.gains
+        ],
+        "predictions": [
+            {
+                "plan": each.plan.name,
+                "fingerprint": each.plan.fingerprint,
+                "predicted": each.predicted,
+                "measured": each.measured.median,
+                "predicted_speedup": each.predicted_speedup,
+                "speedup": each.measured_speedup.median,
+                "speedup_low": each.measured_speedup.low,
+                "speedup_high": each.measured_speedup.high,
+            }
+            for each in profiled.predictions
+        ],
+        "vae": None if other is None else {"name": other.name, "decode": other.decode},
+    }

@@ -1,82 +1,164 @@
 """`leansd tune`: the plans that lose least, for every speed."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from leansd.cli.examples import give_examples
-from leansd.cli.options import (
-    Batch,
-    Guidance,
-    Json,
-    ModelArgument,
-    Nets,
-    PromptFile,
-    Quiet,
-    Sampler,
-    Seed,
-    TimingDevice,
-)
+from leansd.cli.command import Result, command
+from leansd.cli.options import Calls, ModelArgument, Nets, Opening
+
+if TYPE_CHECKING:
+    from leansd.tuning.front import Front, Point
 
 app = typer.Typer(add_completion=False)
 
 
-@app.command(
-    epilog=give_examples(
-        "leansd tune emoji --speedup 2.5 --sampler ddim --out ddim.json",
-        "leansd tune emoji --psnr 40 --steps 20 --drift drift.jsonl",
-    )
+@dataclass(frozen=True)
+class Goal:
+    """Which plan of the front is chosen."""
+
+    speedup: Annotated[
+        float | None, typer.Option(help="Choose the best plan that is so many times faster.")
+    ] = None
+    psnr: Annotated[
+        float | None, typer.Option(help="Choose the fastest plan of so many dB to the full run.")
+    ] = None
+    ms: Annotated[
+        float | None, typer.Option(help="Choose the best plan of so many milliseconds a call.")
+    ] = None
+
+    def check(self) -> dict[str, float]:
+        """The one goal by its name; 2 times faster by default.
+
+        Raises:
+            LeansdError: there are several, or it cannot be reached by any plan.
+        """
+        from leansd.errors import LeansdError
+
+        given = {"speedup": self.speedup, "psnr": self.psnr, "ms": self.ms}
+        goal = {name: value for name, value in given.items() if value is not None}
+        if len(goal) > 1:
+            raise LeansdError("give one goal: --speedup, --psnr or --ms")
+        if min(goal.values(), default=1) <= 0:
+            raise LeansdError("a goal is a positive number")
+        if goal.get("speedup", 2.0) <= 1:
+            raise LeansdError(f"{self.speedup:g} times as fast is no gain: give a speed-up above 1")
+        return goal or {"speedup": 2.0}
+
+
+@dataclass(frozen=True)
+class Files:
+    """What is written, and where."""
+
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="File of the chosen plan; all else lies beside it.")
+    ] = Path("plan.json")
+    front: Annotated[
+        Path | None, typer.Option(help="File of the whole front; OUT.front.json by default.")
+    ] = None
+    journal: Annotated[
+        Path | None,
+        typer.Option(help="What resumes a stopped tuning; OUT.journal.jsonl by default."),
+    ] = None
+    drift: Annotated[
+        Path | None, typer.Option(help="File of records of what changes from step to step.")
+    ] = None
+
+    def check(self) -> tuple[Path, Path, Path]:
+        """Front, journal and page; raises LeansdError where a file cannot be written."""
+        from leansd.files import check_file, stand_beside
+
+        front = self.front or stand_beside(self.out, ".front.json")
+        journal = self.journal or stand_beside(self.out, ".journal.jsonl")
+        page = stand_beside(self.out, ".html")
+        for path in (self.out, front, journal, page, self.drift):
+            if path is not None:
+                check_file(path)
+        return front, journal, page
+
+
+@dataclass(frozen=True)
+class Start:
+    """Pictures to start from: plans for image-to-image."""
+
+    init: Annotated[
+        Path | None,
+        typer.Option(
+            help="Tune image-to-image, from this picture or from those in this folder in turns."
+        ),
+    ] = None
+    strength: Annotated[
+        float, typer.Option(help="With --init: how much is redrawn, above 0 and up to 1.")
+    ] = 0.8
+
+    def open(self, steps: int) -> list[Any]:
+        """The pictures; raises LeansdError where one cannot be read or no step is left."""
+        from leansd.drawing import check_strength, open_picture
+        from leansd.errors import LeansdError
+
+        if self.init is None:
+            return []
+        if not 0 < self.strength <= 1:
+            raise LeansdError(f"strength {self.strength:g} lies outside (0, 1]")
+        check_strength(self.strength, steps)
+        if not self.init.is_dir():
+            return [open_picture(self.init)]
+        endings = {".png", ".jpg", ".jpeg", ".webp"}
+        paths = sorted(path for path in self.init.iterdir() if path.suffix.lower() in endings)
+        if not paths:
+            raise LeansdError(f"no pictures in {self.init}: give a folder of PNG, JPEG or WebP")
+        return [open_picture(path) for path in paths]
+
+    def place(
+        self, pipe: Any, prompts: Sequence[str], pictures: Sequence[Any]
+    ) -> tuple[Any, list[Any], dict[str, Any]]:
+        """The pipeline, its calls, and what all calls share."""
+        from PIL import ImageOps
+
+        from leansd.drawing import default_size
+        from leansd.evaluation.fidelity import as_batch
+        from leansd.loading import as_image_to_image
+
+        if not pictures:
+            return pipe, list(prompts), {}
+        fitted = [as_batch([ImageOps.fit(each, default_size(pipe))]) for each in pictures]
+        calls = [
+            {"prompt": prompt, "image": fitted[turn % len(fitted)]}
+            for turn, prompt in enumerate(prompts)
+        ]
+        return as_image_to_image(pipe), calls, {"strength": self.strength}
+
+
+@command(
+    app,
+    "tune",
+    "leansd tune emoji --speedup 2.5 --sampler ddim --out ddim.json",
+    "leansd tune emoji --psnr 40 --steps 20 --drift drift.jsonl",
 )
 def tune_plans(
     model: ModelArgument = "emoji",
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="File of the chosen plan; all else lies beside it.")
-    ] = Path("plan.json"),
-    speedup: Annotated[
-        float | None, typer.Option(help="Choose the best plan that is so many times faster.")
-    ] = None,
-    psnr: Annotated[
-        float | None, typer.Option(help="Choose the fastest plan of so many dB to the full run.")
-    ] = None,
-    ms: Annotated[
-        float | None, typer.Option(help="Choose the best plan of so many milliseconds a call.")
-    ] = None,
+    *,
+    goal: Goal,
+    files: Files,
     net: Nets = None,
     attend: Annotated[
         list[str] | None,
         typer.Option(help="Self-attentions that may go by GRI, as in dn0.*.attn; repeat it."),
     ] = None,
     steps: Annotated[int, typer.Option(min=4, help="Sampler steps of the full run.")] = 30,
-    sampler: Sampler = None,
-    prompts: PromptFile = None,
-    count: Annotated[
-        int | None,
-        typer.Option(min=1, help="Pictures, prompts in turns; all of a file's, 24 for emoji."),
-    ] = None,
-    guidance: Guidance = None,
-    seed: Seed = 0,
-    batch: Batch = 8,
+    calls: Calls,
+    start: Start,
     tries: Annotated[
         int, typer.Option(min=0, help="Moves of key steps that are tried for each speed.")
     ] = 6,
     speeds: Annotated[
         str | None, typer.Option(help="Speed-ups of the front, as in 1.5,2,3.")
     ] = None,
-    front: Annotated[
-        Path | None, typer.Option(help="File of the whole front; OUT.front.json by default.")
-    ] = None,
-    journal: Annotated[
-        Path | None,
-        typer.Option(help="What resumes a stopped tuning; OUT.journal.jsonl by default."),
-    ] = None,
-    drift: Annotated[
-        Path | None, typer.Option(help="File of records of what changes from step to step.")
-    ] = None,
-    device: TimingDevice = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+    opening: Opening,
+) -> Result:
     """Tune plans on some calls, check them on others, and save the whole front.
 
     One of --speedup, --psnr and --ms says which plan is written to OUT; 2 times faster by default.
@@ -85,144 +167,100 @@ def tune_plans(
     from textwrap import fill
 
     from leansd.anatomy import dissect
-    from leansd.cli.invocation import quote_command
-    from leansd.cli.terminal import (
-        hush_libraries,
-        note,
-        open_progress,
-        show_json,
-        show_table,
-        show_text,
-    )
-    from leansd.emoji.card import GRID_PROMPTS
-    from leansd.errors import LeansdError
-    from leansd.evaluation.prompts import find_guidance, read_prompts
-    from leansd.evaluation.records import stamp, write_records
+    from leansd.cli.options import open_nets, read_pairs
+    from leansd.cli.terminal import follow, note
     from leansd.faces.fronts import describe_choice, tabulate_front
-    from leansd.faces.outlines import read_nets
-    from leansd.files import check_file
-    from leansd.loading import EMBEDDED, find_device, load, load_unet, locate
-    from leansd.report import Origin, write_report
     from leansd.report.plans import report_tuning
-    from leansd.runtime.samplers import (
-        check_sampler,
-        name_sampler,
-        require_convergence,
-        set_sampler,
-    )
+    from leansd.runtime.samplers import check_sampler, name_sampler, require_convergence
     from leansd.tuning.calibration import require_tunable
     from leansd.tuning.drift import measure_drift
     from leansd.tuning.tuner import SPEEDS, split_calls, tune
 
     # Everything that can be wrong is found before a weight is read.
-    front_file = front or out.with_suffix(".front.json")
-    journal_file = journal or out.with_suffix(".journal.jsonl")
-    for path in (out, front_file, journal_file, *([drift] if drift is not None else [])):
-        check_file(path)
-    goal = {"speedup": speedup, "psnr": psnr, "ms": ms}
-    goal = {name: value for name, value in goal.items() if value is not None} or {"speedup": 2.0}
-    if len(goal) > 1:
-        raise LeansdError("give one goal: --speedup, --psnr or --ms")
-    if min(goal.values()) <= 0:
-        raise LeansdError("a goal is a positive number")
-    if goal.get("speedup", 2.0) <= 1:
-        raise LeansdError(f"{speedup:g} times as fast is no gain: give a speed-up above 1")
-    find_device(device)
-    if sampler is not None:
-        require_convergence(check_sampler(sampler))
-    locate(model)
-    if prompts is None and model != EMBEDDED:
-        raise LeansdError(f"no prompts for {model}: give --prompts FILE, one prompt a line")
-    texts = read_prompts(prompts) if prompts is not None else list(GRID_PROMPTS)
-    wanted = count or (len(texts) if prompts is not None else 24)
-    calls = [texts[place % len(texts)] for place in range(wanted)]
-    split_calls(calls, None)
-    folders = read_nets(net or [])
-    sought = parse_speeds(speeds) if speeds is not None else SPEEDS
-    hush_libraries()
+    front, journal, page = files.check()
+    wanted = goal.check()
+    sought = _parse_speeds(speeds) if speeds is not None else SPEEDS
+    folders = read_pairs(net or (), "FOLDER, light=runs/asdm/net")
+    if opening.sampler is not None:
+        require_convergence(check_sampler(opening.sampler))
+    opening.check_model(model)
+    prompts = _list_prompts(calls, model)
+    split_calls(prompts, None)
+    pictures = start.open(steps)
 
-    pipe = load(model, device=device)
-    if sampler is not None:
-        set_sampler(pipe, sampler)
-    pipe.set_progress_bar_config(disable=True)
-    nets = {name: load_unet(path, beside=pipe.unet) for name, path in folders.items()}
+    pipe = opening.open(model)
     require_tunable(pipe.scheduler, steps)
-    scale = find_guidance(pipe, model) if guidance is None else guidance
-    settings = {"guidance_scale": scale}
-    note(f"tuning on {len(calls)} pictures on {pipe.device}; every third decides, the rest tune")
-    with open_progress() as progress:
-        bar = progress.add_task("", total=100)
+    pipe, asked, settings = start.place(pipe, prompts, pictures)
+    settings["guidance_scale"] = scale = calls.find_guidance(pipe, model)
+    drawn = {"settings": settings, "seed": calls.seed, "batch": calls.batch}
+    note(f"tuning on {len(asked)} pictures on {pipe.device}; every third decides, the rest tune")
+    with follow("", 100) as bar:
         found = tune(
             pipe,
-            calls,
+            asked,
             steps=steps,
-            settings=settings,
+            **drawn,
             speeds=sought,
-            speedup=goal.get("speedup"),
-            ms=goal.get("ms"),
+            speedup=wanted.get("speedup"),
+            ms=wanted.get("ms"),
             tries=tries,
-            seed=seed,
-            batch=batch,
-            nets=nets,
+            nets=open_nets(pipe, folders),
             attend=attend or (),
             sampler=name_sampler(pipe),
-            journal=journal_file,
-            tell=lambda text, share: progress.update(
-                bar, description=text, completed=round(100 * share)
-            ),
+            journal=journal,
+            tell=bar.share,
         )
-        found.save(front_file)
+        found.save(front)
         drifts = []
-        if drift is not None:
-            progress.update(bar, description="measuring drift")
-            drifts = measure_drift(
-                pipe, calls[: min(4, len(calls))], steps,
-                seed=seed, batch=batch, settings=settings, subject=model,
-            )  # fmt: skip
-            write_records(drift, drifts)
-    chosen = found.find(**goal)
-    chosen.plan.save(out)
-    anatomy = dissect(pipe.unet, name=model)
-    origin = Origin(quote_command(), stamp(pipe.device))
-    page = write_report(
-        out.with_suffix(".html"), report_tuning(found, chosen, anatomy, drifts), origin
+        if files.drift is not None:
+            bar.share("measuring drift", 1)
+            drifts = measure_drift(pipe, asked[:4], steps, **drawn, subject=model)
+    chosen = found.find(**wanted)
+    chosen.plan.save(files.out)
+    own = {"steps": steps, "seed": calls.seed, "guidance": scale, "goal": wanted}
+    return Result(
+        facts={"model": model, "sampler": found.sampler, **own, **_list_facts(found, chosen)},
+        shown=[
+            tabulate_front(found, chosen),
+            "or: the best of the other kind, fewer steps or tuned, that is as fast",
+            fill(describe_choice(found, chosen), 80),
+        ],
+        files=[files.out, front],
+        pages={page: report_tuning(found, chosen, dissect(pipe.unet, name=model), drifts)},
+        records={files.drift: drifts} if files.drift is not None else {},
+        device=pipe.device,
     )
-    files = [out, front_file, page, *([drift] if drift is not None else [])]
-    show_table(tabulate_front(found, chosen))
-    show_text("or: the best of the other kind, fewer steps or tuned, that is as fast")
-    show_text(fill(describe_choice(found, chosen), 80))
-    show_text("wrote " + ", ".join(map(str, files)))
-    if as_json:
-        show_json(
+
+
+def _list_prompts(calls: Calls, model: str) -> list[str]:
+    """All of a file's prompts, or 24 of the embedded model's."""
+    from leansd.emoji.card import GRID_PROMPTS
+
+    count = calls.count or (24 if calls.prompts is None else None)
+    return replace(calls, count=count).list_prompts(model, GRID_PROMPTS)
+
+
+def _list_facts(found: "Front", chosen: "Point") -> dict[str, Any]:
+    return {
+        "plan": chosen.plan.name,
+        "fingerprint": chosen.plan.fingerprint,
+        "fewer_steps_win": chosen.is_plain,
+        "front": [
             {
-                "command": "tune",
-                "model": model,
-                "sampler": found.sampler,
-                "steps": steps,
-                "seed": seed,
-                "guidance": scale,
-                "goal": goal,
-                "plan": chosen.plan.name,
-                "fingerprint": chosen.plan.fingerprint,
-                "fewer_steps_win": chosen.is_plain,
-                "front": [
-                    {
-                        "plan": point.plan.name,
-                        "fingerprint": point.plan.fingerprint,
-                        "speedup": round(point.speedup, 4),
-                        "ms": round(point.milliseconds, 2),
-                        "psnr": round(point.psnr, 4),
-                        "steps": point.plan.steps,
-                        "keys": list(point.plan.keys),
-                    }
-                    for point in found.points
-                ],
-                "files": [str(path) for path in files],
+                "plan": point.plan.name,
+                "fingerprint": point.plan.fingerprint,
+                "speedup": round(point.speedup, 4),
+                "ms": round(point.milliseconds, 2),
+                "psnr": round(point.psnr, 4),
+                "steps": point.plan.steps,
+                "keys": list(point.plan.keys),
             }
-        )
+            for point in found.points
+        ],
+    }
 
 
-def parse_speeds(text: str) -> list[float]:
+def _parse_speeds(text: str) -> list[float]:
     """`1.5,2,3` as numbers above 1."""
     from leansd.errors import LeansdError
 

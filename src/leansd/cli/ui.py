@@ -5,18 +5,19 @@ from typing import Annotated
 
 import typer
 
+from leansd.cli.command import command
 from leansd.cli.completions import complete_model
-from leansd.cli.examples import give_examples
-from leansd.cli.options import Device, Quiet
+from leansd.cli.options import Device
 
 app = typer.Typer(add_completion=False)
 
 
-@app.command(
-    epilog=give_examples(
-        "leansd ui",
-        "leansd ui --models ~/models --folder my-plans --port 7860",
-    )
+@command(
+    app,
+    "ui",
+    "leansd ui",
+    "leansd ui --models ~/models --folder my-plans --port 7860",
+    json=None,
 )
 def serve_page(
     model: Annotated[
@@ -51,7 +52,6 @@ def serve_page(
         int, typer.Option(min=1, max=1000, help="Runs that may wait; one runs at a time.")
     ] = 8,
     device: Device = None,
-    quiet: Quiet = False,
 ) -> None:
     """Serve a page in the browser, on this machine only, until it is interrupted.
 
@@ -61,7 +61,7 @@ def serve_page(
     import threading
     from importlib.util import find_spec
 
-    from leansd.cli.terminal import hush_libraries, note, show_text, warn
+    from leansd.cli.terminal import hush_libraries, note, show, warn
     from leansd.errors import LeansdError
 
     if find_spec("gradio") is None:
@@ -84,7 +84,7 @@ def serve_page(
     from leansd.ui.serving import Door, serving
 
     with serving(studio, Door(host, port, share), limit=queue) as address:
-        show_text(f"{address}  (Ctrl+C ends it)")
+        show(f"{address}  (Ctrl+C ends it)")
         note(f"plans and history in {folders.home}")
         if share or host not in ("127.0.0.1", "localhost", "::1"):
             warn("others can reach this page: they can draw here and see its history")

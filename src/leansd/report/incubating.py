@@ -14,7 +14,6 @@ from diffusers import UNet2DConditionModel
 from leansd.anatomy import count_macs
 from leansd.anatomy.cost import copy_skeleton
 from leansd.evaluation.records import stamp
-from leansd.faces.outlines import open_outline
 from leansd.incubation.estimate import Estimate, estimate, measure_rate
 from leansd.incubation.recipe import Recipe, Stage
 from leansd.incubation.running import Run, claim_folder, incubate
@@ -26,6 +25,7 @@ from leansd.incubation.validation import Validation
 from leansd.loading import load
 from leansd.report import Origin, write_report
 from leansd.report.training import report_training
+from leansd.unets import open_outline
 
 Note = Callable[[str], None]
 PAGE = "report.html"

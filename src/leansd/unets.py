@@ -1,11 +1,10 @@
-"""Anatomies, UNets and plans by name; but for UNets that run, no weight is read."""
+"""UNets by name: their anatomies, for which no weight is read, or themselves, to run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from io import BytesIO
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -31,12 +30,6 @@ from leansd.plans.liveness import Net
 from leansd.plans.macs import predict_speedup
 from leansd.plans.plan import NO_NETS, Plan
 from leansd.plans.resolve import PlanContext
-from leansd.tuning.front import Front
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-FORMATS = (".png", ".svg", ".pdf")
 
 
 def open_anatomy(model: str | Path, *, latent: int | None = None, tokens: int = TOKENS) -> Anatomy:
@@ -55,15 +48,18 @@ def open_outline(model: str | Path) -> UNet2DConditionModel:
     raise LeansdError(f"no model {name!r}: give {', '.join(BUILTIN)}, or {forms}")
 
 
-def open_unet(model: str | Path, *, device: str | None = None) -> UNet2DConditionModel:
+def open_unet(
+    model: str | Path, *, device: str | None = None, dtype: torch.dtype | None = None
+) -> UNet2DConditionModel:
     """The UNet of a model, to run; a built-in configuration has random weights."""
     if is_unet_folder(model):
-        return load_unet(model, device=device)
+        return load_unet(model, device=device, dtype=dtype)
     if str(model) not in BUILTIN:
-        return load(model, device=device).unet
+        pipe: Any = load(model, device=device, dtype=dtype)
+        return pipe.unet
     where = find_device(device)
     unet = UNet2DConditionModel(**BUILTIN[str(model)]).eval()
-    return unet.to(where, torch.float16 if where.type == "cuda" else torch.float32)
+    return unet.to(where, dtype or (torch.float16 if where.type == "cuda" else torch.float32))
 
 
 def outline_runs(
@@ -78,46 +74,8 @@ def outline_runs(
     return PlanContext(steps, sampler or read_sampler(model), anatomy=anatomy, nets=nets)
 
 
-def read_nets(given: Sequence[str]) -> dict[str, str]:
-    """Folders of UNets by the names that plans call them by, from `NAME=FOLDER`.
-
-    Raises:
-        LeansdError: one is not of this form, or a name comes twice.
-    """
-    nets: dict[str, str] = {}
-    for each in given:
-        name, sign, path = each.partition("=")
-        if not (name and sign and path):
-            raise LeansdError(f"--net {each} names no net; give NAME=FOLDER, light=runs/asdm/net")
-        if name in nets:
-            raise LeansdError(f"--net {each}: {name} is given twice")
-        nets[name] = path
-    return nets
-
-
-def read_front(source: str, steps: int | None, anatomy: Anatomy, *, speedup: float) -> Plan:
-    """The plan of a tuned front for a speed-up; it says its number of steps itself."""
-    plan = Front.load(source).at(speedup=speedup)
-    if steps is not None and plan.steps != steps:
-        raise LeansdError(
-            f"plan {plan.name} of {source} runs {plan.steps} steps, not {steps}: leave --steps out"
-        )
-    plan.resolve(anatomy)
-    return plan
-
-
 def predict_gain(plan: Plan, anatomy: Anatomy, nets: Mapping[str, Anatomy] = NO_NETS) -> float:
     """How many times fewer multiply-accumulates the UNet does over a run of `plan`."""
     others = {name: Net(each) for name, each in nets.items()}
     calls = compile_plan(plan, anatomy, nets=others).calls
     return predict_speedup(calls, anatomy, others)
-
-
-def encode_figure(figure: Figure, path: Path) -> bytes:
-    """A figure as the bytes of the file format that `path` ends in."""
-    form = path.suffix.lower()
-    if form not in FORMATS:
-        raise LeansdError(f"cannot draw {path}: the name must end in one of {', '.join(FORMATS)}")
-    buffer = BytesIO()
-    figure.savefig(buffer, format=form[1:], dpi=150)
-    return buffer.getvalue()
