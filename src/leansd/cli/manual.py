@@ -179,7 +179,7 @@ def _describe(parameter: Any) -> str:
     remarks = ["Required."] if parameter.required else []
     if default is True:
         remarks.append(f"Default: {parameter.opts[0]}.")
-    elif default not in (None, False, "") and not callable(default):
+    elif default is not None and default is not False and default != "" and not callable(default):
         remarks.append(f"Default: {default}.")
     return " ".join([text, *remarks])
 

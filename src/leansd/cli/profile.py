@@ -132,7 +132,9 @@ def _open(model: str, vae: str | None, place: Place) -> tuple[Any, Any]:
     other = load_vae(vae) if vae is not None and vae != "tiny" else None
     note(f"opening {model}")
     if model in BUILTIN:
-        pipe = build_stand_in(model, device=place.device)
+        pipe: Any = build_stand_in(model, device=place.device)
+        if place.precision is not None:
+            pipe.to(place.precision)
         pipe.set_progress_bar_config(disable=True)
     else:
         pipe = Opening(place.device, place.dtype).open(model)
