@@ -1,0 +1,79 @@
+"""Output files: names made from a user's words, and nothing written over what others wrote."""
+
+import os
+from errno import ENOSPC
+from pathlib import Path
+
+import pytest
+
+from leansd.errors import OutputError
+from leansd.files import find_free, name_file, name_files, stand_beside, write_file, write_new
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("a red apple", "a-red-apple"),
+        ("猫", "猫"),
+        ("Ünïcode – naïve", "Ünïcode-naïve"),
+        ("हिन्दी में", "हिन्दी-में"),  # its vowels are marks
+        ("u\u0308ber", "über"),  # composed
+        ("../../etc/passwd", "etc-passwd"),
+        ("a/b\\c:d*e?f\0g", "a-b-c-d-e-f-g"),
+        ("..", "picture"),
+        ("🍎", "picture"),
+        ("", "picture"),
+        ("con", "con-"),
+        ("LPT1", "LPT1-"),
+        ("v1.5", "v1-5"),
+        ("\ud800", "picture"),
+    ],
+)
+def test_a_name_keeps_letters_of_any_script_and_stays_in_its_folder(words: str, name: str) -> None:
+    assert name_file(words) == name
+
+
+@pytest.mark.parametrize("letter", ["a", "猫", "é"])
+def test_long_words_with_one_beginning_have_different_names(letter: str, tmp_path: Path) -> None:
+    names = {name_file(letter * 300 + end) for end in ("", " one", " two")}
+    assert len(names) == 3
+    for name in names:
+        assert len(name.encode()) <= 120
+        (tmp_path / f"{name}.balanced.seed0.png").write_bytes(b"")
+
+
+def test_names_of_a_set_differ_where_case_does_not_count() -> None:
+    names = name_files(["v1.5", "v1-5", "A", "a", "a", "A-2"])
+    assert names == ["v1-5", "v1-5-2", "A", "a-2", "a-3", "A-2-2"]
+
+
+def test_nothing_is_written_over(tmp_path: Path) -> None:
+    (tmp_path / "A.PNG").write_bytes(b"theirs")
+    path = tmp_path / "a.png"
+    assert find_free(path) == tmp_path / "a-2.png"
+    first = write_new(path, b"one")
+    assert (first, write_new(first, b"one")) == (tmp_path / "a-2.png", first)  # the same: once
+    assert write_new(path, b"two") == tmp_path / "a-3.png"
+    contents = {each.name: each.read_bytes() for each in tmp_path.iterdir()}
+    assert contents == {"A.PNG": b"theirs", "a-2.png": b"one", "a-3.png": b"two"}
+
+
+def test_what_lies_beside_a_file_belongs_to_it_alone() -> None:
+    assert stand_beside("plan.json", ".html") == Path("plan.html")
+    assert stand_beside("runs/v1.5", ".front.json") == Path("runs/v1.5.front.json")
+    assert stand_beside("runs/v1.6.json", ".html") == Path("runs/v1.6.html")
+
+
+def test_a_full_disk_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_file(tmp_path / "a.png", b"old")
+
+    def fail(self: Path, content: bytes) -> int:
+        raise OSError(ENOSPC, os.strerror(ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    for write in (write_file, write_new):
+        with pytest.raises(OutputError, match=r"cannot write .*a\.png: No space left on device"):
+            write(path, b"new")
+    assert {each: each.read_bytes() for each in tmp_path.iterdir()} == {path: b"old"}
