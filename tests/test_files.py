@@ -64,9 +64,7 @@ def test_what_lies_beside_a_file_belongs_to_it_alone() -> None:
     assert stand_beside("runs/v1.6.json", ".html") == Path("runs/v1.6.html")
 
 
-def test_a_full_disk_leaves_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_file(tmp_path / "a.png", b"old")
 
     def fail(self: Path, content: bytes) -> int:
