@@ -19,6 +19,7 @@ LAYERS = (
     ("runtime",),
     ("drawing",),
     ("emoji",),
+    ("model_files",),
     ("loading",),
     ("unets",),
     ("evaluation",),

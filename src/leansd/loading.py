@@ -4,8 +4,10 @@ Only safetensors are read, so nothing a stranger wrote is ever unpickled.
 """
 
 import json
+import logging
 import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,10 +27,11 @@ from diffusers import (
 )
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from leansd.errors import LeansdError
+from leansd.model_files import INDEX, check_file, describe_folder, find_snapshot, read_folder
 from leansd.runtime.samplers import name_sampler
 from leansd.surgery.checkpoints import find_class, open_delta, open_unet, share_weights
 
@@ -130,7 +133,7 @@ def read_sampler(model: str | Path) -> str:
 def is_unet_folder(model: str | Path) -> bool:
     """Whether it is the folder of a UNet by itself, without the rest of a model."""
     folder = Path(model).expanduser()
-    return (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
+    return (folder / "config.json").is_file() and not (folder / INDEX).is_file()
 
 
 def _build_outline(file: Path, model: str | Path) -> UNet2DConditionModel:
@@ -162,9 +165,11 @@ def load_unet(
 
     Raises:
         LeansdError: there is none, or its config does not describe its weights; the message names
-            the address. Weights are only read when they fit.
+            the address; or it is to stand beside a UNet of another device or precision than is
+            asked for. Weights are only read when they fit.
     """
     if beside is not None:
+        _check_beside(beside, device, dtype)
         unet = load_unet(folder, device="cpu", dtype=beside.dtype)
         share_weights(unet, beside)
         return unet
@@ -174,15 +179,32 @@ def load_unet(
     if str(folder) in (EMBEDDED, *NETS):
         return _open_embedded(str(folder), dtype).to(device)
     home = Path(folder).expanduser()
-    if (home / "model_index.json").is_file():
+    home = find_snapshot(home) or home
+    if (home / INDEX).is_file():
         home = home / "unet"
     try:
-        with silent_loading():
+        with silent_loading(), _held_back_logs():
             return open_unet(home, dtype).to(device)
     except _FAILURES as error:
         if isinstance(error, LeansdError):
             raise
         raise LeansdError(f"cannot open the UNet in {home}: {_first(error)}") from error
+
+
+def _check_beside(
+    beside: UNet2DConditionModel, device: str | torch.device | None, dtype: torch.dtype | None
+) -> None:
+    """Refuse to stand beside a UNet that is elsewhere, or otherwise, than is asked for."""
+    asked = None if device is None else find_device(device)
+    there = beside.device
+    is_there = asked is None or (
+        asked.type == there.type and (asked.index is None or asked.index == there.index)
+    )
+    if not is_there or dtype not in (None, beside.dtype):
+        raise LeansdError(
+            f"the UNet that it is to stand beside is on {there} in {beside.dtype}, and what the "
+            "two have in common is held once: leave device and dtype out, or open it without beside"
+        )
 
 
 def _open_embedded(name: str, dtype: torch.dtype) -> UNet2DConditionModel:
@@ -201,7 +223,7 @@ def load_vae(folder: str | Path, *, dtype: torch.dtype | None = None) -> Autoenc
             whole model, whose `vae` is taken.
     """
     home = Path(folder).expanduser()
-    if (home / "model_index.json").is_file():
+    if (home / INDEX).is_file():
         home = home / "vae"
     file = home / "config.json"
     try:
@@ -260,7 +282,11 @@ def as_image_to_image(pipe: DiffusionPipeline) -> DiffusionPipeline:
 
 
 def find_device(device: str | torch.device | None = None) -> torch.device:
-    """The device that is meant, if it is there; by default the GPU where there is one."""
+    """The device that is meant, if it is there; by default the GPU where there is one.
+
+    Raises:
+        LeansdError: it is not there, or not known; the message says what this machine has.
+    """
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device is None:
         return torch.device(next(name for name, present in has.items() if present))
@@ -269,8 +295,17 @@ def find_device(device: str | torch.device | None = None) -> torch.device:
         found = torch.device(device)
     except RuntimeError as error:
         raise LeansdError(f"no device {device!r}: this machine has {there}") from error
+    if found.type not in (*has, "meta"):
+        module: Any = getattr(torch, found.type, None)  # xpu, npu and whatever else PyTorch has
+        has[found.type] = module is not None and module.is_available()
     if not has.get(found.type, True):
-        raise LeansdError(f"no device {str(device)!r} here: this machine has {there}")
+        why = ""
+        if found.type == "cuda" and torch.version.cuda is None and torch.version.hip is None:
+            why = "; the PyTorch that is installed is built for the CPU alone"
+        raise LeansdError(f"no device {str(device)!r} here: this machine has {there}{why}")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise LeansdError(f"no device {str(device)!r} here: this machine has {count} GPU(s)")
     return found
 
 
@@ -283,8 +318,10 @@ def locate(model: str | Path) -> Path | str:
         return model_folder()
     path = Path(text).expanduser()
     if text and path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise LeansdError(f"{path} is not a model: it has no model_index.json; {FORMS}")
+        path = find_snapshot(path) or path
+        if not (path / INDEX).is_file():
+            what = describe_folder(path)
+            raise LeansdError(what or f"{path} is not a model: it has no {INDEX}; {FORMS}")
         return path
     if path.is_file():
         if path.suffix != ".safetensors":
@@ -313,47 +350,97 @@ def silent_loading() -> Iterator[None]:
 
 
 def _load_folder(folder: Path, dtype: torch.dtype, *, quiet: bool) -> DiffusionPipeline:
+    contents = read_folder(folder)
+    options: dict[str, Any] = dict.fromkeys(contents.absent)
+    if "safety_checker" in contents.absent:
+        options["requires_safety_checker"] = False
+    if contents.variant is not None:
+        options["variant"] = contents.variant
     try:
-        if not quiet:
-            return _open(folder, dtype, local_files_only=True)
-        with silent_loading(), _without_warnings():
-            return _open(folder, dtype, local_files_only=True)
+        with _held_back_logs(drop=quiet):
+            if not quiet:
+                pipe = _open(folder, dtype, local_files_only=True, **options)
+            else:
+                with silent_loading():
+                    pipe = _open(folder, dtype, local_files_only=True, **options)
     except _FAILURES as error:
         raise LeansdError(_explain(folder, error)) from error
+    if contents.absent:
+        names = " and ".join(contents.absent)
+        warnings.warn(f"{folder} names {names} and has none: opened without", stacklevel=3)
+    return pipe
 
 
 @contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Only errors of diffusers: it remarks on a small autoencoder that is as it should be."""
-    before = diffusers.utils.logging.get_verbosity()
-    diffusers.utils.logging.set_verbosity_error()
+def _held_back_logs(*, drop: bool = False) -> Iterator[None]:
+    """Hold back what diffusers and transformers log, until all is well or for good.
+
+    Where opening fails, our sentence is all that is said. The embedded model's remarks are dropped:
+    diffusers remarks on a small autoencoder that is as it should be.
+    """
+    held: list[tuple[logging.Handler, logging.LogRecord]] = []
+    handlers = [
+        handler
+        for name in ("diffusers", "transformers")
+        for handler in logging.getLogger(name).handlers
+    ]
+    holds: list[tuple[logging.Handler, Callable[[logging.LogRecord], bool]]] = []
+    for handler in handlers:
+
+        def hold(record: logging.LogRecord, handler: logging.Handler = handler) -> bool:
+            held.append((handler, record))
+            return False
+
+        handler.addFilter(hold)
+        holds.append((handler, hold))
     try:
         yield
+    except BaseException:
+        held.clear()
+        raise
     finally:
-        diffusers.utils.logging.set_verbosity(before)
+        for handler, hold in holds:
+            handler.removeFilter(hold)
+    if not drop:
+        for handler, record in held:
+            handler.handle(record)
 
 
 def _load_from_hub(name: str, dtype: torch.dtype) -> DiffusionPipeline:
     try:
-        hf_hub_download(name, "model_index.json")  # says why not, before anything large is fetched
-        return _open(name, dtype)
+        # Says why not, before anything large is fetched.
+        index = Path(hf_hub_download(name, INDEX))
+        if not constants.HF_HUB_OFFLINE:
+            with _held_back_logs():
+                return _open_either(name, dtype)
     except _FAILURES as error:
         raise LeansdError(_explain(name, error)) from error
+    return _load_folder(index.parent, dtype, quiet=False)
+
+
+def _open_either(name: str, dtype: torch.dtype) -> DiffusionPipeline:
+    """A model of the hub by its plain weights, or where it has none in half precision by those."""
+    try:
+        return _open(name, dtype)
+    except (OSError, ValueError):
+        try:
+            return _open(name, dtype, variant="fp16")
+        except _FAILURES:
+            pass
+        raise
 
 
 def _load_file(file: Path, dtype: torch.dtype) -> DiffusionPipeline:
-    try:
-        with safe_open(file, framework="pt") as weights:
-            keys = set(weights.keys())
-    except (SafetensorError, OSError) as error:
-        raise LeansdError(f"{file} is not a readable .safetensors file: {_first(error)}") from error
+    keys = check_file(file)
     kind = StableDiffusionXLPipeline if _SDXL_KEY in keys else StableDiffusionPipeline
     try:
-        return kind.from_single_file(str(file), dtype=dtype)
+        with _held_back_logs():
+            return kind.from_single_file(str(file), dtype=dtype)
     except _FAILURES as error:
         raise LeansdError(
-            f"cannot open {file}: {_first(error)}; a single file also needs its configuration "
-            "from the hub, so where there is no network give a folder in the diffusers layout"
+            f"cannot open {file}: {_first(error)}; a single file holds weights alone, its "
+            f"configuration and tokenizer come from the hub, so where there is no network fetch "
+            "them once before, or give a folder in the diffusers layout"
         ) from error
 
 

@@ -7,6 +7,7 @@ other net lacks; in memory `share_weights` lets both hold the common tensors onc
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,11 @@ def open_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
     kind = find_class(config, f"what is in {folder}")
     with torch.device("meta"):
         outline = kind.from_config(config)
-    check_shapes(folder, read_shapes(folder), outline)
+    found = find_variant(folder, what=f"the UNet in {folder}")
+    variant = None if None in found else found[0]
+    check_shapes(folder, read_shapes(folder, variant), outline)
     unet = kind.from_pretrained(
-        folder, use_safetensors=True, local_files_only=True, torch_dtype=dtype
+        folder, use_safetensors=True, local_files_only=True, torch_dtype=dtype, variant=variant
     )
     for parameter in unet.parameters():
         # Mapped from the file they lie unaligned, and kernels then round otherwise.
@@ -70,14 +73,55 @@ def open_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
     return unet.eval()
 
 
-def read_shapes(folder: Path) -> dict[str, Shape]:
-    """The shapes of all tensors in a folder's safetensors files, from their headers."""
+POINTER = "is a pointer of Git LFS, not weights: run `git lfs pull` where it was cloned"
+_PICKLED = (".bin", ".ckpt", ".pt", ".pth")
+_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+_SHARD = re.compile(r"-\d+-of-\d+")
+
+
+def find_variant(folder: Path, *, what: str) -> tuple[str | None, ...]:
+    """The variants that a network's weights are there in: None for plain names, `fp16`.
+
+    Args:
+        what: the network, for the message.
+
+    Raises:
+        LeansdError: there are no safetensors weights, or one of them is a pointer of Git LFS.
+    """
+    found: dict[str | None, None] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        stem, _, variant = _SHARD.sub("", file.name.removesuffix(".safetensors")).partition(".")
+        if stem in _STEMS:
+            if is_pointer(file):
+                raise LeansdError(f"{file} {POINTER}")
+            found[variant or None] = None
+    if found:
+        return tuple(found)
+    pickled = sorted(each.name for each in folder.iterdir() if each.suffix in _PICKLED)
+    if not pickled:
+        raise LeansdError(f"no weights of {what}: there is no .safetensors file in {folder}")
+    raise LeansdError(
+        f"the weights of {what} are only there as {pickled[0]}, which may run code when it is "
+        "opened: if you trust it, convert it with diffusers, "
+        "`DiffusionPipeline.from_pretrained(folder).save_pretrained(new_folder)`"
+    )
+
+
+def is_pointer(file: Path) -> bool:
+    """Whether Git LFS left a pointer in the place of a file."""
+    with file.open("rb") as opened:
+        return opened.read(24).startswith(b"version https://git-lfs")
+
+
+def read_shapes(folder: Path, variant: str | None = None) -> dict[str, Shape]:
+    """The shapes of all tensors in a UNet's safetensors files, from their headers."""
     shapes: dict[str, Shape] = {}
     for file in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
+        name = _SHARD.sub("", file.name.removesuffix(".safetensors"))
+        if (name.partition(".")[2] or None) != variant:
+            continue
         with safe_open(file, framework="pt") as weights:
             shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-    if not shapes:
-        raise LeansdError(f"no weights in {folder}: there is no .safetensors file")
     return shapes
 
 
