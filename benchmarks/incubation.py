@@ -20,7 +20,7 @@ import typer
 from leansd.cli.terminal import hush_libraries
 from leansd.incubation.estimate import Estimate, estimate
 from leansd.incubation.recipe import TEACHER, Recipe, Stage, load_recipe
-from leansd.incubation.running import NET
+from leansd.incubation.training_log import NET
 from leansd.loading import load_outline
 from leansd.report.incubating import incubate_into
 from leansd.surgery.edits import Edit, Replace, Surgery, Take

@@ -12,8 +12,7 @@ from leansd.emoji.folder import write_pictures
 from leansd.emoji.recipe import Pictures
 from leansd.emoji.training import Budget
 from leansd.errors import LeansdError
-from leansd.incubation.data.folder import list_folder
-from leansd.incubation.data.samples import Sample
+from leansd.incubation.data.samples import Sample, list_folder
 
 GROUPS = ("food-fruit", "sky-weather")
 

@@ -13,15 +13,20 @@ from torch import Tensor
 
 from leansd.anatomy.inputs import make_inputs
 from leansd.errors import LeansdError
-from leansd.incubation.batches import Batch
-from leansd.incubation.guards import Guard
-from leansd.incubation.learning import Learner, Teacher, learn, teach
-from leansd.incubation.noise import Draw, Schedule
-from leansd.incubation.random_latents import RandomLatents
+from leansd.incubation.data.batches import Batch
+from leansd.incubation.data.random_latents import RandomLatents
+from leansd.incubation.noise import DiffusionSchedule, NoiseDraw
 from leansd.incubation.recipe import Recipe
-from leansd.incubation.running import NET, Run, claim_folder, incubate, open_nets
-from leansd.incubation.students import Net, make_student
-from leansd.incubation.trainer import Lesson, Look, Training, prepare_teacher
+from leansd.incubation.run import NET, Run, claim_folder, open_nets, run_stages
+from leansd.incubation.step import StudentUNet, TeacherUNet, run_student, run_teacher, sum_losses
+from leansd.incubation.students import StageNet, make_student
+from leansd.incubation.trainer import (
+    NonfiniteGuard,
+    StageContext,
+    StageTrainer,
+    ValidationHook,
+    prepare_teacher,
+)
 from leansd.incubation.training_log import LossLog
 from leansd.loading import load_unet
 from leansd.surgery.lineage import Lineage
@@ -77,21 +82,21 @@ def make_run(folder: Path, recipe: Recipe | None = None) -> Run:
     return Run(recipe or write_recipe(), folder, make_parts(), make_source())
 
 
-def make_training(folder: Path, recipe: Recipe, number: int = 0) -> Training:
+def make_training(folder: Path, recipe: Recipe, number: int = 0) -> StageTrainer:
     """A stage that starts from the teacher, before its first step."""
     run = make_run(folder, recipe)
     stage = recipe.stages[number]
-    student = make_student(stage, {"teacher": Net(run.pipe.unet)})
-    lesson = Lesson(
+    student = make_student(stage, {"teacher": StageNet(run.pipe.unet)})
+    context = StageContext(
         stage,
         recipe.trainer,
         0,
         run.source,
-        Schedule.read(run.pipe.scheduler),
+        DiffusionSchedule.read(run.pipe.scheduler),
         folder / stage.name,
     )
     accelerator = Accelerator(cpu=True, mixed_precision=recipe.trainer.precision)
-    return Training(accelerator, lesson, student, prepare_teacher(accelerator, run.pipe.unet))
+    return StageTrainer(accelerator, context, student, prepare_teacher(accelerator, run.pipe.unet))
 
 
 def read_net(folder: Path) -> dict[str, bytes]:
@@ -106,7 +111,7 @@ def read_curves(folder: Path) -> list[dict[str, float]]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = make_run(tmp_path_factory.mktemp("runs") / "whole")
-    incubate(run)
+    run_stages(run)
     return run
 
 
@@ -135,7 +140,7 @@ def test_a_stage_starts_from_what_an_earlier_run_left(finished: Run, tmp_path: P
     stage = {**ASSEMBLED, "nets": {"original": "teacher", "light": "mine"}}
     document = {**write_recipe().to_document(), "nets": nets, "stages": [stage]}
     run = make_run(tmp_path / "run", Recipe.model_validate(document))
-    incubate(run)
+    run_stages(run)
     assert Lineage.load(run.folder / NET).origins == Lineage.load(finished.folder / NET).origins
     (student,) = (make_student(each, open_nets(run, each)) for each in run.recipe.stages)
     first = make_student(finished.recipe.stages[1], open_nets(finished, finished.recipe.stages[1]))
@@ -153,7 +158,7 @@ def test_nets_that_no_run_left_are_refused(finished: Run, tmp_path: Path) -> Non
         "stages": [{**LIGHT, "nets": {"original": "mine"}}],
     }
     with pytest.raises(LeansdError, match="holds no net that incubation left"):
-        incubate(make_run(tmp_path / "run", Recipe.model_validate(document)))
+        run_stages(make_run(tmp_path / "run", Recipe.model_validate(document)))
     with pytest.raises(ValueError, match="two stages or nets are called light"):
         Recipe.model_validate({**document, "nets": {"light": str(plain)}})
 
@@ -192,7 +197,7 @@ def work_until_dead(folder: Path, moves: int, looks: int) -> None:
             die()
 
     die_before_moving(moves)
-    incubate(make_run(folder), make_look=lambda *_: Look(1, look))
+    run_stages(make_run(folder), make_validation=lambda *_: ValidationHook(1, look))
 
 
 @pytest.mark.parametrize(("moves", "looks"), [(1, 0), (0, 3), (4, 0), (0, 5)])
@@ -201,7 +206,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
 ) -> None:
     run_until_dead(work_until_dead, tmp_path, moves, looks)
     assert not (tmp_path / NET).exists()
-    incubate(make_run(tmp_path))
+    run_stages(make_run(tmp_path))
     assert read_net(tmp_path) == read_net(finished.folder)
     for stage in ("light", "assembled"):
         assert read_curves(tmp_path / stage) == read_curves(finished.folder / stage)
@@ -218,27 +223,29 @@ def work_on_kept_until_dead(folder: Path, looks: int) -> None:
         if left[0] == 0:
             die()
 
-    incubate(make_run(folder, write_recipe(CACHED)), make_look=lambda *_: Look(1, look))
+    run_stages(
+        make_run(folder, write_recipe(CACHED)), make_validation=lambda *_: ValidationHook(1, look)
+    )
 
 
 def test_the_teacher_is_asked_once_where_its_tensors_are_kept(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
     asked: list[Tensor] = []
-    ask = Teacher.__call__
+    ask = TeacherUNet.__call__
 
-    def count(self: Teacher, noised: Tensor, *rest: Any) -> Any:
+    def count(self: TeacherUNet, noised: Tensor, *rest: Any) -> Any:
         asked.append(noised)
         return ask(self, noised, *rest)
 
-    monkeypatch.setattr(Teacher, "__call__", count)
-    incubate(make_run(tmp_path / "whole", write_recipe(CACHED)))
+    monkeypatch.setattr(TeacherUNet, "__call__", count)
+    run_stages(make_run(tmp_path / "whole", write_recipe(CACHED)))
     assert len(asked) == 2
     assert not (tmp_path / "whole/light/teacher").exists()
     for looks in (1, 4):  # killed before and after the teacher is needed no more
         folder = tmp_path / str(looks)
         run_until_dead(work_on_kept_until_dead, folder, looks)
-        incubate(make_run(folder, write_recipe(CACHED)))
+        run_stages(make_run(folder, write_recipe(CACHED)))
         assert read_net(folder) == read_net(tmp_path / "whole")
 
 
@@ -269,7 +276,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: Any
 
     monkeypatch.setattr(Accelerator, "save_state", fill_up)
     with pytest.raises(LeansdError, match=r"No space left.*step-00000001 is whole"):
-        incubate(run)
+        run_stages(run)
     assert (tmp_path / "light/checkpoints/step-00000001/position-0.json").exists()
 
 
@@ -297,19 +304,19 @@ def test_a_step_that_is_no_number_is_skipped_and_its_batch_kept(tmp_path: Path) 
     training.step = 1
     stream = Broken(make_source().open(batch=2, seed=0), frozenset({0}))
     before = [each.detach().clone() for each in training.student.unet.parameters()]
-    training._take_step(stream)  # type: ignore[arg-type]
+    training.take_step(stream)  # type: ignore[arg-type]
     assert all(
         torch.equal(a, b) for a, b in zip(before, training.student.unet.parameters(), strict=True)
     )
     assert (training.guard.skipped, training.guard.row) == (1, 1)
     assert len(list((tmp_path / "light/skipped").iterdir())) == 1
-    training._take_step(stream)  # type: ignore[arg-type]
+    training.take_step(stream)  # type: ignore[arg-type]
     assert (training.guard.skipped, training.guard.row) == (1, 0)
     training.release()
 
 
 def test_a_run_that_goes_nowhere_is_stopped(tmp_path: Path) -> None:
-    guard = Guard(tmp_path, most=2)
+    guard = NonfiniteGuard(tmp_path, most=2)
     guard.skip_step(7)
     with pytest.raises(LeansdError, match="2 steps in a row, up to 8"):
         guard.skip_step(8)
@@ -319,7 +326,7 @@ def test_what_no_loss_teaches_is_refused(tmp_path: Path) -> None:
     shallow = {**LIGHT, "mode": "decoupled", "train": ["dn0", "up0"], "losses": {"output": {}}}
     training = make_training(tmp_path, write_recipe(shallow))
     with pytest.raises(LeansdError, match=r"no loss teaches dn0\.l0\.res"):
-        training._take_step(make_source().open(batch=2, seed=0))
+        training.take_step(make_source().open(batch=2, seed=0))
     training.release()
 
 
@@ -340,16 +347,16 @@ APART = {
 }
 
 
-def see(training: Training) -> Any:
+def see(training: StageTrainer) -> Any:
     batch = next(make_source().open(batch=2, seed=0))
-    return training.compare(training.show(batch, training._draw(batch, 0)))
+    return training.show_student(training.show_teacher(batch, training.draw(batch, 0)))
 
 
 def test_blocks_apart_on_the_teachers_features_give_the_teachers(tmp_path: Path) -> None:
     training = make_training(tmp_path, write_recipe(APART))
     outcome = see(training)
     assert torch.equal(outcome.student, outcome.teacher)
-    _, parts = training.weigh(outcome)
+    _, parts = sum_losses(training.losses, outcome, 0.0)
     assert [name for name, value in parts.items() if value != 0] == ["denoising"]
     training.release()
 
@@ -364,7 +371,7 @@ def test_blocks_apart_compute_nothing_else(tmp_path: Path) -> None:
     outcome = see(training)
     # Neither the middle nor what `dn0` became reaches `up0`: it has the teacher's features.
     assert torch.equal(outcome.student, outcome.teacher)
-    _, parts = training.weigh(outcome)
+    _, parts = sum_losses(training.losses, outcome, 0.0)
     assert parts["features"] > 0
     training.release()
 
@@ -377,7 +384,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path, mode: str) -
         training = make_training(
             tmp_path, write_recipe(stage, gradient_checkpointing=checkpointing)
         )
-        loss, _ = training.weigh(see(training))
+        loss, _ = sum_losses(training.losses, see(training), 0.0)
         loss.backward()
         trained = [p for p in training.student.unet.parameters() if p.requires_grad]
         gradients.append([p.grad for p in trained])
@@ -391,7 +398,7 @@ def test_accumulated_steps_are_those_of_a_larger_batch(tmp_path: Path) -> None:
         training = make_training(tmp_path, write_recipe({**LIGHT, "steps": 2}, **trainer))
         training.accelerator.gradient_accumulation_steps = trainer.get("accumulate", 1)
         stream = make_source().open(batch=trainer["batch"], seed=0)
-        training._take_step(stream)
+        training.take_step(stream)
         nets.append([p.detach().clone() for p in training.student.unet.parameters()])
         training.release()
     for one, other in zip(*nets, strict=True):
@@ -405,10 +412,10 @@ def test_losses_and_what_trains_are_float32_in_bf16(tmp_path: Path, mode: str) -
     stage = {**LIGHT, "mode": mode, "train": ["dn0", "up0"], "losses": losses}
     training = make_training(tmp_path, write_recipe(stage, precision="bf16"))
     assert training.teacher.unet.dtype == torch.bfloat16
-    _, parts = training.weigh(see(training))
+    _, parts = sum_losses(training.losses, see(training), 0.0)
     assert {part.dtype for part in parts.values()} == {torch.float32}
     before = [each.detach().clone() for each in training.student.unet.parameters()]
-    training._take_step(make_source().open(batch=2, seed=0))
+    training.take_step(make_source().open(batch=2, seed=0))
     after = list(training.student.unet.parameters())
     assert {each.dtype for each in after} == {torch.float32}
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
@@ -422,7 +429,7 @@ def test_what_is_frozen_is_not_rounded_in_bf16(tmp_path: Path) -> None:
     stages = ({**LIGHT, "steps": 1}, {**ASSEMBLED, "steps": 1})
     run = make_run(tmp_path, write_recipe(*stages, precision="bf16"))
     teacher = {name: each.clone() for name, each in run.pipe.unet.state_dict().items()}
-    net = load_unet(incubate(run), device="cpu", dtype=torch.float32).state_dict()
+    net = load_unet(run_stages(run), device="cpu", dtype=torch.float32).state_dict()
     frozen = [name for name in net if name.startswith("mid_block")]
     assert all(torch.equal(net[name], teacher[name]) for name in frozen)
     AcceleratorState._reset_state()
@@ -432,16 +439,16 @@ def test_any_topology_has_blocks_apart(any_unet: Any) -> None:
     teacher = copy.deepcopy(any_unet)
     last = f"up{len(teacher.up_blocks) - 1}"
     stage = write_recipe({**APART, "train": ["dn0", last]}).stages[0]
-    student = make_student(stage, {"teacher": Net(teacher)})
+    student = make_student(stage, {"teacher": StageNet(teacher)})
     compares = student.list_comparisons("decoupled")
-    learner = Learner(student, compares, "decoupled")
-    tutor = Teacher(teacher, (*(each.teacher for each in compares), *learner.needs))
+    learner = StudentUNet(student, compares, "decoupled")
+    tutor = TeacherUNet(teacher, (*(each.teacher for each in compares), *learner.needs))
     inputs = make_inputs(teacher, size=(LATENT, LATENT), batch=2)
     added = inputs.get("added_cond_kwargs", {})
     batch = Batch(inputs["sample"], inputs["encoder_hidden_states"], added)
-    draw = Draw(torch.tensor([10, 900]), torch.randn_like(inputs["sample"]))
-    schedule = Schedule.read(tiny_scheduler())
-    outcome = learn(learner, teach(tutor, batch, draw, schedule), schedule)
+    draw = NoiseDraw(torch.tensor([10, 900]), torch.randn_like(inputs["sample"]))
+    schedule = DiffusionSchedule.read(tiny_scheduler())
+    outcome = run_student(learner, run_teacher(tutor, batch, draw, schedule), schedule)
     assert torch.equal(outcome.student, outcome.teacher)
     blocks = {each.student.partition(".")[0] for each in compares}
     assert blocks == {"dn0", last}

@@ -13,24 +13,23 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from pydantic import TypeAdapter
 
 from conformance.models import make_pipeline, xl_unet
 from leansd.errors import LeansdError
-from leansd.incubation.batches import Conditions
-from leansd.incubation.data.cache import Cache
-from leansd.incubation.data.cached import CachedSource, Chances
+from leansd.incubation.data.batches import Conditions
+from leansd.incubation.data.cache import Cache, Latents
+from leansd.incubation.data.cached_source import CachedSource, Chances, Order
 from leansd.incubation.data.encoding import PictureEncoder, TextEncoder, read_picture
-from leansd.incubation.data.filling import Progress, Telling, fill
-from leansd.incubation.data.folder import list_folder
-from leansd.incubation.data.order import Order
-from leansd.incubation.data.parts import Latents
-from leansd.incubation.data.samples import Flaw, Sample, digest
-from leansd.incubation.data.settings import Dataset, estimate_bytes, prepare_data
-from leansd.incubation.data.settings import DataSettings as KindSettings
-from leansd.incubation.data.shards import list_tars
-from leansd.incubation.recipe import DataSettings
-from leansd.incubation.sources import DataSetting, open_source
+from leansd.incubation.data.filling import FillProgress, FillReporter, fill
+from leansd.incubation.data.kinds import (
+    DataContext,
+    Dataset,
+    open_source,
+    prepare_dataset,
+    read_options,
+)
+from leansd.incubation.data.samples import Flaw, Sample, digest, list_folder, list_tars
+from leansd.incubation.recipe import DataConfig
 from tiny import tiny_pipeline, tiny_scheduler, tiny_vae
 
 SIDE = 16
@@ -468,7 +467,7 @@ def test_transparency_is_white() -> None:
 
 def prepare(pipe: Any, folder: Path, **settings: Any) -> Dataset:
     settings = {"resolution": SIDE, "batch": 2, **settings}
-    return prepare_data(TypeAdapter(KindSettings).validate_python(settings), pipe, folder)
+    return prepare_dataset(read_options(DataConfig(**settings)), pipe, folder)  # pyright: ignore[reportArgumentType]
 
 
 def test_what_is_cached_is_what_the_networks_make(tmp_path: Path, pipe: Any) -> None:
@@ -520,7 +519,7 @@ def test_drawn_latents_are_drawn_once_and_more_are_added(tmp_path: Path, pipe: A
     options = {"kind": "drawn", "prompts": str(prompts), "steps": 2, "sampler": "ddim"}
     dataset = prepare(pipe, tmp_path / "cache", **options, other=0.5)
     told = []
-    dataset.fill(report=told.append)
+    dataset.fill(on_progress=told.append)
     assert [each.samples for each in told] == [3]
     source = dataset.open()
     assert len(source) == 3
@@ -542,13 +541,13 @@ def test_every_kind_opens_as_a_recipe_names_it(tmp_path: Path, pipe: Any) -> Non
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").write_bytes(make_picture(5))
     (tmp_path / "pictures" / "a.txt").write_text("a thing")
-    setting = DataSetting(pipe, tmp_path / "run", torch.device("cpu"))
+    setting = DataContext(pipe, tmp_path / "run", torch.device("cpu"))
     for kind, options, count in (
         ("shards", {"path": str(tmp_path / "tars")}, 2),
         ("folder", {"path": str(tmp_path / "pictures")}, 1),
         ("drawn", {"prompts": ["a cat", "a dog"], "steps": 1}, 2),
     ):
-        data = DataSettings(kind=kind, **options)  # pyright: ignore[reportArgumentType]
+        data = DataConfig(kind=kind, **options)  # pyright: ignore[reportArgumentType]
         source = open_source(data, setting)
         batch = next(source.open(batch=3, seed=0))
         assert len(set(batch.keys)) == count
@@ -556,10 +555,10 @@ def test_every_kind_opens_as_a_recipe_names_it(tmp_path: Path, pipe: Any) -> Non
         assert batch.latents.dtype == batch.text.dtype == torch.float32
         assert (tmp_path / "run" / "cache").is_dir()
         assert source.fingerprint == open_source(data, setting).fingerprint
-    with pytest.raises(LeansdError, match=r"data\.emtpy: "):
-        open_source(DataSettings(kind="shards", path="x", emtpy=0.1), setting)  # pyright: ignore[reportCallIssue]
+    with pytest.raises(LeansdError, match="no option 'emtpy'; did you mean empty"):
+        open_source(DataConfig(kind="shards", path="x", emtpy=0.1), setting)  # pyright: ignore[reportCallIssue]
     with pytest.raises(LeansdError, match=r"data\.empty: "):
-        open_source(DataSettings(kind="drawn", prompts=["a"], empty=1.5), setting)  # pyright: ignore[reportCallIssue]
+        open_source(DataConfig(kind="drawn", prompts=["a"], empty=1.5), setting)  # pyright: ignore[reportCallIssue]
 
 
 def test_a_source_without_a_usable_sample_is_refused(tmp_path: Path, pipe: Any) -> None:
@@ -610,21 +609,12 @@ def test_xl_latents_are_drawn_with_the_sizes_of_the_pipeline(tmp_path: Path, xl_
     assert set(batch.added) == {"text_embeds", "time_ids"}
 
 
-def test_the_size_of_the_cache_is_known_before(tmp_path: Path, pipe: Any) -> None:
-    data = write_shards(tmp_path / "data", shards=1, samples=4)
-    options = {"kind": "shards", "path": str(data), "flip": True, "resolution": SIDE}
-    dataset = prepare(pipe, tmp_path / "cache", **options)
-    dataset.fill()
-    estimate = 4 * estimate_bytes(TypeAdapter(KindSettings).validate_python(options), pipe)
-    assert estimate <= dataset.open().size <= estimate + 2000  # names and header
-
-
 def test_progress_has_a_rate_and_what_is_left() -> None:
     said: list[str] = []
     times = iter([0.0, 10.0, 20.0, 60.0])
-    tell = Telling(said.append, lambda: next(times))
+    tell = FillReporter(said.append, lambda: next(times))
     for done, samples in ((4, 400), (4, 450), (6, 600)):
-        tell(Progress("00006", done, 8, samples, 3))
+        tell(FillProgress("00006", done, 8, samples, 3))
     assert said == [
         "00006: 6 of 8 shards, 600 samples in the cache, 3 left out, 4.0 samples/s, 50 s left"
     ]

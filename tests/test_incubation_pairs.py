@@ -8,14 +8,13 @@ import torch
 from torch.nn import functional as F
 
 from leansd.errors import LeansdError
-from leansd.incubation.batches import Batch, Conditions
+from leansd.incubation.data.batches import Batch, Conditions, PairedSource, pair_up
+from leansd.incubation.data.random_latents import RandomLatents
 from leansd.incubation.estimate import estimate
-from leansd.incubation.learning import Example
 from leansd.incubation.losses import build_loss
-from leansd.incubation.noise import Schedule
-from leansd.incubation.paired import PairedSource, pair_up
-from leansd.incubation.random_latents import RandomLatents
+from leansd.incubation.noise import DiffusionSchedule
 from leansd.incubation.recipe import Recipe, load_recipe
+from leansd.incubation.step import TeacherBatch
 from leansd.loading import load_outline
 from test_incubation import LIGHT, make_parts, make_training, write_recipe
 from test_incubation_parts import make_outcome, make_setting
@@ -53,10 +52,10 @@ def test_a_pair_has_the_same_noise_and_others_have_not(tmp_path: Path) -> None:
     training = make_training(tmp_path, write_recipe(LIGHT))
     stream = make_source().open(batch=4, seed=0)
 
-    def show(step: int) -> Example:
+    def show(step: int) -> TeacherBatch:
         training.step = step
         batch = next(stream)
-        return training.show(batch, training._draw(batch, 0))
+        return training.show_teacher(batch, training.draw(batch, 0))
 
     first, second = show(0), show(1)
     for example in (first, second):
@@ -70,7 +69,7 @@ def test_a_pair_has_the_same_noise_and_others_have_not(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_guided_is_the_error_of_what_pipelines_step_with(prediction: str) -> None:
-    schedule = Schedule(Schedule.read(tiny_scheduler()).alphas, prediction)
+    schedule = DiffusionSchedule(DiffusionSchedule.read(tiny_scheduler()).alphas, prediction)
     signal, deviation = schedule._shares(torch.tensor([700]))
     clean, noise = torch.randn(2, 1, 4, 8, 8)
     off = torch.randn(2, 4, 8, 8)

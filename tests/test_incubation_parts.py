@@ -11,13 +11,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from leansd.errors import LeansdError
-from leansd.incubation.averages import Average
-from leansd.incubation.batches import Batch
-from leansd.incubation.losses import Comparison, Outcome, Setting, build_loss
-from leansd.incubation.noise import Schedule, draw_noise
-from leansd.incubation.random_latents import RandomLatents
+from leansd.incubation.data.batches import Batch
+from leansd.incubation.data.random_latents import RandomLatents
+from leansd.incubation.features import Comparison
+from leansd.incubation.losses import LossContext, StepOutputs, build_loss
+from leansd.incubation.noise import DiffusionSchedule, draw_noise
+from leansd.incubation.optimization import Ema, read_peak
 from leansd.incubation.recipe import BUNDLED, load_recipe
-from leansd.incubation.trainer import read_peak
 from leansd.incubation.vgg import Vgg, fit_projection, load_vgg, project_latents
 from leansd.surgery.apply import operate
 from tiny import shallow_unet, tiny_scheduler
@@ -126,7 +126,7 @@ def test_a_sample_has_its_noise_whoever_draws_it() -> None:
 def test_the_target_means_the_clean_latents(prediction: str) -> None:
     scheduler = tiny_scheduler()
     scheduler.register_to_config(prediction_type=prediction)
-    schedule = Schedule.read(scheduler)
+    schedule = DiffusionSchedule.read(scheduler)
     torch.manual_seed(0)
     clean, noise = torch.randn(2, 3, 4, 2, 2)
     timesteps = torch.tensor([0, 300, 700])
@@ -153,13 +153,13 @@ def test_two_processes_draw_what_one_does() -> None:
 # -- losses ------------------------------------------------------------------------------------
 
 
-def make_outcome(**changes: Any) -> Outcome:
+def make_outcome(**changes: Any) -> StepOutputs:
     torch.manual_seed(0)
     noised, target, student, teacher = torch.randn(4, 2, 4, 8, 8)
     features = {"dn0.down": torch.randn(2, 8, 4, 4), "mid.l1.res": torch.randn(2, 8, 2, 2)}
     parts: dict[str, Any] = {
         "batch": Batch(noised, torch.zeros(2, 3, 4)),
-        "schedule": Schedule.read(tiny_scheduler()),
+        "schedule": DiffusionSchedule.read(tiny_scheduler()),
         "timesteps": torch.tensor([100, 800]),
         "noised": noised,
         "target": target,
@@ -168,15 +168,15 @@ def make_outcome(**changes: Any) -> Outcome:
         "student_features": {at: each + 1 for at, each in features.items()},
         "teacher_features": features,
     }
-    return Outcome(**(parts | changes))
+    return StepOutputs(**(parts | changes))
 
 
-def make_setting(**changes: Any) -> Setting:
+def make_setting(**changes: Any) -> LossContext:
     ends = ("dn0.down", "mid.l1.res")
     lineage: Any = SimpleNamespace(
         units=("dn0.l0.res", *ends), stands_for=lambda at: SimpleNamespace(at=at)
     )
-    return Setting(lineage, tuple(Comparison(at, at) for at in ends), **changes)
+    return LossContext(lineage, tuple(Comparison(at, at) for at in ends), **changes)
 
 
 def test_losses_are_what_they_say() -> None:
@@ -214,7 +214,7 @@ def test_losses_are_float32_and_the_mean_of_their_samples() -> None:
         assert torch.allclose(value, torch.stack(halves).mean(), rtol=1e-4), name
 
 
-def pick_sample(outcome: Outcome, row: int) -> Outcome:
+def pick_sample(outcome: StepOutputs, row: int) -> StepOutputs:
     rows = slice(row, row + 1)
     names = ("timesteps", "noised", "target", "student", "teacher")
     tensors = {name: getattr(outcome, name)[rows] for name in names}
@@ -274,7 +274,7 @@ def test_a_vgg_of_any_width_comes_from_its_file(tmp_path: Path) -> None:
 def test_an_average_is_of_what_trains_by_name() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     net[0].requires_grad_(False)
-    average = Average(net, 0.5)
+    average = Ema(net, 0.5)
     first = net[1].weight.detach().clone()
     with torch.no_grad():
         net[1].weight.add_(1)

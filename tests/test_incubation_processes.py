@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from leansd.incubation.running import NET, incubate
-from leansd.incubation.trainer import Look
+from leansd.incubation.run import NET, run_stages
+from leansd.incubation.trainer import ValidationHook
 from leansd.loading import load_unet
 from processes import start
 from test_incubation import LIGHT, make_run, write_recipe
@@ -36,7 +36,7 @@ def take_part(folder: Path, rank: int, port: int, stops_after: int | None) -> No
         if step == stops_after:
             os._exit(7)
 
-    incubate(run, make_look=lambda *_: Look(1, stop))
+    run_stages(run, make_validation=lambda *_: ValidationHook(1, stop))
     os._exit(0)
 
 
@@ -57,7 +57,7 @@ def read_weights(folder: Path) -> torch.Tensor:
 
 @pytest.mark.slow
 def test_two_processes_equal_one_and_resume(tmp_path: Path) -> None:
-    incubate(make_run(tmp_path / "one", write_recipe(LIGHT, batch=2)))
+    run_stages(make_run(tmp_path / "one", write_recipe(LIGHT, batch=2)))
     assert launch(tmp_path / "two") == [0, 0]
     one, two = read_weights(tmp_path / "one"), read_weights(tmp_path / "two")
     moved = (one - read_start()).abs().mean()
@@ -72,8 +72,8 @@ def test_two_processes_equal_one_and_resume(tmp_path: Path) -> None:
 
 def read_start() -> torch.Tensor:
     """The student's weights before its first step."""
-    from leansd.incubation.students import Net, make_student
+    from leansd.incubation.students import StageNet, make_student
 
     stage = write_recipe(LIGHT).stages[0]
-    student = make_student(stage, {"teacher": Net(make_run(Path()).pipe.unet)})
+    student = make_student(stage, {"teacher": StageNet(make_run(Path()).pipe.unet)})
     return torch.cat([each.flatten() for each in student.unet.state_dict().values()])

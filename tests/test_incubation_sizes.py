@@ -10,11 +10,11 @@ from diffusers import UNet2DConditionModel
 
 from leansd.anatomy.builtin import open_builtin
 from leansd.anatomy.inputs import make_inputs
-from leansd.incubation.batches import Batch
-from leansd.incubation.noise import Schedule
+from leansd.incubation.data.batches import Batch
+from leansd.incubation.noise import DiffusionSchedule
 from leansd.incubation.recipe import Recipe
-from leansd.incubation.students import Net, make_student
-from leansd.incubation.trainer import Lesson, prepare_teacher, train_stage
+from leansd.incubation.students import StageNet, make_student
+from leansd.incubation.trainer import StageContext, prepare_teacher, train_stage
 from tiny import LATENT, tiny_scheduler
 
 GIB = 2**30
@@ -77,18 +77,18 @@ def test_two_steps(name: str, tmp_path: Path) -> None:
         }
     )
     stage = recipe.stages[0]
-    student = make_student(stage, {"teacher": Net(teacher)})
+    student = make_student(stage, {"teacher": StageNet(teacher)})
     inputs = make_inputs(teacher, size=(2 * LATENT, 2 * LATENT))
     added = inputs.get("added_cond_kwargs", {})
     source = OneSample(Batch(inputs["sample"], inputs["encoder_hidden_states"], added))
-    schedule = Schedule.read(tiny_scheduler())
-    lesson = Lesson(stage, recipe.trainer, 0, source, schedule, tmp_path)
+    schedule = DiffusionSchedule.read(tiny_scheduler())
+    context = StageContext(stage, recipe.trainer, 0, source, schedule, tmp_path)
     seen: list[float] = []
     train_stage(
         accelerator,
-        lesson,
+        context,
         student,
         prepare_teacher(accelerator, teacher),
-        report=lambda row: seen.append(row["skipped"]),
+        on_log=lambda row: seen.append(row["skipped"]),
     )
     assert seen == [0]

@@ -65,7 +65,7 @@ def incubate_recipe(
 
 
 def _estimate(recipe: "Recipe", report: Path | None) -> Result:
-    from leansd.report.incubating import estimate_recipe
+    from leansd.incubation.estimate import estimate_recipe
     from leansd.report.training import report_estimate
 
     estimate = estimate_recipe(recipe)

@@ -1,7 +1,8 @@
-"""Checkpoints that are whole or not there.
+"""What a stage keeps on disk to go on from: checkpoints, and what the teacher made of batches.
 
-Each is a folder that is written beside its place and moved there in one go; all processes take
-part, since with sharded states each holds a part. A kill leaves the one before as it was.
+A checkpoint is whole or not there: a folder that is written beside its place and moved there in one
+go. All processes take part, since with sharded states each holds a part of it. A kill leaves the
+one before as it was.
 """
 
 from __future__ import annotations
@@ -16,15 +17,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from leansd.errors import LeansdError
-from leansd.incubation.averages import Average
+from leansd.files import OLD, PARTIAL, discard, writing
+from leansd.incubation.data.batches import Batch
+from leansd.incubation.noise import NoiseDraw
+from leansd.incubation.optimization import Ema
+from leansd.incubation.step import TeacherBatch
 
-PARTIAL, OLD = ".partial", ".old"
 _NAME = re.compile(r"step-(\d+)")
+
+
+@contextmanager
+def reporting(what: str, last: Path | None = None) -> Iterator[None]:
+    """Say in a sentence what could not be written, and what is intact."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError, LeansdError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        intact = f"; {last} is whole: make room and resume" if last is not None else ""
+        raise LeansdError(f"{what}: {reason}{intact}") from error
 
 
 @dataclass(frozen=True)
@@ -35,7 +52,8 @@ class Position:
     stream: Mapping[str, Any]
     skipped: int = 0
     row: int = 0
-    sums: Mapping[str, float] = field(default_factory=dict)
+    """Steps skipped since the last good one."""
+    sums: Mapping[str, float] = field(default_factory=dict[str, float])
     """Of what was not logged yet, over `count` steps."""
     count: int = 0
 
@@ -58,7 +76,7 @@ class Checkpoints:
             for path in self.folder.glob("*" + ending):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def save(self, accelerator: Accelerator, average: Average | None, position: Position) -> Path:
+    def save(self, accelerator: Accelerator, ema: Ema | None, position: Position) -> Path:
         """Write one, with the state of all processes.
 
         Raises:
@@ -70,22 +88,27 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
         accelerator.wait_for_everyone()
         with reporting(f"cannot write a checkpoint into {self.folder}", self.find_last()):
-            partial.mkdir(parents=True, exist_ok=True)
-            accelerator.save_state(str(partial))
-            rank = accelerator.process_index
-            (partial / f"position-{rank}.json").write_text(json.dumps(vars(position)))
-            if average is not None and accelerator.is_main_process:
-                save_file(average.tensors, partial / "average.safetensors")
+            try:
+                partial.mkdir(parents=True, exist_ok=True)
+                accelerator.save_state(str(partial))
+                rank = accelerator.process_index
+                (partial / f"position-{rank}.json").write_text(json.dumps(vars(position)))
+                if ema is not None and accelerator.is_main_process:
+                    save_file(ema.tensors, partial / "average.safetensors")
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)  # a full disk has room again
+                raise
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            shutil.rmtree(whole, ignore_errors=True)
-            os.replace(partial, whole)
-            for old in sorted(self._list())[: -self.keep]:
-                discard(old)
+            with reporting(f"cannot write a checkpoint into {self.folder}", self.find_last()):
+                discard(whole)
+                os.replace(partial, whole)
+                for old in sorted(self._list())[: -self.keep]:
+                    discard(old)
         accelerator.wait_for_everyone()
         return whole
 
-    def load(self, accelerator: Accelerator, average: Average | None, path: Path) -> Position:
+    def load(self, accelerator: Accelerator, ema: Ema | None, path: Path) -> Position:
         """Go on from one.
 
         Raises:
@@ -100,12 +123,12 @@ class Checkpoints:
         try:
             accelerator.load_state(str(path))
             position = Position(**json.loads(file.read_text()))
-            if average is not None:
+            if ema is not None:
                 tensors = load_file(path / "average.safetensors")
-                average.load(tensors, updates=position.step - position.skipped)
+                ema.load(tensors, updates=position.step - position.skipped)
+        except LeansdError:
+            raise
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, LeansdError):
-                raise
             raise LeansdError(f"cannot read the checkpoint {path}: {error}") from error
         return position
 
@@ -114,35 +137,83 @@ class Checkpoints:
             yield from (path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
 
 
-def discard(folder: Path) -> None:
-    """Take a folder away; killed half-way, it is not there either."""
-    gone = folder.with_name(folder.name + OLD)
-    shutil.rmtree(gone, ignore_errors=True)
-    os.replace(folder, gone)
-    shutil.rmtree(gone, ignore_errors=True)
+@dataclass(frozen=True)
+class TeacherCache:
+    """What the teacher made of a stage's first batches, for the steps after them.
+
+    The teacher is the larger part of a decoupled step. With its tensors on disk it runs for the
+    first `steps` steps only; all later ones learn from those batches again, noise included.
+    """
+
+    folder: Path
+    steps: int
+    rank: int = 0
+
+    def load(self, step: int, part: int, device: torch.device) -> TeacherBatch:
+        """The batch that a step after the first ones learns from again.
+
+        Raises:
+            LeansdError: it cannot be read.
+        """
+        path = self._name(step, part)
+        try:
+            return unpack_batch(load_file(path, str(device)))
+        except (OSError, SafetensorError, KeyError) as error:
+            raise LeansdError(
+                f"cannot read {path}, which holds what the teacher made of a batch: {error}; "
+                "remove the stage's folder and resume"
+            ) from error
+
+    def keep(self, step: int, part: int, taught: TeacherBatch) -> None:
+        """Write one; whole, or not at all.
+
+        Raises:
+            LeansdError: it cannot be written.
+        """
+        with (
+            reporting(f"cannot keep the teacher's tensors in {self.folder}"),
+            writing(self._name(step, part)) as partial,
+        ):
+            save_file(pack_batch(taught), partial)
+
+    def clear(self) -> None:
+        """Take all of it away."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _name(self, step: int, part: int) -> Path:
+        return self.folder / f"step-{step % self.steps:08d}-{part}-{self.rank}.safetensors"
 
 
-@contextmanager
-def writing(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `folder` when all is written."""
-    partial = folder.with_name(folder.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    with reporting(f"cannot write {folder}"):
-        partial.mkdir(parents=True)
-        yield partial
-        if folder.exists():
-            discard(folder)
-        os.replace(partial, folder)
+def pack_batch(taught: TeacherBatch) -> dict[str, Tensor]:
+    """Plain tensors by name; `unpack_batch` gives the batch back, bit for bit."""
+    batch, draw = taught.batch, taught.draw
+    tensors = {
+        "latents": batch.latents,
+        "text": batch.text,
+        "timesteps": draw.timesteps,
+        "noise": draw.noise,
+        "noised": taught.noised,
+        "output": taught.output,
+    }
+    tensors |= {f"added.{name}": tensor for name, tensor in batch.added.items()}
+    tensors |= {f"features.{at}": tensor for at, tensor in taught.features.items()}
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
-@contextmanager
-def reporting(what: str, last: Path | None = None) -> Iterator[None]:
-    """Say plainly what could not be written, and what is intact."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, LeansdError):
-            raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        intact = f"; {last} is whole: make room and resume" if last is not None else ""
-        raise LeansdError(f"{what}: {reason}{intact}") from error
+def unpack_batch(tensors: Mapping[str, Tensor]) -> TeacherBatch:
+    """The batch that was packed; what its samples are called is forgotten."""
+
+    def pick(prefix: str) -> dict[str, Tensor]:
+        return {
+            name.removeprefix(prefix): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(prefix)
+        }
+
+    return TeacherBatch(
+        Batch(tensors["latents"], tensors["text"], pick("added.")),
+        NoiseDraw(tensors["timesteps"], tensors["noise"]),
+        tensors["noised"],
+        tensors["output"],
+        pick("features."),
+    )

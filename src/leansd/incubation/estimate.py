@@ -14,22 +14,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from leansd.anatomy import count_macs
 from leansd.anatomy.cost import copy_skeleton
 from leansd.anatomy.inputs import make_inputs, pick_size
-from leansd.incubation.batches import Batch
-from leansd.incubation.learning import Learner, Teacher, call_unet, learn, teach
-from leansd.incubation.losses import Setting, build_loss
-from leansd.incubation.noise import Draw, Schedule
-from leansd.incubation.paired import PAIR
+from leansd.incubation.checkpoints import pack_batch
+from leansd.incubation.data.batches import PAIR, Batch
+from leansd.incubation.noise import DiffusionSchedule, NoiseDraw
 from leansd.incubation.recipe import TEACHER, Recipe, Stage
-from leansd.incubation.students import Net, Student, make_student, outline_net
-from leansd.incubation.teacher_cache import pack
+from leansd.incubation.step import (
+    StudentUNet,
+    TeacherUNet,
+    build_losses,
+    call_unet,
+    list_comparisons,
+    run_student,
+    run_teacher,
+)
+from leansd.incubation.students import StageNet, Student, make_student, outline_net
 from leansd.text import describe_duration
+from leansd.unets import open_outline
 
 GIB = 2**30
 BYTES = {"no": 4, "bf16": 2}
@@ -143,13 +152,13 @@ def estimate(
         macs_per_second: of this machine; see `measure_rate`.
     """
     skeleton = copy_skeleton(teacher)
-    nets: dict[str, Net] = {TEACHER: Net(skeleton)}
+    nets: dict[str, StageNet] = {TEACHER: StageNet(skeleton)}
     nets |= {name: outline_net(Path(folder)) for name, folder in recipe.nets.items()}
     costs: list[StageCost] = []
     for stage in recipe.stages:
         student = make_student(stage, nets)
         costs.append(count_stage(recipe, stage, student, skeleton, world))
-        nets[stage.name] = Net(student.unet, student.lineage, student.frozen)
+        nets[stage.name] = StageNet(student.unet, student.lineage, student.frozen)
     return Estimate(recipe.name, recipe.trainer.batch, tuple(costs), macs_per_second, device)
 
 
@@ -192,7 +201,7 @@ def count_stage(
 
 
 @dataclass
-class Count:
+class StepCount:
     """Multiply-accumulates of one sample's step, and the bytes that autograd kept for it."""
 
     teacher: int = 0
@@ -210,37 +219,28 @@ def count_step(
     teacher: UNet2DConditionModel,
     samples: int = 1,
     gradient_checkpointing: bool = False,
-) -> Count:
+) -> StepCount:
     """What a step takes of a student and teacher on the meta device, for each of its samples."""
     unet = student.unet.train()
     if gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     config: Any = unet.config
-    setting = Setting(
-        student.lineage,
-        student.list_comparisons(stage.mode),
-        torch.empty(config.in_channels + 1, 3, device="meta"),
-        "meta",
-    )
-    terms = [
-        build_loss(name, each.options, setting)
-        for name, each in stage.losses.items()
-        if each.weight
-    ]
-    compares = tuple(dict.fromkeys(each for term in terms for each in term.compares))
-    learner = Learner(student, compares, stage.mode)
-    tutor = Teacher(teacher, (*(each.teacher for each in compares), *learner.needs))
+    projection = torch.empty(config.in_channels + 1, 3, device="meta")
+    losses = build_losses(stage, student, projection, "meta")
+    compares = list_comparisons(losses)
+    learner = StudentUNet(student, compares, stage.mode)
+    tutor = TeacherUNet(teacher, (*(each.teacher for each in compares), *learner.needs))
     batch, draw = _make_samples(teacher, samples)
-    schedule = Schedule(torch.empty(1000, device="meta"), "epsilon")
-    count = Count()
+    schedule = DiffusionSchedule(torch.empty(1000, device="meta"), "epsilon")
+    count = StepCount()
     try:
         with counting() as counter:
-            example = teach(tutor, batch, draw, schedule)
+            taught = run_teacher(tutor, batch, draw, schedule)
         count.teacher = counter() // samples
-        count.example = sum(tensor.nbytes for tensor in pack(example).values()) // samples
+        count.example = sum(tensor.nbytes for tensor in pack_batch(taught).values()) // samples
         with counting() as counter, keeping(count, unet):
-            outcome = learn(learner, example, schedule)
-            loss = torch.stack([term(outcome) for term in terms]).sum()
+            outputs = run_student(learner, taught, schedule)
+            loss = torch.stack([each.loss(outputs) for each in losses]).sum()
         count.student = counter() // samples
         count.kept //= samples
         with counting() as counter:
@@ -262,7 +262,7 @@ def counting() -> Iterator[Any]:
 
 
 @contextmanager
-def keeping(count: Count, unet: UNet2DConditionModel) -> Iterator[None]:
+def keeping(count: StepCount, unet: UNet2DConditionModel) -> Iterator[None]:
     """Add up what autograd keeps within, parameters apart."""
     alive: list[Tensor] = []
     own = {id(each) for each in unet.parameters()}
@@ -279,12 +279,37 @@ def keeping(count: Count, unet: UNet2DConditionModel) -> Iterator[None]:
         yield
 
 
-def _make_samples(unet: UNet2DConditionModel, count: int) -> tuple[Batch, Draw]:
+def _make_samples(unet: UNet2DConditionModel, count: int) -> tuple[Batch, NoiseDraw]:
     inputs = make_inputs(unet, size=pick_size(unet, None), batch=count, device="meta")
     added: Mapping[str, Tensor] = inputs.get("added_cond_kwargs", {})
     batch = Batch(inputs["sample"], inputs["encoder_hidden_states"], added)
     timesteps = torch.zeros(count, dtype=torch.long, device="meta")
-    return batch, Draw(timesteps, torch.empty_like(inputs["sample"]))
+    return batch, NoiseDraw(timesteps, torch.empty_like(inputs["sample"]))
+
+
+def estimate_recipe(recipe: Recipe) -> Estimate:
+    """What a recipe takes on this machine.
+
+    Raises:
+        LeansdError: its model cannot be found.
+    """
+    state = PartialState()
+    device = torch.device(state.device or "cpu")
+    outline = open_outline(recipe.model)
+    macs = count_macs(outline).total
+    rate = measure_rate(fill_outline(outline, device), macs, recipe.trainer.batch)
+    return estimate(
+        recipe, outline, macs_per_second=rate, device=str(device), world=state.num_processes
+    )
+
+
+@torch.no_grad()
+def fill_outline(outline: UNet2DConditionModel, device: torch.device) -> UNet2DConditionModel:
+    """A UNet of this shape with random weights: it takes as long as any."""
+    unet: UNet2DConditionModel = copy_skeleton(outline).to_empty(device=device).eval()
+    for parameter in unet.parameters():
+        parameter.normal_(std=0.02)
+    return unet.half() if device.type == "cuda" else unet
 
 
 ENOUGH = 2.0

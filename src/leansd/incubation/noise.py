@@ -24,7 +24,7 @@ def seed_generator(*parts: int | str) -> torch.Generator:
 
 
 @dataclass(frozen=True)
-class Draw:
+class NoiseDraw:
     """What is drawn for a batch."""
 
     timesteps: Tensor
@@ -35,7 +35,7 @@ class Draw:
 
 def draw_noise(
     seed: int, numbers: Sequence[int], shape: Sequence[int], *, strata: int, timesteps: int
-) -> Draw:
+) -> NoiseDraw:
     """Time steps and noise of the samples `numbers`, on the CPU.
 
     Args:
@@ -51,7 +51,7 @@ def draw_noise(
         place = float(torch.rand((), generator=generator, dtype=torch.float64))
         moments.append(int((number % strata + place) / strata * timesteps))
         noises.append(torch.randn(tuple(shape), generator=generator))
-    return Draw(torch.tensor(moments), torch.stack(noises))
+    return NoiseDraw(torch.tensor(moments), torch.stack(noises))
 
 
 Mix = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -72,7 +72,7 @@ CLEAN: dict[str, Mix] = {
 
 
 @dataclass(frozen=True)
-class Schedule:
+class DiffusionSchedule:
     """The diffusion that a teacher was trained for."""
 
     alphas: Tensor
@@ -80,7 +80,7 @@ class Schedule:
     prediction: str
 
     @classmethod
-    def read(cls, scheduler: Any) -> Schedule:
+    def read(cls, scheduler: Any) -> DiffusionSchedule:
         """That of any diffusers scheduler.
 
         Raises:
@@ -98,9 +98,9 @@ class Schedule:
     def __len__(self) -> int:
         return len(self.alphas)
 
-    def to(self, device: torch.device | str) -> Schedule:
+    def to(self, device: torch.device | str) -> DiffusionSchedule:
         """The same on another device."""
-        return Schedule(self.alphas.to(device), self.prediction)
+        return DiffusionSchedule(self.alphas.to(device), self.prediction)
 
     def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Noised latents [B, C, h, w] at `timesteps` [B]."""

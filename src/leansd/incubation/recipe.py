@@ -7,7 +7,9 @@ that name their place.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,16 +27,24 @@ from pydantic import (
 
 from leansd.errors import LeansdError
 from leansd.incubation.losses import check_loss
-from leansd.incubation.ramps import RampName
 from leansd.surgery.apply import BASE
 from leansd.surgery.edits import Surgery
 from leansd.surgery.presets import find_surgery
+from leansd.text import explain_validation
 
 TEACHER = "teacher"
 """What the original net is called among the nets of a stage."""
 MOST_BASES = 16
 BUNDLED = Path(__file__).parent / "recipes"
 """The recipes that come with the package."""
+ScheduleName = Literal["constant", "rise", "fall", "cosine"]
+SCHEDULES: Mapping[ScheduleName, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "rise": lambda progress: progress,
+    "fall": lambda progress: 1 - progress,
+    "cosine": lambda progress: 0.5 + 0.5 * math.cos(math.pi * progress),
+}
+"""A factor of a learning rate or a loss's weight, by the share of a stage that is done, [0, 1)."""
 
 
 def _listed(value: Any) -> Any:
@@ -57,7 +67,7 @@ class LossSettings(_Frozen):
     """How much a loss counts, and its own options."""
 
     weight: float = Field(default=1.0, ge=0)
-    schedule: RampName = "constant"
+    schedule: ScheduleName = "constant"
     options: dict[str, JsonValue] = {}
 
 
@@ -78,7 +88,7 @@ class Stage(_Frozen):
     cached: int | None = Field(default=None, gt=0)
     """Steps whose teacher's tensors are kept on disk; later steps learn from those again."""
     learning_rate: float = Field(default=5e-5, gt=0)
-    decay: RampName = "constant"
+    decay: ScheduleName = "constant"
     warmup: int = Field(default=0, ge=0)
     losses: dict[str, LossSettings] = Field(
         default={"denoising": LossSettings(), "output": LossSettings(), "features": LossSettings()}
@@ -86,8 +96,8 @@ class Stage(_Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Stage:
-        for name in self.losses:
-            check_loss(name)
+        for name, loss in self.losses.items():
+            check_loss(name, loss.options)
         if not any(each.weight for each in self.losses.values()):
             raise ValueError("a stage needs a loss with a weight above 0")
         if not self.nets:
@@ -127,7 +137,7 @@ class ValidationSettings(_Frozen):
     seed: int = 0
 
 
-class DataSettings(BaseModel):
+class DataConfig(BaseModel):
     """Where samples come from; what else it holds is the kind's own."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -148,7 +158,7 @@ class Recipe(_Frozen):
     model: str = "emoji"
     """The teacher: what `leansd.load` opens."""
     seed: int = 0
-    data: DataSettings
+    data: DataConfig
     nets: dict[Annotated[str, Field(pattern=r"^[\w-]+$")], str] = {}
     """Further nets that stages may start from, by name: folders that earlier runs left."""
     trainer: TrainerSettings = TrainerSettings()
@@ -215,11 +225,7 @@ def load_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "file"
-        raise LeansdError(
-            f"{path} is no valid recipe: {place}: {first['msg'].removeprefix('Value error, ')}"
-        ) from None
+        raise LeansdError(f"{path} is no valid recipe: {explain_validation(error)}") from None
 
 
 def find_recipe(source: str | Path) -> Path:
@@ -246,26 +252,28 @@ def _read_document(path: Path, deep: int) -> dict[str, Any]:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise LeansdError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise LeansdError(f"{path} is no recipe: it is not YAML") from error
     if not isinstance(document, dict):
         raise LeansdError(f"{path} is no recipe: it holds no keys")
-    stages = document.get("stages", ())
-    for stage in stages.values() if isinstance(stages, dict) else stages:
-        _find_surgery_file(stage, path.parent)
+    _find_surgery_files(document.get("stages"), path.parent)
     base = document.pop("base", None)
     if base is None:
         return document
+    if not isinstance(base, str):
+        raise LeansdError(f"{path}: base is the name of a file, not {base!r}")
     if not deep:
         raise LeansdError(f"{path}: its base leads back to itself")
     return merge(_read_document(path.parent / base, deep - 1), document)
 
 
-def _find_surgery_file(stage: Any, folder: Path) -> None:
+def _find_surgery_files(stages: Any, folder: Path) -> None:
     """A surgery's file lies beside the recipe that names it."""
-    named = stage.get("surgery") if isinstance(stage, dict) else None
-    if isinstance(named, str) and (folder / named).is_file():
-        stage["surgery"] = str(folder / named)
+    listed = stages.values() if isinstance(stages, dict) else stages
+    for stage in listed if isinstance(listed, Iterable) else ():
+        named = stage.get("surgery") if isinstance(stage, dict) else None
+        if isinstance(named, str) and os.path.isfile(folder / named):
+            stage["surgery"] = str(folder / named)
 
 
 def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
@@ -294,31 +302,40 @@ def _merge_entries(listed: list[Any], change: Mapping[str, Any], key: str) -> li
 
 
 def _change(document: dict[str, Any], change: str) -> None:
-    """Set one value: `trainer.batch=4`, `stages.0.steps=10`, `stages.light.steps=10`."""
+    """Set one value: `trainer.batch=4`, `stages.0.steps=10`, `stages.light.steps=10`.
+
+    Raises:
+        LeansdError: it is not of this form, there is no such place, or the value is no YAML.
+    """
     key, sign, text = change.partition("=")
     if not (sign and key):
         raise LeansdError(f"{change!r} changes nothing: give key=value, trainer.batch=4")
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        raise LeansdError(f"{change!r} changes nothing: {text!r} is no YAML value") from None
     *path, last = key.split(".")
     place: Any = document
     for part in path:
         place = place.setdefault(part, {}) if isinstance(place, dict) else _pick(place, part, key)
-    if isinstance(place, list):
-        place[int(last)] = yaml.safe_load(text)
-    elif isinstance(place, dict):
-        place[last] = yaml.safe_load(text)
+    if isinstance(place, dict):
+        place[last] = value
     else:
-        raise LeansdError(f"{key} is no place in the recipe")
+        entry = _pick(place, last, key)
+        place[next(n for n, each in enumerate(place) if each is entry)] = value
 
 
 def _pick(listed: Any, part: str, key: str) -> Any:
     """An entry of a list, by number or by name."""
-    if isinstance(listed, list):
-        named = _name_entries(listed)
-        if part in named:
-            return named[part]
-        if part.isdecimal() and int(part) < len(listed):
-            return listed[int(part)]
-    raise LeansdError(f"{key} is no place in the recipe: there is no {part}")
+    if not isinstance(listed, list):
+        raise LeansdError(f"{key} is no place in the recipe: what holds {part} is {listed!r}")
+    named = _name_entries(listed)
+    if part in named:
+        return named[part]
+    if part.isdecimal() and int(part) < len(listed):
+        return listed[int(part)]
+    known = ", ".join([*map(str, named), *map(str, range(len(listed)))])
+    raise LeansdError(f"{key} is no place in the recipe: there is no {part}, but {known}")
 
 
 def _name_entries(listed: list[Any]) -> dict[str, dict[str, Any]]:

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import nn
 
 from leansd.anatomy import read_anatomy
 from leansd.errors import LeansdError
-from leansd.incubation.losses import Comparison
+from leansd.incubation.features import Comparison, list_boundary
 from leansd.incubation.recipe import TEACHER, Stage
-from leansd.incubation.taps import list_boundary
 from leansd.loading import load_outline, load_unet
 from leansd.plans.address import get_block
 from leansd.plans.anatomy import Anatomy
@@ -30,7 +30,7 @@ FILE = "incubation.json"
 
 
 @dataclass(frozen=True)
-class Net:
+class StageNet:
     """A UNet that a stage may start from."""
 
     unet: UNet2DConditionModel
@@ -54,7 +54,7 @@ class Student:
     """Units that are the teacher's, and stay so."""
 
     @property
-    def stands(self) -> dict[str, str]:
+    def stands_for(self) -> dict[str, str]:
         """The teacher's unit that each unit of the student is to be like."""
         return {at: self.lineage.stands_for(at).at for at in self.lineage.units}
 
@@ -67,10 +67,11 @@ class Student:
             return tuple(Comparison(each.student, each.teacher.at) for each in self.lineage.pairs())
         blocks = dict.fromkeys(get_block(at) for at in self.trained)
         leaving = [at for block in blocks for at in list_boundary(self.anatomy, block)]
-        return tuple(Comparison(at, self.stands[at]) for at in leaving)
+        stands_for = self.stands_for
+        return tuple(Comparison(at, stands_for[at]) for at in leaving)
 
 
-def make_student(stage: Stage, nets: Mapping[str, Net]) -> Student:
+def make_student(stage: Stage, nets: Mapping[str, StageNet]) -> Student:
     """Operate as a stage says, and freeze all but what it trains.
 
     Args:
@@ -80,6 +81,9 @@ def make_student(stage: Stage, nets: Mapping[str, Net]) -> Student:
         LeansdError: the surgery cannot be done, or nothing would train.
     """
     unet, made = operate({name: nets[net].unet for name, net in stage.nets.items()}, stage.surgery)
+    # Nets may be in half precision, what trains may not. `to` is that of `nn.Module`: diffusers'
+    # own warns where it has nothing to warn of.
+    nn.Module.to(unet, torch.float32)
     earlier = {
         name: lineage
         for name, net in stage.nets.items()
@@ -105,7 +109,7 @@ def rename_teacher(lineage: Lineage, names: Collection[str]) -> Lineage:
     return lineage.model_copy(update={"origins": origins, "nets": nets, "base": base})
 
 
-def _is_untouched(at: str, made: Lineage, stage: Stage, nets: Mapping[str, Net]) -> bool:
+def _is_untouched(at: str, made: Lineage, stage: Stage, nets: Mapping[str, StageNet]) -> bool:
     """Whether a unit is the teacher's still, bit for bit."""
     origin = made.origins[at]
     net = stage.nets[origin.net]
@@ -143,22 +147,22 @@ def save_net(student: Student, folder: Path, about: Mapping[str, Any]) -> None:
     (folder / FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def open_net(folder: Path) -> Net:
+def open_net(folder: Path) -> StageNet:
     """A net as `save_net` wrote it, on the CPU in float32.
 
     Raises:
         LeansdError: there is none, or none that incubation left.
     """
-    return Net(load_unet(folder, device="cpu", dtype=torch.float32), *read_origin(folder))
+    return StageNet(load_unet(folder, device="cpu", dtype=torch.float32), *read_origin(folder))
 
 
-def outline_net(folder: Path) -> Net:
+def outline_net(folder: Path) -> StageNet:
     """The same on the meta device, for counting.
 
     Raises:
         LeansdError: as `open_net`.
     """
-    return Net(load_outline(folder), *read_origin(folder))
+    return StageNet(load_outline(folder), *read_origin(folder))
 
 
 def read_origin(folder: Path) -> tuple[Lineage, frozenset[str]]:

@@ -2,7 +2,7 @@
 
     ROOT/<key>/cache.json                          what the key stands for
     ROOT/<key>/empty.safetensors                   the empty prompt
-    ROOT/<key>/<shard>-<digest>/00000.safetensors  some hundred samples
+    ROOT/<key>/<shard>-<digest>/00000.safetensors  some hundred samples: a part
     ROOT/<key>/<shard>-<digest>/done.json          written last: the shard has no more
 
 The key is a digest of all that the content follows from but the samples themselves: autoencoder,
@@ -15,30 +15,137 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from leansd.errors import LeansdError
 from leansd.files import write_file
-from leansd.incubation.batches import Conditions
-from leansd.incubation.data.parts import OpenPart, Part, pack
-from leansd.incubation.data.samples import Shard, digest
+from leansd.incubation.data.batches import Conditions
+from leansd.incubation.data.samples import Flaw, Shard, digest
 
 FORMAT = 1
 ROWS = 512
+LONGEST = 200
+"""Bytes of a shard's name that its folder keeps: names of files end at 255."""
 ABANDONED = 3600
 """Seconds after which nobody writes to a draft any more."""
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Tally:
+class Latents:
+    """One sample as the autoencoder sees it, in the UNet's scale."""
+
+    mean: Tensor
+    """[F, C, h, w], with F of 2 where the mirrored picture is the second."""
+    std: Tensor | None = None
+    """Of the same shape; None where an encoder gives one value."""
+    added: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """Conditions that go with the picture, not the caption: SDXL's `time_ids`, [6]."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Neighbouring samples of a shard, encoded."""
+
+    keys: tuple[str, ...]
+    """Of those that could be used."""
+    latents: tuple[Latents, ...]
+    captions: tuple[tuple[int, ...], ...]
+    """The captions of each sample, as rows of `conditions`."""
+    conditions: Conditions
+    flaws: tuple[Flaw, ...] = ()
+
+
+def pack_part(part: Part, dtype: torch.dtype) -> bytes:
+    """A part as the content of its file."""
+    captions = [torch.tensor(each) for each in part.captions]
+    tensors = {
+        "text": part.conditions.text.to(dtype),
+        "caption": torch.cat(captions) if captions else torch.zeros(0, dtype=torch.int64),
+        "first": torch.tensor([0, *map(len, captions)]).cumsum(0),
+    }
+    tensors |= {f"text.{name}": rows.to(dtype) for name, rows in part.conditions.added.items()}
+    if part.latents:
+        tensors["mean"] = torch.stack([each.mean for each in part.latents]).to(dtype)
+        stds = [each.std for each in part.latents if each.std is not None]
+        if stds:
+            tensors["std"] = torch.stack(stds).to(dtype)
+        for name in part.latents[0].added:
+            # As they are: sizes in pixels are more than half a precision can count.
+            tensors[f"row.{name}"] = torch.stack([each.added[name] for each in part.latents])
+    # One entry: safetensors writes several in an order of chance.
+    notes = json.dumps({"keys": part.keys, "flaws": [vars(flaw) for flaw in part.flaws]})
+    return save({name: rows.contiguous() for name, rows in tensors.items()}, {"part": notes})
+
+
+class OpenPart:
+    """A part on disk, of which rows are read one by one.
+
+    Raises:
+        LeansdError: it is not there, or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with self._reading():
+            file = safe_open(path, framework="pt")
+            notes = json.loads(file.metadata()["part"])
+            self.keys: tuple[str, ...] = tuple(notes["keys"])
+            self.flaws = tuple(Flaw(**each) for each in notes["flaws"])
+            self._rows = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            self._caption: list[int] = file.get_tensor("caption").tolist()
+            self._first: list[int] = file.get_tensor("first").tolist()
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def read_latents(self, row: int) -> Latents:
+        """The latents of a sample, in single precision."""
+        with self._reading():
+            std = self._rows["std"][row].float() if "std" in self._rows else None
+            return Latents(self._rows["mean"][row].float(), std, self._select("row.", row))
+
+    def read_conditions(self, row: int, chance: float) -> Conditions:
+        """What one of a sample's captions was encoded to, one row, in single precision.
+
+        Args:
+            chance: from 0 to 1, which of them.
+        """
+        captions = self._caption[self._first[row] : self._first[row + 1]]
+        at = captions[int(chance * len(captions))]
+        with self._reading():
+            text = self._rows["text"][at : at + 1].float()
+            added = {k: v[None].float() for k, v in self._select("text.", at).items()}
+            return Conditions(text, added)
+
+    def _select(self, prefix: str, row: int) -> dict[str, Tensor]:
+        return {
+            name.removeprefix(prefix): rows[row]
+            for name, rows in self._rows.items()
+            if name.startswith(prefix)
+        }
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise LeansdError(
+                f"cannot read {self.path}: {error}; remove it and it is made anew from the data"
+            ) from error
+
+
+@dataclass(frozen=True)
+class ShardCount:
     """What a shard has come to."""
 
     counts: tuple[int, ...]
@@ -55,12 +162,6 @@ class Tally:
 class Cache:
     """The encoded samples of one key.
 
-    Args:
-        root: where caches are kept, a folder each key.
-        facts: what the key stands for, as JSON values.
-        dtype: of all that is kept.
-        rows: samples of a part, the flawed ones included; about 100 MB at 512 px.
-
     Raises:
         LeansdError: the folder of the key was written by something else, or cannot be.
     """
@@ -72,6 +173,13 @@ class Cache:
         dtype: torch.dtype = torch.float16,
         rows: int = ROWS,
     ) -> None:
+        """
+        Args:
+            root: where caches are kept, a folder for each key.
+            facts: what the key stands for, as JSON values.
+            dtype: of all that is kept.
+            rows: samples of a part, the flawed ones included; about 100 MB at 512 px.
+        """
         self.facts = {"format": FORMAT, "dtype": str(dtype), "rows": rows, **facts}
         self.dtype, self.rows = dtype, rows
         self.key = digest(self.facts)
@@ -99,7 +207,8 @@ class Cache:
 
     def locate(self, shard: Shard[Any]) -> Path:
         """The folder of a shard's samples."""
-        return self.folder / f"{shard.name}-{shard.identity}"
+        name = shard.name.encode()[:LONGEST].decode(errors="ignore")
+        return self.folder / f"{name}-{shard.identity}"
 
     def locate_part(self, shard: Shard[Any], number: int) -> Path:
         return self.locate(shard) / f"{number:05d}.safetensors"
@@ -110,7 +219,7 @@ class Cache:
         Raises:
             LeansdError: there is no room, or no permission; what was kept before stays.
         """
-        _write(self.locate_part(shard, number), pack(part, self.dtype))
+        _write(self.locate_part(shard, number), pack_part(part, self.dtype))
 
     def open_part(self, shard: Shard[Any], number: int) -> OpenPart:
         """A part to read from.
@@ -138,24 +247,24 @@ class Cache:
             if time.time() - draft.stat().st_mtime > ABANDONED:
                 draft.unlink(missing_ok=True)
 
-    def finish(self, shard: Shard[Any], parts: int) -> Tally:
+    def finish(self, shard: Shard[Any], parts: int) -> ShardCount:
         """Note that a shard has no more parts."""
         opened = [self.open_part(shard, number) for number in range(parts)]
         size = sum(each.path.stat().st_size for each in opened)
         flaws = sum(len(each.flaws) for each in opened)
-        tally = Tally(tuple(map(len, opened)), flaws, size)
-        _write(self.locate(shard) / "done.json", json.dumps(vars(tally)).encode())
-        return tally
+        count = ShardCount(tuple(map(len, opened)), flaws, size)
+        _write(self.locate(shard) / "done.json", json.dumps(vars(count)).encode())
+        return count
 
-    def find(self, shard: Shard[Any]) -> Tally | None:
+    def find(self, shard: Shard[Any]) -> ShardCount | None:
         """What a shard has come to; None where it is not finished, or parts are missing."""
         try:
             noted = json.loads((self.locate(shard) / "done.json").read_text())
-            tally = Tally(tuple(noted["counts"]), noted["flaws"], noted["size"])
-            sizes = [self.locate_part(shard, n).stat().st_size for n in range(len(tally.counts))]
+            count = ShardCount(tuple(noted["counts"]), noted["flaws"], noted["size"])
+            sizes = [self.locate_part(shard, n).stat().st_size for n in range(len(count.counts))]
         except (OSError, ValueError, TypeError, KeyError):
             return None
-        return tally if sum(sizes) == tally.size else None
+        return count if sum(sizes) == count.size else None
 
     def write_empty(self, conditions: Conditions) -> None:
         """Keep the empty prompt, one row."""

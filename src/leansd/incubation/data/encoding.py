@@ -7,7 +7,6 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import singledispatch
 from hashlib import sha256
 from io import BytesIO
 from struct import error as StructError
@@ -21,8 +20,8 @@ from torch import Tensor
 
 from leansd.anatomy.fingerprint import fingerprint_module
 from leansd.errors import LeansdError
-from leansd.incubation.batches import Conditions
-from leansd.incubation.data.parts import Latents
+from leansd.incubation.data.batches import Conditions
+from leansd.incubation.data.cache import Latents
 from leansd.incubation.data.samples import Flaw, Sample
 
 T = TypeVar("T", contravariant=True)
@@ -70,7 +69,6 @@ class PictureEncoder:
                 f"multiple of {step}"
             )
         self.pipe, self.resolution, self.flip, self.batch = pipe, resolution, flip, batch
-        self._readers = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes without the lock
 
     def describe(self) -> dict[str, Any]:
         vae = fingerprint_module(self.pipe.vae)
@@ -83,7 +81,8 @@ class PictureEncoder:
         }
 
     def encode(self, samples: Sequence[Sample[bytes]]) -> list[Latents | Flaw]:
-        read = list(self._readers.map(lambda each: read_picture(each, self.resolution), samples))
+        with ThreadPoolExecutor(os.cpu_count()) as readers:  # Pillow decodes without the lock
+            read = list(readers.map(lambda each: read_picture(each, self.resolution), samples))
         good = [each for each in read if not isinstance(each, Flaw)]
         encoded = iter(self._encode([pixels for pixels, _ in good]) if good else [])
         sized = has_sizes(self.pipe)
@@ -156,26 +155,22 @@ class TextEncoder:
         return Conditions(torch.zeros_like(empty.text), added)
 
 
-@singledispatch
-def embed(pipe: DiffusionPipeline, captions: list[str]) -> Conditions:
-    """What a pipeline's UNet is given for captions, on the CPU."""
+def embed(pipe: Any, captions: list[str]) -> Conditions:
+    """What a pipeline's UNet is given for captions, on the CPU.
+
+    Raises:
+        LeansdError: it encodes its prompts in another way than Stable Diffusion.
+    """
+    if isinstance(pipe, StableDiffusionPipeline):
+        return Conditions(pipe.encode_prompt(captions, pipe.device, 1, False)[0].cpu())
+    if isinstance(pipe, StableDiffusionXLPipeline):
+        encode: Any = pipe.encode_prompt
+        text, _, pooled, _ = encode(captions, device=pipe.device, do_classifier_free_guidance=False)
+        return Conditions(text.cpu(), {"text_embeds": pooled.cpu()})
     raise LeansdError(
         f"{type(pipe).__name__} encodes its prompts in a way that is not known here: Stable "
         "Diffusion 1.x, 2.x and SDXL can be incubated"
     )
-
-
-@embed.register
-def _(pipe: StableDiffusionPipeline, captions: list[str]) -> Conditions:
-    return Conditions(pipe.encode_prompt(captions, pipe.device, 1, False)[0].cpu())
-
-
-@embed.register
-def _(pipe: StableDiffusionXLPipeline, captions: list[str]) -> Conditions:
-    text, _, pooled, _ = pipe.encode_prompt(
-        captions, device=pipe.device, do_classifier_free_guidance=False
-    )
-    return Conditions(text.cpu(), {"text_embeds": pooled.cpu()})
 
 
 def has_sizes(pipe: DiffusionPipeline) -> bool:

@@ -11,10 +11,9 @@ from typing import TypeAlias, TypeVar
 
 import torch
 
-from leansd.incubation.batches import Conditions
-from leansd.incubation.data.cache import Cache
+from leansd.incubation.data.batches import Conditions
+from leansd.incubation.data.cache import Cache, Latents, Part
 from leansd.incubation.data.encoding import Encoder, TextEncoder
-from leansd.incubation.data.parts import Latents, Part
 from leansd.incubation.data.samples import Flaw, Sample, Shard
 from leansd.text import describe_duration
 
@@ -25,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Progress:
+class FillProgress:
     """How far a filling has come, over this rank's shards."""
 
     shard: str
@@ -36,21 +35,24 @@ class Progress:
     flaws: int
 
 
-class Telling:
-    """Says how far a filling has come and how long it still takes, at most twice a minute.
+OnProgress: TypeAlias = Callable[[FillProgress], None]
 
-    Args:
-        say: is given the line.
-        clock: tells seconds.
-    """
+
+class FillReporter:
+    """Says how far a filling has come and how long it still takes, at most twice a minute."""
 
     def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = monotonic) -> None:
+        """
+        Args:
+            say: is given the line.
+            clock: tells seconds.
+        """
         self.say, self.clock = say, clock
         self.began = self.told = clock()
-        self.first: Progress | None = None
+        self.first: FillProgress | None = None
         """What the cache had already, at least."""
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: FillProgress) -> None:
         now = self.clock()
         if self.first is None:
             self.first, self.began = progress, now
@@ -69,9 +71,6 @@ class Telling:
         )
 
 
-OnProgress: TypeAlias = Callable[[Progress], None]
-
-
 def fill(
     cache: Cache,
     shards: Sequence[Shard[T]],
@@ -80,7 +79,7 @@ def fill(
     *,
     rank: int = 0,
     world: int = 1,
-    report: OnProgress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> None:
     """Encode what the cache does not have yet.
 
@@ -98,8 +97,8 @@ def fill(
     for done, shard in enumerate(own):
         for part_samples, part_flaws in _fill_shard(cache, shard, encoder, texts):
             samples, flaws = samples + part_samples, flaws + part_flaws
-            if report is not None:
-                report(Progress(shard.name, done, len(own), samples, flaws))
+            if on_progress is not None:
+                on_progress(FillProgress(shard.name, done, len(own), samples, flaws))
     if flaws:
         log.warning("%d of %d samples are left out; their files say why", flaws, samples + flaws)
 
@@ -108,15 +107,15 @@ def _fill_shard(
     cache: Cache, shard: Shard[T], encoder: Encoder[T], texts: TextEncoder
 ) -> Iterator[tuple[int, int]]:
     """Samples and flaws of each part, as it is done."""
-    tally = cache.find(shard)
-    if tally is not None:
-        yield tally.samples, tally.flaws
+    count = cache.find(shard)
+    if count is not None:
+        yield count.samples, count.flaws
         return
     cache.sweep(shard)
     number = 0
     for number, found in enumerate(_cut(shard.read(), cache.rows), 1):
         if not cache.has_part(shard, number - 1):
-            cache.write_part(shard, number - 1, _make_part(found, encoder, texts))
+            cache.write_part(shard, number - 1, _encode_part(found, encoder, texts))
         part = cache.open_part(shard, number - 1)
         for flaw in part.flaws:
             log.info("%s: %s is left out: %s", shard.name, flaw.key, flaw.reason)
@@ -124,7 +123,9 @@ def _fill_shard(
     cache.finish(shard, number)
 
 
-def _make_part(found: Sequence[Sample[T] | Flaw], encoder: Encoder[T], texts: TextEncoder) -> Part:
+def _encode_part(
+    found: Sequence[Sample[T] | Flaw], encoder: Encoder[T], texts: TextEncoder
+) -> Part:
     readable = [each for each in found if isinstance(each, Sample)]
     latents: list[Latents | Flaw] = []
     for batch in _cut(readable, encoder.batch):

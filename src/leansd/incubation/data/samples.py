@@ -1,15 +1,30 @@
-"""Samples before they are encoded: what a shard of a data set gives, and what cannot be used."""
+"""Samples before they are encoded: what tar shards and folders of pictures give, in one order.
+
+Tars are in webdataset's form, as img2dataset writes them; folders have the `metadata.jsonl` of
+Hugging Face's imagefolder, or texts beside the pictures. Both are read by the standard library:
+webdataset takes a tar that was cut off for a shorter one, and `datasets` copies everything into
+tables of its own before the first sample; here a cache is filled once, from the front to the end.
+"""
 
 from __future__ import annotations
 
 import json
+import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path, PurePosixPath
 from typing import Any, Generic, Protocol, TypeVar
+
+from leansd.errors import LeansdError
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 """The endings of picture files."""
+METADATA = "metadata.jsonl"
+ROWS = 1024
+"""Pictures that are one shard of a folder."""
 T = TypeVar("T", covariant=True)
 
 
@@ -66,3 +81,232 @@ def clean_captions(found: Any) -> tuple[str, ...]:
     texts = found if isinstance(found, list) else [found]
     stripped = (" ".join(text.split()) for text in texts if isinstance(text, str))
     return tuple(text for text in stripped if text)
+
+
+# Tar shards
+
+_REMEDY = "download it anew, or take it out of the data set"
+
+
+@dataclass(frozen=True)
+class TarShard:
+    """One tar: neighbours whose names are the same up to the first dot are one sample."""
+
+    path: Path
+    place: str
+    """Its path within the data set."""
+    size: int
+    caption: str
+    """The file's ending that holds captions, or else the entry of the sample's JSON."""
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def identity(self) -> str:
+        return digest({"tar": self.place, "size": self.size, "caption": self.caption})
+
+    def read(self) -> Iterator[Sample[bytes] | Flaw]:
+        """Every sample of the tar, in its order.
+
+        Raises:
+            LeansdError: the tar is damaged or was cut off.
+        """
+        try:
+            for key, group in groupby(self._read_files(), key=itemgetter(0)):
+                files = {ending: content for _, ending, content in group}
+                for name, own in split_dotted(key, files).items():
+                    yield self._make_sample(name, own)
+        except (OSError, tarfile.TarError, EOFError) as error:
+            raise LeansdError(f"cannot read shard {self.path}: {error}; {_REMEDY}") from error
+
+    def _read_files(self) -> Iterator[tuple[str, str, bytes]]:
+        with tarfile.open(self.path, "r:") as tar:
+            for member in tar:
+                path = PurePosixPath(member.name)
+                stem, _, ending = path.name.partition(".")
+                if not member.isfile() or not stem or path.name.startswith("__"):
+                    continue
+                file = tar.extractfile(member)
+                assert file is not None
+                yield str(path.with_name(stem)), ending.lower(), file.read()
+            self._check_end(tar)
+
+    def _check_end(self, tar: tarfile.TarFile) -> None:
+        """`tarfile` takes a cut between two files, or rubbish there, for the end."""
+        assert tar.fileobj is not None
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise LeansdError(
+                f"cannot read shard {self.path}: it has no end, so it was cut off or is damaged "
+                f"at byte {tar.offset}; {_REMEDY}"
+            )
+
+    def _make_sample(self, key: str, files: Mapping[str, bytes]) -> Sample[bytes] | Flaw:
+        picture = next((files[ending] for ending in PICTURES if ending in files), None)
+        if picture is None:
+            return Flaw(key, "no picture")
+        try:
+            facts = json.loads(files.get("json", b"{}"))
+            text = files.get(self.caption)
+            found = text.decode() if text is not None else facts.get(self.caption)
+            captions = clean_captions(facts.get("caption") if found is None else found)
+            height, width = facts.get("original_height"), facts.get("original_width")
+        except (ValueError, AttributeError) as error:
+            return Flaw(key, f"unreadable caption: {error}")
+        if not captions:
+            return Flaw(key, "no caption")
+        is_known = isinstance(height, int) and isinstance(width, int)
+        return Sample(key, captions, picture, (height, width) if is_known else None)
+
+
+def split_dotted(key: str, files: Mapping[str, bytes]) -> dict[str, dict[str, bytes]]:
+    """The samples among files of one key, by their keys.
+
+    Rows called `v1.5` and `v1.6` have one key in webdataset's eyes, `v1`, and no picture. Where no
+    file has a plain ending, names are parted at their last dot.
+    """
+    if not all("." in ending for ending in files):
+        return {key: dict(files)}
+    samples: dict[str, dict[str, bytes]] = {}
+    for ending, content in files.items():
+        middle, _, last = ending.rpartition(".")
+        samples.setdefault(f"{key}.{middle}", {})[last] = content
+    return samples
+
+
+def list_tars(where: str | Path, caption: str = "txt") -> list[TarShard]:
+    """The tars of a folder, or those that a pattern such as `laion/0*.tar` names.
+
+    Args:
+        where: a tar, a folder (what lies deeper included) or a pattern of `*`, `?` and `[...]`.
+        caption: the ending of the files with the captions, or the entry of the `.json` ones;
+            where a sample has neither, the entry `caption` of its JSON counts.
+
+    Raises:
+        LeansdError: there is none.
+    """
+    path = Path(where).expanduser()
+    home, pattern = (path, "**/*.tar") if path.is_dir() else (path.parent, path.name)
+    found = sorted(each for each in home.glob(pattern) if each.is_file()) if pattern else []
+    if not found:
+        raise LeansdError(
+            f"no tar shards in {where}: give a folder that has some, or a pattern such as "
+            "'laion/0*.tar'"
+        )
+    return [
+        TarShard(each, each.relative_to(home).as_posix(), each.stat().st_size, caption)
+        for each in found
+    ]
+
+
+# Folders of pictures
+
+
+@dataclass(frozen=True)
+class FolderEntry:
+    """A picture of a folder by its place in it."""
+
+    key: str
+    captions: tuple[str, ...]
+    size: int
+    """In bytes; -1 where there is no such file."""
+    flaw: str = ""
+
+
+@dataclass(frozen=True)
+class FolderShard:
+    """Neighbouring pictures of a folder, none of which is opened before its turn."""
+
+    home: Path
+    name: str
+    entries: tuple[FolderEntry, ...]
+
+    @property
+    def identity(self) -> str:
+        return digest({"folder": [[e.key, e.captions, e.size, e.flaw] for e in self.entries]})
+
+    def read(self) -> Iterator[Sample[bytes] | Flaw]:
+        """Every picture, in the folder's order.
+
+        Raises:
+            LeansdError: a picture is there and cannot be read.
+        """
+        for entry in self.entries:
+            if entry.flaw:
+                yield Flaw(entry.key, entry.flaw)
+                continue
+            path = self.home / entry.key
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                raise LeansdError(
+                    f"cannot read {path}: {error.strerror or error}; mend or remove it"
+                ) from error
+            yield Sample(entry.key, entry.captions, content)
+
+
+def list_folder(where: str | Path, caption: str = "text", rows: int = ROWS) -> list[FolderShard]:
+    """The pictures of a folder, cut into shards.
+
+    Args:
+        where: the folder. With a `metadata.jsonl` in it, the pictures are those that it names, in
+            its order; without, all that lie in it, also deeper, each with a `.txt` of its name.
+        caption: the entry of the metadata that holds a caption or a list of them.
+        rows: pictures of a shard.
+
+    Raises:
+        LeansdError: there are no pictures, or the metadata have no such entry.
+    """
+    home = Path(where).expanduser()
+    metadata = home / METADATA
+    try:
+        found = list(_read_metadata(metadata, caption) if metadata.is_file() else _walk(home))
+    except OSError as error:
+        raise LeansdError(f"cannot read {home}: {error.strerror or error}") from error
+    if all(entry.flaw for entry in found):
+        why = f"; the first one: {found[0].key}, {found[0].flaw}" if found else ""
+        raise LeansdError(
+            f"no pictures with captions in {home}{why}; give a folder with {METADATA} (file_name "
+            f"and {caption}), or with a .txt beside each picture"
+        )
+    return [
+        FolderShard(home, f"pictures-{begin // rows:05d}", tuple(found[begin : begin + rows]))
+        for begin in range(0, len(found), rows)
+    ]
+
+
+def _read_metadata(path: Path, caption: str) -> Iterator[FolderEntry]:
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            key, texts = row["file_name"], clean_captions(row.get(caption))
+            assert isinstance(key, str)
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
+            yield FolderEntry(f"{path.name}:{number}", (), -1, "no JSON object with a file_name")
+            continue
+        yield _enter(path.parent, key, texts, "" if texts else f"no {caption} in {path.name}")
+
+
+def _walk(home: Path) -> Iterator[FolderEntry]:
+    for path in sorted(home.rglob("*")):
+        if path.suffix[1:].lower() not in PICTURES:
+            continue
+        key, beside = path.relative_to(home).as_posix(), path.with_suffix(".txt")
+        try:
+            texts = clean_captions(beside.read_text(encoding="utf-8"))
+            yield _enter(home, key, texts, "" if texts else "no caption")
+        except FileNotFoundError:
+            yield _enter(home, key, (), "no caption")
+        except UnicodeDecodeError:
+            yield _enter(home, key, (), "unreadable caption: it is not UTF-8")
+
+
+def _enter(home: Path, key: str, captions: tuple[str, ...], flaw: str) -> FolderEntry:
+    path = home / key
+    if not path.is_file():
+        return FolderEntry(key, captions, -1, "no such file")
+    return FolderEntry(key, captions, path.stat().st_size, flaw)

@@ -1,6 +1,6 @@
-"""Outputs of units by address, and units fed with another UNet's: both through weaves.
+"""Outputs of units by address, and units fed with another UNet's: both by patched forwards.
 
-A tapped UNet stays woven while it is trained, since gradient checkpointing calls its units again
+A tapped UNet stays patched while it is trained, since gradient checkpointing calls its units again
 on the way back. Unless it is watched or fed, its units run as they were.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,17 +24,15 @@ Features = dict[str, Tensor]
 """Outputs [B, C, h, w] of units by address."""
 
 
-def get_features(output: Any) -> Tensor:
-    """The tensor that a unit gives: transformers wrap it."""
-    return output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+@dataclass(frozen=True)
+class Comparison:
+    """A unit of the student and the teacher's unit whose output it is to give."""
+
+    student: str
+    teacher: str
 
 
-def wrap_features(forward: Forward, kwargs: Mapping[str, Any], features: Tensor) -> Any:
-    """Features in the form that a unit's caller takes: transformers are asked for a tuple."""
-    return (features,) if kwargs.get("return_dict") is False else features
-
-
-class Taps:
+class FeatureTaps:
     """The outputs of some units of a UNet, while it is watched."""
 
     def __init__(self, unet: UNet2DConditionModel, addresses: Collection[str]) -> None:
@@ -62,28 +61,29 @@ class Taps:
     def _keep(self, at: str, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
         if self._features is not None:
-            self._features[at] = get_features(output)
+            self._features[at] = get_tensor(output)
         return output
 
 
-class Feeds:
+class TeacherInputs:
     """A student that computes only the blocks that it trains, on the teacher's features.
 
-    Units that are not trained give what they stand for, the head apart; a unit that reads another
-    block's output is given what that stands for. No gradient then leaves a block but to the head.
+    Units that are not trained give the output of the teacher's unit that they stand for, the head
+    apart; a unit that reads another block's output is given the teacher's. No gradient then leaves
+    a block, but for what the head gives back.
     """
 
     def __init__(
-        self, unet: UNet2DConditionModel, trained: Collection[str], stands: Mapping[str, str]
+        self, unet: UNet2DConditionModel, trained: Collection[str], stands_for: Mapping[str, str]
     ) -> None:
         """
         Args:
             trained: addresses of units.
-            stands: the teacher's unit that each unit of the student stands for.
+            stands_for: the teacher's unit that each unit of the student stands for.
         """
         self.anatomy = read_anatomy(unet)
         self.trained = frozenset(trained)
-        self.stands = stands
+        self.stands_for = stands_for
         modules = {
             unit.at: unet.get_submodule(unit.path)
             for unit in self.anatomy
@@ -97,7 +97,7 @@ class Feeds:
         """The teacher's units whose outputs are needed."""
         outside = {unit.at for unit in self.anatomy if unit.at not in self.trained}
         read = {at for unit in self.anatomy if unit.at in self.trained for at in list_foreign(unit)}
-        return tuple(dict.fromkeys(self.stands[at] for at in (outside - {HEAD}) | read))
+        return tuple(dict.fromkeys(self.stands_for[at] for at in (outside - {HEAD}) | read))
 
     def feed(self, given: Mapping[str, Tensor]) -> None:
         """Run on these outputs of the teacher, until others are given.
@@ -119,13 +119,20 @@ class Feeds:
         if given is None:
             return forward(*args, **kwargs)
         if at not in self.trained:
-            return wrap_features(forward, kwargs, given[self.stands[at]])
-        inputs = replace_inputs(self.anatomy, self.anatomy[at], args[0], self._get_foreign(at))
-        return forward(inputs, *args[1:], **kwargs)
+            return wrap_tensor(given[self.stands_for[at]], kwargs)
+        unit = self.anatomy[at]
+        others = {each: given[self.stands_for[each]] for each in list_foreign(unit)}
+        return forward(replace_inputs(self.anatomy, unit, args[0], others), *args[1:], **kwargs)
 
-    def _get_foreign(self, at: str) -> Features:
-        assert self._given is not None
-        return {each: self._given[self.stands[each]] for each in list_foreign(self.anatomy[at])}
+
+def get_tensor(output: Any) -> Tensor:
+    """The tensor in what a unit gives: transformers wrap it."""
+    return output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+
+
+def wrap_tensor(features: Tensor, kwargs: Mapping[str, Any]) -> Any:
+    """Features in the form that a unit's caller takes: transformers are asked for a tuple."""
+    return (features,) if kwargs.get("return_dict") is False else features
 
 
 def list_foreign(unit: Unit) -> tuple[str, ...]:

@@ -7,39 +7,115 @@ processes share one order.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
+from hashlib import sha256
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from leansd.errors import LeansdError
-from leansd.incubation.batches import Batch, Conditions, State
-from leansd.incubation.data.cache import Cache
-from leansd.incubation.data.order import Order, make_generator
-from leansd.incubation.data.parts import OpenPart
+from leansd.incubation.data.batches import Batch, Conditions, State
+from leansd.incubation.data.cache import Cache, OpenPart
 from leansd.incubation.data.samples import Shard, digest
 
 OPEN_FILES = 256
 
 
-@dataclass(frozen=True)
-class Chances:
-    """How often samples are not what they are.
+def make_generator(*parts: int | str) -> torch.Generator:
+    """The random numbers that belong to a seed and a place, on the CPU."""
+    text = " ".join(map(str, parts)).encode()
+    return torch.Generator().manual_seed(int.from_bytes(sha256(text).digest()[:8], "big") >> 1)
 
-    Attributes:
-        empty: the share of samples whose prompt is empty, for classifier-free guidance.
-        other: the share whose prompt is another sample's, so that a student learns from more pairs
-            than there are (Random Conditioning, arXiv 2504.02011), of those that are not empty.
-        window: samples that are shuffled together, at least.
+
+@dataclass(frozen=True)
+class Window:
+    """Samples that are shuffled together."""
+
+    begin: int
+    """The place of the first."""
+    spots: Tensor
+    """Shard and row of each, [N, 2]."""
+
+    def __contains__(self, place: int) -> bool:
+        return self.begin <= place < self.begin + len(self.spots)
+
+    def get(self, number: int) -> tuple[int, int]:
+        shard, row = self.spots[number].tolist()
+        return shard, row
+
+
+class Order:
+    """Shards shuffled by the seed and the epoch, samples among neighbouring shards.
+
+    Args:
+        counts: samples of each shard.
+        window: samples that are shuffled together, at least: as many shards as hold them.
     """
 
+    def __init__(self, counts: Sequence[int], seed: int, window: int) -> None:
+        self.counts, self.seed, self.window = tuple(counts), seed, window
+        self.total = sum(self.counts)
+        self._epoch: tuple[int, list[list[int]]] | None = None
+        self._current: Window | None = None
+
+    def find(self, place: int) -> tuple[int, int]:
+        """Shard and row of the sample at a place."""
+        window = self.find_window(place)
+        return window.get(place - window.begin)
+
+    def find_window(self, place: int) -> Window:
+        """The samples that a place's is shuffled with."""
+        if self._current is None or place not in self._current:
+            self._current = self._shuffle(place)
+        return self._current
+
+    def _shuffle(self, place: int) -> Window:
+        epoch = place // self.total
+        groups = self._group(epoch)
+        sizes = [sum(self.counts[shard] for shard in group) for group in groups]
+        begins = list(accumulate(sizes[:-1], initial=epoch * self.total))
+        number = bisect_right(begins, place) - 1
+        spots = torch.tensor(
+            [(shard, row) for shard in groups[number] for row in range(self.counts[shard])]
+        )
+        generator = make_generator("rows", self.seed, epoch, number)
+        return Window(begins[number], spots[torch.randperm(len(spots), generator=generator)])
+
+    def _group(self, epoch: int) -> list[list[int]]:
+        if self._epoch is not None and self._epoch[0] == epoch:
+            return self._epoch[1]
+        generator = make_generator("shards", self.seed, epoch)
+        groups: list[list[int]] = []
+        room = 0
+        for shard in torch.randperm(len(self.counts), generator=generator).tolist():
+            if not self.counts[shard]:
+                continue
+            if room <= 0:
+                groups.append([])
+                room = self.window
+            groups[-1].append(shard)
+            room -= self.counts[shard]
+        self._epoch = epoch, groups
+        return groups
+
+
+@dataclass(frozen=True)
+class Chances:
+    """How often samples are given with other prompts than their own."""
+
     empty: float = 0.1
+    """The share of samples whose prompt is empty, for classifier-free guidance."""
     other: float = 0.0
+    """The share, of those that are not empty, whose prompt is another sample's: a student learns
+    from more pairs than there are (Random Conditioning, arXiv 2504.02011)."""
     window: int = 8192
+    """Samples that are shuffled together, at least."""
 
     def __post_init__(self) -> None:
         for name in ("empty", "other"):
@@ -64,12 +140,12 @@ class CachedSource:
         counts: list[int] = []
         self.flaws = self.size = 0
         for shard in shards:
-            tally = cache.find(shard)
-            if tally is None:
+            count = cache.find(shard)
+            if count is None:
                 raise LeansdError(f"shard {shard.name} is not in {cache.folder} yet: fill it first")
-            self.parts += [(shard, number) for number in range(len(tally.counts))]
-            counts += tally.counts
-            self.flaws, self.size = self.flaws + tally.flaws, self.size + tally.size
+            self.parts += [(shard, number) for number in range(len(count.counts))]
+            counts += count.counts
+            self.flaws, self.size = self.flaws + count.flaws, self.size + count.size
         self.counts = tuple(counts)
         if not len(self):
             raise LeansdError(
@@ -87,7 +163,7 @@ class CachedSource:
         facts = {"cache": self.cache.key, "parts": named, "counts": self.counts}
         return digest({**facts, **asdict(self.chances)})
 
-    @cached_property
+    @property
     def empty(self) -> Conditions:
         """One row of the empty prompt.
 
@@ -101,13 +177,7 @@ class CachedSource:
         return Conditions(found.text.float(), added)
 
     def open(
-        self,
-        *,
-        batch: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        state: State | None = None,
+        self, *, batch: int, seed: int, rank: int = 0, world: int = 1, state: State | None = None
     ) -> CachedStream:
         """See `Source.open`; a state also serves another batch or world, from the same place on."""
         stream = CachedStream(self, batch=batch, seed=seed, rank=rank, world=world)
@@ -127,7 +197,7 @@ class CachedSource:
 
 
 class CachedStream:
-    """One rank's batches without end."""
+    """One rank's batches without end; the next one is read while the last is trained on."""
 
     def __init__(
         self, source: CachedSource, *, batch: int, seed: int, rank: int, world: int
@@ -144,18 +214,17 @@ class CachedStream:
         self._reader = ThreadPoolExecutor(1, "incubation-data")
         self._ahead: Future[Batch] | None = None
 
-    def __iter__(self) -> CachedStream:
-        return self
-
     def __next__(self) -> Batch:
-        ready = self._ahead or self._submit()
-        batch = ready.result()
+        batch = (self._ahead or self._read_ahead()).result()
         self.place += self.batch * self.world
-        self._ahead = self._submit()
+        self._ahead = self._read_ahead()
         return batch
 
-    def _submit(self) -> Future[Batch]:
-        """Read the next batch while the last one is trained on."""
+    def close(self) -> None:
+        """End the thread that reads ahead."""
+        self._reader.shutdown(cancel_futures=True)
+
+    def _read_ahead(self) -> Future[Batch]:
         return self._reader.submit(self._read_batch, self.place + self.rank * self.batch)
 
     def _read_batch(self, begin: int) -> Batch:
@@ -187,16 +256,12 @@ class CachedStream:
             conditions = self._empty
         elif other < self.source.chances.other:
             window = self._order.find_window(place)
-            conditions = self._read_conditions(*window.get(int(which * len(window.spots))), its)
+            number, its_row = window.get(int(which * len(window.spots)))
+            conditions = self._open(number).read_conditions(its_row, its)
         else:
-            conditions = self._read_conditions(shard, row, caption)
+            conditions = part.read_conditions(row, caption)
         own: dict[str, Tensor] = {name: value[None] for name, value in latents.added.items()}
         return Batch(sample[None], conditions.text, {**conditions.added, **own}, (part.keys[row],))
-
-    def _read_conditions(self, shard: int, row: int, chance: float) -> Conditions:
-        part = self._open(shard)
-        captions = part.list_captions(row)
-        return part.read_conditions(captions[int(chance * len(captions))])
 
     def _open_part(self, number: int) -> OpenPart:
         return self.source.cache.open_part(*self.source.parts[number])

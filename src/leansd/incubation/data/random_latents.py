@@ -1,5 +1,7 @@
-"""`random`: normal latents with prompts, for dry runs and tests. Nothing is learned from them but
-what a net does everywhere."""
+"""`random`: normal latents with prompts, for dry runs and tests.
+
+Nothing is learned from them but what a net does everywhere.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,9 @@ import torch
 from torch import Tensor
 
 from leansd.errors import LeansdError
-from leansd.incubation.batches import Batch, Conditions, State
+from leansd.incubation.data.batches import Batch, Conditions, State
+from leansd.incubation.data.encoding import embed, has_sizes, make_time_ids
 from leansd.incubation.noise import seed_generator
-from leansd.incubation.recipe import DataSettings
-from leansd.incubation.sources import DataSetting
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class RandomLatents:
     """Of one sample, (C, h, w)."""
     texts: Tensor
     """[N, T, D]."""
-    added: Mapping[str, Tensor] = field(default_factory=dict)
+    added: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     """[N, ...] by name."""
     without: Conditions | None = None
     """The empty prompt, where it may be asked for."""
@@ -44,13 +45,7 @@ class RandomLatents:
         return digest.hexdigest()[:12]
 
     def open(
-        self,
-        *,
-        batch: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        state: State | None = None,
+        self, *, batch: int, seed: int, rank: int = 0, world: int = 1, state: State | None = None
     ) -> RandomStream:
         drawn = int(state["drawn"]) if state is not None else 0
         return RandomStream(self, batch, seed, rank, world, drawn)
@@ -68,9 +63,6 @@ class RandomStream:
     drawn: int = 0
     """Samples of all ranks so far."""
 
-    def __iter__(self) -> RandomStream:
-        return self
-
     def __next__(self) -> Batch:
         first = self.drawn + self.rank * self.batch
         numbers = range(first, first + self.batch)
@@ -87,45 +79,26 @@ class RandomStream:
     def state(self) -> dict[str, Any]:
         return {"drawn": self.drawn}
 
+    def close(self) -> None:
+        """Nothing reads ahead."""
+
     def _draw(self, number: int) -> tuple[Tensor, int]:
         generator = seed_generator(self.seed, "latents", number)
         row = int(torch.randint(len(self.source.texts), (), generator=generator))
         return torch.randn(self.source.shape, generator=generator), row
 
 
-def open_source(data: DataSettings, setting: DataSetting) -> RandomLatents:
-    """
-    Raises:
-        LeansdError: there are no prompts, or an option is none.
-    """
-    options = data.options
-    unknown = sorted(set(options) - {"prompts"})
-    if unknown:
-        raise LeansdError(f"data: random has no option {unknown[0]!r}; there is prompts")
-    prompts: Sequence[str] = options.get("prompts") or []
-    if not prompts:
-        raise LeansdError("data: random needs prompts")
-    pipe = setting.pipe
-    unet = pipe.unet
-    with torch.no_grad():
-        texts, added = embed_prompts(pipe, list(prompts), setting.device)
-        text, pooled = embed_prompts(pipe, [""], setting.device)
-    pooled.pop("time_ids", None)  # a picture's own: an empty prompt says nothing of its size
-    empty = Conditions(text.cpu().float(), pooled)
-    side = unet.config.sample_size
-    return RandomLatents((unet.config.in_channels, side, side), texts.cpu().float(), added, empty)
-
-
-def embed_prompts(
-    pipe: Any, prompts: list[str], device: torch.device
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """What a UNet attends to for each prompt [N, T, D], and SDXL's further conditions."""
-    if getattr(pipe, "text_encoder_2", None) is None:
-        text, _ = pipe.encode_prompt(prompts, device, 1, False)
-        return text, {}
-    text, _, pooled, _ = pipe.encode_prompt(
-        prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+@torch.no_grad()
+def make_random_latents(pipe: Any, prompts: Sequence[str]) -> RandomLatents:
+    """Latents of a pipeline's size under its own conditions for some prompts."""
+    texts, empty = (embed(pipe, list(each)) for each in (prompts, [""]))
+    config = pipe.unet.config
+    side = config.sample_size
+    added = {name: rows.float() for name, rows in texts.added.items()}
+    if has_sizes(pipe):
+        pixels = side * pipe.vae_scale_factor
+        added["time_ids"] = make_time_ids((pixels,) * 2, (0, 0), pixels).repeat(len(prompts), 1)
+    without = Conditions(
+        empty.text.float(), {name: rows.float() for name, rows in empty.added.items()}
     )
-    side = float(pipe.unet.config.sample_size * pipe.vae_scale_factor)
-    sizes = torch.tensor([[side, side, 0.0, 0.0, side, side]]).repeat(len(prompts), 1)
-    return text, {"text_embeds": pooled.cpu().float(), "time_ids": sizes}
+    return RandomLatents((config.in_channels, side, side), texts.text.float(), added, without)

@@ -1,4 +1,4 @@
-"""No pictures at all: latents that the teacher draws from prompts, once each prompt and seed."""
+"""Latents that the teacher draws from prompts, once for each prompt and seed: no pictures."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
-
 from leansd.anatomy.fingerprint import fingerprint_module
 from leansd.errors import LeansdError
+from leansd.incubation.data.cache import Latents
+from leansd.incubation.data.cached_source import make_generator
 from leansd.incubation.data.encoding import has_sizes, make_time_ids
-from leansd.incubation.data.order import make_generator
-from leansd.incubation.data.parts import Latents
 from leansd.incubation.data.samples import Flaw, Sample, digest
 from leansd.runtime.samplers import make_scheduler
 
@@ -23,22 +21,19 @@ ROWS = 256
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """How the teacher draws.
-
-    Attributes:
-        resolution: the side of the picture, in pixels.
-        sampler: a name of `leansd.runtime.samplers`.
-    """
+class DrawingConfig:
+    """How the teacher draws."""
 
     resolution: int
+    """The side of the picture, in pixels."""
     steps: int = 25
     guidance: float = 7.5
     sampler: str = "dpm++2m"
+    """A name of `leansd.runtime.samplers`."""
 
 
 @dataclass(frozen=True)
-class DrawnShard:
+class PromptShard:
     """Some prompts, each with the seeds that it is drawn from."""
 
     name: str
@@ -55,9 +50,9 @@ class DrawnShard:
             yield Sample(f"{self.name}-{number:05d}", (prompt,), seed)
 
 
-def list_drawings(
+def list_prompts(
     prompts: Sequence[str], *, each: int = 1, seed: int = 0, rows: int = ROWS
-) -> list[DrawnShard]:
+) -> list[PromptShard]:
     """The drawings of all prompts, cut into shards.
 
     Args:
@@ -71,7 +66,7 @@ def list_drawings(
     if not prompts or each < 1:
         raise LeansdError("nothing to draw: give prompts, and 1 or more drawings of each")
     return [
-        DrawnShard(
+        PromptShard(
             f"drawn-{seed + turn}-{begin // rows:05d}", tuple((p, seed + turn) for p in some)
         )
         for turn in range(each)
@@ -87,7 +82,8 @@ def read_prompts(path: str | Path) -> list[str]:
         LeansdError: it cannot be read, or has none.
     """
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        # utf-8-sig: editors on Windows begin a file with a mark that is no part of the prompt.
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise LeansdError(f"cannot read prompts from {path}: {error}") from error
     prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
@@ -96,34 +92,36 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
-class Drawer:
-    """Draws latents with the teacher.
+class TeacherSampler:
+    """Draws latents with the teacher, each from noise of its own prompt and seed.
 
-    Each starts from noise of its own prompt and seed; but for rounding, it does not matter what is
-    drawn beside it.
-
-    Args:
-        batch: drawings at once.
+    But for rounding, it does not matter what is drawn beside it.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, drawing: Drawing, batch: int = 8) -> None:
-        self.pipe, self.drawing, self.batch = pipe, drawing, batch
-        self.scheduler = make_scheduler(pipe, drawing.sampler)
+    def __init__(self, pipe: Any, config: DrawingConfig, batch: int = 8) -> None:
+        """
+        Args:
+            batch: drawings at once.
+        """
+        self.pipe, self.config, self.batch = pipe, config, batch
+        self.scheduler = make_scheduler(pipe, config.sampler)
 
     def describe(self) -> dict[str, Any]:
         unet = fingerprint_module(self.pipe.unet)
-        scheduler = digest({"config": str(sorted(self.scheduler.config.items()))})
-        return {"latents": "drawn", "unet": unet, "schedule": scheduler, **asdict(self.drawing)}
+        # Not diffusers' own notes: the order of one is another in every process.
+        config = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")}
+        scheduler = digest({"config": str(sorted(config.items()))})
+        return {"latents": "drawn", "unet": unet, "schedule": scheduler, **asdict(self.config)}
 
     def encode(self, samples: Sequence[Sample[int]]) -> list[Latents | Flaw]:
         """The last latents of each run."""
-        side = self.drawing.resolution
+        side = self.config.resolution
         with _with_scheduler(self.pipe, self.scheduler):
             drawn = self.pipe(
                 prompt=[sample.captions[0] for sample in samples],
                 generator=[make_generator("draw", s.content, s.captions[0]) for s in samples],
-                num_inference_steps=self.drawing.steps,
-                guidance_scale=self.drawing.guidance,
+                num_inference_steps=self.config.steps,
+                guidance_scale=self.config.guidance,
                 height=side,
                 width=side,
                 output_type="latent",
@@ -139,7 +137,7 @@ class Drawer:
 
 
 @contextmanager
-def _with_scheduler(pipe: DiffusionPipeline, scheduler: Any) -> Iterator[None]:
+def _with_scheduler(pipe: Any, scheduler: Any) -> Iterator[None]:
     own = pipe.scheduler
     pipe.scheduler = scheduler
     try:

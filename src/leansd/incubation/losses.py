@@ -1,0 +1,322 @@
+"""What a step gives, and the losses that hold the student's against the teacher's, by name.
+
+A new loss is a function of a `LossContext` and its options, and a line in `LOSSES`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from pydantic import ValidationError, validate_call
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from leansd.errors import LeansdError
+from leansd.incubation.data.batches import PAIR, Batch
+from leansd.incubation.features import Comparison, Features
+from leansd.incubation.noise import DiffusionSchedule
+from leansd.incubation.vgg import STAGES, load_vgg, project_latents
+from leansd.plans.address import get_block, select
+from leansd.surgery.lineage import Lineage
+from leansd.text import explain_validation, suggest_name
+
+MID = "mid"
+SMALLEST = 1e-6
+"""Mean square under which a teacher's output counts as this large."""
+
+
+@dataclass(frozen=True)
+class StepOutputs:
+    """One batch, and what student and teacher made of it."""
+
+    batch: Batch
+    schedule: DiffusionSchedule
+    timesteps: Tensor
+    """[B]."""
+    noised: Tensor
+    """What both were given, [B, C, h, w]."""
+    target: Tensor
+    """What the schedule wants predicted, [B, C, h, w]."""
+    student: Tensor
+    """[B, C, h, w]; so is `teacher`."""
+    teacher: Tensor
+    student_features: Features
+    """By the student's addresses, [B, C', h', w']."""
+    teacher_features: Features
+    """By the teacher's addresses."""
+
+
+class Loss(Protocol):
+    """What it compares, and how much that differs."""
+
+    @property
+    def compares(self) -> tuple[Comparison, ...]:
+        """The outputs of units that it needs; most losses need none."""
+        ...
+
+    def __call__(self, outputs: StepOutputs) -> Tensor:
+        """A float32 scalar, the mean over samples of what each differs by."""
+        ...
+
+
+@dataclass(frozen=True)
+class LossContext:
+    """What losses are built from."""
+
+    lineage: Lineage
+    """Of the student, traced back to the teacher."""
+    comparisons: tuple[Comparison, ...]
+    """What is to be distilled: block ends, or all that leaves trained blocks."""
+    projection: Tensor | None = None
+    """From latents to RGB; where a loss needs pictures."""
+    device: torch.device | str = "cpu"
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """The diffusion objective itself: squared error to what the schedule wants predicted."""
+
+    compares: tuple[Comparison, ...] = ()
+
+    def __call__(self, outputs: StepOutputs) -> Tensor:
+        return F.mse_loss(outputs.student.float(), outputs.target.float())
+
+
+@dataclass(frozen=True)
+class Output:
+    """Squared error of the student's output to the teacher's."""
+
+    compares: tuple[Comparison, ...] = ()
+
+    def __call__(self, outputs: StepOutputs) -> Tensor:
+        return F.mse_loss(outputs.student.float(), outputs.teacher.float())
+
+
+@dataclass(frozen=True)
+class FeatureLoss:
+    """The sum over blocks of plain squared errors of what leaves them (BK-SDM, 2305.15798)."""
+
+    compares: tuple[Comparison, ...]
+
+    def __call__(self, outputs: StepOutputs) -> Tensor:
+        errors = [
+            F.mse_loss(
+                outputs.student_features[each.student].float(),
+                outputs.teacher_features[each.teacher].float(),
+            )
+            for each in self.compares
+        ]
+        return torch.stack(errors).sum()
+
+
+@dataclass(frozen=True)
+class NormalisedFeatureLoss:
+    """The mean over blocks of squared errors over the teacher's mean square.
+
+    Blocks differ in scale by orders of magnitude; this way none of them drowns the others
+    (LAPTOP-Diff, arXiv 2404.11098).
+    """
+
+    compares: tuple[Comparison, ...]
+
+    def __call__(self, outputs: StepOutputs) -> Tensor:
+        errors = [
+            compare_samples(
+                outputs.student_features[each.student], outputs.teacher_features[each.teacher]
+            )
+            for each in self.compares
+        ]
+        return torch.stack(errors).mean()
+
+
+def compare_samples(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared error over mean square of `teacher`, both [B, C, H, W]; [B].
+
+    Each sample has a scale of its own, so that how a batch is split makes no difference.
+    """
+    student, teacher = student.float().flatten(1), teacher.float().flatten(1)
+    error = (student - teacher).square().mean(1)
+    return error / teacher.square().mean(1).clamp_min(SMALLEST)
+
+
+@dataclass(frozen=True)
+class Guided:
+    """Squared error of what guidance makes of the outputs, as velocities.
+
+    Pipelines step with the guided output: the unconditional one and a multiple of the difference
+    that the prompt makes. A student may be near in both and far off in their difference. Errors of
+    a velocity count alike at all noise levels; those of predicted noise are smallest where most of
+    a picture is decided. Needs pairs (`data: {paired: true}`).
+    """
+
+    scale: float
+    compares: tuple[Comparison, ...] = ()
+
+    def __call__(self, outputs: StepOutputs) -> Tensor:
+        return F.mse_loss(
+            self._guide(outputs, outputs.student), self._guide(outputs, outputs.teacher)
+        )
+
+    def _guide(self, outputs: StepOutputs, output: Tensor) -> Tensor:
+        velocity = outputs.schedule.predict_velocity(
+            outputs.noised.float(), output.float(), outputs.timesteps
+        )
+        with_prompt, without = velocity[::PAIR], velocity[1::PAIR]
+        return without + self.scale * (with_prompt - without)
+
+
+@dataclass(frozen=True)
+class Perception:
+    """Pictures as a VGG sees them: the mean over its stages of errors over the teacher's square.
+
+    The half of A-SDM's semantic-aware supervision (arXiv 2406.00210) that the middle block's loss
+    is not. Outputs become the clean latents that they mean, and these pictures by a fixed linear
+    projection. What noise hides counts less: a sample weighs its share of signal.
+    """
+
+    vgg: nn.Module
+    """Gives the features of its stages for pictures [B, 3, H, W] in [-1, 1]."""
+    projection: Tensor
+    stages: tuple[int, ...]
+    compares: tuple[Comparison, ...] = ()
+
+    def __call__(self, outputs: StepOutputs) -> Tensor:
+        student = self._see(outputs, outputs.student)
+        with torch.no_grad():
+            teacher = self._see(outputs, outputs.teacher)
+        errors = [compare_samples(student[number], teacher[number]) for number in self.stages]
+        weight = outputs.schedule.alphas[outputs.timesteps]
+        return (weight * torch.stack(errors).mean(0)).mean()
+
+    def _see(self, outputs: StepOutputs, output: Tensor) -> list[Tensor]:
+        clean = outputs.schedule.predict_clean(
+            outputs.noised.float(), output.float(), outputs.timesteps
+        )
+        return self.vgg(project_latents(self.projection, clean))
+
+
+def build_denoising(context: LossContext) -> Denoising:
+    return Denoising()
+
+
+def build_output(context: LossContext) -> Output:
+    return Output()
+
+
+def build_features(context: LossContext, at: str | Sequence[str] | None = None) -> FeatureLoss:
+    """
+    Args:
+        at: addresses or globs of the student; all comparisons but the middle block's, if none.
+    """
+    return FeatureLoss(pick_comparisons(context, at))
+
+
+def build_normalised(
+    context: LossContext, at: str | Sequence[str] | None = None
+) -> NormalisedFeatureLoss:
+    """As `build_features`."""
+    return NormalisedFeatureLoss(pick_comparisons(context, at))
+
+
+def build_guided(context: LossContext, scale: float = 7.5) -> Guided:
+    """
+    Args:
+        scale: of the guidance that pictures will be drawn with.
+    """
+    return Guided(scale)
+
+
+def build_mid(context: LossContext) -> FeatureLoss:
+    """The output of the middle block, where a UNet's features mean most (A-SDM).
+
+    Raises:
+        LeansdError: the student has no middle block.
+    """
+    units = [at for at in context.lineage.units if get_block(at) == MID]
+    if not units:
+        raise LeansdError(
+            "loss mid: the student has no middle block; compare the block before it with features"
+        )
+    teacher = context.lineage.stands_for(units[-1]).at
+    return FeatureLoss((Comparison(units[-1], teacher),))
+
+
+def build_vgg(
+    context: LossContext, weights: str = "imagenet", stages: Sequence[int] = (0, 1, 2)
+) -> Perception:
+    """
+    Args:
+        weights: `imagenet` (torchvision's, downloaded or cached), `emoji` (the embedded model's
+            own), a safetensors file of a VGG16 of any width, or `random` for smoke tests.
+        stages: the stages compared, 0 to 4; each halves the picture after it.
+    """
+    if context.projection is None:
+        raise LeansdError("loss vgg: there is no projection from latents to RGB; give its file")
+    if not stages or not set(stages) <= set(range(STAGES)):
+        raise LeansdError(f"loss vgg: stages are some of 0 to {STAGES - 1}, not {list(stages)}")
+    vgg = load_vgg(weights, stages=max(stages) + 1).to(context.device)
+    return Perception(vgg, context.projection.to(context.device), tuple(stages))
+
+
+LOSSES: Mapping[str, Callable[..., Loss]] = {
+    "denoising": build_denoising,
+    "output": build_output,
+    "features": build_features,
+    "normalised-features": build_normalised,
+    "guided": build_guided,
+    "mid": build_mid,
+    "vgg": build_vgg,
+}
+
+
+def pick_comparisons(
+    context: LossContext, at: str | Sequence[str] | None
+) -> tuple[Comparison, ...]:
+    """Those of a context under addresses or globs of the student.
+
+    Raises:
+        LeansdError: nothing is compared there.
+    """
+    there = {each.student: each for each in context.comparisons}
+    if at is None:
+        picked = tuple(each for each in there.values() if get_block(each.student) != MID)
+        if not picked:
+            raise LeansdError("no block's output is compared; leave the features' loss out")
+        return picked
+    patterns = [at] if isinstance(at, str) else at
+    names = dict.fromkeys(name for each in patterns for name in select(each, tuple(there)))
+    return tuple(there[name] for name in names)
+
+
+def check_loss(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse a name that no loss has, and options that this one has not.
+
+    Raises:
+        LeansdError: the message names what there is.
+    """
+    if name not in LOSSES:
+        raise LeansdError(f"no loss {name!r}{suggest_name(name, LOSSES)}")
+    _, *known = inspect.signature(LOSSES[name]).parameters
+    for option in options:
+        if option not in known:
+            offer = suggest_name(option, known) if known else ": it has none"
+            raise LeansdError(f"loss {name} has no option {option!r}{offer}")
+
+
+def build_loss(name: str, options: Mapping[str, Any], context: LossContext) -> Loss:
+    """A loss by its name.
+
+    Raises:
+        LeansdError: there is none, or it cannot be had with these options or of this student.
+    """
+    check_loss(name, options)
+    build: Callable[..., Loss] = validate_call(partial(LOSSES[name], context))
+    try:
+        return build(**options)
+    except ValidationError as error:
+        raise LeansdError(f"loss {name}: {explain_validation(error)}") from None

@@ -1,0 +1,320 @@
+"""A recipe run from its first stage to its last, or on from where it stopped.
+
+from leansd.incubation.run import incubate
+incubate("smoke", "runs/smoke")          # writes runs/smoke/net
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import ProjectConfiguration
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from leansd.cards import Card, Training, write_card
+from leansd.errors import LeansdError
+from leansd.files import check_folder, write_file, writing
+from leansd.incubation.checkpoints import reporting
+from leansd.incubation.data.batches import Source
+from leansd.incubation.data.kinds import DataContext, open_source
+from leansd.incubation.noise import DiffusionSchedule
+from leansd.incubation.recipe import TEACHER, Recipe, Stage, load_recipe
+from leansd.incubation.students import StageNet, Student, make_student, open_net, save_net
+from leansd.incubation.trainer import StageContext, ValidationHook, prepare_teacher, train_stage
+from leansd.incubation.training_log import FILE, NET, VALIDATION, LossLog, Row
+from leansd.incubation.validation import Validation
+from leansd.incubation.vgg import fit_projection, load_projection, save_projection
+from leansd.loading import load
+
+RECIPE, PROJECTION = "recipe.yaml", "projection.safetensors"
+FITTED_BATCHES = 4
+OnLog = Callable[[Stage, Row], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe with all that it needs."""
+
+    recipe: Recipe
+    folder: Path
+    pipe: Any
+    """The teacher's pipeline; it is left as it was."""
+    source: Source
+
+    def get_home(self, stage: Stage) -> Path:
+        """The folder of a stage."""
+        return self.folder / stage.name
+
+
+MakeValidation = Callable[[Run, Stage, Student, UNet2DConditionModel], ValidationHook | None]
+
+
+def incubate(
+    recipe: Recipe | str | Path,
+    folder: str | Path,
+    *,
+    pipe: Any = None,
+    resume: bool = False,
+    on_log: OnLog | None = None,
+    note: Callable[[str], None] = lambda message: None,
+) -> Path:
+    """Distil a lighter UNet as a recipe says, and write it to `folder/net`.
+
+    Args:
+        recipe: or its file, or the name of one that comes with the package.
+        folder: of the run: its recipe, and for every stage the log, checkpoints and net.
+        pipe: the teacher's pipeline; by default the recipe's `model` is loaded.
+        resume: go on with the run in `folder`.
+        on_log: is given a stage and what is logged of it, every ten steps, in one process.
+        note: is told how preparing the data goes.
+
+    Returns:
+        the folder of the finished net.
+
+    Raises:
+        LeansdError: the recipe, its data or the folder cannot be used, or training cannot go on.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe)
+    run = open_run(recipe, Path(folder), pipe=pipe, resume=resume, note=note)
+    return run_stages(run, on_log=on_log)
+
+
+def open_run(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    pipe: Any = None,
+    resume: bool = False,
+    note: Callable[[str], None] = lambda message: None,
+) -> Run:
+    """Load the teacher, claim the folder and prepare the data; nothing is trained yet.
+
+    Args: see `incubate`.
+    """
+    check_folder(folder)
+    state = PartialState()
+    if pipe is None:
+        pipe = load(recipe.model, device=state.device, dtype=torch.float32)
+        pipe.set_progress_bar_config(disable=True)
+    if state.is_main_process:
+        claim_folder(folder, recipe, resume=resume)
+    state.wait_for_everyone()
+    context = DataContext(
+        pipe,
+        folder,
+        torch.device(state.device or "cpu"),
+        state.process_index,
+        state.num_processes,
+        state.wait_for_everyone,
+        note,
+    )
+    return Run(recipe, folder, pipe, open_source(recipe.data, context))
+
+
+def make_validation(
+    run: Run, stage: Stage, student: Student, teacher: UNet2DConditionModel
+) -> ValidationHook | None:
+    """Grids of the recipe's prompts on the way, and a log of how close the pictures are."""
+    settings = run.recipe.validation
+    if not settings.prompts:
+        return None
+    validation = Validation(run.pipe, teacher, student.unet, settings)
+    home = run.get_home(stage) / VALIDATION
+
+    def show(step: int) -> None:
+        psnr = validation.draw_grid(home / f"step-{step:08d}.png")
+        LossLog(home / FILE).add({"step": step, "psnr": psnr})
+
+    return ValidationHook(settings.every, show)
+
+
+def run_stages(
+    run: Run, *, on_log: OnLog | None = None, make_validation: MakeValidation = make_validation
+) -> Path:
+    """Run all stages, each from its last checkpoint; what is done is not done again.
+
+    Returns:
+        the folder of the finished net.
+
+    Raises:
+        LeansdError: what training raises.
+    """
+    recipe = run.recipe
+    accelerator = make_accelerator(recipe, run.folder)
+    if recipe.trainer.trackers:
+        accelerator.init_trackers("leansd", {"recipe": recipe.write()})  # trackers want it flat
+    schedule = DiffusionSchedule.read(run.pipe.scheduler)
+    projection = find_projection(run, accelerator)
+    own_device = run.pipe.unet.device
+    try:
+        teacher = prepare_teacher(accelerator, run.pipe.unet)
+        for number, stage in enumerate(recipe.stages):
+            home = run.get_home(stage)
+            if (home / NET).exists():
+                continue
+            student = make_student(stage, open_nets(run, stage))
+            seed = recipe.seed * 1_000 + number
+            train_stage(
+                accelerator,
+                StageContext(stage, recipe.trainer, seed, run.source, schedule, home, projection),
+                student,
+                teacher,
+                on_log=None if on_log is None else partial(on_log, stage),
+                validation=make_validation(run, stage, student, teacher),
+            )
+            if accelerator.is_main_process:
+                keep_net(run, stage, student, home / NET)
+            accelerator.wait_for_everyone()
+            accelerator.free_memory()
+    finally:
+        nn.Module.to(run.pipe.unet, own_device)
+    if accelerator.is_main_process and not (run.folder / NET).exists():
+        last = run.get_home(recipe.stages[-1]) / NET
+        with writing(run.folder / NET) as draft:
+            shutil.copytree(last, draft)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return run.folder / NET
+
+
+def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
+    """What runs the loop: `accelerate launch` and its config decide where and how."""
+    settings = recipe.trainer
+    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
+    return Accelerator(
+        mixed_precision=settings.precision,
+        gradient_accumulation_steps=settings.accumulate,
+        log_with=list(settings.trackers) or None,
+        project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "logs")),
+    )
+
+
+def claim_folder(folder: Path, recipe: Recipe, *, resume: bool) -> None:
+    """Make a run's folder, or see that it is this recipe's.
+
+    Raises:
+        LeansdError: it holds another run, or this one and is not to be resumed.
+    """
+    file = folder / RECIPE
+    mark = f"# {recipe.fingerprint}\n"
+    if file.exists():
+        if not resume:
+            raise LeansdError(f"{folder} holds a run: go on with it by --resume")
+        if not file.read_text(encoding="utf-8").startswith(mark):
+            raise LeansdError(
+                f"{folder} holds a run of another recipe: see {file}, or choose another folder"
+            )
+        return
+    if folder.exists() and any(not each.name.startswith(".") for each in folder.iterdir()):
+        raise LeansdError(f"{folder} is not empty and holds no run: choose another folder")
+    write_file(file, mark + recipe.write())
+
+
+def open_nets(run: Run, stage: Stage) -> dict[str, StageNet]:
+    """The nets that a stage starts from; what was trained is read as it was written."""
+    nets: dict[str, StageNet] = {}
+    for name in dict.fromkeys(stage.nets.values()):
+        if name == TEACHER:
+            nets[name] = StageNet(run.pipe.unet)
+            continue
+        folder = Path(run.recipe.nets.get(name, run.folder / name / NET)).expanduser()
+        nets[name] = open_net(folder)
+    return nets
+
+
+def keep_net(run: Run, stage: Stage, student: Student, folder: Path) -> None:
+    """Write what a stage made."""
+    recipe = run.recipe
+    student.unet.eval().requires_grad_(True)
+    about = {"recipe": recipe.name, "fingerprint": recipe.fingerprint, "stage": stage.name}
+    with reporting(f"cannot write {folder}"), writing(folder) as draft:
+        save_net(student, draft, about)
+        card = make_card(recipe, stage, student, run.folder)
+        write_card(draft, card, student.unet, before=run.pipe.unet)
+
+
+def make_card(recipe: Recipe, stage: Stage, student: Student, folder: Path) -> Card:
+    """The card of what a stage of the run in `folder` made."""
+    lineage = list_stages(recipe, stage)
+    used = {name for each in lineage for name in each.nets.values()}
+    trainings = [
+        Training(
+            stage=each.name,
+            surgery=_describe_student(each),
+            mode=each.mode,
+            steps=each.steps,
+            batch=recipe.trainer.batch * recipe.trainer.accumulate,
+            learning_rate=each.learning_rate,
+            losses={name: loss.weight for name, loss in each.losses.items()},
+            last=_read_last_loss(folder / each.name / FILE),
+        )
+        for each in lineage
+    ]
+    return Card(
+        name=f"{recipe.name}, {stage.name}",
+        nets={TEACHER: recipe.model, **{n: m for n, m in recipe.nets.items() if n in used}},
+        lineage=student.lineage,
+        untouched=len(student.frozen),
+        trainings=trainings,
+        data=f"data of the kind `{recipe.data.kind}`",
+    )
+
+
+def list_stages(recipe: Recipe, stage: Stage) -> list[Stage]:
+    """The stages of a recipe that a stage's net has come through, itself the last."""
+    names = {each.name for each in recipe.stages}
+    wanted = {stage.name}
+    for each in reversed(recipe.stages):
+        if each.name in wanted:
+            wanted.update(name for name in each.nets.values() if name in names)
+    return [each for each in recipe.stages if each.name in wanted]
+
+
+def _describe_student(stage: Stage) -> str:
+    nets = ", ".join(stage.nets.values())
+    return f"{stage.surgery.name} of {nets}" if stage.surgery.edits else f"a copy of {nets}"
+
+
+def _read_last_loss(path: Path) -> float | None:
+    rows: list[dict[str, float]] = LossLog(path).load()
+    return next((row["loss"] for row in reversed(rows) if "loss" in row), None)
+
+
+def find_projection(run: Run, accelerator: Accelerator) -> Tensor | None:
+    """The map from latents to RGB, where a loss wants one; fitted once for a run."""
+    losses = {name for stage in run.recipe.stages for name in stage.losses}
+    if "vgg" not in losses:
+        return None
+    if run.recipe.projection is not None:
+        return load_projection(run.recipe.projection)
+    path = run.folder / PROJECTION
+    if not path.exists() and accelerator.is_main_process:
+        with reporting(f"cannot write {path}"), writing(path) as draft:
+            save_projection(fit_to_decoder(run, accelerator.device), draft)
+    accelerator.wait_for_everyone()
+    return load_projection(path)
+
+
+@torch.no_grad()
+def fit_to_decoder(run: Run, device: torch.device) -> Tensor:
+    """Fit a projection to the autoencoder's decodings of the first samples."""
+    stream = run.source.open(batch=4, seed=run.recipe.seed)
+    try:
+        latents = torch.cat([next(stream).latents for _ in range(FITTED_BATCHES)])
+    finally:
+        stream.close()
+    vae = copy.deepcopy(run.pipe.vae).to(device, torch.float32).eval()
+    scaled = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0)
+    pictures = torch.cat([vae.decode(each[None].to(device)).sample for each in scaled])
+    return fit_projection(latents, pictures)

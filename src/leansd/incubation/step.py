@@ -1,0 +1,220 @@
+"""The training step, as the papers write it: one batch through teacher and student.
+
+x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e             noise from a seed and the sample's number
+y_T, f_T = teacher(x_t, t, c)                     without gradients
+y_S, f_S = student(x_t, t, c)                     decoupled: on f_T in place of what is frozen
+loss = sum of w_i(progress) L_i(y_S, f_S; y_T, f_T, target)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from leansd.incubation.data.batches import Batch
+from leansd.incubation.features import Comparison, Features, FeatureTaps, TeacherInputs
+from leansd.incubation.losses import Loss, LossContext, StepOutputs, build_loss
+from leansd.incubation.noise import DiffusionSchedule, NoiseDraw
+from leansd.incubation.recipe import SCHEDULES, LossSettings, Stage
+from leansd.incubation.students import Student
+
+
+@dataclass(frozen=True)
+class TeacherBatch:
+    """A noised batch, and what the teacher makes of it."""
+
+    batch: Batch
+    draw: NoiseDraw
+    noised: Tensor
+    """[B, C, h, w]."""
+    output: Tensor
+    """The teacher's, [B, C, h, w]."""
+    features: Features
+    """The teacher's, by its addresses."""
+
+
+@dataclass(frozen=True)
+class WeightedLoss:
+    """A loss with its weight over the stage."""
+
+    name: str
+    loss: Loss
+    settings: LossSettings
+
+    def weigh(self, progress: float) -> float:
+        """What it counts at this share of the stage."""
+        return self.settings.weight * SCHEDULES[self.settings.schedule](progress)
+
+
+def run_teacher(
+    teacher: TeacherUNet, batch: Batch, draw: NoiseDraw, schedule: DiffusionSchedule
+) -> TeacherBatch:
+    """Noise a batch and show it to the teacher; all are on its device."""
+    noised = schedule.add_noise(batch.latents, draw.noise, draw.timesteps)
+    output, features = teacher(noised, draw.timesteps, batch.text, batch.added)
+    return TeacherBatch(batch, draw, noised, output, features)
+
+
+def run_student(
+    student: nn.Module, taught: TeacherBatch, schedule: DiffusionSchedule
+) -> StepOutputs:
+    """Show the same to the student.
+
+    Args:
+        student: a `StudentUNet`, or what distributed training wraps it in.
+    """
+    batch, timesteps = taught.batch, taught.draw.timesteps
+    output, features = student(taught.noised, timesteps, batch.text, batch.added, taught.features)
+    return StepOutputs(
+        batch=batch,
+        schedule=schedule,
+        timesteps=timesteps,
+        noised=taught.noised,
+        target=schedule.make_target(batch.latents, taught.draw.noise, timesteps),
+        student=output,
+        teacher=taught.output,
+        student_features=features,
+        teacher_features=taught.features,
+    )
+
+
+def sum_losses(
+    losses: Sequence[WeightedLoss], outputs: StepOutputs, progress: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss, and its parts before they are weighed: float32 scalars, outside autocast."""
+    parts = {each.name: each.loss(outputs) for each in losses}
+    weighed = [each.weigh(progress) * parts[each.name] for each in losses]
+    return torch.stack(weighed).sum(), parts
+
+
+class StudentUNet(nn.Module):
+    """A student that gives its output and the features that are compared.
+
+    Features are part of what it returns, so that the wrappers of distributed training see them.
+    """
+
+    def __init__(self, student: Student, compares: Sequence[Comparison], mode: str) -> None:
+        super().__init__()
+        self.unet = student.unet
+        self.inputs = (
+            TeacherInputs(student.unet, student.trained, student.stands_for)
+            if mode == "decoupled"
+            else None
+        )
+        self._taps = FeatureTaps(student.unet, dict.fromkeys(each.student for each in compares))
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The teacher's units that it is fed."""
+        return () if self.inputs is None else self.inputs.addresses
+
+    def forward(
+        self,
+        noised: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        added: Mapping[str, Tensor],
+        given: Mapping[str, Tensor],
+    ) -> tuple[Tensor, Features]:
+        """Output [B, C, h, w] and features by address, of inputs as a UNet takes them.
+
+        Args:
+            given: the teacher's features that it is fed, by the teacher's addresses.
+        """
+        if self.inputs is not None:
+            self.inputs.feed(given)
+        with self._taps.watching() as features:
+            output = call_unet(self.unet, noised, timesteps, text, added)
+        return output, features
+
+    def rest(self) -> None:
+        """Let the UNet run as any other, until the next batch."""
+        if self.inputs is not None:
+            self.inputs.stop()
+
+    def release(self) -> None:
+        """Leave the UNet as it was."""
+        self._taps.release()
+        if self.inputs is not None:
+            self.inputs.release()
+
+
+class TeacherUNet:
+    """The original UNet, frozen and watched until `release`."""
+
+    def __init__(self, unet: UNet2DConditionModel, addresses: Sequence[str]) -> None:
+        """
+        Raises:
+            LeansdError: an address is no unit's; the UNet is as it was.
+        """
+        self.unet = unet
+        self._taps = FeatureTaps(unet, dict.fromkeys(addresses))
+        self._exits = ExitStack()
+        self._exits.enter_context(frozen(unet))
+        self._exits.callback(self._taps.release)
+
+    @torch.no_grad()
+    def __call__(
+        self, noised: Tensor, timesteps: Tensor, text: Tensor, added: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Features]:
+        """As a student's forward."""
+        dtype = self.unet.dtype
+        added = {name: tensor.to(dtype) for name, tensor in added.items()}
+        with self._taps.watching() as features:
+            output = call_unet(self.unet, noised.to(dtype), timesteps, text.to(dtype), added)
+        return output, features
+
+    def release(self) -> None:
+        """Leave the UNet as it was."""
+        self._exits.close()
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """No gradients and no dropout within; afterwards what trained before does so again."""
+    wanted = [(each, each.requires_grad) for each in module.parameters()]
+    modes = [(each, each.training) for each in module.modules()]
+    module.requires_grad_(False).eval()
+    try:
+        yield
+    finally:
+        for parameter, is_wanted in wanted:
+            parameter.requires_grad_(is_wanted)
+        for each, was_training in modes:
+            each.training = was_training
+
+
+def call_unet(
+    unet: UNet2DConditionModel,
+    noised: Tensor,
+    timesteps: Tensor,
+    text: Tensor,
+    added: Mapping[str, Tensor],
+) -> Tensor:
+    """The output [B, C, h, w] of a UNet."""
+    options: dict[str, Any] = {"added_cond_kwargs": dict(added)} if added else {}
+    return unet(noised, timesteps, text, return_dict=False, **options)[0]
+
+
+def build_losses(
+    stage: Stage, student: Student, projection: Tensor | None, device: torch.device | str
+) -> tuple[WeightedLoss, ...]:
+    """The losses of a stage; what weighs nothing is left out."""
+    comparisons = student.list_comparisons(stage.mode)
+    context = LossContext(student.lineage, comparisons, projection, device)
+    return tuple(
+        WeightedLoss(name, build_loss(name, settings.options, context), settings)
+        for name, settings in stage.losses.items()
+        if settings.weight
+    )
+
+
+def list_comparisons(losses: Sequence[WeightedLoss]) -> tuple[Comparison, ...]:
+    """All that some loss compares, once."""
+    return tuple(dict.fromkeys(each for loss in losses for each in loss.loss.compares))
