@@ -43,7 +43,7 @@ from leansd.plans.compile import compile_plan
 from leansd.plans.plan import Plan
 from leansd.plans.presets import preset
 from leansd.plans.row import OWN
-from leansd.runtime.nets import keep_company
+from leansd.runtime.nets import match_nets
 from leansd.runtime.samplers import make_scheduler
 from leansd.tuning import tune
 
@@ -86,7 +86,7 @@ class Arena:
 
     @cached_property
     def _company(self) -> Any:
-        return keep_company(self.pipe.unet, self.nets).nets
+        return match_nets(self.pipe.unet, self.nets).nets
 
     @cached_property
     def _anatomy(self) -> Any:

@@ -33,7 +33,7 @@ from leansd.plans.compile import compile_plan
 from leansd.plans.plan import Plan
 from leansd.plans.presets import preset
 from leansd.runtime.engine import Engine
-from leansd.runtime.weave import Weave
+from leansd.runtime.hooks import ForwardHooks
 
 RESULTS = Path(__file__).parent / "results" / "overhead.jsonl"
 GUIDANCE = 7.5
@@ -65,12 +65,12 @@ def time_wrapper(calls: int = 100_000) -> float:
 
         def measure(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             """Inside a UNet call, where the engine has a pass to ask."""
-            with Weave({"mid.l0.res": unit}, engine._around):
+            with ForwardHooks({"mid.l0.res": unit}, engine._around):
                 woven, bare = unit.forward, nn.Identity().forward
                 laps.append(_time_calls(woven, given, calls) - _time_calls(bare, given, calls))
             return forward(*args, **kwargs)
 
-        with torch.no_grad(), Weave({"probe": pipe.unet.conv_act}, measure):
+        with torch.no_grad(), ForwardHooks({"probe": pipe.unet.conv_act}, measure):
             pipe.unet(latents, 10, text)
     return min(laps) * 1e6
 

@@ -49,9 +49,9 @@ from leansd.evaluation.standings import (
     tabulate_margins,
     tabulate_summary,
 )
-from leansd.runtime.clock import read_course
+from leansd.plans.methods import chebyshev
+from leansd.runtime.clock import read_schedule
 from leansd.runtime.samplers import make_scheduler
-from leansd.runtime.spectrum import weigh_chebyshev
 from leansd.tuning.front import Front, read_plans
 from leansd.tuning.front import Point as FrontPoint
 from loops import sample
@@ -134,7 +134,7 @@ def reference_weights(call, places, calls, degree=4, ridge=0.1):
 def test_weights_are_those_of_a_ridge_regression(places):
     for call in (places[0] + 1, places[0] + 4):
         expected = reference_weights(call, places, 30)
-        assert np.allclose(weigh_chebyshev(call, places, 30), expected, atol=1e-12)
+        assert np.allclose(chebyshev(call, places, 30), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("how", ["chebyshev", "chebyshev-line"])
@@ -142,7 +142,7 @@ def test_a_run_forecasts_by_these_weights_through_all_computed_outputs(how):
     steps, keys = 8, (0, 1, 2, 4, 7)
     unet, scheduler = tiny_unet(), tiny_scheduler()
     scheduler.set_timesteps(steps)
-    assert len(read_course(scheduler).rows) == steps
+    assert len(read_schedule(scheduler).rows) == steps
     outputs = []
 
     class Replayed:

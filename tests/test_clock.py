@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import torch
 
-from leansd.runtime.clock import SchedulerClock, assign_rows, find_in_storage, read_course
+from leansd.runtime.clock import SchedulerClock, assign_rows, find_in_storage, read_schedule
 
 STEPS = 10
 OPTIONS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -43,10 +43,10 @@ def test_every_call_is_placed(name: str) -> None:
     clock = SchedulerClock(pipe)
     for _ in range(2):
         pipe.scheduler.set_timesteps(STEPS)
-        ticks = [clock.tell(t) for t in pipe.scheduler.timesteps]
+        ticks = [clock.locate(t) for t in pipe.scheduler.timesteps]
         assert [tick.index for tick in ticks if tick] == list(range(len(pipe.rows)))
         assert [tick.starts for tick in ticks if tick] == [True] + [False] * (len(pipe.rows) - 1)
-        course = ticks[0].course if ticks[0] else None
+        course = ticks[0].schedule if ticks[0] else None
         assert course is not None
         assert course.rows == pipe.rows
         assert course.steps == STEPS
@@ -62,7 +62,7 @@ def test_late_start_is_seen(name: str) -> None:
     clock = SchedulerClock(pipe)
     pipe.scheduler.set_timesteps(STEPS)
     begin = 4 * getattr(pipe.scheduler, "order", 1)
-    first = clock.tell(next(iter(pipe.scheduler.timesteps[begin:])))
+    first = clock.locate(next(iter(pipe.scheduler.timesteps[begin:])))
     assert first is not None
     assert (first.index, first.starts) == (begin, True)
 
@@ -72,12 +72,12 @@ def test_time_steps_that_are_no_views_are_found_by_value() -> None:
     clock = SchedulerClock(pipe)
     pipe.scheduler.set_timesteps(STEPS)
     values = pipe.scheduler.timesteps.tolist()
-    assert [tick.index for tick in map(clock.tell, values) if tick] == list(range(2 * STEPS - 1))
+    assert [tick.index for tick in map(clock.locate, values) if tick] == list(range(2 * STEPS - 1))
     clones = [t.clone() for t in pipe.scheduler.timesteps]
-    ticks = [tick for tick in map(clock.tell, clones) if tick]
+    ticks = [tick for tick in map(clock.locate, clones) if tick]
     assert [tick.index for tick in ticks] == list(range(2 * STEPS - 1))
     assert ticks[0].starts
-    assert clock.tell(12345) is None
+    assert clock.locate(12345) is None
 
 
 def test_batched_time_steps_are_views() -> None:
@@ -91,7 +91,7 @@ def test_batched_time_steps_are_views() -> None:
 def test_log_snr_is_of_the_noise_schedule() -> None:
     scheduler = diffusers.DDIMScheduler(**OPTIONS)
     scheduler.set_timesteps(5)
-    course = read_course(scheduler)
+    course = read_schedule(scheduler)
     alphas = scheduler.alphas_cumprod[scheduler.timesteps]
     expected = torch.log(alphas / (1 - alphas))
     assert course.log_snr == pytest.approx(expected.tolist(), rel=1e-5)

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from leansd.runtime.engines import list_attachments
 
 import leansd
 from leansd import LeansdError, Plan
@@ -13,7 +14,6 @@ from leansd.evaluation.demo import list_cases, run_demo
 from leansd.evaluation.runs import FULL, RunOutputs, run_calls
 from leansd.evaluation.timing import Timing, compare_timings
 from leansd.plans.presets import SPEED_PRESETS
-from leansd.runtime.engines import list_attachments
 from tiny import tiny_pipeline
 
 PROMPTS = ["a red apple", "pizza"]

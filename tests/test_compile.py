@@ -25,7 +25,7 @@ from leansd.plans import Plan
 from leansd.plans.anatomy import HEAD
 from leansd.plans.compile import compile_plan
 from leansd.plans.structures import list_structures
-from leansd.runtime.graphs import read_options, uses_cuda_graphs
+from leansd.runtime.compiled import read_options, uses_cuda_graphs
 from test_control import draw as draw_controlled
 from test_control import make_pipeline as make_control_pipeline
 from test_inheritance import Loop
@@ -240,8 +240,8 @@ def test_uneven_padding_runs_odd_sizes_eagerly(counter: CompileCounterWithBacken
     with leansd.inherit(loop, PLANS["reuse"], compile={"backend": counter}):
         assert torch.equal(loop(STEPS, size=(8, 8)), expected)
         assert counter.frame_count == 2
-        (graphs,) = loop.unet._leansd_engine.engine._graphs.values()
-        assert not graphs._outlines.suit(torch.empty(2, 4, 7, 8))
+        (graphs,) = loop.unet._leansd_engine.engine._compiled.values()
+        assert not graphs._shapes.suit(torch.empty(2, 4, 7, 8))
 
 
 def test_compiled_full_plan_is_the_plain_unet(counter: CompileCounterWithBackend) -> None:

@@ -12,7 +12,7 @@ from leansd.plans import Plan
 from leansd.plans.anatomy import HEAD
 from leansd.plans.compile import compile_plan
 from leansd.plans.liveness import Kept
-from leansd.runtime.clock import read_course
+from leansd.runtime.clock import read_schedule
 from loops import sample
 from tiny import tiny_pipeline, tiny_scheduler, tiny_unet
 
@@ -27,7 +27,7 @@ def sample_by_reference(unet: Any, points: int) -> torch.Tensor:
     """The plans above written out: a polynomial through the last outputs, and the corrector."""
     scheduler = tiny_scheduler()
     scheduler.set_timesteps(STEPS)
-    over = read_course(scheduler).log_snr
+    over = read_schedule(scheduler).log_snr
     outputs: list[tuple[float, torch.Tensor]] = []
 
     def extrapolate(at: float, points: int) -> torch.Tensor:

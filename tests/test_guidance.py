@@ -13,7 +13,7 @@ from conformance.reference import is_empty, watch_stores
 from leansd.errors import LeansdError
 from leansd.plans import Plan
 from leansd.plans.compile import compile_plan
-from leansd.runtime.clock import read_course
+from leansd.runtime.clock import read_schedule
 from tiny import tiny_pipeline, tiny_scheduler
 
 STEPS = 6
@@ -47,7 +47,7 @@ def draw_by_reference(pipe: StableDiffusionPipeline, plan: Plan) -> torch.Tensor
     """
     scheduler = tiny_scheduler()
     scheduler.set_timesteps(STEPS)
-    over = read_course(scheduler).log_snr
+    over = read_schedule(scheduler).log_snr
     text, empty = pipe.encode_prompt("a cat", "cpu", 1, True)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     features = Plan(tuple(type(row)(row.inherit) for row in plan.rows))

@@ -14,7 +14,7 @@ from leansd.errors import LeansdError
 from leansd.plans import Plan
 from leansd.plans.compile import compile_plan
 from leansd.plans.liveness import Net
-from leansd.runtime.nets import keep_company
+from leansd.runtime.nets import match_nets
 from loops import count_calls, sample
 from tiny import shallow_unet, tiny_pipeline, tiny_unet
 
@@ -109,7 +109,7 @@ def test_a_student_inherits_what_its_teacher_computed(
     own: UNet2DConditionModel, light: UNet2DConditionModel
 ) -> None:
     plan = Plan.every(2, cut="up2.up", steps=STEPS).switch("light", at=[1, 3, 5])
-    company = keep_company(own, {"light": light})
+    company = match_nets(own, {"light": light})
     names = company.nets["light"].names
     assert names["up2.up"] == "up2.up"
     assert names["up3.l0.res"] == "light:up3.l0.res"
@@ -153,7 +153,7 @@ def test_what_another_net_computed_is_dropped_at_the_switch(own: UNet2DCondition
     # The first call after the switch has nothing to inherit from.
     assert run.report().full_calls == 3
     assert plan.switch("other", at=range(STEPS)).switch("", at=range(4)) == plan
-    nets = keep_company(own, {"other": other}).nets
+    nets = match_nets(own, {"other": other}).nets
     program = compile_plan(plan, leansd.dissect(own), nets=nets)
     assert [call.is_full for call in program.calls] == [True, False, False, True, True, False]
     assert drawn.isfinite().all()
@@ -164,7 +164,7 @@ def test_weights_decide_what_is_the_same(own: UNet2DConditionModel, where: str) 
     twin = copy.deepcopy(own)
     with torch.no_grad():
         next(twin.get_submodule(where).parameters()).add_(0.1)
-    names = keep_company(own, {"twin": twin}).nets["twin"].names
+    names = match_nets(own, {"twin": twin}).nets["twin"].names
     same = {at for at, name in names.items() if at == name}
     assert ("dn0.l0.res" in same) == (where != "time_embedding")
     assert ("up2.l0.res" in same) == (where == "conv_norm_out")
@@ -173,7 +173,7 @@ def test_weights_decide_what_is_the_same(own: UNet2DConditionModel, where: str) 
 
 def test_attentions_that_attend_otherwise_are_not_the_same(own: UNet2DConditionModel) -> None:
     cheap, _ = leansd.operate(own, leansd.Surgery("gri").replace("dn0.*.attn", by="gri"))
-    names = keep_company(own, {"cheap": cheap}).nets["cheap"].names
+    names = match_nets(own, {"cheap": cheap}).nets["cheap"].names
     assert names["dn0.l0.attn"] == "cheap:dn0.l0.attn"
     assert names["dn1.l0.attn"] == "dn1.l0.attn"
 

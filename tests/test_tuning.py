@@ -27,11 +27,11 @@ from leansd.evaluation.cost import CostModel
 from leansd.evaluation.fidelity import psnr
 from leansd.evaluation.runs import run_calls
 from leansd.loading import as_image_to_image
+from leansd.plans.methods import weigh
 from leansd.plans.plan import Plan, Tuned
 from leansd.plans.row import NO_CORRECTION, Correction
-from leansd.runtime.clock import read_course
-from leansd.runtime.nets import keep_company
-from leansd.runtime.store import weigh
+from leansd.runtime.clock import read_schedule
+from leansd.runtime.nets import match_nets
 from leansd.tuning import Front, Point, calibration, tuner
 from leansd.tuning.calibration import Calibration, calibrate, measure_response
 from leansd.tuning.dynamic import Keys, find_best
@@ -184,7 +184,7 @@ def make_calibration(name: str, outputs: torch.Tensor) -> Calibration:
     flat = outputs.reshape(STEPS, -1)
     return Calibration(
         steps=STEPS,
-        log_snr=np.array(read_course(scheduler).log_snr),
+        log_snr=np.array(read_schedule(scheduler).log_snr),
         products=(flat @ flat.T / flat.shape[1]).numpy(),
         response=measure_response(make_scheduler(name), STEPS),
         carry=np.ones(STEPS + 1),
@@ -390,7 +390,7 @@ def make_light_cost(cost: CostModel) -> CostModel:
 
 def test_variants_are_those_that_save_time_here(pipe, cost) -> None:
     anatomy = leansd.dissect(pipe.unet)
-    nets = keep_company(pipe.unet, {"light": shallow_unet(seed=1)}).nets
+    nets = match_nets(pipe.unet, {"light": shallow_unet(seed=1)}).nets
     priced = replace(cost, nets={"light": make_light_cost(cost)})
     full, light, half = list_variants(priced, anatomy, nets)
     assert full == FULL

@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from leansd.errors import LeansdError
 from leansd.plans.plan import Plan
 from leansd.runtime import Attachment, Report, inherit
-from leansd.runtime.inheritance import NO_NETS
+from leansd.runtime.attachment import NO_NETS
 
 OnStep = Callable[[int, int], None]
 NOT_FINITE = "are not finite numbers"

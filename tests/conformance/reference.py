@@ -18,9 +18,9 @@ from leansd.plans import Anatomy, Plan, preset
 from leansd.plans.anatomy import HEAD
 from leansd.plans.compile import compile_plan
 from leansd.plans.liveness import Call as UNetCall
-from leansd.runtime.attachment import Attachment
-from leansd.runtime.engines import list_attachments
-from leansd.runtime.store import Store
+from leansd.runtime.cache import FeatureCache
+from leansd.runtime.engine import list_followers
+from leansd.runtime.run import Follower
 
 PLANS: Mapping[str, Callable[[int], Plan]] = {
     "full": lambda blocks: Plan.full(STEPS),
@@ -224,18 +224,18 @@ def count_control(pipe: Any) -> Iterator[list[None]]:
 
 
 @contextmanager
-def watch_stores() -> Iterator[list[Store]]:
+def watch_stores() -> Iterator[list[FeatureCache]]:
     """The stores that anything was kept in meanwhile."""
-    stores: list[Store] = []
-    keep = Store.keep
+    stores: list[FeatureCache] = []
+    keep = FeatureCache.keep
 
-    def note(store: Store, *args: Any) -> None:
+    def note(store: FeatureCache, *args: Any) -> None:
         if all(store is not other for other in stores):
             stores.append(store)
         keep(store, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Store, "keep", note)
+        patch.setattr(FeatureCache, "keep", note)
         yield stores
 
 
@@ -243,29 +243,28 @@ def watch_stores() -> Iterator[list[Store]]:
 def watch_ends() -> Iterator[list[int]]:
     """For every pipeline call that ends meanwhile, the bytes that its end has to drop."""
     left: list[int] = []
-    abort = Attachment.abort
+    abort = Follower.abort
 
-    def note(attachment: Attachment) -> None:
-        local = attachment._local
-        left.append(sum(branch.bytes for branch in local.branches.values()))
-        if hasattr(local, "control"):
-            left[-1] += local.control.bytes_kept
-        abort(attachment)
+    def note(follower: Follower) -> None:
+        run = follower.run
+        if run is not None:
+            left.append(run.bytes + run.residuals.bytes)
+        abort(follower)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Attachment, "abort", note)
+        patch.setattr(Follower, "abort", note)
         yield left
 
 
-def is_empty(store: Store) -> bool:
+def is_empty(store: FeatureCache) -> bool:
     return store.bytes == 0 and not list_tensors(store)
 
 
-def list_tensors(store: Store) -> list[torch.Tensor]:
+def list_tensors(store: FeatureCache) -> list[torch.Tensor]:
     return list(store._tensors.values())
 
 
 def is_plain(unet: UNet2DConditionModel) -> bool:
     """Whether nothing is woven around any module."""
     own = {"forward", "_reset_stateful_cache"}
-    return not list_attachments(unet) and not any(own & vars(m).keys() for m in unet.modules())
+    return not list_followers(unet) and not any(own & vars(m).keys() for m in unet.modules())

@@ -261,9 +261,7 @@ def test_interrupted_controlnet_keeps_nothing() -> None:
     with leansd.inherit(pipe, plan) as run, watch_ends() as left:
         draw(pipe, text(callback_on_step_end=interrupt, **hint))
         assert left[0] > 0
-        assert run._last is not None
-        assert run._last.control is not None
-        assert run._last.control.bytes_kept == 0
+        assert run._follower.run is None
 
 
 def test_call_within_a_call_does_not_end_it(pipe: Any) -> None:

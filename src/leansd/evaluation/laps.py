@@ -22,13 +22,13 @@ from leansd.plans.anatomy import Anatomy
 from leansd.plans.compile import compile_plan
 from leansd.plans.liveness import Program
 from leansd.plans.plan import Plan
-from leansd.runtime import Weave, inherit
-from leansd.runtime.clock import read_course
+from leansd.runtime import ForwardHooks, inherit
+from leansd.runtime.cache import unwrap
+from leansd.runtime.clock import read_schedule
 from leansd.runtime.guidance import is_guided
-from leansd.runtime.report import Lap, start_lap
-from leansd.runtime.store import unwrap
+from leansd.runtime.report import Stopwatch, start_stopwatch
 
-Inside: TypeAlias = list[tuple[str, Lap]]
+Inside: TypeAlias = list[tuple[str, Stopwatch]]
 """Laps in one UNet call, by address."""
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -64,17 +64,17 @@ class _Sheet:
     """Laps as they are taken; read when the run is over."""
 
     device: torch.device
-    calls: list[tuple[Lap, Inside]] = field(default_factory=list[tuple[Lap, Inside]])
-    gaps: list[Lap] = field(default_factory=list[Lap])
-    text: list[Lap] = field(default_factory=list[Lap])
-    decode: list[Lap] = field(default_factory=list[Lap])
+    calls: list[tuple[Stopwatch, Inside]] = field(default_factory=list[tuple[Stopwatch, Inside]])
+    gaps: list[Stopwatch] = field(default_factory=list[Stopwatch])
+    text: list[Stopwatch] = field(default_factory=list[Stopwatch])
+    decode: list[Stopwatch] = field(default_factory=list[Stopwatch])
     output_bytes: dict[str, int] = field(default_factory=dict[str, int])
-    inside: Inside = field(default_factory=list[tuple[str, Lap]])
+    inside: Inside = field(default_factory=list[tuple[str, Stopwatch]])
     batch: int = 0
-    end_gap: Callable[[], Lap] | None = None
+    end_gap: Callable[[], Stopwatch] | None = None
 
     def time_inside(self, at: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        end = start_lap(self.device)
+        end = start_stopwatch(self.device)
         output = forward(*args, **kwargs)
         self.inside.append((at, end()))
         return output
@@ -91,16 +91,16 @@ class _Sheet:
         if self.end_gap is not None:
             self.gaps.append(self.end_gap())
         self.inside = []
-        end = start_lap(self.device)
+        end = start_stopwatch(self.device)
         output = forward(*args, **kwargs)
         self.calls.append((end(), self.inside))
-        self.end_gap = start_lap(self.device)
+        self.end_gap = start_stopwatch(self.device)
         return output
 
     def time_stage(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        end = start_lap(self.device)
+        end = start_stopwatch(self.device)
         output = forward(*args, **kwargs)
-        laps: list[Lap] = getattr(self, name)
+        laps: list[Stopwatch] = getattr(self, name)
         laps.append(end())
         return output
 
@@ -121,14 +121,14 @@ def time_run(
     with ExitStack() as woven:
         if anatomy is not None:
             # Before the engine, so that what a unit lap spans is the unit's own forward.
-            woven.enter_context(Weave(list_blocks(pipe.unet, anatomy), sheet.time_inside))
-            woven.enter_context(Weave(list_units(pipe.unet, anatomy), sheet.time_unit))
+            woven.enter_context(ForwardHooks(list_blocks(pipe.unet, anatomy), sheet.time_inside))
+            woven.enter_context(ForwardHooks(list_units(pipe.unet, anatomy), sheet.time_unit))
         for name, modules in list_stages(pipe).items():
             for module in modules:
-                woven.enter_context(Weave({name: module}, sheet.time_stage))
+                woven.enter_context(ForwardHooks({name: module}, sheet.time_stage))
         wait_for(device)
         started = time.perf_counter()
-        with inherit(pipe, plan), Weave({"unet": pipe.unet}, sheet.time_call):
+        with inherit(pipe, plan), ForwardHooks({"unet": pipe.unet}, sheet.time_call):
             pipe(**call)
         wait_for(device)
         whole = time.perf_counter() - started
@@ -165,7 +165,7 @@ def measure_peaks(pipe: Any, call: Mapping[str, Any], anatomy: Anatomy) -> dict[
         return output
 
     units = {unit.at: pipe.unet.get_submodule(unit.path) for unit in anatomy.units}
-    with Weave(units if device.type == "cuda" else {}, around):
+    with ForwardHooks(units if device.type == "cuda" else {}, around):
         pipe(**call)
     return peaks
 
@@ -209,7 +209,7 @@ def check_count(count: int, what: str) -> int:
 
 def _compile_as_run(pipe: Any, plan: Plan, batch: int) -> Program:
     """The program that the run just ended has followed."""
-    course = read_course(pipe.scheduler)
+    course = read_schedule(pipe.scheduler)
     return compile_plan(
         plan,
         read_anatomy(pipe.unet),

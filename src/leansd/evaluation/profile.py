@@ -35,7 +35,7 @@ from leansd.plans.anatomy import HEAD, STEM, Anatomy
 from leansd.plans.liveness import Call
 from leansd.plans.plan import Plan
 from leansd.plans.row import ATTENDS, Guidance, Row
-from leansd.runtime.engines import list_attachments
+from leansd.runtime.engine import list_followers
 
 PROMPT = "a red apple"
 
@@ -120,7 +120,7 @@ def prepare_probe(
     attend: Sequence[str] = (),
 ) -> Probe:
     """Run a pipeline once for a step, which warms it up, and lay out its probing run."""
-    if list_attachments(pipe.unet):
+    if list_followers(pipe.unet):
         raise LeansdError(
             "already attached: the UNet follows a plan; leave that `with` block first, or call "
             "leansd.release_"

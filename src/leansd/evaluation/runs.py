@@ -19,7 +19,7 @@ from leansd.errors import LeansdError
 from leansd.evaluation.timing import wait_for
 from leansd.plans.plan import Plan
 from leansd.runtime import Attachment, inherit
-from leansd.runtime.inheritance import NO_NETS
+from leansd.runtime.attachment import NO_NETS
 
 FULL = "full"
 """The name of the run that computes everything at every step."""

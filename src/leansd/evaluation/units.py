@@ -18,8 +18,8 @@ from leansd.anatomy.inputs import TOKENS, make_inputs, pick_size
 from leansd.anatomy.reading import read_anatomy
 from leansd.evaluation.laps import check_count, check_timing, list_units
 from leansd.evaluation.timing import Timing, wait_for
-from leansd.runtime.report import Lap, start_lap
-from leansd.runtime.weave import Weave
+from leansd.runtime.hooks import ForwardHooks
+from leansd.runtime.report import Stopwatch, start_stopwatch
 
 
 @dataclass(frozen=True)
@@ -70,23 +70,23 @@ def time_units(
     inputs = make_inputs(
         unet, size=size, tokens=tokens, batch=batch, device=device, dtype=unet.dtype
     )
-    laps: defaultdict[str, list[Lap]] = defaultdict(list)
+    laps: defaultdict[str, list[Stopwatch]] = defaultdict(list)
 
     def around(at: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        end = start_lap(device)
+        end = start_stopwatch(device)
         output = forward(*args, **kwargs)
         laps[at].append(end())
         return output
 
-    def run_call() -> Lap:
-        end = start_lap(device)
+    def run_call() -> Stopwatch:
+        end = start_stopwatch(device)
         unet(**inputs)
         wait_for(device)
         lap = end()
         on_call(lap())
         return lap
 
-    with Weave(list_units(unet, read_anatomy(unet)), around):
+    with ForwardHooks(list_units(unet, read_anatomy(unet)), around):
         run_call()
         laps.clear()
         calls = [run_call() for _ in range(repeats)]

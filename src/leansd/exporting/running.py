@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,11 +20,10 @@ from leansd.loading import load_outline
 from leansd.plans.anatomy import HEAD
 from leansd.plans.liveness import GUIDANCE, Kept
 from leansd.plans.plan import Plan
-from leansd.runtime.attachment import Attachment
-from leansd.runtime.engine import Engine, run_step
-from leansd.runtime.guidance import wrap_output
-from leansd.runtime.passes import Pass
-from leansd.runtime.report import Report, start_lap
+from leansd.runtime.call import UNetArguments, UNetCall
+from leansd.runtime.guidance import run_step, wrap_output
+from leansd.runtime.report import Report, start_stopwatch
+from leansd.runtime.run import Follower
 
 
 def load_onnx(
@@ -68,9 +66,7 @@ class OnnxUNet:
         # SDXL's pipelines ask the module itself for the width of their added conditions.
         self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
         self._sessions = sessions
-        self._attachment = Attachment(outline, pipe, plan) if plan is not None else None
-        self._engine = Engine(outline)
-        self._engine.release()
+        self._follower = Follower(outline, pipe, plan) if plan is not None else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The UNet's output for `sample` [B, C, H, W], as its own forward returns it.
@@ -79,23 +75,18 @@ class OnnxUNet:
             LeansdError: an argument is given that the graphs do not take, such as the residuals of
                 a ControlNet, or the plan is for another number of steps.
         """
-        attachment = self._attachment
-        arguments = _bind(*args, **kwargs)
-        sample, timestep = arguments["sample"], arguments["timestep"]
-        step = None
-        if attachment is not None:
-            step = attachment.begin(self._engine, sample, timestep)
-        if attachment is None or step is None:
-            return self._run_whole(**arguments)
-        attachment.note_size(sample, arguments["encoder_hidden_states"])
-        end_lap = start_lap(sample.device)
+        follower, arguments = self._follower, _bind(*args, **kwargs)
+        step = follower.start_call(arguments) if follower is not None else None
+        if follower is None or step is None:
+            return self._run_whole(arguments)
+        ((own, _),) = step.split(arguments.sample)
+        stop = start_stopwatch(arguments.sample.device)
         try:
-            assert isinstance(step, Pass)
-            output = run_step(step, partial(self._run_graph, step), **arguments)
+            output = run_step(step, arguments, partial(self._run_graph, own))
         except BaseException:
-            attachment.abort()
+            follower.abort()
             raise
-        attachment.end(step, end_lap())
+        follower.end_call(step, stop())
         return output
 
     def report(self) -> Report:
@@ -104,53 +95,50 @@ class OnnxUNet:
         Raises:
             LeansdError: it was exported without a plan, or nothing has run yet.
         """
-        if self._attachment is None:
+        if self._follower is None:
             raise LeansdError("exported without a plan: every call computes everything")
-        return self._attachment.report()
+        return self._follower.report()
 
     def _reset_stateful_cache(self) -> None:
         """What pipelines call at the end of a call: keep nothing."""
-        if self._attachment is not None and self._attachment.pipe is not None:
-            self._attachment.abort()
+        if self._follower is not None and self._follower.pipe is not None:
+            self._follower.abort()
 
-    def _run_whole(self, **arguments: Any) -> Any:
-        (noise,) = self._sessions[()].run(_flatten(arguments), [NOISE])
-        return wrap_output(noise.to(arguments["sample"].dtype), (), arguments)
+    def _run_whole(self, arguments: UNetArguments) -> Any:
+        (noise,) = self._sessions[()].run(_flatten(arguments.named), [NOISE])
+        return wrap_output(noise.to(arguments.sample.dtype), arguments)
 
-    def _run_graph(self, step: Pass, **arguments: Any) -> Any:
-        """What the UNet's forward returns in this call; what the call keeps goes to the store."""
+    def _run_graph(self, step: UNetCall, *args: Any, **kwargs: Any) -> Any:
+        """What the UNet's forward returns in this call; what the call keeps goes to the cache."""
+        arguments = UNetArguments.bind(args, kwargs)
         given = {
-            name_feature((at, what)): step.make(at, "reuse") if what == "change" else step.give(at)
-            for at, what in list_given(step.call.pattern)
+            name_feature(each): step.fill_lanes(each[0]) for each in list_given(step.call.pattern)
         }
         keeps = [kept for at in step.call.keeps if at != GUIDANCE for kept in step.list_keeps(at)]
         inside = dict.fromkeys(_name(kept) for kept in keeps if kept.unit != HEAD)
         session = self._sessions[tuple(given)]
-        noise, *made = session.run(_flatten(arguments) | given, [NOISE, *inside])
-        noise = noise.to(arguments["sample"].dtype)
+        noise, *made = session.run(_flatten(arguments.named) | given, [NOISE, *inside])
+        noise = noise.to(arguments.sample.dtype)
         made = dict(zip(inside, made, strict=True))
         # The UNet's own output is no feature of the graph, and nor is what it adds to the latents.
         made |= {HEAD: noise, f"{HEAD}.change": noise - step.latents}
         for kept in keeps:
-            step.branch.store.keep(kept, step.pick(made[_name(kept)], kept.lane))
-        return wrap_output(noise, (), arguments)
+            step.branch.cache.keep(kept, step.pick(made[_name(kept)], kept.lane))
+        return wrap_output(noise, arguments)
 
 
 def _name(kept: Kept) -> str:
     return name_feature((kept.unit, kept.what))
 
 
-SIGNATURE = inspect.signature(UNet2DConditionModel.forward)
-
-
-def _bind(*args: Any, **kwargs: Any) -> dict[str, Any]:
-    """The arguments of a call by name, those left out that are None.
+def _bind(*args: Any, **kwargs: Any) -> UNetArguments:
+    """The arguments of a call, without those that are None.
 
     Raises:
         LeansdError: one is given that no graph takes.
     """
-    given = dict(SIGNATURE.bind(None, *args, **kwargs).arguments)
-    arguments = {name: each for name, each in given.items() if name != "self" and each is not None}
+    given = UNetArguments.bind(args, kwargs).named
+    arguments = {name: each for name, each in given.items() if each is not None}
     added = arguments.get("added_cond_kwargs") or {}
     known = (*AXES, "added_cond_kwargs", "return_dict")
     refused = [name for name, each in arguments.items() if name not in known and each != {}]
@@ -159,7 +147,7 @@ def _bind(*args: Any, **kwargs: Any) -> dict[str, Any]:
         raise LeansdError(
             f"an exported UNet takes no {refused[0]}: use the pipeline with its own UNet for that"
         )
-    return {name: arguments[name] for name in known if name in arguments}
+    return UNetArguments({name: arguments[name] for name in known if name in arguments})
 
 
 def _flatten(arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:

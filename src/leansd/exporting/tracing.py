@@ -19,10 +19,8 @@ from diffusers import UNet2DConditionModel
 from leansd.anatomy.inputs import make_inputs
 from leansd.errors import LeansdError
 from leansd.exporting.graphs import Graph, name_feature
-from leansd.runtime.engine import Engine
-from leansd.runtime.engines import list_attachments
-from leansd.runtime.graphs import write_run
-from leansd.runtime.outlines import Outlines
+from leansd.runtime.compiled import write_run
+from leansd.runtime.engine import Engine, list_followers
 
 NOISE = "noise"
 """The name of what the UNet gives."""
@@ -53,9 +51,8 @@ class Section(torch.nn.Module):
         self.graph = graph
         self.names = tuple(names)
         """The UNet's own inputs, in order."""
-        self._engine = engine
         self._forward = forward
-        self._run = write_run(graph.structure, Outlines(engine.unet, engine.anatomy))
+        self._run = write_run(graph.structure, engine.shapes, engine.run_lanes, engine.pick_latents)
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -68,7 +65,7 @@ class Section(torch.nn.Module):
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         named = dict(zip(self.names, tensors, strict=False))
         given = _sort(self.graph, tensors[len(self.names) :])
-        noise, made = self._run(self._engine, self._forward, nest(named), given, None)
+        noise, made = self._run(self._forward, nest(named), given, None)
         return (noise, *made)
 
 
@@ -106,7 +103,7 @@ def open_sections(
     Raises:
         LeansdError: the UNet follows a plan at the moment.
     """
-    attached = list_attachments(unet)
+    attached = list_followers(unet)
     if attached:
         raise LeansdError(
             f"the UNet follows plan {attached[0].source.name}: leave that `with` block, or call "

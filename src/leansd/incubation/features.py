@@ -18,7 +18,7 @@ from torch import Tensor
 from leansd.anatomy import read_anatomy
 from leansd.plans.address import get_block
 from leansd.plans.anatomy import HEAD, Anatomy, Unit
-from leansd.runtime.weave import Forward, Weave
+from leansd.runtime.hooks import Forward, ForwardHooks
 
 Features = dict[str, Tensor]
 """Outputs [B, C, h, w] of units by address."""
@@ -43,7 +43,7 @@ class FeatureTaps:
         anatomy = read_anatomy(unet)
         modules = {at: unet.get_submodule(anatomy[at].path) for at in addresses}
         self._features: Features | None = None
-        self._weave = Weave(modules, self._keep)
+        self._weave = ForwardHooks(modules, self._keep)
 
     @contextmanager
     def watching(self) -> Iterator[Features]:
@@ -90,7 +90,7 @@ class TeacherInputs:
             if unit.at != HEAD and (unit.at not in self.trained or list_foreign(unit))
         }
         self._given: Mapping[str, Tensor] | None = None
-        self._weave = Weave(modules, self._feed)
+        self._weave = ForwardHooks(modules, self._feed)
 
     @property
     def addresses(self) -> tuple[str, ...]:

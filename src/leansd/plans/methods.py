@@ -38,12 +38,13 @@ def lagrange(now: float, then: Sequence[float], calls: int = 0) -> tuple[float, 
     points = [place for place, counts_here in zip(then, counts, strict=True) if counts_here]
     points.reverse()  # earliest first, which decides how the products are rounded
     return tuple(
-        _weigh(now, place, points) if counts_here else 0.0
+        weigh(now, place, points) if counts_here else 0.0
         for place, counts_here in zip(then, counts, strict=True)
     )
 
 
-def _weigh(now: float, here: float, points: Sequence[float]) -> float:
+def weigh(now: float, here: float, points: Sequence[float]) -> float:
+    """Lagrange's weight at `now` of what lies `here`, one of all `points`."""
     return math.prod((now - point) / (here - point) for point in points if point != here)
 
 

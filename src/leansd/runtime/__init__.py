@@ -1,8 +1,7 @@
-"""Plans at run time: weaving into a UNet, telling the step, keeping features, inheriting them."""
+"""Plans at run time: hooks around a UNet, the step that is known, features kept and inherited."""
 
-from leansd.runtime.attachment import Attachment
-from leansd.runtime.inheritance import inherit, inherit_, release_
+from leansd.runtime.attachment import Attachment, inherit, inherit_, release_
+from leansd.runtime.hooks import ForwardHooks
 from leansd.runtime.report import Report
-from leansd.runtime.weave import Weave
 
-__all__ = ["Attachment", "Report", "Weave", "inherit", "inherit_", "release_"]
+__all__ = ["Attachment", "ForwardHooks", "Report", "inherit", "inherit_", "release_"]

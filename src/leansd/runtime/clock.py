@@ -17,7 +17,7 @@ import torch
 
 
 @dataclass(frozen=True, eq=False)
-class Course:
+class CallSchedule:
     """The UNet calls of a run as the scheduler has laid them out."""
 
     timesteps: torch.Tensor | None
@@ -33,23 +33,23 @@ class Course:
 
 
 @dataclass(frozen=True)
-class Tick:
+class CallPosition:
     """What a clock says of one UNet call."""
 
-    course: Course
+    schedule: CallSchedule
     index: int
-    """Number of the call in the course."""
+    """Number of the call in the schedule."""
     starts: bool
     """Whether a new run begins with it."""
 
 
 class Clock(Protocol):
-    def tell(self, timestep: Any) -> Tick | None:
+    def locate(self, timestep: Any) -> CallPosition | None:
         """Place a call by its time step; None where it belongs to no run that this clock knows."""
         ...
 
-    def foretell(self, timestep: Any) -> Tick | None:
-        """What `tell` will say of a call that is yet to come; the clock does not advance."""
+    def peek(self, timestep: Any) -> CallPosition | None:
+        """What `locate` will say of a call that is yet to come; the clock does not advance."""
         ...
 
     def owns(self, timestep: Any) -> bool:
@@ -58,68 +58,84 @@ class Clock(Protocol):
 
 
 class SchedulerClock:
-    """The clock of a pipeline: reads the course off `pipe.scheduler` when it lays out a new one."""
+    """The clock of a pipeline: reads the schedule whenever its scheduler lays one out."""
 
     def __init__(self, pipe: Any) -> None:
         self._pipe = pipe
-        self._course: Course | None = None
+        self._schedule: CallSchedule | None = None
         self._last = -1
+        self._seen: torch.Tensor | None = None
+        """The last time step; held so that no other tensor gets its storage."""
 
     def owns(self, timestep: Any) -> bool:
         return find_in_storage(timestep, self._pipe.scheduler.timesteps) is not None
 
-    def tell(self, timestep: Any) -> Tick | None:
-        tick = self.foretell(timestep)
-        if tick is not None:
-            self._last = tick.index
-        return tick
+    def locate(self, timestep: Any) -> CallPosition | None:
+        position = self.peek(timestep)
+        if position is not None:
+            self._last = position.index
+            self._seen = timestep if isinstance(timestep, torch.Tensor) else None
+        return position
 
-    def foretell(self, timestep: Any) -> Tick | None:
-        scheduler = self._pipe.scheduler
-        course = self._course
-        if course is None or course.timesteps is not scheduler.timesteps:
-            course = read_course(scheduler)
-            self._course, self._last = course, -1
-        index = find_in_storage(timestep, scheduler.timesteps)
+    def peek(self, timestep: Any) -> CallPosition | None:
+        schedule = self._schedule
+        if schedule is None or not self._goes_on(schedule, timestep):
+            if not _is_laid_out(self._pipe.scheduler):
+                return None
+            schedule = read_schedule(self._pipe.scheduler)
+            self._schedule, self._last, self._seen = schedule, -1, None
+        index = find_in_storage(timestep, schedule.timesteps)
         if index is None:
-            index = _find_by_value(timestep, course.moments, self._last)
-        if index is None or not 0 <= index < len(course.rows):
+            index = _find_by_value(timestep, schedule.moments, self._last)
+        if index is None or not 0 <= index < len(schedule.rows):
             return None
-        return Tick(course, index, starts=self._last == -1 or index < self._last)
+        return CallPosition(schedule, index, starts=self._last == -1 or index < self._last)
+
+    def _goes_on(self, schedule: CallSchedule, timestep: Any) -> bool:
+        """Whether a time step is of the known schedule.
+
+        A pipeline that exchanges its scheduler's state for every tile of a panorama goes on with
+        the time steps that it began with.
+        """
+        return (
+            schedule.timesteps is self._pipe.scheduler.timesteps
+            or share_storage(timestep, schedule.timesteps)
+            or (is_view(timestep) and share_storage(timestep, self._seen))
+        )
 
 
 class LoopClock:
     """The clock of a raw loop on a UNet: a run starts when the time step rises, a call is a step.
 
-    A loop does not say how long it will be, so the course is as long as the plan.
+    A loop does not say how long it will be, so the schedule is as long as the plan.
     """
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
         self._last: float | None = None
         self._log_snr: list[float] = []
-        self._course: Course | None = None
+        self._schedule: CallSchedule | None = None
 
     def owns(self, timestep: Any) -> bool:
         return False
 
-    def foretell(self, timestep: Any) -> Tick | None:
+    def peek(self, timestep: Any) -> CallPosition | None:
         return None
 
-    def tell(self, timestep: Any) -> Tick | None:
+    def locate(self, timestep: Any) -> CallPosition | None:
         moment = _read_value(timestep)
-        course, starts = self._course, False
-        if course is None or self._last is None or moment > self._last:
+        schedule, starts = self._schedule, False
+        if schedule is None or self._last is None or moment > self._last:
             rows = tuple(range(self._steps))
             self._log_snr = []
             # Only whether two calls share a moment matters, and here no two do.
-            course = Course(None, tuple(map(float, rows)), rows, self._steps, self._log_snr)
-            self._course, starts = course, True
+            schedule = CallSchedule(None, tuple(map(float, rows)), rows, self._steps, self._log_snr)
+            self._schedule, starts = schedule, True
         if starts or moment != self._last:
             self._log_snr.append(_interpolate(_list_stable_diffusion_log_snr(), moment))
         self._last = moment
         index = len(self._log_snr) - 1
-        return Tick(course, index, starts) if index < self._steps else None
+        return CallPosition(schedule, index, starts) if index < self._steps else None
 
 
 def find_in_storage(timestep: Any, timesteps: Any) -> int | None:
@@ -128,15 +144,36 @@ def find_in_storage(timestep: Any, timesteps: Any) -> int | None:
         return None
     if timestep.dtype != timesteps.dtype or timestep.device != timesteps.device:
         return None
-    if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
+    if not share_storage(timestep, timesteps):
         return None
-    index, rest = divmod(
-        timestep.storage_offset() - timesteps.storage_offset(), timesteps.stride(0)
-    )
+    offset = int(timestep.storage_offset()) - int(timesteps.storage_offset())
+    index, rest = divmod(offset, timesteps.stride(0))
     return index if rest == 0 and 0 <= index < len(timesteps) else None
 
 
-def read_course(scheduler: Any) -> Course:
+def share_storage(one: Any, other: Any) -> bool:
+    """Whether two tensors are views of the same memory; reads no value."""
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return False
+    # The storage object, not its address: tensors without data have one, too.
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+
+
+def is_view(timestep: Any) -> bool:
+    """Whether a time step is an element of a longer tensor."""
+    if not isinstance(timestep, torch.Tensor):
+        return False
+    return timestep.untyped_storage().nbytes() > timestep.element_size()
+
+
+def _is_laid_out(scheduler: Any) -> bool:
+    """Whether a run was prepared: a new scheduler has its training's time steps and no run."""
+    if getattr(scheduler, "num_inference_steps", 0) is not None:
+        return True
+    return len(scheduler.timesteps) != scheduler.config.num_train_timesteps
+
+
+def read_schedule(scheduler: Any) -> CallSchedule:
     """Lay out the calls of the run that `scheduler.set_timesteps` has just prepared.
 
     The time steps are read here, once a run, before its first call.
@@ -151,7 +188,7 @@ def read_course(scheduler: Any) -> Course:
     rows = assign_rows(len(moments), int(steps), order)
     if rows is None:
         rows, steps = tuple(range(len(moments))), len(moments)
-    return Course(timesteps, moments, rows, int(steps), _log_snr(scheduler, moments))
+    return CallSchedule(timesteps, moments, rows, int(steps), _log_snr(scheduler, moments))
 
 
 def assign_rows(calls: int, steps: int, order: int = 1) -> tuple[int, ...] | None:

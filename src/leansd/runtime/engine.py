@@ -1,8 +1,8 @@
-"""The engine: woven around one UNet, it makes every call follow the plan of whoever calls.
+"""The engine: hooks around one UNet that make every call follow the plan of whoever calls.
 
-A UNet call is placed by an attachment's clock, becomes a `Pass`, and the units ask that pass what
-to do. Whatever is unexpected (another batch, size, dtype or device, a call out of order) makes a
-call a full one.
+A UNet call is placed by a follower, becomes a `UNetStep`, and the units ask that step what to do.
+Whatever is unexpected (another batch, size, dtype or device, a call out of order) makes a call a
+full one. The registry at the end says which UNets are hooked, and for whom.
 """
 
 from __future__ import annotations
@@ -10,122 +10,141 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import nn
 
 from leansd.anatomy.reading import read_anatomy
+from leansd.errors import LeansdError
 from leansd.plans.address import get_layer
 from leansd.plans.anatomy import HEAD, Anatomy
-from leansd.plans.row import Attend
-from leansd.runtime.graphs import Graphs, Slot, freeze
-from leansd.runtime.guidance import (
-    complete,
-    exchange,
-    keep_difference,
-    run_apart,
-    take_conditional,
-    wrap_output,
+from leansd.plans.row import OWN, Attend
+from leansd.runtime.cache import OutputShapes
+from leansd.runtime.call import UNetArguments, UNetStep
+from leansd.runtime.compiled import CompiledCalls, TraceSlot, freeze
+from leansd.runtime.controlnet import ControlHook
+from leansd.runtime.guidance import run_step
+from leansd.runtime.hooks import (
+    PLAIN,
+    ForwardHooks,
+    PipelineEndHook,
+    exchange_forward,
+    patch_method,
 )
 from leansd.runtime.nets import select_residuals
-from leansd.runtime.outlines import Outlines
-from leansd.runtime.passes import Pass, Step
-from leansd.runtime.report import start_lap
-from leansd.runtime.weave import EndOfCall, Weave, exchange_forward
+from leansd.runtime.report import Stopwatch, start_stopwatch
+from leansd.runtime.run import Follower, find_calling_pipeline, find_follower
+from leansd.runtime.watch import UNetWatch
 from leansd.surgery.parts.gri import attend, call_at_size, find_processor
-
-if TYPE_CHECKING:
-    from leansd.runtime.attachment import Attachment
 
 UNET = "unet"
 LOCK = threading.Lock()
-"""Held while UNets are woven, and taken off again."""
+"""Held while UNets are hooked, and released again."""
 
 
-class Link(NamedTuple):
-    """Where a woven module hangs, so that another one in its place is noticed."""
+class Place(NamedTuple):
+    """Where a hooked module hangs, so that another one in its place is noticed."""
 
-    children: Mapping[str, torch.nn.Module | None]
+    children: Mapping[str, nn.Module | None]
     """Those of the module above it, by name."""
     name: str
-    child: torch.nn.Module | None
+    child: nn.Module | None
+
+
+class _ThreadState(threading.local):
+    """What one thread is in the midst of."""
+
+    step: UNetStep | None = None
+    """The call whose units run."""
+    expected: tuple[Follower, UNetStep] | None = None
+    """A call that another UNet's engine is handing over: it goes through the module, for what is
+    hooked to that, offloading for one, has to come along."""
+    last: Follower | None = None
+    """Whose call was the last one."""
 
 
 class Engine:
-    """Woven around one UNet while anything is attached to it."""
+    """Hooked to one UNet while anything is attached to it."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         self.unet = unet
         self.anatomy: Anatomy = read_anatomy(unet)
         self._channels = self.anatomy[HEAD].channels[1]
-        self.attachments: tuple[Attachment, ...] = ()
-        self.guests: tuple[Attachment, ...] = ()
-        """Attachments of other UNets whose plans run this one at some steps."""
-        self.outlines = Outlines(unet, self.anatomy)
-        self._active = threading.local()
-        self._traced = Slot()
-        self._graphs: dict[object, Graphs] = {}
+        self.followers: tuple[Follower, ...] = ()
+        self.guests: tuple[Follower, ...] = ()
+        """Followers of other UNets whose plans run this one at some steps."""
+        self.shapes = OutputShapes(unet, self.anatomy)
+        self.watch = UNetWatch(unet, self.anatomy)
+        self._thread = _ThreadState()
+        self._traced = TraceSlot()
+        self._compiled: dict[object, CompiledCalls] = {}
         self._blocks = _list_block_outputs(self.anatomy)
         self._paths = self._list_paths()
-        self._links = self._list_links()
-        self._end_of_call = EndOfCall(unet, self._end_call)
+        self._places = self._list_places()
+        self._end_hook = PipelineEndHook(unet, self._end_call)
+        self._paused = pause_compiled(unet)
         # Last: from here on other threads come in.
-        self.weave = Weave(self._list_modules(), self._around)
+        self.hooks = ForwardHooks(self._list_modules(), self._around)
 
     def release(self) -> None:
         """Take everything off the UNet."""
-        self._end_of_call.release()
-        self.weave.release()
+        self._end_hook.release()
+        self.hooks.release()
+        while self._paused:
+            module, compiled = self._paused.popitem()
+            module._compiled_call_impl = compiled
 
     def resume(self) -> bool:
-        """Weave once more after a release; False where the UNet is not what it was."""
+        """Hook the UNet once more after a release; False where it is not what it was."""
         if read_anatomy(self.unet).fingerprint != self.anatomy.fingerprint:
             return False
-        if not self.weave.resume(self._list_modules()):
+        if not self.hooks.resume(self._list_modules()):
             return False
-        self._links = self._list_links()
-        self._end_of_call = EndOfCall(self.unet, self._end_call)
+        self._places = self._list_places()
+        self._end_hook = PipelineEndHook(self.unet, self._end_call)
+        self._paused = pause_compiled(self.unet)
         return True
 
     def _list_paths(self) -> dict[str, str]:
-        """By name, the paths of the modules to weave; that of the UNet itself is empty."""
+        """By name, the paths of the modules to hook; that of the UNet itself is empty."""
         paths = {UNET: ""}
         paths.update((block, path) for block, (path, _, _) in self._blocks.items())
         paths.update((unit.at, unit.path) for unit in (*self.anatomy.units, *self.anatomy.parts))
         return paths
 
-    def _list_modules(self) -> dict[str, torch.nn.Module]:
+    def _list_modules(self) -> dict[str, nn.Module]:
         return {name: self.unet.get_submodule(path) for name, path in self._paths.items()}
 
-    def _list_links(self) -> list[Link]:
-        links: list[Link] = []
+    def _list_places(self) -> list[Place]:
+        places: list[Place] = []
         for path in filter(None, self._paths.values()):
             parent, _, name = path.rpartition(".")
             children = self.unet.get_submodule(parent)._modules
-            links.append(Link(children, name, children.get(name)))
-        return links
+            places.append(Place(children, name, children.get(name)))
+        return places
 
     def _mend(self) -> None:
-        """Weave what has been put in the place of woven modules: peft wraps and unwraps layers."""
-        if all(children.get(name) is child for children, name, child in self._links):
+        """Hook what was put in the place of hooked modules: peft wraps and unwraps layers."""
+        if all(children.get(name) is child for children, name, child in self._places):
             return
         with LOCK:
-            if self.attachments or self.guests:  # not released meanwhile
-                self.weave.renew(self._list_modules())
-                self._links = self._list_links()
+            if self.followers or self.guests:  # not released meanwhile
+                self.hooks.renew(self._list_modules())
+                self._places = self._list_places()
 
     def pick_latents(self, sample: torch.Tensor) -> torch.Tensor:
-        """The channels [B, C, H, W] of the UNet's input that its output stands for.
-
-        Masks and other pictures follow them.
-        """
+        """The channels [B, C, H, W] of the UNet's input that its output stands for."""
         return sample[:, : self._channels]
+
+    # -- a call of the UNet ----------------------------------------------------------------------
 
     def _around(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if name == UNET:
             return self._run_unet(forward, *args, **kwargs)
-        step: Step | None = getattr(self._find_slot(), "step", None)
+        step = self._find_slot().step
         if step is None:
             return forward(*args, **kwargs)
         if name in self._blocks:
@@ -135,119 +154,111 @@ class Engine:
             forward = self._gate(name, by, forward)
         return step.run_unit(name, forward, *args, **kwargs)
 
-    def _gate(self, name: str, by: Attend, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """The forward of a self-attention that attends otherwise in this call."""
-        attention: Any = self.unet.get_submodule(self._paths[name])
-        processor = find_processor(attention, by)
-        if processor is None:
-            return forward
-        return exchange_forward(forward, functools.partial(attend, attention, processor))
-
     def _run_unet(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        guest: tuple[Attachment, Step] | None = vars(self._active).pop("guest", None)
-        if guest is not None:
-            return self._follow(*guest, forward, *args, **kwargs)
-        sample = args[0] if args else kwargs["sample"]
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        attachment = find_attachment(self.attachments, timestep)
-        self._active.last = attachment
+        arguments, thread = UNetArguments.bind(args, kwargs), self._thread
+        expected, thread.expected = thread.expected, None
+        if expected is not None:
+            return self._run_step(*expected, arguments, forward)
+        follower = None
+        if arguments.is_complete:
+            thread.last = follower = find_follower(self.followers, arguments.timestep)
         self._mend()
-        step = attachment.begin(self, sample, timestep) if attachment is not None else None
-        if attachment is None or step is None:
-            return forward(*args, **kwargs)
-        text = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
-        attachment.note_size(sample, text)
-        host = attachment.find_host(step.call.net)
-        run = self._follow if host is None else host.receive
-        end_lap = start_lap(sample.device)
+        step = follower.start_call(arguments) if follower is not None else None
+        if not arguments.is_complete:
+            return forward(*args, **kwargs)  # which says what is missing
+        stop = start_stopwatch(arguments.sample.device)
+        if follower is None or step is None:
+            output = forward(*args, **kwargs)
+            self._note_outside(follower, arguments, stop())
+            return output
+        arguments = follower.complete(arguments)
         try:
-            output = run(attachment, step, forward, *args, **kwargs)
+            if step.call.net == OWN:
+                output = self._run_step(follower, step, arguments, forward)
+            else:
+                other = follower.nets.unets[step.call.net]
+                output = _ENGINES[id(other)].receive(follower, step, arguments)
         except BaseException:
-            attachment.abort()
+            follower.abort()
             raise
-        attachment.end(step, end_lap())
+        follower.end_call(step, stop())
         return output
 
-    def receive(
-        self,
-        attachment: Attachment,
-        step: Step,
-        instead: Callable[..., Any],
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """A call of this UNet `instead` of the one that a pipeline has called."""
-        self._mend()
-        self._active.guest = attachment, step
-        kwargs = select_residuals(kwargs, attachment.unet, self.unet)
-        try:
-            # The module, not its forward: what is hooked to it, offloading for one, comes along.
-            return self.unet(*args, **kwargs)
-        finally:
-            vars(self._active).pop("guest", None)
+    def _note_outside(
+        self, follower: Follower | None, arguments: UNetArguments, seconds: Stopwatch
+    ) -> None:
+        """Tell whoever may have meant a call that it was of no run."""
+        meant = self.followers if follower is None else (follower,)
+        if follower is None and find_calling_pipeline() is not None:
+            return
+        for each in meant:
+            each.note_outside(arguments, seconds)
 
-    def _follow(
+    def receive(self, follower: Follower, step: UNetStep, arguments: UNetArguments) -> Any:
+        """Run this UNet in the place of the one that a pipeline has called."""
+        self._mend()
+        self._thread.expected = follower, step
+        try:
+            return select_residuals(arguments, follower.unet, self.unet).call(self.unet)
+        finally:
+            self._thread.expected = None
+
+    def _run_step(
         self,
-        attachment: Attachment,
-        step: Step,
+        follower: Follower,
+        step: UNetStep,
+        arguments: UNetArguments,
         forward: Callable[..., Any],
-        *args: Any,
-        **kwargs: Any,
     ) -> Any:
         """One call of this UNet, compiled where that is asked for and possible."""
-        sample = args[0] if args else kwargs["sample"]
-        step.writable = self._has_freeu() or _adds_in_place(kwargs)
-        if not isinstance(step, Pass):
-            return self.run_lanes(step, forward, *args, **kwargs)
-        if not (step.shapes or step.records):
-            step.shapes.update(self.outlines.make_shapes(sample))
-        graphs = self._find_graphs(attachment)
-        if graphs is not None and graphs.take(step, sample):
-            return graphs.run(step, forward, *args, **kwargs)
-        return self.run_lanes(step, forward, *args, **kwargs)
+        sample = arguments.sample
+        step.writable = self._has_freeu() or arguments.adds_in_place
+        for own, _ in step.split(sample):
+            if not (own.shapes or own.records):
+                own.shapes.update(self.shapes.make_shapes(sample))
+        compiled = self._find_compiled(follower)
+        if compiled is not None and compiled.suit(step, sample):
+            return compiled.run(step, arguments, forward)
+        return self.run_lanes(step, arguments, forward)
 
-    def _end_call(self) -> None:
-        """A pipeline call is over in this thread, also one that was interrupted: keep nothing."""
-        last: Attachment | None = getattr(self._active, "last", None)
-        self._active.last = None
-        if last is not None and last.pipe is not None:
-            last.abort()
-
-    def run_lanes(self, step: Step, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run_lanes(
+        self, step: UNetStep, arguments: UNetArguments, forward: Callable[..., Any]
+    ) -> Any:
         """The UNet's forward for the lanes that run, with its units following `step`."""
         slot = self._find_slot()
         slot.step = step
-        run: Callable[..., Any] = run_step
-        if step.call.attend:
-            # A gate to GRI has to know what feature map its tokens are.
-            height, width = (args[0] if args else kwargs["sample"]).shape[-2:]
-            run = functools.partial(call_at_size, (height, width), run_step)
         try:
-            return run(step, forward, *args, **kwargs)
+            if step.call.attend:
+                # A gate to GRI has to know what feature map its tokens are.
+                height, width = arguments.sample.shape[-2:]
+                return call_at_size((height, width), run_step, step, arguments, forward)
+            return run_step(step, arguments, forward)
         finally:
             slot.step = None
 
-    def _find_slot(self) -> Any:
-        """Where units find their pass: one place a thread, or that of the call being traced."""
-        return self._traced if torch.compiler.is_dynamo_compiling() else self._active
+    def _find_slot(self) -> _ThreadState | TraceSlot:
+        """Where units find their step: one place a thread, or that of the call being traced."""
+        return self._traced if torch.compiler.is_dynamo_compiling() else self._thread
 
-    def _find_graphs(self, attachment: Attachment) -> Graphs | None:
-        """The graphs of all attachments that compile with the same options."""
-        options = attachment.compile_options
-        if options is None:
+    def _find_compiled(self, follower: Follower) -> CompiledCalls | None:
+        """The compiled calls of all followers with the same options."""
+        options = follower.compile_options
+        if options is None or not follower.compiles():
             return None
         key = freeze(options)
-        if key not in self._graphs:
+        if key not in self._compiled:
             with LOCK:
-                self._graphs.setdefault(key, Graphs(self, options))
-        return self._graphs[key]
+                self._compiled.setdefault(
+                    key, CompiledCalls(self.run_lanes, self.pick_latents, self.shapes, options)
+                )
+        return self._compiled[key]
 
     def _has_freeu(self) -> bool:
         """Whether FreeU is on: its up blocks multiply what comes in in place."""
         return any(getattr(block, "b1", None) is not None for block in self.unet.up_blocks)
 
     def _run_block(
-        self, step: Step, block: str, forward: Callable[..., Any], *args: Any, **kwargs: Any
+        self, step: UNetStep, block: str, forward: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         """A block with nothing to compute returns at once: it would join skips for nobody."""
         _, units, outputs = self._blocks[block]
@@ -256,63 +267,36 @@ class Engine:
             return (given[-1], given) if block.startswith("dn") else given[-1]
         return forward(*args, **kwargs)
 
+    def _gate(self, name: str, by: Attend, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The forward of a self-attention that attends otherwise in this call."""
+        attention: Any = self.unet.get_submodule(self._paths[name])
+        processor = find_processor(attention, by)
+        if processor is None:
+            return forward
+        return exchange_forward(forward, functools.partial(attend, attention, processor))
 
-def find_attachment(attachments: Sequence[Attachment], timestep: Any) -> Attachment | None:
-    """Whose call this is: by the scheduler that the time step is a view of, else by thread."""
-    for attachment in attachments:
-        if attachment.get_clock().owns(timestep):
-            return attachment
-    if _is_view(timestep):
-        # Part of another scheduler's course, so no attached pipeline's.
-        attachments = [each for each in attachments if each.pipe is None]
-    here = threading.get_ident()
-    mine = [each for each in attachments if each.thread == here]
-    loose = mine or [each for each in attachments if each.thread is None]
-    return loose[-1] if len(loose) == 1 else None
-
-
-def _adds_in_place(kwargs: dict[str, Any]) -> bool:
-    """Whether the UNet's forward will add a T2I-Adapter's features in place."""
-    if kwargs.get("down_intrablock_additional_residuals") is not None:
-        return True
-    return (
-        kwargs.get("down_block_additional_residuals") is not None
-        and kwargs.get("mid_block_additional_residual") is None
-    )
+    def _end_call(self) -> None:
+        """A pipeline call is over in this thread, also one that was interrupted: keep nothing."""
+        last, self._thread.last = self._thread.last, None
+        caller = find_calling_pipeline()
+        for follower in self.followers:
+            ended = follower is last if caller is None else follower.pipe is caller
+            if ended and follower.pipe is not None:
+                follower.abort()
 
 
-def _is_view(timestep: Any) -> bool:
-    """Whether a time step is an element of a longer tensor."""
-    if not isinstance(timestep, torch.Tensor):
-        return False
-    return timestep.untyped_storage().nbytes() > timestep.element_size()
+def pause_compiled(unet: nn.Module) -> dict[Any, Any]:
+    """Let modules that `compile()` has compiled run eagerly; gives what to put back, by module.
 
-
-def run_step(step: Step, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What the UNet gives, or would give, for the whole batch, with `forward` for what runs."""
-    output = _run_forward(step, forward, *args, **kwargs)
-    corrects = any(call.corrects for call in step.calls)
-    return exchange(output, step.correct(output[0])) if corrects else output
-
-
-def _run_forward(step: Step, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The same, not yet corrected."""
-    if step.skips_unet:
-        forward = functools.partial(_give_output, step)
-    if isinstance(step, Pass) and step.apart is not None:
-        return run_apart(step, forward, *args, **kwargs)
-    if step.call.is_half:
-        batch = (args[0] if args else kwargs["sample"]).shape[0]
-        args, kwargs = take_conditional(args, batch), take_conditional(kwargs, batch)
-        return complete(step, forward(*args, **kwargs))
-    output = forward(*args, **kwargs)
-    keep_difference(step, output[0])
-    return output
-
-
-def _give_output(step: Step, *args: Any, **kwargs: Any) -> Any:
-    """What the UNet's forward would return, made from what is kept alone."""
-    return wrap_output(step.give(HEAD), args, kwargs)
+    Their graphs would hold the hooks of one call for all of them.
+    """
+    paused: dict[Any, Any] = {}
+    for module in unet.modules():
+        compiled = vars(module).get("_compiled_call_impl")
+        if compiled is not None:
+            paused[module] = compiled
+            module._compiled_call_impl = None
+    return paused
 
 
 def _list_block_outputs(
@@ -331,3 +315,143 @@ def _list_block_outputs(
         path = anatomy[units[0]].path.rsplit(".", 2)[0]
         table[block] = (path, units, outputs)
     return table
+
+
+# -- the registry: which UNets and ControlNets are hooked, and for whom ----------------------------
+
+_ENGINES: WeakValueDictionary[int, Engine] = WeakValueDictionary()
+"""By the id of the UNet, which the engine keeps alive."""
+_CONTROLS: WeakValueDictionary[int, SharedControl] = WeakValueDictionary()
+"""By the id of the ControlNet, which the hook keeps alive."""
+ANCHOR = "_leansd_engine"
+"""Where a UNet keeps the engine that has compiled it."""
+
+
+class EngineAnchor:
+    """Keeps an engine, and so its graphs, for as long as its UNet lives; a copy keeps none."""
+
+    def __init__(self, engine: Engine | None = None) -> None:
+        self.engine = engine
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EngineAnchor:
+        return EngineAnchor()
+
+    def __reduce__(self) -> tuple[type[EngineAnchor], tuple[()]]:
+        return EngineAnchor, ()
+
+
+class SharedControl:
+    """The hook of a ControlNet for all followers whose pipelines have it."""
+
+    def __init__(self, anatomy: Anatomy, controlnet: nn.Module) -> None:
+        self.followers: tuple[Follower, ...] = ()
+        self.hook = ControlHook(anatomy, controlnet, self._peek)
+
+    def _peek(self, arguments: UNetArguments) -> Any:
+        follower = find_follower(self.followers, arguments.timestep)
+        return follower.peek(arguments) if follower is not None else None
+
+
+def attach(follower: Follower) -> None:
+    """Hook the UNets and the ControlNet that a follower's plan runs, if they are not yet.
+
+    Raises:
+        LeansdError: the same pipeline is attached already.
+    """
+    with LOCK:
+        engine = _find_engine(follower.unet, follower)
+        for other in engine.followers:
+            if other.pipe is follower.pipe and _share_thread(other, follower):
+                _drop_unused(engine)
+                raise LeansdError(
+                    f"already attached: it follows plan {other.source.name}; leave that `with` "
+                    "block first, or call leansd.release_"
+                )
+        hosts = [_find_engine(unet, follower) for unet in follower.nets.unets.values()]
+        follower.watches = tuple(each.watch for each in (engine, *hosts))
+        if follower.wrapper is not None:
+            call = functools.partial(_call_inside, follower.unet)
+            follower.bypass = patch_method(follower.wrapper, PLAIN, call)
+        engine.followers += (follower,)
+        for host in hosts:
+            host.guests += (follower,)
+        controlnet = getattr(follower.pipe, "controlnet", None)
+        if isinstance(controlnet, nn.Module):
+            control = _CONTROLS.get(id(controlnet))
+            if control is None:
+                control = _CONTROLS[id(controlnet)] = SharedControl(engine.anatomy, controlnet)
+            control.followers += (follower,)
+
+
+def detach(follower: Follower) -> None:
+    """Undo `attach`; after the last follower all is as it was before the first.
+
+    It goes by what was hooked, not by what the pipeline has now: its UNet may be another one.
+    """
+    with LOCK:
+        for engine in list(_ENGINES.values()):
+            engine.followers = _leave_out(engine.followers, follower)
+            engine.guests = _leave_out(engine.guests, follower)
+            _drop_unused(engine)
+        for key, control in list(_CONTROLS.items()):
+            control.followers = _leave_out(control.followers, follower)
+            if not control.followers:
+                control.hook.hooks.release()
+                del _CONTROLS[key]
+    if follower.bypass is not None:
+        follower.bypass.release()
+        follower.bypass = None
+    follower.forget()
+
+
+def _call_inside(
+    unet: nn.Module, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Call the UNet inside `torch.compile`'s wrapper, past the graph that knows no plan."""
+    return unet(*args, **kwargs)
+
+
+def list_followers(unet: nn.Module) -> tuple[Follower, ...]:
+    """Who follows a plan with the calls of a UNet."""
+    engine = _ENGINES.get(id(unet))
+    return engine.followers if engine is not None else ()
+
+
+def find_followers(pipe: Any | None, unet: nn.Module | None) -> list[Follower]:
+    """Those of a pipeline, whatever UNet they hooked, or without one those of a bare UNet."""
+    engines = list(_ENGINES.values())
+    every = [each for engine in engines for each in engine.followers if each.pipe is pipe]
+    return [each for each in every if pipe is not None or each.unet is unet]
+
+
+def _find_engine(unet: UNet2DConditionModel, follower: Follower) -> Engine:
+    """The engine that is hooked to a UNet; a new one, where there is none."""
+    engine = _ENGINES.get(id(unet))
+    if engine is None:
+        engine = _ENGINES[id(unet)] = _revive(unet) or Engine(unet)
+    if follower.compile_options is not None:
+        setattr(unet, ANCHOR, EngineAnchor(engine))
+    return engine
+
+
+def _revive(unet: UNet2DConditionModel) -> Engine | None:
+    """The engine that a UNet keeps, hooked again, unless its modules have changed."""
+    engine = getattr(unet, ANCHOR, EngineAnchor()).engine
+    if engine is None or engine.unet is not unet:
+        return None
+    return engine if engine.resume() else None
+
+
+def _drop_unused(engine: Engine) -> None:
+    if not (engine.followers or engine.guests):
+        engine.release()
+        _ENGINES.pop(id(engine.unet), None)
+
+
+def _leave_out(followers: Sequence[Follower], one: Follower) -> tuple[Follower, ...]:
+    return tuple(each for each in followers if each is not one)
+
+
+def _share_thread(one: Follower, other: Follower) -> bool:
+    """Whether both would answer in some thread; a pipeline serves one thread at a time."""
+    return one.pipe is not None or None in (one.thread, other.thread) or one.thread == other.thread

@@ -1,4 +1,4 @@
-"""Guidance at run time: a guided call without its unconditional half.
+"""Guidance at run time: whose rows of a batch are whose, and a guided call without one half.
 
 Ordinary pipelines put the unconditional and the conditional input of classifier-free guidance into
 one batch, in this order. A call that leaves out the first half takes the second half of everything
@@ -8,24 +8,23 @@ Modular pipelines call the two apart, the conditional one first; the second of t
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
-from leansd.plans.anatomy import HEAD
+from leansd.plans.anatomy import HEAD, STEM, Anatomy
 from leansd.plans.liveness import GUIDANCE, Lane
-from leansd.runtime.passes import Pass, Step, keep_for_rest
-from leansd.runtime.rows import map_rows
+from leansd.runtime.cache import map_rows
+from leansd.runtime.call import UNetArguments, UNetCall, UNetStep, find_method, keep_for_rest
 
-UNET_ARGUMENTS = tuple(inspect.signature(UNet2DConditionModel.forward).parameters)[1:]
+LATENTS_FIRST = ("InstructPix2Pix", "SuperResolution")
+"""In the names of pipelines that put a picture of as many channels behind the latents."""
 
 
 def is_guided(pipe: Any, batch: int) -> bool:
-    """Whether a pipeline's batch is an unconditional and a conditional half, and nothing else.
+    """Whether a pipeline's batch can be an unconditional and a conditional half, and nothing else.
 
     Perturbed-attention guidance adds a third part that its attention processors rely on; such
     batches run in full.
@@ -40,13 +39,49 @@ def guides(pipe: Any) -> bool:
     return bool(guided) and not perturbed
 
 
+def has_two_halves(pipe: Any, sample: torch.Tensor) -> bool:
+    """Whether a pipeline's batch is an unconditional and a conditional half.
+
+    Both begin as the same latents, masks and pictures. Three-way batches, as InstructPix2Pix makes,
+    do not: the values are read, so this is asked only where a run starts or starts over.
+    """
+    if not is_guided(pipe, sample.shape[0]):
+        return False
+    rest, cond = sample.detach().chunk(2)
+    return sample.is_meta or torch.equal(rest, cond)
+
+
+def count_pictures(pipe: Any, batch: int, *, two_halves: bool) -> int:
+    """How many pictures a batch holds; one of which that is not known counts as one."""
+    if two_halves:
+        return batch // 2
+    if getattr(pipe, "do_perturbed_attention_guidance", False) or guides(pipe):
+        return 1
+    return batch
+
+
+def find_latents(pipe: Any, anatomy: Anatomy) -> int | None:
+    """How many channels of the UNet's input, from the first on, are the latents.
+
+    A mask, a depth map or a masked picture follows them. None where there are as many channels
+    again: Marigold puts a picture before its latents, InstructPix2Pix behind them.
+    """
+    given, made = anatomy[STEM].channels[0], anatomy[HEAD].channels[1]
+    config = getattr(getattr(pipe, "scheduler", None), "config", {})
+    if str(config.get("variance_type", "")).startswith("learned"):
+        made //= 2  # a variance for each channel follows (DeepFloyd)
+    kinds = [kind.__name__ for kind in type(pipe).__mro__]
+    known = given != 2 * made or any(mark in kind for kind in kinds for mark in LATENTS_FIRST)
+    return min(given, made) if known else None
+
+
 def find_lane(pipe: Any) -> Lane | None:
     """The lane of the call that a pipeline is about to make, where it calls the two apart.
 
     The guiders of modular pipelines say so. Of those that make more than these two predictions
     (perturbed attention, skipped layers) nothing is known, and their calls run in full.
     """
-    guider = getattr(pipe, "guider", None)
+    guider: Any = getattr(pipe, "guider", None)
     if getattr(guider, "_input_predictions", None) != ["pred_cond", "pred_uncond"]:
         return None
     if guider.num_conditions != 2:
@@ -54,33 +89,54 @@ def find_lane(pipe: Any) -> Lane | None:
     return "cond" if guider.is_conditional else "rest"
 
 
-def run_apart(step: Pass, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def run_step(step: UNetStep, arguments: UNetArguments, forward: Callable[..., Any]) -> Any:
+    """What the UNet gives, or would give, for the whole batch, with `forward` for what runs."""
+    output = _run_lanes(step, arguments, forward)
+    corrects = any(call.corrects for call in step.calls)
+    return exchange(output, step.correct(output[0])) if corrects else output
+
+
+def _run_lanes(step: UNetStep, arguments: UNetArguments, forward: Callable[..., Any]) -> Any:
+    """The same, not yet corrected."""
+
+    def run(given: UNetArguments) -> Any:
+        if step.skips_unet:
+            return wrap_output(step.give(HEAD), given)
+        return given.call(forward)
+
+    if step.apart is not None:
+        return _run_apart(step, arguments, run)
+    if step.call.is_half:
+        half = take_conditional(dict(arguments.named), arguments.sample.shape[0])
+        return complete(step, run(UNetArguments(half)))
+    output = run(arguments)
+    keep_difference(step, output[0])
+    return output
+
+
+def _run_apart(
+    step: UNetStep, arguments: UNetArguments, run: Callable[[UNetArguments], Any]
+) -> Any:
     """One of the two calls of a step: the conditional one comes first and always runs.
 
     The other one is left out where guidance is not computed; its output is made from the first's.
     """
-    store, kept = step.branch.store, keep_for_rest(step.call.index)
-    if step.apart == "cond":
-        output = forward(*args, **kwargs)
-        store.keep(kept, output[0])
+    ((own, _),) = step.split(arguments.sample)
+    cache, kept = own.branch.cache, keep_for_rest(own.call.index)
+    if own.apart == "cond":
+        output = run(arguments)
+        cache.keep(kept, output[0])
         return output
-    if step.call.is_half:
-        made = store.read(kept) - _find_difference(step)
-        _keep_rest(step, made)
-        store.release([kept])
-        return wrap_output(made, args, kwargs)
-    output = forward(*args, **kwargs)
-    for difference in step.call.keeps.get(GUIDANCE, ()):
-        store.keep(difference, store.read(kept), output[0])
-    store.release([kept])
+    if own.call.is_half:
+        made = cache.read(kept) - _find_difference(own)
+        _keep_rest(own, made)
+        cache.release([kept])
+        return wrap_output(made, arguments)
+    output = run(arguments)
+    for difference in own.call.keeps.get(GUIDANCE, ()):
+        cache.keep(difference, cache.read(kept), output[0])
+    cache.release([kept])
     return output
-
-
-def count_pictures(pipe: Any, batch: int) -> int:
-    """How many pictures a pipeline's batch holds; a batch that only goes together counts as one."""
-    if getattr(pipe, "do_perturbed_attention_guidance", False):
-        return 1
-    return batch // 2 if is_guided(pipe, batch) else batch
 
 
 def take_conditional(inputs: Any, batch: int) -> Any:
@@ -88,15 +144,15 @@ def take_conditional(inputs: Any, batch: int) -> Any:
     return map_rows(inputs, batch, lambda tensor: tensor[batch // 2 :])
 
 
-def keep_difference(step: Step, noise: torch.Tensor) -> None:
+def keep_difference(step: UNetStep, noise: torch.Tensor) -> None:
     """Keep conditional minus unconditional output [B, C, H, W] if a later call reads it."""
     for each, rows in step.split(noise):
         for kept in each.call.keeps.get(GUIDANCE, ()):
             rest, cond = rows.detach().chunk(2)
-            each.branch.store.keep(kept, cond, rest)
+            each.branch.cache.keep(kept, cond, rest)
 
 
-def complete(step: Step, output: Any) -> Any:
+def complete(step: UNetStep, output: Any) -> Any:
     """The UNet's output for the whole batch, given that of the conditional half."""
     wholes: list[torch.Tensor] = []
     for each, rows in step.split(output[0]):
@@ -106,7 +162,7 @@ def complete(step: Step, output: Any) -> Any:
     return exchange(output, step.join(wholes))
 
 
-def _keep_rest(step: Pass, rest: torch.Tensor) -> None:
+def _keep_rest(step: UNetCall, rest: torch.Tensor) -> None:
     """Keep the half of the UNet's output [B, C, H, W] that was made up, if a later call reads it.
 
     Were it forecast from when it was last computed, the two halves would be of different age, and
@@ -115,7 +171,13 @@ def _keep_rest(step: Pass, rest: torch.Tensor) -> None:
     for kept in step.call.keeps.get(HEAD, ()):
         if kept.lane == "rest":
             given = step.latents if kept.what == "change" else None
-            step.branch.store.keep(kept, rest, given)
+            step.branch.cache.keep(kept, rest, given)
+
+
+def _find_difference(step: UNetCall) -> torch.Tensor | float:
+    if step.call.guidance == "drop":
+        return 0.0
+    return step.fill(find_method(step.call, GUIDANCE), step.call.sources[GUIDANCE][0])
 
 
 def exchange(output: Any, noise: torch.Tensor) -> Any:
@@ -123,16 +185,6 @@ def exchange(output: Any, noise: torch.Tensor) -> Any:
     return (noise,) if isinstance(output, tuple) else type(output)(sample=noise)
 
 
-def wrap_output(noise: torch.Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def wrap_output(noise: torch.Tensor, arguments: UNetArguments) -> Any:
     """What the UNet's forward would return with these arguments and this output [B, C, H, W]."""
-    position = UNET_ARGUMENTS.index("return_dict")
-    as_dict = args[position] if len(args) > position else kwargs.get("return_dict", True)
-    return UNet2DConditionOutput(sample=noise) if as_dict else (noise,)
-
-
-def _find_difference(step: Pass) -> torch.Tensor | float:
-    call = step.call
-    if call.guidance == "drop":
-        return 0.0
-    how = "forecast" if call.guidance == "forecast" else "reuse"
-    return step.recall(how, call.sources[GUIDANCE][0])
+    return UNet2DConditionOutput(sample=noise) if arguments.in_dataclass else (noise,)

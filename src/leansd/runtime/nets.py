@@ -20,6 +20,7 @@ from leansd.errors import LeansdError
 from leansd.plans.anatomy import HEAD, Anatomy
 from leansd.plans.liveness import GUIDANCE, Net
 from leansd.plans.row import OWN
+from leansd.runtime.call import UNetArguments
 
 EMBEDDINGS = ("time_embedding", "add_embedding", "class_embedding", "encoder_hid_proj")
 """What units are given besides each other's outputs and the text, by attribute of the UNet."""
@@ -36,24 +37,24 @@ INTERFACE = (
 
 
 @dataclass(frozen=True, eq=False)
-class Company:
+class NetSet:
     """The UNets that a plan may run besides the pipeline's own."""
 
     unets: Mapping[str, UNet2DConditionModel] = field(default_factory=dict)
     nets: Mapping[str, Net] = field(default_factory=dict)
 
 
-ALONE = Company()
+NO_OTHERS = NetSet()
 
 
-def keep_company(own: UNet2DConditionModel, unets: Mapping[str, UNet2DConditionModel]) -> Company:
+def match_nets(own: UNet2DConditionModel, unets: Mapping[str, UNet2DConditionModel]) -> NetSet:
     """Find out what of some UNets is the same.
 
     Raises:
         LeansdError: one cannot take the place of the pipeline's own.
     """
     if not unets:
-        return ALONE
+        return NO_OTHERS
     seen: dict[str, tuple[UNet2DConditionModel, Anatomy]] = {OWN: (own, read_anatomy(own))}
     nets: dict[str, Net] = {}
     for name, unet in unets.items():
@@ -61,7 +62,7 @@ def keep_company(own: UNet2DConditionModel, unets: Mapping[str, UNet2DConditionM
         anatomy = read_anatomy(unet)
         nets[name] = Net(anatomy, name_units(name, unet, anatomy, seen))
         seen[name] = (unet, anatomy)
-    return Company(dict(unets), nets)
+    return NetSet(dict(unets), nets)
 
 
 def check_place(name: str, unet: UNet2DConditionModel, own: UNet2DConditionModel) -> None:
@@ -97,7 +98,7 @@ def name_units(
     """What the units and parts of a net are called: as those of the first net that has the same."""
     names = {at: f"{name}:{at}" for at in list_addresses(anatomy)}
     names[GUIDANCE] = f"{name}:{GUIDANCE}"
-    for other, (theirs, there) in reversed(seen.items()):
+    for other, (theirs, there) in reversed(list(seen.items())):
         if not share_embeddings(unet, theirs):
             continue
         found = find_same(unet, anatomy, theirs, there)
@@ -188,25 +189,25 @@ DOWN_RESIDUALS = "down_block_additional_residuals"
 
 
 def select_residuals(
-    kwargs: dict[str, Any], own: UNet2DConditionModel, unet: UNet2DConditionModel
-) -> dict[str, Any]:
+    arguments: UNetArguments, own: UNet2DConditionModel, unet: UNet2DConditionModel
+) -> UNetArguments:
     """A call's arguments with a ControlNet's residuals for the skips that another UNet has.
 
     A ControlNet made for the pipeline's own UNet has one for each of its skips; the other takes
     those of the same addresses.
     """
-    residuals = kwargs.get(DOWN_RESIDUALS)
+    residuals = arguments.named.get(DOWN_RESIDUALS)
     if residuals is None:
-        return kwargs
+        return arguments
     mine, theirs = (list_skips(read_anatomy(each)) for each in (own, unet))
     if len(residuals) != len(mine) or mine == theirs:
-        return kwargs
+        return arguments
     missing = [at for at in theirs if at not in mine]
     if missing:
         raise LeansdError(
             f"the ControlNet has nothing for {missing[0]}, which the pipeline's own UNet has not"
         )
-    return kwargs | {DOWN_RESIDUALS: [residuals[mine.index(at)] for at in theirs]}
+    return arguments.replace(**{DOWN_RESIDUALS: [residuals[mine.index(at)] for at in theirs]})
 
 
 def list_skips(anatomy: Anatomy) -> list[str]:

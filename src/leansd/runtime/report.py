@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -16,13 +17,11 @@ from leansd.anatomy.cost import dissect
 from leansd.plans.liveness import Call, Net
 from leansd.plans.macs import predict_speedup
 from leansd.plans.plan import Plan
+from leansd.plans.row import OWN
 
-if TYPE_CHECKING:
-    from leansd.runtime.control import ControlRun
+NO_UNETS: Mapping[str, UNet2DConditionModel] = MappingProxyType({})
 
-NOTHING: Mapping[str, UNet2DConditionModel] = MappingProxyType({})
-
-Lap = Callable[[], float]
+Stopwatch = Callable[[], float]
 """Gives the seconds of a UNet call; on a GPU it waits for that call, so ask after the run."""
 
 
@@ -37,17 +36,19 @@ class Report:
     plan: Plan
     calls: int
     full_calls: int
+    """Of the pipeline's own UNet; what another net computes is no full call."""
     computed: int
     inherited: int
     idle: int
     bytes_kept: int
     """The most that was kept at any time."""
     predicted_speedup: float
-    """Full run's over this run's multiply-accumulates, UNet only; NaN where it was not counted."""
+    """Full run's over this run's multiply-accumulates, UNet only; NaN where not counted."""
     measured_speedup: float
     """What the run would have taken with every call like its median full one, over what it took.
 
-    A full one is one without gates, if there is any."""
+    A full one is one of the pipeline's own UNet without gates, if there is any; NaN where none of
+    the calls ran that UNet in full."""
     seconds: float
     """In the UNet."""
     control_calls: int = 0
@@ -59,6 +60,10 @@ class Report:
     """Of these, those that were computed in full because the picture had drifted too far."""
     gated: int = 0
     """Calls in which the plan had self-attentions computed otherwise than the UNet has them."""
+    switched: int = 0
+    """Calls that another net ran in the place of the pipeline's own UNet."""
+    forced: Mapping[str, int] = field(default_factory=dict[str, int])
+    """How many calls were computed in full although the plan goes on, by why."""
     uncounted: str = ""
     """Why nothing is predicted, "not counted, because ..."; empty where it is."""
 
@@ -70,70 +75,108 @@ class Report:
         if self.guarded:
             drift = f"{self.drifted} of {self.guarded} times a picture drifted and was computed; "
         gates = f"self-attentions gated in {self.gated} calls; " if self.gated else ""
+        nets = f", {self.switched} by another net" if self.switched else ""
+        forced = "".join(
+            f"{count} computed in full because {why}; " for why, count in self.forced.items()
+        )
         units = self.computed + self.inherited + self.idle
         return (
-            f"plan {self.plan.name}: {self.calls} UNet calls, {self.full_calls} in full; "
+            f"plan {self.plan.name}: {self.calls} UNet calls, {self.full_calls} in full{nets}; "
             f"of {units} unit runs {self.computed} computed, {self.inherited} inherited, "
-            f"{self.idle} idle; {self.bytes_kept / 2**20:.2f} MiB kept; {control}{drift}{gates}"
-            f"UNet {self.seconds:.2f} s, speed-up {self.measured_speedup:.2f}x "
-            f"({self.uncounted or f'predicted {self.predicted_speedup:.2f}x'})"
+            f"{self.idle} idle; {self.bytes_kept / 2**20:.2f} MiB kept; {forced}{control}{drift}"
+            f"{gates}UNet {self.seconds:.2f} s, speed-up {self._describe_speedup()}"
         )
 
+    def _describe_speedup(self) -> str:
+        measured = f"{self.measured_speedup:.2f}x"
+        if math.isnan(self.measured_speedup):
+            measured = "not measured, because no call ran the pipeline's own UNet in full"
+        return f"{measured} ({self.uncounted or f'predicted {self.predicted_speedup:.2f}x'})"
 
-class Tally:
+
+class ControlCounts:
+    """How often a run called a ControlNet, and how often it ran."""
+
+    calls = 0
+    runs = 0
+
+
+class RunStats:
     """Counts a run as it goes."""
 
-    def __init__(self, plan: Plan, control: ControlRun | None = None) -> None:
+    def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.control = control
+        self.control = ControlCounts()
         self.calls: list[tuple[Call, ...]] = []
-        self.laps: list[Lap] = []
+        self.times: list[Stopwatch] = []
+        self.forced: Counter[str] = Counter()
         self.bytes_kept = 0
         self.size = (0, 0)
         self.tokens = 0
 
-    def add(self, calls: tuple[Call, ...], lap: Lap, bytes_kept: int) -> None:
+    def add(self, calls: tuple[Call, ...], seconds: Stopwatch, bytes_kept: int) -> None:
         """Count a UNet call, given as one call of the batch or one of each picture."""
         self.calls.append(calls)
-        self.laps.append(lap)
+        self.times.append(seconds)
         self.bytes_kept = max(self.bytes_kept, bytes_kept)
 
+    def note_size(self, sample: torch.Tensor, text: torch.Tensor | None) -> None:
+        """Remember what the cost of this run is to be counted at."""
+        self.size = (sample.shape[-2], sample.shape[-1])
+        self.tokens = text.shape[1] if text is not None else 0
+
     def summarise(
-        self, unet: UNet2DConditionModel, others: Mapping[str, UNet2DConditionModel] = NOTHING
+        self, unet: UNet2DConditionModel, others: Mapping[str, UNet2DConditionModel] = NO_UNETS
     ) -> Report:
-        anatomy = dissect(unet, latent=self.size, tokens=self.tokens)
-        nets = {
-            name: Net(dissect(each, latent=self.size, tokens=self.tokens))
-            for name, each in others.items()
-        }
         counts = [_count_units(calls) for calls in self.calls]
         computed, inherited, idle = (sum(each) for each in zip(*counts, strict=True))
         every = [call for calls in self.calls for call in calls]
         drifted = sum(call.recomputed for call in every)
         guarded = drifted + sum(call.inherits for call in every) if self.plan.drift else 0
-        seconds = [lap() for lap in self.laps]
-        full = [all(call.is_full for call in calls) for calls in self.calls]
-        gated = [any(call.gates for call in calls) for calls in self.calls]
-        whole = _find_whole(seconds, full, gated)
+        seconds = [each() for each in self.times]
+        anatomy = dissect(unet, latent=self.size, tokens=self.tokens)
+        nets = {
+            name: Net(dissect(each, latent=self.size, tokens=self.tokens))
+            for name, each in others.items()
+        }
         there = (anatomy, *(net.anatomy for net in nets.values()))
         return Report(
             plan=self.plan,
             calls=len(self.calls),
-            full_calls=sum(full),
+            full_calls=sum(map(_is_full, self.calls)),
             computed=computed,
             inherited=inherited,
             idle=idle,
             bytes_kept=self.bytes_kept,
             predicted_speedup=predict_speedup(every, anatomy, nets),
-            measured_speedup=whole * len(seconds) / sum(seconds),
+            measured_speedup=self._find_full_seconds(seconds) * len(seconds) / sum(seconds),
             seconds=sum(seconds),
-            control_calls=self.control.calls if self.control is not None else 0,
-            control_runs=self.control.runs if self.control is not None else 0,
+            control_calls=self.control.calls,
+            control_runs=self.control.runs,
             guarded=guarded,
             drifted=drifted,
-            gated=sum(gated),
+            gated=sum(any(call.gates for call in calls) for calls in self.calls),
+            switched=sum(calls[0].net != OWN for calls in self.calls),
+            forced=dict(self.forced),
             uncounted=next((each.uncounted for each in there if each.uncounted), ""),
         )
+
+    def _find_full_seconds(self, seconds: Sequence[float]) -> float:
+        """Median seconds of full calls: of those without gates, where there are any."""
+        rows = [
+            (any(call.gates for call in calls), each)
+            for calls, each in zip(self.calls, seconds, strict=True)
+            if _is_full(calls)
+        ]
+        if not rows:
+            return math.nan
+        least = min(is_gated for is_gated, _ in rows)
+        return median(each for is_gated, each in rows if is_gated == least)
+
+
+def _is_full(calls: Sequence[Call]) -> bool:
+    """Whether a call ran the whole of the pipeline's own UNet."""
+    return all(call.is_full and call.net == OWN for call in calls)
 
 
 def _count_units(calls: Sequence[Call]) -> tuple[int, int, int]:
@@ -145,28 +188,21 @@ def _count_units(calls: Sequence[Call]) -> tuple[int, int, int]:
     return len(computed), len(inherited), len(idle)
 
 
-def _find_whole(seconds: Sequence[float], full: Sequence[bool], gated: Sequence[bool]) -> float:
-    """Median seconds of full calls: of those without gates, where there are any."""
-    rows = [row for row in zip(gated, seconds, full, strict=True) if row[2]]
-    least = min(is_gated for is_gated, _, _ in rows)
-    return median(lap for is_gated, lap, _ in rows if is_gated == least)
-
-
-def start_lap(device: torch.device) -> Callable[[], Lap]:
-    """Start timing a UNet call; the returned function ends it and gives its `Lap`."""
+def start_stopwatch(device: torch.device) -> Callable[[], Stopwatch]:
+    """Start timing a UNet call; the returned function ends it and gives its `Stopwatch`."""
     if device.type == "cuda":
         first = torch.cuda.Event(enable_timing=True)
         last = torch.cuda.Event(enable_timing=True)
         first.record()
 
-        def end_on_device() -> Lap:
+        def end_on_device() -> Stopwatch:
             last.record()
             return lambda: _measure_events(first, last)
 
         return end_on_device
     started = time.perf_counter()
 
-    def end() -> Lap:
+    def end() -> Stopwatch:
         seconds = time.perf_counter() - started
         return lambda: seconds
 

@@ -21,7 +21,7 @@ import torch
 
 from leansd.errors import LeansdError
 from leansd.evaluation.runs import PipelineCall, RunOutputs, run_calls
-from leansd.runtime.clock import read_course
+from leansd.runtime.clock import read_schedule
 from leansd.tuning.taps import Run, Seen, Step, tap
 
 PROBES = (0.1, 0.35, 0.6, 0.85)
@@ -84,7 +84,7 @@ def calibrate(
 
     with tap(pipe.scheduler) as runs:
         finals = run()
-    course = read_course(pipe.scheduler)
+    course = read_schedule(pipe.scheduler)
     count = len(runs[0])
     start = course.steps - count
     response = measure_response(pipe.scheduler, course.steps, start)
@@ -121,7 +121,7 @@ def require_one_call_a_step(scheduler: Any, steps: int) -> None:
     """Refuse samplers of higher order."""
     double = copy.deepcopy(scheduler)
     double.set_timesteps(steps)
-    course = read_course(double)
+    course = read_schedule(double)
     if len(course.rows) != course.steps or len(set(course.moments)) != course.steps:
         raise LeansdError(
             f"{type(scheduler).__name__} calls the UNet more than once in some steps; tuning is "

@@ -20,13 +20,13 @@ from leansd.evaluation.records import Record, stamp
 from leansd.evaluation.runs import PipelineCall, run_calls
 from leansd.plans.anatomy import HEAD, Anatomy
 from leansd.plans.liveness import Pattern, find_pattern
-from leansd.plans.methods import METHODS
+from leansd.plans.methods import METHODS, weigh
 from leansd.plans.row import How
-from leansd.runtime.clock import SchedulerClock, Tick
-from leansd.runtime.engines import list_attachments
+from leansd.runtime.cache import Shape, unwrap
+from leansd.runtime.clock import CallPosition, SchedulerClock
+from leansd.runtime.engine import list_followers
 from leansd.runtime.guidance import is_guided
-from leansd.runtime.store import Shape, unwrap, weigh
-from leansd.runtime.weave import Weave
+from leansd.runtime.hooks import ForwardHooks
 from leansd.tuning.calibration import require_one_call_a_step
 
 UNET = "unet"
@@ -60,14 +60,14 @@ def measure_drift(
     Raises:
         LeansdError: the pipeline follows a plan, or calls its UNet more than once a step.
     """
-    if list_attachments(pipe.unet):
+    if list_followers(pipe.unet):
         raise LeansdError("drift is of full runs: release the plan that the UNet follows first")
     require_one_call_a_step(pipe.scheduler, steps)
     anatomy = read_anatomy(pipe.unet)
     chosen = [f"up{place}" for place in range(anatomy.up_blocks - 1)] if cuts is None else cuts
     watch = _Watch(pipe, anatomy, dict.fromkeys([*chosen, HEAD]))
     modules = {unit.at: pipe.unet.get_submodule(unit.path) for unit in anatomy.units}
-    with Weave({UNET: pipe.unet, **modules}, watch.around):
+    with ForwardHooks({UNET: pipe.unet, **modules}, watch.around):
         run_calls(pipe, calls, steps, seed=seed, batch=batch, settings=settings)
     shared: dict[str, Any] = {
         **stamp(pipe.device),
@@ -118,7 +118,7 @@ class _Watch:
         return output
 
     def _run_unet(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        tick = self._clock.tell(args[1] if len(args) > 1 else kwargs["timestep"])
+        tick = self._clock.locate(args[1] if len(args) > 1 else kwargs["timestep"])
         output = forward(*args, **kwargs)
         if tick is None:
             return output
@@ -146,7 +146,9 @@ class _Watch:
             )
             self._add(new - old, new, metric="guidance_drift", step=step)
 
-    def _try_cut(self, cut: str, pattern: Pattern, tick: Tick, run: Callable[[], Tensor]) -> None:
+    def _try_cut(
+        self, cut: str, pattern: Pattern, tick: CallPosition, run: Callable[[], Tensor]
+    ) -> None:
         """One call with the cut inheriting, for every way and gap that there are outputs for."""
         true = self._now[HEAD]
         resting = {at: self._now[at] for at in pattern.idle}
@@ -155,8 +157,8 @@ class _Watch:
                 back = [gap * (place + 1) for place in range(METHODS[how].depth)]
                 if back[-1] > len(self._past):
                     continue
-                points = [tick.course.log_snr[tick.index - each] for each in back]
-                weights = [weigh(tick.course.log_snr[tick.index], p, points) for p in points]
+                points = [tick.schedule.log_snr[tick.index - each] for each in back]
+                weights = [weigh(tick.schedule.log_snr[tick.index], p, points) for p in points]
                 made = {
                     at: torch.stack(
                         [w * self._past[b - 1][at] for w, b in zip(weights, back, strict=True)]

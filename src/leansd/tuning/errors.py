@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from leansd.plans.methods import METHODS
+from leansd.plans.methods import METHODS, weigh
 from leansd.plans.row import NO_CORRECTION, Correction, How
-from leansd.runtime.store import weigh
 from leansd.tuning.calibration import Calibration
 from leansd.tuning.surprises import CORRECTION_HOWS
 

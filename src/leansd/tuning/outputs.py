@@ -17,11 +17,11 @@ from torch import Tensor
 
 from leansd.errors import LeansdError
 from leansd.evaluation.runs import PipelineCall, run_calls
+from leansd.runtime.cache import map_rows
 from leansd.runtime.clock import SchedulerClock
-from leansd.runtime.engines import list_attachments
+from leansd.runtime.engine import list_followers
 from leansd.runtime.guidance import is_guided
-from leansd.runtime.rows import map_rows
-from leansd.runtime.weave import Weave
+from leansd.runtime.hooks import ForwardHooks
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def keep_calls(
     Raises:
         LeansdError: the pipeline follows a plan.
     """
-    if list_attachments(pipe.unet):
+    if list_followers(pipe.unet):
         raise LeansdError(
             "release the plan that the UNet follows first: a cut is of the whole UNet"
         )
@@ -63,9 +63,9 @@ def keep_calls(
     kept: list[KeptCall] = []
 
     def around(_: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        tick = clock.tell(args[1] if len(args) > 1 else kwargs["timestep"])
+        tick = clock.locate(args[1] if len(args) > 1 else kwargs["timestep"])
         output = forward(*args, **kwargs)
-        count = len(tick.course.rows) if tick is not None else 0
+        count = len(tick.schedule.rows) if tick is not None else 0
         if tick is not None and tick.index in _spread(count, moments):
             noise = output[0].detach()
             scale = float(pipe.guidance_scale) if is_guided(pipe, len(noise)) else None
@@ -73,7 +73,7 @@ def keep_calls(
             kept.append(KeptCall(tick.index, taken, named, scale, guide(noise, scale)))
         return output
 
-    with Weave({"unet": pipe.unet}, around):
+    with ForwardHooks({"unet": pipe.unet}, around):
         run_calls(pipe, calls, steps, seed=seed, batch=batch, settings=settings, on_step=on_step)
     return kept
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from leansd.plans.methods import METHODS
+from leansd.plans.methods import METHODS, weigh
 from leansd.plans.row import How
-from leansd.runtime.store import weigh
 
 CORRECTION_HOWS: tuple[How, ...] = ("forecast", "reuse")
 """The forecasts that `Correction`'s parts are by, in their order."""

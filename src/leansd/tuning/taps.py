@@ -7,13 +7,14 @@ guidance, rescaling or the kind of pipeline has to be known here.
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor
+
+from leansd.runtime.hooks import patch_method
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,13 @@ Steer: TypeAlias = Callable[[int, int, Seen, Step], Tensor]
 def tap(scheduler: Any, steer: Steer | None = None) -> Iterator[list[Run]]:
     """See every step of `scheduler`; a run begins where the time step rises.
 
-    The scheduler's own `step` is put back in the end.
+    The scheduler's own `step` is put back in the end; taps nest.
     """
     runs: list[Run] = []
-    own = scheduler.step
 
-    def step(output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def around(
+        _: str, own: Any, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         moment = float(timestep)
         if not runs or moment >= runs[-1][-1].timestep:
             runs.append([])
@@ -61,12 +63,11 @@ def tap(scheduler: Any, steer: Steer | None = None) -> Iterator[list[Run]]:
         run.append(Seen(moment, sample, output, result[0]))
         return result
 
-    # Pipelines look at the signature for what else a scheduler takes.
-    scheduler.step = functools.update_wrapper(step, own)
+    hook = patch_method(scheduler, "step", around)
     try:
         yield runs
     finally:
-        del scheduler.step
+        hook.release()
 
 
 def _copy_plain(scheduler: Any) -> Any:

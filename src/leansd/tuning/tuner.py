@@ -31,8 +31,8 @@ from leansd.plans.anatomy import Anatomy
 from leansd.plans.compile import compile_plan
 from leansd.plans.liveness import Net
 from leansd.plans.plan import Plan, Tuned
-from leansd.runtime.inheritance import NO_NETS
-from leansd.runtime.nets import keep_company
+from leansd.runtime.attachment import NO_NETS
+from leansd.runtime.nets import match_nets
 from leansd.tuning.calibration import PROBES, Calibration, calibrate, require_tunable
 from leansd.tuning.candidates import Candidate
 from leansd.tuning.errors import ErrorModel
@@ -228,7 +228,7 @@ class _Tuner:
             cost = replace(cost, nets={**cost.nets, name: own})
         progress.add("profiled", 2)
         anatomy = read_anatomy(pipe.unet)
-        company = keep_company(pipe.unet, nets).nets
+        company = match_nets(pipe.unet, nets).nets
         variants = list_variants(cost, anatomy, company, attend)
         fit = Bench(pipe, fitted, seed, batch, settings, nets=nets)
         check = Bench(pipe, checked, seed + 10_000, batch, settings, nets=nets)

@@ -1,34 +1,39 @@
 """Compiled UNet calls: `torch.compile` with one whole graph for each structure of a plan's calls.
 
 What is compiled is the engine's own way of running a call. While it is traced, units find their
-pass in a slot that only the tracer sees, and this pass holds tensors that came in as arguments: a
-graph reads no clock, no thread and no store. PyTorch's guards watch the UNet's modules, so a LoRA
+call in a slot that only the tracer sees, and this call holds tensors that came in as arguments: a
+graph reads no clock, no thread and no cache. PyTorch's guards watch the UNet's modules, so a LoRA
 or another attention processor makes a new graph and never a stale result.
 """
 
 from __future__ import annotations
 
-import inspect
 import textwrap
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch._dynamo.exc import TorchDynamoException
 
 from leansd.errors import LeansdError
 from leansd.plans.liveness import Call, Kept
-from leansd.plans.row import How
+from leansd.plans.methods import METHODS, Method
 from leansd.plans.structures import Structure, list_structures
-from leansd.runtime.outlines import Outlines
-from leansd.runtime.passes import Branch, Pass, Step
-from leansd.runtime.store import RECALLS, Shape, Store, combine, weigh_correction, weigh_sources
-
-if TYPE_CHECKING:
-    from leansd.runtime.engine import Engine
+from leansd.runtime.cache import FeatureCache, OutputShapes, Shape, combine
+from leansd.runtime.call import (
+    CacheBranch,
+    UNetArguments,
+    UNetCall,
+    UNetStep,
+    Weight,
+    find_method,
+    list_correction,
+    list_weights,
+)
 
 OPTIONS = ("backend", "mode", "options", "dynamic")
 """What of `torch.compile` may be chosen; `fullgraph` is always on."""
@@ -70,19 +75,15 @@ def uses_cuda_graphs(options: Mapping[str, Any]) -> bool:
     return bool((options.get("options") or {}).get("triton.cudagraphs"))
 
 
-class Slot:
-    """Where units find their pass while a call is traced; at any other time it is empty."""
+class TraceSlot:
+    """Where units find their call while it is traced; at any other time it is empty."""
 
     def __init__(self) -> None:
-        self.step: Step | None = None
+        self.step: UNetStep | None = None
 
 
-POLYNOMIALS: frozenset[How] = frozenset({"reuse", "residual", "forecast", "forecast2"})
-"""Ways of inheriting that a graph knows: through a fixed number of outputs."""
-
-
-class TracedPass(Pass):
-    """A pass that reads nothing but its arguments, for the tracer."""
+class TracedCall(UNetCall):
+    """A call that reads nothing but its arguments, for the tracer."""
 
     def __init__(
         self,
@@ -92,134 +93,155 @@ class TracedPass(Pass):
         shapes: dict[str, Shape],
         latents: torch.Tensor,
     ) -> None:
-        branch = Branch()
+        branch = CacheBranch()
         branch.shapes[structure.call.net] = shapes
         super().__init__(branch, structure.call, None, latents, records=False)
         # Costs nothing: what nobody reads, a compiler leaves out.
         self.writable = True
         sources = structure.sources
         for kept, tensor in zip((kept for each in sources for kept in each), given, strict=True):
-            branch.store.put(kept, tensor)
+            branch.cache.put(kept, tensor)
         self._weights: dict[tuple[Kept, ...], list[torch.Tensor]] = {}
         left = [] if weights is None else list(weights.unbind())
         for each, count in _count_weights(structure.call, sources):
             self._weights[each], left = left[:count], left[count:]
 
-    def recall(
-        self, how: How, sources: Sequence[Kept], given: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        store = self.branch.store
-        if how == "residual":
-            return RECALLS[how](store, sources, 0, None, given)
-        tensors = [store.read(kept) for kept in sources]
-        if len(tensors) == 1:
-            return tensors[0].clone()
-        weights = self._weights[tuple(sources)]
-        if len(tensors) == 2:
-            return _lerp(tensors[1], tensors[0], weights[0])
-        return combine(tensors[::-1], weights[::-1])
+    def weigh(
+        self, method: Method, sources: Sequence[Kept]
+    ) -> tuple[list[torch.Tensor], list[Weight]]:
+        tensors = [self.branch.cache.read(kept) for kept in sources]
+        return tensors, [*self._weights.get(tuple(sources), ())]
 
     def move_on(self, noise: torch.Tensor, sources: Sequence[Kept]) -> torch.Tensor:
-        tensors = [self.branch.store.read(kept) for kept in sources]
+        tensors = [self.branch.cache.read(kept) for kept in sources]
         return combine([noise, *tensors], self._weights[tuple(sources)])
 
 
-def _lerp(before: torch.Tensor, latest: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """In the precision that lerp gives to a weight that is a number, so that the bits agree."""
-    line = torch.lerp(before.to(weight.dtype), latest.to(weight.dtype), weight)
-    return line.to(latest.dtype)
+class RunLanes(Protocol):
+    """The engine's way of running a call, with its units following `step`."""
+
+    def __call__(
+        self, step: UNetStep, arguments: UNetArguments, forward: Callable[..., Any]
+    ) -> Any: ...
 
 
-class Graphs:
-    """The compiled calls of one engine under one choice of `torch.compile`'s options."""
+PickLatents = Callable[[torch.Tensor], torch.Tensor]
+"""The channels [B, C, H, W] of a UNet's input that its output stands for."""
 
-    def __init__(self, engine: Engine, options: Mapping[str, Any]) -> None:
-        self._engine = engine
+
+class CompiledCalls:
+    """The compiled calls of one UNet under one choice of `torch.compile`'s options."""
+
+    def __init__(
+        self,
+        run_lanes: RunLanes,
+        pick_latents: PickLatents,
+        shapes: OutputShapes,
+        options: Mapping[str, Any],
+    ) -> None:
+        self._run_lanes = run_lanes
+        self._pick_latents = pick_latents
         self._options = options
-        self._outlines = engine.outlines
+        self._shapes = shapes
         self._clones = uses_cuda_graphs(options)
         self._runs: dict[Structure, Callable[..., Any]] = {}
         self._list_structures = lru_cache(maxsize=64)(list_structures)
         self._lock = threading.Lock()
-        self._broken = False
+        self._broken: set[Structure] = set()
+        """What cannot be compiled, and runs eagerly."""
 
     def __len__(self) -> int:
         """How many structures were compiled."""
         return len(self._runs)
 
-    def take(self, step: Pass, sample: torch.Tensor) -> bool:
+    def suit(self, step: UNetStep, sample: torch.Tensor) -> bool:
         """Whether this call with a sample [B, C, H, W] is compiled; the others run eagerly."""
-        stands_alone = step.apart is None and not step.skips_unet
         pattern = step.call.pattern
-        known = POLYNOMIALS.issuperset((*pattern.inherited.values(), *pattern.parts.values()))
-        return stands_alone and known and not self._broken and self._outlines.suit(sample)
+        made = (*pattern.inherited.values(), *pattern.parts.values())
+        bounded = all(METHODS[how].is_bounded for how in made)
+        if not (step.compiles and bounded and self._shapes.suit(sample)):
+            return False
+        ((own, _),) = step.split(sample)
+        return self._find_structure(own) not in self._broken
 
-    def run(self, step: Pass, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What `Engine.run_lanes` gives and keeps, by a graph."""
-        arguments = inspect.signature(forward).bind(*args, **kwargs).arguments
-        return_dict = arguments.pop("return_dict", True)
+    def run(self, step: UNetStep, arguments: UNetArguments, forward: Callable[..., Any]) -> Any:
+        """What the engine's `run_lanes` gives and keeps, by a graph.
+
+        A call that fails is run eagerly. Where that fails, too, the fault is the caller's. Where it
+        does not, and PyTorch says that the call cannot be compiled, its structure is not tried
+        again; all others are.
+        """
+        ((own, _),) = step.split(arguments.sample)
         try:
-            noise = self._run_graph(step, forward, arguments)
+            noise = self._run_graph(own, arguments, forward)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            self._broken = True
+            output = self._run_lanes(step, arguments, forward)
+            if isinstance(error, TorchDynamoException):
+                self._broken.add(self._find_structure(own))
             warnings.warn(
-                f"the UNet runs eagerly, since it cannot be compiled: {_name_cause(error)}",
+                f"a UNet call of this pattern runs eagerly, since its graph failed: "
+                f"{_name_cause(error)}",
                 stacklevel=2,
             )
-            return self._engine.run_lanes(step, forward, *args, **kwargs)
-        return UNet2DConditionOutput(sample=noise) if return_dict else (noise,)
+            return output
+        return UNet2DConditionOutput(sample=noise) if arguments.in_dataclass else (noise,)
+
+    def _find_structure(self, step: UNetCall) -> Structure:
+        program = step.branch.program
+        assert program is not None
+        return self._list_structures(program)[step.call.index - program.start]
 
     def _run_graph(
-        self, step: Pass, forward: Callable[..., Any], arguments: dict[str, Any]
+        self, step: UNetCall, arguments: UNetArguments, forward: Callable[..., Any]
     ) -> torch.Tensor:
-        """The UNet's output for the whole batch; what the call keeps goes into the store."""
-        program, call, store = step.branch.program, step.call, step.branch.store
-        assert program is not None
-        sample = arguments["sample"]
+        """The UNet's output for the whole batch; what the call keeps goes into the cache."""
+        call, cache, sample = step.call, step.branch.cache, arguments.sample
         if step.records:
-            step.shapes.update(self._outlines.make_shapes(sample))
-        structure = self._list_structures(program)[call.index - program.start]
+            step.shapes.update(self._shapes.make_shapes(sample))
+        structure = self._find_structure(step)
         sources = structure.list_sources(call)
+        named = {name: each for name, each in arguments.named.items() if name != "return_dict"}
         inputs = (
-            {**arguments, "timestep": _make_tensor(arguments["timestep"], sample.device)},
-            _gather(store, sources),
-            _weigh(sources, step, sample),
+            {**named, "timestep": _make_tensor(arguments.timestep, sample.device)},
+            _gather(cache, sources),
+            _weigh(structure, sources, step, sample),
         )
         if self._clones:
             torch.compiler.cudagraph_mark_step_begin()
-        noise, made = self._find_run(structure)(self._engine, forward, *inputs)
+        noise, made = self._find_run(structure)(forward, *inputs)
         keeps = {kept for keeps in call.keeps.values() for kept in keeps}
         for kept, tensor in zip(structure.list_keeps(call), made, strict=True):
             if kept in keeps:
-                store.put(kept, tensor.clone() if self._clones else tensor)
+                cache.put(kept, tensor.clone() if self._clones else tensor)
         return noise.clone() if self._clones else noise
 
     def _find_run(self, structure: Structure) -> Callable[..., Any]:
         with self._lock:
             if structure not in self._runs:
-                run = write_run(structure, self._outlines)
+                run = write_run(structure, self._shapes, self._run_lanes, self._pick_latents)
                 self._runs[structure] = torch.compile(run, fullgraph=True, **self._options)
             return self._runs[structure]
 
 
-def write_run(structure: Structure, outlines: Outlines) -> Callable[..., Any]:
+def write_run(
+    structure: Structure, output_shapes: OutputShapes, run_lanes: RunLanes, pick: PickLatents
+) -> Callable[..., Any]:
     """The function of one structure, which gives the UNet's output and what it keeps."""
 
     def run(
-        engine: Engine,
         forward: Callable[..., Any],
-        arguments: dict[str, Any],
+        named: dict[str, Any],
         given: Sequence[torch.Tensor],
         weights: torch.Tensor | None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        sample = arguments["sample"]
-        shapes = outlines.make_shapes(sample)
-        step = TracedPass(structure, given, weights, shapes, engine.pick_latents(sample))
-        output = engine.run_lanes(step, forward, **arguments, return_dict=False)
+        sample = named["sample"]
+        shapes = output_shapes.make_shapes(sample)
+        step = TracedCall(structure, given, weights, shapes, pick(sample))
+        output = run_lanes(step, UNetArguments({**named, "return_dict": False}), forward)
         keeps = structure.call.keeps.values()
-        return output[0], [step.branch.store.read(kept) for each in keeps for kept in each]
+        return output[0], [step.branch.cache.read(kept) for each in keeps for kept in each]
 
     # Graphs are cached, and their number is limited, by code object: one for each structure.
     run.__code__ = run.__code__.replace(co_name="run_structure")
@@ -234,14 +256,20 @@ def _make_tensor(timestep: Any, device: torch.device) -> torch.Tensor:
     return torch.tensor(timestep, dtype=dtype, device=device)
 
 
-def _gather(store: Store, sources: Sequence[Sequence[Kept]]) -> list[torch.Tensor]:
+def _gather(cache: FeatureCache, sources: Sequence[Sequence[Kept]]) -> list[torch.Tensor]:
     """The kept tensors; one that stands in for another is copied, for graphs tell those apart."""
     gathered: list[torch.Tensor] = []
     for each in sources:
         for place, kept in enumerate(each):
-            tensor = store.read(kept)
+            tensor = cache.read(kept)
             gathered.append(tensor.clone() if kept in each[:place] else tensor)
     return gathered
+
+
+def _list_methods(call: Call) -> list[Method | None]:
+    """For each tuple of a structure's sources how it is made; None for a correction."""
+    made = [find_method(call, at) for at, lanes in call.sources.items() for _ in lanes]
+    return [*made, *(None for _ in call.corrects)]
 
 
 def _count_weights(
@@ -249,28 +277,32 @@ def _count_weights(
 ) -> Iterator[tuple[tuple[Kept, ...], int]]:
     """Sources that go together, and how many weights they have: a correction's one more.
 
-    What is made from one output needs none.
+    What is a copy of one output needs none.
     """
-    made = len(sources) - len(call.corrects)
-    yield from ((each, len(each)) for each in sources[:made] if len(each) > 1)
-    yield from ((each, len(each) + 1) for each in sources[made:])
+    for method, each in zip(_list_methods(call), sources, strict=True):
+        if method is None:
+            yield each, len(each) + 1
+        elif len(each) > 1 or not method.is_exact:
+            yield each, len(each)
 
 
 def _weigh(
-    sources: Sequence[tuple[Kept, ...]], step: Pass, sample: torch.Tensor
+    structure: Structure,
+    sources: Sequence[tuple[Kept, ...]],
+    step: UNetCall,
+    sample: torch.Tensor,
 ) -> torch.Tensor | None:
     """The weights of all sources that need some, as `_count_weights` counts them, [weights]."""
-    assert step.course is not None
-    call, log_snr = step.call, step.course.log_snr
+    assert step.schedule is not None
     weights: list[float] = []
-    for each, count in _count_weights(call, sources):
-        if count == len(each):
-            known = weigh_sources(each, call.index, log_snr)
-            weights += [known.get(kept, 0.0) for kept in each]
-        else:
-            lead, known = weigh_correction(call.correct, each, call.index, log_snr)
-            # One output that fills several places counts once.
-            weights += [lead, *(known.pop(kept, 0.0) for kept in each)]
+    for method, each in zip(_list_methods(structure.call), sources, strict=True):
+        real = tuple(dict.fromkeys(each))  # one that stands in for others counts once
+        rest = (0.0,) * (len(each) - len(real))
+        if method is None:
+            lead, known = list_correction(step.call, real, step.schedule)
+            weights += [lead, *known, *rest]
+        elif len(each) > 1 or not method.is_exact:
+            weights += [*list_weights(method, real, step.call.index, step.schedule), *rest]
     dtype = torch.promote_types(sample.dtype, torch.float32)
     return torch.tensor(weights, dtype=dtype, device=sample.device) if weights else None
 

@@ -1,0 +1,412 @@
+"""One UNet call under a plan: its arguments, what every unit does in it, and what a run keeps.
+
+This file has the whole arithmetic of inheritance: `UNetCall.fill` makes an output that is not
+computed, a weighted sum of kept ones by `leansd.plans.methods.METHODS`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from leansd.plans.anatomy import HEAD
+from leansd.plans.liveness import GUIDANCE, Call, Kept, Lane, Program
+from leansd.plans.methods import GUIDANCE_METHODS, METHODS, Method
+from leansd.runtime.cache import FeatureCache, Shape, combine, unwrap
+from leansd.runtime.clock import CallPosition, CallSchedule
+
+ARGUMENTS = tuple(inspect.signature(UNet2DConditionModel.forward).parameters)[1:]
+"""Names of the arguments of a UNet, in their order."""
+POSITIONAL = ("sample", "timestep", "encoder_hidden_states")
+"""Those that are handed on by position, as hooks of others expect them."""
+Weight = float | torch.Tensor
+
+
+@dataclass(frozen=True)
+class UNetArguments:
+    """The arguments of one UNet call, read once."""
+
+    named: Mapping[str, Any]
+    """Those that were given, by name."""
+
+    @classmethod
+    def bind(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> UNetArguments:
+        return cls({**dict(zip(ARGUMENTS, args, strict=False)), **kwargs})
+
+    @property
+    def is_complete(self) -> bool:
+        return "sample" in self.named and "timestep" in self.named
+
+    @property
+    def sample(self) -> torch.Tensor:
+        """The UNet's input [B, C, H, W]."""
+        return self.named["sample"]
+
+    @property
+    def timestep(self) -> Any:
+        return self.named["timestep"]
+
+    @property
+    def text(self) -> torch.Tensor | None:
+        """The text states [B, tokens, width]."""
+        return self.named.get("encoder_hidden_states")
+
+    @property
+    def in_dataclass(self) -> bool:
+        """Whether the output is wanted in a dataclass, not in a tuple."""
+        return self.named.get("return_dict", True)
+
+    @property
+    def adds_in_place(self) -> bool:
+        """Whether the UNet's forward will add a T2I-Adapter's features in place."""
+        if self.named.get("down_intrablock_additional_residuals") is not None:
+            return True
+        return (
+            self.named.get("down_block_additional_residuals") is not None
+            and self.named.get("mid_block_additional_residual") is None
+        )
+
+    def replace(self, **named: Any) -> UNetArguments:
+        return UNetArguments({**self.named, **named})
+
+    def call(self, forward: Callable[..., Any]) -> Any:
+        """What `forward` makes of them."""
+        first = [self.named[name] for name in POSITIONAL if name in self.named]
+        others = {name: each for name, each in self.named.items() if name not in POSITIONAL}
+        return forward(*first, **others)
+
+
+class UNetStep(Protocol):
+    """One UNet call as the engine sees it: of a whole batch, or of pictures that differ."""
+
+    writable: bool
+    """Whether placeholders may be written to."""
+    compiles: bool
+    """Whether a graph may run it."""
+    apart: Lane | None
+    """The lane whose call it is, where a pipeline calls the two apart."""
+
+    @property
+    def call(self) -> Call:
+        """What the call does; where pictures differ, lanes and guidance are those of all."""
+        ...
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """What was done: one of the whole batch, or one of each picture."""
+        ...
+
+    def run_unit(self, at: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any: ...
+
+    def give(self, at: str, given: torch.Tensor | None = None) -> torch.Tensor: ...
+
+    def correct(self, noise: torch.Tensor) -> torch.Tensor:
+        """The UNet's output [B, C, H, W] corrected where the plan says so (`Plan.correct`)."""
+        ...
+
+    @property
+    def skips_unet(self) -> bool:
+        """Whether the output follows from latents and what is kept alone."""
+        ...
+
+    def skips(self, units: Sequence[str]) -> bool:
+        """Whether none of these units runs or needs its input."""
+        ...
+
+    def split(self, tensor: torch.Tensor) -> list[tuple[UNetCall, torch.Tensor]]:
+        """The rows of a batch by the call that they follow; `join` puts such parts together."""
+        ...
+
+    def join(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor: ...
+
+    def release(self) -> None:
+        """Drop what nobody reads after this call."""
+        ...
+
+
+class Signature(Protocol):
+    """What enters a call besides the latents."""
+
+    @property
+    def states(self) -> tuple[object, ...]:
+        """Of the UNets that the plan runs."""
+        ...
+
+    def find_change(self, before: Any) -> str:
+        """What differs from `before`, in words; empty if nothing does."""
+        ...
+
+
+class CacheBranch:
+    """The state of one run for one of the calls that a pipeline makes at each step.
+
+    Ordinary pipelines make one; those that call the UNet for each guidance branch, or for each tile
+    of a panorama, make several, and each has features of its own.
+    """
+
+    def __init__(self) -> None:
+        self.cache = FeatureCache()
+        self.shapes: dict[str, dict[str, Shape]] = {}
+        """Of what units and parts give, for each net."""
+        self.program: Program | None = None
+        self._last = -1
+        self._signature: Signature | None = None
+        self._rest: Signature | None = None
+        """That of the unconditional calls, where a pipeline makes them apart."""
+
+    def find_break(self, index: int, signature: Signature) -> str:
+        """Why the call `index` cannot go on from the one before, in words; empty where it can."""
+        if self._signature is None or not self.follows(index):
+            return "a call is out of order"
+        return signature.find_change(self._signature)
+
+    def follows(self, index: int) -> bool:
+        """Whether this is the next call."""
+        return self.program is not None and index == self._last + 1
+
+    def has_changed(self, states: tuple[object, ...]) -> bool:
+        """Whether the UNets are not what they were when the branch began."""
+        return self._signature is not None and self._signature.states != states
+
+    def start_over(self, program: Program, signature: Signature, pictures: int) -> None:
+        """Forget everything and follow `program`, whose first call computes in full."""
+        self.cache.clear()
+        self.shapes.clear()
+        self.program, self._signature, self._rest = program, signature, None
+
+    @property
+    def bytes(self) -> int:
+        return self.cache.bytes
+
+    def clear(self) -> None:
+        """Keep nothing any more."""
+        self.cache.clear()
+
+    def completes(self, index: int, signature: Signature) -> bool:
+        """Whether this is the unconditional call to the conditional one just made."""
+        goes_on = self._rest is None or not signature.find_change(self._rest)
+        self._rest = signature
+        made = self.program is not None and self._last == index
+        return made and goes_on and self.cache.has([keep_for_rest(index)])
+
+    def take(self, position: CallPosition, latents: torch.Tensor) -> UNetStep:
+        """What the next call does; its sample holds these `latents` [B, C, H, W]."""
+        return self.open(position, latents)
+
+    def open(
+        self, position: CallPosition, latents: torch.Tensor, apart: Lane | None = None
+    ) -> UNetCall:
+        """The call at this position; `apart` if all its rows are of one lane."""
+        assert self.program is not None
+        index = self._last = position.index
+        records = index == self.program.start
+        return UNetCall(
+            self, self.program[index], position.schedule, latents, records=records, apart=apart
+        )
+
+
+def keep_for_rest(index: int) -> Kept:
+    """The conditional output of a call, kept until the unconditional call that belongs to it."""
+    return Kept(GUIDANCE, index, "output", "cond")
+
+
+def find_method(call: Call, at: str) -> Method:
+    """How an inherited unit or part, or the difference of the guidance lanes, is made."""
+    if at == GUIDANCE:
+        return METHODS[GUIDANCE_METHODS[call.guidance]]
+    pattern = call.pattern
+    return METHODS[pattern.inherited.get(at) or pattern.parts[at]]
+
+
+def list_weights(
+    method: Method, sources: Sequence[Kept], index: int, schedule: CallSchedule
+) -> tuple[float, ...]:
+    """The weights, in the output of call `index`, of what it is made from, latest first."""
+    log_snr = schedule.log_snr
+    by_call = method.axis == "call"
+    now = float(index) if by_call else log_snr[index]
+    then = [float(kept.call) if by_call else log_snr[kept.call] for kept in sources]
+    return method.weights(now, then, len(schedule.rows))
+
+
+def list_correction(
+    call: Call, sources: Sequence[Kept], schedule: CallSchedule
+) -> tuple[float, tuple[float, ...]]:
+    """The weight of a corrected output itself, and those of the outputs before, latest first."""
+    then = [schedule.log_snr[kept.call] for kept in sources]
+    return call.correct.lead, call.correct.weights(schedule.log_snr[call.index], then)
+
+
+def weigh_tensors(
+    method: Method, tensors: Sequence[torch.Tensor], weights: Sequence[Weight]
+) -> torch.Tensor:
+    """The weighted sum of tensors, latest first; always a fresh tensor."""
+    if not method.is_exact:
+        return combine(tensors, weights)
+    if len(tensors) == 1:
+        return tensors[0].clone()
+    if len(tensors) == 2:
+        return _lerp(tensors[1], tensors[0], weights[0])
+    # Earliest first, which decides how the sum is rounded.
+    return combine(tensors[::-1], weights[::-1])
+
+
+def _lerp(before: torch.Tensor, latest: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """before + weight (latest - before); a weight beyond 1 lies beyond the latest."""
+    if not isinstance(weight, torch.Tensor):
+        return torch.lerp(before, latest, weight)
+    # In the precision that lerp gives to a weight that is a number, so that the bits agree.
+    return torch.lerp(before.to(weight.dtype), latest.to(weight.dtype), weight).to(latest.dtype)
+
+
+class UNetCall:
+    """One UNet call: answers every unit's question what to do."""
+
+    def __init__(
+        self,
+        branch: CacheBranch,
+        call: Call,
+        schedule: CallSchedule | None,
+        latents: torch.Tensor,
+        *,
+        records: bool,
+        apart: Lane | None = None,
+    ) -> None:
+        self.branch = branch
+        self.call = call
+        self.apart: Lane | None = apart
+        self.lanes = call.lanes if apart is None else (apart,)
+        """The lanes in this batch."""
+        halves = call.is_half and apart is None
+        self.latents = latents[latents.shape[0] // 2 :] if halves else latents
+        """The rows that run of what the UNet is given, in the channels that it gives."""
+        self.batch = self.latents.shape[0]
+        self.writable = False
+        self.compiles = apart is None and not self.skips_unet
+        self.schedule = schedule
+        """The run's; None where a graph is traced, which has it from its arguments."""
+        self.records = records
+        """Whether to note what the outputs of the units look like."""
+        self.shapes = branch.shapes.setdefault(call.net, {})
+        """What the outputs of the units look like, as far as it is known."""
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        return (self.call,)
+
+    def run_unit(self, at: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What a unit, or a part of one, gives in this call."""
+        if at not in self.call.pattern.active:
+            return self.shapes[at].wrap(self.give(at, args[0]))
+        # The unit may overwrite its input, so what a change is measured against is copied first.
+        given = self._pick_input(at, args[0])
+        given = given.detach().clone() if self.keeps_change(at) else given
+        output = forward(*args, **kwargs)
+        for kept in self.list_keeps(at):
+            before = self.pick(given, kept.lane) if kept.what == "change" else None
+            self.branch.cache.keep(kept, self.pick(unwrap(output), kept.lane), before)
+        if self.records:
+            self.shapes[at] = Shape.of(output)
+        return output
+
+    def give(self, at: str, given: torch.Tensor | None = None) -> torch.Tensor:
+        """The output of what is not computed; `given` is its present input."""
+        pattern = self.call.pattern
+        if at not in pattern.inherited and at not in pattern.parts:
+            return self.shapes[at].make_placeholder(self.batch, writable=self.writable)
+        return self.fill_lanes(at, self._pick_input(at, given))
+
+    def fill_lanes(self, at: str, given: torch.Tensor | None = None) -> torch.Tensor:
+        """The lanes in this batch of an inherited output; `given` is its input for a change."""
+        method, call = find_method(self.call, at), self.call
+        lanes = [
+            self.fill(method, each, None if given is None else self.pick(given, lane))
+            for lane, each in zip(call.lanes, call.sources[at], strict=True)
+            if lane in self.lanes
+        ]
+        return lanes[0] if len(lanes) == 1 else torch.cat(lanes)
+
+    def fill(
+        self, method: Method, sources: Sequence[Kept], given: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One lane of an output: the weighted sum of kept ones, or `given` plus that of changes."""
+        if method.of_change and given is not None and len(sources) == 1 and method.is_exact:
+            return given + self.branch.cache.read(sources[0])
+        made = weigh_tensors(method, *self.weigh(method, sources))
+        return given + made if method.of_change and given is not None else made
+
+    def weigh(
+        self, method: Method, sources: Sequence[Kept]
+    ) -> tuple[list[torch.Tensor], list[Weight]]:
+        """What an output is made from, latest first, and its weights."""
+        assert self.schedule is not None
+        weights = list_weights(method, sources, self.call.index, self.schedule)
+        counted = [(kept, each) for kept, each in zip(sources, weights, strict=True) if each]
+        return [self.branch.cache.read(kept) for kept, _ in counted], [each for _, each in counted]
+
+    def correct(self, noise: torch.Tensor) -> torch.Tensor:
+        """The UNet's output [B, C, H, W] moved away from forecasts by those before."""
+        call = self.call
+        if not call.corrects:
+            return noise
+        return torch.cat(
+            [
+                self.move_on(self.pick(noise, lane), each)
+                for lane, each in zip(call.lanes, call.corrects, strict=True)
+                if lane in self.lanes
+            ]
+        )
+
+    def move_on(self, noise: torch.Tensor, sources: Sequence[Kept]) -> torch.Tensor:
+        """One lane of a corrected output."""
+        assert self.schedule is not None
+        lead, weights = list_correction(self.call, sources, self.schedule)
+        return combine([noise, *map(self.branch.cache.read, sources)], [lead, *weights])
+
+    def keeps_change(self, at: str) -> bool:
+        """Whether a later call reads what this unit adds to its input."""
+        return any(kept.what == "change" for kept in self.list_keeps(at))
+
+    def list_keeps(self, at: str) -> list[Kept]:
+        """What to keep of a unit, of the lanes in this batch."""
+        return [kept for kept in self.call.keeps.get(at, ()) if kept.lane in self.lanes]
+
+    def pick(self, tensor: torch.Tensor, lane: Lane) -> torch.Tensor:
+        """The rows of one lane; in a call that runs one lane, all there are."""
+        if len(self.lanes) == 1:
+            return tensor
+        rest, cond = tensor.chunk(2)
+        return cond if lane == "cond" else rest
+
+    def split(self, tensor: torch.Tensor) -> list[tuple[UNetCall, torch.Tensor]]:
+        return [(self, tensor)]
+
+    def join(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        (tensor,) = tensors
+        return tensor
+
+    @property
+    def skips_unet(self) -> bool:
+        return HEAD in self.call.pattern.inherited
+
+    def skips(self, units: Sequence[str]) -> bool:
+        pattern = self.call.pattern
+        return all(
+            at in pattern.idle
+            or (at in pattern.inherited and not METHODS[pattern.inherited[at]].of_change)
+            for at in units
+        )
+
+    def release(self) -> None:
+        # The unconditional call of the same step, where there is one, reads the same.
+        if self.apart != "cond":
+            self.branch.cache.release(self.call.releases)
+
+    def _pick_input(self, at: str, given: Any) -> Any:
+        """What a unit's change is a change of."""
+        return self.latents if at == HEAD else given

@@ -1,0 +1,220 @@
+"""Hooks: functions put around methods of an instance, and taken off again exactly.
+
+The one way in: nothing else in this package patches an object. An attribute of an instance is
+replaced, so classes, state_dict keys and PyTorch's own hooks stay as they are. What is put there is
+a `functools.partial` over the bound method, which `copy.deepcopy` rebinds to the copy; copies and
+pickled objects are cut off from the function and do what they did before.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+Forward = Callable[..., Any]
+Around = Callable[..., Any]
+"""`around(name, method, *args, **kwargs)` returns what the method shall return."""
+
+PLAIN, HOOKED = "forward", "_old_forward"
+"""Where a module keeps its forward, and where it does while accelerate has hooked it."""
+ENDED = "_reset_stateful_cache"
+"""What diffusers' pipelines call at the end of a call on every component that has it."""
+
+
+class HookLink:
+    """Leads from a patched method to the function around it; cut in copies and after release."""
+
+    __slots__ = ("around", "name", "was_set")
+
+    def __init__(self, name: str, around: Around | None, *, was_set: bool = False) -> None:
+        self.name = name
+        self.around = around
+        self.was_set = was_set
+        """Whether the instance had a method of its own before."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HookLink:
+        return HookLink(self.name, None, was_set=self.was_set)
+
+    def __reduce__(self) -> tuple[type[HookLink], tuple[str, None]]:
+        return HookLink, (self.name, None)
+
+
+def call_around(link: HookLink, method: Forward, *args: Any, **kwargs: Any) -> Any:
+    """What a patched method does."""
+    around = link.around  # read once: another thread may cut the link meanwhile
+    if around is None:
+        return method(*args, **kwargs)
+    return around(link.name, method, *args, **kwargs)
+
+
+def exchange_forward(forward: Forward, own: Forward) -> Forward:
+    """`forward` of a module with `own` in the place of the module's own, below all hooks.
+
+    For one call: nothing is put on the module.
+    """
+    if isinstance(forward, functools.partial) and forward.func is call_around:
+        link, before = forward.args
+        return functools.partial(call_around, link, exchange_forward(before, own))
+    return own
+
+
+@dataclass(frozen=True, slots=True)
+class PatchedMethod:
+    """One method of one instance with a function around it."""
+
+    owner: Any
+    link: HookLink
+    patched: Forward
+    before: Forward
+    slots: tuple[str, ...]
+    """The attributes that may hold it; others move a forward to a second place."""
+
+    def release(self) -> None:
+        """Put back what was there, wherever others have moved it. A second release does nothing."""
+        self.link.around = None
+        holds = vars(self.owner)
+        # Below may lie hooks that were released before this one, and could not be taken off then.
+        before, was_set = _find_live(self.before, self.link.was_set)
+        for slot in self.slots:
+            if holds.get(slot) is not self.patched:
+                continue
+            if slot == self.slots[0] and not was_set:
+                delattr(self.owner, slot)
+            else:
+                setattr(self.owner, slot, before)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the released instance runs what it did before it was patched."""
+        runs = getattr(self.owner, _find_slot(self.owner, self.slots))
+        return runs == self.before and self.link.was_set == (self.slots[0] in vars(self.owner))
+
+    def resume(self, around: Around) -> None:
+        """Put the released function there once more."""
+        self.link.around = around
+        setattr(self.owner, _find_slot(self.owner, self.slots), self.patched)
+
+
+def patch_method(
+    owner: Any, name: str, around: Around, *, slots: tuple[str, ...] = (), label: str = ""
+) -> PatchedMethod:
+    """Put `around` around the method `name` of an instance, until it is released.
+
+    Args:
+        slots: attributes that may hold the method, its own name first.
+        label: what `around` is told as the name; the method's own by default.
+    """
+    slots = slots or (name,)
+    link = HookLink(label or name, around, was_set=slots[0] in vars(owner))
+    slot = _find_slot(owner, slots)
+    before = getattr(owner, slot)
+    patched = functools.partial(call_around, link, before)
+    functools.update_wrapper(patched, before)
+    setattr(owner, slot, patched)
+    return PatchedMethod(owner, link, patched, before, slots)
+
+
+def _find_slot(owner: Any, slots: tuple[str, ...]) -> str:
+    """Where the method lies: within accelerate's offload hooks, which come and go every call."""
+    return next((slot for slot in slots[1:] if slot in vars(owner)), slots[0])
+
+
+def _find_live(method: Forward, was_set: bool) -> tuple[Forward, bool]:
+    """What a method comes down to below hooks that were released, and whether that was set."""
+    while isinstance(method, functools.partial) and method.func is call_around:
+        link, below = method.args
+        if link.around is not None:
+            break
+        method, was_set = below, link.was_set
+    return method, was_set
+
+
+class ForwardHooks:
+    """`around` put around the forward of `modules`, until `release` or the end of the `with`."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], around: Around) -> None:
+        self._around = around
+        self._patched: dict[str, PatchedMethod] = {}
+        self._released: dict[str, PatchedMethod] = {}
+        self.renew(modules)
+
+    def renew(self, modules: Mapping[str, nn.Module]) -> None:
+        """Hook what stands in the place of modules now; those that are hooked stay as they are."""
+        for name, module in modules.items():
+            old = self._patched.get(name)
+            if old is not None and old.owner is module:
+                continue
+            if old is not None:
+                old.release()
+            self._patched[name] = patch_method(
+                module, PLAIN, self._around, slots=(PLAIN, HOOKED), label=name
+            )
+
+    def release(self) -> None:
+        """Put back what was there. A second release does nothing."""
+        while self._patched:
+            name, each = self._patched.popitem()
+            each.release()
+            self._released[name] = each
+
+    def resume(self, modules: Mapping[str, nn.Module]) -> bool:
+        """Hook once more what was released, with the same functions: compiled graphs know them.
+
+        Returns False, and does nothing, where it would not be `modules` or what one of them runs
+        has changed since.
+        """
+        released = self._released
+        if {name: each.owner for name, each in released.items()} != dict(modules):
+            return False
+        if not all(each.is_plain for each in released.values()):
+            return False
+        while released:
+            name, each = released.popitem()
+            each.resume(self._around)
+            self._patched[name] = each
+        return True
+
+    def __enter__(self) -> ForwardHooks:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+class PipelineEndHook:
+    """`on_end` called whenever a pipeline call ends that has `module` among its components."""
+
+    def __init__(self, module: nn.Module, on_end: Callable[[], None]) -> None:
+        self._module = module
+        self._before = vars(module).get(ENDED)
+        self._link = HookLink(ENDED, on_end)
+        self._patched = functools.partial(end_call, self._link, getattr(module, ENDED, None))
+        setattr(module, ENDED, self._patched)
+
+    def release(self) -> None:
+        """Put back what was there. A second release does nothing."""
+        self._link.around = None
+        if vars(self._module).get(ENDED) is not self._patched:
+            return
+        delattr(self._module, ENDED)
+        if self._before is not None:
+            setattr(self._module, ENDED, self._before)
+
+
+def end_call(link: HookLink, before: Callable[..., None] | None, *args: Any, **kwargs: Any) -> None:
+    """What a pipeline calls at its end, on the module or on a copy of it."""
+    if before is not None:
+        before(*args, **kwargs)
+    on_end = link.around
+    if on_end is not None:
+        on_end()

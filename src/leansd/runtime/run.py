@@ -1,0 +1,452 @@
+"""One thread's run, and the follower that gives every UNet call its place in it.
+
+A follower is the inner half of an attachment: it knows the plan, the clock and the state of the
+run that each thread is in. The engine asks it what a call is to do, and nothing else.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, UNet2DConditionModel
+from torch import nn
+
+from leansd.anatomy.reading import read_anatomy
+from leansd.errors import LeansdError
+from leansd.plans.anatomy import HEAD
+from leansd.plans.compile import compile_plan
+from leansd.plans.liveness import Program
+from leansd.plans.methods import METHODS
+from leansd.plans.plan import Plan
+from leansd.plans.presets import Preset
+from leansd.plans.resolve import PlanContext, resolve_plan
+from leansd.plans.row import SAMPLE
+from leansd.runtime.adaptive import AdaptiveBranch
+from leansd.runtime.call import CacheBranch, UNetArguments, UNetStep
+from leansd.runtime.clock import (
+    CallPosition,
+    CallSchedule,
+    Clock,
+    LoopClock,
+    SchedulerClock,
+    is_view,
+)
+from leansd.runtime.context import describe_runs
+from leansd.runtime.controlnet import ControlResiduals, UpcomingCall, complete_residuals
+from leansd.runtime.guidance import (
+    count_pictures,
+    find_lane,
+    find_latents,
+    guides,
+    has_two_halves,
+    is_guided,
+)
+from leansd.runtime.hooks import PatchedMethod
+from leansd.runtime.nets import NO_OTHERS, NetSet
+from leansd.runtime.report import Report, RunStats, Stopwatch
+from leansd.runtime.watch import CallSignature, Conditions, UNetWatch, wants_gradients
+
+MOST_OUTSIDE = 10_000
+"""Calls of no run that are counted for a report, at most."""
+INSIDE = ("torch", "leansd.runtime")
+"""Modules whose frames are no pipeline's."""
+
+
+@dataclass(eq=False)
+class Run:
+    """The state of one run: the calls of a pipeline from its first step to its last."""
+
+    schedule: CallSchedule
+    plan: Plan
+    stats: RunStats
+    residuals: ControlResiduals
+    branches: dict[int, CacheBranch] = field(default_factory=dict[int, CacheBranch])
+    """By the place of the call in its step."""
+    index: int = -1
+    ordinal: int = 0
+    begun: bool = False
+    """Whether the UNet has been called; a ControlNet is called before."""
+    is_full: bool = False
+    """Whether the last call computes everything, whatever the plan says."""
+    two_halves: bool | None = None
+    """Whether its batches are an unconditional and a conditional half; None before it is known."""
+
+    @property
+    def shares_lanes(self) -> bool:
+        """Whether branches called apart share what they keep, so that one can be left out.
+
+        Under a drift each branch is a run of its own: nothing tells one what the other's pictures
+        do.
+        """
+        return self.plan.guides and self.plan.drift is None
+
+    @property
+    def bytes(self) -> int:
+        return sum(branch.bytes for branch in self.branches.values())
+
+    def count(self, index: int) -> int:
+        """Which of the calls at this step it is."""
+        self.ordinal = self.ordinal + 1 if index == self.index else 0
+        self.index = index
+        return self.ordinal
+
+    def get_branch(self, ordinal: int) -> CacheBranch:
+        if ordinal not in self.branches:
+            drift = self.plan.drift
+            self.branches[ordinal] = CacheBranch() if drift is None else AdaptiveBranch(drift)
+        return self.branches[ordinal]
+
+    def clear(self) -> None:
+        """Keep nothing any more; the report keeps its counts."""
+        for branch in self.branches.values():
+            branch.clear()
+        self.residuals.branches.clear()
+
+
+class _ThreadState(threading.local):
+    """What one thread is in the midst of."""
+
+    clock: Clock | None = None
+    run: Run | None = None
+
+
+class Follower:
+    """Follows a plan with the UNet calls of one pipeline, or of whoever calls a bare UNet."""
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        pipe: Any | None,
+        source: Plan | Preset,
+        *,
+        nets: NetSet = NO_OTHERS,
+        compile_options: dict[str, Any] | None = None,
+        wrapper: nn.Module | None = None,
+    ) -> None:
+        self.unet = unet
+        self.pipe = pipe
+        self.source = source
+        self.nets = nets
+        """The UNets that its plan may run besides."""
+        self.compile_options = compile_options
+        """Of `torch.compile`; None where nothing is compiled."""
+        self.wrapper = wrapper
+        """What `torch.compile` has made of the UNet, where the pipeline calls that."""
+        self.bypass: PatchedMethod | None = None
+        """On the wrapper while it is attached."""
+        self.anatomy = read_anatomy(unet)
+        self.thread: int | None = None
+        """The thread it was entered in; None for one that holds until it is released."""
+        self.last: RunStats | None = None
+        """Counts of the last run."""
+        self.watches: tuple[UNetWatch, ...] = ()
+        """Of the UNets that it may run, its own first, while it is attached."""
+        self._outside = RunStats(source if isinstance(source, Plan) else Plan.full(1))
+        self._state = _ThreadState()
+        self._warned: set[str] = set()
+        self._compile = lru_cache(maxsize=64)(self._make_program)
+        if isinstance(source, Plan):
+            compile_plan(source, self.anatomy, nets=nets.nets)
+        elif pipe is None:
+            raise LeansdError(
+                f"a bare UNet does not say how many steps a run has; give the pipeline, or a plan "
+                f"as in leansd.preset({source.name!r}, steps=30)"
+            )
+
+    @property
+    def run(self) -> Run | None:
+        """This thread's run."""
+        return self._state.run
+
+    @property
+    def clock(self) -> Clock:
+        """This thread's clock."""
+        state = self._state
+        if state.clock is None:
+            if self.pipe is not None:
+                state.clock = SchedulerClock(self.pipe)
+            else:
+                assert isinstance(self.source, Plan)
+                state.clock = LoopClock(self.source.steps)
+        return state.clock
+
+    def start_call(self, arguments: UNetArguments) -> UNetStep | None:
+        """Place a UNet call; None where it is none of this follower's."""
+        position = self.clock.locate(arguments.timestep)
+        if position is None:
+            return None
+        run, sample = self._find_run(position), arguments.sample
+        run.begun, self.last = True, run.stats
+        run.stats.note_size(sample, arguments.text)
+        signature = self._sign(arguments)
+        reason = self._find_reason(run, arguments)
+        latents = sample[:, : self.anatomy[HEAD].channels[1]]
+        lane = find_lane(self.pipe) if run.shares_lanes else None
+        if lane == "rest":
+            branch = run.get_branch(0)
+            if reason or not branch.completes(position.index, signature):
+                branch.program = None
+                return None
+            return branch.open(position, latents, lane)
+        branch = run.get_branch(0 if lane else run.count(position.index))
+        change = reason or branch.find_break(position.index, signature)
+        if not change:
+            assert branch.program is not None
+            change = self._find_observed(branch.program, position.index)
+        if change:
+            if reason or branch.program is not None:
+                run.stats.forced[change] += 1
+            self._start_over(run, branch, position, signature, sample, apart=lane is not None)
+        run.is_full = bool(change)
+        step = branch.open(position, latents, lane) if lane else branch.take(position, latents)
+        # What others look into or differentiate is no matter for a graph.
+        step.compiles = step.compiles and not reason
+        return step
+
+    def complete(self, arguments: UNetArguments) -> UNetArguments:
+        """The arguments of a call just placed, with all that a ControlNet left out for its plan."""
+        run = self._state.run
+        if run is None or not run.is_full:
+            return arguments
+        return complete_residuals(run.residuals, arguments)
+
+    def note_outside(self, arguments: UNetArguments, seconds: Stopwatch) -> None:
+        """Count a call that is of no run: it computed everything."""
+        if self.last is not None or len(self._outside.calls) >= MOST_OUTSIDE:
+            return
+        self._outside.note_size(arguments.sample, arguments.text)
+        self._outside.add(compile_plan(Plan.full(1), self.anatomy).calls, seconds, 0)
+        self._outside.forced["its time step is of no run of the pipeline's scheduler"] += 1
+
+    def end_call(self, step: UNetStep, seconds: Stopwatch) -> None:
+        run = self._state.run
+        if run is not None:
+            run.stats.add(step.calls, seconds, run.bytes)
+        step.release()
+
+    def abort(self) -> None:
+        """Forget this thread's run: its call failed midway, or has ended."""
+        if self._state.run is not None:
+            self._state.run.clear()
+        self._state.run = self._state.clock = None
+
+    def forget(self) -> None:
+        """Forget the runs of all threads."""
+        self._state = _ThreadState()
+
+    def report(self) -> Report:
+        """What the last run did, kept and gained.
+
+        Raises:
+            LeansdError: nothing has run yet.
+        """
+        stats = self.last or self._outside
+        if not stats.calls:
+            raise LeansdError(
+                "nothing has run yet: call the pipeline first, then ask for the report"
+            )
+        return stats.summarise(self.unet, self.nets.unets)
+
+    def peek(self, arguments: UNetArguments) -> UpcomingCall | None:
+        """What the UNet call after this call of a ControlNet will do."""
+        position = self.clock.peek(arguments.timestep)
+        if position is None or not self.watches:
+            return None
+        run = self._find_run(position)
+        branch, plan = None if position.starts else run.branches.get(0), run.plan
+        nets, residuals = self.nets.nets, run.residuals
+        if plan.drift is not None:
+            # Which pictures it will compute is not known yet, so it may be all of them.
+            plan, branch = Plan.full(plan.steps), None
+        if branch is not None and branch.follows(position.index):
+            program = branch.program
+            assert program is not None
+            changed = branch.has_changed(self._read_states())
+            is_full = changed or bool(self._find_reason(run, arguments))
+            is_full = is_full or bool(self._find_observed(program, position.index))
+            return UpcomingCall(position.index, program, residuals, nets, is_full)
+        guided = guides(self.pipe) if run.two_halves is None else run.two_halves
+        program = self._compile(
+            plan, position.index, position.schedule.rows, position.schedule.moments, guided
+        )
+        return UpcomingCall(
+            position.index, program, residuals, nets, is_full=True, keeps_all=plan.guides
+        )
+
+    def warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, stacklevel=2)
+
+    def compiles(self) -> bool:
+        """Whether the calls of this thread's run are to be compiled."""
+        run = self._state.run
+        return self.compile_options is not None and run is not None and run.plan.drift is None
+
+    # -- placing a call --------------------------------------------------------------------------
+
+    def _find_run(self, position: CallPosition) -> Run:
+        """The run that a call is of; a ControlNet asks for it before the UNet does."""
+        run = self._state.run
+        ended = run is None or run.schedule is not position.schedule
+        if run is None or ended or (position.starts and run.begun):
+            if run is not None:
+                run.clear()
+            plan = self._build_plan(position.schedule.steps)
+            stats = RunStats(plan)
+            run = Run(position.schedule, plan, stats, ControlResiduals(stats.control))
+            self._state.run = run
+        return run
+
+    def _build_plan(self, steps: int) -> Plan:
+        nets = {name: net.anatomy for name, net in self.nets.nets.items()}
+        context = PlanContext(steps, anatomy=self.anatomy, nets=nets)
+        if self.pipe is not None:
+            context = describe_runs(self.pipe, steps, anatomy=self.anatomy, nets=nets)
+        try:
+            resolved = resolve_plan(self.source, context)
+        except LeansdError:
+            self.abort()
+            raise
+        for note in resolved.notes:
+            warnings.warn(note, stacklevel=2)
+        plan = resolved.plan
+        if plan.drift is not None and self.compile_options is not None:
+            self.warn_once(
+                f"plan {plan.name} decides as it runs what each picture inherits, which one graph "
+                "cannot: it runs eagerly"
+            )
+        return plan
+
+    def _start_over(
+        self,
+        run: Run,
+        branch: CacheBranch,
+        position: CallPosition,
+        signature: CallSignature,
+        sample: torch.Tensor,
+        *,
+        apart: bool,
+    ) -> None:
+        """Let a branch begin anew with this call, which is computed in full."""
+        plan, schedule = run.plan, position.schedule
+        guided = apart or is_guided(self.pipe, sample.shape[0])
+        if not apart and (plan.guides or plan.drift is not None):
+            guided = run.two_halves = has_two_halves(self.pipe, sample)
+        program = self._compile(plan, position.index, schedule.rows, schedule.moments, guided)
+        pictures = count_pictures(self.pipe, sample.shape[0], two_halves=guided)
+        branch.start_over(program, signature, pictures)
+
+    def _make_program(
+        self,
+        plan: Plan,
+        start: int,
+        rows: tuple[int, ...],
+        moments: tuple[float, ...],
+        guided: bool,
+    ) -> Program:
+        return compile_plan(
+            plan, self.anatomy,
+            nets=self.nets.nets, start=start, rows=rows, moments=moments, guided=guided,
+        )  # fmt: skip
+
+    def _sign(self, arguments: UNetArguments) -> CallSignature:
+        sample = arguments.sample
+        guided = is_guided(self.pipe, sample.shape[0])
+        batch = (sample.shape, sample.dtype, sample.device, guided)
+        return CallSignature(batch, Conditions(arguments), self._read_states())
+
+    def _read_states(self) -> tuple[Any, ...]:
+        return tuple(watch.read() for watch in self.watches)
+
+    # -- calls that are computed in full, whatever the plan says ---------------------------------
+
+    def _find_reason(self, run: Run, arguments: UNetArguments) -> str:
+        """Why a call is computed in full, in words; empty where it may inherit."""
+        parameters = [each for watch in self.watches for each in watch.parameters]
+        if wants_gradients(arguments, parameters):
+            reason = "gradients are wanted"
+            if self.pipe is None:
+                self.warn_once(
+                    "calls that want gradients are computed in full: call the UNet within "
+                    "torch.no_grad() to have it follow the plan"
+                )
+            return reason
+        for watch in self.watches:
+            if watch.unknown_processor:
+                kind = watch.unknown_processor
+                self.warn_once(
+                    f"the UNet has an attention processor that leansd does not know, {kind}; as it "
+                    "may keep what it sees or mix pictures, every call is computed in full"
+                )
+                return f"{kind} looks into the UNet"
+        if _needs_latents(run.plan, self.anatomy) and find_latents(self.pipe, self.anatomy) is None:
+            return "which channels are the latents is not known"
+        return ""
+
+    def _find_observed(self, program: Program, index: int) -> str:
+        call = program[index]
+        watch = self.watches[[*self._list_nets()].index(call.net)] if self.watches else None
+        at = watch.find_observed(call.pattern) if watch is not None else ""
+        return f"{at} is hooked" if at else ""
+
+    def _list_nets(self) -> list[str]:
+        return ["", *self.nets.unets]
+
+
+def _needs_latents(plan: Plan, anatomy: Any) -> bool:
+    """Whether a plan looks at the latents themselves."""
+    if plan.drift is not None and plan.drift.probe == SAMPLE:
+        return True
+    rows = (row.inherit for row in plan.rows)
+    hows = {how for row in rows for at, how in row.items() if at == HEAD}
+    return any(METHODS[how].of_change for how in hows)
+
+
+# -- whose call a UNet call is ---------------------------------------------------------------------
+
+
+def find_follower(followers: Sequence[Follower], timestep: Any) -> Follower | None:
+    """Whose call this is: of the pipeline that makes it, else of the scheduler, else by thread.
+
+    The calls of a pipeline that is not attached are nobody's, whatever UNet and scheduler it has.
+    A time step that is an element of a scheduler's tensor tells whose loop a loop of one's own is.
+    """
+    piped = [each for each in followers if each.pipe is not None]
+    caller = find_calling_pipeline() if piped else None
+    for each in piped:
+        if each.pipe is caller or (caller is None and each.clock.owns(timestep)):
+            return each
+    if caller is not None or is_view(timestep):
+        followers = [each for each in followers if each.pipe is None]
+    here = threading.get_ident()
+    mine = [each for each in followers if each.thread == here]
+    loose = mine or [each for each in followers if each.thread is None]
+    return loose[-1] if len(loose) == 1 else None
+
+
+def find_calling_pipeline() -> Any | None:
+    """The innermost pipeline that is being called in this thread."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        is_method = code.co_argcount > 0 and code.co_varnames[0] == "self"
+        if is_method and not frame.f_globals.get("__name__", "").startswith(INSIDE):
+            owner = frame.f_locals.get("self")
+            if _is_pipeline(owner):
+                return owner
+        frame = frame.f_back
+    return None
+
+
+def _is_pipeline(owner: Any) -> bool:
+    """Whether an object is a pipeline of diffusers, an ordinary or a modular one."""
+    is_configured = isinstance(owner, ConfigMixin) and not isinstance(owner, nn.Module)
+    return is_configured and hasattr(type(owner), "components")

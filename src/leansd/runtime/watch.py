@@ -1,0 +1,234 @@
+"""What a UNet call depends on besides the latents, and who looks into it.
+
+A run goes on inheriting only while text states, added conditions, weights, adapters and attention
+processors stay as they were. They are told apart by identity and by PyTorch's version counters, so
+no value is read and no device waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from operator import is_
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+from torch.utils._pytree import tree_flatten
+
+from leansd.plans.anatomy import Anatomy
+from leansd.plans.liveness import Pattern
+from leansd.runtime.call import UNetArguments
+
+STEPWISE = frozenset({
+    "sample", "timestep", "return_dict", "down_block_additional_residuals",
+    "mid_block_additional_residual", "down_intrablock_additional_residuals",
+})  # fmt: skip
+"""Arguments that are new at every step: the latents, and what is computed from them."""
+KNOWN_PROCESSORS = ("diffusers.models.", "leansd.")
+"""Where attention processors come from that keep nothing and mix no rows of a batch."""
+
+
+class Conditions:
+    """The arguments of a UNet call that are the same throughout a run."""
+
+    def __init__(self, arguments: UNetArguments) -> None:
+        self._named: dict[str, tuple[list[Any], list[int], Any]] = {}
+        for name, each in arguments.named.items():
+            if name not in STEPWISE:
+                # Held, so that no other tensor gets the same memory meanwhile.
+                leaves, spec = tree_flatten(each)
+                self._named[name] = leaves, [_read_version(leaf) for leaf in leaves], spec
+
+    def find_change(self, before: Conditions) -> str:
+        """The name of an argument that differs from `before`; empty if there is none."""
+        for name in {**before._named, **self._named}:
+            now, then = self._named.get(name), before._named.get(name)
+            if now is None or then is None or now[2] != then[2]:
+                return name
+            if not all(map(_are_same, then[0], then[1], now[0], now[1])):
+                return name
+        return ""
+
+
+def _read_version(value: Any) -> int:
+    if not isinstance(value, torch.Tensor) or value.is_inference():
+        return 0
+    return value._version
+
+
+def _are_same(one: Any, one_version: int, other: Any, other_version: int) -> bool:
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return one is other or (type(one) is type(other) and bool(one == other))
+    if one.shape != other.shape or one.dtype != other.dtype or one.device != other.device:
+        return False
+    if _read_version(one) != one_version or _read_version(other) != other_version:
+        return False
+    if _locate(one) == _locate(other):
+        return one_version == other_version
+    # On the processor there is no device to wait for, so that equal copies count as the same.
+    return (
+        one.device.type == "cpu" and _is_real(one) and _is_real(other) and torch.equal(one, other)
+    )
+
+
+def _locate(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Where in memory a tensor lies, the same for two views of the same numbers."""
+    if tensor.layout != torch.strided:
+        return (id(tensor),)
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.stride()
+
+
+def _is_real(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds numbers; those of a simulation do not."""
+    return type(tensor) in (torch.Tensor, nn.Parameter)
+
+
+class UNetState:
+    """A state of a UNet's weights, adapters and processors; equal only to itself."""
+
+
+class UNetWatch:
+    """Notices when what a UNet computes changes: weights, adapters, their scales, processors."""
+
+    def __init__(self, unet: UNet2DConditionModel, anatomy: Anatomy) -> None:
+        self._unet = unet
+        self._addressed = [
+            (unit.at, unit.reads[0] if unit in anatomy.parts else unit.at, unit.path)
+            for unit in (*anatomy.units, *anatomy.parts)
+        ]
+        self._state = UNetState()
+        self._children: list[Mapping[str, nn.Module | None]] = []
+        self._modules: list[nn.Module | None] = []
+        self._owners: list[Mapping[str, nn.Parameter | None]] = []
+        self._parameters: list[nn.Parameter] = []
+        self._versions: list[int] = []
+        self._adapters: list[Any] = []
+        self._attentions: list[Any] = []
+        self._settings: list[object] = []
+        self._watched: tuple[tuple[str, nn.Module], ...] = ()
+        self._look()
+
+    def read(self) -> UNetState:
+        """The present state: the same object as before if nothing has changed."""
+        if not self._is_unchanged():
+            self._look()
+            self._state = UNetState()
+        return self._state
+
+    def _look(self) -> None:
+        """Note everything as it is now."""
+        modules = list(self._unet.modules())
+        self._children = [each._modules for each in modules if each._modules]
+        self._modules = list(_list_values(self._children))
+        self._owners = [each._parameters for each in modules if each._parameters]
+        self._parameters = self._list_parameters()
+        self._versions = [_read_version(each) for each in self._parameters]
+        self._adapters = [each for each in modules if isinstance(_get(each, "scaling"), dict)]
+        self._attentions = [each for each in modules if hasattr(each, "processor")]
+        self._settings = self._list_settings()
+        units = self._addressed
+        self._watched = tuple((home, self._unet.get_submodule(path)) for _, home, path in units)
+
+    def _is_unchanged(self) -> bool:
+        modules = list(_list_values(self._children))
+        if len(modules) != len(self._modules) or not all(map(is_, modules, self._modules)):
+            return False
+        parameters = self._list_parameters()
+        if len(parameters) != len(self._parameters):
+            return False
+        versions = [_read_version(each) for each in parameters]
+        if versions != self._versions or not all(map(is_, parameters, self._parameters)):
+            # Offloading puts other placeholders in their place at every call.
+            rows = zip(self._parameters, self._versions, parameters, versions, strict=True)
+            if not all(_are_one(*row) for row in rows):
+                return False
+        return self._list_settings() == self._settings
+
+    def _list_parameters(self) -> list[nn.Parameter]:
+        return [each for each in _list_values(self._owners) if each is not None]
+
+    def _list_settings(self) -> list[object]:
+        """Numbers and objects that are no weights."""
+        settings: list[object] = []
+        for each in self._attentions:
+            processor = each.processor
+            settings += [processor, repr(getattr(processor, "scale", None))]
+        for each in self._adapters:
+            # A scale that a call has set and taken back differs from itself by rounding.
+            scaling = {name: f"{scale:.6g}" for name, scale in each.scaling.items()}
+            settings += [scaling, list(each.active_adapters), each.disable_adapters]
+            settings.append(tuple(each.merged_adapters))
+        for block in self._unet.up_blocks:
+            settings.append([getattr(block, name, None) for name in ("s1", "s2", "b1", "b2")])
+        return settings
+
+    @property
+    def unknown_processor(self) -> str:
+        """The kind of an attention processor of which nothing is known; empty if there is none.
+
+        It may keep what it sees for its pipeline (SAG, attend-and-excite), or mix the rows of a
+        batch (StyleAligned).
+        """
+        for each in self._attentions:
+            kind = type(each.processor)
+            if not kind.__module__.startswith(KNOWN_PROCESSORS):
+                return kind.__name__
+        return ""
+
+    @property
+    def parameters(self) -> Sequence[nn.Parameter]:
+        return self._parameters
+
+    def find_observed(self, pattern: Pattern) -> str:
+        """A unit that others have hooked and that a call does not run; empty if there is none."""
+        for (at, _, _), (home, module) in zip(self._addressed, self._watched, strict=True):
+            runs = at in pattern.active and home in pattern.computed
+            if not runs and (module._forward_hooks or module._forward_pre_hooks):
+                return at
+        return ""
+
+
+@dataclass(frozen=True, eq=False)
+class CallSignature:
+    """All that has to stay as it was for a call to go on from the one before."""
+
+    batch: tuple[object, ...]
+    """Shape, type and device of the sample, and whether the pipeline guides."""
+    conditions: Conditions
+    states: tuple[UNetState, ...]
+    """Of the UNets that the plan runs."""
+
+    def find_change(self, before: CallSignature) -> str:
+        """What differs from `before`, in words; empty if nothing does."""
+        if self.batch != before.batch:
+            return "the batch changed"
+        if self.states != before.states:
+            return "weights, adapters or attention processors changed"
+        name = self.conditions.find_change(before.conditions)
+        return f"{name} changed" if name else ""
+
+
+def _list_values(tables: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
+    return chain.from_iterable(each.values() for each in tables)
+
+
+def _get(module: nn.Module, name: str) -> object:
+    return vars(module).get(name)
+
+
+def _are_one(before: Any, before_version: int, now: Any, now_version: int) -> bool:
+    if before.is_meta and now.is_meta:
+        return True
+    return before is now and before_version == now_version
+
+
+def wants_gradients(arguments: UNetArguments, parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether the caller will differentiate a UNet call."""
+    if not torch.is_grad_enabled():
+        return False
+    leaves, _ = tree_flatten(dict(arguments.named))
+    given = any(isinstance(each, torch.Tensor) and each.requires_grad for each in leaves)
+    return given or any(each.requires_grad for each in parameters)
