@@ -4,7 +4,6 @@ import random
 
 import pytest
 import torch
-from leansd.runtime.engines import list_attachments
 
 import leansd
 from leansd import LeansdError, Plan
@@ -14,6 +13,7 @@ from leansd.evaluation.demo import list_cases, run_demo
 from leansd.evaluation.runs import FULL, RunOutputs, run_calls
 from leansd.evaluation.timing import Timing, compare_timings
 from leansd.plans.presets import SPEED_PRESETS
+from leansd.runtime.engine import list_followers
 from tiny import tiny_pipeline
 
 PROMPTS = ["a red apple", "pizza"]
@@ -92,7 +92,7 @@ def test_a_stop_leaves_the_pipeline_as_it_was(pipe, timed):
     with pytest.raises(KeyboardInterrupt):
         compare_runs(pipe, CASES, PROMPTS, timed=timed, on_progress=stop)
     assert pipe.scheduler is before
-    assert not list_attachments(pipe.unet)
+    assert not list_followers(pipe.unet)
 
 
 def test_names_are_told_apart(pipe):
