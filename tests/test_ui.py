@@ -29,7 +29,7 @@ from leansd.ui.serving import Door, Fence, serving  # noqa: E402
 from leansd.ui.studio import Studio  # noqa: E402
 from tiny import tiny_pipeline  # noqa: E402
 
-STEPS = 8
+STEPS = 10
 WAIT = 40_000  # milliseconds; a slow machine is no failure
 DESKTOP = {"width": 1280, "height": 800}
 PHONE = {"width": 390, "height": 844}

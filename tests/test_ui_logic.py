@@ -1,4 +1,4 @@
-"""What the page does, without a page: folders, cells, tickets, duels, history."""
+"""What the page does, without a page: folders, cells, jobs, runs, history."""
 
 import json
 import threading
@@ -13,26 +13,26 @@ from leansd.cli import main
 from leansd.drawing import Request, paint
 from leansd.errors import LeansdError
 from leansd.plans.liveness import GUIDANCE
+from leansd.plans.methods import METHODS
 from leansd.plans.plan import Plan
 from leansd.plans.presets import preset
 from leansd.ui import fragments
-from leansd.ui.cells import (
+from leansd.ui.folders import Folders, Settings, find_inside, list_entries, read_entry
+from leansd.ui.jobs import Done, Job, JobQueue, Stopped, follow
+from leansd.ui.plan_grid import (
     EDITED,
     change_cells,
     describe_cell,
     find_brush,
     lay_out_grid,
+    list_brushes,
     turn_guidance,
     turn_key,
 )
-from leansd.ui.duels import hold_duel
-from leansd.ui.folders import Folders, find_inside
-from leansd.ui.history import Settings, list_entries, read_entry
 from leansd.ui.studio import SAVED, Studio
-from leansd.ui.tickets import Desk, Done, Stopped, Ticket, follow, stopping
 from tiny import LATENT, tiny_pipeline, tiny_unet
 
-STEPS = 6
+STEPS = 10
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_a_cell_is_changed_and_changed_back(anatomy):
     plan = Plan.full(STEPS)
     changed = change_cells(plan, anatomy, [("up3.l1", 3)], "reuse")
     assert find_line(lay_out_grid(changed, anatomy), "up3.l1").states[3] == "reuse"
-    assert changed.keys == (0, 1, 2, 4, 5)
+    assert changed.keys == (0, 1, 2, *range(4, STEPS))
     assert changed.name == "full" + EDITED
     back = change_cells(changed, anatomy, [("up3.l1", 3)], "compute")
     assert back.fingerprint == plan.fingerprint
@@ -119,7 +119,7 @@ def test_an_inherited_head_drops_its_correction_and_what_it_was_tuned_for(anatom
 def test_a_key_step_takes_turns(anatomy):
     plan = Plan.every(2, cut="up3.l1", steps=STEPS, how="forecast")
     skipped = turn_key(plan, anatomy, 2)
-    assert skipped.keys == (0, 4)
+    assert skipped.keys == (0, 4, 6, 8)
     assert skipped.rows[2].inherit == plan.rows[1].inherit
     assert turn_key(skipped, anatomy, 2).keys == plan.keys
     assert turn_key(Plan.full(STEPS), anatomy, 2).resolve(anatomy)[2] == {"head": "forecast"}
@@ -153,6 +153,25 @@ def test_every_preset_is_a_grid(anatomy, name, tier):
     json.dumps([line.states for line in grid.lines])
 
 
+def test_a_method_that_is_added_to_the_table_is_painted(anatomy, monkeypatch):
+    toy = replace(METHODS["reuse"], label="toy way", colour="#abcdef")
+    monkeypatch.setitem(METHODS, "toy", toy)
+    assert list_brushes()["toy"] == "toy way"
+    plan = change_cells(Plan.full(STEPS), anatomy, [("up3.l1", 3)], "toy")
+    grid = lay_out_grid(plan, anatomy)
+    assert find_line(grid, "up3.l1").states[3] == "toy"
+    assert grid.labels["units"]["toy"] == "toy way"
+    assert describe_cell(grid, "up3.l1", 3).endswith("toy way")
+    pytest.importorskip("gradio", reason="pip install 'leansd[ui]'")
+    from leansd.ui.page import lay_out
+    from leansd.ui.serving import read_style
+
+    parts = lay_out(["emoji"])
+    assert ("toy way", "toy") in parts.brush.choices
+    assert "td.cell.toy { background: var(--toy); }" in read_style()
+    assert "--toy: #abcdef" in read_style()
+
+
 # -- folders -------------------------------------------------------------------------------------
 
 
@@ -176,11 +195,31 @@ def test_links_that_lead_outside_are_refused(tmp_path):
     assert Plan.load(tmp_path / "secret.json").steps == 4
 
 
-@pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "x" * 65, "a\nb", "nul\0"])
+@pytest.mark.parametrize(
+    "name",
+    ["../up", "a/b", "", ".hidden", "x" * 65, "a\nb", "nul\0", "NUL", "con.v2", "a.", "猫" * 90],
+)
 def test_names_of_plans_are_plain(tmp_path, name):
     with pytest.raises(LeansdError, match="no name for a plan"):
         Folders.open(tmp_path / "home").save_plan(Plan.full(4), name)
     assert not (tmp_path / "home").exists()
+
+
+def test_names_that_are_one_file_on_some_disks_are_refused(tmp_path):
+    folders = Folders.open(tmp_path / "home")
+    folders.save_plan(Plan.full(4), "Mine")
+    with pytest.raises(LeansdError, match="the same file"):
+        folders.save_plan(Plan.full(6), "mine")
+    folders.save_plan(Plan.full(6), "Mine")
+    assert folders.load_plan("Mine").steps == 6
+
+
+@pytest.mark.parametrize("name", ["my plan", "v1.5", "猫", "हिन्दी", "a - b"])
+def test_plans_are_called_in_any_script(tmp_path, name):
+    folders = Folders.open(tmp_path / "home")
+    folders.save_plan(Plan.full(4), name)
+    assert folders.list_plans() == [name]
+    assert folders.load_plan(name).name == name
 
 
 def test_plans_come_back_as_they_were_saved(tmp_path):
@@ -204,7 +243,7 @@ def test_only_models_in_the_folder_given_are_opened(tmp_path, shelf):
         Folders.open(tmp_path / "home").find_model("tiny")
 
 
-# -- tickets -------------------------------------------------------------------------------------
+# -- jobs -------------------------------------------------------------------------------------
 
 
 def test_work_tells_its_latest_and_then_its_result():
@@ -228,61 +267,49 @@ def test_what_work_raises_is_raised_to_who_follows():
         list(follow(work))
 
 
-def test_a_desk_has_a_limit_and_one_ticket_a_session():
-    desk = Desk(2)
-    first = desk.issue("a")
+def test_a_queue_has_a_limit_and_one_job_a_session():
+    jobs = JobQueue(2)
+    first = jobs.add("a")
     with pytest.raises(LeansdError, match="not over"):
-        desk.issue("a")
-    desk.issue("b")
+        jobs.add("a")
+    jobs.add("b")
     with pytest.raises(LeansdError, match="limit"):
-        desk.issue("c")
-    assert desk.stop("a")
+        jobs.add("c")
+    assert jobs.stop("a")
     assert first.is_stopped
-    assert desk.find("a") is first
-    desk.close("a")
-    assert not desk.issue("c").is_stopped
-    assert desk.find("a").is_stopped
-    assert not desk.stop("a")
+    assert jobs.find("a") is first
+    jobs.close("a")
+    assert not jobs.add("c").is_stopped
+    assert jobs.find("a").is_stopped
+    assert not jobs.stop("a")
 
 
-def test_a_stopped_ticket_ends_a_duel_at_its_next_step():
-    pipe, ticket, steps = tiny_pipeline(), Ticket(), []
+def test_a_stopped_job_ends_a_run_at_its_next_step(studio):
+    settings, job, steps = make_settings(), Job(), []
+    plan = studio.resolve("deepcache", settings).plan
 
-    def tell(progress):
-        steps.append((progress.side, progress.done["full"], progress.done["lean"]))
-        if progress.done["lean"] == 2:
-            ticket.stop()
+    def stop_late(progress):
+        steps.append((progress.case, progress.step))
+        if progress.case == "lean" and progress.step == 2:
+            job.stop()
 
-    plan = preset("deepcache", STEPS)
-    before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
     with pytest.raises(Stopped):
-        hold_duel(pipe, Request(prompt="a", steps=STEPS), plan, ticket=ticket, tell=tell)
-    assert steps[-1] == ("lean", STEPS, 2)
-    # The pipeline is as it was, and draws as before.
-    assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
-    again = hold_duel(pipe, Request(prompt="a", steps=STEPS), plan)
-    assert again.calls == STEPS
-
-
-def test_a_unet_asks_its_ticket_and_forgets_it():
-    pipe, ticket = tiny_pipeline(), Ticket()
-    request = Request(prompt="a", steps=2)
-    with stopping(pipe.unet, ticket):
-        paint(pipe, request)
-        ticket.stop()
-        with pytest.raises(Stopped):
-            paint(pipe, request)
-    paint(pipe, request)
+        studio.draw(settings, plan, rounds=1, job=job, on_progress=stop_late)
+    assert steps[-1] == ("lean", 2)
+    assert not studio.folders.history.exists()
+    # The pipeline is as it was, and asks its next job.
+    drawn = studio.draw(settings, plan, rounds=1, job=Job())
+    assert drawn.entry.numbers.calls == STEPS
 
 
 # -- the studio ----------------------------------------------------------------------------------
 
 
-def test_a_duel_draws_what_the_runs_draw_alone(studio):
+def test_both_runs_draw_what_they_draw_alone(studio):
     settings = make_settings(seed=3)
-    plan = studio.make_plan("deepcache", settings)
+    plan = studio.resolve("deepcache", settings).plan
     told = []
-    drawn = studio.draw(settings, plan, rounds=2, ticket=Ticket(), tell=told.append)
+    drawn = studio.draw(settings, plan, rounds=2, job=Job(), on_progress=told.append)
     full, lean = drawn.entry.open_pictures()
     pipe = tiny_pipeline()
     request = Request(prompt="a red apple", steps=STEPS, guidance=4.0, seed=3)
@@ -291,22 +318,72 @@ def test_a_duel_draws_what_the_runs_draw_alone(studio):
     numbers = drawn.entry.numbers
     assert len(numbers.full) == len(numbers.lean) == 2
     assert (numbers.calls, numbers.full_calls) == (STEPS, len(plan.keys))
-    sides = [each.side for each in told if each.done["full"] + each.done["lean"] == 1]
-    assert sides == ["full", "lean"]  # who begins changes from round to round
+    begun = [each.case for each in told if each.step == 0]
+    assert begun == ["full", "lean", "lean", "full"]  # who begins changes from round to round
 
 
 def test_a_full_plan_changes_nothing(studio):
     settings = make_settings()
-    plan = studio.make_plan("full", settings)
-    drawn = studio.draw(settings, plan, rounds=1, ticket=Ticket(), tell=lambda told: None)
+    plan = studio.resolve("full", settings).plan
+    drawn = studio.draw(settings, plan, rounds=1, job=Job())
     assert drawn.entry.numbers.psnr == 100
     assert drawn.entry.numbers.speedup > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_run_in_half_precision(shelf, tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(
+        "leansd.ui.studio.load", lambda *given, **options: tiny_pipeline().to(dtype)
+    )
+    studio, settings = Studio(Folders.open(tmp_path / "home", shelf), "cpu"), make_settings()
+    model = studio.open("tiny")
+    plan = studio.resolve("deepcache", settings).plan
+    assert studio.forecast(plan, model).unet > 1
+    drawn = studio.draw(settings, plan, rounds=1, job=Job())
+    assert drawn.entry.numbers.predicted > 1
+    fragments.show_anatomy(model)
+    fragments.show_profile(studio.profile(settings, job=Job(), on_progress=print))
+
+
+@pytest.mark.parametrize(
+    ("first", "told"),
+    [(0, "in the full run as well"), (STEPS, "with the plan")],
+    ids=["both", "plan"],
+)
+def test_pictures_of_no_numbers_are_told(studio, first, told):
+    settings = make_settings()
+    plan = studio.resolve("deepcache", settings).plan
+    studio.open("tiny")
+    pipe, calls = studio._opened.pipe, []
+
+    def spoil(module, given, output):
+        calls.append(1)
+        # Two calls warm up, the full run has a call a step, the plan's run comes after it.
+        return output * torch.nan if len(calls) > 2 + first else output
+
+    handle = pipe.unet.conv_out.register_forward_hook(spoil)
+    drawn = studio.draw(settings, plan, rounds=1, job=Job())
+    handle.remove()
+    assert len(drawn.warnings) == 1
+    assert told in drawn.warnings[0]
+    assert told in fragments.show_numbers(drawn.entry, drawn.warnings)
+    assert list_entries(studio.folders.history)[0].numbers == drawn.entry.numbers
+
+
+def test_what_could_not_be_counted_fails_nothing(studio, anatomy):
+    settings, model = make_settings(), studio.open("tiny")
+    model.anatomy = replace(model.anatomy, uncounted="not counted, because it is a test")
+    plan = studio.resolve("deepcache", settings).plan
+    assert studio.forecast(plan, model).unet is None
+    assert "not counted" in fragments.show_forecast(plan, studio.forecast(plan, model))
+    assert "because it is a test" in fragments.show_anatomy(model)
+    assert [beat.share for beat in fragments.list_beats(plan, model.anatomy)] == [1] * STEPS
 
 
 def test_the_history_gives_everything_back(studio):
     settings = make_settings(seed=5, negative="blue", sampler="euler")
     plan = change_cells(Plan.full(STEPS), studio.open("tiny").anatomy, [("up3.l1", 2)], "reuse")
-    kept = studio.draw(settings, plan, rounds=1, ticket=Ticket(), tell=lambda told: None).entry
+    kept = studio.draw(settings, plan, rounds=1, job=Job()).entry
     (entry,) = list_entries(studio.folders.history)
     assert entry.settings == settings
     assert entry.plan.fingerprint == plan.fingerprint
@@ -320,7 +397,7 @@ def test_the_history_gives_everything_back(studio):
 
 def test_mistakes_are_told_before_anything_runs(studio):
     def draw(settings, plan):
-        studio.draw(settings, plan, rounds=1, ticket=Ticket(), tell=lambda told: None)
+        studio.draw(settings, plan, rounds=1, job=Job())
 
     with pytest.raises(LeansdError, match="no prompt"):
         draw(make_settings(prompt="  "), Plan.full(STEPS))
@@ -331,9 +408,7 @@ def test_mistakes_are_told_before_anything_runs(studio):
     with pytest.raises(LeansdError, match="switches to net"):
         studio.check_plan(Plan.full(4).switch("light", at=2), studio.open("tiny"))
     with pytest.raises(LeansdError, match="prompts to tune on"):
-        studio.tune(
-            make_settings(), ["a"], speedup=2, tries=0, ticket=Ticket(), tell=lambda *told: None
-        )
+        studio.tune(make_settings(), ["a"], speedup=2, tries=0, job=Job(), on_progress=print)
     assert not studio.folders.history.exists()
 
 
@@ -342,17 +417,17 @@ def test_saved_plans_are_among_the_choices(studio):
     assert SAVED + "mine" in studio.list_plans()
     assert studio.list_plans()[0] == "quality"
     assert not any(name in studio.list_plans() for name in ("light-early", "tstitch-exact"))
-    assert studio.make_plan(SAVED + "mine", make_settings()).steps == STEPS
+    assert studio.resolve(SAVED + "mine", make_settings()).plan.steps == STEPS
 
 
 def test_a_profile_gives_forecasts_in_time(studio):
     settings = make_settings()
     model = studio.open("tiny")
-    plan = studio.make_plan("deepcache", settings)
+    plan = studio.resolve("deepcache", settings).plan
     before = studio.forecast(plan, model)
     assert before.run is None
     told = []
-    profiled = studio.profile(settings, ticket=Ticket(), tell=lambda *each: told.append(each))
+    profiled = studio.profile(settings, job=Job(), on_progress=lambda *each: told.append(each))
     assert told[-1] == (3, 3)
     after = studio.forecast(plan, model)
     assert after.unet == before.unet
@@ -368,18 +443,18 @@ def test_a_profile_gives_forecasts_in_time(studio):
 def test_tuning_can_be_stopped_and_goes_on(studio):
     settings = make_settings(steps=8)
     prompts = ["a", "b", "c", "d"]
-    ticket = Ticket()
+    job = Job()
 
     def stop_late(text, share):
         if "in full:" in text:
-            ticket.stop()
+            job.stop()
 
     with pytest.raises(Stopped):
-        studio.tune(settings, prompts, speedup=1.5, tries=0, ticket=ticket, tell=stop_late)
+        studio.tune(settings, prompts, speedup=1.5, tries=0, job=job, on_progress=stop_late)
     told = []
     tuned = studio.tune(
-        settings, prompts, speedup=1.5, tries=0, ticket=Ticket(),
-        tell=lambda text, share: told.append(share),
+        settings, prompts, speedup=1.5, tries=0, job=Job(),
+        on_progress=lambda text, share: told.append(share),
     )  # fmt: skip
     assert told[-1] == 1
     assert tuned.chosen.speedup * 1.02 >= 1.5
@@ -408,12 +483,12 @@ def test_bars_are_as_tall_as_what_a_step_computes(anatomy):
 
 def test_one_run_at_a_time(studio):
     settings = make_settings()
-    plan = studio.make_plan("deepcache", settings)
+    plan = studio.resolve("deepcache", settings).plan
     told = []
 
     def draw(number):
         note = lambda progress: told.append(number)  # noqa: E731
-        studio.draw(settings, plan, rounds=1, ticket=Ticket(), tell=note)
+        studio.draw(settings, plan, rounds=1, job=Job(), on_progress=note)
 
     threads = [threading.Thread(target=draw, args=(number,)) for number in range(3)]
     for thread in threads:

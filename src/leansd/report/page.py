@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import re
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -14,7 +16,7 @@ from PIL.Image import Image, Resampling
 from leansd.files import write_file
 from leansd.report.figures import embed_svg, encode_png, encode_svg
 from leansd.report.palette import declare_colours
-from leansd.report.sections import Origin, Report
+from leansd.report.sections import Drawing, Origin, Report, Section
 
 SHOWN = 384
 """Pixels of a picture's longer side on a page; larger ones are made smaller."""
@@ -38,7 +40,37 @@ def render_page(report: Report, origin: Origin) -> str:
     return _render(report, origin, {each.name: encode_svg(each.figure) for each in report.drawings})
 
 
-def _render(report: Report, origin: Origin, vectors: dict[str, str]) -> str:
+def render_section(section: Section) -> str:
+    """One section as HTML without its title and notes, for other pages."""
+    sections: Any = _open_templates({}).get_template("sections.html.j2").module
+    return getattr(sections, section.kind)(section)
+
+
+def _render(report: Report, origin: Origin, vectors: Mapping[str, str]) -> str:
+    return (
+        _open_templates(vectors)
+        .get_template("page.html.j2")
+        .render(
+            report=report,
+            origin=origin,
+            anchors=_name_anchors([section.title for section in report.sections]),
+            light=Markup(declare_colours("light")),
+            dark=Markup(declare_colours("dark")),
+        )
+    )
+
+
+def _open_templates(vectors: Mapping[str, str]) -> Environment:
+    """The templates, with what they put pictures, files and drawings into a page by.
+
+    Args:
+        vectors: SVGs by the names of drawings; others are made.
+    """
+
+    def embed_drawing(drawing: Drawing) -> str:
+        svg = vectors.get(drawing.name) or encode_svg(drawing.figure)
+        return embed_svg(svg, drawing.name, drawing.alt)
+
     pages = Environment(
         loader=PackageLoader(__package__ or "leansd.report"),
         autoescape=True,
@@ -46,18 +78,12 @@ def _render(report: Report, origin: Origin, vectors: dict[str, str]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters |= {"picture": _embed_picture, "download": _embed_text}
-    return pages.get_template("page.html.j2").render(
-        report=report,
-        origin=origin,
-        anchors=_name_anchors([section.title for section in report.sections]),
-        embedded={
-            each.name: embed_svg(vectors[each.name], each.name, each.alt)
-            for each in report.drawings
-        },
-        light=Markup(declare_colours("light")),
-        dark=Markup(declare_colours("dark")),
-    )
+    pages.filters |= {
+        "picture": _embed_picture,
+        "download": _embed_text,
+        "figure": embed_drawing,
+    }
+    return pages
 
 
 def _name_anchors(titles: list[str]) -> list[str]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from markupsafe import escape
 
+from leansd.evaluation.compare import RunProgress
+from leansd.evaluation.runs import FULL
 from leansd.faces.costs import Profiled, show_milliseconds, tabulate_gains, tabulate_split
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.compile import compile_plan
@@ -14,15 +16,15 @@ from leansd.plans.liveness import Call
 from leansd.plans.macs import predict_speedup
 from leansd.plans.plan import Plan
 from leansd.report.drawings import Bar, draw_bars
-from leansd.report.figures import embed_svg, encode_svg
-from leansd.report.plots import Point, plot_tradeoff
-from leansd.report.sections import Drawing
+from leansd.report.measurements import draw_unit_times
+from leansd.report.page import render_section
+from leansd.report.plans import plot_front
+from leansd.report.sections import Chart, Drawing, Listing
 from leansd.text import Table
-from leansd.ui.duels import Progress, Side
-from leansd.ui.history import Entry
-from leansd.ui.studio import Forecast, Model, Tuned
+from leansd.ui.folders import Entry
+from leansd.ui.studio import LEAN, Forecast, Model, Tuned
 
-NAMES: dict[Side, str] = {"full": "Full run", "lean": "With the plan"}
+NAMES = {FULL: "Full run", LEAN: "With the plan"}
 
 
 @dataclass(frozen=True)
@@ -48,57 +50,63 @@ def _name_state(call: Call) -> str:
 
 def _share(call: Call, anatomy: Anatomy) -> float:
     try:
-        return min(1.0, 1 / predict_speedup([call], anatomy))
+        gain = predict_speedup([call], anatomy)
     except ZeroDivisionError:
         return 0.0
+    return min(1.0, 1 / gain) if gain == gain else 1.0  # NaN: it could not be counted
 
 
-def show_lanes(beats: Sequence[Beat], progress: Progress | None = None, note: str = "") -> str:
+def show_lanes(beats: Sequence[Beat], progress: RunProgress | None = None, note: str = "") -> str:
     """Both runs, a bar a step: as tall as the share of the UNet that it computes."""
     whole = [Beat("compute", 1.0)] * len(beats)
-    lanes = [
-        _show_lane("full", whole, progress),
-        _show_lane("lean", beats, progress),
-    ]
+    lanes = "".join(_show_lane(*lane, progress) for lane in ((FULL, whole), (LEAN, beats)))
     said = f'<p class="soft" role="status">{escape(note)}</p>' if note else ""
-    return f'<div class="lanes">{"".join(lanes)}</div>{said}'
+    return f'<div class="lanes">{lanes}</div>{said}'
 
 
-def _show_lane(side: Side, beats: Sequence[Beat], progress: Progress | None) -> str:
-    done = progress.done[side] if progress is not None else 0
-    total = progress.steps if progress is not None else len(beats)
-    active = progress is not None and progress.side == side
-    told = f"{total} steps"
-    if progress is not None and (active or done):
-        told = f"step {done} of {total}"
-    if progress is not None and side in progress.seconds:
-        told += f" · {progress.seconds[side]:.2f} s"
-    bars: list[str] = []
-    for place, beat in enumerate(beats):
+def _show_lane(case: str, beats: Sequence[Beat], progress: RunProgress | None) -> str:
+    done, total, told, is_active = 0, len(beats), "", False
+    if progress is not None:
+        total, is_active = progress.steps, progress.case == case
+        # Who begins changes from turn to turn; who began is done when the other one runs.
+        begins = (FULL, LEAN)[progress.turn % 2] == case
+        done = progress.step if is_active else total * begins
+        told = f"step {done} of {total}" if is_active or done else ""
+    told = told or f"{total} steps"
+    if progress is not None and case in progress.seconds:
+        told += f" · {progress.seconds[case]:.2f} s"
+    bars = "".join(
         # A sampler may call the UNet more than once a step.
-        reached = place * total < done * len(beats)
-        kind = f"{beat.state}{' done' if reached else ''}"
-        bars.append(f'<i class="{kind}" style="height:{max(8, round(100 * beat.share))}%"></i>')
-    name = NAMES[side]
+        f'<i class="{beat.state}{" done" if place * total < done * len(beats) else ""}" '
+        f'style="height:{max(8, round(100 * beat.share))}%"></i>'
+        for place, beat in enumerate(beats)
+    )
     return (
-        f'<div class="lane{" active" if active else ""}" data-side="{side}">'
-        f'<div class="lane-head"><b>{name}</b><span>{escape(told)}</span></div>'
-        f'<div class="bars" role="progressbar" aria-label="{name}" aria-valuemin="0" '
-        f'aria-valuemax="{total}" aria-valuenow="{done}">{"".join(bars)}</div></div>'
+        f'<div class="lane{" active" if is_active and done < total else ""}" data-side="{case}">'
+        f'<div class="lane-head"><b>{NAMES[case]}</b><span>{escape(told)}</span></div>'
+        f'<div class="bars" role="progressbar" aria-label="{NAMES[case]}" aria-valuemin="0" '
+        f'aria-valuemax="{total}" aria-valuenow="{done}">{bars}</div></div>'
     )
 
 
+def describe_progress(progress: RunProgress) -> str:
+    """What goes on, in words."""
+    turn = f", round {progress.turn + 1} of {progress.turns}" if progress.turns > 1 else ""
+    return f"{NAMES[progress.case].lower()}{turn}: in turns, so that both times are true"
+
+
 def show_numbers(entry: Entry, warnings: Sequence[str] = ()) -> str:
-    """What a duel showed."""
+    """What a comparison showed."""
     numbers = entry.numbers
     full, lean = sorted(numbers.full), sorted(numbers.lean)
     rounds = len(full)
-    spread = f"{numbers.low:.2f} to {numbers.high:.2f} in {rounds} rounds" if rounds > 1 else ""
+    spread = f"{numbers.low:.2f} to {numbers.high:.2f} in {rounds} rounds"
+    predicted = "not counted" if numbers.predicted is None else f"{numbers.predicted:.2f}x"
     cards = [
         (
             "speed-up",
             f"{numbers.speedup:.2f}x",
-            spread or f"UNet, predicted {numbers.predicted:.2f}x",
+            spread if rounds > 1 else f"UNet, predicted {predicted}",
         ),
         ("time", f"{lean[rounds // 2]:.2f} s", f"full run {full[rounds // 2]:.2f} s"),
         ("PSNR", f"{numbers.psnr:.1f} dB", _judge(numbers.psnr)),
@@ -114,8 +122,7 @@ def show_numbers(entry: Entry, warnings: Sequence[str] = ()) -> str:
         f"<small>{escape(remark)}</small></div>"
         for name, value, remark in cards
     )
-    said = "".join(f'<p class="warning">{escape(each)}</p>' for each in warnings)
-    return f'<dl class="cards" data-key="{entry.key}">{shown}</dl>{said}'
+    return f'<dl class="cards" data-key="{entry.key}">{shown}</dl>{show_warnings(warnings)}'
 
 
 def _judge(decibels: float) -> str:
@@ -126,55 +133,24 @@ def _judge(decibels: float) -> str:
     return next((word for least, word in looks if decibels >= least), "another picture")
 
 
-def show_forecast(plan: Plan, forecast: Forecast) -> str:
-    """How fast the plan in hand should be."""
-    parts = [f"<b>{forecast.unet:.2f}x</b> in the UNet, by multiply-accumulates"]
+def show_forecast(plan: Plan, forecast: Forecast, notes: Sequence[str] = ()) -> str:
+    """How fast the plan in hand should be, and what must be said of it."""
+    parts = ["not counted"]
+    if forecast.unet is not None:
+        parts = [f"predicted <b>{forecast.unet:.2f}x</b> in the UNet, by multiply-accumulates"]
     if forecast.run is not None and forecast.seconds is not None:
         parts.append(f"<b>{forecast.run:.2f}x</b>, {forecast.seconds:.2f} s a picture, as timed")
     keys = f"{len(plan.keys)} of {plan.steps} steps in full"
     return (
         f'<div class="prediction" role="status"><span class="plan-name">{escape(plan.name)}</span> '
-        f"<span>{keys}</span> <span>predicted {'; '.join(parts)}</span></div>"
+        f"<span>{keys}</span> <span>{'; '.join(parts)}</span></div>{show_warnings(notes)}"
     )
-
-
-def show_table(table: Table) -> str:
-    """A table that scrolls in its own box."""
-    heads = "".join(
-        f'<th scope="col"{_align(table, place)}>{escape(name)}</th>'
-        for place, name in enumerate(table.columns)
-    )
-    rows = "".join(
-        "<tr>"
-        + f'<th scope="row">{escape(row[0])}</th>'
-        + "".join(
-            f"<td{_align(table, place)}>{escape(cell)}</td>"
-            for place, cell in enumerate(row[1:], start=1)
-        )
-        + "</tr>"
-        for row in table.rows
-    )
-    return (
-        '<div class="scroll" tabindex="0"><table class="plain">'
-        f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
-    )
-
-
-def _align(table: Table, place: int) -> str:
-    return ' class="number"' if table.is_numeric(place) else ""
-
-
-def show_drawing(drawing: Drawing) -> str:
-    caption = f"<figcaption>{escape(drawing.caption)}</figcaption>" if drawing.caption else ""
-    shown = embed_svg(encode_svg(drawing.figure), drawing.name, drawing.alt)
-    return f"<figure>{shown}{caption}</figure>"
 
 
 def show_anatomy(model: Model) -> str:
     """Where the UNet keeps its parameters and spends its multiply-accumulates."""
     anatomy = model.anatomy
-    blocks = ["stem", *anatomy.blocks, "head"]
-    picked = [(block, anatomy.select(block)) for block in blocks]
+    picked = [(block, anatomy.select(block)) for block in ("stem", *anatomy.blocks, "head")]
     bars = [
         Bar(
             block,
@@ -184,72 +160,40 @@ def show_anatomy(model: Model) -> str:
         for block, units in picked
     ]
     most = max(picked, key=lambda each: each[1].macs)[0]
-    drawing = draw_bars(
-        bars,
-        names=("of parameters", "of MACs"),
-        name="blocks",
-        alt=f"Parameters and multiply-accumulates by block; most computation is in {most}.",
-    )
-    units = len(anatomy) - 2
+    alt = f"Parameters and multiply-accumulates by block; most computation is in {most}."
+    drawing = draw_bars(bars, names=("of parameters", "of MACs"), name="blocks", alt=alt)
+    work = anatomy.uncounted or f"{anatomy.macs / 1e9:.3f} GMAC a call"
     lead = (
-        f"{model.name}: {units} units and 2 ends, {anatomy.params / 1e6:.2f} M parameters, "
-        f"{anatomy.macs / 1e9:.3f} GMAC a call, {model.size[0]} x {model.size[1]} pixels."
+        f"{model.name}: {len(anatomy) - 2} units and 2 ends, {anatomy.params / 1e6:.2f} M "
+        f"parameters, {work}, {model.size[0]} x {model.size[1]} pixels."
     )
-    return f'<div class="drawing"><p>{escape(lead)}</p>{show_drawing(drawing)}</div>'
+    return f'<div class="drawing"><p>{escape(lead)}</p>{_draw(drawing)}</div>'
 
 
 def show_profile(profiled: Profiled) -> str:
     """Where the time goes on this machine."""
-    cost, anatomy = profiled.cost, profiled.anatomy
-    whole = sum(cost.units[unit.at]["whole"] for unit in anatomy)
-    work = sum(unit.macs for unit in anatomy) or 1
-    bars = [
-        Bar(
-            unit.at,
-            (cost.units[unit.at]["whole"] / whole, unit.macs / work),
-            show_milliseconds(cost.units[unit.at]["whole"]),
-        )
-        for unit in anatomy
-    ]
-    slowest = max(bars, key=lambda bar: bar.lengths[0])
-    drawing = draw_bars(
-        bars,
-        names=("of time here", "of MACs"),
-        name="units",
-        alt=f"Time of every unit; most is spent in {slowest.name}, {slowest.lengths[0]:.0%}.",
-    )
-    facts = profiled.circumstances
     lead = (
-        f"One UNet call in full takes {show_milliseconds(cost.full_call)} on {facts['device']}; "
-        f"medians of {profiled.repeats} probing runs."
+        f"One UNet call in full takes {show_milliseconds(profiled.cost.full_call)} on "
+        f"{profiled.circumstances['device']}; medians of {profiled.repeats} probing runs."
     )
     return (
         f'<div class="drawing"><p>{escape(lead)}</p>'
-        f"<h3>A whole call, by stage</h3>{show_table(tabulate_split(profiled))}"
-        f"<h3>What presets gain here (predicted)</h3>{show_table(tabulate_gains(profiled))}"
-        f"<h3>Every unit</h3>{show_drawing(drawing)}</div>"
+        f"<h3>A whole call, by stage</h3>{_show_table(tabulate_split(profiled))}"
+        f"<h3>What presets gain here (predicted)</h3>{_show_table(tabulate_gains(profiled))}"
+        f"<h3>Every unit</h3>{_draw(draw_unit_times(profiled))}</div>"
     )
 
 
 def show_front(tuned: Tuned) -> str:
     """What a tuning found, as a plot: tuned plans, and runs of fewer steps."""
     front, chosen = tuned.front, tuned.chosen
-    points = [
-        Point(
-            point.plan.name if point.is_plain else f"{len(point.plan.keys)} in full",
-            point.speedup,
-            point.psnr,
-            is_rival=point.is_plain,
-        )
-        for point in (*front.points, *front.beaten)
-    ]
-    drawing = plot_tradeoff(
-        points,
-        x_name="times faster than the full run (predicted)",
-        y_name="dB to the full run",
-        caption=f"{len(points)} plans; chosen: {chosen.speedup:.2f}x at {chosen.psnr:.1f} dB.",
-    )
-    return f'<div class="drawing">{show_drawing(drawing)}</div>'
+    points = (*front.points, *front.beaten)
+    names = {
+        id(each): each.plan.name if each.is_plain else f"{len(each.plan.keys)} in full"
+        for each in points
+    }
+    caption = f"{len(points)} plans; chosen: {chosen.speedup:.2f}x at {chosen.psnr:.1f} dB."
+    return f'<div class="drawing">{_draw(plot_front(front, names, caption))}</div>'
 
 
 def show_bar(text: str, share: float) -> str:
@@ -263,5 +207,18 @@ def show_bar(text: str, share: float) -> str:
     )
 
 
-def show_note(text: str, kind: str = "soft") -> str:
-    return f'<p class="{kind}" role="status">{escape(text)}</p>'
+def show_note(text: str) -> str:
+    """One line, announced to who cannot see it."""
+    return f'<p class="soft" role="status">{escape(text)}</p>'
+
+
+def show_warnings(warnings: Sequence[str]) -> str:
+    return "".join(f'<p class="warning">{escape(each)}</p>' for each in warnings)
+
+
+def _draw(drawing: Drawing) -> str:
+    return render_section(Chart(drawing.alt, [drawing]))
+
+
+def _show_table(table: Table) -> str:
+    return render_section(Listing(table.caption or table.columns[0], table))

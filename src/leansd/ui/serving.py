@@ -18,12 +18,12 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from leansd.errors import LeansdError
+from leansd.plans.grid import get_states
 from leansd.report.palette import declare_colours
-from leansd.ui.events import connect
+from leansd.ui.handlers import Handlers, connect
+from leansd.ui.jobs import JobQueue
 from leansd.ui.page import ASSETS, lay_out
 from leansd.ui.studio import Studio
-from leansd.ui.tickets import Desk
-from leansd.ui.wiring import Wiring
 
 MOST_UPLOADED = "1mb"
 """Of a plan file; nothing else is uploaded."""
@@ -65,11 +65,11 @@ def make_theme() -> gr.themes.Base:
     ).set(button_primary_background_fill="*primary_600", block_label_text_size="*text_sm")
 
 
-def build_page(studio: Studio, desk: Desk) -> gr.Blocks:
-    """The page, wired."""
+def build_page(studio: Studio, jobs: JobQueue) -> gr.Blocks:
+    """The page with its handlers."""
     parts = lay_out(studio.folders.list_models())
     with parts.blocks:
-        connect(parts, Wiring(studio, desk, parts))
+        connect(parts, Handlers(studio, jobs, parts))
     return parts.blocks
 
 
@@ -87,7 +87,7 @@ def serving(studio: Studio, door: Door, *, limit: int) -> Iterator[str]:
     scratch = Path(tempfile.mkdtemp(prefix="leansd-ui-")).resolve()
     known = {name: os.environ.get(name) for name in ("GRADIO_TEMP_DIR", "GRADIO_CACHE_DIR")}
     os.environ |= dict.fromkeys(known, str(scratch))
-    blocks = build_page(studio, Desk(limit))
+    blocks = build_page(studio, JobQueue(limit))
     shown = [folders.plans, folders.history]
     # Shared, gradio's own page fetches its files from gradio's server.
     guards = [] if door.share else [Middleware(Guard)]
@@ -213,6 +213,12 @@ def _resize(start: Any, length: int) -> Message:
 
 
 def read_style() -> str:
-    """The page's style, in the colours of the reports."""
+    """The page's style, in the colours of the reports and of the states of cells."""
     own = (ASSETS / "page.css").read_text(encoding="utf-8")
-    return f":root {{ {declare_colours('light')} }}\n.dark {{ {declare_colours('dark')} }}\n{own}"
+    states = "\n".join(
+        f"i.{name}, td.cell.{name} {{ background: var(--{name}); }}" for name in get_states()
+    )
+    return (
+        f":root {{ {declare_colours('light')} }}\n.dark {{ {declare_colours('dark')} }}\n{own}\n"
+        f"{states}"
+    )

@@ -6,20 +6,23 @@ each other down, and no time told would be true.
 
 from __future__ import annotations
 
-import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
+from torch import isfinite
+
 from leansd.anatomy.cost import dissect
-from leansd.drawing import Request, default_size
+from leansd.drawing import NOT_FINITE, default_size
 from leansd.errors import LeansdError
+from leansd.evaluation.compare import Case, Comparison, OnProgress, compare_runs
 from leansd.evaluation.cost import CostModel
 from leansd.evaluation.profile import profile
 from leansd.evaluation.prompts import find_guidance
 from leansd.evaluation.records import stamp
+from leansd.evaluation.runs import FULL
 from leansd.faces.costs import Profiled
 from leansd.loading import load
 from leansd.plans.anatomy import Anatomy
@@ -33,13 +36,13 @@ from leansd.runtime.samplers import name_sampler, set_sampler
 from leansd.tuning.calibration import require_tunable
 from leansd.tuning.front import Front, Point
 from leansd.tuning.tuner import FEWEST_CALLS, tune
-from leansd.ui.duels import Progress, hold_duel
-from leansd.ui.folders import Folders
-from leansd.ui.history import OWN_SAMPLER, Entry, Settings, keep_entry
-from leansd.ui.tickets import Ticket, stopping
+from leansd.ui.folders import OWN_SAMPLER, Entry, Folders, Numbers, Settings, keep_entry
+from leansd.ui.jobs import Job
 
 SAVED = "saved: "
 """Stands before the names of saved plans among the choices."""
+LEAN = "lean"
+"""The run that follows the plan, beside the one that is `FULL`."""
 TUNING_BATCH = 4
 TUNING_GRIDS = (1.0, 0.7)
 MOST_PROMPTS = 32
@@ -52,7 +55,7 @@ class Model:
 
     name: str
     anatomy: Anatomy
-    """With multiply-accumulates at the size that the model draws."""
+    """With multiply-accumulates at the size that the model draws, where they can be counted."""
     sampler: str
     """Of the model itself."""
     guidance: float
@@ -68,15 +71,15 @@ class Opened:
     model: Model
     pipe: Any
     scheduler: Any
-    warm: bool = False
+    is_warm: bool = False
 
 
 @dataclass(frozen=True)
 class Forecast:
     """How fast a plan should be."""
 
-    unet: float
-    """Full run's over this run's multiply-accumulates in the UNet."""
+    unet: float | None
+    """Full run's over this run's multiply-accumulates in the UNet; None where not counted."""
     run: float | None = None
     """Of the whole pipeline call, where it was profiled here."""
     seconds: float | None = None
@@ -85,7 +88,7 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A duel that is in the history, and what must be said of it."""
+    """A comparison that is in the history, and what must be said of it."""
 
     entry: Entry
     warnings: tuple[str, ...]
@@ -130,57 +133,57 @@ class Studio:
         self._opened = None
         pipe = load(source, device=self.device)
         pipe.set_progress_bar_config(disable=True)
-        width, height = size = default_size(pipe)
-        factor = pipe.vae_scale_factor
-        known = self._models.get(name)
-        anatomy = dissect(
-            pipe.unet,
-            latent=(height // factor, width // factor),
-            tokens=pipe.tokenizer.model_max_length,
-            name=name,
-        )
-        model = known or Model(name, anatomy, name_sampler(pipe), find_guidance(pipe, name), size)
-        self._models[name] = model
-        self._opened = Opened(model, pipe, pipe.scheduler)
+        if name not in self._models:
+            width, height = size = default_size(pipe)
+            factor = pipe.vae_scale_factor
+            latent = (height // factor, width // factor)
+            tokens = pipe.tokenizer.model_max_length
+            anatomy = dissect(pipe.unet, latent=latent, tokens=tokens, name=name)
+            guidance = find_guidance(pipe, name)
+            self._models[name] = Model(name, anatomy, name_sampler(pipe), guidance, size)
+        self._opened = Opened(self._models[name], pipe, pipe.scheduler)
         return self._opened
 
     @contextmanager
-    def _work_on(self, settings: Settings, ticket: Ticket):
+    def _work_on(self, settings: Settings, job: Job) -> Iterator[Opened]:
         """The pipeline with the sampler asked for, for one piece of work at a time."""
         with self._lock:
-            ticket.check()
+            job.check()
             opened = self._open_pipeline(settings.model)
             opened.pipe.scheduler = opened.scheduler
             if settings.sampler != OWN_SAMPLER:
                 set_sampler(opened.pipe, settings.sampler)
             try:
-                yield opened
+                with job.watching(opened.pipe.unet):
+                    yield opened
             finally:
                 opened.pipe.scheduler = opened.scheduler
 
     # -- plans ---------------------------------------------------------------------------------
 
     def list_plans(self) -> list[str]:
-        """Presets, those of the house first, and saved plans; none that needs further UNets."""
+        """Presets, the speed presets first, and saved plans; none that needs further UNets."""
         others = [name for name in PRESETS if name not in SPEED_PRESETS and _runs_alone(name)]
         return [*SPEED_PRESETS, *others, *(SAVED + name for name in self.folders.list_plans())]
 
-    def make_plan(self, choice: str, settings: Settings) -> Plan:
-        """The plan that a choice means for these settings, checked against the model's UNet.
+    def resolve(self, source: str | Plan, settings: Settings) -> Resolved:
+        """The plan that a choice means for these settings, and what must be said of it.
+
+        Args:
+            source: a name of `list_plans`, or a plan, which is stretched to the steps.
 
         Raises:
-            LeansdError: there is none, or it does not suit the UNet.
+            LeansdError: there is none, or it does not suit the model's UNet.
         """
-        return self.resolve(choice, settings).plan
-
-    def resolve(self, choice: str, settings: Settings) -> Resolved:
-        """The same with what must be said of it."""
         model = self.open(settings.model)
-        source: Plan | str = choice
-        if choice.startswith(SAVED):
-            source = self.folders.load_plan(choice.removeprefix(SAVED))
+        if isinstance(source, str) and source.startswith(SAVED):
+            source = self.folders.load_plan(source.removeprefix(SAVED))
         sampler = model.sampler if settings.sampler == OWN_SAMPLER else settings.sampler
-        context = PlanContext(settings.steps, sampler, anatomy=model.anatomy)
+        context = PlanContext(
+            settings.steps, sampler, anatomy=model.anatomy, guidance=settings.guidance
+        )
+        if isinstance(source, Plan):
+            self.check_plan(source, model)
         resolved = resolve_plan(source, context, fit=True)
         self.check_plan(resolved.plan, model)
         return resolved
@@ -197,7 +200,7 @@ class Studio:
     def forecast(self, plan: Plan, model: Model, *, guided: bool = True) -> Forecast:
         """How fast the plan should be; where the model was profiled, in time as well."""
         program = compile_plan(plan, model.anatomy, guided=guided)
-        unet = predict_speedup(program.calls, model.anatomy)
+        unet = None if model.anatomy.uncounted else predict_speedup(program.calls, model.anatomy)
         if model.profiled is None or model.profiled.cost.is_guided != guided:
             return Forecast(unet)
         cost = model.profiled.cost
@@ -214,55 +217,57 @@ class Studio:
         plan: Plan,
         *,
         rounds: int,
-        ticket: Ticket,
-        tell: Callable[[Progress], None],
+        job: Job,
+        on_progress: OnProgress = lambda progress: None,
     ) -> Drawn:
-        """Hold a duel and keep it in the history.
+        """Draw in full and by the plan, in turns, and keep both in the history.
 
         Raises:
             LeansdError: there is no prompt, or the plan is for another number of steps.
-            Stopped: the ticket was.
+            Stopped: the job was.
         """
-        request = make_request(settings)
+        call = make_call(settings)
         if plan.steps != settings.steps:
             raise LeansdError(
                 f"plan {plan.name} is for {plan.steps} steps, not {settings.steps}: choose it again"
             )
-        with self._work_on(settings, ticket) as opened:
+        with self._work_on(settings, job) as opened:
             context = describe_runs(
                 opened.pipe, anatomy=opened.model.anatomy, guidance=settings.guidance
             )
-            warnings = resolve_plan(plan, context).notes
-            outcome = hold_duel(
+            notes = resolve_plan(plan, context).notes
+            comparison = compare_runs(
                 opened.pipe,
-                request,
-                plan,
-                rounds=rounds,
-                warm=opened.warm,
-                ticket=ticket,
-                tell=tell,
+                [Case(FULL, settings.steps), Case(LEAN, settings.steps, plan)],
+                [call] * rounds,  # the same one in every turn: as many pairs of times
+                seed=[settings.seed] * rounds,
+                references=(FULL, LEAN),
+                warm_up="none" if opened.is_warm else "short",
+                on_progress=on_progress,
             )
-            opened.warm = True
-        entry = keep_entry(self.folders.history, settings, plan, outcome)
-        return Drawn(entry, warnings)
+            opened.is_warm = True
+            numbers = read_numbers(comparison)
+        pictures = comparison[FULL].images[0], comparison[LEAN].images[0]
+        entry = keep_entry(self.folders.history, settings, plan, numbers, pictures)
+        return Drawn(entry, (*list_faults(comparison), *notes))
 
     def profile(
-        self, settings: Settings, *, ticket: Ticket, tell: Callable[[int, int], None]
+        self, settings: Settings, *, job: Job, on_progress: Callable[[int, int], None]
     ) -> Profiled:
         """Time everything on this machine; from then on plans are forecast in time as well.
 
         Raises:
-            Stopped: the ticket was.
+            Stopped: the job was.
         """
-        with self._work_on(settings, ticket) as opened, stopping(opened.pipe.unet, ticket):
+        with self._work_on(settings, job) as opened:
             told = iter(range(1, PROFILE_REPEATS + 1))
-            tell(0, PROFILE_REPEATS)
+            on_progress(0, PROFILE_REPEATS)
             cost: CostModel = profile(
                 opened.pipe,
                 call={"guidance_scale": settings.guidance},
                 repeats=PROFILE_REPEATS,
                 subject=settings.model,
-                on_run=lambda: tell(next(told), PROFILE_REPEATS),
+                on_run=lambda: on_progress(next(told), PROFILE_REPEATS),
             )
             facts = stamp(opened.pipe.device)
         model = opened.model
@@ -278,14 +283,14 @@ class Studio:
         *,
         speedup: float,
         tries: int,
-        ticket: Ticket,
-        tell: Callable[[str, float], None],
+        job: Job,
+        on_progress: Callable[[str, float], None],
     ) -> Tuned:
         """Find the plan that loses least at a speed, with a small budget; a stopped one goes on.
 
         Raises:
             LeansdError: there are too few prompts, or no plan is that fast.
-            Stopped: the ticket was.
+            Stopped: the job was.
         """
         if not FEWEST_CALLS <= len(prompts) <= MOST_PROMPTS:
             raise LeansdError(
@@ -294,7 +299,7 @@ class Studio:
             )
         if settings.steps < 4:
             raise LeansdError(f"{settings.steps} steps cannot be tuned: 4 are needed at least")
-        with self._work_on(settings, ticket) as opened, stopping(opened.pipe.unet, ticket):
+        with self._work_on(settings, job) as opened:
             require_tunable(opened.pipe.scheduler, settings.steps)
             front = tune(
                 opened.pipe,
@@ -308,28 +313,68 @@ class Studio:
                 seed=settings.seed,
                 batch=TUNING_BATCH,
                 sampler=name_sampler(opened.pipe),
-                journal=self.folders.journals / f"{_slug(settings.model)}.jsonl",
-                tell=tell,
+                journal=self.folders.find_journal(settings.model),
+                tell=on_progress,
             )
         return Tuned(front, front.find(speedup=speedup))
 
 
-def make_request(settings: Settings) -> Request:
-    """What the pipeline is asked for."""
+def make_call(settings: Settings) -> dict[str, Any]:
+    """What the pipeline is called with."""
     if not settings.prompt.strip():
         raise LeansdError("no prompt: say what to draw")
-    return Request(
-        prompt=settings.prompt.strip(),
-        negative=settings.negative.strip() or None,
-        seed=settings.seed,
-        steps=settings.steps,
-        guidance=settings.guidance,
+    call: dict[str, Any] = {
+        "prompt": settings.prompt.strip(),
+        "guidance_scale": settings.guidance,
+    }
+    negative = settings.negative.strip()
+    return call | ({"negative_prompt": negative} if negative else {})
+
+
+def read_numbers(comparison: Comparison) -> Numbers:
+    """What a comparison of `FULL` and `LEAN` measured."""
+    full, lean = comparison[FULL], comparison[LEAN]
+    report, close, alike = lean.report, lean.mean("psnr"), lean.mean("ssim")
+    assert full.timing is not None
+    assert lean.timing is not None
+    assert lean.speedup is not None
+    assert report is not None
+    assert close is not None
+    assert alike is not None
+    return Numbers(
+        full=list(full.timing.seconds),
+        lean=list(lean.timing.seconds),
+        speedup=lean.speedup.median,
+        low=lean.speedup.low,
+        high=lean.speedup.high,
+        predicted=None if report.uncounted else report.predicted_speedup,
+        psnr=close,
+        ssim=alike,
+        calls=report.calls,
+        full_calls=report.full_calls,
+        bytes_kept=report.bytes_kept,
     )
 
 
-def fit_plan(plan: Plan, steps: int) -> Plan:
-    """A plan stretched to other steps; it keeps its name, no longer what it was tuned for."""
-    return plan if plan.steps == steps else replace(plan.fit(steps), tuned=None)
+def list_faults(comparison: Comparison) -> list[str]:
+    """Which of the two runs gave no picture, and what to do; empty where both did."""
+    bad = [not isfinite(comparison.references[name].latents).all() for name in (FULL, LEAN)]
+    if bad[0]:
+        return [
+            f"no picture: the latents {NOT_FINITE} (NaN or Inf), in the full run as well, so the "
+            "model itself fails here: use whole weights, in float32"
+        ]
+    if bad[1]:
+        return [
+            f"no picture with the plan: its latents {NOT_FINITE} (NaN or Inf), the full run is "
+            "sound: choose a slower plan"
+        ]
+    return [
+        f"{what}: all pixels are equal, as where the autoencoder overflows in half precision or a "
+        "safety checker hides the picture"
+        for name, what in ((FULL, "no picture in full"), (LEAN, "no picture with the plan"))
+        if all(low == high for low, high in comparison[name].images[0].getextrema())  # type: ignore[misc]
+    ]
 
 
 def _runs_alone(name: str) -> bool:
@@ -338,7 +383,3 @@ def _runs_alone(name: str) -> bool:
         return not preset(name, 30).nets
     except LeansdError:
         return False
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-") or "model"

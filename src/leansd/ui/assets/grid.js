@@ -1,12 +1,6 @@
 // The plan as a table that can be painted: mouse, touch and keyboard.
-// The server sends {name, steps, keys, corrected, lines}; a change goes back as one `select`.
+// The server sends {name, steps, keys, corrected, lines, labels}; a change goes back as one `select`.
 const box = element.querySelector('.grid-box');
-const WORDS = {
-  compute: 'computed', reuse: 'reused', residual: 'residual', forecast: 'forecast',
-  forecast2: 'parabola', chebyshev: 'Chebyshev', 'chebyshev-line': 'Chebyshev, line',
-  idle: 'idle', gri: 'GRI', 'full-attention': 'full attention', mixed: 'mixed',
-};
-const GUIDANCE = { compute: 'computed', reuse: 'inherited', forecast: 'forecast', idle: 'dropped' };
 let shape = null;
 let cells = [];       // cells[row + 1][column + 1]; row and column 0 are the heads
 let here = [1, 1];
@@ -76,7 +70,7 @@ function draw() {
     const said = line.says[step] && state === 'idle' ? ' said' : '';
     const name = 'cell ' + state + said;
     if (cell.className !== name) cell.className = name;
-    const word = (line.at === 'guidance' ? GUIDANCE : WORDS)[state] || state;
+    const word = grid.labels[line.at === 'guidance' ? 'guidance' : 'units'][state] || state;
     const label = line.at + ', step ' + step + ': ' + word;
     if (cell.title !== label) { cell.title = label; cell.setAttribute('aria-label', label); }
   }));

@@ -1,4 +1,4 @@
-"""A plan as a grid of cells, a row a unit and a column a step, that are changed one by one.
+"""A plan as a grid of cells, a row a unit and a column a step, which are changed one by one.
 
 Every change gives a new plan, checked against the UNet before it is handed out. What a plan says
 with globs is spelled out in the steps that are changed, and only there.
@@ -15,18 +15,23 @@ from leansd.errors import LeansdError
 from leansd.plans.address import get_block, get_layer
 from leansd.plans.anatomy import HEAD, Anatomy
 from leansd.plans.compile import compile_plan
-from leansd.plans.grid import GUIDANCE_STATES, list_states
+from leansd.plans.grid import GUIDANCE_STATES, get_states, list_states
 from leansd.plans.liveness import GUIDANCE, Net
+from leansd.plans.methods import METHODS
 from leansd.plans.plan import Plan
-from leansd.plans.row import GUIDANCES, NO_CORRECTION, Guidance, How, Row, resolve_row
+from leansd.plans.row import GUIDANCES, NO_CORRECTION, Guidance, Row, resolve_row
 
 Tier = Literal["block", "layer", "unit"]
 TIERS: tuple[Tier, ...] = get_args(Tier)
 
-Brush = Literal["compute", "reuse", "residual", "forecast", "forecast2"]
-BRUSHES: tuple[Brush, ...] = get_args(Brush)
+COMPUTE = "compute"
 
 EDITED = " (edited)"
+
+
+def list_brushes() -> dict[str, str]:
+    """What a cell can be made to do, and how the page calls it: compute, or inherit in a way."""
+    return {COMPUTE: COMPUTE} | {name: method.label for name, method in METHODS.items()}
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,21 @@ class Grid:
     corrected: tuple[int, ...]
     """Steps whose output is moved on by a fitted correction."""
     lines: tuple[Line, ...]
+
+    @property
+    def labels(self) -> dict[str, dict[str, str]]:
+        """How the states are called, in rows of units and in the row of guidance."""
+        units = {name: state.label for name, state in get_states().items()}
+        guidance = {shown: GUIDANCE_LABELS[word] for word, shown in GUIDANCE_STATES.items()}
+        return {"units": units, GUIDANCE: guidance}
+
+
+GUIDANCE_LABELS: dict[Guidance, str] = {
+    "compute": "computed",
+    "inherit": "inherited",
+    "forecast": "forecast",
+    "drop": "dropped",
+}
 
 
 def list_tier(anatomy: Anatomy, tier: Tier) -> list[tuple[str, tuple[str, ...]]]:
@@ -92,7 +112,7 @@ def _blend(states: Sequence[str]) -> str:
 
 
 def change_cells(
-    plan: Plan, anatomy: Anatomy, cells: Iterable[tuple[str, int]], brush: Brush
+    plan: Plan, anatomy: Anatomy, cells: Iterable[tuple[str, int]], brush: str
 ) -> Plan:
     """The plan with all units under some addresses computed, or inheriting, at some steps.
 
@@ -102,8 +122,8 @@ def change_cells(
     Raises:
         LeansdError: the plan would mean nothing, as where the first step inherits.
     """
-    if brush not in BRUSHES:
-        raise LeansdError(f"no brush {brush!r}; there are {', '.join(BRUSHES)}")
+    if brush not in list_brushes():
+        raise LeansdError(f"no brush {brush!r}; there are {', '.join(list_brushes())}")
     by_step: dict[int, list[str]] = {}
     for at, step in cells:
         if not 0 <= step < plan.steps:
@@ -111,7 +131,7 @@ def change_cells(
         by_step.setdefault(step, []).append(at)
     rows = list(plan.rows)
     for step, addresses in by_step.items():
-        if step == 0 and brush != "compute":
+        if step == 0 and brush != COMPUTE:
             raise LeansdError("the first step computes everything: nothing was kept before it")
         rows[step] = _change_row(step, rows[step], anatomy, addresses, brush)
     return _finish(plan, rows, anatomy)
@@ -134,7 +154,7 @@ def turn_guidance(plan: Plan, anatomy: Anatomy, steps: Iterable[int]) -> Plan:
     return _finish(plan, rows, anatomy)
 
 
-def turn_key(plan: Plan, anatomy: Anatomy, step: int, brush: Brush = "forecast") -> Plan:
+def turn_key(plan: Plan, anatomy: Anatomy, step: int, brush: str = "forecast") -> Plan:
     """The plan with a step computed in full, or, if it is, doing what the nearest other one does.
 
     Where no step inherits yet, the UNet's output does from then on: that step is not run at all.
@@ -155,26 +175,24 @@ def turn_key(plan: Plan, anatomy: Anatomy, step: int, brush: Brush = "forecast")
             rows[step], inherit=like.inherit, guidance=like.guidance, correct=NO_CORRECTION
         )
         return _finish(plan, rows, anatomy)
-    how: How = "forecast" if brush == "compute" else brush
+    how = "forecast" if brush == COMPUTE else brush
     rows[step] = replace(rows[step], inherit={HEAD: how}, correct=NO_CORRECTION)
     return _finish(plan, rows, anatomy)
 
 
-def find_brush(plan: Plan, anatomy: Anatomy, at: str, step: int, brush: Brush) -> Brush:
-    """What a click on a cell means: the brush, or computing where it is that already."""
+def find_brush(plan: Plan, anatomy: Anatomy, at: str, step: int, brush: str) -> str:
+    """What a click on a cell sets: the brush, or computing where the brush is there already."""
     resolved = resolve_row(step, plan.rows[step], anatomy)
     units = [unit.at for unit in anatomy.select(at)]
-    return "compute" if all(resolved.get(unit) == brush for unit in units) else brush
+    return COMPUTE if all(resolved.get(unit) == brush for unit in units) else brush
 
 
-def _change_row(
-    step: int, row: Row, anatomy: Anatomy, addresses: Sequence[str], brush: Brush
-) -> Row:
+def _change_row(step: int, row: Row, anatomy: Anatomy, addresses: Sequence[str], brush: str) -> Row:
     inherit = resolve_row(step, row, anatomy)
     for at in addresses:
         for unit in anatomy.select(at):
             inherit.pop(unit.at, None)
-            if brush != "compute":
+            if brush != COMPUTE:
                 inherit[unit.at] = brush
     changed = replace(row, inherit=inherit)
     # A head that inherits has no computed output to correct.
@@ -195,9 +213,8 @@ def describe_cell(grid: Grid, at: str, step: int) -> str:
     if line is None or not 0 <= step < grid.steps:
         return ""
     state = line.states[step]
-    if state == "idle" and line.says[step]:
-        return f"{at} at step {step}: idle, for nobody reads what it would inherit"
     if state == "idle" and at != GUIDANCE:
-        return f"{at} at step {step}: idle, for nobody reads it"
-    names = {shown: word for word, shown in GUIDANCE_STATES.items()} if at == GUIDANCE else {}
-    return f"{at} at step {step}: {names.get(state, state)}"
+        what = "what it would inherit" if line.says[step] else "it"
+        return f"{at} at step {step}: idle, for nobody reads {what}"
+    label = grid.labels[GUIDANCE if at == GUIDANCE else "units"].get(state, state)
+    return f"{at} at step {step}: {label}"

@@ -24,7 +24,7 @@ class Stopped(Exception):
 
 
 @dataclass(eq=False)
-class Ticket:
+class Job:
     """One piece of work from when it is asked for: it may be stopped while it still waits."""
 
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -46,20 +46,19 @@ class Ticket:
         if self.is_stopped:
             raise Stopped
 
-
-@contextmanager
-def stopping(unet: Any, ticket: Ticket) -> Iterator[None]:
-    """Inside, every call of a UNet asks whether to go on: for work that has no steps of its own."""
-    handle = unet.register_forward_pre_hook(lambda module, given: ticket.check())
-    try:
-        yield
-    finally:
-        handle.remove()
+    @contextmanager
+    def watching(self, unet: Any) -> Iterator[None]:
+        """Inside, every call of a UNet asks whether to go on."""
+        handle = unet.register_forward_pre_hook(lambda module, given: self.check())
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 @dataclass(frozen=True)
 class Done(Generic[Result]):
-    """The last that is told of work: what came of it."""
+    """The last message of work: its result."""
 
     result: Result
 
@@ -70,87 +69,80 @@ def follow(
     """Do `work` in a thread of its own and hand on what it tells, at last its result.
 
     Where it tells more than a page can show, only the latest message is handed on. What the work
-    raises is raised here. Left early, the work goes on to its end: a `Ticket` stops it.
+    raises is raised here. Left early, the work goes on to its end: a `Job` stops it.
     """
     told: queue.SimpleQueue[Message | Done[Result] | BaseException] = queue.SimpleQueue()
 
     def run() -> None:
         try:
             told.put(Done(work(told.put)))
-        except BaseException as error:  # handed over to who waits
+        except BaseException as error:  # raised again by who waits
             told.put(error)
 
     threading.Thread(target=run, name="leansd-work", daemon=True).start()
     while True:
-        for message in _take_latest(told):
-            if isinstance(message, BaseException):
-                raise message
-            yield message
-            if isinstance(message, Done):
-                return
+        messages = [told.get()]
+        while not told.empty():
+            messages.append(told.get())
+        *others, last = messages
+        if isinstance(last, BaseException):
+            raise last
+        if isinstance(last, Done) and others:
+            yield others[-1]  # type: ignore[misc]
+        yield last
+        if isinstance(last, Done):
+            return
         time.sleep(PAUSE)
 
 
-def _take_latest(told: queue.SimpleQueue[Any]) -> list[Any]:
-    """The latest message, and what ends the work if that came."""
-    messages = [told.get()]
-    while not told.empty():
-        messages.append(told.get())
-    ends = [each for each in messages if isinstance(each, (Done, BaseException))]
-    others = [each for each in messages if not isinstance(each, (Done, BaseException))]
-    return [*others[-1:], *ends]
-
-
 @dataclass
-class Desk:
-    """The tickets that are out: one a session, and no more than a limit at once."""
+class JobQueue:
+    """The jobs of all sessions, at most `limit` of them, one a session."""
 
     limit: int
-    _tickets: dict[str, Ticket] = field(default_factory=dict[str, Ticket])
+    _jobs: dict[str, Job] = field(default_factory=dict[str, Job])
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def issue(self, session: str) -> Ticket:
-        """A ticket for the next piece of work of a session.
+    def add(self, session: str) -> Job:
+        """A job for the next piece of work of a session.
 
         Raises:
             LeansdError: too many are waiting, or the session's last one is not done.
         """
         with self._lock:
-            if session in self._tickets:
+            if session in self._jobs:
                 raise LeansdError("your last run is not over: stop it, or wait for it")
-            if len(self._tickets) >= self.limit:
+            if len(self._jobs) >= self.limit:
                 raise LeansdError(
                     f"{self.limit} runs are waiting or running, and that is the limit: try again "
                     "when one is over"
                 )
-            ticket = self._tickets[session] = Ticket()
-            return ticket
+            job = self._jobs[session] = Job()
+            return job
 
-    def find(self, session: str) -> Ticket:
-        """The session's ticket; one that is stopped where it was closed meanwhile."""
-        with self._lock:
-            ticket = self._tickets.get(session)
-        if ticket is None:
-            ticket = Ticket()
-            ticket.stop()
-        return ticket
+    def find(self, session: str) -> Job:
+        """The session's job; one that is stopped where it was closed meanwhile."""
+        job = self._jobs.get(session)
+        if job is None:
+            job = Job()
+            job.stop()
+        return job
 
     def stop(self, session: str) -> bool:
         """Stop the session's work at its next step; False where there is none."""
-        with self._lock:
-            ticket = self._tickets.get(session)
-        if ticket is not None:
-            ticket.stop()
-        return ticket is not None
+        job = self._jobs.get(session)
+        if job is not None:
+            job.stop()
+        return job is not None
 
     def close(self, session: str) -> None:
-        """The session's work is over."""
+        """The session's work is over, or nobody waits for it any more."""
         with self._lock:
-            ticket = self._tickets.pop(session, None)
-        if ticket is not None:
-            ticket.stop()
+            job = self._jobs.pop(session, None)
+        if job is not None:
+            job.stop()
 
     @property
     def waiting(self) -> int:
-        """Tickets that are out."""
-        return len(self._tickets)
+        """Jobs that wait or run."""
+        return len(self._jobs)
