@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING
 
-from leansd.plans.address import get_block, get_layer
+from leansd.plans.address import get_layer
 from leansd.plans.anatomy import Anatomy, Unit
-from leansd.plans.grid import get_states, list_states
+from leansd.plans.grid import draw_picture
 from leansd.plans.plan import Plan
 from leansd.report.figures import (
     TEXT,
@@ -40,38 +39,9 @@ KINDS = {"resnet": "compute", "transformer": "reuse", "": "soft"}
 
 def draw_plan(plan: Plan, anatomy: Anatomy, caption: str = "", *, name: str = "plan") -> Drawing:
     """A plan as a grid: a line a unit, a column a step."""
-    states = list_states(plan, anatomy)
-    figure = open_figure(WIDTH, len(states) * 6.6 + 62)
-    axes = open_axes(figure, left=52, right=6, top=4, bottom=58)
-    axes.set(xlim=(0, plan.steps), ylim=(len(states), 0))
-    said = {each for row in states.values() for each in row}
-    used = {name: state for name, state in get_states().items() if name in said}
-    for each, state in used.items():
-        fill_cells(axes, _list_runs(states, each), state.colour)
-    _mark_steps(axes, plan.steps)
-    blocks = [(block, len(list(rows))) for block, rows in groupby(states, key=get_block)]
-    starts = [sum(length for _, length in blocks[:place]) for place in range(len(blocks))]
-    axes.set_yticks(
-        [start + length / 2 for start, (_, length) in zip(starts, blocks, strict=True)],
-        [block for block, _ in blocks],
-    )
-    add_colours(axes, {each.label: each.colour for each in used.values()}, y=34, columns=4)
     keys = ", ".join(map(str, plan.keys))
     told = f"{len(plan.keys)} of {plan.steps} steps run the whole UNet, steps {keys}."
-    return Drawing(name, figure, f"Plan {plan.name}: {told}", caption)
-
-
-def _list_runs(states: Mapping[str, Sequence[str]], state: str) -> list[Cell]:
-    """Neighbouring steps in one state as one cell."""
-    cells: list[Cell] = []
-    for row, marks in enumerate(states.values()):
-        begin = 0
-        for each, run in groupby(marks):
-            length = len(list(run))
-            if each == state:
-                cells.append((row, begin, length))
-            begin += length
-    return cells
+    return Drawing(name, draw_picture(plan, anatomy), f"Plan {plan.name}: {told}", caption)
 
 
 def draw_heat(

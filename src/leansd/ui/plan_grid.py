@@ -63,7 +63,7 @@ class Grid:
         return {"units": units, GUIDANCE: guidance}
 
 
-GUIDANCE_LABELS: dict[Guidance, str] = {
+GUIDANCE_LABELS: dict[str, str] = {
     "compute": "computed",
     "inherit": "inherited",
     "forecast": "forecast",

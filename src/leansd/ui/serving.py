@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.themes import Base, Default
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -54,9 +55,9 @@ class Door:
     """Whether gradio's tunnel makes it public."""
 
 
-def make_theme() -> gr.themes.Base:
+def make_theme() -> Base:
     """Calm, with the fonts that the visitor's machine has."""
-    return gr.themes.Default(
+    return Default(
         primary_hue="blue",
         neutral_hue="gray",
         radius_size="md",
