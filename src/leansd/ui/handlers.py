@@ -52,45 +52,66 @@ SHOW_RESULTS = (
 
 def connect(parts: Parts, handlers: Handlers) -> None:
     """Everything that happens on the page; called inside its blocks."""
+    # A handler reads what it likes, and names what it may change.
+    forecasts = [parts.forecast, parts.prediction]
+    plan = [parts.plan, parts.grid, *forecasts, parts.lanes]
+    model = [parts.guidance, parts.anatomy, parts.costs, parts.prompts]
+    history = [parts.gallery, parts.keys]
+    entry = [parts.full, parts.lean, parts.slider, parts.numbers]
+    busy = [
+        *(parts.draw, parts.tune, parts.measure, parts.turn),
+        *(parts.stop, parts.tune_stop, parts.measure_stop),
+    ]
 
-    def listen(event: Any, handler: Any, **options: Any) -> Any:
+    def listen(event: Any, handler: Any, shows: list[Any], **options: Any) -> Any:
         """One event, with no name to be called by from outside the page."""
         given = options.pop("inputs", parts.inputs)
         hidden = {"api_visibility": "private", "show_progress": "hidden"}
-        return event(handler, given, parts.outputs, **hidden, **options)
+        return event(handler, given, shows, **hidden, **options)
 
     # Quick handlers do not wait for what computes; past the queue their errors would not be shown.
     quick = partial(listen, concurrency_id="page", concurrency_limit=8)
     slow = partial(listen, concurrency_id=DEVICE, concurrency_limit=1)
 
-    listen(parts.blocks.load, handlers.begin)
+    listen(
+        parts.blocks.load,
+        handlers.begin,
+        [parts.model, parts.plan_name, *model, *plan, *history],
+    )
     parts.blocks.unload(handlers.leave)
-    quick(parts.model.input, handlers.pick_model)
-    quick(parts.plan_name.input, handlers.pick_plan)
+    quick(parts.model.input, handlers.pick_model, [parts.plan_name, *model, *plan])
+    quick(parts.plan_name.input, handlers.pick_plan, [parts.steps, *plan])
     for event in (parts.steps.input, parts.sampler.input, parts.guidance.input):
-        quick(event, handlers.pick_steps, trigger_mode="always_last")
-    quick(parts.dice.click, handlers.roll)
-    quick(parts.grid.select, handlers.edit, trigger_mode="multiple")
-    quick(parts.tier.input, handlers.pick_tier)
+        quick(event, handlers.pick_steps, plan, trigger_mode="always_last")
+    quick(parts.dice.click, handlers.roll, [parts.seed])
+    edited = [parts.plan_name, parts.cell, *plan]
+    quick(parts.grid.select, handlers.edit, edited, trigger_mode="multiple")
+    quick(parts.tier.input, handlers.pick_tier, [parts.grid])
+    saved = [parts.plan, parts.save_name, parts.plan_name, parts.download, parts.cell]
     for event in (parts.save.click, parts.save_name.submit):
-        quick(event, handlers.save_plan)
-    quick(parts.upload.upload, handlers.load_plan, inputs={*parts.inputs, parts.upload})
-    quick(parts.gallery.select, handlers.recall)
+        quick(event, handlers.save_plan, [*saved, *forecasts])
+    loading = {*parts.inputs, parts.upload}
+    quick(parts.upload.upload, handlers.load_plan, [parts.steps, *edited], inputs=loading)
+    chosen = [parts.plan_name, parts.tabs, *parts.settings.values(), *model[1:], *plan, *entry]
+    quick(parts.gallery.select, handlers.recall, chosen)
 
-    for event, handler, js in (
-        (parts.draw.click, handlers.draw, SHOW_RESULTS),
-        (parts.prompt.submit, handlers.draw, SHOW_RESULTS),
-        (parts.tune.click, handlers.tune, None),
-        (parts.measure.click, handlers.measure, None),
+    drawn = [parts.lanes, parts.tabs, *entry, *history]
+    found = [parts.tuning, parts.steps, parts.plan_name, parts.save_name, *plan]
+    for event, handler, shows, js in (
+        (parts.draw.click, handlers.draw, drawn, SHOW_RESULTS),
+        (parts.prompt.submit, handlers.draw, drawn, SHOW_RESULTS),
+        (parts.tune.click, handlers.tune, found, None),
+        (parts.measure.click, handlers.measure, [parts.costs, *forecasts], None),
     ):
         # A job first, then the work in its turn, at last, whatever came of it, the job is closed.
-        begun = quick(event, handlers.open_job, js=js)
-        done = slow(begun.success, handler)
+        # With a script of its own, an event hands over what that returns: nothing.
+        begun = quick(event, handlers.open_job, busy, inputs=None, js=js)
+        done = slow(begun.success, handler, [*shows, parts.turn])
         # `then` alone does not follow an error.
         for over in (done.success, done.failure):
-            quick(over, handlers.close_job)
+            quick(over, handlers.close_job, busy, inputs=None)
     for stop in (parts.stop, parts.tune_stop, parts.measure_stop):
-        listen(stop.click, handlers.stop, inputs=None, queue=False)
+        listen(stop.click, handlers.stop, [], inputs=None, queue=False)
 
 
 def explain(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -283,7 +304,7 @@ class Handlers:
         parts, plan = self.parts, given[self.parts.plan]
         if plan is None:
             raise LeansdError("there is no plan to save yet")
-        wanted = given[parts.save_name].strip() or plan.name.removesuffix(EDITED)
+        wanted = (given[parts.save_name] or "").strip() or plan.name.removesuffix(EDITED)
         path = self.studio.folders.save_plan(plan, wanted)
         settings, saved = self.read_settings(given), plan.rename(path.stem)
         return {
@@ -324,19 +345,18 @@ class Handlers:
         return {parts.turn: turn, **changes}
 
     @explain
-    def open_job(self, given: Given, request: gr.Request) -> Changes:
+    def open_job(self, request: gr.Request) -> Changes:
         self.jobs.add(str(request.session_hash))
         before = self.jobs.waiting - 1
         said = fragments.show_note(f"{before} before yours: it begins when they are over")
         return self._set_busy(True, gr.update(value=said, visible=before > 0))
 
-    def close_job(self, given: Given, request: gr.Request) -> Changes:
+    def close_job(self, request: gr.Request) -> Changes:
         self.jobs.close(str(request.session_hash))
         return self._set_busy(False, gr.update(visible=False))
 
-    def stop(self, request: gr.Request) -> Changes:
+    def stop(self, request: gr.Request) -> None:
         self.jobs.stop(str(request.session_hash))
-        return {}
 
     def leave(self, request: gr.Request) -> None:
         """The page was closed: nobody waits for its work."""

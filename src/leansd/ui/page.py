@@ -44,11 +44,6 @@ class Parts(SimpleNamespace):
             *(self.save_name, self.speed, self.tries, self.prompts),
         }
 
-    @property
-    def outputs(self) -> list[Any]:
-        """All that handlers may change."""
-        return [part for part in vars(self).values() if not isinstance(part, gr.Blocks)]
-
 
 def lay_out(models: list[str]) -> Parts:
     """All components, without what they do."""
