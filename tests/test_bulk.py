@@ -2,7 +2,9 @@
 
 import json
 import os
+import tarfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from errno import ENOSPC
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+import leansd
+from leansd.bulk import jobs
 from leansd.bulk.jobs import (
     FILE,
     Drawer,
@@ -24,6 +28,7 @@ from leansd.bulk.jobs import (
 from leansd.bulk.rows import read_sheet
 from leansd.cli import main
 from leansd.errors import LeansdError
+from leansd.plans.plan import Tuned
 from leansd.shards import list_shards, read_shard
 from tiny import shallow_unet, tiny_pipeline
 
@@ -211,3 +216,136 @@ def test_a_damaged_shard_is_told(tmp_path: Path) -> None:
     path.write_bytes(b"not a tar")
     with pytest.raises(LeansdError, match="is damaged"):
         list(read_shard(path))
+
+
+def test_every_option_of_generate_holds_for_rows(
+    model: str, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vae = tmp_path / "vae"
+    tiny_pipeline(unet=shallow_unet(), seed=1).vae.save_pretrained(vae)
+    shared = ["--negative", "ugly", "--count", "2", "--init", str(tmp_path / "red.png")]
+    shared += ["--strength", "0.5", "--seed", "10"]
+    assert run(model, prompts, tmp_path / "out", *shared) == 0
+    drawn = [each for path in list_shards(tmp_path / "out") for each in read_shard(path)]
+    assert [each.id for each in drawn[:4]] == ["00-0", "00-1", "01-0", "01-1"]
+    assert [each.facts["seed"] for each in drawn[:4]] == [10, 11, 12, 13]
+    told = {each.id: each.facts["negative_prompt"] for each in drawn}
+    assert (told["00-0"], told["02-1"]) == ("ugly", "blue")
+    assert run(model, prompts, tmp_path / "plain", "--seed", "10") == 0
+    assert run(model, prompts, tmp_path / "vae-out", "--seed", "10", "--vae", str(vae)) == 0
+    plain, other = read_pictures(tmp_path / "plain"), read_pictures(tmp_path / "vae-out")
+    assert all(plain[key] != other[key] for key in plain)
+    assert {each.picture.tobytes() for each in drawn}.isdisjoint(plain.values())
+    # Where rows start from a picture, no step may be left over.
+    capsys.readouterr()
+    assert run(model, prompts, tmp_path / "none", *shared[4:], "--strength", "0.1") == 2
+    assert "leaves no step" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_rows_follow_the_rules_for_plans(
+    model: str, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = ["generate", "--prompts", str(prompts), "--model", model, "--threads", "1"]
+    few = [*shared, "--steps", "4", "--plan", "fast"]
+    assert main([*few, "--out", str(tmp_path / "few")]) == 0
+    assert "4 steps change too much each" in capsys.readouterr().err
+    (shard,) = list_shards(tmp_path / "few")
+    assert {each.facts["plan"] for each in read_shard(shard)} == {"full"}
+    assert main([*few, "--force", "--out", str(tmp_path / "forced")]) == 0
+    (shard,) = list_shards(tmp_path / "forced")
+    assert {each.facts["plan"] for each in read_shard(shard)} == {"fast"}
+    plan = leansd.Plan.between([0, 1, 3], cut="head", steps=4, how="forecast", name="tuned")
+    replace(plan, tuned=Tuned("ddim", "another", 7.5)).save(tmp_path / "plan.json")
+    capsys.readouterr()
+    tuned = [*shared, "--plan", str(tmp_path / "plan.json"), "--out", str(tmp_path / "tuned")]
+    assert main(tuned) == 2
+    assert "a UNet with other weights" in capsys.readouterr().err
+    assert not (tmp_path / "tuned").exists()
+    assert main([*tuned, "--force"]) == 0
+
+
+def test_ids_stay_apart_whatever_they_are(model: str, tmp_path: Path) -> None:
+    ids = ["v1.5", "v1.6", "v1-5", "A", "a", "x" * 200, "x" * 199 + "y", "éa"]
+    rows = [{"id": each, "prompt": f"thing {place}"} for place, each in enumerate(ids)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    assert run(model, path, tmp_path / "out") == 0
+    (shard,) = list_shards(tmp_path / "out")
+    assert [each.id for each in read_shard(shard)] == ids
+    with tarfile.open(shard) as tar:
+        names = tar.getnames()
+    # webdataset ends a sample's key at its first dot.
+    keys = [name.split(".")[0].casefold() for name in names]
+    assert len(set(keys)) == len(ids)
+    assert all(len(name.encode()) < 200 for name in names)
+    assert names[:2] == ["v1-5.png", "v1-5.json"]
+
+
+TABLES = {
+    "rows.csv": 'id,prompt,seed,negative_prompt\r\na,"one, two",3,\r\n\r\nb,three,,blue\r\n',
+    "rows.jsonl": '{"id": "a", "prompt": "one, two", "seed": 3}\r\n\r\n'
+    '{"id": "b", "prompt": "three", "negative_prompt": "blue"}\r\n',
+    "rows.txt": "one, two\r\n\r\n# a remark\r\nthree\r\n",
+}
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("name", TABLES)
+def test_files_come_as_people_have_them(name: str, mark: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes((mark + TABLES[name]).encode())
+    sheet = read_sheet(tmp_path / name)
+    assert [row.prompt for row in sheet.rows] == ["one, two", "three"]
+    assert not sheet.flaws
+    if not name.endswith(".txt"):
+        assert [row.id for row in sheet.rows] == ["a", "b"]
+        assert [row.seed for row in sheet.rows] == [3, None]
+        assert [row.negative_prompt for row in sheet.rows] == [None, "blue"]
+
+
+def test_keys_that_are_not_used_are_told_with_their_line(tmp_path: Path) -> None:
+    rows = [
+        {"id": "a", "prompt": "one", "license": "mine"},
+        {"id": "b", "prompt": "two", "license": "mine", "Negative": "blue"},
+        {"id": "c", "prompt": "three", "negativ_prompt": "blue"},
+        {"id": "d", "text": "four"},
+        {"id": "e/f", "prompt": "five"},
+        {"id": "..", "prompt": "six"},
+    ]
+    sheet = read_sheet(write_rows(tmp_path / "rows.jsonl", rows))
+    assert [row.id for row in sheet.rows] == ["a"]
+    assert "line 1: license is not used" in str(sheet.remarks[0])
+    assert [flaw.line for flaw in sheet.flaws] == [2, 3, 4, 5, 6]
+    for flaw in sheet.flaws[:2]:
+        assert "did you mean negative_prompt?" in flaw.reason
+    assert "did you mean prompt?" in sheet.flaws[2].reason
+    csv = tmp_path / "rows.csv"
+    csv.write_text("id,prompt,seed\na,one,x\nb,two,2\nc,three,1,more\n")
+    told = {flaw.line: flaw.reason for flaw in read_sheet(csv).flaws}
+    assert told == {2: "seed: 'x' is not a number", 4: "more cells than columns"}
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("one\ncaf\xe9\n".encode("latin-1"))
+    with pytest.raises(LeansdError, match=r"latin\.txt, line 2 is not UTF-8"):
+        read_sheet(latin)
+
+
+def test_rows_that_show_nothing_are_told_and_left_out(
+    model: str,
+    prompts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    honest = jobs.paint_together
+
+    def paint(*arguments: Any, **options: Any) -> Any:
+        drawn = honest(*arguments, **options)
+        for request, each in zip(arguments[1], drawn, strict=True):
+            each.fault = "it is black" if request.prompt == "thing 1" else ""
+        return drawn
+
+    monkeypatch.setattr(jobs, "paint_together", paint)
+    assert run(model, prompts, tmp_path / "out", "--json") == 1
+    said = capsys.readouterr()
+    assert "1 of 7 pictures show nothing; row 01: it is black" in said.err
+    assert json.loads(said.out.splitlines()[-1])["faults"] == {"01": "it is black"}
+    assert len(read_pictures(tmp_path / "out")) == 6

@@ -3,15 +3,17 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 import leansd
+from leansd import loading
 from leansd.cli import COMMANDS, main
 from pages import read_page
-from tiny import tiny_pipeline
+from tiny import shallow_unet, tiny_pipeline
 
 STEPS = "4"
 
@@ -20,6 +22,13 @@ STEPS = "4"
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "tiny"
     tiny_pipeline().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "shallow"
+    tiny_pipeline(unet=shallow_unet()).save_pretrained(path)
     return str(path)
 
 
@@ -244,12 +253,142 @@ def test_generate_tells_what_is_wrong_before_it_draws(fails, model, tmp_path):
         (["--size", "big"], "give 512 or"),
         (["--size", "100x50"], "multiples of 8"),
         (["--device", "gpu"], "no device 'gpu': this machine has"),
+        (["--dtype", "half"], "no dtype 'half': give float32, float16, bfloat16"),
         (["--out", tmp_path / "file" / "out"], "is not a folder"),
     ):
         shared = {"--model": model, "--out": tmp_path / "out"}
         given = dict(zip(options[::2], options[1::2], strict=True))
         arguments = [text for pair in (shared | given).items() for text in pair]
         assert said in fails("generate", "a", *arguments), options
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++2m"])
+def test_every_face_runs_the_plan_of_the_sampler(run, model, tmp_path, sampler):
+    """Not the hand-made schedule, which is what a preset is without one."""
+    expected = leansd.preset("balanced", 9, sampler=sampler).fingerprint
+    shared = ["--steps", 9, "--sampler", sampler, "--model", model, "--json"]
+    _, out, _ = run("generate", "a", *shared, "--out", tmp_path)
+    assert json.loads(out.splitlines()[-1])["pictures"][0]["plan_fingerprint"] == expected
+    _, out, _ = run("plan", "balanced", *shared)
+    assert json.loads(out.splitlines()[-1])["fingerprint"] == expected
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"id": "a", "prompt": "a"}')
+    run("generate", "--prompts", rows, *shared, "--out", tmp_path / "rows")
+    job = json.loads((tmp_path / "rows" / "job.json").read_text())
+    assert leansd.Plan.from_dict(job["plan"]).fingerprint == expected
+
+
+def test_no_picture_is_written_over(run, model, tmp_path):
+    long = "a castle on a hill above a lake at dawn in a very detailed style "
+    prompts = [f"{long} one", f"{long} two", "猫", "犬", "猫", "../a/b", "A B", "a b"]
+    shared = ["--model", model, "--steps", 1, "--out", tmp_path, "--json"]
+    _, out, _ = run("generate", *prompts, *shared)
+    pictures = json.loads(out.splitlines()[-1])["pictures"]
+    paths = [Path(each["path"]) for each in pictures]
+    assert {path.parent for path in paths} == {tmp_path}
+    assert (
+        len({str(path).casefold() for path in paths}) == len(prompts) == len(list_files(tmp_path))
+    )
+    for path, prompt in zip(paths, prompts, strict=True):
+        with Image.open(path) as image:
+            assert image.text["prompt"] == prompt
+    before = read_files(tmp_path)
+    _, out, _ = run("generate", "猫", *shared)  # the same again
+    assert read_files(tmp_path) == before
+    _, out, _ = run("generate", "猫", *shared, "--guidance", 2)
+    assert read_files(tmp_path).items() > before.items()
+    (path,) = (each["path"] for each in json.loads(out.splitlines()[-1])["pictures"])
+    assert path == str(tmp_path / "猫.full.seed0-3.png")
+    run("generate", "猫", *shared, "--guidance", 2, "--overwrite")
+    assert len(read_files(tmp_path)) == len(before) + 1
+
+
+def list_files(folder):
+    return [path for path in folder.iterdir() if path.is_file()]
+
+
+def read_files(folder):
+    return {path.name: path.read_bytes() for path in list_files(folder)}
+
+
+def break_weights(pipe):
+    pipe.unet.conv_out.bias.data[0] = float("nan")
+
+
+def flag_all(pipe):
+    honest = type(pipe).run_safety_checker
+    pipe.run_safety_checker = lambda image, *rest: (honest(pipe, image, *rest)[0], [True])
+
+
+def blacken(pipe):
+    pipe.vae.decode = lambda latents, **_: (torch.full((1, 3, 32, 32), float("nan")),)
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (break_weights, "from step 1 of 9 on; so does the full run"),
+        (flag_all, "safety checker"),
+        (blacken, "all its pixels are equal"),
+    ],
+)
+def test_a_picture_that_shows_nothing_is_not_written(run, model, tmp_path, monkeypatch, harm, told):
+    honest = loading.load
+
+    def load(*arguments, **options):
+        pipe = honest(*arguments, **options)
+        harm(pipe)
+        return pipe
+
+    monkeypatch.setattr(loading, "load", load)
+    out = tmp_path / "out"
+    shared = ["--model", model, "--steps", 9, "--plan", "fast", "--out", out, "--json"]
+    code, printed, said = run("generate", "a", *shared)
+    assert code == 1
+    assert told in said
+    assert not out.exists()
+    assert json.loads(printed.splitlines()[-1])["pictures"] == []
+
+
+def test_the_plan_is_blamed_where_the_full_run_is_sound(run, model, tmp_path, monkeypatch):
+    plan = leansd.Plan.full(4).correct({2: float("inf")})
+    plan.save(tmp_path / "plan.json")
+    shared = ["--model", model, "--plan", tmp_path / "plan.json", "--out", tmp_path / "out"]
+    code, _, said = run("generate", "a", *shared)
+    assert code == 1
+    assert "from step 3 of 4 on; the full run is sound: use --plan full" in said
+
+
+COMMANDS_TO_RUN = {
+    "generate": ["a", "--steps", 2, "--model", "MODEL"],
+    "generate rows": ["--prompts", "ROWS", "--steps", 2, "--model", "MODEL"],
+    "demo": ["--steps", 3, "--prompts", "a", "--model", "MODEL"],
+    "anatomy": ["MODEL", "--time", "--repeats", 1],
+    "profile": ["MODEL", "--repeats", 1, "--check", 0, "--steps", 2],
+    "evaluate": [
+        "MODEL", "--plan", "full", "--steps", 2, "--count", 2, "--prompts", "PROMPTS",
+        "--reference", "full", "--seeds-for-spread", 0,
+    ],
+    "cut": [
+        "MODEL", "--of", "macs", "--budget", 0.9, "--count", 1, "--steps", 2, "--moments", 1,
+        "--tries", 0, "--prompts", "PROMPTS",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", COMMANDS_TO_RUN)
+def test_every_command_runs_in_half_precision(run, shallow, tmp_path, monkeypatch, name, dtype):
+    """As everybody with a GPU runs it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a boat\na tree\n")
+    (tmp_path / "rows.jsonl").write_text('{"id": "a", "prompt": "a"}')
+    given = {"MODEL": shallow, "PROMPTS": "prompts.txt", "ROWS": "rows.jsonl"}
+    arguments = [given.get(each, each) for each in COMMANDS_TO_RUN[name]]
+    code, out, said = run(name.split()[0], *arguments, "--dtype", dtype, "--json")
+    assert code == 0, said
+    assert json.loads(out.splitlines()[-1])["command"] == name.split()[0]
+    assert f"{dtype} on a CPU saves memory" in said
 
 
 # -- anatomy and plan --------------------------------------------------------------------------
