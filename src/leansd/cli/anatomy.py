@@ -1,11 +1,11 @@
 """`leansd anatomy`: where a UNet keeps its weights and spends its time."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from leansd.cli.command import Result, command
+from leansd.cli.command import Result, argument, command, option
 from leansd.cli.completions import complete_shape
 from leansd.cli.options import Place
 
@@ -23,29 +23,19 @@ app = typer.Typer(add_completion=False)
     "leansd anatomy emoji --time --out anatomy --json",
 )
 def show_anatomy(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="emoji, a model folder, a .safetensors file, a hub id, or the bare shape of "
-            "sd15, sd21-base or sdxl.",
-            autocompletion=complete_shape,
-        ),
-    ] = "emoji",
+    model: str = argument(
+        "emoji",
+        "emoji, a model folder, a .safetensors file, a hub id, or the bare shape of "
+        "sd15, sd21-base or sdxl.",
+        autocompletion=complete_shape,
+    ),
     *,
-    latent: Annotated[
-        int | None, typer.Option(min=1, help="Side of the latents; the model's own by default.")
-    ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Text tokens.")] = 77,
-    time: Annotated[
-        bool, typer.Option("--time", help="Measure the latency of every unit here.")
-    ] = False,
-    batch: Annotated[
-        int, typer.Option(min=1, help="With --time: samples a call; 2 is a guided picture.")
-    ] = 2,
-    repeats: Annotated[int, typer.Option(min=1, help="With --time: timed calls.")] = 3,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for the records, the figures and a page.")
-    ] = None,
+    latent: int | None = option(None, "Side of the latents; the model's own by default.", min=1),
+    tokens: int = option(77, "Text tokens.", min=1),
+    time: bool = option(False, "Measure the latency of every unit here.", "--time"),
+    batch: int = option(2, "With --time: samples a call; 2 is a guided picture.", min=1),
+    repeats: int = option(3, "With --time: timed calls.", min=1),
+    out: Path | None = option(None, "Folder for the records, the figures and a page."),
     place: Place,
 ) -> Result:
     """Show a UNet as a tree of blocks, layers and units, with parameters and MACs.

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from leansd.cli.command import Result, command
+from leansd.cli.command import Result, command, option
 from leansd.cli.completions import complete_plan, complete_sampler
 from leansd.cli.options import Calls, Clip, ConvergedSteps, ModelOption, Place, SeedsForSpread
 
@@ -25,30 +25,18 @@ CALLS = Calls(count=64, seed=500_000)
 class Field:
     """Who is measured, and under which samplers and step counts."""
 
-    rivals: Annotated[
-        str, typer.Option(help="all, or some: fewer, samplers, deepcache, tgate, tomesd ...")
-    ] = "all"
-    plans: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Ours: a preset, a plan file, or a folder of SAMPLER-STEPS-GOAL.json; once for "
-            "each. The house presets by default.",
-            autocompletion=complete_plan,
-        ),
-    ] = None
-    sampler: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Once for each; dpm++2m, ddim and euler by default.",
-            autocompletion=complete_sampler,
-        ),
-    ] = None
-    steps: Annotated[
-        list[int] | None, typer.Option(min=2, help="Once for each; 20, 30 and 50 by default.")
-    ] = None
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A first look: 8 prompts, one sampler and step count.")
-    ] = False
+    rivals: str = option("all", "all, or some: fewer, samplers, deepcache, tgate, tomesd ...")
+    plans: list[str] | None = option(
+        None,
+        "Ours: a preset, a plan file, or a folder of SAMPLER-STEPS-GOAL.json; once "
+        "for each. The house presets by default.",
+        autocompletion=complete_plan,
+    )
+    sampler: list[str] | None = option(
+        None, "Once for each; dpm++2m, ddim and euler by default.", autocompletion=complete_sampler
+    )
+    steps: list[int] | None = option(None, "Once for each; 20, 30 and 50 by default.", min=2)
+    quick: bool = option(False, "A first look: 8 prompts, one sampler and step count.", "--quick")
 
     def check(self, converged_steps: int) -> tuple[list[str], list[int]]:
         """Samplers and step counts; raises LeansdError where one has no converged run."""
@@ -83,13 +71,9 @@ def bench(
     converged_steps: ConvergedSteps = 150,
     seeds_for_spread: SeedsForSpread = 2,
     clip: Clip = None,
-    out: Annotated[Path, typer.Option(help="File of records.")] = Path(
-        "benchmarks/results/bench.jsonl"
-    ),
-    report: Annotated[Path, typer.Option(help="Folder for plots and the page.")] = Path("bench"),
-    resume: Annotated[
-        bool, typer.Option(help="Go on where a stopped run with the same settings was.")
-    ] = True,
+    out: Path = option(Path("benchmarks/results/bench.jsonl"), "File of records."),
+    report: Path = option(Path("bench"), "Folder for plots and the page."),
+    resume: bool = option(True, "Go on where a stopped run with the same settings was."),
     place: Place,
 ) -> Result:
     """Measure ours against every rival: time and fidelity of the same runs, interleaved.

@@ -110,26 +110,45 @@ def command(
     return declare
 
 
+def option(default: Any, help: str, *names: str, **settings: Any) -> Any:
+    """An option of a command or of a dataclass of options; `...` for one that must be given."""
+    return _declare(default, typer.Option(*names, help=help, **settings))
+
+
+def argument(default: Any, help: str, **settings: Any) -> Any:
+    """An argument of a command."""
+    return _declare(default, typer.Argument(help=help, **settings))
+
+
+def _declare(default: Any, how: Any) -> Any:
+    return field(default=inspect.Parameter.empty if default is ... else default, metadata={1: how})
+
+
 def _expand(function: Command) -> tuple[list[inspect.Parameter], dict[str, Any]]:
     """The parameters of a command, dataclasses replaced by their fields; and the dataclasses."""
     hints = get_type_hints(function, include_extras=True)
     parameters: list[inspect.Parameter] = []
     groups: dict[str, Any] = {}
     for at, parameter in inspect.signature(function).parameters.items():
-        kind = hints[at]
+        kind, default = hints[at], parameter.default
         if not is_dataclass(kind):
-            parameters.append(_make_option(at, kind, parameter.default))
+            parameters.append(_make_option(at, kind, default, default))
             continue
         groups[at] = kind
         inner = get_type_hints(kind, include_extras=True)
-        example = kind() if parameter.default is parameter.empty else parameter.default
+        example = kind() if default is parameter.empty else default
         for each in fields(kind):
-            default = getattr(example, each.name)
-            parameters.append(_make_option(each.name, inner[each.name], default))
+            own = getattr(example, each.name)
+            parameters.append(_make_option(each.name, inner[each.name], own, each))
     return parameters, groups
 
 
-def _make_option(name: str, kind: Any, default: Any) -> inspect.Parameter:
+def _make_option(name: str, kind: Any, default: Any, declared: Any = None) -> inspect.Parameter:
+    """A parameter as Typer reads it."""
+    how = getattr(declared, "metadata", {}).get(1)
+    if how is not None:
+        kind = Annotated[kind, how]
+        default = default.default if default is declared else default
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
 

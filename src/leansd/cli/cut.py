@@ -1,11 +1,11 @@
 """`leansd cut`: choose what to take out of a UNet for a budget of its cost."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from leansd.cli.command import Result, command
+from leansd.cli.command import Result, command, option
 from leansd.cli.completions import offer
 from leansd.cli.options import Calls, ModelArgument, Opening
 
@@ -25,34 +25,24 @@ CALLS = Calls(count=8)
 def cut_unet(
     model: ModelArgument = "emoji",
     *,
-    budget: Annotated[
-        float, typer.Option(help="Share of the UNet's cost that may be left, as in 0.8.")
-    ] = 0.8,
-    of: Annotated[
-        str,
-        typer.Option(
-            help="What costs: ms (of a call here), macs or params.",
-            autocompletion=offer("ms", "macs", "params"),
-        ),
-    ] = "ms",
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="File of the surgery; the report lies beside it.")
-    ] = Path("surgery.yaml"),
-    cost: Annotated[
-        Path | None,
-        typer.Option(
-            help="Records of leansd profile or leansd anatomy --time, for ms, of this UNet or of "
-            "one with its addresses; measured here by default."
-        ),
-    ] = None,
+    budget: float = option(0.8, "Share of the UNet's cost that may be left, as in 0.8."),
+    of: str = option(
+        "ms",
+        "What costs: ms (of a call here), macs or params.",
+        autocompletion=offer("ms", "macs", "params"),
+    ),
+    out: Path = option(
+        Path("surgery.yaml"), "File of the surgery; the report lies beside it.", "--out", "-o"
+    ),
+    cost: Path | None = option(
+        None,
+        "Records of leansd profile or leansd anatomy --time, for ms, of this UNet or "
+        "of one with its addresses; measured here by default.",
+    ),
     calls: Calls = CALLS,
-    steps: Annotated[int, typer.Option(min=2, help="Sampler steps of their runs.")] = 30,
-    moments: Annotated[
-        int, typer.Option(min=1, help="Time steps of each run that count, evenly spread.")
-    ] = 6,
-    tries: Annotated[
-        int, typer.Option(min=0, help="Cuts near the first answer that are measured.")
-    ] = 24,
+    steps: int = option(30, "Sampler steps of their runs.", min=2),
+    moments: int = option(6, "Time steps of each run that count, evenly spread.", min=1),
+    tries: int = option(24, "Cuts near the first answer that are measured.", min=0),
     opening: Opening,
 ) -> Result:
     """Measure what every removal does to the UNet's output, and choose the best cut.

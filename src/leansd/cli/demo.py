@@ -1,11 +1,11 @@
 """`leansd demo`: what the plans gain and what they cost, on pictures."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from leansd.cli.command import OnlyJson, Result, command
+from leansd.cli.command import OnlyJson, Result, command, option
 from leansd.cli.options import Guidance, ModelOption, Opening
 
 if TYPE_CHECKING:
@@ -23,15 +23,11 @@ app = typer.Typer(add_completion=False)
 )
 def show_demo(
     *,
-    out: Annotated[
-        Path, typer.Option(help="Folder for the report, the pictures and the records.")
-    ] = Path("demo"),
+    out: Path = option(Path("demo"), "Folder for the report, the pictures and the records."),
     model: ModelOption = "emoji",
-    steps: Annotated[int, typer.Option(min=2, help="Sampler steps of the full run.")] = 30,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first prompt.")] = 0,
-    prompts: Annotated[
-        list[str] | None, typer.Option(help="A prompt; give the option once for each.")
-    ] = None,
+    steps: int = option(30, "Sampler steps of the full run.", min=2),
+    seed: int = option(0, "Seed of the first prompt.", min=0),
+    prompts: list[str] | None = option(None, "A prompt; give the option once for each."),
     guidance: Guidance = None,
     opening: Opening,
 ) -> Result:

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from leansd.cli.command import Result, command
+from leansd.cli.command import Result, command, option
 from leansd.cli.completions import complete_plan, offer
 from leansd.cli.options import (
     Calls,
@@ -32,20 +32,17 @@ CALLS = Calls(count=64, seed=1000)
 class References:
     """What plans are held against, and what is measured like them."""
 
-    reference: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="full, converged, or SAMPLER:STEPS as in dpm++2m:150; once for each. "
-            "full and converged by default. With --pictures: a folder of pictures, or a file of "
-            "statistics (.safetensors, or .npz with mu and sigma).",
-            autocompletion=offer("full", "converged"),
-        ),
-    ] = None
+    reference: list[str] | None = option(
+        None,
+        "full, converged, or SAMPLER:STEPS as in dpm++2m:150; once for each. full "
+        "and converged by default. With --pictures: a folder of pictures, or a file "
+        "of statistics (.safetensors, or .npz with mu and sigma).",
+        autocompletion=offer("full", "converged"),
+    )
     converged_steps: ConvergedSteps = 150
-    rival: Annotated[
-        list[str] | None,
-        typer.Option(help="SAMPLER:STEPS to measure like a plan, as in unipc:15; once for each."),
-    ] = None
+    rival: list[str] | None = option(
+        None, "SAMPLER:STEPS to measure like a plan, as in unipc:15; once for each."
+    )
 
     @property
     def names(self) -> list[str]:
@@ -104,47 +101,31 @@ class Cases:
 class Scores:
     """Scores of a folder of pictures, whoever drew them."""
 
-    pictures: Annotated[
-        Path | None,
-        typer.Option(
-            help="Score this folder of tar shards (leansd generate --prompts) or pictures, "
-            "instead of plans."
-        ),
-    ] = None
-    metrics: Annotated[
-        str | None,
-        typer.Option(
-            help="With --pictures: of fid,is,clip,lpips,precision and tiny-frechet,tiny-clip,"
-            "tiny-precision; by default what the weights at hand allow."
-        ),
-    ] = None
-    weights: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=PATH",
-            help="With --pictures: weights of inception, clip or lpips; repeat it.",
-        ),
-    ] = None
-    resize: Annotated[
-        int | None,
-        typer.Option(min=8, help="With --pictures: their middle square at so many pixels first."),
-    ] = None
-    cache: Annotated[
-        Path | None,
-        typer.Option(help="With --pictures: where what is seen of references is kept."),
-    ] = None
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS", help="With --pictures: a Ray cluster, or local for one here."
-        ),
-    ] = None
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="With --ray: networks at once; one a GPU by default.")
-    ] = None
-    threads: Annotated[
-        int, typer.Option(min=0, help="With --pictures: of a network on a CPU; 0 for all.")
-    ] = 0
+    pictures: Path | None = option(
+        None,
+        "Score this folder of tar shards (leansd generate --prompts) or pictures, "
+        "instead of plans.",
+    )
+    metrics: str | None = option(
+        None,
+        "With --pictures: of fid,is,clip,lpips,precision and "
+        "tiny-frechet,tiny-clip,tiny-precision; by default what the weights at hand "
+        "allow.",
+    )
+    weights: list[str] | None = option(
+        None,
+        "With --pictures: weights of inception, clip or lpips; repeat it.",
+        metavar="NAME=PATH",
+    )
+    resize: int | None = option(
+        None, "With --pictures: their middle square at so many pixels first.", min=8
+    )
+    cache: Path | None = option(None, "With --pictures: where what is seen of references is kept.")
+    ray: str | None = option(
+        None, "With --pictures: a Ray cluster, or local for one here.", metavar="ADDRESS"
+    )
+    workers: int | None = option(None, "With --ray: networks at once; one a GPU by default.", min=1)
+    threads: int = option(0, "With --pictures: of a network on a CPU; 0 for all.", min=0)
 
 
 @command(
@@ -157,25 +138,21 @@ class Scores:
 def evaluate_plans(
     model: ModelArgument = "emoji",
     *,
-    plan: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A preset or a plan file; give the option once for each.",
-            autocompletion=complete_plan,
-        ),
-    ] = None,
-    steps: Annotated[int, typer.Option(min=2, help="Sampler steps of full run and plans.")] = 30,
+    plan: list[str] | None = option(
+        None,
+        "A preset or a plan file; give the option once for each.",
+        autocompletion=complete_plan,
+    ),
+    steps: int = option(30, "Sampler steps of full run and plans.", min=2),
     fitting: Fitting,
     calls: Calls = CALLS,
     references: References,
     seeds_for_spread: SeedsForSpread = 2,
     clip: Clip = None,
-    lpips: Annotated[
-        Path | None, typer.Option(help="AlexNet weights of torchvision, for LPIPS.")
-    ] = None,
-    out: Annotated[
-        Path, typer.Option(help="Folder for report, records and what resumes a stopped run.")
-    ] = Path("evaluation"),
+    lpips: Path | None = option(None, "AlexNet weights of torchvision, for LPIPS."),
+    out: Path = option(
+        Path("evaluation"), "Folder for report, records and what resumes a stopped run."
+    ),
     scores: Scores,
     opening: Opening,
 ) -> Result:

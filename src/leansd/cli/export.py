@@ -1,11 +1,10 @@
 """`leansd export`: a net as files for stock diffusers or for ONNX Runtime."""
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from leansd.cli.command import Result, command
+from leansd.cli.command import Result, argument, command, option
 from leansd.cli.completions import complete_model, complete_plan, complete_sampler, offer
 from leansd.cli.options import Fit, ReportFile
 from leansd.text import Table
@@ -20,47 +19,35 @@ app = typer.Typer(add_completion=False)
     "leansd export emoji --to diffusers --out emoji-unet",
 )
 def export_net(
-    net: Annotated[
-        str,
-        typer.Argument(
-            metavar="NET",
-            help="emoji, a UNet's folder or a model folder.",
-            autocompletion=complete_model,
-        ),
-    ],
+    net: str = argument(
+        ...,
+        "emoji, a UNet's folder or a model folder.",
+        metavar="NET",
+        autocompletion=complete_model,
+    ),
     *,
-    to: Annotated[
-        str,
-        typer.Option(
-            help="diffusers, a folder that UNet2DConditionModel.from_pretrained opens, or onnx.",
-            autocompletion=offer("diffusers", "onnx"),
-        ),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out", "-o", help="Folder to write: new, empty or an earlier export to onnx."
-        ),
-    ],
-    plan: Annotated[
-        str | None,
-        typer.Option(
-            help="For onnx: a preset or a plan file, whose graphs are written, too.",
-            autocompletion=complete_plan,
-        ),
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(min=1, help="Steps of the runs: 30 for a preset, a plan file's own count."),
-    ] = None,
+    to: str = option(
+        ...,
+        "diffusers, a folder that UNet2DConditionModel.from_pretrained opens, or onnx.",
+        autocompletion=offer("diffusers", "onnx"),
+    ),
+    out: Path = option(
+        ..., "Folder to write: new, empty or an earlier export to onnx.", "--out", "-o"
+    ),
+    plan: str | None = option(
+        None,
+        "For onnx: a preset or a plan file, whose graphs are written, too.",
+        autocompletion=complete_plan,
+    ),
+    steps: int | None = option(
+        None, "Steps of the runs: 30 for a preset, a plan file's own count.", min=1
+    ),
     fit: Fit = False,
-    sampler: Annotated[
-        str | None,
-        typer.Option(
-            help="What a preset is for: ddim, dpm++2m ...; the model's own by default.",
-            autocompletion=complete_sampler,
-        ),
-    ] = None,
+    sampler: str | None = option(
+        None,
+        "What a preset is for: ddim, dpm++2m ...; the model's own by default.",
+        autocompletion=complete_sampler,
+    ),
     report: ReportFile = None,
 ) -> Result:
     """Export a net; for ONNX, check in ONNX Runtime that it gives what PyTorch gives."""

@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from leansd.cli.command import Result, command
+from leansd.cli.command import Result, argument, command, option
 from leansd.cli.completions import complete_plan
 from leansd.cli.options import Following, ModelOption, Opening, OwnGuidance, Size
 
@@ -23,35 +23,23 @@ app = typer.Typer(add_completion=False)
 class Wanted:
     """What to draw, whichever way the prompts come."""
 
-    plan: Annotated[
-        str,
-        typer.Option(
-            help="A preset (see leansd plan), a plan file, or a front with --speedup; full skips "
-            "nothing.",
-            autocompletion=complete_plan,
-        ),
-    ] = "balanced"
-    speedup: Annotated[
-        float | None, typer.Option(help="With a front of leansd tune: the speed to take it at.")
-    ] = None
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Sampler steps; 30, or what the plan file is for.")
-    ] = None
-    guidance: OwnGuidance = None
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture of a prompt.")] = 0
-    count: Annotated[int, typer.Option(min=1, help="Pictures a prompt, each a seed further.")] = 1
-    negative: Annotated[str, typer.Option(help="What to steer away from.")] = ""
-    size: Size = None
-    init: Annotated[Path | None, typer.Option(help="Start from this picture (image-to-image).")] = (
-        None
+    plan: str = option(
+        "balanced",
+        "A preset (see leansd plan), a plan file, or a front with --speedup; full skips nothing.",
+        autocompletion=complete_plan,
     )
-    strength: Annotated[
-        float, typer.Option(help="With --init: how much to redraw, above 0 and up to 1.")
-    ] = 0.8
-    vae: Annotated[
-        Path | None,
-        typer.Option(help="Folder of another autoencoder, such as a small one, to decode with."),
-    ] = None
+    speedup: float | None = option(None, "With a front of leansd tune: the speed to take it at.")
+    steps: int | None = option(None, "Sampler steps; 30, or what the plan file is for.", min=1)
+    guidance: OwnGuidance = None
+    seed: int = option(0, "Seed of the first picture of a prompt.", min=0)
+    count: int = option(1, "Pictures a prompt, each a seed further.", min=1)
+    negative: str = option("", "What to steer away from.")
+    size: Size = None
+    init: Path | None = option(None, "Start from this picture (image-to-image).")
+    strength: float = option(0.8, "With --init: how much to redraw, above 0 and up to 1.")
+    vae: Path | None = option(
+        None, "Folder of another autoencoder, such as a small one, to decode with."
+    )
 
     def find_source(self) -> "Plan | str":
         """The plan that is asked for, that of a front looked up."""
@@ -77,32 +65,21 @@ class Wanted:
 class Rows:
     """Prompts from a file, drawn into shards."""
 
-    prompt_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--prompts",
-            help="A .jsonl, .csv or .parquet of rows (id, prompt, and if you like seed, "
-            "negative_prompt, init_image, strength), or a .txt of prompts; pictures go to "
-            "OUT/shard-*.tar, and a stopped run goes on.",
-        ),
-    ] = None
-    batch: Annotated[int, typer.Option(min=1, help="With --prompts: pictures at once.")] = 8
-    shard: Annotated[int, typer.Option(min=1, help="With --prompts: pictures a shard.")] = 256
-    strict: Annotated[
-        bool, typer.Option("--strict", help="With --prompts: stop at a malformed row.")
-    ] = False
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS", help="With --prompts: a Ray cluster, or local for one here."
-        ),
-    ] = None
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="With --ray: models at once; one a GPU by default.")
-    ] = None
-    threads: Annotated[
-        int, typer.Option(min=0, help="With --prompts: of a model on a CPU; 0 for all.")
-    ] = 0
+    prompt_file: Path | None = option(
+        None,
+        "A .jsonl, .csv or .parquet of rows (id, prompt, and if you like seed, "
+        "negative_prompt, init_image, strength), or a .txt of prompts; pictures go "
+        "to OUT/shard-*.tar, and a stopped run goes on.",
+        "--prompts",
+    )
+    batch: int = option(8, "With --prompts: pictures at once.", min=1)
+    shard: int = option(256, "With --prompts: pictures a shard.", min=1)
+    strict: bool = option(False, "With --prompts: stop at a malformed row.", "--strict")
+    ray: str | None = option(
+        None, "With --prompts: a Ray cluster, or local for one here.", metavar="ADDRESS"
+    )
+    workers: int | None = option(None, "With --ray: models at once; one a GPU by default.", min=1)
+    threads: int = option(0, "With --prompts: of a model on a CPU; 0 for all.", min=0)
 
 
 @command(
@@ -113,21 +90,17 @@ class Rows:
     "leansd generate --prompts rows.jsonl --out shards --batch 16",
 )
 def generate_pictures(
-    prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw.")
-    ] = None,
+    prompts: list[str] | None = argument(None, "What to draw.", metavar="PROMPT"),
     *,
     model: ModelOption = "emoji",
     wanted: Wanted,
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("pictures"),
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Write over other pictures of the same name in OUT."),
-    ] = False,
-    compare: Annotated[
-        bool,
-        typer.Option("--compare", help="Draw in full as well, and show both in OUT/report.html."),
-    ] = False,
+    out: Path = option(Path("pictures"), "Folder for the pictures."),
+    overwrite: bool = option(
+        False, "Write over other pictures of the same name in OUT.", "--overwrite"
+    ),
+    compare: bool = option(
+        False, "Draw in full as well, and show both in OUT/report.html.", "--compare"
+    ),
     following: Following,
     opening: Opening,
     rows: Rows,

@@ -1,11 +1,11 @@
 """`leansd incubate`: a lighter UNet distilled from a pipeline's, as a recipe says."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from leansd.cli.command import Result, command, quote_command
+from leansd.cli.command import Result, argument, command, option, quote_command
 
 if TYPE_CHECKING:
     from leansd.incubation.recipe import Recipe
@@ -21,27 +21,17 @@ app = typer.Typer(add_completion=False)
     "leansd incubate recipes/smoke.yaml --out runs/smoke --resume",
 )
 def incubate_recipe(
-    recipe: Annotated[
-        Path,
-        typer.Argument(help="A YAML file, or one that comes along: smoke, sd15-asdm."),
-    ],
-    changes: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Changes by dotted path."),
-    ] = None,
+    recipe: Path = argument(..., "A YAML file, or one that comes along: smoke, sd15-asdm."),
+    changes: list[str] | None = argument(None, "Changes by dotted path.", metavar="KEY=VALUE"),
     *,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder of the run; the net is OUT/net.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT.")] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Only say what it takes: compute, memory, disk, hours."),
-    ] = False,
-    report: Annotated[
-        Path | None,
-        typer.Option(help="With --dry-run: an HTML page of it; a run has OUT/report.html."),
-    ] = None,
+    out: Path | None = option(None, "Folder of the run; the net is OUT/net.", "--out", "-o"),
+    resume: bool = option(False, "Go on with the run in OUT.", "--resume"),
+    dry_run: bool = option(
+        False, "Only say what it takes: compute, memory, disk, hours.", "--dry-run"
+    ),
+    report: Path | None = option(
+        None, "With --dry-run: an HTML page of it; a run has OUT/report.html."
+    ),
 ) -> Result:
     """Distil, assemble and distil again; accelerate launch -m leansd.cli for several GPUs."""
     from leansd.cli.terminal import hush_libraries, note

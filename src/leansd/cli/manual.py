@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from inspect import cleandoc
 from pathlib import Path
 from textwrap import fill
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from leansd.cli.command import PROGRAM, Result, command, read_examples
+from leansd.cli.command import PROGRAM, Result, argument, command, option, read_examples
 from leansd.cli.completions import offer
 
 app = typer.Typer(add_completion=False)
@@ -88,20 +88,13 @@ class ManualSection:
     json=None,
 )
 def show_manual(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="COMMAND", help="Only this command; all of them by default."),
-    ] = None,
-    to: Annotated[
-        str,
-        typer.Option(
-            help="text, markdown, or roff for man.",
-            autocompletion=offer("text", "markdown", "roff"),
-        ),
-    ] = "text",
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="File to write; the terminal by default.")
-    ] = None,
+    words: list[str] | None = argument(
+        None, "Only this command; all of them by default.", metavar="COMMAND"
+    ),
+    to: str = option(
+        "text", "text, markdown, or roff for man.", autocompletion=offer("text", "markdown", "roff")
+    ),
+    out: Path | None = option(None, "File to write; the terminal by default.", "--out", "-o"),
 ) -> Result | None:
     """Show every command with its options and examples, or write that as a file."""
     from difflib import get_close_matches

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from leansd.cli.command import Result, command
+from leansd.cli.command import Result, argument, command, option
 from leansd.cli.completions import complete_shape, complete_surgery
 from leansd.cli.options import ReportFile
 from leansd.text import Table
@@ -25,41 +25,27 @@ app = typer.Typer(add_completion=False)
     "leansd operate bk-base --model emoji --out nets/light",
 )
 def operate_on_unet(
-    surgery: Annotated[
-        str | None,
-        typer.Argument(
-            help="A YAML file or a preset; without it, the presets are listed.",
-            autocompletion=complete_surgery,
-        ),
-    ] = None,
+    surgery: str | None = argument(
+        None,
+        "A YAML file or a preset; without it, the presets are listed.",
+        autocompletion=complete_surgery,
+    ),
     *,
-    model: Annotated[
-        str,
-        typer.Option(
-            help="Whose UNet is operated on: emoji, a model folder, a UNet's folder, a "
-            ".safetensors file or a hub id; with --preview also sd15, sd21-base and sdxl.",
-            autocompletion=complete_shape,
-        ),
-    ] = "emoji",
-    nets: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--net", metavar="NAME=MODEL", help="Another UNet that the surgery takes from."
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", help="Folder for the UNet, its lineage and the surgery."),
-    ] = None,
-    whole: Annotated[
-        bool, typer.Option("--whole", help="Write a whole model with the UNet in it.")
-    ] = False,
-    only_preview: Annotated[
-        bool, typer.Option("--preview", help="Only say what goes and what is left.")
-    ] = False,
-    latent: Annotated[
-        int | None, typer.Option(min=1, help="Side of the latents that MACs are counted at.")
-    ] = None,
+    model: str = option(
+        "emoji",
+        "Whose UNet is operated on: emoji, a model folder, a UNet's folder, a "
+        ".safetensors file or a hub id; with --preview also sd15, sd21-base and sdxl.",
+        autocompletion=complete_shape,
+    ),
+    nets: list[str] | None = option(
+        None, "Another UNet that the surgery takes from.", "--net", metavar="NAME=MODEL"
+    ),
+    out: Path | None = option(
+        None, "Folder for the UNet, its lineage and the surgery.", "--out", "-o"
+    ),
+    whole: bool = option(False, "Write a whole model with the UNet in it.", "--whole"),
+    only_preview: bool = option(False, "Only say what goes and what is left.", "--preview"),
+    latent: int | None = option(None, "Side of the latents that MACs are counted at.", min=1),
     report: ReportFile = None,
 ) -> Result:
     """Cut a UNet, or assemble one from several, and write it."""

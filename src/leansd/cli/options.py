@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from leansd.cli.command import option
 from leansd.cli.completions import (
     DTYPES,
     complete_device,
@@ -80,13 +81,11 @@ class Place:
     """Where a model runs, and in what precision."""
 
     device: Device = None
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, float16 or bfloat16; float16 on a GPU and float32 elsewhere by default.",
-            autocompletion=complete_dtype,
-        ),
-    ] = None
+    dtype: str | None = option(
+        None,
+        "float32, float16 or bfloat16; float16 on a GPU and float32 elsewhere by default.",
+        autocompletion=complete_dtype,
+    )
 
     def check(self) -> None:
         """Refuses what is not there, before a weight is read."""
@@ -151,14 +150,12 @@ class Fitting:
     """How a plan is fitted to the runs that follow it."""
 
     fit: Fit = False
-    force: Annotated[
-        bool,
-        typer.Option(
-            "--force",
-            help="Follow a preset also where few steps gain nothing, and a plan file also where it "
-            "was not tuned for.",
-        ),
-    ] = False
+    force: bool = option(
+        False,
+        "Follow a preset also where few steps gain nothing, and a plan file also "
+        "where it was not tuned for.",
+        "--force",
+    )
 
     @property
     def nets(self) -> dict[str, str]:
@@ -253,15 +250,11 @@ def read_pairs(given: Sequence[str], form: str) -> dict[str, str]:
 class Calls:
     """A set of pictures: what they are of, and how they are drawn."""
 
-    prompts: Annotated[
-        Path | None, typer.Option(help="Text file, a prompt a line; some are built in.")
-    ] = None
-    count: Annotated[
-        int | None, typer.Option(min=1, help="Pictures; prompts are taken in turns.")
-    ] = None
+    prompts: Path | None = option(None, "Text file, a prompt a line; some are built in.")
+    count: int | None = option(None, "Pictures; prompts are taken in turns.", min=1)
     guidance: Guidance = None
-    seed: Annotated[int, typer.Option(min=0, help="Picture i has seed SEED + i.")] = 0
-    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 8
+    seed: int = option(0, "Picture i has seed SEED + i.", min=0)
+    batch: int = option(8, "Pictures drawn at once.", min=1)
 
     def list_prompts(self, model: str, own: Sequence[str]) -> list[str]:
         """So many prompts, those of the file or the embedded model's, in turns.

@@ -2,11 +2,11 @@
 
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from leansd.cli.command import Result, command
+from leansd.cli.command import Result, argument, command, option
 from leansd.cli.completions import complete_plan, complete_shape
 from leansd.cli.options import Following, ReportFile, Sampler
 from leansd.cli.terminal import PlanGrid
@@ -27,33 +27,24 @@ FORMATS = (".png", ".svg", ".pdf")
     "leansd plan fast --model sd15 -o plan.json --picture plan.png",
 )
 def show_plan(
-    plan: Annotated[
-        str | None,
-        typer.Argument(
-            help="A preset or a plan file; without it, the presets are listed.",
-            autocompletion=complete_plan,
-        ),
-    ] = None,
+    plan: str | None = argument(
+        None,
+        "A preset or a plan file; without it, the presets are listed.",
+        autocompletion=complete_plan,
+    ),
     *,
-    steps: Annotated[
-        int | None,
-        typer.Option(min=1, help="Steps of the sampler: 30 for a preset, a file's own count."),
-    ] = None,
-    model: Annotated[
-        str,
-        typer.Option(
-            help="The model whose units are drawn; sd15, sd21-base, sdxl work too.",
-            autocompletion=complete_shape,
-        ),
-    ] = "emoji",
+    steps: int | None = option(
+        None, "Steps of the sampler: 30 for a preset, a file's own count.", min=1
+    ),
+    model: str = option(
+        "emoji",
+        "The model whose units are drawn; sd15, sd21-base, sdxl work too.",
+        autocompletion=complete_shape,
+    ),
     sampler: Sampler = None,
     following: Following,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write the plan as a JSON file.")
-    ] = None,
-    picture: Annotated[
-        Path | None, typer.Option(help="Write the grid as a PNG, SVG or PDF file.")
-    ] = None,
+    out: Path | None = option(None, "Write the plan as a JSON file.", "--out", "-o"),
+    picture: Path | None = option(None, "Write the grid as a PNG, SVG or PDF file."),
     report: ReportFile = None,
 ) -> Result:
     """Show a plan as a grid of units and steps; save it, or a picture of it."""

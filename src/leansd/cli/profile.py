@@ -1,11 +1,11 @@
 """`leansd profile`: what everything costs on this machine, and what plans gain of it."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from leansd.cli.command import OnlyJson, Result, command
+from leansd.cli.command import OnlyJson, Result, argument, command, option
 from leansd.cli.completions import complete_shape
 from leansd.cli.options import OwnGuidance, Place, Size
 
@@ -24,38 +24,26 @@ app = typer.Typer(add_completion=False)
     json=OnlyJson,
 )
 def profile_model(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="emoji, a model folder, a .safetensors file, a hub id, or sd15 or sd21-base for "
-            "a pipeline of that size with random weights.",
-            autocompletion=complete_shape,
-        ),
-    ] = "emoji",
-    *,
-    out: Annotated[Path, typer.Option(help="Folder for the report and the records.")] = Path(
-        "profile"
+    model: str = argument(
+        "emoji",
+        "emoji, a model folder, a .safetensors file, a hub id, or sd15 or sd21-base "
+        "for a pipeline of that size with random weights.",
+        autocompletion=complete_shape,
     ),
-    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 1,
+    *,
+    out: Path = option(Path("profile"), "Folder for the report and the records."),
+    batch: int = option(1, "Pictures drawn at once.", min=1),
     size: Size = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
-    steps: Annotated[int, typer.Option(min=2, help="Steps of the runs that are split.")] = 30,
-    check: Annotated[
-        int, typer.Option(min=0, help="Steps of the held-out runs in each round; 0 for none.")
-    ] = 6,
+    repeats: int = option(5, "Timed rounds.", min=1),
+    steps: int = option(30, "Steps of the runs that are split.", min=2),
+    check: int = option(6, "Steps of the held-out runs in each round; 0 for none.", min=0),
     guidance: OwnGuidance = None,
-    vae: Annotated[
-        str | None,
-        typer.Option(
-            help="What another autoencoder would gain: its folder, or tiny for TAESD's shape."
-        ),
-    ] = None,
-    attend: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Self-attentions to time by GRI and in full as well, as dn0.*.attn; repeatable."
-        ),
-    ] = None,
+    vae: str | None = option(
+        None, "What another autoencoder would gain: its folder, or tiny for TAESD's shape."
+    ),
+    attend: list[str] | None = option(
+        None, "Self-attentions to time by GRI and in full as well, as dn0.*.attn; repeatable."
+    ),
     place: Place,
 ) -> Result:
     """Time every unit, whole UNet calls and the pipeline's stages; predict what plans gain.

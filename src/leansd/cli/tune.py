@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from leansd.cli.command import Result, command
+from leansd.cli.command import Result, command, option
 from leansd.cli.options import Calls, ModelArgument, Nets, Opening
 
 if TYPE_CHECKING:
@@ -20,15 +20,9 @@ app = typer.Typer(add_completion=False)
 class Goal:
     """Which plan of the front is chosen."""
 
-    speedup: Annotated[
-        float | None, typer.Option(help="Choose the best plan that is so many times faster.")
-    ] = None
-    psnr: Annotated[
-        float | None, typer.Option(help="Choose the fastest plan of so many dB to the full run.")
-    ] = None
-    ms: Annotated[
-        float | None, typer.Option(help="Choose the best plan of so many milliseconds a call.")
-    ] = None
+    speedup: float | None = option(None, "Choose the best plan that is so many times faster.")
+    psnr: float | None = option(None, "Choose the fastest plan of so many dB to the full run.")
+    ms: float | None = option(None, "Choose the best plan of so many milliseconds a call.")
 
     def check(self) -> dict[str, float]:
         """The one goal by its name; 2 times faster by default.
@@ -53,19 +47,14 @@ class Goal:
 class Files:
     """What is written, and where."""
 
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="File of the chosen plan; all else lies beside it.")
-    ] = Path("plan.json")
-    front: Annotated[
-        Path | None, typer.Option(help="File of the whole front; OUT.front.json by default.")
-    ] = None
-    journal: Annotated[
-        Path | None,
-        typer.Option(help="What resumes a stopped tuning; OUT.journal.jsonl by default."),
-    ] = None
-    drift: Annotated[
-        Path | None, typer.Option(help="File of records of what changes from step to step.")
-    ] = None
+    out: Path = option(
+        Path("plan.json"), "File of the chosen plan; all else lies beside it.", "--out", "-o"
+    )
+    front: Path | None = option(None, "File of the whole front; OUT.front.json by default.")
+    journal: Path | None = option(
+        None, "What resumes a stopped tuning; OUT.journal.jsonl by default."
+    )
+    drift: Path | None = option(None, "File of records of what changes from step to step.")
 
     def check(self) -> tuple[Path, Path, Path]:
         """Front, journal and page; raises LeansdError where a file cannot be written."""
@@ -84,15 +73,10 @@ class Files:
 class Start:
     """Pictures to start from: plans for image-to-image."""
 
-    init: Annotated[
-        Path | None,
-        typer.Option(
-            help="Tune image-to-image, from this picture or from those in this folder in turns."
-        ),
-    ] = None
-    strength: Annotated[
-        float, typer.Option(help="With --init: how much is redrawn, above 0 and up to 1.")
-    ] = 0.8
+    init: Path | None = option(
+        None, "Tune image-to-image, from this picture or from those in this folder in turns."
+    )
+    strength: float = option(0.8, "With --init: how much is redrawn, above 0 and up to 1.")
 
     def open(self, steps: int) -> list[Any]:
         """The pictures; raises LeansdError where one cannot be read or no step is left."""
@@ -144,19 +128,14 @@ def tune_plans(
     goal: Goal,
     files: Files,
     net: Nets = None,
-    attend: Annotated[
-        list[str] | None,
-        typer.Option(help="Self-attentions that may go by GRI, as in dn0.*.attn; repeat it."),
-    ] = None,
-    steps: Annotated[int, typer.Option(min=4, help="Sampler steps of the full run.")] = 30,
+    attend: list[str] | None = option(
+        None, "Self-attentions that may go by GRI, as in dn0.*.attn; repeat it."
+    ),
+    steps: int = option(30, "Sampler steps of the full run.", min=4),
     calls: Calls,
     start: Start,
-    tries: Annotated[
-        int, typer.Option(min=0, help="Moves of key steps that are tried for each speed.")
-    ] = 6,
-    speeds: Annotated[
-        str | None, typer.Option(help="Speed-ups of the front, as in 1.5,2,3.")
-    ] = None,
+    tries: int = option(6, "Moves of key steps that are tried for each speed.", min=0),
+    speeds: str | None = option(None, "Speed-ups of the front, as in 1.5,2,3."),
     opening: Opening,
 ) -> Result:
     """Tune plans on some calls, check them on others, and save the whole front.

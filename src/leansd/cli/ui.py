@@ -1,11 +1,10 @@
 """`leansd ui`: a page to draw, compare, edit plans, tune and look back."""
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from leansd.cli.command import command
+from leansd.cli.command import command, option
 from leansd.cli.completions import complete_model
 from leansd.cli.options import Device
 
@@ -20,37 +19,29 @@ app = typer.Typer(add_completion=False)
     json=None,
 )
 def serve_page(
-    model: Annotated[
-        str,
-        typer.Option(
-            help="The model that is open at first: emoji, a folder or a file.",
-            autocompletion=complete_model,
-        ),
-    ] = "emoji",
-    models: Annotated[
-        Path | None,
-        typer.Option(help="Folder of models to choose from; nothing outside it is opened."),
-    ] = None,
-    folder: Annotated[
-        Path, typer.Option(help="Folder for saved plans and the history; nothing else is written.")
-    ] = Path("leansd-ui"),
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; by default this machine alone can connect.")
-    ] = "127.0.0.1",
-    port: Annotated[
-        int | None,
-        typer.Option(min=1, max=65535, help="Port; the first free one from 7860 on by default."),
-    ] = None,
-    share: Annotated[
-        bool,
-        typer.Option(
-            "--share",
-            help="Make the page public by gradio's tunnel: anybody with the link can draw here.",
-        ),
-    ] = False,
-    queue: Annotated[
-        int, typer.Option(min=1, max=1000, help="Runs that may wait; one runs at a time.")
-    ] = 8,
+    model: str = option(
+        "emoji",
+        "The model that is open at first: emoji, a folder or a file.",
+        autocompletion=complete_model,
+    ),
+    models: Path | None = option(
+        None, "Folder of models to choose from; nothing outside it is opened."
+    ),
+    folder: Path = option(
+        Path("leansd-ui"), "Folder for saved plans and the history; nothing else is written."
+    ),
+    host: str = option(
+        "127.0.0.1", "Address to listen on; by default this machine alone can connect."
+    ),
+    port: int | None = option(
+        None, "Port; the first free one from 7860 on by default.", min=1, max=65535
+    ),
+    share: bool = option(
+        False,
+        "Make the page public by gradio's tunnel: anybody with the link can draw here.",
+        "--share",
+    ),
+    queue: int = option(8, "Runs that may wait; one runs at a time.", min=1, max=1000),
     device: Device = None,
 ) -> None:
     """Serve a page in the browser, on this machine only, until it is interrupted.
