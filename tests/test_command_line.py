@@ -83,9 +83,9 @@ def test_help_fits_the_screen_and_says_all(page: Page, screens: dict[str, str]) 
     assert all(len(line) <= WIDTH for line in screen.splitlines())
     assert "…" not in screen
     words = screen.lower()
-    for each in (*page.arguments, *page.options):
-        assert each.text, f"{each.typed} says nothing"
-        assert each.typed.split()[0].strip(",[].").lower() in words
+    for typed, text in (*page.arguments, *page.options):
+        assert text, f"{typed} says nothing"
+        assert typed.split()[0].strip(",[].").lower() in words
     assert not page.is_group or not re.search(r"[\w:,']\.\.\.$", screen, re.MULTILINE), (
         "a cut summary"
     )
@@ -116,7 +116,7 @@ def test_every_example_parses(page: Page, monkeypatch: pytest.MonkeyPatch, capsy
 
 def test_every_command_can_be_quiet_and_gives_its_facts_as_json() -> None:
     for page in PAGES.values():
-        typed = {word for each in page.options for word in each.typed.replace(",", "").split()}
+        typed = {word for at, _ in page.options for word in at.replace(",", "").split()}
         if not page.is_group:
             assert {"--quiet", "-q"} <= typed, page.name
             assert "--json" in typed or page.name in GIVES_NO_FACTS, page.name
