@@ -9,8 +9,7 @@ from huggingface_hub import ModelCard
 
 import leansd
 from leansd.cards import Card, Licence, Training, find_licence, write_card
-from leansd.cards.card import render_card
-from leansd.cards.licences import UNKNOWN
+from leansd.cards.card import UNKNOWN, render_card
 from leansd.cli.operate import operate_into
 from leansd.surgery.edits import Surgery
 from tiny import shallow_unet, tiny_pipeline
@@ -125,5 +124,5 @@ def test_where_a_licence_is_found(model: Path, tmp_path: Path) -> None:
 
 def test_a_card_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     (tmp_path / "README.md").mkdir()
-    with pytest.raises(leansd.LeansdError, match="cannot write the card"):
+    with pytest.raises(leansd.LeansdError, match=r"cannot write .*README.md"):
         write_card(tmp_path, Card("light", {"original": "emoji"}), shallow_unet())

@@ -17,7 +17,8 @@ from conformance.models import make_pipeline
 from leansd.anatomy.reading import read_anatomy
 from leansd.cli import main
 from leansd.errors import LeansdError
-from leansd.exporting import checking, sessions
+from leansd.exporting import onnx as checking
+from leansd.exporting import sessions
 from leansd.exporting.folder import TABLE, WEIGHTS
 from leansd.exporting.graphs import list_graphs
 from leansd.plans import Plan
@@ -410,7 +411,7 @@ def test_the_command_line(
     assert told["difference"] < TOLERANCE
     assert set(told["files"]) == {path.name for path in Path(out).iterdir()}
     mistakes = {
-        ("--steps", "9"): "add --fit to stretch it",
+        ("--steps", "9"): "stretch it, by --fit",
         ("--out", net): "already holds config.json",
         ("--to", "diffusers"): "follows no plan",
         ("--sampler", "best"): "no sampler 'best'",

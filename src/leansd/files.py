@@ -83,10 +83,13 @@ def writing(path: str | Path) -> Iterator[Path]:
     try:
         discard(partial)
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        if path.is_dir():
-            discard(path)
-        os.replace(partial, path)
+        try:
+            yield partial
+            if path.is_dir():
+                discard(path)
+            os.replace(partial, path)
+        finally:
+            discard(partial)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
 

@@ -96,7 +96,8 @@ def pick_size(unet: UNet2DConditionModel, latent: int | tuple[int, int] | None) 
 
 def _count_channels(unet: UNet2DConditionModel) -> int:
     """Channels that the UNet's stem reads; one may be wider than its configuration says."""
-    stem = getattr(unet.conv_in, "base_layer", unet.conv_in)  # of a convolution that has a LoRA
+    stem = getattr(unet, "conv_in", None)  # an exported UNet has none
+    stem = getattr(stem, "base_layer", stem)  # of a convolution that has a LoRA
     return getattr(stem, "in_channels", unet.config.in_channels)
 
 

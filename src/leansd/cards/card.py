@@ -1,26 +1,28 @@
 """The card of a net that surgery or incubation made, as a README.md beside its weights.
 
 All that is in it follows from the net, its lineage and its recipe, so that the same run writes the
-same card, on every machine.
+same card, on every machine. The licence is that of the models whose weights are in it, as their
+own cards say.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from diffusers import UNet2DConditionModel
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from yaml import YAMLError
 
 from leansd.anatomy import dissect
-from leansd.cards.licences import FILE, find_licence, join_licences
 from leansd.errors import LeansdError
-from leansd.loading import EMBEDDED, is_unet_folder
+from leansd.files import write_file
+from leansd.loading import EMBEDDED, is_unet_folder, locate
 from leansd.surgery.light_unet import LightUNet2DConditionModel
 from leansd.surgery.lineage import Lineage
 from leansd.version import __version__
@@ -33,6 +35,7 @@ TITLES: Mapping[Form, str] = {
     "plain": "{name} for stock diffusers",
     "onnx": "{name} for ONNX Runtime",
 }
+FILE = "README.md"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # Names of folders that say nothing without the folder that they are in.
 _PARTS = ("net", "unet")
@@ -98,12 +101,7 @@ def write_card(
     Raises:
         LeansdError: it cannot be written.
     """
-    path = folder / FILE
-    try:
-        path.write_text(render_card(card, unet, before), encoding="utf-8")
-    except OSError as error:
-        raise LeansdError(f"cannot write the card {path}: {error.strerror or error}") from error
-    return path
+    return write_file(folder / FILE, render_card(card, unet, before))
 
 
 def render_card(
@@ -179,3 +177,64 @@ def name_model(model: str) -> str:
         return model
     path = Path(model)
     return "/".join(path.parts[-2:]) if path.name in _PARTS else path.name
+
+
+@dataclass(frozen=True)
+class Licence:
+    """A licence in the words of the Hub's metadata."""
+
+    license: str = "unknown"
+    """The Hub's identifier: `apache-2.0`, `creativeml-openrail-m`, `other`."""
+    license_name: str | None = None
+    """What `other` is called."""
+    license_link: str | None = None
+
+    def __str__(self) -> str:
+        return self.license_name or self.license
+
+
+UNKNOWN = Licence()
+SEVERAL = Licence("other", "several-see-where-it-comes-from")
+
+
+def find_licence(model: str | Path) -> Licence:
+    """The licence that a model's card names; `UNKNOWN` where there is no card or it names none.
+
+    Args:
+        model: `emoji`, the folder of a model or of a UNet, or a hub id, whose card is read from the
+            cache where the hub is out of reach.
+    """
+    file = _find_card(model)
+    if file is None:
+        return UNKNOWN
+    try:
+        data = ModelCard.load(file, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, YAMLError):
+        return UNKNOWN
+    named = data.get("license")
+    if isinstance(named, list):
+        named = named[0] if len(named) == 1 else "other"
+    if not named:
+        return UNKNOWN
+    return Licence(str(named), data.get("license_name"), data.get("license_link"))
+
+
+def join_licences(licences: Iterable[Licence]) -> Licence:
+    """The licence of what is made of several nets: theirs if it is one, else all of them."""
+    different = set(licences)
+    return different.pop() if len(different) == 1 else SEVERAL if different else UNKNOWN
+
+
+def _find_card(model: str | Path) -> Path | None:
+    path = Path(model).expanduser()
+    if str(model) != EMBEDDED and path.is_dir():
+        # That of a whole model stands above its UNet's folder.
+        homes = (path, path.parent) if path.name == "unet" else (path,)
+        return next((home / FILE for home in homes if (home / FILE).is_file()), None)
+    try:
+        where = locate(model)
+        if isinstance(where, Path):
+            return where / FILE if (where / FILE).is_file() else None
+        return Path(hf_hub_download(where, FILE))
+    except (LeansdError, OSError, ValueError):
+        return None

@@ -56,8 +56,7 @@ def export_net(
     from leansd.cli.terminal import follow, hush_libraries, warn
     from leansd.errors import LeansdError
     from leansd.exporting import export
-    from leansd.exporting.exporter import check_form
-    from leansd.exporting.opening import find_home
+    from leansd.exporting.exporter import check_form, find_home
     from leansd.files import check_file
     from leansd.loading import load_outline
     from leansd.plans.resolve import resolve_plan

@@ -5,22 +5,26 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from diffusers import UNet2DConditionModel
 
 from leansd.anatomy.reading import read_anatomy
 from leansd.cards import Card, write_card
 from leansd.errors import LeansdError
 from leansd.exporting.folder import TABLE, check_out
 from leansd.exporting.onnx import Tell, write_onnx
-from leansd.exporting.opening import name_source, open_net
 from leansd.exporting.plain import describe_losses, write_plain
 from leansd.exporting.sessions import require_packages
+from leansd.loading import EMBEDDED, is_unet_folder, load_unet, locate, read_sampler
 from leansd.plans.plan import Plan
 from leansd.plans.resolve import PlanContext, find_source, resolve_plan
-from leansd.runtime.samplers import check_sampler
+from leansd.runtime.samplers import check_sampler, name_sampler
 
 Form = Literal["diffusers", "onnx"]
 FORMS: tuple[Form, ...] = get_args(Form)
+NETS = f"give {EMBEDDED!r}, a UNet's folder with a config.json, or a model in the diffusers layout"
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Exported:
     """Size of each file in bytes."""
     plan: Plan | None = None
     difference: float | None = None
-    """For ONNX, the largest difference from PyTorch that the check saw (see `checking`)."""
+    """For ONNX, the largest difference from PyTorch that the check saw (see `onnx.compare`)."""
     losses: tuple[str, ...] = ()
     """What the exported net does otherwise than the net, with the addresses."""
 
@@ -112,3 +116,50 @@ def check_form(to: str, folder: Path, plan: Plan | str | None = None) -> Form:
 
 def _measure(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+
+
+class OpenedNet(NamedTuple):
+    """A UNet and, where it is known, the short name of the sampler that it is used with."""
+
+    unet: UNet2DConditionModel
+    sampler: str
+
+
+def open_net(net: Any) -> OpenedNet:
+    """Open what `export` was given, in float32 where it has to be read.
+
+    Raises:
+        LeansdError: there is no UNet in it.
+    """
+    if isinstance(net, UNet2DConditionModel):
+        return OpenedNet(net, "")
+    if isinstance(getattr(net, "unet", None), UNet2DConditionModel):
+        return OpenedNet(net.unet, name_sampler(net))
+    if not isinstance(net, str | Path):
+        raise LeansdError(f"no UNet in a {type(net).__name__}: give a UNet or a pipeline; {NETS}")
+    unet = load_unet(find_home(net), device="cpu", dtype=torch.float32)
+    return OpenedNet(unet, read_sampler(net))
+
+
+def name_source(net: Any) -> str:
+    """What `export` was given by name, a folder or a hub id; nothing where none is known."""
+    if isinstance(net, str | Path):
+        return str(net)
+    unet = getattr(net, "unet", net)
+    return str(getattr(net, "name_or_path", "") or unet.config.get("_name_or_path") or "")
+
+
+def find_home(net: str | Path) -> Path:
+    """The folder of a UNet or of a whole model.
+
+    Raises:
+        LeansdError: it is neither.
+    """
+    home = Path(net).expanduser()
+    if str(net) == EMBEDDED:
+        found = locate(net)
+        assert isinstance(found, Path)
+        return found
+    if not is_unet_folder(home) and not (home / "unet" / "config.json").is_file():
+        raise LeansdError(f"no UNet in {net}: {NETS}")
+    return home

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -38,7 +34,7 @@ class Table(BaseModel):
     version: int = VERSION
     leansd: str
     difference: float
-    """The largest difference from PyTorch that was seen, see `checking`."""
+    """The largest difference from PyTorch that was seen, see `onnx.compare`."""
     graphs: tuple[Entry, ...]
     """The first computes everything."""
 
@@ -88,24 +84,3 @@ def check_out(folder: Path, *, replaces: str | None = None) -> Path:
             f"{folder} already holds {held[0]}: choose another output folder, or empty this one"
         )
     return folder
-
-
-@contextmanager
-def replace_folder(folder: Path) -> Generator[Path]:
-    """An empty folder to write into, which takes the place of `folder` in one move if all is well.
-
-    Raises:
-        LeansdError: something cannot be written.
-    """
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    try:
-        try:
-            draft.mkdir(parents=True)
-            yield draft
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(draft, folder)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-    except OSError as error:
-        raise LeansdError(f"cannot write {folder}: {error.strerror or error}") from error

@@ -1,18 +1,20 @@
-"""A UNet, or all that a plan makes of it, as files for ONNX Runtime."""
+"""A UNet, or all that a plan makes of it, as files for ONNX Runtime, checked against PyTorch.
+
+The weights are in one file beside the graphs, which may be larger than ONNX's 2 GB.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
 
 from leansd.anatomy.reading import read_anatomy
 from leansd.errors import LeansdError
-from leansd.exporting.checking import compare
 from leansd.exporting.folder import (
     PLAN,
     TABLE,
@@ -20,16 +22,13 @@ from leansd.exporting.folder import (
     Entry,
     Table,
     name_file,
-    replace_folder,
 )
 from leansd.exporting.graphs import Graph, list_graphs, name_feature
 from leansd.exporting.sessions import Session, require_packages
 from leansd.exporting.tracing import ROOT, Section, draw_inputs, open_sections, trace
+from leansd.files import writing
 from leansd.plans.plan import Plan
 from leansd.version import __version__
-
-if TYPE_CHECKING:
-    from leansd.exporting.weights import Place
 
 Tell = Callable[[str, int, int], None]
 """`(what is being done, stages done, stages in all)`."""
@@ -39,6 +38,10 @@ TRACED = (2, (11, 13))
 and none halves evenly, so that nothing is taken for a constant that is none."""
 CHECKED = ((1, (16, 24)), (3, (10, 15)))
 """Those that every graph is checked at."""
+TOLERANCE = 1e-3
+"""The largest difference that is let through, in units of the tensor's largest value if above 1."""
+ALIGNMENT = 64
+"""Bytes: weights start at multiples of it, as mapped memory likes."""
 
 
 def write_onnx(
@@ -60,7 +63,8 @@ def write_onnx(
     require_packages()
     _check(unet)
     graphs = list_graphs(read_anatomy(unet), plan)
-    with replace_folder(folder) as draft, open_sections(unet, graphs) as sections:
+    with writing(folder) as draft, open_sections(unet, graphs) as sections:
+        draft.mkdir()
         job = _Job(draft, sections, tell)
         job.write()
         difference = job.check()
@@ -111,12 +115,10 @@ class _Job:
     done: int = 0
 
     def write(self) -> None:
-        from leansd.exporting.weights import bind_weights, write_weights
-
         self._begin("writing the weights")
         unet = self.sections[0].unet
         weights = {ROOT + name: each for name, each in unet.state_dict().items()}
-        places: dict[str, Place] = write_weights(self.folder / WEIGHTS, weights)
+        places = write_weights(self.folder / WEIGHTS, weights)
         inputs = self._draw(*TRACED)
         for place, section in enumerate(self.sections):
             self._begin(f"tracing {name_file(place)}")
@@ -147,3 +149,81 @@ class _Job:
     def _begin(self, stage: str) -> None:
         self.tell(stage, self.done, 1 + 2 * len(self.sections))
         self.done += 1
+
+
+def compare(section: Section, session: Session, inputs: Mapping[str, torch.Tensor]) -> float:
+    """The largest difference between the two on these inputs.
+
+    Raises:
+        LeansdError: it is above `TOLERANCE`; the message names the output.
+    """
+    wanted = section(*(inputs[name] for name in section.inputs))
+    found = session.run(inputs, section.outputs)
+    worst = 0.0
+    for name, ours, theirs in zip(section.outputs, wanted, found, strict=True):
+        if ours.shape != theirs.shape:
+            raise LeansdError(
+                f"ONNX Runtime gives {name} the shape {tuple(theirs.shape)}, PyTorch "
+                f"{tuple(ours.shape)}, at latents {tuple(inputs['sample'].shape)}"
+            )
+        difference = float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1))
+        if not difference <= TOLERANCE:
+            raise LeansdError(
+                f"ONNX Runtime and PyTorch differ by {difference:.1e} in {name}, at latents "
+                f"{tuple(inputs['sample'].shape)}; at most {TOLERANCE:g} is let through"
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+class Place(NamedTuple):
+    """Where a tensor lies in the file of weights, in bytes."""
+
+    offset: int
+    length: int
+
+
+def write_weights(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Place]:
+    """Write tensors one after the other; says where each lies."""
+    places: dict[str, Place] = {}
+    with path.open("wb") as file:
+        for name, tensor in tensors.items():
+            file.write(bytes(-file.tell() % ALIGNMENT))
+            data = tensor.detach().cpu().contiguous().numpy()
+            places[name] = Place(file.tell(), data.nbytes)
+            file.write(data.data)
+    return places
+
+
+def bind_weights(
+    path: Path, tensors: Mapping[str, torch.Tensor], places: Mapping[str, Place], location: str
+) -> None:
+    """Make constants, found in the file `location`, of those inputs that are weights."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    graph = model.graph
+    used = {name for node in graph.node for name in node.input}
+    inputs = list(graph.input)
+    del graph.input[:]
+    for each in inputs:
+        if each.name not in tensors:
+            graph.input.append(each)
+        elif each.name in used:
+            constant = graph.initializer.add()
+            constant.CopyFrom(_describe(each.name, tensors[each.name], places[each.name], location))
+    path.write_bytes(model.SerializeToString())
+
+
+def _describe(name: str, tensor: torch.Tensor, place: Place, location: str) -> Any:
+    import onnx
+
+    described = onnx.TensorProto(
+        name=name,
+        dims=tensor.shape,
+        data_type=onnx.helper.np_dtype_to_tensor_dtype(tensor.detach().cpu().numpy().dtype),
+        data_location=onnx.TensorProto.EXTERNAL,
+    )
+    for key, value in {"location": location, **place._asdict()}.items():
+        described.external_data.add(key=key, value=str(value))
+    return described

@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from leansd.errors import LeansdError
-from leansd.exporting.folder import replace_folder
+from leansd.files import writing
 from leansd.surgery.fold import fold
 from leansd.surgery.light_unet import LightUNet2DConditionModel
 
@@ -88,6 +88,7 @@ def write_plain(
         LeansdError: see `to_plain`.
     """
     plain = to_plain(unet)
-    with replace_folder(folder) as draft:
+    with writing(folder) as draft:
+        draft.mkdir()
         plain.save_pretrained(draft)
         describe(draft, plain)
