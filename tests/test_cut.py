@@ -15,12 +15,13 @@ from leansd.errors import LeansdError
 from leansd.evaluation.records import stamp
 from leansd.evaluation.units import time_units
 from leansd.faces.redundancy import list_records, read_cost
+from leansd.loading import as_image_to_image
 from leansd.surgery.apply import BASE
 from leansd.surgery.blueprint import Source, lay_out_surgery
 from leansd.tuning.cutting import Study, cut, list_prices, make_surgery, study_removals
-from leansd.tuning.outputs import guide, keep_calls, measure_error
+from leansd.tuning.recorded_calls import guide, keep_calls, measure_error
 from leansd.tuning.removals import Removal, Removals, list_removals
-from leansd.tuning.taps import tap
+from leansd.tuning.scheduler_hook import tap
 from pages import read_page
 from tiny import tiny_pipeline, tiny_unet, tiny_xl_unet
 
@@ -122,6 +123,16 @@ def test_kept_calls_hold_what_the_scheduler_was_given():
         torch.testing.assert_close(call.output, runs[0][call.step].output)
     assert measure_error(pipe.unet, kept) == 0
     assert "forward" not in vars(pipe.unet)
+
+
+@pytest.mark.parametrize(("strength", "expected"), [(0.75, [4, 6, 8]), (0.2, [8, 9])])
+def test_image_to_image_is_measured_on_the_steps_that_it_takes(strength, expected):
+    pipe = as_image_to_image(tiny_pipeline(unet=tiny_unet(**SMALL)))
+    calls = [{"prompt": "a cat", "image": torch.rand(1, 3, 32, 32)}]
+    kept = keep_calls(pipe, calls, 10, moments=3, settings={"strength": strength})
+    start = 10 - int(10 * strength)
+    assert [call.step for call in kept] == expected
+    assert all(start <= call.step < 10 for call in kept)
 
 
 def test_without_guidance_the_output_is_the_output():

@@ -34,14 +34,19 @@ from leansd.runtime.clock import read_schedule
 from leansd.runtime.nets import match_nets
 from leansd.tuning import Front, Point, calibration, tuner
 from leansd.tuning.calibration import Calibration, calibrate, measure_response
-from leansd.tuning.dynamic import Keys, find_best
-from leansd.tuning.errors import HEAD_ACTIONS, Action, ErrorModel, Key
-from leansd.tuning.journal import Journal
-from leansd.tuning.polishing import polish, replay
-from leansd.tuning.refinement import try_plan
-from leansd.tuning.regimes import list_regimes
-from leansd.tuning.trials import Bench, Trial
-from leansd.tuning.variants import FULL, TICKS, Variant, allows, list_variants, measure_deviation
+from leansd.tuning.error_model import HEAD_ACTIONS, Action, ErrorModel, Key
+from leansd.tuning.fitting import polish, replay, try_plan
+from leansd.tuning.key_step_dp import Keys, find_best
+from leansd.tuning.space import (
+    FULL,
+    TICKS,
+    Variant,
+    allows,
+    list_regimes,
+    list_variants,
+    measure_deviation,
+)
+from leansd.tuning.trials import Journal, Trial, TrialRunner
 from tiny import shallow_unet, tiny_pipeline, tiny_scheduler
 
 STEPS = 8
@@ -84,9 +89,9 @@ def cost(pipe) -> CostModel:
 
 
 def list_all(count: int, longest: int, actions: Sequence[Action], variants: int):
-    """Every set of key steps with every choice of actions, as `(key, end, action)` each stretch.
+    """Every set of key steps with every choice of actions, as `(key, end, action)` each segment.
 
-    A stretch without steps between has the first action, which does nothing there.
+    A segment without steps between has the first action, which does nothing there.
     """
     for size in range(1, count + 1):
         for others in itertools.combinations(range(1, count), size - 1):
@@ -123,10 +128,10 @@ def test_dynamic_programming_equals_brute_force(
 
     budgets = (6, 11, 14, 18, 23, 29, 35)
     least = dict.fromkeys(budgets, float("inf"))
-    for stretches in list_all(count, longest, list(costs), len(key_costs)):
-        keys = tuple(key for key, _, _ in stretches)
-        ticks = sum(key_costs[k.variant] + (e - k.step - 1) * costs[a] for k, e, a in stretches)
-        error = sum(judge(keys[: i + 1][-3:], e, a) for i, (_, e, a) in enumerate(stretches))
+    for segments in list_all(count, longest, list(costs), len(key_costs)):
+        keys = tuple(key for key, _, _ in segments)
+        ticks = sum(key_costs[k.variant] + (e - k.step - 1) * costs[a] for k, e, a in segments)
+        error = sum(judge(keys[: i + 1][-3:], e, a) for i, (_, e, a) in enumerate(segments))
         for budget in budgets:
             if ticks <= budget:
                 least[budget] = min(least[budget], error)
@@ -137,7 +142,7 @@ def test_dynamic_programming_equals_brute_force(
     for budget, proposal in zip(budgets, found, strict=True):
         if proposal is None:
             continue
-        parts = [(s.key, s.end, s.action) for s in proposal.stretches]
+        parts = [(s.key, s.end, s.action) for s in proposal.segments]
         again = sum(judge(proposal.keys[: i + 1][-3:], e, a) for i, (_, e, a) in enumerate(parts))
         assert again == pytest.approx(proposal.error)
         ticks = sum(key_costs[k.variant] + (e - k.step - 1) * costs[a] for k, e, a in parts)
@@ -187,7 +192,7 @@ def make_calibration(name: str, outputs: torch.Tensor) -> Calibration:
         log_snr=np.array(read_schedule(scheduler).log_snr),
         products=(flat @ flat.T / flat.shape[1]).numpy(),
         response=measure_response(make_scheduler(name), STEPS),
-        carry=np.ones(STEPS + 1),
+        error_gain=np.ones(STEPS + 1),
         runs=(),
         finals=None,  # pyright: ignore[reportArgumentType]
     )
@@ -211,7 +216,7 @@ def test_the_error_of_a_stretch_is_what_the_scheduler_makes_of_forecasts(
         return torch.tensordot(torch.tensor(weights).double(), outputs[list(known)], 1)
 
     def run(correct: Correction | None) -> torch.Tensor:
-        """The sample after the key step, the outputs of the stretch being forecast."""
+        """The sample after the key step, the outputs of the segment being forecast."""
         given = outputs.clone()
         if correct is not None:
             given[4], given[5] = forecast(4), forecast(5)
@@ -284,7 +289,9 @@ def test_what_is_forecast_is_the_more_wrong_the_longer_ago_it_was_computed() -> 
         made_good = sum(w * left_out[key] for w, key in zip(weights, keys, strict=False))
         wrong = float((left_out[keys[2]] - made_good).square().mean())
         after = keys[2] + 2
-        expected = wrong * float(response[after, keys[2]]) ** 2 * float(calibration.carry[after])
+        expected = (
+            wrong * float(response[after, keys[2]]) ** 2 * float(calibration.error_gain[after])
+        )
         assert judged.error == pytest.approx(expected, rel=1e-6)
 
 
@@ -317,7 +324,7 @@ def test_a_trial_is_a_run_of_the_plan_that_it_fits(pipe, name: str) -> None:
     other = tiny_pipeline(**{**pipe.components, "scheduler": make_scheduler(name)})
     options = {"seed": 0, "batch": 8, "settings": SETTINGS}
     seen_full = calibrate(other, PROMPTS[:2], STEPS, **options)
-    bench = Bench(other, PROMPTS[:2], **options, goals=seen_full.finals)
+    bench = TrialRunner(other, PROMPTS[:2], **options, goals=seen_full.finals)
     plan = Plan.between([0, 1, 2, 5], cut="head", steps=STEPS, how="forecast")
     seen = []
     run, score = bench.run, bench.score
@@ -336,7 +343,7 @@ def test_a_trial_is_a_run_of_the_plan_that_it_fits(pipe, name: str) -> None:
 def test_a_replay_ends_where_the_plan_does_and_computes_only_its_end(pipe, how) -> None:
     options = {"seed": 0, "batch": 8, "settings": SETTINGS}
     seen = calibrate(pipe, PROMPTS[:2], STEPS, **options)
-    bench = Bench(pipe, PROMPTS[:2], **options, goals=seen.finals)
+    bench = TrialRunner(pipe, PROMPTS[:2], **options, goals=seen.finals)
     plan = Plan.between([0, 1, 3, 5, 7], cut="head", steps=STEPS, how=how)
     plan = plan.correct({3: (0.3, 0.1), 5: (-0.2, 0.2)})
     whole, past = replay(plan, bench, seen)
@@ -356,7 +363,7 @@ def test_a_replay_ends_where_the_plan_does_and_computes_only_its_end(pipe, how) 
 def test_polishing_leads_nearer_to_the_full_run(pipe) -> None:
     options = {"seed": 0, "batch": 8, "settings": SETTINGS}
     seen = calibrate(pipe, PROMPTS[:2], STEPS, **options)
-    bench = Bench(pipe, PROMPTS[:2], **options, goals=seen.finals)
+    bench = TrialRunner(pipe, PROMPTS[:2], **options, goals=seen.finals)
     plan = Plan.between([0, 1, 3, 6], cut="head", steps=STEPS, how="forecast")
     plan = plan.correct({3: 0.9, 6: -0.9})
     trial = Trial(plan, bench.score(bench.run(STEPS, plan)))
@@ -415,7 +422,7 @@ def test_a_deviation_is_what_a_variant_gives_on_the_full_runs_latents(pipe) -> N
     with torch.no_grad():
         other.conv_out.weight.mul_(1.5)
         other.conv_out.bias.mul_(1.5)
-    bench = Bench(pipe, PROMPTS[:2], **options, nets={"twin": twin, "other": other})
+    bench = TrialRunner(pipe, PROMPTS[:2], **options, nets={"twin": twin, "other": other})
     assert not measure_deviation(Variant(net="twin"), bench, seen).any()
     wrong = measure_deviation(Variant(net="other"), bench, seen)
     assert np.allclose(wrong, 0.5 * seen.outputs, rtol=1e-3, atol=1e-5)
@@ -503,14 +510,14 @@ def tune(pipe, cost, **changes) -> Front:
 def count_runs(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
     """The plans that tunings try from here on; key steps measured along the full run are none."""
     ran: list[Plan] = []
-    own = Bench.run
+    own = TrialRunner.run
 
-    def run(self: Bench, steps: int, plan: Plan | None = None):
+    def run(self: TrialRunner, steps: int, plan: Plan | None = None):
         if plan is not None and len(plan.keys) < steps:
             ran.append(plan)
         return own(self, steps, plan)
 
-    monkeypatch.setattr(Bench, "run", run)
+    monkeypatch.setattr(TrialRunner, "run", run)
     return ran
 
 
@@ -594,6 +601,43 @@ def test_too_few_calls_and_impossible_wishes_are_refused(quick, pipe, cost, monk
     with pytest.raises(LeansdError, match=r"100\.00x.* cannot be reached.*x$"):
         tune(pipe, cost, speedup=100.0)
     assert ran == []
+
+
+@pytest.mark.parametrize(
+    ("wish", "said"),
+    [
+        ({"ms": 0}, "a call of 0 ms"),
+        ({"ms": -5.0}, "a call of -5 ms"),
+        ({"ms": float("nan")}, "a call of nan ms"),
+        ({"speedup": 0}, "0 times as fast"),
+        ({"speedup": -2.0}, "-2 times as fast"),
+        ({"speeds": (2.0, 1.0)}, "1 times as fast"),
+        ({"tries": -1}, "-1 tries"),
+    ],
+)
+def test_wishes_that_mean_nothing_are_refused_before_anything_runs(wish: dict, said: str) -> None:
+    with pytest.raises(LeansdError, match=said):
+        leansd.tune(None, PROMPTS, **wish)
+
+
+def test_every_argument_of_a_call_survives_profiling() -> None:
+    pipe = tiny_pipeline(unet=shallow_unet())
+    seen: list[int] = []
+    given = {
+        "latents": torch.randn(1, 4, 8, 8),
+        "generator": torch.Generator().manual_seed(1),
+        "negative_prompt": "blue",
+        "guidance_scale": 3.0,
+        "callback_on_step_end": lambda pipe, step, timestep, values: seen.append(step) or values,
+        "output_type": "np",
+        "timesteps": [900, 500, 100],
+    }
+    cost = leansd.profile(pipe, call=given, pictures=2, repeats=1)
+    assert cost.pictures == 2
+    assert seen
+    assert given["latents"].shape[0] == 1
+    assert given["generator"].initial_seed() == 1
+    leansd.profile(pipe, call={"latents": given["latents"], "prompt": "a"}, repeats=1)
 
 
 def test_a_plan_tuned_for_another_sampler_runs_with_a_warning() -> None:

@@ -144,11 +144,22 @@ def prepare_probe(
     )
 
 
+_OWN_ARGUMENTS = ("generator", "num_inference_steps", "timesteps", "sigmas")
+
+
 def make_arguments(
     pipe: Any, call: Mapping[str, Any], pictures: int, size: tuple[int, int] | None
 ) -> dict[str, Any]:
-    """The arguments of a pipeline for `pictures` pictures of `size` (width, height)."""
+    """The arguments of a pipeline for `pictures` pictures of `size` (width, height).
+
+    Times do not depend on the noise, and the probing run has steps of its own, so what a call says
+    of them is left out. Latents of one picture are those of every picture.
+    """
+    call = {name: value for name, value in call.items() if name not in _OWN_ARGUMENTS}
     arguments: dict[str, Any] = {"num_images_per_prompt": pictures}
+    latents = call.get("latents")
+    if latents is not None and "num_images_per_prompt" not in call:
+        call["latents"] = latents.repeat_interleave(pictures, dim=0)
     if not {"prompt", "prompt_embeds"} & set(call):
         arguments["prompt"] = PROMPT
     if size is not None:

@@ -6,7 +6,7 @@ combination of the full run's outputs, and its size follows from their inner pro
 matrix for n steps, whatever the pictures' size. No plan has to be run to be judged in this model.
 
 What the model leaves out is that the UNet answers to the changed latents; how much a disturbance
-at some step still matters at the end is therefore measured (`carry`).
+at some step still matters at the end is therefore measured (`error_gain`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from leansd.errors import LeansdError
 from leansd.evaluation.runs import PipelineCall, RunOutputs, run_calls
 from leansd.runtime.clock import read_schedule
-from leansd.tuning.taps import Run, Seen, Step, tap
+from leansd.tuning.scheduler_hook import Run, Seen, Step, tap
 
 PROBES = (0.1, 0.35, 0.6, 0.85)
 """Where in a run disturbances are tried, as shares of its steps."""
@@ -43,7 +43,7 @@ class Calibration:
     """Mean products of the guided outputs of every two calls, [n, n]."""
     response: np.ndarray
     """[n + 1, n]: how much of the output of call j is in the sample before call k."""
-    carry: np.ndarray
+    error_gain: np.ndarray
     """[n + 1]: squared error in the final latents for each squared error before call k."""
     runs: tuple[Run, ...]
     finals: RunOutputs
@@ -72,7 +72,7 @@ def calibrate(
     """Run the calls in full, and see.
 
     Args:
-        like: a calibration at another step count whose `carry` serves here, too.
+        like: a calibration at another step count whose `error_gain` serves here, too.
 
     Raises:
         LeansdError: the sampler calls the UNet more than once a step, or adds noise of its own.
@@ -89,7 +89,9 @@ def calibrate(
     start = course.steps - count
     response = measure_response(pipe.scheduler, course.steps, start)
     log_snr = np.array(course.log_snr[start:])
-    carry = _measure_carry(pipe, runs, run) if like is None else _borrow_carry(like, log_snr)
+    error_gain = (
+        _measure_error_gain(pipe, runs, run) if like is None else _borrow_error_gain(like, log_snr)
+    )
     outputs = stack_outputs(runs)
     products = outputs @ outputs.T / outputs.shape[1]
     return Calibration(
@@ -97,7 +99,7 @@ def calibrate(
         log_snr=log_snr,
         products=products,
         response=response,
-        carry=carry,
+        error_gain=error_gain,
         runs=tuple(runs),
         finals=finals,
     )
@@ -159,13 +161,15 @@ def measure_response(scheduler: Any, steps: int, start: int = 0) -> np.ndarray:
     return response[:, :count]
 
 
-def _borrow_carry(like: Calibration, log_snr: np.ndarray) -> np.ndarray:
-    """Another calibration's carry at these places in log-SNR, [n + 1]."""
-    inside = np.interp(log_snr, like.log_snr, like.carry[:-1])
+def _borrow_error_gain(like: Calibration, log_snr: np.ndarray) -> np.ndarray:
+    """Another calibration's error_gain at these places in log-SNR, [n + 1]."""
+    inside = np.interp(log_snr, like.log_snr, like.error_gain[:-1])
     return np.append(inside, 1.0)
 
 
-def _measure_carry(pipe: Any, runs: Sequence[Run], run: Callable[[], RunOutputs]) -> np.ndarray:
+def _measure_error_gain(
+    pipe: Any, runs: Sequence[Run], run: Callable[[], RunOutputs]
+) -> np.ndarray:
     """How squared errors in the sample before each call grow or shrink till the end, [n + 1].
 
     At a few steps the run's output is replaced by the one before, which is the kind of error that

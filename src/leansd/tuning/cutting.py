@@ -30,7 +30,7 @@ from leansd.surgery.blueprint import Source, lay_out_surgery
 from leansd.surgery.edits import Surgery
 from leansd.text import Table
 from leansd.tuning.knapsack import Choice, find_best
-from leansd.tuning.outputs import KeptCall, keep_calls, measure_error
+from leansd.tuning.recorded_calls import KeptCall, keep_calls, measure_error
 from leansd.tuning.removals import Removal, Removals, list_removals
 
 Of: TypeAlias = Literal["ms", "macs", "params"]

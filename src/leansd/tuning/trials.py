@@ -1,18 +1,26 @@
-"""Trials: plans run on the calls that they are tuned on."""
+"""Trials: plans run on the calls that they are tuned on, and the journal that remembers them.
+
+A tuning takes long, so everything that it measures is one line of a file.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from diffusers import UNet2DConditionModel
 
+from leansd.evaluation.cost import CostModel
 from leansd.evaluation.fidelity import psnr
+from leansd.evaluation.fingerprints import fingerprint_case
+from leansd.evaluation.records import Record, stamp
 from leansd.evaluation.runs import PipelineCall, RunOutputs, run_calls
 from leansd.plans.plan import Plan
-from leansd.tuning.calibration import Calibration
-from leansd.tuning.dynamic import Proposal
+from leansd.plans.row import OWN
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Bench:
+class TrialRunner:
     """Where plans are tried: a pipeline, its calls and what their pictures should be."""
 
     pipe: Any
@@ -50,12 +58,70 @@ class Bench:
         return float(psnr(finals.pictures, self.goals.pictures).mean())
 
 
-def build_plan(proposal: Proposal, calibration: Calibration, name: str = "tuned") -> Plan:
-    """A proposal as a plan for the sampler's whole step count, without corrections."""
-    plan = Plan.full(calibration.steps, name=name)
-    start = calibration.steps - calibration.count
-    for stretch in proposal.stretches:
-        between = [start + step for step in range(stretch.key.step + 1, stretch.end)]
-        if between:
-            plan = plan.inherit(stretch.action.cut, at=between, how=stretch.action.how)
-    return plan
+@dataclass
+class Journal:
+    """Every plan that was tried, with its score, in a file a line each."""
+
+    path: Path | None
+    case: str
+    known: dict[str, Trial] = field(default_factory=dict[str, Trial])
+    cost: CostModel | None = None
+
+    @classmethod
+    def open(cls, path: str | Path | None, facts: Mapping[str, Any]) -> Journal:
+        """Read what a stopped tuning of the same case has left; lines of others are passed over."""
+        journal = cls(Path(path) if path is not None else None, fingerprint_case(facts))
+        if journal.path is not None and journal.path.exists():
+            text = journal.path.read_text(encoding="utf-8")
+            for line in text.splitlines():
+                journal._read(line)
+            if text and not text.endswith("\n"):
+                journal._end_line()
+        return journal
+
+    def _read(self, line: str) -> None:
+        # The last line of a tuning that was killed while writing is no JSON.
+        with suppress(ValueError, KeyError):
+            row = json.loads(line)
+            if row["case"] != self.case:
+                return
+            if "cost" in row:
+                cost = CostModel.from_records(map(Record.model_validate, row["cost"]))
+                self._take_cost(cost, row.get("net", OWN))
+            else:
+                plan = Plan.from_dict(row["plan"])
+                self.known[row["key"]] = Trial(plan, row["psnr"])
+
+    def find(self, plan: Plan, stage: str = "tried") -> Trial | None:
+        return self.known.get(f"{plan.fingerprint} {stage}")
+
+    def note(self, plan: Plan, trial: Trial, stage: str = "tried") -> None:
+        key = f"{plan.fingerprint} {stage}"
+        self.known[key] = trial
+        self._write({"key": key, "psnr": trial.psnr, "plan": trial.plan.to_dict()})
+
+    def note_cost(self, cost: CostModel, device: Any, net: str = OWN) -> None:
+        """Note what a UNet costs: the pipeline's own first, then the others."""
+        self._take_cost(cost, net)
+        records = cost.list_records(stamp(device))
+        kept = [record.model_dump(exclude_none=True) for record in records]
+        self._write({"cost": kept, "net": net})
+
+    def _take_cost(self, cost: CostModel, net: str) -> None:
+        if net == OWN:
+            self.cost = cost
+        elif self.cost is not None:
+            self.cost = replace(self.cost, nets={**self.cost.nets, net: cost})
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"case": self.case, **row}) + "\n")
+
+    def _end_line(self) -> None:
+        """What is written next must not stick to a line that a killed tuning has begun."""
+        assert self.path is not None
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("\n")

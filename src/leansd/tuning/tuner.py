@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from diffusers import UNet2DConditionModel
 
@@ -34,22 +34,108 @@ from leansd.plans.plan import Plan, Tuned
 from leansd.runtime.attachment import NO_NETS
 from leansd.runtime.nets import match_nets
 from leansd.tuning.calibration import PROBES, Calibration, calibrate, require_tunable
-from leansd.tuning.candidates import Candidate
-from leansd.tuning.errors import ErrorModel
+from leansd.tuning.error_model import ErrorModel
+from leansd.tuning.fitting import polish, try_plan
 from leansd.tuning.front import Front, Point
-from leansd.tuning.journal import Journal
-from leansd.tuning.polishing import polish
-from leansd.tuning.progress import POLISHING, Progress, Tell
-from leansd.tuning.proposals import FINALISTS, Model, propose
-from leansd.tuning.refinement import try_plan
-from leansd.tuning.regimes import list_regimes
-from leansd.tuning.trials import Bench, Trial
-from leansd.tuning.variants import Variant, list_variants, measure_deviation
+from leansd.tuning.space import (
+    FEWER,
+    FINALISTS,
+    Candidate,
+    Model,
+    Variant,
+    list_regimes,
+    list_variants,
+    measure_deviation,
+    propose,
+)
+from leansd.tuning.trials import Journal, Trial, TrialRunner
 
 FEWEST_CALLS = 4
 SPEEDS = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0)
 GRIDS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3)
 """Step counts that plans are sought for, as shares of the full run's."""
+
+
+REGIMES = 3
+"""About how many there are."""
+POLISHING = 8
+"""About how many runs it takes to fit all corrections of a plan together."""
+
+Tell: TypeAlias = Callable[[str, float], None]
+"""Told in a few words what goes on, and the share of the work that is done."""
+
+
+@dataclass
+class Progress:
+    """Counts runs of the calls; how many a speed will take is known only after it."""
+
+    tell: Tell
+    tries: int
+    speeds: int
+    grids: int
+    done: float = 0.0
+
+    @property
+    def _first(self) -> int:
+        # Profiling counts as two runs, the held-out full run as one.
+        return 2 + len(PROBES) + self.grids + 1
+
+    @property
+    def _each(self) -> int:
+        tried = self.grids + (REGIMES - 1) * FEWER + self.tries
+        return tried + FINALISTS * (POLISHING + 1) + 1
+
+    def add(self, text: str, runs: int = 1) -> None:
+        self.done += runs
+        self._say(text)
+
+    def end_speed(self, place: int) -> None:
+        self.done = self._first + (place + 1) * self._each
+        self._say("next speed" if place + 1 < self.speeds else "done")
+
+    def _say(self, text: str) -> None:
+        self.tell(text, min(1.0, self.done / (self._first + self.speeds * self._each)))
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """How plans are sought; see `tune` for what each is."""
+
+    steps: int = 30
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    speeds: Sequence[float] = SPEEDS
+    grids: Sequence[float] = GRIDS
+    speedup: float | None = None
+    ms: float | None = None
+    tries: int = 6
+    seed: int = 0
+    batch: int = 8
+    nets: Mapping[str, UNet2DConditionModel] = field(
+        default_factory=dict[str, UNet2DConditionModel]
+    )
+    attend: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        slow = [speed for speed in (*self.speeds, self.speedup) if speed is not None and speed <= 1]
+        if slow:
+            raise LeansdError(
+                f"a plan {slow[0]:g} times as fast is no gain: give a speed-up above 1"
+            )
+        if self.ms is not None and not self.ms > 0:
+            raise LeansdError(f"a call of {self.ms:g} ms: give a number of milliseconds above 0")
+        if self.tries < 0:
+            raise LeansdError(f"{self.tries} tries: give 0 or more")
+
+    @property
+    def counts(self) -> list[int]:
+        """The step counts that plans may have, the full run's first."""
+        return sorted(
+            {self.steps, *(max(2, round(share * self.steps)) for share in self.grids)}, reverse=True
+        )
+
+    @property
+    def wanted_speeds(self) -> int:
+        return len(self.speeds) + (self.speedup is not None) + (self.ms is not None)
 
 
 def tune(
@@ -102,22 +188,20 @@ def tune(
         LeansdError: there are too few calls, the sampler cannot be tuned for, or what is wanted
             cannot be reached by any plan.
     """
-    slow = [speed for speed in (*speeds, *filter(None, [speedup])) if speed <= 1]
-    if slow:
-        raise LeansdError(f"a plan {slow[0]:g} times as fast is no gain: give a speed-up above 1")
+    config = TuneConfig(
+        steps, dict(settings or {}), speeds, grids, speedup, ms, tries, seed, batch, nets, attend
+    )
     require_tunable(pipe.scheduler, steps)
-    wanted = dict(settings or {})
     tuned = Tuned(
         sampler or type(pipe.scheduler).__name__,
         fingerprint_module(pipe.unet),
-        wanted.get("guidance_scale"),
+        config.settings.get("guidance_scale"),
     )
-    wanted_speeds = len(speeds) + (speedup is not None) + (ms is not None)
-    progress = Progress(tell, tries, wanted_speeds, len(grids))
-    tuner = _Tuner.prepare(
-        pipe, calls, steps, held_out, wanted, grids, seed, batch, nets, attend, cost, journal,
-        tuned, progress,
-    )  # fmt: skip
+    progress = Progress(tell, tries, config.wanted_speeds, len(grids))
+    fitted, checked = split_calls(calls, held_out)
+    known = Journal.open(journal, _describe_case(pipe, config, tuned, fitted, checked))
+    cost = _measure_costs(pipe, config, fitted, cost or known.cost, known, progress)
+    tuner = _Tuner.prepare(pipe, config, fitted, checked, cost, known, tuned, progress)
     goals = tuner.list_goals(speedup, ms)
     points: list[Point] = []
     every = sorted({*speeds, *goals})
@@ -125,6 +209,53 @@ def tune(
         points += tuner.seek(every[place], candidates, tries)
         progress.end_speed(place)
     return Front.of(tuned.unet, tuned.sampler, steps, points)
+
+
+def _describe_case(
+    pipe: Any,
+    config: TuneConfig,
+    tuned: Tuned,
+    fitted: Sequence[PipelineCall],
+    checked: Sequence[PipelineCall],
+) -> dict[str, Any]:
+    """What tells one tuning from another in a journal."""
+    return {
+        "tuned": astuple(tuned),
+        "device": name_device(str(pipe.device)),
+        "scheduler": type(pipe.scheduler).__name__
+        + json.dumps({key: str(value) for key, value in pipe.scheduler.config.items()}),
+        "steps": config.steps,
+        "seed": config.seed,
+        "batch": config.batch,
+        "calls": expand_calls(fitted),
+        "held out": expand_calls(checked),
+        "settings": config.settings,
+        "nets": {name: fingerprint_module(net) for name, net in config.nets.items()},
+        "attend": list(config.attend),
+    }
+
+
+def _measure_costs(
+    pipe: Any,
+    config: TuneConfig,
+    calls: Sequence[PipelineCall],
+    cost: CostModel | None,
+    journal: Journal,
+    progress: Progress,
+) -> CostModel:
+    """What the pipeline costs here, and each net in its UNet's place, where that is not known."""
+    example = {**expand_calls(calls)[0], **config.settings}
+    pictures = min(config.batch, len(calls))
+    if cost is None:
+        progress.add("profiling", 0)
+        cost = profile(pipe, call=example, pictures=pictures, attend=config.attend)
+        journal.note_cost(cost, pipe.device)
+    for name in (name for name in config.nets if name not in cost.nets):
+        own = profile(_exchange(pipe, config.nets[name]), call=example, pictures=pictures)
+        journal.note_cost(own, pipe.device, name)
+        cost = replace(cost, nets={**cost.nets, name: own})
+    progress.add("profiled", 2)
+    return cost
 
 
 def _exchange(pipe: Any, unet: UNet2DConditionModel) -> Any:
@@ -172,8 +303,8 @@ class _Tuner:
     nets: Mapping[str, Net]
     variants: tuple[Variant, ...]
     cost: CostModel
-    fit: Bench
-    check: Bench
+    fit: TrialRunner
+    check: TrialRunner
     calibrations: list[Calibration]
     """The full run of every step count, that of all steps first."""
     journal: Journal
@@ -184,69 +315,35 @@ class _Tuner:
     def prepare(
         cls,
         pipe: Any,
-        calls: Sequence[PipelineCall],
-        steps: int,
-        held_out: Sequence[PipelineCall] | None,
-        settings: dict[str, Any],
-        grids: Sequence[float],
-        seed: int,
-        batch: int,
-        nets: Mapping[str, UNet2DConditionModel],
-        attend: Sequence[str],
-        cost: CostModel | None,
-        journal: str | Path | None,
+        config: TuneConfig,
+        fitted: Sequence[PipelineCall],
+        checked: Sequence[PipelineCall],
+        cost: CostModel,
+        journal: Journal,
         tuned: Tuned,
         progress: Progress,
     ) -> _Tuner:
         """Calibrate on the full run of every step count."""
-        fitted, checked = split_calls(calls, held_out)
-        facts = {
-            "tuned": astuple(tuned),
-            "device": name_device(str(pipe.device)),
-            "scheduler": type(pipe.scheduler).__name__
-            + json.dumps({key: str(value) for key, value in pipe.scheduler.config.items()}),
-            "steps": steps,
-            "seed": seed,
-            "batch": batch,
-            "calls": expand_calls(fitted),
-            "held out": expand_calls(checked),
-            "settings": settings,
-            "nets": {name: fingerprint_module(net) for name, net in nets.items()},
-            "attend": list(attend),
-        }
-        known = Journal.open(journal, facts)
-        example = {**expand_calls(fitted)[0], **settings}
-        pictures = min(batch, len(fitted))
-        cost = cost or known.cost
-        if cost is None:
-            progress.add("profiling", 0)
-            cost = profile(pipe, call=example, pictures=pictures, attend=attend)
-            known.note_cost(cost, pipe.device)
-        for name in (name for name in nets if name not in cost.nets):
-            own = profile(_exchange(pipe, nets[name]), call=example, pictures=pictures)
-            known.note_cost(own, pipe.device, name)
-            cost = replace(cost, nets={**cost.nets, name: own})
-        progress.add("profiled", 2)
         anatomy = read_anatomy(pipe.unet)
-        company = match_nets(pipe.unet, nets).nets
-        variants = list_variants(cost, anatomy, company, attend)
-        fit = Bench(pipe, fitted, seed, batch, settings, nets=nets)
-        check = Bench(pipe, checked, seed + 10_000, batch, settings, nets=nets)
+        others = match_nets(pipe.unet, config.nets).nets
+        variants = list_variants(cost, anatomy, others, config.attend)
+        seed, batch, settings = config.seed, config.batch, config.settings
+        fit = TrialRunner(pipe, fitted, seed, batch, settings, nets=config.nets)
+        check = TrialRunner(pipe, checked, seed + 10_000, batch, settings, nets=config.nets)
         calibrations: list[Calibration] = []
-        for count in sorted({steps, *(max(2, round(share * steps)) for share in grids)})[::-1]:
+        for count in config.counts:
             main = calibrations[0] if calibrations else None
-            calibrations.append(
-                calibrate(
-                    pipe, fitted, count, seed=seed, batch=batch, settings=settings, like=main
-                )
-            )  # fmt: skip
+            found = calibrate(
+                pipe, fitted, count, seed=seed, batch=batch, settings=settings, like=main
+            )
+            calibrations.append(found)
             progress.add(f"ran {count} steps in full", 1 if main else 1 + len(PROBES))
         fit = replace(fit, goals=calibrations[0].finals)
-        check = replace(check, goals=check.run(steps))
+        check = replace(check, goals=check.run(config.steps))
         progress.add("ran the held-out calls in full")
         return cls(
-            anatomy, company, variants, cost, fit, check, calibrations, known, tuned, progress,
-        )  # fmt: skip
+            anatomy, others, variants, cost, fit, check, calibrations, journal, tuned, progress
+        )
 
     def propose(self, speeds: Sequence[float]) -> list[list[Candidate]]:
         """What to try for each speed."""
@@ -264,20 +361,24 @@ class _Tuner:
         forecasts = [place for place, each in enumerate(self.variants) if each.forecasts]
         models: list[Model] = []
         for calibration in self.calibrations:
-            lag = calibration.finals.latents.double() - goal
+            step_count_error = calibration.finals.latents.double() - goal
             wrong = [measure_deviation(each, self.fit, calibration) for each in self.variants[1:]]
             if wrong:
                 ways = f"{len(wrong)} cheaper ways" if len(wrong) > 1 else self.variants[1].name
                 self.progress.add(f"ran {calibration.steps} steps by {ways}", 0)
             errors = ErrorModel.of(calibration, wrong, forecasts)
-            models.append(Model(errors, float(lag.square().mean())))
+            models.append(Model(errors, float(step_count_error.square().mean())))
         return models
 
     def list_goals(self, speedup: float | None, ms: float | None) -> list[float]:
         """What is wanted as speeds, where any run is so fast."""
         count = self.calibrations[0].count
         whole, least = self.cost.predict_full_run(count), self.cost.predict_full_run(1)
-        wanted = [speed for speed in (speedup, whole * 1000 / ms if ms else None) if speed]
+        wanted = [
+            speed
+            for speed in (speedup, None if ms is None else whole * 1000 / ms)
+            if speed is not None
+        ]
         for speed in wanted:
             if speed > whole / least:
                 raise LeansdError(
@@ -338,13 +439,13 @@ class _Tuner:
 
     def _improve(self, trial: Trial, candidate: Candidate, *, tries: int) -> Trial:
         """Try neighbours, the most promising in the model first, and go on from any better one."""
-        left, tried = tries, {candidate.proposal.stretches}
+        left, tried = tries, {candidate.proposal.segments}
         while left > 0:
             ranked = sorted(
                 (
                     each
                     for each in candidate.list_neighbours()
-                    if each.proposal.stretches not in tried
+                    if each.proposal.segments not in tried
                 ),
                 key=lambda each: each.error,
             )
@@ -352,7 +453,7 @@ class _Tuner:
                 break
             for neighbour in ranked[:left]:
                 left -= 1
-                tried.add(neighbour.proposal.stretches)
+                tried.add(neighbour.proposal.segments)
                 other = self._try(neighbour)
                 if other.psnr > trial.psnr:
                     trial, candidate = other, neighbour

@@ -1,7 +1,7 @@
-"""The error model: what a stretch between two key steps does to the final latents.
+"""The error model: what a segment between two key steps does to the final latents.
 
-A *stretch* goes from one key step to the next; the steps between do not run the UNet in full. In
-the model of `calibration` the errors of stretches add up, so that the best plan can be found by
+A *segment* goes from one key step to the next; the steps between do not run the UNet in full. In
+the model of `calibration` the errors of segments add up, so that the best plan can be found by
 dynamic programming.
 """
 
@@ -16,11 +16,13 @@ import numpy as np
 from leansd.plans.methods import METHODS, weigh
 from leansd.plans.row import NO_CORRECTION, Correction, How
 from leansd.tuning.calibration import Calibration
-from leansd.tuning.surprises import CORRECTION_HOWS
+
+CORRECTION_HOWS: tuple[How, ...] = ("forecast", "reuse")
+"""The forecasts that `Correction`'s parts are by, in their order."""
 
 
 class Action(NamedTuple):
-    """What the steps of a stretch do."""
+    """What the steps of a segment do."""
 
     cut: str
     """What inherits; `head` for the UNet's whole output."""
@@ -38,8 +40,8 @@ class Key(NamedTuple):
     """What it runs, by its place among the variants of the error model; 0 is the UNet in full."""
 
 
-class Judgement(NamedTuple):
-    """The model's view of one stretch."""
+class SegmentError(NamedTuple):
+    """The model's view of one segment."""
 
     error: float
     """Mean squared error that it adds to the final latents."""
@@ -49,7 +51,7 @@ class Judgement(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ErrorModel:
-    """Errors of stretches in which the UNet's output is forecast.
+    """Errors of segments in which the UNet's output is forecast.
 
     The outputs of all calls are its basis, and behind them, for every variant of a key step, by how
     much that is wrong at all calls: [n (1 + variants)]. Where a variant forecasts something by the
@@ -62,7 +64,7 @@ class ErrorModel:
     """Mean products of every two of the basis."""
     forecasts: frozenset[int] = frozenset()
     """The variants that forecast something."""
-    _known: dict[Any, Judgement] = field(default_factory=dict[Any, Judgement], repr=False)
+    _known: dict[Any, SegmentError] = field(default_factory=dict[Any, SegmentError], repr=False)
     _made: dict[Any, np.ndarray] = field(default_factory=dict[Any, np.ndarray], repr=False)
 
     @classmethod
@@ -85,19 +87,19 @@ class ErrorModel:
         basis = np.concatenate([calibration.outputs, *deviations])
         return cls(calibration, basis @ basis.T / basis.shape[1], frozenset(forecasts))
 
-    def judge(self, keys: Sequence[Key], end: int, action: Action) -> Judgement:
-        """The stretch from the last of `keys` to `end`, the next key step or the end of the run.
+    def judge(self, keys: Sequence[Key], end: int, action: Action) -> SegmentError:
+        """The segment from the last of `keys` to `end`, the next key step or the end of the run.
 
         What is wrong with the last key step itself counts with it.
 
-        Remembered: the dynamic programme asks the same of every stretch for every speed.
+        Remembered: the dynamic programme asks the same of every segment for every speed.
         """
         asked = tuple(keys), end, action
         if asked not in self._known:
             self._known[asked] = self._judge(keys, end, action)
         return self._known[asked]
 
-    def _judge(self, keys: Sequence[Key], end: int, action: Action) -> Judgement:
+    def _judge(self, keys: Sequence[Key], end: int, action: Action) -> SegmentError:
         calibration, products = self.calibration, self.products
         count = calibration.count
         between = range(keys[-1].step + 1, end)
@@ -106,7 +108,7 @@ class ErrorModel:
         if keys[-1].variant:
             change += calibration.response[after, keys[-1].step] * self._deviate(keys)
         if not between and not keys[-1].variant:
-            return Judgement(0.0)
+            return SegmentError(0.0)
         for step in between:
             change += calibration.response[after, step] * self._combine(keys, step, action.how)
             change[step] -= calibration.response[after, step]
@@ -123,7 +125,7 @@ class ErrorModel:
             correct = Correction(*solution.tolist())
             change = change + remedies @ solution
         error = float(change @ products @ change)
-        return Judgement(error * float(calibration.carry[after]), correct)
+        return SegmentError(error * float(calibration.error_gain[after]), correct)
 
     def _place(self, key: Key) -> int:
         """Where in the basis lies what is wrong with a key step that is not full."""

@@ -61,12 +61,17 @@ def keep_calls(
         raise LeansdError(f"{moments} moments: at least 1 is needed")
     clock = SchedulerClock(pipe)
     kept: list[KeptCall] = []
+    start = 0
 
     def around(_: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        nonlocal start
         tick = clock.locate(args[1] if len(args) > 1 else kwargs["timestep"])
         output = forward(*args, **kwargs)
-        count = len(tick.schedule.rows) if tick is not None else 0
-        if tick is not None and tick.index in _spread(count, moments):
+        if tick is None:
+            return output
+        if tick.starts:  # image-to-image leaves the first steps out
+            start = tick.index
+        if tick.index - start in _spread(len(tick.schedule.rows) - start, moments):
             noise = output[0].detach()
             scale = float(pipe.guidance_scale) if is_guided(pipe, len(noise)) else None
             taken, named = map_rows((args, kwargs), len(noise), lambda each: each.detach().clone())
@@ -75,6 +80,11 @@ def keep_calls(
 
     with ForwardHooks({"unet": pipe.unet}, around):
         run_calls(pipe, calls, steps, seed=seed, batch=batch, settings=settings, on_step=on_step)
+    if not kept:
+        raise LeansdError(
+            "no UNet call belonged to a step of the scheduler: cuts are measured on pipelines that "
+            "call their UNet at every time step"
+        )
     return kept
 
 
@@ -99,5 +109,5 @@ def _measure_one(unet: UNet2DConditionModel, call: KeptCall) -> float:
 
 
 def _spread(count: int, moments: int) -> set[int]:
-    """`moments` of `count` steps, each in the middle of its stretch."""
+    """`moments` of `count` steps, each in the middle of its segment."""
     return {int((place + 0.5) * count / moments) for place in range(moments)}

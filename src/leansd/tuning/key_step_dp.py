@@ -1,6 +1,6 @@
 """Dynamic programming over key steps: the least error for every budget, in the error model.
 
-The errors of stretches add up and each depends on the last three key steps before it, and on what
+The errors of segments add up and each depends on the last three key steps before it, and on what
 those run, so a state is those three. Costs are counted in whole ticks, and for every state and
 number of ticks the least error is kept.
 """
@@ -13,18 +13,18 @@ from typing import TypeAlias
 
 import numpy as np
 
-from leansd.tuning.errors import Action, Key
+from leansd.tuning.error_model import Action, Key
 
 Keys: TypeAlias = tuple[Key, ...]
 Judge: TypeAlias = Callable[[Keys, int, Action], float]
-"""`(last key steps, end of the stretch, action) -> error`."""
+"""`(last key steps, end of the segment, action) -> error`."""
 
 MEMORY = 3
-"""How many key steps the error of a stretch can depend on."""
+"""How many key steps the error of a segment can depend on."""
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Segment:
     """From a key step up to the next one, or to the end of the run."""
 
     key: Key
@@ -34,15 +34,15 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Proposal:
-    """The best sequence of stretches within some budget."""
+    """The best sequence of segments within some budget."""
 
-    stretches: tuple[Stretch, ...]
+    segments: tuple[Segment, ...]
     error: float
     ticks: int
 
     @property
     def keys(self) -> Keys:
-        return tuple(stretch.key for stretch in self.stretches)
+        return tuple(segment.key for segment in self.segments)
 
 
 def find_best(
@@ -103,17 +103,17 @@ def find_best(
             proposals.append(None)
             continue
         error, spent = float(done.errors[ticks]), ticks
-        stretches: list[Stretch] = []
+        segments: list[Segment] = []
         at: _Reached = done
         end, after = count, None
         while at.states[ticks] >= 0:
             state = states[int(at.states[ticks])]
             action = actions[int(at.actions[ticks])]
-            stretches.append(Stretch(state[-1], end, action))
+            segments.append(Segment(state[-1], end, action))
             step, cost = state[-1].step, 0 if after is None else key_costs[after.variant]
             ticks -= (end - step - 1) * costs[action] + cost
             at, end, after = table[state], step, state[-1]
-        proposals.append(Proposal(tuple(reversed(stretches)), error, spent))
+        proposals.append(Proposal(tuple(reversed(segments)), error, spent))
     return proposals
 
 

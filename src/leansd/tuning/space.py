@@ -1,0 +1,345 @@
+"""What the search chooses among: what key steps may run, kinds of plans, and the best of each kind.
+
+1. Variants: what a key step may run in the place of the whole UNet, and how wrong that is.
+2. Regimes: what all plans of one search share besides their key steps.
+3. Candidates: plans that the search proposes, and what lies beside them.
+4. Proposals: what the error model holds to be the best plans, for every speed at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from leansd.evaluation.cost import CostModel
+from leansd.plans.anatomy import Anatomy
+from leansd.plans.compile import compile_plan
+from leansd.plans.liveness import Net
+from leansd.plans.methods import METHODS
+from leansd.plans.plan import Plan
+from leansd.plans.row import OWN, Attend, Gates, Guidance
+from leansd.tuning.calibration import Calibration
+from leansd.tuning.error_model import HEAD_ACTIONS, Action, ErrorModel, Key
+from leansd.tuning.key_step_dp import MEMORY, Keys, Proposal, Segment, find_best
+from leansd.tuning.scheduler_hook import Seen, Step, tap
+from leansd.tuning.trials import TrialRunner
+
+TICKS = 16
+"""Ticks of a key step that runs the whole UNet, in the dynamic programme's budgets."""
+WORTH = 0.9
+"""A step that costs more than this share of a full one is not worth being wrong for."""
+HISTORY = 2
+"""Key steps that compute guidance before one that forecasts it: a line needs two."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a key step runs."""
+
+    name: str = "full"
+    ticks: int = TICKS
+    net: str = OWN
+    guidance: Guidance = "compute"
+    attend: Gates = field(default_factory=dict[str, Attend])
+
+    def dress(self, plan: Plan, step: int) -> Plan:
+        """The plan with this at one of its steps."""
+        if self.net != OWN:
+            plan = plan.switch(self.net, at=step)
+        if self.guidance != "compute":
+            plan = plan.guide(self.guidance, at=step)
+        for at, by in self.attend.items():
+            plan = plan.attend(at, by=by, at=step)
+        return plan
+
+    @property
+    def forecasts(self) -> bool:
+        """Whether it forecasts something by its last two values."""
+        return self.guidance == "forecast"
+
+    def leave_out(self) -> Variant:
+        """The same without what it forecasts: how wrong that is depends on no other key step."""
+        return replace(self, guidance="drop") if self.forecasts else self
+
+
+FULL = Variant()
+
+
+def allows(variants: Sequence[Variant], keys: Sequence[Key]) -> bool:
+    """Whether the last of some key steps may run what it runs, after those before."""
+    last = variants[keys[-1].variant]
+    if last.guidance == "compute":
+        return True
+    before = [variants[key.variant] for key in keys[:-1]][-HISTORY:]
+    return len(before) == HISTORY and all(each.guidance == "compute" for each in before)
+
+
+def list_variants(
+    cost: CostModel, anatomy: Anatomy, nets: Mapping[str, Net], attend: Sequence[str] = ()
+) -> tuple[Variant, ...]:
+    """The whole UNet first; then what costs noticeably less, where its cost is known.
+
+    Args:
+        cost: which knows the nets' own costs.
+        nets: those that a plan may switch to.
+        attend: self-attentions that may go by GRI; their cost must have been measured so.
+    """
+    nothing = cost.fixed.get("none", 0.0)
+    whole = cost.full_call - nothing
+
+    def price(variant: Variant) -> Variant:
+        plan = variant.dress(Plan.full(HISTORY + 2), HISTORY + 1)
+        call = compile_plan(plan, anatomy, nets=nets).calls[HISTORY + 1]
+        share = (cost.predict_call(replace(call, keeps={})) - nothing) / whole
+        return replace(variant, ticks=max(1, round(TICKS * share)))
+
+    found = [Variant(f"net {name}", net=name) for name in nets]
+    if attend:
+        gates: dict[str, Attend] = dict.fromkeys(attend, "gri")
+        found.append(Variant("GRI", attend=gates))
+    if cost.is_guided:
+        found.append(Variant("guidance forecast", guidance="forecast"))
+    return (FULL, *(each for each in map(price, found) if each.ticks < WORTH * TICKS))
+
+
+def measure_deviation(variant: Variant, bench: TrialRunner, calibration: Calibration) -> np.ndarray:
+    """What a variant gives at every call of the full run minus what that gives, [n, numbers].
+
+    The run goes on with the full run's outputs, so all calls are on its latents. What the variant
+    forecasts is left out; the first call of a run cannot do without it, and is taken to be as
+    wrong as the second.
+    """
+    plan, start = Plan.full(calibration.steps), calibration.steps - calibration.count
+    for step in range(start + variant.forecasts, calibration.steps):
+        plan = variant.leave_out().dress(plan, step)
+    wrong = [[torch.zeros_like(seen.output) for seen in run] for run in calibration.runs]
+
+    def steer(run: int, index: int, seen: Seen, step: Step) -> torch.Tensor:
+        full = calibration.runs[run][index].output
+        wrong[run][index] = seen.output - full
+        return full
+
+    with tap(bench.pipe.scheduler, steer):
+        bench.run(calibration.steps, plan)
+    for run in wrong if variant.forecasts else ():
+        run[0] = run[min(1, len(run) - 1)]
+    joined = torch.cat([torch.stack(each).flatten(1) for each in wrong], dim=1)
+    return joined.double().cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Regime:
+    """One kind of plan.
+
+    Attributes:
+        actions: what steps between key steps may do, and their cost in ticks.
+        variants: what key steps may run, the whole UNet first.
+    """
+
+    actions: Mapping[Action, int]
+    variants: tuple[Variant, ...] = (FULL,)
+
+    @property
+    def key_costs(self) -> tuple[int, ...]:
+        """Ticks of a key step, by what it runs."""
+        return tuple(variant.ticks for variant in self.variants)
+
+
+def list_regimes(
+    cost: CostModel, anatomy: Anatomy, variants: Sequence[Variant] = (FULL,)
+) -> list[Regime]:
+    """Forecasts of the whole output first; then with cheaper key steps, where there are any; then a
+    cut, where it costs noticeably less than a step.
+
+    Args:
+        variants: what key steps may run where the whole output is forecast between them.
+    """
+    nothing = cost.fixed.get("none", 0.0)
+    whole = cost.full_call - nothing
+
+    def share(plan: Plan, step: int) -> float:
+        call = compile_plan(plan, anatomy).calls[step]
+        return (cost.predict_call(call) - nothing) / whole
+
+    heads = dict.fromkeys(HEAD_ACTIONS, 0)
+    regimes = [Regime(heads)]
+    if len(variants) > 1:
+        regimes.append(Regime(heads, tuple(variants)))
+    cut = Action(f"up{anatomy.up_blocks - 1}.l1", "forecast")
+    above = share(Plan.full(4).inherit(cut.cut, at=3, how=cut.how), 3)
+    if above < WORTH:
+        regimes.append(Regime({cut: max(1, round(TICKS * above))}))
+    return regimes
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan to try, as the search found it."""
+
+    proposal: Proposal
+    model: ErrorModel
+    regime: Regime
+    step_count_error: float
+    """Squared error of the full run of its step count against that of all steps."""
+
+    @property
+    def error(self) -> float:
+        """What the model expects of it."""
+        return self.proposal.error + self.step_count_error
+
+    def build(self) -> Plan:
+        calibration = self.model.calibration
+        plan = build_plan(self.proposal, calibration)
+        start = calibration.steps - calibration.count
+        for key in self.proposal.keys:
+            plan = self.regime.variants[key.variant].dress(plan, start + key.step)
+        return plan
+
+    def list_neighbours(self) -> list[Candidate]:
+        count = self.model.calibration.count
+        found = list_neighbours(self.proposal, count, self.regime.actions)
+        moved = (self._move(segments) for segments in found)
+        return [each for each in moved if np.isfinite(each.error)]
+
+    def _move(self, segments: tuple[Segment, ...]) -> Candidate:
+        error, keys = 0.0, ()
+        for segment in segments:
+            keys = (*keys, segment.key)[-MEMORY:]
+            if not allows(self.regime.variants, keys):
+                error = float("inf")
+                break
+            error += self.model.judge(keys, segment.end, segment.action).error
+        return replace(self, proposal=Proposal(segments, error, self.proposal.ticks))
+
+
+def build_plan(proposal: Proposal, calibration: Calibration, name: str = "tuned") -> Plan:
+    """A proposal as a plan for the sampler's whole step count, without corrections."""
+    plan = Plan.full(calibration.steps, name=name)
+    start = calibration.steps - calibration.count
+    for segment in proposal.segments:
+        between = [start + step for step in range(segment.key.step + 1, segment.end)]
+        if between:
+            plan = plan.inherit(segment.action.cut, at=between, how=segment.action.how)
+    return plan
+
+
+def list_neighbours(
+    proposal: Proposal, count: int, choices: Collection[Action]
+) -> list[tuple[Segment, ...]]:
+    """Every proposal with one small change that costs nothing.
+
+    One key step moved by one place, two neighbours that change what they run, or one segment
+    forecast otherwise.
+    """
+    keys, actions = proposal.keys, [segment.action for segment in proposal.segments]
+    taken = {key.step for key in keys}
+    neighbours: list[tuple[Segment, ...]] = []
+    for place in range(1, len(keys)):
+        for step in (keys[place].step - 1, keys[place].step + 1):
+            if step < count and step not in taken:
+                moved = keys[place]._replace(step=step)
+                others = [*keys[:place], moved, *keys[place + 1 :]]
+                neighbours.append(_join(others, actions, count))
+    for place in range(len(keys) - 1):
+        one, other = keys[place : place + 2]
+        if one.variant != other.variant:
+            swapped = one._replace(variant=other.variant), other._replace(variant=one.variant)
+            neighbours.append(_join([*keys[:place], *swapped, *keys[place + 2 :]], actions, count))
+    for place, segment in enumerate(proposal.segments):
+        if segment.end - segment.key.step > 1:
+            for action in choices:
+                # With fewer key steps behind it, a parabola is a line.
+                if action != segment.action and place + 1 >= METHODS[action.how].depth:
+                    changed = [*actions[:place], action, *actions[place + 1 :]]
+                    neighbours.append(_join(keys, changed, count))
+    return neighbours
+
+
+def _join(keys: Sequence[Key], actions: Sequence[Action], count: int) -> tuple[Segment, ...]:
+    ends = [*(key.step for key in keys[1:]), count]
+    return tuple(
+        Segment(key, end, action) for key, end, action in zip(keys, ends, actions, strict=True)
+    )
+
+
+FEWER = 2
+"""Proposals of each regime but the first that are tried for each speed."""
+FINALISTS = 3
+"""Plans of different step counts for each speed; the held-out calls help to decide between them."""
+LONGEST = 0.2
+"""The most steps between two key steps, as a share of all."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The error model of one step count."""
+
+    errors: ErrorModel
+    step_count_error: float
+    """The error of its full run against that of all steps."""
+
+
+def propose(
+    models: Sequence[Model],
+    regimes: Sequence[Regime],
+    cost: CostModel,
+    whole: float,
+    speeds: Sequence[float],
+    tell: Callable[[str], None],
+) -> list[list[Candidate]]:
+    """For each speed the best plan of every step count, and a few of each other regime.
+
+    Of every one, since where key steps are few the model thinks too well of many steps.
+
+    Errors of different regimes do not compare: of what a cut or an older guidance difference makes
+    better or worse the model knows nothing.
+
+    Args:
+        regimes: the main one first.
+        whole: seconds of the full run that speeds are against.
+        tell: told what is being sought.
+    """
+    found: list[list[Candidate]] = [[] for _ in speeds]
+    for place, regime in enumerate(regimes):
+        best: list[list[Candidate]] = [[] for _ in speeds]
+        for model in models:
+            calibration = model.errors.calibration
+            tell(f"looking for plans of {calibration.steps} steps")
+            budgets = [_count_ticks(whole / speed, calibration.count, cost) for speed in speeds]
+            for candidates, candidate in zip(best, search(model, regime, budgets), strict=True):
+                candidates += filter(None, [candidate])
+        for few, candidates in zip(found, best, strict=True):
+            candidates.sort(key=lambda each: each.error)
+            few += candidates[:FEWER] if place else candidates
+    return found
+
+
+def search(model: Model, regime: Regime, budgets: Sequence[int]) -> list[Candidate | None]:
+    """The best plan of one step count within each budget, in ticks."""
+    calibration = model.errors.calibration
+
+    def judge(keys: Keys, end: int, action: Action) -> float:
+        if not allows(regime.variants, keys):
+            return float("inf")
+        return model.errors.judge(keys, end, action).error
+
+    longest = max(4, round(LONGEST * calibration.steps))
+    proposals = find_best(
+        calibration.count, judge, regime.actions, regime.key_costs, budgets, longest=longest
+    )
+    return [
+        each and Candidate(each, model.errors, regime, model.step_count_error) for each in proposals
+    ]
+
+
+def _count_ticks(seconds: float, count: int, cost: CostModel) -> int:
+    """The ticks that key steps may take for a run to take no longer.
+
+    What a call takes that computes nothing, every step takes; ticks are of the rest.
+    """
+    nothing = cost.fixed.get("none", 0.0)
+    left = seconds - cost.overhead_per_run - count * (cost.per_step + nothing)
+    return int(left / (cost.full_call - nothing) * TICKS + 0.5)
