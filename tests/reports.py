@@ -12,7 +12,6 @@ import leansd
 from leansd.bulk.jobs import Job, place_order
 from leansd.bulk.rows import read_sheet
 from leansd.drawing import Painting, Request
-from leansd.emoji.location import model_folder
 from leansd.evaluation.compare import CONVERGED, Case
 from leansd.evaluation.demo import FEWER, Demo, DemoEntry
 from leansd.evaluation.evaluation import Evaluation
@@ -30,7 +29,7 @@ from leansd.incubation.training_log import TrainingLog, read_log, read_run
 from leansd.incubation.validation import paste_grid
 from leansd.plans.plan import Plan
 from leansd.plans.presets import PRESETS, SPEED_PRESETS, preset
-from leansd.report import Origin, Report, bulk, measurements, nets, plans, recognising, training
+from leansd.report import Origin, Report, bulk, measurements, nets, plans, training
 from leansd.report.scores import judge, prepare
 from leansd.scoring.looking import Manner
 from leansd.shards import Drawn, name_shard, pack_shard
@@ -277,11 +276,6 @@ def report_emoji_training(folder: Path) -> Report:
     stages = {"vae": None, "unet": None}
     log = read_log(folder, stages, name="emoji", subject="emoji", state="finished")
     return training.report_training(log)
-
-
-def report_emoji_evaluation(folder: Path) -> Report:
-    result = json.loads((model_folder() / "evaluation.json").read_text())
-    return recognising.make_report(result, "emoji")
 
 
 def report_estimate(folder: Path) -> Report:

@@ -165,35 +165,6 @@ class Stub:
         return self
 
 
-@pytest.mark.parametrize(
-    ("words", "stubs"),
-    [
-        ("train --out out", ("recipe.read_pictures", "recipe.train_model", "curves.plot_curves")),
-        ("pictures --out out", ("recipe.read_pictures", "folder.write_pictures")),
-        ("card", ("card.write_card",)),
-    ],
-)
-def test_emoji_commands_end_with_json(
-    words: str, stubs: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    for name in stubs:
-        monkeypatch.setattr(f"leansd.emoji.{name}", Stub())
-    assert main(["emoji", *words.split(), "--json", "--quiet"]) == 0
-    said = capsys.readouterr()
-    assert json.loads(said.out.splitlines()[-1])["command"] == f"emoji {words.split()[0]}"
-    assert said.err == ""
-
-
-def test_emoji_grid_ends_with_json(tmp_path: Path, capsys: Any) -> None:
-    torch.set_num_threads(1)
-    out = tmp_path / "grid.png"
-    options = ["--prompt", "apple", "--steps", "1", "--out", str(out), "--json"]
-    assert main(["emoji", "grid", *options]) == 0
-    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (facts["command"], facts["files"]) == ("emoji grid", [str(out)])
-    assert out.is_file()
-
-
 def test_long_lines_break_between_words_under_where_they_began() -> None:
     line = "renamed     up1.l0 to up0.l0, up1.l2 to up0.l1"
     assert wrap_text(line, 30) == ("renamed     up1.l0 to up0.l0,\n            up1.l2 to up0.l1")
@@ -279,7 +250,6 @@ assert not {"torch", "diffusers", "transformers"} & set(sys.modules)
     ("line", "offered"),
     [
         ("leansd ge", ["generate"]),
-        ("leansd emoji t", ["train"]),
         ("leansd generate apple --sa", ["--sampler"]),
         ("leansd generate apple --plan bal", ["balanced"]),
         ("leansd tune --sampler eul", ["euler", "euler-a"]),
@@ -317,11 +287,11 @@ def test_the_manual_at_a_terminal() -> None:
 
 
 def test_the_manual_of_one_command(capsys: Any) -> None:
-    assert main(["manual", "emoji", "train"]) == 0
+    assert main(["manual", "anatomy"]) == 0
     said = capsys.readouterr().out
-    assert "leansd emoji train" in said
+    assert "leansd anatomy" in said
     assert "leansd generate" not in said
-    assert main(["manual", "emojy"]) == 2
-    assert "did you mean 'leansd emoji'?" in capsys.readouterr().err
+    assert main(["manual", "anatomi"]) == 2
+    assert "did you mean 'leansd anatomy'?" in capsys.readouterr().err
     assert main(["manual", "--to", "tex"]) == 2
     assert "give text, markdown, roff" in capsys.readouterr().err

@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
+from models.emoji.assembly import LIMIT_MB, build_scheduler
+from models.emoji.drawing import draw_captions
 from transformers import CLIPTokenizer
 
 from leansd.emoji import location
-from leansd.emoji.assembly import LIMIT_MB, build_scheduler, load_clip
-from leansd.emoji.clip import MAX_TOKENS
-from leansd.emoji.drawing import draw_captions
-from leansd.emoji.evaluation import clip_score
+from leansd.emoji.clip import MAX_TOKENS, clip_score, load_clip
 from leansd.emoji.location import model_folder
 from leansd.errors import LeansdError
 

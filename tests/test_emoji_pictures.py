@@ -5,12 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from models.emoji.data import STYLES, Concept, Pair, Pictures, Split
+from models.emoji.folder import write_pictures
 from PIL import Image
 
-from leansd.emoji.data import STYLES, Emoji, Pair, Split
-from leansd.emoji.folder import write_pictures
-from leansd.emoji.recipe import Pictures
-from leansd.emoji.training import Budget
 from leansd.errors import LeansdError
 from leansd.incubation.data.samples import Sample, list_folder
 
@@ -19,18 +17,18 @@ GROUPS = ("food-fruit", "sky-weather")
 
 def make_pictures(size: int = 32) -> Pictures:
     """Fruit is red and weather blue."""
-    emojis = [Emoji(f"1f{n:03x}", f"thing {n}", (), "", GROUPS[n % 2]) for n in range(12)]
-    pairs = [Pair(emoji, style) for emoji in emojis for style in STYLES]
+    concepts = [Concept(f"thing-{n}", GROUPS[n % 2]) for n in range(12)]
+    pairs = [Pair(concept, style) for concept in concepts for style in STYLES]
     split = Split(tuple(pairs[:-6]), tuple(pairs[-6:]))
 
     def paint(some: tuple[Pair, ...]) -> torch.Tensor:
         pixels = torch.full((len(some), 3, size, size), 255, dtype=torch.uint8)
         for picture, pair in zip(pixels, some, strict=True):
-            kept = 0 if pair.emoji.subgroup == GROUPS[0] else 2
+            kept = 0 if pair.concept.group == GROUPS[0] else 2
             picture[[channel for channel in range(3) if channel != kept], 4:-4, 4:-4] = 0
         return pixels
 
-    return Pictures(split, paint(split.train), paint(split.held_out))
+    return Pictures(split, paint(split.train), paint(split.held_out), paint(()))
 
 
 def test_the_folder_is_what_incubation_reads(tmp_path: Path) -> None:
@@ -42,7 +40,7 @@ def test_the_folder_is_what_incubation_reads(tmp_path: Path) -> None:
     assert len(samples) == len(pictures.split.train)
     first = samples[0]
     assert isinstance(first, Sample)
-    assert first.captions[0] == "a thing 0, twemoji style"
+    assert first.captions[0] == "a thing 0, noto style"
     with Image.open(tmp_path / "emoji" / "train" / first.key) as drawn:
         assert drawn.getpixel((16, 16)) == (255, 0, 0)
     rows = (tmp_path / "emoji" / "held-out" / "metadata.jsonl").read_text().splitlines()
@@ -57,11 +55,12 @@ def test_other_folders_are_left_alone(tmp_path: Path) -> None:
 
 def test_the_vgg_learns_groups_and_goes_on_where_it_was(tmp_path: Path) -> None:
     pytest.importorskip("torchvision")
+    from models.emoji.vgg import train_vgg
+
     from leansd.incubation.vgg import load_vgg
-    from leansd.incubation.vgg_training import train_vgg
 
     pictures = make_pictures()
-    result = train_vgg(pictures, tmp_path / "whole", Budget(steps=30))
+    result = train_vgg(pictures, tmp_path / "whole", 60)
     assert result["groups"] == 2
     assert result["held_out"] == 1.0
     vgg = load_vgg(tmp_path / "whole" / "vgg.safetensors", stages=3)

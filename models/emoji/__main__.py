@@ -124,6 +124,43 @@ def grid(
 
 
 @app.command()
+def pictures(
+    out: Annotated[Path, typer.Option(help="Folder to write: train and held-out.")],
+    cache: Annotated[Path, typer.Option(help="Where packages and pixels are kept.")] = RUN,
+    size: Annotated[int, typer.Option(min=8, help="Picture side in pixels.")] = 128,
+    data: Data = None,
+) -> None:
+    """Write the pictures with captions as Hugging Face's imagefolder, for `leansd incubate`."""
+    from models.emoji.data import read_pictures
+    from models.emoji.folder import write_pictures
+
+    found = read_pictures(data, cache, size, print)
+    write_pictures(found, out)
+    print(f"{out}: {len(found.train)} pictures to train on, {len(found.held_out)} held out")
+
+
+@app.command()
+def vgg(
+    out: Annotated[Path, typer.Option(help="Folder of the run; a run in it goes on.")],
+    cache: Annotated[Path, typer.Option(help="Where packages and pixels are kept.")] = RUN,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 2500,
+    data: Data = None,
+    device: Device = "cpu",
+    threads: Threads = 0,
+) -> None:
+    """Train a small VGG to tell groups apart: OUT/vgg.safetensors, for the `vgg` loss."""
+    from models.emoji.data import read_pictures
+    from models.emoji.vgg import PIXELS, train_vgg
+
+    _set_threads(threads, device)
+    found = read_pictures(data, cache, PIXELS, print)
+    result = train_vgg(found, out, steps, device=device, report=_report)
+    print(
+        f"groups told right: {result['train']:.1%} in training, {result['held_out']:.1%} held out"
+    )
+
+
+@app.command()
 def judge(
     out: Out = RUN,
     recipe: Name = "emoji",

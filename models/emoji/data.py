@@ -153,6 +153,16 @@ def read_keywords(modules: Path) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def read_groups(modules: Path) -> dict[str, str]:
+    """Map an icon's name to Unicode's subgroup of it, `food-fruit`."""
+    chars = _read_json(modules / STYLES["noto"][0] / "chars.json")
+    folder = modules / KEYWORDS[0]
+    names = _read_json(folder / "meta" / "groups.json")["subgroups"]
+    entries = _read_json(folder / "en" / "data.json")
+    own = {_strip_selectors(e["hexcode"]): names.get(str(e.get("subgroup")), "") for e in entries}
+    return {name: own.get(_strip_selectors(code), "") for code, name in chars.items()}
+
+
 def split_pairs(concepts: Iterable[Concept], share: float = HELD_OUT_SHARE) -> Split:
     """Hold out about `share` of the pairs, by a hash of the name alone.
 
@@ -216,13 +226,15 @@ def read_pictures(
     """Read the split and draw every picture, once: the pixels are kept in `cache`."""
     modules = find_modules(data, cache / "packages")
     icons = {style: read_icons(modules, style) for style in STYLES}
-    keywords = read_keywords(modules)
+    keywords, groups = read_keywords(modules), read_groups(modules)
     names = read_concepts()
     for style, own in icons.items():
         missing = [name for name, _ in names if name not in own]
         if missing:
             raise LeansdError(f"{STYLES[style][0]} has no icon {', '.join(missing[:5])}")
-    concepts = [Concept(name, group, keywords.get(name, ())) for name, group in names]
+    concepts = [
+        Concept(name, groups.get(name) or group, keywords.get(name, ())) for name, group in names
+    ]
     split = split_pairs(concepts)
     known = {name for name, _ in names}
     common = set.intersection(*(set(own) for own in icons.values())) - known

@@ -9,6 +9,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 
+from models.emoji.muon import make_optimizer
 from models.emoji.sidecar import Batch, Sidecar, backpropagate
 from models.emoji.stages import draw_generator, set_rate
 
@@ -105,9 +106,8 @@ class DenoiserLearner:
         self.decay, self.device = decay, device
         self.noise = DDPMScheduler(**NOISE)
         self.averages = {keep: [p.detach().clone() for p in unet.parameters()] for keep in averages}
-        self.optimizer = torch.optim.AdamW(
-            unet.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
-        )
+        ends = ("conv_in", "conv_out", "time_embedding")
+        self.optimizer = make_optimizer(unet, rate, ends, others_scale=1 / 3, weight_decay=0.02)
         self.threads = torch.get_num_threads()
         self.share = max(1, self.threads // (sidecars + 1))
         # Last, since the weights move to shared memory.

@@ -16,21 +16,31 @@ from torch import nn
 
 @torch.no_grad()
 def orthogonalize(matrices: torch.Tensor, rounds: int = 5) -> torch.Tensor:
-    """Bring the singular values of (count, rows, columns) near 1, by Newton-Schulz."""
+    """Bring the singular values of (count, rows, columns) near 1, by Newton-Schulz.
+
+    All rounds but the ends are done on the shorter side's Gram matrix, several times cheaper for
+    the long matrices that convolutions have.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
     turned = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if turned else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(rounds):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    one = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    gram, whole = x @ x.mT, one.expand(len(x), -1, -1)
+    for turn in range(rounds):
+        factor = a * one + b * gram + c * (gram @ gram)
+        whole = factor @ whole if turn else factor
+        if turn < rounds - 1:
+            gram = factor @ gram @ factor
+    x = whole @ x
     return x.mT if turned else x
 
 
 class Muon(torch.optim.Optimizer):
     """Muon for the weights of hidden layers, AdamW for biases, norms, tables and the two ends.
 
-    Its rate is AdamW's: an update of Muon has the size that AdamW's would have.
+    Its rate is AdamW's, times `others_scale` for the others: an update of Muon has the size that
+    AdamW's would have. Weight decay is for the hidden ones alone.
     """
 
     def __init__(
@@ -39,12 +49,14 @@ class Muon(torch.optim.Optimizer):
         others: Iterable[nn.Parameter],
         *,
         lr: float,
+        others_scale: float = 1.0,
+        weight_decay: float = 0.0,
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.98),
     ) -> None:
         groups = [
-            {"params": list(hidden), "muon": True},
-            {"params": list(others), "muon": False},
+            {"params": list(hidden), "muon": True, "weight_decay": weight_decay},
+            {"params": list(others), "muon": False, "scale": others_scale},
         ]
         defaults = {"lr": lr, "momentum": momentum, "betas": betas}
         super().__init__([g for g in groups if g["params"]], defaults)
@@ -75,10 +87,12 @@ class Muon(torch.optim.Optimizer):
             stacked = torch.stack([m.reshape(rows, columns) for m in moved])
             scale = 0.2 * math.sqrt(max(rows, columns))
             for p, update in zip(own, orthogonalize(stacked), strict=True):
+                p.mul_(1 - group["lr"] * group.get("weight_decay", 0.0))
                 p.add_(update.reshape(p.shape), alpha=-group["lr"] * scale)
 
     def _step_adam(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
         first, second = group["betas"]
+        rate = group["lr"] * group.get("scale", 1.0)
         for p in parameters:
             state = self.state[p]
             if not state:
@@ -89,10 +103,12 @@ class Muon(torch.optim.Optimizer):
             state["mean"].lerp_(p.grad, 1 - first)
             state["square"].lerp_(p.grad.square(), 1 - second)
             spread = (state["square"] / (1 - second**count)).sqrt().add_(1e-8)
-            p.addcdiv_(state["mean"], spread, value=-group["lr"] / (1 - first**count))
+            p.addcdiv_(state["mean"], spread, value=-rate / (1 - first**count))
 
 
-def make_optimizer(module: nn.Module, rate: float, ends: Iterable[str] = ()) -> Muon:
+def make_optimizer(
+    module: nn.Module, rate: float, ends: Iterable[str] = (), **settings: float
+) -> Muon:
     """Return Muon for the module's trainable parameters; `ends` names parts left to AdamW."""
     hidden, others = [], []
     ends = tuple(ends)
@@ -100,4 +116,4 @@ def make_optimizer(module: nn.Module, rate: float, ends: Iterable[str] = ()) -> 
         if p.requires_grad:
             inner = p.ndim >= 2 and not any(end in name for end in ends)
             (hidden if inner else others).append(p)
-    return Muon(hidden, others, lr=rate)
+    return Muon(hidden, others, lr=rate, **settings)

@@ -63,7 +63,7 @@ class Recipe:
     channels: tuple[int, ...] = (32, 64, 128, 160)
     heads: tuple[int, ...] = (2, 4, 4, 5)
     unet_batch: int = 32
-    unet_rate: float = 1e-3
+    unet_rate: float = 3e-3
     averages: tuple[float, ...] = (0.998, 0.9995)
     seed: int = 0
 

@@ -119,18 +119,20 @@ def train_stage(
 
     tick = saved = time.monotonic()
     sums: dict[str, float] = {}
+    counted = 0
     with _catch_signals() as caught:
         while steps is None or step < steps:
             for name, value in learner.learn(step).items():
-                sums[name] = sums.get(name, 0.0) + value / log_every
-            step += 1
+                sums[name] = sums.get(name, 0.0) + value
+            step, counted = step + 1, counted + 1
             now = time.monotonic()
             seconds, tick = seconds + now - tick, now
             if step % log_every == 0:
-                row = {"step": step, "seconds": round(seconds, 1), **sums}
+                means = {name: total / counted for name, total in sums.items()}
+                row = {"step": step, "seconds": round(seconds, 1), **means}
                 with (folder / "losses.jsonl").open("a", encoding="utf-8") as log:
                     log.write(json.dumps(row) + "\n")
-                sums = {}
+                sums, counted = {}, 0
                 if report:
                     report(folder.name, row)
             stopping = bool(caught) or (stop_after is not None and step >= stop_after)

@@ -42,7 +42,6 @@ COMMANDS = {
     "bench": "Measure ours against every rival in turns.",
     "export": "Write a net for stock diffusers or ONNX Runtime.",
     "ui": "Open a page: draw side by side, edit plans, tune, look back.",
-    "emoji": "The embedded model: train it, measure it.",
     "manual": "Show every command with its options and examples.",
 }
 """Each name is also a module of this package that holds a Typer `app`; a summary has 60 letters."""

@@ -163,7 +163,7 @@ def evaluate_plans(
     OUT/drawn, what was seen in OUT/seen.
     """
     from leansd.cli.terminal import follow, note
-    from leansd.emoji.card import GRID_PROMPTS
+    from leansd.emoji.prompts import GRID_PROMPTS
     from leansd.errors import LeansdError
     from leansd.evaluation.evaluation import evaluate_cases
     from leansd.evaluation.fidelity import find_lpips_weights, open_lpips

@@ -83,7 +83,7 @@ class ManualSection:
     app,
     "manual",
     "leansd manual",
-    "leansd manual emoji train",
+    "leansd manual generate",
     "leansd manual --to roff --out leansd.1",
     json=None,
 )

@@ -1,1 +1,4 @@
-"""The embedded model: its data, its training recipe, its measurements and its loader."""
+"""The embedded model: where it lies, the tiny CLIP it carries, what its grid shows.
+
+How it is made is told in `models/emoji`, outside the package.
+"""

@@ -11,9 +11,7 @@ def model_folder() -> Path:
     """Return the embedded model's folder, in the plain diffusers layout."""
     folder = Path(__file__).parent / "model"
     if not (folder / "model_index.json").is_file():
-        raise LeansdError(
-            f"no embedded model in {folder}: reinstall leansd, or train it (leansd emoji train)"
-        )
+        raise LeansdError(f"no embedded model in {folder}: reinstall leansd")
     return folder
 
 

@@ -18,8 +18,7 @@ def find_scorer(model: str | Path) -> Scorer | None:
     folder = _find_own_clip(model)
     if folder is None:
         return None
-    from leansd.emoji.assembly import load_clip
-    from leansd.emoji.evaluation import clip_score
+    from leansd.emoji.clip import clip_score, load_clip
     from leansd.evaluation.fidelity import as_batch
 
     clip, tokenizer = load_clip(folder)
@@ -47,7 +46,7 @@ def find_embedder(model: str | Path, clip: str | Path | None = None) -> Embedder
 
 
 def _find_own_clip(model: str | Path) -> Path | None:
-    """The model's folder where it has a `clip`, as models of `leansd emoji train` do."""
+    """The model's folder where it has a `clip`, as the embedded model does."""
     folder = locate(model)
     if isinstance(folder, Path) and (folder / "clip" / "config.json").is_file():
         return folder

@@ -17,9 +17,8 @@ NAME = "tiny CLIP"
 
 
 def open_own_clip(folder: Path, name: str) -> Embedder:
-    """The CLIP in a model's folder, as models of `leansd emoji train` have one."""
-    from leansd.emoji.assembly import load_clip
-    from leansd.emoji.clip import normalize_floats, tokenize
+    """The CLIP in a model's folder, as the embedded model has one."""
+    from leansd.emoji.clip import load_clip, normalize_floats, tokenize
 
     own, tokenizer = load_clip(folder)
     side: Any = own.vision_model.config.image_size

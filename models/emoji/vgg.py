@@ -5,7 +5,7 @@ It sees pictures as small as the loss shows them, one pixel for each of the late
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from leansd.emoji.recipe import Pictures
-from leansd.emoji.training import Budget, draw_generator, set_rate, train_stage, warm_stable_decay
 from leansd.incubation.vgg import CONVOLUTIONS, Vgg
+from models.emoji.data import Pictures
+from models.emoji.stages import Report, draw_generator, set_rate, train_stage, warm_then_decay
 
 WIDTHS = (16, 32, 64, 64, 64)
 PIXELS = 64
@@ -39,12 +39,12 @@ class Labelled:
 def label_pictures(pictures: Pictures, side: int = SIDE) -> tuple[Labelled, Labelled]:
     """Training and held-out pictures, scaled by averaging, with the numbers of their groups."""
     split = pictures.split
-    groups = sorted({pair.emoji.subgroup for pair in (*split.train, *split.held_out)})
+    groups = sorted({pair.concept.group for pair in (*split.train, *split.held_out)})
     numbers = {group: number for number, group in enumerate(groups)}
 
     def label(pixels: Tensor, pairs: Sequence[Any]) -> Labelled:
         small = F.adaptive_avg_pool2d(pixels.float() / 127.5 - 1, side)
-        return Labelled(small, torch.tensor([numbers[pair.emoji.subgroup] for pair in pairs]))
+        return Labelled(small, torch.tensor([numbers[pair.concept.group] for pair in pairs]))
 
     return label(pictures.train, split.train), label(pictures.held_out, split.held_out)
 
@@ -81,15 +81,17 @@ class GroupLearner:
         *,
         batch: int = 64,
         rate: float = 2e-3,
+        steps: int,
         seed: int = 0,
         device: str = "cpu",
     ) -> None:
+        self.steps = steps
         torch.manual_seed(seed)
         self.net = Classifier(groups).to(device).train()
         self.data, self.batch, self.rate, self.seed, self.device = data, batch, rate, seed, device
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=rate, weight_decay=0.05)
 
-    def learn(self, step: int, progress: float) -> dict[str, float]:
+    def learn(self, step: int) -> dict[str, float]:
         """Take one step on a random batch, mirrored and moved at random."""
         generator = draw_generator(self.seed, step)
         rows = torch.randint(len(self.data.labels), (self.batch,), generator=generator)
@@ -102,7 +104,9 @@ class GroupLearner:
         loss = F.cross_entropy(scores, labels, label_smoothing=0.1)
         self.optimizer.zero_grad()
         loss.backward()
-        set_rate(self.optimizer, self.rate * warm_stable_decay(progress, decay_from=0.5))
+        set_rate(
+            self.optimizer, self.rate * warm_then_decay(step, self.steps, warm=25, decay_from=0.5)
+        )
         self.optimizer.step()
         right = (scores.argmax(1) == labels).float().mean()
         return {"loss": loss.item(), "right": right.item()}
@@ -126,11 +130,11 @@ def measure_accuracy(net: Classifier, data: Labelled) -> float:
 def train_vgg(
     pictures: Pictures,
     folder: Path,
-    budget: Budget,
+    steps: int,
     *,
     seed: int = 0,
     device: str = "cpu",
-    on_log: Callable[[dict[str, float]], None] | None = None,
+    report: Report | None = None,
 ) -> dict[str, float]:
     """Train in `folder`, from its checkpoint if there is one, to `folder/vgg.safetensors`.
 
@@ -140,8 +144,8 @@ def train_vgg(
     """
     train, held_out = label_pictures(pictures)
     groups = int(torch.cat([train.labels, held_out.labels]).max()) + 1
-    learner = GroupLearner(train, groups, seed=seed, device=device)
-    spent = train_stage(learner, folder, budget, on_log=on_log)
+    learner = GroupLearner(train, groups, steps=steps, seed=seed, device=device)
+    train_stage(learner, folder, steps, report=report)
     vgg = learner.net.vgg.cpu()
     state = {name: tensor.detach().contiguous() for name, tensor in vgg.state_dict().items()}
     assert len(state) == 2 * sum(CONVOLUTIONS)
@@ -150,7 +154,7 @@ def train_vgg(
         "train": round(measure_accuracy(learner.net, train), 3),
         "held_out": round(measure_accuracy(learner.net, held_out), 3),
         "groups": groups,
-        "steps": spent["step"],
+        "steps": steps,
     }
     save_file(state, folder / "vgg.safetensors", {k: str(v) for k, v in result.items()})
     return result

@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from leansd.emoji.data import Pair, write_captions
-from leansd.emoji.recipe import Pictures
 from leansd.errors import LeansdError
+from models.emoji.data import Pair, Pictures, write_captions
 
 METADATA = "metadata.jsonl"
 TRAIN, HELD_OUT = "train", "held-out"
@@ -33,9 +32,9 @@ def _write_set(pairs: Sequence[Pair], pixels: torch.Tensor, folder: Path) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[str] = []
     for pair, picture in zip(pairs, pixels, strict=True):
-        name = f"{pair.emoji.code}-{pair.style}.png"
+        name = f"{pair.concept.name}-{pair.style}.png"
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / name)
-        row = {"file_name": name, "text": write_captions(pair), "group": pair.emoji.subgroup}
+        row = {"file_name": name, "text": write_captions(pair), "group": pair.concept.group}
         rows.append(json.dumps(row, ensure_ascii=False) + "\n")
     # Last, so that a folder with metadata is whole.
     (folder / METADATA).write_text("".join(rows), encoding="utf-8")
