@@ -7,8 +7,13 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from PIL import Image
 
+import leansd
+from leansd.drawing import Request, paint
+from leansd.evaluation.records import stamp
+from leansd.faces.redundancy import list_records, read_spent
 from leansd.plans.methods import METHODS
 from leansd.plans.plan import Plan
 from leansd.plans.presets import preset
@@ -25,13 +30,17 @@ from leansd.report import (
 )
 from leansd.report.drawings import draw_heat, draw_plan
 from leansd.report.figures import embed_svg, encode_svg, open_axes, open_figure
+from leansd.report.nets import report_anatomy, report_surgery
 from leansd.report.palette import get_colours, name_colours
-from leansd.report.plans import report_plan
+from leansd.report.plans import Pair, report_pairs, report_plan
 from leansd.report.plots import Point, average_points, plot_tradeoff
 from leansd.report.sections import LOUDER, subtract_pictures
+from leansd.surgery.edits import Surgery
 from leansd.text import Table
+from leansd.unets import predict_gain
 from pages import parse_page, read_page
 from reports import ANATOMY, KINDS, ORIGIN, write_run
+from tiny import tiny_pipeline
 
 COLOUR = re.compile(r"#[0-9a-fA-F]{6}\b")
 
@@ -151,6 +160,39 @@ def test_two_drawings_of_one_name_are_refused() -> None:
     drawing = draw_plan(preset("fast", 4), ANATOMY)
     with pytest.raises(ValueError, match="two drawings of one name"):
         Report("", "", "", [Chart("", [drawing, drawing])])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_reports_of_half_precision(dtype: torch.dtype) -> None:
+    pipe = tiny_pipeline().to(dtype)
+    anatomy = leansd.dissect(pipe.unet, name="tiny")
+    plan = preset("deepcache", 10)
+    request = Request(prompt="a", steps=10)
+    pairs = [Pair(request, paint(pipe, request), paint(pipe, request, plan))]
+    records = list_records(anatomy, None, stamp("cpu"))
+    seen = leansd.preview(pipe.unet, Surgery("light").drop("dn0.l1", "up3.l1"), latent=8)
+    for report in (
+        report_plan(plan, anatomy, predict_gain(plan, anatomy)),
+        report_pairs(pairs, plan, anatomy),
+        report_anatomy(read_spent(records)[0], records),
+        report_surgery(seen, "tiny"),
+    ):
+        text = render_page(report, ORIGIN)
+        assert "not counted" not in text
+        assert "nan" not in report.summary
+
+
+def test_what_could_not_be_counted_fails_no_report() -> None:
+    units = tuple(replace(unit, macs=0) for unit in ANATOMY)
+    anatomy = replace(ANATOMY, units=units, macs=0, uncounted="not counted, because of a test")
+    plan = preset("deepcache", 10)
+    plain = report_plan(plan, anatomy, predict_gain(plan, anatomy))
+    assert plain.summary.endswith("not counted, because of a test.")
+    records = list_records(anatomy, None, stamp("cpu"))
+    spent = report_anatomy(read_spent(records)[0], records)
+    assert "not counted" in spent.summary
+    for report in (plain, spent):
+        render_page(report, ORIGIN)
 
 
 # -- figures -----------------------------------------------------------------------------------

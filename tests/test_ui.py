@@ -124,7 +124,7 @@ def visit(browser, address):
     visit.context.close()
 
 
-def test_a_duel_side_by_side(visit, home, shots):
+def test_both_runs_side_by_side(visit, home, shots):
     page = visit.page
     visit.choose("plan-name", "deepcache")
     page.fill("#prompt textarea", "a lemon, noto style")
@@ -284,6 +284,18 @@ def test_a_phone_scrolls_in_one_direction_only(browser, address, shots):
     page.wait_for_function("document.querySelector('.prediction').textContent.includes('edited')")
     assert visit.errors == []
     visit.context.close()
+
+
+def test_lists_close_behind_who_tabs_past_them(visit):
+    page = visit.page
+    page.focus("#prompt textarea")
+    for _ in range(6):
+        page.keyboard.press("Tab")
+    page.wait_for_timeout(1000)  # they open a moment after their fields were left
+    page.wait_for_function(
+        "[...document.querySelectorAll('[role=combobox][aria-expanded=true]')]"
+        ".every((field) => field === document.activeElement)"
+    )
 
 
 def test_everything_can_be_done_by_keyboard(browser, address, shots):

@@ -47,7 +47,7 @@ class Spent:
         """Of a block in the whole UNet's parameters or MACs."""
         numbers = {"params": self.params, "macs": self.macs}[metric]
         inside = sum(value for at, value in numbers.items() if get_block(at) == block)
-        return inside / self.whole[f"unet_{metric}"]
+        return inside / (self.whole[f"unet_{metric}"] or 1)
 
 
 def list_records(
@@ -165,7 +165,10 @@ def _show_row(
 ) -> tuple[str, ...]:
     params = sum(spent.params[at] for at in inside)
     macs = sum(spent.macs[at] for at in inside)
-    cells = [f"{macs / spent.whole['unet_macs']:.1%}", f"{params / spent.whole['unet_params']:.1%}"]
+    cells = [
+        f"{macs / (spent.whole['unet_macs'] or 1):.1%}",
+        f"{params / spent.whole['unet_params']:.1%}",
+    ]
     if timed:
         seconds = sum(spent.seconds[at] for at in inside)
         share = seconds / spent.whole["call_time"]

@@ -82,9 +82,10 @@ def summarise_anatomy(spent: Spent) -> str:
         metric: sum(spent.share(metric, block) for block in (first, last))
         for metric in ("params", "macs")
     }
+    work = f"{shares['macs']:.1%}" if spent.whole["unet_macs"] else "an unknown part (not counted)"
     text = (
         f"The outermost blocks {first} and {last} hold {shares['params']:.1%} of the weights and "
-        f"do {shares['macs']:.1%} of the work"
+        f"do {work} of the work"
     )
     if spent.seconds:
         inside = sum(

@@ -54,11 +54,12 @@ def report_plan(plan: Plan, anatomy: Anatomy, gain: float) -> Report:
     Args:
         gain: how many times fewer multiply-accumulates the UNet does.
     """
+    saved = anatomy.uncounted or f"{gain:.1f} times less work in all"
     return Report(
         title=f"Plan {plan.name} on {anatomy.name}",
         summary=(
             f"With this plan {len(plan.keys)} of {plan.steps} steps run the whole network, and the "
-            f"others take over what was computed before: {gain:.1f} times less work in all."
+            f"others take over what was computed before: {saved}."
         ),
         measured=f"what plan {plan.name} ({plan.fingerprint}) makes of {anatomy.name}'s UNet; "
         "counted, not measured",

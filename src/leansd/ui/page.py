@@ -16,6 +16,13 @@ from leansd.ui.studio import MOST_PROMPTS
 
 ASSETS = files("leansd.ui") / "assets"
 
+# A list that opens as its field is left already stays open: gradio opens it a moment after.
+CLOSE_LISTS = """() => document.addEventListener('focusout', () => setTimeout(() => {
+  document.querySelectorAll('[role=combobox][aria-expanded=true]').forEach((field) => {
+    if (field !== document.activeElement) field.dispatchEvent(new FocusEvent('blur'));
+  });
+}, 300))"""
+
 MOST_STEPS = 100
 TITLE = "leansd"
 LEAD = "The same picture from the same UNet, in less time."

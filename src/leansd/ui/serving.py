@@ -23,7 +23,7 @@ from leansd.plans.grid import get_states
 from leansd.report.palette import declare_colours
 from leansd.ui.handlers import Handlers, connect
 from leansd.ui.jobs import JobQueue
-from leansd.ui.page import ASSETS, lay_out
+from leansd.ui.page import ASSETS, CLOSE_LISTS, lay_out
 from leansd.ui.studio import Studio
 
 MOST_UPLOADED = "1mb"
@@ -108,6 +108,7 @@ def serving(studio: Studio, door: Door, *, limit: int) -> Iterator[str]:
             allowed_paths=[str(folder) for folder in shown],
             theme=make_theme(),
             css=read_style(),
+            js=CLOSE_LISTS,
             footer_links=[],
             run_history=False,
             app_kwargs={
