@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 
 from conformance.models import make_pipeline, xl_unet
@@ -372,6 +373,24 @@ def test_corrupt_samples_are_counted_and_left_out_the_same_ones_every_time(
     assert set(next(source.open(batch=2, seed=0)).keys) == {"a", "json"}
 
 
+def test_rows_whose_names_have_dots_are_samples_of_their_own(tmp_path: Path) -> None:
+    picture = make_picture(60)
+    files: dict[str, bytes] = {}
+    for name in ("v1.5", "v1.6", "日本 #/一"):
+        files |= {f"{name}.png": picture, f"{name}.txt": name.encode()}
+    files |= {"whole.seg.png": picture, "whole.png": picture, "whole.txt": b"one of two pictures"}
+    write_tar(tmp_path / "0.tar", files)
+    found = list(list_tars(tmp_path)[0].read())
+    assert [each.key for each in found] == ["v1.5", "v1.6", "日本 #/一", "whole"]
+    assert not any(isinstance(each, Flaw) for each in found)
+
+
+def test_a_shard_may_have_as_long_a_name_as_a_file(tmp_path: Path) -> None:
+    cache, shard = Cache(tmp_path, {}), Made("é" * 125, 3)
+    fill(cache, [shard], Making(), Wording())  # pyright: ignore[reportArgumentType]
+    assert len(CachedSource(cache, [shard])) == 3
+
+
 @pytest.mark.parametrize("cut", [700, 2048, -1024, -10240])
 def test_a_shard_that_was_cut_off_is_a_clear_stop(tmp_path: Path, cut: int) -> None:
     path = write_shards(tmp_path, shards=1) / "00000.tar"
@@ -534,6 +553,21 @@ def test_drawn_latents_are_drawn_once_and_more_are_added(tmp_path: Path, pipe: A
     assert torch.equal(again[:6], batch.latents)
     other = prepare(pipe, tmp_path / "cache", **(options | {"steps": 3}))
     assert other.cache.folder != more.cache.folder
+
+
+def test_drawn_latents_have_one_cache_in_every_process(tmp_path: Path, pipe: Any) -> None:
+    options = {"kind": "drawn", "prompts": ["a cat"], "sampler": "dpm++2m"}
+    folders: set[Path] = set()
+    for turn in (1, -1):  # diffusers' notes come from a set: their order is that of the process
+        dataset = prepare(pipe, tmp_path, **options)
+        config = dict(dataset.encoder.scheduler.config)  # pyright: ignore[reportAttributeAccessIssue]
+        notes = sorted(config["_use_default_values"], reverse=turn < 0)
+        dataset.encoder.scheduler._internal_dict = FrozenDict(  # pyright: ignore[reportAttributeAccessIssue]
+            config | {"_use_default_values": notes}
+        )
+        facts = dataset.encoder.describe() | dataset.texts.describe()
+        folders.add(Cache(tmp_path, facts).folder)
+    assert len(folders) == 1
 
 
 def test_every_kind_opens_as_a_recipe_names_it(tmp_path: Path, pipe: Any) -> None:

@@ -14,7 +14,7 @@ from leansd.errors import LeansdError
 from leansd.incubation.data.batches import Batch
 from leansd.incubation.data.random_latents import RandomLatents
 from leansd.incubation.features import Comparison
-from leansd.incubation.losses import LossContext, StepOutputs, build_loss
+from leansd.incubation.losses import LOSSES, LossContext, StepOutputs, build_loss
 from leansd.incubation.noise import DiffusionSchedule, draw_noise
 from leansd.incubation.optimization import Ema, read_peak
 from leansd.incubation.recipe import BUNDLED, load_recipe
@@ -77,12 +77,58 @@ def test_a_difference_may_change_stages_by_their_names(write: Any) -> None:
         ("stages.light.losses.outptu={}", "stages.0: no loss.*did you mean output"),
         ("stages.dark.steps=4", "there is no dark"),
         ("stages.light.nets={original: dark}", "wants net 'dark'"),
+        ("stages.light.losses.vgg.options={wieghts: random}", "did you mean weights"),
+        ("stages.light.losses.mid.options={at: mid}", "loss mid has no option 'at': it has none"),
         ("trainer", "give key=value"),
+        ("=4", "give key=value"),
+        ("stages.foo=1", "there is no foo, but light, 0"),
+        ("stages.9=1", "there is no 9"),
+        ("stages.-1.steps=1", "there is no -1"),
+        ("stages.light.steps.more=1", "no place in the recipe"),
+        ("trainer.batch=[", "is no YAML value"),
+        ("seed=2020-99-99", "is no YAML value"),
+        ("trainer.batch={a: 1}", "trainer.batch"),
+        ("stages=3", "stages"),
     ],
 )
 def test_what_is_no_key_is_refused_by_its_place(write: Any, change: str, place: str) -> None:
     with pytest.raises(LeansdError, match=place):
         load_recipe(write("mine.yaml", SHARED), [change])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("base: 3", "base is the name of a file"),
+        ("stages: 3\ndata: {kind: random}", "stages"),
+        ("stages: [3]\ndata: {kind: random}", "stages.0"),
+        ("seed: 2020-99-99", "not YAML"),
+        ("[", "not YAML"),
+        ("a", "holds no keys"),
+    ],
+)
+def test_what_is_no_recipe_is_a_sentence(write: Any, text: str, said: str) -> None:
+    with pytest.raises(LeansdError, match=said) as told:
+        load_recipe(write("mine.yaml", text))
+    assert "\n" not in str(told.value)
+
+
+FINGERPRINTS = {
+    "emoji-asdm": "3172dcec2b6e",
+    "emoji-bk": "0106fe72f3fd",
+    "emoji-lean": "7bd519933eb7",
+    "emoji-leaner": "05555c5b6a28",
+    "emoji-leanest": "6895931aa739",
+    "sd15-asdm": "ca5988d70644",
+    "sd15-bk": "385a67c9f566",
+    "sd15-lean": "f3216f27c55e",
+    "smoke": "d7ce60fc45c5",
+}
+"""A run whose recipe has another is another run: resuming refuses it."""
+
+
+def test_the_fingerprints_of_recipes_stay() -> None:
+    assert {path.stem: load_recipe(path).fingerprint for path in WHOLE} == FINGERPRINTS
 
 
 def test_a_base_that_leads_back_is_refused(write: Any) -> None:
@@ -226,10 +272,23 @@ def pick_sample(outcome: StepOutputs, row: int) -> StepOutputs:
 def test_a_loss_that_cannot_be_had_says_why() -> None:
     with pytest.raises(LeansdError, match="did you mean output"):
         build_loss("outputs", {}, make_setting())
-    with pytest.raises(LeansdError, match=r"loss features.*'ta'"):
+    with pytest.raises(LeansdError, match=r"loss features has no option 'ta' .there are at"):
         build_loss("features", {"ta": "*"}, make_setting())
+    with pytest.raises(LeansdError, match="loss features: at"):
+        build_loss("features", {"at": 5}, make_setting())
+    with pytest.raises(LeansdError, match="loss vgg: stages"):
+        build_loss("vgg", {"stages": "all"}, make_setting(projection=torch.zeros(5, 3)))
     with pytest.raises(LeansdError, match="no projection"):
         build_loss("vgg", {"weights": "random"}, make_setting())
+
+
+def test_an_error_inside_a_loss_is_not_the_users_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(context: LossContext, at: str = "") -> Any:
+        raise TypeError("build() got something odd")
+
+    monkeypatch.setitem(LOSSES, "broken", build)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="something odd"):
+        build_loss("broken", {"at": "mid"}, make_setting())
 
 
 def test_vgg_counts_what_noise_hides_less() -> None:

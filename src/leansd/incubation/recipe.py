@@ -28,7 +28,7 @@ from pydantic import (
 from leansd.errors import LeansdError
 from leansd.incubation.losses import check_loss
 from leansd.surgery.apply import BASE
-from leansd.surgery.edits import Surgery
+from leansd.surgery.edits import Surgery, write_name
 from leansd.surgery.presets import find_surgery
 from leansd.text import explain_validation
 
@@ -195,6 +195,10 @@ class Recipe(_Frozen):
         for name in ("checkpoint_every", "keep", "trackers"):
             document["trainer"].pop(name)
         del document["name"], document["validation"]
+        for stage in document["stages"]:
+            for edit in stage["surgery"]["edits"]:
+                if "by" in edit:
+                    edit["by"] = write_name(edit["by"])
         return sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:12]
 
     def to_document(self) -> dict[str, Any]:

@@ -397,15 +397,15 @@ class NonfiniteGuard:
 def prepare_teacher(
     accelerator: Accelerator, original: UNet2DConditionModel
 ) -> UNet2DConditionModel:
-    """The original where it trains already; else a copy on the device, in a frozen net's precision.
+    """The original if it is on the device, in a frozen net's precision; else a copy that is.
 
     Students are made of the original itself, whose weights no precision has rounded.
     """
-    is_short = accelerator.mixed_precision == "bf16"
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     # `to` is that of `nn.Module`: diffusers' own warns where it has nothing to warn of.
     nn.Module.to(original, "cpu")
-    if accelerator.device.type == "cpu" and not is_short:
+    if accelerator.device.type == "cpu" and original.dtype == dtype:
         return original
     teacher = copy.deepcopy(original)
-    nn.Module.to(teacher, accelerator.device, torch.bfloat16 if is_short else None)
+    nn.Module.to(teacher, accelerator.device, dtype)
     return teacher

@@ -51,10 +51,11 @@ class Validation:
     def draw(self, unet: UNet2DConditionModel) -> list[Image.Image]:
         """The prompts' pictures, each from a seed of its own."""
         before, was_training = self.pipe.unet, unet.training
-        is_short = unet.dtype != torch.float32
+        # Text and latents come in the pipeline's precision, which need not be the UNet's.
+        dtype = self.pipe.vae.dtype if unet.dtype == torch.float32 else unet.dtype
         self.pipe.register_modules(unet=unet.eval())
         try:
-            with torch.autocast(unet.device.type, unet.dtype, enabled=is_short):
+            with torch.autocast(unet.device.type, dtype, enabled=dtype != torch.float32):
                 return [
                     self.pipe(
                         prompt,
