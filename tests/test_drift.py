@@ -88,6 +88,20 @@ def test_the_error_of_a_cut_is_that_of_a_plan_s_step(how) -> None:
     assert found[3] == pytest.approx(error, rel=1e-4)
 
 
+def test_watchers_of_a_scheduler_nest_and_leave_in_any_order(pipe) -> None:
+    before = run_calls(pipe, CALLS[:1], 2).latents
+    outer = tap(pipe.scheduler)
+    inner = tap(pipe.scheduler, lambda run, index, seen, step: seen.output)
+    first, second = outer.__enter__(), inner.__enter__()
+    assert torch.equal(run_calls(pipe, CALLS[:1], 2).latents, before)
+    outer.__exit__(None, None, None)
+    assert torch.equal(run_calls(pipe, CALLS[:1], 2).latents, before)
+    inner.__exit__(None, None, None)
+    assert [len(first), len(second)] == [1, 2]
+    assert "step" not in vars(pipe.scheduler)
+    assert torch.equal(run_calls(pipe, CALLS[:1], 2).latents, before)
+
+
 def test_the_run_that_is_watched_is_the_full_run(pipe) -> None:
     before = run_calls(pipe, CALLS[:1], STEPS).latents
     forwards = [vars(module).get("forward") for module in pipe.unet.modules()]

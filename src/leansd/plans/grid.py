@@ -21,7 +21,6 @@ from leansd.plans.methods import GUIDANCE_METHODS, METHODS
 from leansd.plans.row import OWN, Attend, Schedule, list_nets
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -154,7 +153,7 @@ def draw_picture(plan: Schedule, anatomy: Anatomy | None = None) -> Figure:
     left = max(MARGINS["left"], 5.0 * longest)
     line = LINE if anatomy is not None else 12.0
     height = len(states) * line + MARGINS["top"] + MARGINS["bottom"]
-    figure = Figure(figsize=(WIDTH / POINT, height / POINT), dpi=POINT, facecolor=PAPER)
+    figure: Any = Figure(figsize=(WIDTH / POINT, height / POINT), dpi=POINT, facecolor=PAPER)
     width = WIDTH - left - MARGINS["right"]
     axes = figure.add_axes(
         (left / WIDTH, MARGINS["bottom"] / height, width / WIDTH, len(states) * line / height)
@@ -176,7 +175,7 @@ def draw_picture(plan: Schedule, anatomy: Anatomy | None = None) -> Figure:
     return figure
 
 
-def _fill_cells(axes: Axes, states: Mapping[str, Sequence[str]], state: str, colour: str) -> None:
+def _fill_cells(axes: Any, states: Mapping[str, Sequence[str]], state: str, colour: str) -> None:
     """All cells in one state as one shape, neighbouring steps as one cell."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
@@ -195,14 +194,14 @@ def _fill_cells(axes: Axes, states: Mapping[str, Sequence[str]], state: str, col
     axes.add_patch(PathPatch(Path(corners, codes), facecolor=colour, edgecolor="none", linewidth=0))
 
 
-def _mark_steps(axes: Axes, steps: int) -> None:
+def _mark_steps(axes: Any, steps: int) -> None:
     every = next(count for count in (1, 2, 5, 10, 25, 50, 100, 250, steps) if steps / count <= 12)
     marked = range(0, steps, every)
     axes.set_xticks([step + 0.5 for step in marked], list(map(str, marked)))
     axes.set_xlabel("step of the sampler", fontsize=TEXT + 0.5, color=SOFT, labelpad=5)
 
 
-def _mark_rows(axes: Axes, names: Mapping[str, Any], *, by_block: bool) -> None:
+def _mark_rows(axes: Any, names: Mapping[str, Any], *, by_block: bool) -> None:
     """The name of every row, or that of a block in the middle of its rows."""
     places: list[float] = []
     labels: list[str] = []
@@ -215,7 +214,7 @@ def _mark_rows(axes: Axes, names: Mapping[str, Any], *, by_block: bool) -> None:
     axes.set_yticks(places, labels)
 
 
-def _add_legend(axes: Axes, used: Mapping[str, State], height: float) -> None:
+def _add_legend(axes: Any, used: Mapping[str, State], height: float) -> None:
     from matplotlib.patches import Patch
 
     axes.legend(

@@ -302,7 +302,8 @@ class Plan:
             picture: a file to draw the same grid to as well, `plan.png` or `.svg`.
         """
         if picture is not None:
-            draw_picture(self, anatomy).savefig(picture, dpi=150)
+            figure: Any = draw_picture(self, anatomy)
+            figure.savefig(picture, dpi=150)
         return draw_text(self, anatomy)
 
     def __str__(self) -> str:

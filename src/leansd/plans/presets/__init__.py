@@ -19,8 +19,6 @@ from leansd.plans.presets import nets, published, tuned
 from leansd.plans.presets.tuned import DEFAULT_SAMPLER, SPEED_PRESETS
 from leansd.text import suggest_name
 
-HOUSE = SPEED_PRESETS  # its former name
-
 __all__ = ["DEFAULT_SAMPLER", "PRESETS", "SPEED_PRESETS", "Preset", "preset"]
 
 
