@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import leansd
 from leansd.errors import LeansdError
-from leansd.loading import as_image_to_image, find_device, load_outline, locate
+from leansd.loading import as_image_to_image, find_device, load_outline, load_vae, locate
 from tiny import tiny_pipeline
 
 
@@ -142,6 +142,18 @@ def test_half_precision_weights_alone_open(copy, parts):
         rename_weights(copy, part, ".fp16.safetensors")
     for opened in (leansd.load(copy, device="cpu").unet, leansd.load_unet(copy, device="cpu")):
         assert all(torch.equal(each, expected[name]) for name, each in opened.state_dict().items())
+
+
+def test_an_autoencoder_in_half_precision_alone_opens(copy):
+    expected = load_vae(copy).state_dict()
+    rename_weights(copy, "vae", ".fp16.safetensors")
+    opened = load_vae(copy).state_dict()
+    assert all(torch.equal(each, expected[name]) for name, each in opened.items())
+    rename_weights(copy, "vae", ".bin")
+    with pytest.raises(
+        LeansdError, match=r"the weights of the autoencoder in .* are only there as"
+    ):
+        load_vae(copy)
 
 
 def write_pointer(file):

@@ -33,7 +33,13 @@ from transformers.utils import logging as transformers_logging
 from leansd.errors import LeansdError
 from leansd.model_files import INDEX, check_file, describe_folder, find_snapshot, read_folder
 from leansd.runtime.samplers import name_sampler
-from leansd.surgery.checkpoints import find_class, open_delta, open_unet, share_weights
+from leansd.surgery.checkpoints import (
+    find_class,
+    find_variant,
+    open_delta,
+    open_unet,
+    share_weights,
+)
 
 EMBEDDED = "emoji"
 NETS = {"emoji-light": "light", "emoji-lean": "lean"}
@@ -143,7 +149,8 @@ def _build_outline(file: Path, model: str | Path) -> UNet2DConditionModel:
         raise LeansdError(_explain(model, error)) from error
     kind = find_class(config, f"the UNet of {model}")
     with torch.device("meta"):
-        return kind.from_config(config)
+        outline: Any = kind.from_config(config)
+    return outline
 
 
 def load_unet(
@@ -177,14 +184,16 @@ def load_unet(
     if dtype is None:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
     if str(folder) in (EMBEDDED, *NETS):
-        return _open_embedded(str(folder), dtype).to(device)
+        own: Any = _open_embedded(str(folder), dtype)
+        return own.to(device)
     home = Path(folder).expanduser()
     home = find_snapshot(home) or home
     if (home / INDEX).is_file():
         home = home / "unet"
     try:
         with silent_loading(), _held_back_logs():
-            return open_unet(home, dtype).to(device)
+            unet: Any = open_unet(home, dtype)
+            return unet.to(device)
     except _FAILURES as error:
         if isinstance(error, LeansdError):
             raise
@@ -235,10 +244,15 @@ def load_vae(folder: str | Path, *, dtype: torch.dtype | None = None) -> Autoenc
         ) from error
     if name not in AUTOENCODERS:
         raise LeansdError(f"{folder} holds a {name}, not an {' or '.join(AUTOENCODERS)}")
+    found = find_variant(home, what=f"the autoencoder in {folder}")
     try:
-        with silent_loading():
-            vae = AUTOENCODERS[name].from_pretrained(
-                home, use_safetensors=True, local_files_only=True, torch_dtype=dtype
+        with silent_loading(), _held_back_logs():
+            vae: Any = AUTOENCODERS[name].from_pretrained(
+                home,
+                use_safetensors=True,
+                local_files_only=True,
+                torch_dtype=dtype,
+                variant=None if None in found else found[0],
             )
     except _FAILURES as error:
         raise LeansdError(f"cannot open the autoencoder in {folder}: {_first(error)}") from error
@@ -267,7 +281,8 @@ def check_vae(pipe: DiffusionPipeline, vae: Autoencoder) -> None:
 
 def _describe_latents(vae: Autoencoder) -> tuple[int, int]:
     """Channels, and pixels per latent pixel a side."""
-    return vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+    config: Any = vae.config
+    return config.latent_channels, 2 ** (len(config.block_out_channels) - 1)
 
 
 def as_image_to_image(pipe: DiffusionPipeline) -> DiffusionPipeline:
@@ -384,7 +399,7 @@ def _held_back_logs(*, drop: bool = False) -> Iterator[None]:
         for name in ("diffusers", "transformers")
         for handler in logging.getLogger(name).handlers
     ]
-    holds: list[tuple[logging.Handler, Callable[[logging.LogRecord], bool]]] = []
+    holds: list[tuple[logging.Handler, Callable[..., bool]]] = []
     for handler in handlers:
 
         def hold(record: logging.LogRecord, handler: logging.Handler = handler) -> bool:

@@ -171,7 +171,7 @@ def _to_meta(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     return meta
 
 
-def _find_plain(module: nn.Module, dtype: torch.dtype) -> nn.Module | None:
+def _find_plain(module: Any, dtype: torch.dtype) -> nn.Module | None:
     """The linear layer or convolution that a quantised one stands for; None for any other."""
     if hasattr(module, "base_layer"):  # an adapter's, around a layer that is asked by itself
         return None
@@ -207,5 +207,6 @@ def _give_clip_embeds(skeleton: UNet2DConditionModel) -> None:
     """Images for FaceID-Plus adapters, which take them as an attribute."""
     for module in skeleton.modules():
         if isinstance(module, embeddings.IPAdapterFaceIDPlusImageProjection):
-            width = module.proj_in.in_features
-            module.clip_embeds = torch.empty(1, 1, PATCHES, width, device="meta")
+            projection: Any = module
+            width = projection.proj_in.in_features
+            projection.clip_embeds = torch.empty(1, 1, PATCHES, width, device="meta")

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models import embeddings
-from torch import nn
 
 TOKENS = 77
 """Text tokens of CLIP, what Stable Diffusion is conditioned on."""
@@ -37,7 +36,7 @@ def make_inputs(
         size: latent (height, width).
         dtype: by default the UNet's own.
     """
-    config = unet.config
+    config: Any = unet.config
     dtype = dtype or unet.dtype
 
     def draw(*shape: int) -> torch.Tensor:
@@ -87,7 +86,8 @@ def make_inputs(
 
 def pick_size(unet: UNet2DConditionModel, latent: int | tuple[int, int] | None) -> tuple[int, int]:
     """Latent (height, width): what was asked for, or the UNet's own."""
-    chosen = latent if latent is not None else unet.config.sample_size or 64
+    config: Any = unet.config
+    chosen = latent if latent is not None else config.sample_size or 64
     if isinstance(chosen, int):
         return chosen, chosen
     height, width = chosen
@@ -98,7 +98,8 @@ def _count_channels(unet: UNet2DConditionModel) -> int:
     """Channels that the UNet's stem reads; one may be wider than its configuration says."""
     stem = getattr(unet, "conv_in", None)  # an exported UNet has none
     stem = getattr(stem, "base_layer", stem)  # of a convolution that has a LoRA
-    return getattr(stem, "in_channels", unet.config.in_channels)
+    config: Any = unet.config
+    return getattr(stem, "in_channels", config.in_channels)
 
 
 def _get_first(width: int | tuple[int, ...]) -> int:
@@ -106,7 +107,7 @@ def _get_first(width: int | tuple[int, ...]) -> int:
 
 
 def _get_text_width(unet: UNet2DConditionModel) -> int:
-    config = unet.config
+    config: Any = unet.config
     # Kolors keeps its projection of the text beside an IP-Adapter's of the images.
     projected = getattr(unet, "text_encoder_hid_proj", None) is not None
     if projected or config.encoder_hid_dim_type in ("text_proj", "text_image_proj"):
@@ -118,7 +119,7 @@ def _get_text_width(unet: UNet2DConditionModel) -> int:
 
 def _get_label_width(unet: UNet2DConditionModel) -> int | None:
     """Width of a class label; 0 where it is a single number, None where there are no classes."""
-    config = unet.config
+    config: Any = unet.config
     match config.class_embed_type:
         case None:
             return None if config.num_class_embeds is None else 0
@@ -131,7 +132,7 @@ def _get_label_width(unet: UNet2DConditionModel) -> int | None:
             return config.projection_class_embeddings_input_dim
 
 
-def _list_image_shapes(projection: nn.Module) -> list[tuple[int, ...]]:
+def _list_image_shapes(projection: Any) -> list[tuple[int, ...]]:
     """Shape of one picture's embedding for each IP-Adapter: (width,) or (patches, width)."""
     shapes: list[tuple[int, ...]] = []
     for layer in projection.image_projection_layers:

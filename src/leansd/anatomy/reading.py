@@ -98,7 +98,7 @@ def read_anatomy(unet: UNet2DConditionModel, *, name: str = "UNet") -> Anatomy:
     return Anatomy(units, parts, name=name, params=params)
 
 
-def _walk(unet: UNet2DConditionModel) -> Iterator[Unit]:
+def _walk(unet: Any) -> Iterator[Unit]:
     """Follow the hidden state through the UNet, pushing and popping skips as its forward does."""
     scale = 1
     stem = _make_unit(unet.conv_in, STEM, "conv_in", scale, ())
@@ -161,7 +161,7 @@ def _list_layers(block: nn.Module, path: str) -> list[tuple[nn.Module, nn.Module
     return list(zip_longest(resnets, attentions))
 
 
-def _list_attentions(block: nn.Module) -> list[nn.Module | None]:
+def _list_attentions(block: Any) -> list[nn.Module | None]:
     """A block's attentions, None for one that was dropped."""
     attentions = getattr(block, "attentions", ())
     return [None if isinstance(each, SkippedAttention) else each for each in attentions]
@@ -183,7 +183,7 @@ def _walk_layer(
         yield _make_unit(attention, f"{at}.attn", path, scale, (unit.at,), unit)
 
 
-def _walk_mid(block: nn.Module, scale: int, last: Unit) -> Iterator[Unit]:
+def _walk_mid(block: Any, scale: int, last: Unit) -> Iterator[Unit]:
     """A ResNet, then pairs of attention and ResNet; the attention belongs to the layer before."""
     attentions = _list_attentions(block)
     for number, resnet in enumerate(block.resnets):
@@ -203,7 +203,7 @@ PARTS = {"attn1": "sa", "attn2": "ca", "ff": "ff"}
 
 def _list_parts(unet: UNet2DConditionModel, unit: Unit) -> Iterator[Unit]:
     """The attentions and feed-forwards of a transformer's blocks."""
-    transformer = unet.get_submodule(unit.path)
+    transformer: Any = unet.get_submodule(unit.path)
     for number, block in enumerate(getattr(transformer, "transformer_blocks", ())):
         for attribute, name in PARTS.items():
             module = getattr(block, attribute, None)
@@ -227,7 +227,7 @@ KINDS = {
 
 
 def _make_unit(
-    module: nn.Module,
+    module: Any,
     at: str,
     path: str,
     scale: int,
@@ -235,7 +235,7 @@ def _make_unit(
     before: Unit | None = None,
 ) -> Unit:
     """A row for `module`; one that states no channels has those of the unit before it."""
-    inner = getattr(module, "base_layer", module)  # of a convolution that has a LoRA
+    inner: Any = getattr(module, "base_layer", module)  # of a convolution that has a LoRA
     if isinstance(inner, nn.Conv2d):
         channels = (inner.in_channels, inner.out_channels)
     elif isinstance(getattr(module, "in_channels", None), int):

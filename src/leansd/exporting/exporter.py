@@ -101,7 +101,7 @@ def check_form(to: str, folder: Path, plan: Plan | str | None = None) -> Form:
     Raises:
         LeansdError: it is not so, or a package is missing.
     """
-    form = next((each for each in FORMS if each == to), None)
+    form: Form | None = next((each for each in FORMS if each == to), None)
     if form is None:
         raise LeansdError(f"cannot export to {to!r}: there are {', '.join(FORMS)}")
     if form == "onnx":

@@ -80,7 +80,7 @@ def write_onnx(
 
 def _check(unet: UNet2DConditionModel) -> None:
     """Refuse what the graphs' inputs cannot say."""
-    config = unet.config
+    config: Any = unet.config
     conditions = {
         "class_embed_type": config.class_embed_type,
         "num_class_embeds": config.num_class_embeds,

@@ -32,7 +32,7 @@ def to_plain(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """
     if not isinstance(unet, LightUNet2DConditionModel):
         return unet
-    structure = unet.config.structure or {}
+    structure: Any = unet.config.get("structure") or {}
     for at in structure.get("drop", ()):
         raise LeansdError(
             f"stock diffusers cannot hold a UNet without {at} only: no config of its says so; "

@@ -62,7 +62,7 @@ class OnnxUNet:
         self.dtype = torch.float32
         self.device = torch.device("cpu")
         self.plan = plan
-        width = outline.config.projection_class_embeddings_input_dim
+        width = outline.config.get("projection_class_embeddings_input_dim")
         # SDXL's pipelines ask the module itself for the width of their added conditions.
         self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
         self._sessions = sessions

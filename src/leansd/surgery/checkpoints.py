@@ -60,7 +60,7 @@ def open_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
     config = json.loads(file.read_text(encoding="utf-8"))
     kind = find_class(config, f"what is in {folder}")
     with torch.device("meta"):
-        outline = kind.from_config(config)
+        outline: Any = kind.from_config(config)
     found = find_variant(folder, what=f"the UNet in {folder}")
     variant = None if None in found else found[0]
     check_shapes(folder, read_shapes(folder, variant), outline)
@@ -187,7 +187,7 @@ def open_delta(folder: Path, other: UNet2DConditionModel) -> UNet2DConditionMode
     """
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     with torch.device("meta"):
-        unet = find_class(config, f"what is in {folder}").from_config(config)
+        unet: Any = find_class(config, f"what is in {folder}").from_config(config)
     there, own = other.state_dict(), load_file(folder / OWN)
     tensors: dict[str, torch.Tensor] = {}
     for name, outline in unet.state_dict().items():

@@ -125,7 +125,8 @@ class Surgery(_Frozen):
     edits: tuple[Edit, ...] = ()
 
     def __init__(self, name: str = "surgery", edits: Any = (), **unknown: Any) -> None:
-        super().__init__(name=name, edits=edits, **unknown)
+        fields: dict[str, Any] = {"name": name, "edits": edits, **unknown}
+        super().__init__(**fields)
 
     def drop(self, *addresses: str) -> Surgery:
         """Take out what lies under `addresses` (or globs)."""

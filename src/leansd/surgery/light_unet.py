@@ -45,7 +45,9 @@ class LightUNet2DConditionModel(UNet2DConditionModel):
     )
 
     @functools.wraps(UNet2DConditionModel.forward)
-    def forward(self, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, sample: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         """As any UNet's; what depends on the size of the latents [B, C, H, W] knows it."""
         height, width = sample.shape[-2:]
         return call_at_size((height, width), super().forward, sample, *args, **kwargs)
@@ -105,7 +107,7 @@ def replace_place(net: AddressedUNet, at: str, *, by: str, options: Mapping[str,
     replacement.build(net, at, options)
 
 
-def _drop_sampler(unet: UNet2DConditionModel, block: nn.Module, at: str) -> None:
+def _drop_sampler(unet: UNet2DConditionModel, block: Any, at: str) -> None:
     if at.endswith(".down"):
         block.downsamplers = None
     else:

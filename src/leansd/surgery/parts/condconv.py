@@ -279,7 +279,7 @@ def _make_zero(layer: nn.Linear) -> nn.Linear:
     return layer
 
 
-def _route_by_time(resnet: ResnetBlock2D, experts: int) -> TimeRouter:
+def _route_by_time(resnet: Any, experts: int) -> TimeRouter:
     return TimeRouter(resnet.time_emb_proj.in_features, experts)
 
 

@@ -150,7 +150,7 @@ class GRIAttnProcessor:
             output = output + hidden_states
         return output / attn.rescale_output_factor
 
-    def attend(self, attn: Attention, tokens: torch.Tensor, size: Size) -> torch.Tensor:
+    def attend(self, attn: Any, tokens: torch.Tensor, size: Size) -> torch.Tensor:
         """The projected attention [B, N, C] among `tokens` [B, N, C]: one map for each region."""
         regions = split_regions(tokens, size)
         batch = regions.shape[0]
@@ -168,7 +168,7 @@ class GlobalGRIAttnProcessor(GRIAttnProcessor):
     All tokens of a cell then get the same value. It computes as many matrix products.
     """
 
-    def attend(self, attn: Attention, tokens: torch.Tensor, size: Size) -> torch.Tensor:
+    def attend(self, attn: Any, tokens: torch.Tensor, size: Size) -> torch.Tensor:
         queries = attn.to_q(average_cells(tokens, size))
         mixed = mix_values(attn, queries, attn.to_k(tokens), attn.to_v(tokens))
         cells = _project(attn, mixed)
@@ -201,7 +201,7 @@ def mix_values(
     return mixed.transpose(1, 2).flatten(2)
 
 
-def _project(attn: Attention, tokens: torch.Tensor) -> torch.Tensor:
+def _project(attn: Any, tokens: torch.Tensor) -> torch.Tensor:
     """What `to_out`, a projection and a dropout, makes of `tokens`."""
     projection, dropout = attn.to_out
     return dropout(projection(tokens))
