@@ -9,6 +9,7 @@ import pytest
 import torch
 from models.emoji import __main__ as command
 from models.emoji import recipe as recipes
+from models.emoji.assembly import save_model
 from models.emoji.card import write_card
 from models.emoji.data import (
     CONCEPTS,
@@ -175,6 +176,27 @@ def test_the_decay_is_a_branch_and_the_model_is_its_average(toys: Pictures, tmp_
     assert {"vae", "text", "unet", "unet-decayed"} == set(
         recipes.describe_run(tmp_path, TINY)["stages"]
     )
+
+
+def test_the_eyes_are_those_of_the_text_tower_and_go_with_the_model(
+    toys: Pictures, tmp_path: Path
+) -> None:
+    from leansd.emoji.clip import clip_score, load_clip
+
+    with pytest.raises(LeansdError, match="no trained text tower yet"):
+        recipes.train_eyes(TINY, tmp_path, 1)
+    recipes.train_model(TINY, tmp_path, steps=1)
+    recipes.train_eyes(TINY, tmp_path, 2)
+    pipe = recipes.load_run(tmp_path, TINY)
+    size = save_model(pipe, tmp_path / "model", recipes.load_eyes(TINY, tmp_path))
+    assert 0 < size < 40
+    clip, tokenizer = load_clip(tmp_path / "model")
+    text = pipe.text_encoder.state_dict()
+    for name, value in clip.text_model.state_dict().items():
+        own = text[name] if name in text else text[f"text_model.{name}"]
+        assert torch.equal(value, own.half().float())
+    pixels = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    assert len(clip_score(clip, tokenizer, pixels, ["a dog", "a moon"])) == 2
 
 
 def test_whitened_latents_have_unit_variance_and_decode_the_same(toys: Pictures) -> None:

@@ -92,10 +92,10 @@ def assemble(
 ) -> None:
     """Write OUT/model, the stock pipeline in half precision, from the checkpoints."""
     from models.emoji.assembly import save_model
-    from models.emoji.recipe import choose_recipe, describe_run, load_run
+    from models.emoji.recipe import choose_recipe, describe_run, load_eyes, load_run
 
     chosen = choose_recipe(recipe)
-    size = save_model(load_run(out, chosen, average), out / "model")
+    size = save_model(load_run(out, chosen, average), out / "model", load_eyes(chosen, out))
     save_json(describe_run(out, chosen), out / "model" / "training.json")
     print(f"{out / 'model'}: {size:.1f} MB")
 
@@ -121,6 +121,21 @@ def grid(
     target = to or out / "grid.png"
     save_picture(paste_grid(drawn, columns=9), target)
     print(target)
+
+
+@app.command()
+def eyes(
+    out: Out = RUN,
+    recipe: Name = "emoji",
+    steps: Annotated[int, typer.Option(min=1)] = 3000,
+    data: Data = None,
+    threads: Threads = 0,
+) -> None:
+    """Train the eyes of the tiny CLIP that the model carries."""
+    from models.emoji.recipe import choose_recipe, train_eyes
+
+    _set_threads(threads, "cpu")
+    train_eyes(choose_recipe(recipe), out, steps, data=data, report=_report)
 
 
 @app.command()
@@ -164,7 +179,7 @@ def vgg(
 def judge(
     out: Out = RUN,
     recipe: Name = "emoji",
-    steps: Annotated[int, typer.Option(min=1)] = 3000,
+    steps: Annotated[int, typer.Option(min=1)] = 2000,
     data: Data = None,
     threads: Threads = 0,
 ) -> None:
@@ -213,6 +228,7 @@ def evaluate(
     """Measure OUT/model with the judge; write its evaluation, grid, neighbours and card."""
     import json
 
+    from leansd.emoji.clip import load_clip
     from models.emoji.assembly import load_pipeline
     from models.emoji.card import write_card
     from models.emoji.data import read_pictures
@@ -228,8 +244,9 @@ def evaluate(
     own = load_judge(out / "judge" / "state.pt")
     pictures = read_pictures(data, out, choose_recipe(recipe).size, print)
     latents = load_state(out / "latents.pt")
+    clip = load_clip(model) if (model / "clip").exists() else None
     result = evaluate_model(
-        pipe, own, pictures, latents, count=count, steps=steps, guidance=guidance
+        pipe, own, pictures, latents, clip=clip, count=count, steps=steps, guidance=guidance
     )
     check = out / "judge" / "check.json"
     if check.exists():

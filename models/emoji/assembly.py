@@ -15,7 +15,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from leansd.errors import LeansdError
 from models.emoji.denoiser import NOISE
@@ -53,8 +53,8 @@ def assemble_pipeline(
     return pipe
 
 
-def save_model(pipe: StableDiffusionPipeline, folder: Path) -> float:
-    """Write the pipeline as fp16 safetensors and return its MB; `folder` is replaced in one move.
+def save_model(pipe: StableDiffusionPipeline, folder: Path, clip: CLIPModel | None = None) -> float:
+    """Write pipeline and CLIP as fp16 safetensors, return their MB; one move replaces `folder`.
 
     The modules stay as they were: only their files are in half precision.
     """
@@ -63,6 +63,8 @@ def save_model(pipe: StableDiffusionPipeline, folder: Path) -> float:
     part.mkdir(parents=True)
     for name in ("vae", "unet", "text_encoder"):
         _save_half(getattr(pipe, name), part / name)
+    if clip is not None:
+        _save_half(clip, part / "clip")
     pipe.scheduler.save_pretrained(part / "scheduler")
     save_tokenizer(pipe.tokenizer, part / "tokenizer")
     pipe.save_config(part)

@@ -10,8 +10,11 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import DDPMScheduler, StableDiffusionPipeline
+from transformers import CLIPModel, CLIPTokenizer
 
+from leansd.emoji.clip import embed_images, embed_texts
 from models.emoji.autoencoder import measure_psnr
 from models.emoji.data import STYLES, Pair, Pictures, write_captions
 from models.emoji.denoiser import NOISE
@@ -19,6 +22,7 @@ from models.emoji.drawing import GRID_PROMPTS, draw_captions
 from models.emoji.judge import Judge, look_at, rank_names
 
 GUIDANCE = 7.5  # the pipeline's own default
+CHOICES = 100  # captions among which the CLIP must find a picture's own
 SLICES = 10  # of the time steps
 
 
@@ -89,6 +93,7 @@ def evaluate_model(
     pictures: Pictures,
     latents: dict[str, torch.Tensor],
     *,
+    clip: tuple[CLIPModel, CLIPTokenizer] | None = None,
     count: int = 200,
     steps: int = 30,
     guidance: float = GUIDANCE,
@@ -144,6 +149,7 @@ def evaluate_model(
             guidance=guidance,
             seed=seed,
         )
+        captions = [write_captions(pair)[0] for pair in chosen]
         generated = summarize_ranks(rank_names(judge, drawn, _name(chosen)), chosen)
         real = summarize_ranks(rank_names(judge, pixels, _name(pairs)), pairs)
         result[name] = {
@@ -153,7 +159,30 @@ def evaluate_model(
             "of_ceiling": round(generated["top1"] / max(real["top1"], 1e-9), 3),
             "frechet": round(measure_frechet(judge, pictures.train, drawn), 3),
         }
+        if clip:
+            result[name]["retrieval"] = {
+                "choices": min(CHOICES, len(chosen)),
+                "drawn": retrieve_captions(clip, drawn, captions),
+                "real": retrieve_captions(clip, pixels[places], captions),
+            }
     return result
+
+
+def retrieve_captions(
+    clip: tuple[CLIPModel, CLIPTokenizer], pixels: torch.Tensor, captions: Sequence[str]
+) -> float:
+    """Return how often the model's own CLIP finds a uint8 picture's caption among a hundred."""
+    net, tokenizer = clip
+    side = net.config.vision_config.image_size
+    small = F.interpolate(pixels.float(), size=(side, side), mode="area").round().byte()
+    # Shuffled, or a group of choices would be neighbours by name: look-alikes.
+    order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(1))
+    images = embed_images(net, small)[order]
+    texts = embed_texts(net, tokenizer, captions)[order]
+    hits = 0
+    for own, all_texts in zip(images.split(CHOICES), texts.split(CHOICES), strict=True):
+        hits += int(((own @ all_texts.T).argmax(1) == torch.arange(len(own))).sum())
+    return round(hits / len(captions), 3)
 
 
 def summarize_ranks(ranks: Sequence[int], pairs: Sequence[Pair]) -> dict[str, Any]:

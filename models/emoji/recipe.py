@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from leansd.errors import LeansdError
 from models.emoji.assembly import assemble_pipeline
 from models.emoji.autoencoder import AutoencoderLearner, build_autoencoder, encode_pixels
 from models.emoji.data import Pair, Pictures, read_pictures, write_captions
 from models.emoji.denoiser import DenoiserLearner, LatentSet, build_unet
+from models.emoji.eyes import EyesLearner, build_clip
 from models.emoji.stages import (
     Learner,
     Report,
@@ -239,6 +240,49 @@ def load_run(out: Path, recipe: Recipe, average: str | None = None) -> StableDif
         raise LeansdError(f"no average {average}: choose from {', '.join(choices)}, none")
     parts.unet.load_state_dict(state["unet"] if average == "none" else state["averages"][average])
     return assemble_pipeline(parts.vae, parts.text, parts.tokenizer, parts.unet)
+
+
+def train_eyes(
+    recipe: Recipe,
+    out: Path,
+    steps: int,
+    *,
+    data: Path | None = None,
+    report: Report | None = None,
+) -> None:
+    """Give the run's text tower eyes, in `out/eyes`; the UNet's training need not stand still."""
+    if not (out / "text" / "done").exists():
+        raise LeansdError(f"{out} has no trained text tower yet: run `train` first")
+    pictures = read_pictures(data, out, recipe.size, print)
+    tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
+    learner = EyesLearner(
+        _build_eyes(recipe, out, tokenizer),
+        tokenizer,
+        pictures.split.train,
+        pictures.train,
+        batch=64,
+        rate=1e-3,
+        steps=steps,
+        seed=recipe.seed + 9,
+    )
+    train_stage(learner, out / "eyes", steps, report=report)
+
+
+def load_eyes(recipe: Recipe, out: Path) -> CLIPModel | None:
+    """Load the run's CLIP, where its eyes were trained."""
+    path = out / "eyes" / "state.pt"
+    if not path.exists():
+        return None
+    clip = _build_eyes(recipe, out, CLIPTokenizer.from_pretrained(out / "tokenizer"))
+    clip.load_state_dict(load_state(path)["learner"]["clip"])
+    return clip.eval()
+
+
+def _build_eyes(recipe: Recipe, out: Path, tokenizer: CLIPTokenizer) -> CLIPModel:
+    text = build_tower(tokenizer, width=recipe.text_width, layers=recipe.text_layers)
+    text.load_state_dict(load_state(out / "text" / "state.pt")["learner"]["tower"])
+    torch.manual_seed(recipe.seed)
+    return build_clip(text)
 
 
 def describe_run(out: Path, recipe: Recipe) -> dict[str, Any]:
