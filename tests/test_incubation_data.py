@@ -385,6 +385,14 @@ def test_rows_whose_names_have_dots_are_samples_of_their_own(tmp_path: Path) -> 
     assert not any(isinstance(each, Flaw) for each in found)
 
 
+def test_a_range_names_shards_as_webdataset_does(tmp_path: Path) -> None:
+    data = write_shards(tmp_path, shards=3, samples=1)
+    names = [each.place for each in list_tars(data / "{00000..00001}.tar")]
+    assert names == ["00000.tar", "00001.tar"]
+    with pytest.raises(LeansdError, match=r"no tar shard .*00003\.tar"):
+        list_tars(data / "{00000..00003}.tar")
+
+
 def test_a_shard_may_have_as_long_a_name_as_a_file(tmp_path: Path) -> None:
     cache, shard = Cache(tmp_path, {}), Made("é" * 125, 3)
     fill(cache, [shard], Making(), Wording())  # pyright: ignore[reportArgumentType]

@@ -9,6 +9,7 @@ tables of its own before the first sample; here a cache is filled once, from the
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -180,16 +181,22 @@ def list_tars(where: str | Path, caption: str = "txt") -> list[TarShard]:
     """The tars of a folder, or those that a pattern such as `laion/0*.tar` names.
 
     Args:
-        where: a tar, a folder (what lies deeper included) or a pattern of `*`, `?` and `[...]`.
+        where: a tar, a folder (what lies deeper included) or a pattern of `*`, `?` and `[...]`, or
+            a range as webdataset writes it, `{00000..00020}.tar`, of which all must be there.
         caption: the ending of the files with the captions, or the entry of the `.json` ones;
             where a sample has neither, the entry `caption` of its JSON counts.
 
     Raises:
-        LeansdError: there is none.
+        LeansdError: there is none, or one of a range is missing.
     """
     path = Path(where).expanduser()
     home, pattern = (path, "**/*.tar") if path.is_dir() else (path.parent, path.name)
-    found = sorted(each for each in home.glob(pattern) if each.is_file()) if pattern else []
+    found: list[Path] = []
+    for name in expand_range(pattern):
+        there = sorted(each for each in home.glob(name) if each.is_file()) if name else []
+        if not there and name != pattern:
+            raise LeansdError(f"no tar shard {home / name}, which {where} names: fetch it anew")
+        found += there
     if not found:
         raise LeansdError(
             f"no tar shards in {where}: give a folder that has some, or a pattern such as "
@@ -199,6 +206,16 @@ def list_tars(where: str | Path, caption: str = "txt") -> list[TarShard]:
         TarShard(each, each.relative_to(home).as_posix(), each.stat().st_size, caption)
         for each in found
     ]
+
+
+def expand_range(pattern: str) -> list[str]:
+    """The names that `{00000..00020}` in a pattern stands for; else the pattern itself."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if match is None:
+        return [pattern]
+    first, last = match.groups()
+    numbers = (f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1))
+    return [pattern[: match.start()] + each + pattern[match.end() :] for each in numbers]
 
 
 # Folders of pictures
