@@ -18,9 +18,9 @@ import typer
 from rich.progress import Progress
 
 from leansd.cli.terminal import hush_libraries
+from leansd.evaluation.inner_timing import time_units
 from leansd.evaluation.records import Record, load_records, stamp, write_records
-from leansd.evaluation.units import time_units
-from leansd.faces.redundancy import list_records, read_spent
+from leansd.evaluation.redundancy import list_records, read_spent
 from leansd.report.nets import write_figures
 from leansd.unets import open_anatomy, open_unet
 

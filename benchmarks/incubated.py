@@ -63,7 +63,7 @@ from leansd.evaluation.records import (
 )
 from leansd.evaluation.runs import run_calls
 from leansd.evaluation.timing import compare_timings, time_cases
-from leansd.faces.scoring import find_embedder
+from leansd.evaluation.extractors import find_embedder
 from leansd.files import write_file
 from leansd.incubation.noise import Schedule, seed_generator
 from leansd.incubation.recipe import load_recipe

@@ -23,11 +23,11 @@ from torch import nn
 import leansd
 from leansd.anatomy.reading import read_anatomy
 from leansd.cli.terminal import hush_libraries
-from leansd.evaluation.laps import time_run
+from leansd.evaluation.inner_timing import time_run
+from leansd.evaluation.random_pipelines import build_stand_in
 from leansd.evaluation.records import Record, stamp, write_records
 from leansd.evaluation.rivals import apply_deepcache
 from leansd.evaluation.timing import compare_timings, time_cases
-from leansd.faces.stand_ins import build_stand_in
 from leansd.loading import load
 from leansd.plans.compile import compile_plan
 from leansd.plans.plan import Plan

@@ -25,8 +25,8 @@ from leansd.evaluation.prediction import (
     list_prediction_records,
 )
 from leansd.evaluation.profile import Probe, prepare_probe
+from leansd.evaluation.random_pipelines import build_stand_in
 from leansd.evaluation.records import Record, put_records, stamp
-from leansd.faces.stand_ins import build_stand_in
 from leansd.loading import load
 from leansd.plans.plan import Plan
 from leansd.plans.presets import preset

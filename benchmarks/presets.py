@@ -19,10 +19,10 @@ from leansd.anatomy import dissect
 from leansd.cli.terminal import hush_libraries
 from leansd.evaluation.compare import Case
 from leansd.evaluation.demo import list_records, run_demo
+from leansd.evaluation.extractors import find_embedder
 from leansd.evaluation.prompts import GUIDANCE, PROMPTS
 from leansd.evaluation.records import write_records
 from leansd.evaluation.runs import FULL
-from leansd.faces.scoring import find_embedder
 from leansd.loading import load
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.presets import SPEED_PRESETS, preset

@@ -22,11 +22,10 @@ import numpy as np
 import typer
 from PIL import Image
 
+from leansd.evaluation.extractors import batch_samples
+from leansd.evaluation.picture_sets import list_pictures, read_samples
 from leansd.evaluation.records import Record, stamp, write_records
 from leansd.files import write_file
-from leansd.scoring.pictures import list_pictures
-from leansd.scoring.reading import read_samples
-from leansd.scoring.samples import show_samples
 from leansd.shards import Drawn, name_shard, pack_shard
 
 RESULTS = Path(__file__).parent / "results" / "scale.jsonl"
@@ -147,7 +146,7 @@ def measure_host() -> Iterator[tuple[str, float]]:
         yield "the driver writes it", writing
         samples, reading = clock(lambda: read_samples(list(list_pictures(folder).entries)))
         yield "the driver reads it to be scored", reading
-        _, opening = clock(lambda: list(show_samples(samples, 16, None)))
+        _, opening = clock(lambda: list(batch_samples(samples, 16, None)))
         yield "a worker opens it to be scored", opening
         yield "MB", len(content) / SEEN / 1e6
 

@@ -21,8 +21,8 @@ from leansd.evaluation.runs import FULL
 from leansd.evaluation.standings import read_standings
 from leansd.evaluation.timing import Ratio, Timing
 from leansd.exporting.exporter import Exported
-from leansd.faces.costs import Profiled
-from leansd.faces.redundancy import list_records, read_spent
+from leansd.evaluation.profiled import Profiled
+from leansd.evaluation.redundancy import list_records, read_spent
 from leansd.incubation.estimate import Estimate, StageCost
 from leansd.incubation.recipe import load_recipe
 from leansd.incubation.training_log import TrainingLog, read_log, read_run
@@ -31,7 +31,7 @@ from leansd.plans.plan import Plan
 from leansd.plans.presets import PRESETS, SPEED_PRESETS, preset
 from leansd.report import Origin, Report, bulk, measurements, nets, plans, training
 from leansd.report.scores import judge, prepare
-from leansd.scoring.looking import Manner
+from leansd.evaluation.extraction import Manner
 from leansd.shards import Drawn, name_shard, pack_shard
 from leansd.surgery.edits import Surgery
 from leansd.tuning.cutting import Candidate, Cut

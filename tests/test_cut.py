@@ -12,9 +12,9 @@ from leansd.anatomy.builtin import open_builtin
 from leansd.anatomy.cost import dissect
 from leansd.cli import main
 from leansd.errors import LeansdError
+from leansd.evaluation.inner_timing import time_units
 from leansd.evaluation.records import stamp
-from leansd.evaluation.units import time_units
-from leansd.faces.redundancy import list_records, read_cost
+from leansd.evaluation.redundancy import list_records, read_cost
 from leansd.loading import as_image_to_image
 from leansd.surgery.apply import BASE
 from leansd.surgery.blueprint import Source, lay_out_surgery

@@ -12,6 +12,7 @@ from leansd import LeansdError, Plan
 from leansd.cli import main
 from leansd.evaluation.compare import Case
 from leansd.evaluation.evaluation import evaluate_cases, list_cases, make_reference
+from leansd.evaluation.extractors import find_embedder
 from leansd.evaluation.fidelity import CEILING, explain_missing_lpips, open_lpips
 from leansd.evaluation.frechet import frechet_distance, measure_gaussian
 from leansd.evaluation.quality import (
@@ -24,7 +25,6 @@ from leansd.evaluation.quality import (
 )
 from leansd.evaluation.records import load_records
 from leansd.evaluation.runs import run_calls, split_calls
-from leansd.faces.scoring import find_embedder
 from leansd.runtime.samplers import make_scheduler
 from pages import read_page
 from tiny import WIDTH, tiny_pipeline, tiny_tokenizer

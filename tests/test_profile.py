@@ -20,11 +20,11 @@ from leansd.evaluation.cost import (
     scale_calls,
     solve_nonnegative,
 )
-from leansd.evaluation.laps import time_run
+from leansd.evaluation.inner_timing import time_run
 from leansd.evaluation.prediction import hold_out
 from leansd.evaluation.profile import make_arguments, make_probing_plan, profile
+from leansd.evaluation.random_pipelines import build_tiny_vae
 from leansd.evaluation.records import Record, load_records, stamp
-from leansd.faces.stand_ins import build_tiny_vae
 from leansd.loading import as_image_to_image, load_vae, set_vae
 from leansd.plans.compile import compile_plan
 from leansd.plans.liveness import Program

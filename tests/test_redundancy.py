@@ -9,9 +9,9 @@ import leansd
 from leansd.anatomy.builtin import open_builtin
 from leansd.cli import main
 from leansd.errors import LeansdError
+from leansd.evaluation.inner_timing import time_units
 from leansd.evaluation.records import load_records, stamp
-from leansd.evaluation.units import time_units
-from leansd.faces.redundancy import list_records, read_spent
+from leansd.evaluation.redundancy import list_records, read_spent
 from leansd.report.nets import draw_blocks, draw_units
 from pages import read_page
 from tiny import tiny_pipeline, tiny_unet, tiny_xl_unet

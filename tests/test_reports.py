@@ -13,7 +13,7 @@ from PIL import Image
 import leansd
 from leansd.drawing import Request, paint
 from leansd.evaluation.records import stamp
-from leansd.faces.redundancy import list_records, read_spent
+from leansd.evaluation.redundancy import list_records, read_spent
 from leansd.plans.methods import METHODS
 from leansd.plans.plan import Plan
 from leansd.plans.presets import preset

@@ -20,6 +20,9 @@ from torch import Tensor
 import leansd
 from leansd import LeansdError
 from leansd.cli import main
+from leansd.evaluation import extraction
+from leansd.evaluation.extraction import Features, load_statistics, save_statistics
+from leansd.evaluation.extractors import PictureBatch, open_alexnet
 from leansd.evaluation.frechet import (
     Gaussian,
     fold_gaussian,
@@ -27,16 +30,15 @@ from leansd.evaluation.frechet import (
     measure_gaussian,
     merge_gaussians,
 )
+from leansd.evaluation.picture_sets import list_pictures
 from leansd.evaluation.quality import open_clip
 from leansd.evaluation.records import load_records
-from leansd.scoring import looking
-from leansd.scoring.extractors.lpips import open_alexnet
-from leansd.scoring.features import Features, load_statistics, save_statistics
-from leansd.scoring.manifolds import measure_precision_and_recall, measure_radii
-from leansd.scoring.metrics import METRICS
-from leansd.scoring.metrics.inception_score import measure_inception_score
-from leansd.scoring.pictures import list_pictures
-from leansd.scoring.samples import Shown
+from leansd.evaluation.set_metrics import (
+    METRICS,
+    measure_inception_score,
+    measure_precision_and_recall,
+    measure_radii,
+)
 from leansd.shards import Drawn, name_shard, pack_shard
 from pages import read_page
 from test_evaluate import clip_folder  # noqa: F401
@@ -139,7 +141,7 @@ def test_it_does_not_matter_how_a_set_is_cut() -> None:
     there, back = merge_gaussians(one, two), merge_gaussians(two, one)
     torch.testing.assert_close(there.covariance, back.covariance, rtol=1e-9, atol=1e-9)
     with pytest.raises(LeansdError, match="at least 2"):
-        fold_gaussian([features[:1]])
+        frechet_distance(whole, fold_gaussian([features[:1]]))
 
 
 def test_the_inception_score_is_its_formula() -> None:
@@ -181,7 +183,7 @@ def test_distances_in_parts_are_those_of_the_whole(monkeypatch: pytest.MonkeyPat
     ours, theirs = (torch.randn(30, 4, generator=generator) for _ in range(2))
     whole = measure_precision_and_recall(ours, theirs)
     assert 0 < whole[0] < 1
-    monkeypatch.setattr("leansd.scoring.manifolds.PART", 7)
+    monkeypatch.setattr("leansd.evaluation.set_metrics.PART", 7)
     assert measure_precision_and_recall(ours, theirs) == whole
 
 
@@ -252,7 +254,7 @@ def test_what_is_wrong_with_pictures_is_said(tmp_path: Path, drawn: Path) -> Non
 
 
 def test_readers_do_not_wait_for_torch() -> None:
-    code = "import sys, leansd.scoring.reading; sys.exit('torch' in sys.modules)"
+    code = "import sys, leansd.evaluation.picture_sets; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -262,14 +264,14 @@ def test_readers_do_not_wait_for_torch() -> None:
 def count_looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many pictures are looked at from now on, batch by batch."""
     looked: list[int] = []
-    honest = looking.show_samples
+    honest = extraction.batch_samples
 
     def show(*arguments: Any) -> Any:
         for shown in honest(*arguments):
             looked.append(len(shown.pictures))
             yield shown
 
-    monkeypatch.setattr(looking, "show_samples", show)
+    monkeypatch.setattr(extraction, "batch_samples", show)
     return looked
 
 
@@ -399,7 +401,7 @@ def test_without_weights_the_tiny_clip_judges_and_says_what_is_missing(
     tmp_path: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("leansd.scoring.extractors.clip.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("leansd.evaluation.extractors.try_to_load_from_cache", lambda *_: None)
     out = ["--out", str(tmp_path / "out"), "--device", "cpu"]
     assert main(["evaluate", "--pictures", str(drawn), *out]) == 0
     printed = capsys.readouterr().out
@@ -441,7 +443,7 @@ def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_inception_scores_are_those_of_its_features(tmp_path: Path, inception: Path) -> None:
-    from leansd.scoring.extractors.inception import open_inception
+    from leansd.evaluation.extractors import open_inception
 
     drawn = write_shards(tmp_path / "drawn", range(5))
     reference = write_shards(tmp_path / "reference", range(100, 104))
@@ -455,7 +457,11 @@ def test_inception_scores_are_those_of_its_features(tmp_path: Path, inception: P
     assert (found["fid"].reference, found["fid"].reference_pictures) == ("reference", 4)
     look = open_inception(inception, torch.device("cpu"))
     ours, theirs = (
-        look(Shown(torch.stack([as_pixels(make_picture(s)) for s in seeds]), (None,) * len(seeds)))
+        look(
+            PictureBatch(
+                torch.stack([as_pixels(make_picture(s)) for s in seeds]), (None,) * len(seeds)
+            )
+        )
         for seeds in (range(5), range(100, 104))
     )
     assert ours["pooled"].shape == (5, 2048)
@@ -493,7 +499,7 @@ def test_lpips_compares_pictures_of_the_same_id(tmp_path: Path, alexnet: Path) -
     measured = measure(ours, theirs, tmp_path=tmp_path, **options)
     own = as_pixels(make_picture(2, 64))[None]
     third, fourth = (
-        Shown(own, (None,), as_pixels(make_picture(seed, 64))[None]) for seed in (9, 2)
+        PictureBatch(own, (None,), as_pixels(make_picture(seed, 64))[None]) for seed in (9, 2)
     )
     look = open_alexnet(alexnet, torch.device("cpu"))
     assert measured["lpips"] == pytest.approx(look(third)["distances"].item() / 3, rel=1e-5)
@@ -534,7 +540,7 @@ def test_missing_weights_say_which_where_from_and_which_option(
     tmp_path: Path, drawn: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("leansd.scoring.extractors.clip.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("leansd.evaluation.extractors.try_to_load_from_cache", lambda *_: None)
     for name, said in (
         ("fid", r"no weights of inception: .*https://\S+6726825d.pth.* --weights inception=PATH"),
         ("lpips", r"no weights of lpips: .*https://\S+alexnet\S+ .*--weights lpips=PATH"),
@@ -555,7 +561,7 @@ def test_missing_weights_say_which_where_from_and_which_option(
 
 
 def test_every_metric_has_an_extractor_and_says_what_it_means() -> None:
-    from leansd.scoring.extractors import EXTRACTORS
+    from leansd.evaluation.extractors import EXTRACTORS
 
     for name, metric in METRICS.items():
         assert metric.extractor in EXTRACTORS

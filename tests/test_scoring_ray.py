@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from leansd.errors import LeansdError
-from leansd.scoring.features import Features
-from leansd.scoring.looking import Manner
-from leansd.scoring.scores import carry_out, plan_scoring
+from leansd.evaluation.extraction import ExtractionConfig, Features
+from leansd.evaluation.scoring import carry_out, plan_scoring
 from leansd.shards import list_shards
 from test_bulk_ray import cluster, list_workers  # noqa: F401
 from test_scoring import write_shards
@@ -32,7 +31,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def score(home: Path, folder: Path, **options: Any) -> dict[str, float]:
     scoring = plan_scoring(
         home / "drawn", home / "reference", METRICS, {},
-        manner=Manner(batch=3, threads=1, device="cpu"), keep=folder, cache=folder,
+        config=ExtractionConfig(batch=3, threads=1, device="cpu"), keep=folder, cache=folder,
     )  # fmt: skip
     return {record.metric: record.value for record in carry_out(scoring, **options).records}
 
@@ -58,7 +57,7 @@ def test_a_killed_worker_and_a_lost_node_change_no_number(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from leansd.scoring.on_ray import work_on_ray
+    from leansd.evaluation.extraction_on_ray import run_on_ray
 
     expected = score(home, tmp_path / "here")
     node = cluster.add_node(num_cpus=1)
@@ -70,7 +69,7 @@ def test_a_killed_worker_and_a_lost_node_change_no_number(
         worker.send_signal(signal.SIGKILL)
 
     parts = count_calls(monkeypatch, [kill, lambda: None, lambda: cluster.remove_node(node)])
-    work = work_on_ray(cluster.address, workers=2)
+    work = run_on_ray(cluster.address, workers=2)
     assert score(home, tmp_path / "there", work=work) == pytest.approx(expected, abs=1e-6, rel=1e-6)
     assert killed
     assert sorted(parts) == sorted([*range(6), *range(4)])
@@ -82,7 +81,7 @@ def test_a_killed_worker_and_a_lost_node_change_no_number(
 
 
 def test_nobody_there_is_said(home: Path, tmp_path: Path) -> None:
-    from leansd.scoring.on_ray import work_on_ray
+    from leansd.evaluation.extraction_on_ray import run_on_ray
 
     with pytest.raises(LeansdError, match=r"no Ray cluster answers at 127\.0\.0\.1:1"):
-        score(home, tmp_path, work=work_on_ray("127.0.0.1:1"))
+        score(home, tmp_path, work=run_on_ray("127.0.0.1:1"))

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from leansd.evaluation.cost import CostModel
     from leansd.evaluation.evaluation import evaluate
     from leansd.evaluation.profile import profile
+    from leansd.evaluation.scoring import score
     from leansd.exporting import export, load_onnx
     from leansd.loading import load, load_unet
     from leansd.plans import Anatomy, Plan, preset
     from leansd.runtime import Report, inherit, inherit_, release_
-    from leansd.scoring.scores import score
     from leansd.surgery.apply import operate
     from leansd.surgery.edits import Surgery
     from leansd.surgery.light_unet import LightUNet2DConditionModel
@@ -58,7 +58,7 @@ _HOMES = {
     "preview": "leansd.surgery.preview",
     "profile": "leansd.evaluation.profile",
     "release_": "leansd.runtime",
-    "score": "leansd.scoring.scores",
+    "score": "leansd.evaluation.scoring",
     "tune": "leansd.tuning",
 }
 

@@ -10,7 +10,7 @@ from leansd.cli.completions import complete_shape
 from leansd.cli.options import Place
 
 if TYPE_CHECKING:
-    from leansd.evaluation.units import UnitTimes
+    from leansd.evaluation.inner_timing import UnitTimes
 
 app = typer.Typer(add_completion=False)
 
@@ -46,7 +46,7 @@ def show_anatomy(
     from dataclasses import asdict
 
     from leansd.evaluation.records import stamp
-    from leansd.faces.redundancy import list_records, read_spent, tabulate_spent
+    from leansd.evaluation.redundancy import list_records, read_spent, tabulate_spent
     from leansd.files import check_folder
     from leansd.report.nets import report_anatomy, summarise_anatomy
     from leansd.unets import open_anatomy
@@ -90,7 +90,7 @@ def _time(
 ) -> "UnitTimes":
     """Times units here; the first call warms up and says how long it will take."""
     from leansd.cli.terminal import follow, note
-    from leansd.evaluation.units import time_units
+    from leansd.evaluation.inner_timing import time_units
     from leansd.unets import open_unet
 
     note(f"opening {model} on {place.find_device()}")

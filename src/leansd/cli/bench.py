@@ -95,10 +95,10 @@ def bench(
         prepare,
         time_step,
     )
+    from leansd.evaluation.extractors import find_embedder
     from leansd.evaluation.prompts import choose_prompts, read_prompts
     from leansd.evaluation.records import get_field, load_records
     from leansd.evaluation.rivals import choose_rivals
-    from leansd.faces.scoring import find_embedder
     from leansd.files import check_file, check_folder
     from leansd.text import describe_duration
     from leansd.tuning.front import read_plans

@@ -54,7 +54,7 @@ def cut_unet(
     from leansd.anatomy import dissect
     from leansd.cli.terminal import follow, note
     from leansd.evaluation.records import load_records
-    from leansd.faces.redundancy import read_cost
+    from leansd.evaluation.redundancy import read_cost
     from leansd.files import check_file, stand_beside
     from leansd.report.nets import describe_cut, report_cut
     from leansd.surgery.preview import preview

@@ -38,8 +38,8 @@ def show_demo(
     from leansd.cli.terminal import follow, note, warn
     from leansd.drawing import encode_png
     from leansd.evaluation.demo import list_cases, list_records, run_demo, tabulate_demo
+    from leansd.evaluation.extractors import find_embedder
     from leansd.evaluation.prompts import GUIDANCE, PROMPTS
-    from leansd.faces.scoring import find_embedder
     from leansd.files import check_folder, write_file
     from leansd.loading import EMBEDDED
     from leansd.plans.presets import SPEED_PRESETS

@@ -166,8 +166,8 @@ def evaluate_plans(
     from leansd.emoji.prompts import GRID_PROMPTS
     from leansd.errors import LeansdError
     from leansd.evaluation.evaluation import evaluate_cases
+    from leansd.evaluation.extractors import find_embedder
     from leansd.evaluation.fidelity import find_lpips_weights, open_lpips
-    from leansd.faces.scoring import find_embedder
     from leansd.files import check_folder
     from leansd.loading import EMBEDDED
 
@@ -288,21 +288,23 @@ def _score(
     """The scores of a folder of pictures."""
     from leansd.cli.terminal import follow, hush_libraries, note
     from leansd.errors import LeansdError
+    from leansd.evaluation.extraction import ExtractionConfig
+    from leansd.evaluation.scoring import carry_out, choose_work, list_notes, read_scoring
     from leansd.report.measurements import report_scores, tabulate_scores
-    from leansd.report.scores import judge, list_notes, prepare
-    from leansd.scoring.looking import Manner
 
     assert scores.pictures is not None
     if len(references.reference or ()) > 1:
         raise LeansdError("pictures are scored against one reference: give --reference once")
     reference = next(iter(references.reference or ()), None)
     hush_libraries()
-    scoring = prepare(
+    scoring = read_scoring(
         scores.pictures,
         reference,
         scores.metrics,
         scores.weights or (),
-        manner=Manner({}, scores.resize, batch, scores.threads or (1 if scores.ray else 0), device),
+        config=ExtractionConfig(
+            {}, scores.resize, batch, scores.threads or (1 if scores.ray else 0), device
+        ),
         out=out,
         cache=scores.cache,
         note=note,
@@ -310,10 +312,9 @@ def _score(
     notes = list_notes(scoring, asked=scores.metrics is not None)
     note(f"looking at {len(scoring.pictures)} pictures with {', '.join(scoring.names.values())}")
     with follow("pictures") as bar:
-        scored = judge(
+        scored = carry_out(
             scoring,
-            address=scores.ray,
-            workers=scores.workers,
+            work=choose_work(scores.ray, scores.workers),
             on_pictures=bar.count,
             on_metric=lambda name: bar.advance(f"computing {name}", 0),
         )

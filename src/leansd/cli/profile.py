@@ -11,7 +11,7 @@ from leansd.cli.options import OwnGuidance, Place, Size
 
 if TYPE_CHECKING:
     from leansd.evaluation.profile import Probe
-    from leansd.faces.costs import OtherVae, Profiled
+    from leansd.evaluation.profiled import OtherVae, Profiled
 
 app = typer.Typer(add_completion=False)
 
@@ -54,8 +54,8 @@ def profile_model(
     from leansd.drawing import parse_size
     from leansd.evaluation.prediction import check_predictions, hold_out, list_prediction_records
     from leansd.evaluation.profile import prepare_probe
+    from leansd.evaluation.profiled import Profiled
     from leansd.evaluation.records import stamp
-    from leansd.faces.costs import Profiled
     from leansd.files import check_folder
     from leansd.report.measurements import report_profile
     from leansd.runtime.samplers import name_sampler
@@ -109,7 +109,7 @@ def _open(model: str, vae: str | None, place: Place) -> tuple[Any, Any]:
     from leansd.anatomy.builtin import BUILTIN
     from leansd.cli.options import Opening
     from leansd.cli.terminal import note
-    from leansd.faces.stand_ins import build_stand_in, build_tiny_vae, check_stand_in
+    from leansd.evaluation.random_pipelines import build_stand_in, build_tiny_vae, check_stand_in
     from leansd.loading import check_vae, load_vae
 
     if model in BUILTIN:
@@ -138,7 +138,7 @@ def _time_other(
     probe: "Probe", autoencoder: Any, vae: str | None, repeats: int
 ) -> "OtherVae | None":
     from leansd.evaluation.profile import time_decoder
-    from leansd.faces.costs import OtherVae
+    from leansd.evaluation.profiled import OtherVae
 
     if vae is None or autoencoder is None:
         return None
@@ -160,7 +160,7 @@ def _dissect(pipe: Any, probe: "Probe", model: str) -> Any:
 
 def _show(profiled: "Profiled") -> list[Any]:
     from leansd.evaluation.prediction import find_worst
-    from leansd.faces.costs import (
+    from leansd.evaluation.profiled import (
         tabulate_blocks,
         tabulate_gains,
         tabulate_predictions,

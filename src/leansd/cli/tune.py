@@ -148,8 +148,7 @@ def tune_plans(
     from leansd.anatomy import dissect
     from leansd.cli.options import open_nets, read_pairs
     from leansd.cli.terminal import follow, note
-    from leansd.faces.fronts import describe_choice, tabulate_front
-    from leansd.report.plans import report_tuning
+    from leansd.report.plans import describe_choice, report_tuning, tabulate_front
     from leansd.runtime.samplers import check_sampler, name_sampler, require_convergence
     from leansd.tuning.calibration import require_tunable
     from leansd.tuning.drift import measure_drift

@@ -319,6 +319,7 @@ def drop_done(prepared: Sequence[PreparedContest], path: Path) -> list[PreparedC
 def time_step(prepared: PreparedContest, settings: BenchSettings) -> float:
     """Seconds that a step of a full batch takes here, from one run after a warm-up."""
     part = split_calls(prepared.calls, settings.batch)[0]
+    spent = 0.0
     for _ in range(2):
         start = time.perf_counter()
         compare_runs(
@@ -448,7 +449,7 @@ def list_records(
             "run_sampler": case.sampler,
         }
         rounds: dict[str, Any] = {"rounds": len(timing.seconds)}
-        told = {"each": " ".join(f"{value:.4f}" for value in timing.seconds)}
+        told: dict[str, Any] = {"each": " ".join(f"{value:.4f}" for value in timing.seconds)}
         if case.family == FULL and left_out:
             told["left_out"] = left_out
         span: dict[str, Any] = {"low": ratio.low, "high": ratio.high, **rounds}

@@ -162,7 +162,7 @@ def list_records(demo: Demo) -> list[Record]:
         seconds, speedup = entry.timing.seconds, entry.speedup
         spread = {"low": min(seconds), "high": max(seconds)}
         ratio = {"low": speedup.low, "high": speedup.high}
-        rows: list[tuple[str, float | None, str, dict[str, float]]] = [
+        rows: list[tuple[str, float | None, str, dict[str, Any]]] = [
             ("seconds", entry.timing.median, "s", spread),
             ("speedup", speedup.median, "x", ratio),
             ("predicted_speedup", entry.predicted, "x", {}),

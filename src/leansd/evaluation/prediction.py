@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from leansd.evaluation.cost import CostModel
-from leansd.evaluation.laps import RunLaps, check_count, time_run
+from leansd.evaluation.inner_timing import RunLaps, check_count, time_run
 from leansd.evaluation.profile import Probe
 from leansd.evaluation.records import Record
 from leansd.evaluation.timing import Ratio, Timing, compare_timings

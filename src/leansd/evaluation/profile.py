@@ -28,7 +28,13 @@ from leansd.evaluation.cost import (
     name_gated,
     scale_calls,
 )
-from leansd.evaluation.laps import RunLaps, check_count, check_timing, measure_peaks, time_run
+from leansd.evaluation.inner_timing import (
+    RunLaps,
+    check_count,
+    check_timing,
+    measure_peaks,
+    time_run,
+)
 from leansd.evaluation.timing import time_cases
 from leansd.plans.address import get_block
 from leansd.plans.anatomy import HEAD, STEM, Anatomy

@@ -39,7 +39,7 @@ def find_embedder(model: str | Path, clip: str | Path | None = None) -> Embedder
     folder = _find_own_clip(model)
     if folder is None:
         return None
-    from leansd.scoring.extractors.tiny_clip import NAME, open_own_clip
+    from leansd.evaluation.extractors import NAME, open_own_clip
 
     with silent_loading():
         return open_own_clip(folder, NAME if str(model) == EMBEDDED else f"CLIP of {folder.name}")

@@ -11,20 +11,11 @@ from PIL import Image
 
 from leansd.evaluation.compare import CONVERGED
 from leansd.evaluation.evaluation import Evaluation
+from leansd.evaluation.extractors import find_prompt, open_picture
 from leansd.evaluation.pareto import find_front
+from leansd.evaluation.picture_sets import Entry, read_samples
 from leansd.evaluation.prediction import find_worst
-from leansd.evaluation.records import Record, get_field
-from leansd.evaluation.rivals import OURS
-from leansd.evaluation.runs import FULL
-from leansd.evaluation.standings import (
-    Standing,
-    describe_quality,
-    list_left_out,
-    rate_point,
-    tabulate_all,
-    tabulate_margins,
-)
-from leansd.faces.costs import (
+from leansd.evaluation.profiled import (
     EXAMPLE,
     Profiled,
     show_milliseconds,
@@ -33,6 +24,19 @@ from leansd.faces.costs import (
     tabulate_gains,
     tabulate_predictions,
     tabulate_split,
+)
+from leansd.evaluation.records import Record, get_field
+from leansd.evaluation.rivals import OURS
+from leansd.evaluation.runs import FULL
+from leansd.evaluation.scoring import Scored, Scoring
+from leansd.evaluation.set_metrics import METRICS, ReferenceKind, Score
+from leansd.evaluation.standings import (
+    Standing,
+    describe_quality,
+    list_left_out,
+    rate_point,
+    tabulate_all,
+    tabulate_margins,
 )
 from leansd.report.drawings import Bar, draw_bars
 from leansd.report.plots import Family, Point, plot_families, plot_tradeoff
@@ -50,12 +54,6 @@ from leansd.report.sections import (
     count,
     show_differences,
 )
-from leansd.scoring.metrics import METRICS
-from leansd.scoring.metrics.metric import Against, Score
-from leansd.scoring.pictures import Entry
-from leansd.scoring.reading import read_samples
-from leansd.scoring.samples import find_prompt, open_picture
-from leansd.scoring.scores import Scored, Scoring
 from leansd.text import Table
 
 # -- evaluate ------------------------------------------------------------------------------------
@@ -465,7 +463,7 @@ def _explain_blocks(profiled: Profiled) -> list[str]:
 
 SHOWN = 7
 SIDE = 160  # of a picture on the page, in pixels at most
-BEST_IS_LEAST = (Against.GAUSSIAN, Against.PARTNERS)
+BEST_IS_LEAST = (ReferenceKind.GAUSSIAN, ReferenceKind.PARTNERS)
 
 
 def report_scores(scoring: Scoring, scored: Scored, notes: Sequence[str]) -> Report:
@@ -498,7 +496,7 @@ def tabulate_scores(scoring: Scoring, scored: Scored) -> Table:
     for name, scores in scored.scores.items():
         metric = METRICS[name]
         against = "–"
-        if metric.against is Against.PROMPTS:
+        if metric.against is ReferenceKind.PROMPTS:
             against = "the prompts"
         elif metric.against.needs_reference and scoring.reference is not None:
             against = scoring.reference.name

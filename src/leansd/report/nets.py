@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from leansd.evaluation.records import Record
+from leansd.evaluation.redundancy import Spent, tabulate_spent
 from leansd.exporting.exporter import Exported
-from leansd.faces.redundancy import Spent, tabulate_spent
 from leansd.files import write_file
 from leansd.plans.address import get_block
 from leansd.plans.anatomy import Anatomy

@@ -14,7 +14,6 @@ from leansd.drawing import Painting, Request
 from leansd.evaluation.demo import FEWER, Demo, DemoEntry, list_records, tabulate_demo
 from leansd.evaluation.fidelity import psnr, ssim
 from leansd.evaluation.records import Record, get_field
-from leansd.faces.fronts import describe_choice, tabulate_front
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.grid import get_states, list_states
 from leansd.plans.plan import Plan
@@ -40,6 +39,7 @@ from leansd.report.sections import (
 from leansd.text import Table
 from leansd.tuning.front import Front
 from leansd.tuning.front import Point as Tuned
+from leansd.tuning.front import Point as TunedPoint
 
 SAME = "The same prompts, the same seeds"
 HOW_TO_READ = (
@@ -411,3 +411,44 @@ def _list_corrections(plan: Plan) -> str:
     corrections = [(step, row.correct) for step, row in enumerate(plan.rows) if any(row.correct)]
     listed = ", ".join(f"{line:.2f} and {last:.2f} at step {n}" for n, (line, last) in corrections)
     return f"Corrections, by the line and by the last output: {listed}." if listed else ""
+
+
+# -- what a tuning found, in tables and sentences ------------------------------------------------
+
+
+def tabulate_front(front: Front, chosen: TunedPoint | None = None) -> Table:
+    """Every point, and beside it what the other kind, tuned or plain, reaches at its speed."""
+    rows: list[tuple[str, ...]] = []
+    for point in front.points:
+        rival = front.find_rival(point)
+        rows.append(
+            (
+                f"{point.speedup:.2f}x",
+                f"{point.milliseconds:.0f}",
+                f"{point.psnr:.1f}",
+                f"{rival.psnr:.1f}" if rival is not None else "–",
+                str(point.plan.steps),
+                str(len(point.plan.keys)),
+                point.plan.name + (" <" if point is chosen else ""),
+            )
+        )
+    columns = ("speed-up", "ms", "PSNR, dB", "or", "steps", "in full", "plan")
+    return Table(columns, tuple(rows))
+
+
+def describe_choice(front: Front, chosen: TunedPoint) -> str:
+    """What was chosen, and whether fewer steps alone do better."""
+    rival = front.find_rival(chosen)
+    what = f"{chosen.speedup:.2f}x, {chosen.milliseconds:.0f} ms, {chosen.psnr:.1f} dB"
+    if chosen.is_plain:
+        best = "no tuned plan is as fast"
+        if rival is not None:
+            best = f"the best tuned plan reaches {rival.psnr:.1f} dB"
+        return (
+            f"fewer steps alone win: {chosen.plan.steps} steps without a plan give {what}; {best}"
+        )
+    if rival is None:
+        return f"{chosen.plan.name}: {what}"
+    return (
+        f"{chosen.plan.name}: {what}; {rival.plan.steps} steps without a plan, {rival.psnr:.1f} dB"
+    )

@@ -22,8 +22,8 @@ from diffusers import UNet2DConditionModel
 from leansd.anatomy.cost import dissect
 from leansd.errors import LeansdError
 from leansd.evaluation.cost import CostModel
+from leansd.evaluation.inner_timing import time_units
 from leansd.evaluation.runs import PipelineCall, expand_calls
-from leansd.evaluation.units import time_units
 from leansd.plans.anatomy import Anatomy
 from leansd.surgery.apply import BASE, operate
 from leansd.surgery.blueprint import Source, lay_out_surgery

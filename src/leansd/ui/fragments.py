@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from markupsafe import escape
 
 from leansd.evaluation.compare import RunProgress
+from leansd.evaluation.profiled import Profiled, show_milliseconds, tabulate_gains, tabulate_split
 from leansd.evaluation.runs import FULL
-from leansd.faces.costs import Profiled, show_milliseconds, tabulate_gains, tabulate_split
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.compile import compile_plan
 from leansd.plans.liveness import Call

@@ -16,9 +16,9 @@ from pydantic import ValidationError
 
 from leansd.errors import LeansdError
 from leansd.evaluation.prompts import choose_prompts
-from leansd.faces.fronts import describe_choice
 from leansd.plans.liveness import GUIDANCE
 from leansd.plans.plan import Plan
+from leansd.report.plans import describe_choice
 from leansd.text import explain_validation
 from leansd.ui import fragments
 from leansd.ui.folders import Entry, Settings, list_entries, read_entry

@@ -20,10 +20,10 @@ from leansd.errors import LeansdError
 from leansd.evaluation.compare import Case, Comparison, OnProgress, compare_runs
 from leansd.evaluation.cost import CostModel
 from leansd.evaluation.profile import profile
+from leansd.evaluation.profiled import Profiled
 from leansd.evaluation.prompts import find_guidance
 from leansd.evaluation.records import stamp
 from leansd.evaluation.runs import FULL
-from leansd.faces.costs import Profiled
 from leansd.loading import load
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.compile import compile_plan

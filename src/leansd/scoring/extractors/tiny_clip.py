@@ -10,8 +10,8 @@ import torch
 from leansd.emoji.location import model_folder
 from leansd.evaluation.quality import Embedder
 from leansd.loading import silent_loading
-from leansd.scoring.extractors.clip import look_through
-from leansd.scoring.extractors.extractor import Extractor, Look
+from leansd.evaluation.extractors import look_through
+from leansd.evaluation.extractors import Extractor, Look
 
 NAME = "tiny CLIP"
 

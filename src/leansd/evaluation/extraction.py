@@ -1,10 +1,13 @@
-"""What was seen of a set, kept part by part: files that are named by all that they follow from."""
+"""Extraction: what networks see in a set of pictures, part by part, kept in files.
+
+Files are named by all that they follow from, so that a stopped extraction goes on where it was."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 from zipfile import BadZipFile
 
 import torch
@@ -13,9 +16,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from leansd.errors import LeansdError
+from leansd.evaluation.extractors import EXTRACTORS, Extract, batch_samples
 from leansd.evaluation.frechet import Gaussian, fold_gaussian
+from leansd.evaluation.picture_sets import Part, PictureSet, Sample, digest, read_samples
 from leansd.files import write_file
-from leansd.scoring.pictures import Part, PictureSet, digest
+from leansd.loading import find_device
+
+# -- kept features ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -138,3 +145,94 @@ READERS: dict[str, Callable[[Path], Statistics]] = {
     ".safetensors": _read_own,
     ".npz": _read_arrays,
 }
+
+
+# -- looking ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ExtractionConfig:
+    """How features are extracted. Plain values only: it travels to other machines."""
+
+    weights: Mapping[str, str] = field(default_factory=dict)
+    """Paths by the names of the extractors."""
+    size: int | None = None
+    """What the middle square of every picture is made first, in pixels."""
+    batch: int = 32
+    threads: int = 0
+    """Of torch on a CPU, whose sums depend on them; 0 for as many as there are."""
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class ExtractionTask:
+    """A part, and who is still to look at it."""
+
+    part: Part
+    extractors: tuple[str, ...]
+
+
+Seen: TypeAlias = Mapping[str, Mapping[str, Tensor]]
+"""By extractor and name, tensors [n, ...]."""
+RunTasks: TypeAlias = Callable[
+    [ExtractionConfig, Sequence[ExtractionTask]], Iterable[tuple[ExtractionTask, Seen]]
+]
+"""Looks at parts, in any order."""
+
+
+class Extraction:
+    """Has the networks, each from its first use on."""
+
+    def __init__(self, config: ExtractionConfig) -> None:
+        self.config = config
+        self.device = find_device(config.device)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self._opened: dict[str, Extract] = {}
+
+    def extract(self, samples: Sequence[Sample], extractors: Sequence[str]) -> Seen:
+        """What extractors see in some pictures; who shares a batch follows from them alone."""
+        seen: dict[str, dict[str, list[Tensor]]] = {name: {} for name in extractors}
+        for batch in batch_samples(samples, self.config.batch, self.config.size):
+            for name in extractors:
+                for kind, values in self._open(name)(batch).items():
+                    seen[name].setdefault(kind, []).append(values.float())
+        return {
+            name: {kind: torch.cat(parts) for kind, parts in kinds.items()}
+            for name, kinds in seen.items()
+        }
+
+    def _open(self, name: str) -> Extract:
+        if name not in self._opened:
+            path = Path(self.config.weights[name])
+            self._opened[name] = EXTRACTORS[name].open(path, self.device)
+        return self._opened[name]
+
+
+def extract_here(
+    config: ExtractionConfig, tasks: Sequence[ExtractionTask]
+) -> Iterator[tuple[ExtractionTask, Seen]]:
+    """One part after the other."""
+    extraction = Extraction(config)
+    for task in tasks:
+        yield task, extraction.extract(read_samples(task.part.entries), task.extractors)
+
+
+def fill_features(
+    features: Features,
+    extractors: Sequence[str],
+    config: ExtractionConfig,
+    *,
+    work: RunTasks = extract_here,
+    on_part: Callable[[Part], None] = lambda part: None,
+) -> None:
+    """Extract at what has not been looked at yet, and keep each part as it comes.
+
+    Raises:
+        LeansdError: a picture or weights cannot be read; what was seen before is kept.
+    """
+    tasks = [ExtractionTask(*each) for each in features.list_missing(list(extractors))]
+    for task, seen in work(config, tasks) if tasks else ():
+        for name, values in seen.items():
+            features.put(task.part, name, values)
+        on_part(task.part)

@@ -12,8 +12,8 @@ from typing import Any
 
 from leansd.errors import LeansdError
 from leansd.evaluation.cost import Batch, CostModel
+from leansd.evaluation.inner_timing import UnitTimes
 from leansd.evaluation.records import Record, get_field
-from leansd.evaluation.units import UnitTimes
 from leansd.plans.address import get_block
 from leansd.plans.anatomy import HEAD, STEM, Anatomy
 from leansd.text import Table

@@ -18,8 +18,14 @@ from torch import Tensor
 
 from leansd.cluster import connect, lay_out_pool, require_success
 from leansd.errors import LeansdError
-from leansd.scoring.looking import Looker, Manner, Seen, Task, Work
-from leansd.scoring.reading import Sample, read_part
+from leansd.evaluation.extraction import (
+    Extraction,
+    ExtractionConfig,
+    ExtractionTask,
+    RunTasks,
+    Seen,
+)
+from leansd.evaluation.picture_sets import Sample, read_part
 
 READERS = 2
 """Processes that read pictures where this runs."""
@@ -28,26 +34,26 @@ READERS = 2
 class Worker:
     """Has the networks, and looks at parts."""
 
-    def __init__(self, manner: Mapping[str, Any]) -> None:
-        self._manner = Manner(**manner)
-        self._looker: Looker | None = None
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = ExtractionConfig(**config)
+        self._extraction: Extraction | None = None
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
         (number,), (mistake,) = batch["number"], batch["mistake"]
         content = b""
         try:
-            content = b"" if mistake else self._look(batch)
+            content = b"" if mistake else self._extract(batch)
         except LeansdError as error:
             mistake = str(error)
         return {"number": [int(number)], "content": [content], "mistake": [str(mistake)]}
 
-    def _look(self, batch: Mapping[str, Any]) -> bytes:
+    def _extract(self, batch: Mapping[str, Any]) -> bytes:
         """What is seen in a part, as the bytes of safetensors."""
         # Not opened before: Ray would start an actor that cannot be made again and again.
-        self._looker = self._looker or Looker(self._manner)
+        self._extraction = self._extraction or Extraction(self._config)
         columns = (list(batch[name][0]) for name in ("id", "picture", "facts", "other"))
         samples = [Sample(*row) for row in zip(*columns, strict=True)]
-        seen = self._looker.look(samples, list(batch["extractors"][0]))
+        seen = self._extraction.extract(samples, list(batch["extractors"][0]))
         flat = {
             f"{extractor} {name}": values.contiguous()
             for extractor, kinds in seen.items()
@@ -56,9 +62,13 @@ class Worker:
         return save(flat)
 
 
-def look_on_ray(
-    manner: Manner, tasks: Sequence[Task], *, address: str, workers: int | None = None
-) -> Iterator[tuple[Task, Seen]]:
+def extract_on_ray(
+    config: ExtractionConfig,
+    tasks: Sequence[ExtractionTask],
+    *,
+    address: str,
+    workers: int | None = None,
+) -> Iterator[tuple[ExtractionTask, Seen]]:
     """Parts as the pool finishes them.
 
     Args:
@@ -71,9 +81,9 @@ def look_on_ray(
             read.
     """
     ray = connect(address)
-    threads = manner.threads or 1
+    threads = config.threads or 1
     pool = lay_out_pool(ray, threads=threads, workers=workers, most=len(tasks))
-    manner = replace(manner, threads=0 if pool["num_gpus"] else threads)
+    config = replace(config, threads=0 if pool["num_gpus"] else threads)
     by_number = dict(enumerate(tasks))
     rows = [
         {
@@ -89,16 +99,16 @@ def look_on_ray(
     seen = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
         .map(read_part, num_cpus=0, concurrency=READERS, scheduling_strategy=here)
-        .map_batches(Worker, fn_constructor_args=(asdict(manner),), batch_size=1, **pool)
+        .map_batches(Worker, fn_constructor_args=(asdict(config),), batch_size=1, **pool)
     )
     for row in seen.iter_rows():
         require_success(row)
         yield by_number[int(row["number"])], _unflatten(load(bytes(row["content"])))
 
 
-def work_on_ray(address: str, *, workers: int | None = None) -> Work:
-    """`look_on_ray` for `fill_features`."""
-    return partial(look_on_ray, address=address, workers=workers)
+def run_on_ray(address: str, *, workers: int | None = None) -> RunTasks:
+    """`extract_on_ray` for `fill_features`."""
+    return partial(extract_on_ray, address=address, workers=workers)
 
 
 def _unflatten(flat: Mapping[str, Tensor]) -> Seen:

@@ -1,4 +1,4 @@
-"""A set of pictures to its scores, as records."""
+"""Scores of a set of pictures: FID, IS, CLIP score, LPIPS, precision and recall, as records."""
 
 from __future__ import annotations
 
@@ -9,17 +9,24 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from leansd.errors import LeansdError
+from leansd.evaluation.extraction import (
+    ExtractionConfig,
+    Features,
+    RunTasks,
+    extract_here,
+    fill_features,
+    load_statistics,
+)
+from leansd.evaluation.extractors import EXTRACTORS, fingerprint_weights, require_weights
+from leansd.evaluation.picture_sets import PictureSet, digest, list_pictures, read_facts
 from leansd.evaluation.records import Record, stamp
+from leansd.evaluation.set_metrics import METRICS, Reference, ReferenceKind, Score
 from leansd.loading import find_device
-from leansd.scoring.extractors import EXTRACTORS
-from leansd.scoring.extractors.extractor import fingerprint_weights, require_weights
-from leansd.scoring.features import Features, load_statistics
-from leansd.scoring.looking import Manner, Work, fill_features, look_here
-from leansd.scoring.metrics import METRICS
-from leansd.scoring.metrics.metric import Against, Score
-from leansd.scoring.pictures import PictureSet, digest, list_pictures
-from leansd.scoring.reading import read_facts
-from leansd.scoring.references import Pictured, Reference, Summarised
+
+KEPT = "seen"
+"""The folder beside the report that what was seen is kept in."""
+FEW = 10_000
+"""Below so many pictures an FID says more about their number than papers' do."""
 
 TINY = "tiny-"
 """How the names of metrics of the embedded model's own CLIP begin."""
@@ -42,10 +49,10 @@ class Scoring:
 
     pictures: PictureSet
     metrics: tuple[str, ...]
-    manner: Manner
+    config: ExtractionConfig
     names: Mapping[str, str]
     marks: Mapping[str, str]
-    features: Mapping[Against, Features]
+    features: Mapping[ReferenceKind, Features]
     reference: Reference | None
 
 
@@ -80,8 +87,8 @@ def list_ready(weights: Mapping[str, Path], reference: str | Path | None) -> tup
         name
         for name, metric in METRICS.items()
         if (named is not None or not metric.against.needs_reference)
-        and (named is None or named.is_dir() or metric.against is not Against.FEATURES)
-        and metric.against is not Against.PARTNERS
+        and (named is None or named.is_dir() or metric.against is not ReferenceKind.FEATURES)
+        and metric.against is not ReferenceKind.PARTNERS
     ]
     field = [name for name in possible if METRICS[name].extractor in weights]
     return tuple(field or (name for name in possible if name.startswith(TINY)))
@@ -109,7 +116,7 @@ def plan_scoring(
     metrics: Sequence[str],
     weights: Mapping[str, str | Path],
     *,
-    manner: Manner,
+    config: ExtractionConfig,
     keep: Path,
     cache: Path | None = None,
 ) -> Scoring:
@@ -131,7 +138,7 @@ def plan_scoring(
     if alone and reference is None:
         raise LeansdError(
             f"{alone[0]} compares pictures with others: give --reference FOLDER"
-            + (" or STATISTICS" if METRICS[alone[0]].against is Against.GAUSSIAN else "")
+            + (" or STATISTICS" if METRICS[alone[0]].against is ReferenceKind.GAUSSIAN else "")
         )
     found = find_weights(weights)
     extractors = dict.fromkeys(METRICS[name].extractor for name in metrics)
@@ -140,24 +147,24 @@ def plan_scoring(
         for name in extractors
     }
     prints = {name: fingerprint_weights(path) for name, path in paths.items()}
-    marks = {name: digest([mark, manner.size]) for name, mark in prints.items()}
+    marks = {name: digest([mark, config.size]) for name, mark in prints.items()}
     names = {name: EXTRACTORS[name].name(path, prints[name]) for name, path in paths.items()}
     drawn = list_pictures(pictures)
-    features = {each: Features(keep, drawn, marks) for each in Against}
+    features = {each: Features(keep, drawn, marks) for each in ReferenceKind}
     other: Reference | None = None
     if reference is not None and Path(reference).is_dir():
         seen = Features(cache or locate_cache(), list_pictures(reference), marks)
-        other = Pictured(seen)
-        if any(METRICS[name].against is Against.PARTNERS for name in metrics):
+        other = Reference.of_pictures(seen)
+        if any(METRICS[name].against is ReferenceKind.PARTNERS for name in metrics):
             paired = drawn.pair(seen.pictures)
-            features[Against.PARTNERS] = Features(keep, paired, marks)
+            features[ReferenceKind.PARTNERS] = Features(keep, paired, marks)
     elif reference is not None:
-        other = Summarised(Path(reference), load_statistics(reference), marks)
-        _require_pictures(metrics, other)
+        other = _read_reference(Path(reference), marks)
+        _require_pictures(metrics, Path(reference))
     return Scoring(
         drawn,
         tuple(metrics),
-        replace(manner, weights={name: str(path.resolve()) for name, path in paths.items()}),
+        replace(config, weights={name: str(path.resolve()) for name, path in paths.items()}),
         names,
         marks,
         features,
@@ -168,7 +175,7 @@ def plan_scoring(
 def carry_out(
     scoring: Scoring,
     *,
-    work: Work = look_here,
+    work: RunTasks = extract_here,
     on_pictures: OnPictures = lambda done, total: None,
     on_metric: Callable[[str], None] = lambda name: None,
 ) -> Scored:
@@ -191,7 +198,7 @@ def carry_out(
             done += len(part.entries)
             on_pictures(done, total)
 
-        fill_features(features, extractors, scoring.manner, work=work, on_part=count)
+        fill_features(features, extractors, scoring.config, work=work, on_part=count)
     scores: dict[str, Sequence[Score]] = {}
     for name in scoring.metrics:
         on_metric(name)
@@ -205,10 +212,11 @@ def carry_out(
         for score in found:
             facts: dict[str, Any] = {**base, **_describe_metric(scoring, name), **score.fields}
             facts |= {"metric": score.metric, "unit": ""}
-            records.append(Record(**(facts | dict(score.spread)), value=score.value))
+            spread: dict[str, Any] = dict(score.spread)
+            records.append(Record(**facts, **spread, value=score.value))
             if score.values is not None:
                 values += [
-                    Record(**(facts | {"picture": entry}), value=value)
+                    Record(**facts, picture=entry, value=value)
                     for entry, value in zip(entries, score.values.tolist(), strict=True)
                 ]
     return Scored(scores, records, values)
@@ -235,8 +243,8 @@ def score(
         pictures: a folder of tar shards with sidecars, or of pictures.
         reference: such a folder, or a file of statistics (`.safetensors`, or `.npz` with mu and
             sigma).
-        metrics: names of `leansd.scoring.metrics.METRICS`; by default those whose weights are
-            there, or else the tiny CLIP's own.
+        metrics: names of `set_metrics.METRICS`; by default those whose weights are there, or else
+            the tiny CLIP's own.
         weights: paths by extractor (`inception`, `clip`, `lpips`); nothing is ever downloaded.
         size: what the middle square of every picture is made first, in pixels.
         ray: a Ray cluster's address, or `local`; by default it all happens in this process.
@@ -254,36 +262,40 @@ def score(
         reference,
         metrics if metrics is not None else list_ready(find_weights(given), reference),
         given,
-        manner=Manner({}, size, batch, threads, device),
+        config=ExtractionConfig({}, size, batch, threads, device),
         keep=Path(keep) if keep is not None else home,
         cache=home,
     )
-    work = look_here
-    if ray is not None:
-        from leansd.scoring.on_ray import work_on_ray
+    return list(carry_out(scoring, work=choose_work(ray, workers)).records)
 
-        work = work_on_ray(ray, workers=workers)
-    return list(carry_out(scoring, work=work).records)
+
+def choose_work(ray: str | None, workers: int | None = None) -> RunTasks:
+    """Where features are extracted: on a Ray cluster of this address, or in this process."""
+    if ray is None:
+        return extract_here
+    from leansd.evaluation.extraction_on_ray import run_on_ray
+
+    return run_on_ray(ray, workers=workers)
 
 
 def _list_looks(scoring: Scoring) -> Iterator[tuple[Features, list[str]]]:
     """What is to be looked at, and by which: of a reference only what is not known yet."""
     chosen = [METRICS[name] for name in scoring.metrics]
-    apart = [each for each in chosen if each.against is Against.PARTNERS]
-    alone = [each.extractor for each in chosen if each.against is not Against.PARTNERS]
+    apart = [each for each in chosen if each.against is ReferenceKind.PARTNERS]
+    alone = [each.extractor for each in chosen if each.against is not ReferenceKind.PARTNERS]
     if alone:
-        yield scoring.features[Against.NOTHING], list(dict.fromkeys(alone))
+        yield scoring.features[ReferenceKind.NOTHING], list(dict.fromkeys(alone))
     if apart:
         paired = list(dict.fromkeys(each.extractor for each in apart))
-        yield scoring.features[Against.PARTNERS], paired
+        yield scoring.features[ReferenceKind.PARTNERS], paired
     features = scoring.reference.features if scoring.reference is not None else None
     if features is not None:
         needed = [
             each.extractor
             for each in chosen
-            if each.against is Against.FEATURES
+            if each.against is ReferenceKind.FEATURES
             or (
-                each.against is Against.GAUSSIAN
+                each.against is ReferenceKind.GAUSSIAN
                 and not features.locate_gaussian(each.extractor, "pooled").is_file()
             )
         ]
@@ -295,9 +307,9 @@ def _describe(scoring: Scoring) -> dict[str, Any]:
     """The fields that all records of a set share."""
     facts = read_facts(next(scoring.pictures.entries))
     own = {name: facts[name] for name in ("steps", "sampler", "guidance") if name in facts}
-    size = {"resize": scoring.manner.size} if scoring.manner.size is not None else {}
+    size = {"resize": scoring.config.size} if scoring.config.size is not None else {}
     return {
-        **stamp(find_device(scoring.manner.device)),
+        **stamp(find_device(scoring.config.device)),
         **own,
         **size,
         "subject": str(facts.get("model") or scoring.pictures.folder.resolve().name),
@@ -318,10 +330,90 @@ def _describe_metric(scoring: Scoring, name: str) -> dict[str, Any]:
     return fields
 
 
-def _require_pictures(metrics: Sequence[str], reference: Summarised) -> None:
+def _read_reference(path: Path, marks: Mapping[str, str]) -> Reference:
+    statistics = load_statistics(path)
+    return Reference(path.name, statistics.gaussian.count, statistics=statistics, marks=marks)
+
+
+def _require_pictures(metrics: Sequence[str], reference: Path) -> None:
     for name in metrics:
-        if METRICS[name].against in (Against.FEATURES, Against.PARTNERS):
+        if METRICS[name].against in (ReferenceKind.FEATURES, ReferenceKind.PARTNERS):
             raise LeansdError(
-                f"{name} needs the reference's pictures, and {reference.path} has only statistics: "
+                f"{name} needs the reference's pictures, and {reference} has only statistics: "
                 "give --reference FOLDER"
             )
+
+
+# -- options of the command ------------------------------------------------------------------
+
+
+def read_scoring(
+    pictures: Path,
+    reference: str | None,
+    metrics: str | None,
+    weights: Sequence[str],
+    *,
+    config: ExtractionConfig,
+    out: Path,
+    cache: Path | None,
+    note: Callable[[str], None],
+) -> Scoring:
+    """Read the options, and say what is not measured.
+
+    Args:
+        metrics: names with commas between.
+        weights: `NAME=PATH` each.
+
+    Raises:
+        LeansdError: an option is wrong, or something is missing.
+    """
+    find_device(config.device)
+    given = dict(_split_weights(each) for each in weights)
+    if metrics is not None:
+        chosen: Sequence[str] = [name.strip() for name in metrics.split(",") if name.strip()]
+    else:
+        chosen = list_ready(find_weights(given), reference)
+    scoring = plan_scoring(
+        pictures, reference, chosen, given, config=config, keep=out / KEPT, cache=cache
+    )
+    for name in scoring.pictures.gaps:
+        note(f"{name} is missing in {pictures}: the run that draws it has not ended")
+    return scoring
+
+
+def list_notes(scoring: Scoring, *, asked: bool) -> list[str]:
+    """What a reader of the numbers should know.
+
+    Args:
+        asked: whether the metrics were named; else it is said what others there would be.
+    """
+    notes: list[str] = []
+    count = len(scoring.pictures)
+    if "fid" in scoring.metrics and count < FEW:
+        notes.append(f"FID of {count} pictures: too large by an amount that depends on the number")
+    if not asked and all(name.startswith(TINY) for name in scoring.metrics):
+        notes.append(
+            "measured in the eyes of the tiny CLIP only, which knows emoji: numbers of papers need "
+            "other weights"
+        )
+        needed = dict.fromkeys(
+            each.extractor for name, each in METRICS.items() if not name.startswith(TINY)
+        )
+        notes += [
+            f"--weights {name}=PATH: {EXTRACTORS[name].weights} ({', '.join(_list_users(name))})"
+            for name in needed
+        ]
+    return notes
+
+
+def _list_users(extractor: str) -> list[str]:
+    return [name for name, metric in METRICS.items() if metric.extractor == extractor]
+
+
+def _split_weights(text: str) -> tuple[str, str]:
+    name, sign, path = text.partition("=")
+    if not sign or not path:
+        raise LeansdError(
+            f"weights {text!r}: give NAME=PATH with a name of {', '.join(EXTRACTORS)}"
+        )
+    return name, path
