@@ -44,6 +44,7 @@ from torch import Tensor
 import leansd
 from leansd.anatomy.cost import count_macs
 from leansd.cli.terminal import hush_libraries
+from leansd.evaluation.extractors import find_embedder
 from leansd.evaluation.fidelity import psnr, ssim
 from leansd.evaluation.frechet import frechet_distance, measure_gaussian
 from leansd.evaluation.prompts import GUIDANCE
@@ -63,7 +64,6 @@ from leansd.evaluation.records import (
 )
 from leansd.evaluation.runs import run_calls
 from leansd.evaluation.timing import compare_timings, time_cases
-from leansd.evaluation.extractors import find_embedder
 from leansd.files import write_file
 from leansd.incubation.noise import Schedule, seed_generator
 from leansd.incubation.recipe import load_recipe

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from leansd.report.scores import judge, prepare
 from PIL import Image
 
 import leansd
@@ -15,14 +16,15 @@ from leansd.drawing import Painting, Request
 from leansd.evaluation.compare import CONVERGED, Case
 from leansd.evaluation.demo import FEWER, Demo, DemoEntry
 from leansd.evaluation.evaluation import Evaluation
+from leansd.evaluation.extraction import Manner
 from leansd.evaluation.prediction import Prediction
+from leansd.evaluation.profiled import Profiled
 from leansd.evaluation.records import Record, load_records, stamp
+from leansd.evaluation.redundancy import list_records, read_spent
 from leansd.evaluation.runs import FULL
 from leansd.evaluation.standings import read_standings
 from leansd.evaluation.timing import Ratio, Timing
 from leansd.exporting.exporter import Exported
-from leansd.evaluation.profiled import Profiled
-from leansd.evaluation.redundancy import list_records, read_spent
 from leansd.incubation.estimate import Estimate, StageCost
 from leansd.incubation.recipe import load_recipe
 from leansd.incubation.training_log import TrainingLog, read_log, read_run
@@ -30,8 +32,6 @@ from leansd.incubation.validation import paste_grid
 from leansd.plans.plan import Plan
 from leansd.plans.presets import PRESETS, SPEED_PRESETS, preset
 from leansd.report import Origin, Report, bulk, measurements, nets, plans, training
-from leansd.report.scores import judge, prepare
-from leansd.evaluation.extraction import Manner
 from leansd.shards import Drawn, name_shard, pack_shard
 from leansd.surgery.edits import Surgery
 from leansd.tuning.cutting import Candidate, Cut

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from leansd.emoji.location import model_folder
+from leansd.evaluation.extractors import Extractor, Look, look_through
 from leansd.evaluation.quality import Embedder
 from leansd.loading import silent_loading
-from leansd.evaluation.extractors import look_through
-from leansd.evaluation.extractors import Extractor, Look
 
 NAME = "tiny CLIP"
 
