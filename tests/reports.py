@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from leansd.report.scores import judge, prepare
 from PIL import Image
 
 import leansd
@@ -16,12 +15,13 @@ from leansd.drawing import Painting, Request
 from leansd.evaluation.compare import CONVERGED, Case
 from leansd.evaluation.demo import FEWER, Demo, DemoEntry
 from leansd.evaluation.evaluation import Evaluation
-from leansd.evaluation.extraction import Manner
+from leansd.evaluation.extraction import ExtractionConfig
 from leansd.evaluation.prediction import Prediction
 from leansd.evaluation.profiled import Profiled
 from leansd.evaluation.records import Record, load_records, stamp
 from leansd.evaluation.redundancy import list_records, read_spent
 from leansd.evaluation.runs import FULL
+from leansd.evaluation.scoring import carry_out, read_scoring
 from leansd.evaluation.standings import read_standings
 from leansd.evaluation.timing import Ratio, Timing
 from leansd.exporting.exporter import Exported
@@ -293,11 +293,12 @@ def report_scoring(folder: Path) -> Report:
     drawn = [Drawn(f"{n:02d}", draw(n), {"prompt": PROMPTS[n % 3]}) for n in range(6)]
     (folder / "drawn").mkdir()
     (folder / "drawn" / name_shard(0)).write_bytes(pack_shard(drawn))
-    scored = prepare(
-        folder / "drawn", None, "tiny-clip", (), manner=Manner({}), out=folder, cache=folder,
-        note=print,
+    scoring = read_scoring(
+        folder / "drawn", None, "tiny-clip", (), config=ExtractionConfig({}), out=folder,
+        cache=folder, note=print,
     )  # fmt: skip
-    return measurements.report_scores(scored, judge(scored), ["seen by the tiny CLIP only"])
+    scored = carry_out(scoring)
+    return measurements.report_scores(scoring, scored, ["seen by the tiny CLIP only"])
 
 
 KINDS: dict[str, Callable[[Path], Report]] = {

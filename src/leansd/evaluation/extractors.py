@@ -293,9 +293,8 @@ TINY_CLIP_NAME = "tiny CLIP"
 
 
 def open_own_clip(folder: Path, name: str) -> Embedder:
-    """The CLIP in a model's folder, as models of `leansd emoji train` have one."""
-    from leansd.emoji.assembly import load_clip
-    from leansd.emoji.clip import normalize_floats, tokenize
+    """The CLIP in a model's folder, as the embedded model has one."""
+    from leansd.emoji.clip import load_clip, normalize_floats, tokenize
 
     own, tokenizer = load_clip(folder)
     side: Any = own.vision_model.config.image_size
@@ -323,7 +322,7 @@ def find_embedder(model: str | Path, clip: str | Path | None = None) -> Embedder
 
 
 def _find_own_clip(model: str | Path) -> Path | None:
-    """The model's folder where it has a `clip`, as models of `leansd emoji train` do."""
+    """The model's folder where it has a `clip`, as the embedded model does."""
     folder = locate(model)
     if isinstance(folder, Path) and (folder / "clip" / "config.json").is_file():
         return folder
