@@ -30,7 +30,7 @@ from leansd.ui.studio import Studio  # noqa: E402
 from tiny import tiny_pipeline  # noqa: E402
 
 STEPS = 10
-WAIT = 40_000  # milliseconds; a slow machine is no failure
+WAIT = 120_000  # milliseconds; a slow machine is no failure
 DESKTOP = {"width": 1280, "height": 800}
 PHONE = {"width": 390, "height": 844}
 
@@ -256,14 +256,14 @@ def test_another_model_is_tuned_and_timed(visit, shots):
         field.fill(value)
         field.press("Enter")
     page.click("#tune")
-    page.wait_for_selector("#tuning svg")
+    page.wait_for_selector("#tuning svg.figure")
     visit.wait_idle()
     page.wait_for_selector("#forecast .plan-name:text-is('tuned 1.5x')")
     page.screenshot(path=shots / "tune.png", full_page=True)
     visit.open_tab("Costs")
-    page.wait_for_selector("#anatomy svg")
+    page.wait_for_selector("#anatomy svg.figure")
     page.click("#measure")
-    page.wait_for_selector("#costs svg")
+    page.wait_for_selector("#costs svg.figure")
     visit.wait_idle()
     assert "as timed" in page.locator("#forecast").inner_text()
     page.screenshot(path=shots / "costs.png", full_page=True)
