@@ -247,14 +247,14 @@ def test_rows_follow_the_rules_for_plans(
     model: str, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shared = ["generate", "--prompts", str(prompts), "--model", model, "--threads", "1"]
-    few = [*shared, "--steps", "4", "--plan", "fast"]
+    few = [*shared, "--steps", "4", "--plan", "guidance-cutoff"]
     assert main([*few, "--out", str(tmp_path / "few")]) == 0
     assert "4 steps change too much each" in capsys.readouterr().err
     (shard,) = list_shards(tmp_path / "few")
     assert {each.facts["plan"] for each in read_shard(shard)} == {"full"}
     assert main([*few, "--force", "--out", str(tmp_path / "forced")]) == 0
     (shard,) = list_shards(tmp_path / "forced")
-    assert {each.facts["plan"] for each in read_shard(shard)} == {"fast"}
+    assert {each.facts["plan"] for each in read_shard(shard)} == {"guidance-cutoff"}
     plan = leansd.Plan.between([0, 1, 3], cut="head", steps=4, how="forecast", name="tuned")
     replace(plan, tuned=Tuned("ddim", "another", 7.5)).save(tmp_path / "plan.json")
     capsys.readouterr()

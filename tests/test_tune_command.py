@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from PIL import Image
 
 import leansd
 from conformance.models import small_unet
@@ -148,3 +149,31 @@ def test_generate_takes_a_plan_from_a_front(model, tuned, fails, capsys):
     assert (picture["plan"], picture["steps"]) == ("tuned 1.3x", 4)
     assert "fastest is 1.30x" in fails(*shared, "--speedup", 3)
     assert "leave --steps out" in fails(*shared, "--speedup", 1.2, "--steps", 6)
+
+
+def test_tune_starts_from_pictures(model, prompts, tmp_path, monkeypatch, fails):
+    """Image-to-image: the calls hold a picture each, in turns, and the share of the steps."""
+    for name in ("red", "blue"):
+        Image.new("RGB", (50, 40), name).save(tmp_path / f"{name}.png")
+    asked = {}
+
+    class Enough(Exception):
+        pass
+
+    def keep(pipe, calls, **options):
+        asked.update(options, calls=calls, kind=type(pipe).__name__)
+        raise Enough
+
+    monkeypatch.setattr(tuner, "tune", keep)
+    shared = ["tune", model, "--prompts", prompts, "-o", tmp_path / "plan.json", "--steps", 6]
+    with pytest.raises(Enough):
+        main([str(each) for each in (*shared, "--init", tmp_path, "--strength", 0.5)])
+    assert asked["kind"] == "StableDiffusionImg2ImgPipeline"
+    assert asked["settings"]["strength"] == 0.5
+    assert [call["prompt"] for call in asked["calls"]] == ["a boat", "a tree", "a cat", "a house"]
+    first, second, third, _ = (call["image"] for call in asked["calls"])
+    assert first.shape == (1, 3, 32, 32)
+    assert not first.equal(second)
+    assert first.equal(third)
+    assert "leaves no step" in fails(*shared, "--init", tmp_path, "--strength", 0.1)
+    assert "no picture at" in fails(*shared, "--init", tmp_path / "none.png")
