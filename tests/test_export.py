@@ -284,7 +284,7 @@ def test_operated_nets_in_stock_diffusers(unet: UNet2DConditionModel, tmp_path: 
         ),
         (
             leansd.Surgery("d").replace("up1.l0.attn.t0.sa", by="skip"),
-            "nothing at up1.l0.attn.t0.sa",
+            "cannot hold skip at up1.l0.attn.t0.sa",
         ),
     ],
 )

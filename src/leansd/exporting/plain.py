@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel
 
 from leansd.errors import LeansdError
 from leansd.files import writing
+from leansd.surgery.edits import read_name
 from leansd.surgery.fold import fold
 from leansd.surgery.light_unet import LightUNet2DConditionModel
 
@@ -42,8 +43,8 @@ def to_plain(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     for each in replaced:
         if each["by"] not in (MERGED, FORGOTTEN):
             raise LeansdError(
-                f"stock diffusers cannot hold {each['by']} at {each['at']}; export to onnx, or "
-                "open it with leansd.load_unet"
+                f"stock diffusers cannot hold {read_name(each['by'])} at {each['at']}; export to "
+                "onnx, or open it with leansd.load_unet"
             )
         if each["by"] == MERGED and each["options"].get("routing") == "image":
             raise LeansdError(
