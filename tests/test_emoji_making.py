@@ -17,6 +17,7 @@ from models.emoji.data import (
     Concept,
     Pair,
     Pictures,
+    Split,
     install_packages,
     read_concepts,
     read_icons,
@@ -51,16 +52,15 @@ NAMES = ("red-apple", "dog", "moon")
 
 
 def toy_pictures(size: int = 16) -> Pictures:
-    concepts = [Concept(name, "things", ("round",)) for name in NAMES]
-    pairs = tuple(Pair(concept, style) for concept in sorted(concepts) for style in sorted(STYLES))
-    split = split_pairs(concepts, share=0.0)
-    assert split.train == pairs
-    generator = torch.Generator().manual_seed(0)
+    """Each concept has a colour; the first and the last pair are held out."""
+    concepts = sorted(Concept(name, "things", ("round",)) for name in NAMES)
+    pairs = tuple(Pair(concept, style) for concept in concepts for style in sorted(STYLES))
     pixels = torch.full((len(pairs), 3, size, size), 255, dtype=torch.uint8)
     for row in range(len(pairs)):
         pixels[row, row // len(STYLES), 2:-2, 2:-2] = 40
-    noise = torch.randint(0, 255, (2, 3, size, size), generator=generator).byte()
-    return Pictures(split, pixels, noise[:1], noise)
+    noise = torch.randint(255, (2, 3, size, size), generator=torch.Generator().manual_seed(0))
+    split = Split(pairs[1:-1], (pairs[0], pairs[-1]))
+    return Pictures(split, pixels[1:-1], pixels[[0, -1]], noise.byte())
 
 
 @pytest.fixture
@@ -258,7 +258,7 @@ def test_the_judge_learns_toys_and_is_loaded_as_it_was(tmp_path: Path) -> None:
     names = recipes.name_pairs(pictures.split.train)
     torch.manual_seed(0)
     learner = JudgeLearner(
-        Judge(sorted(set(names))), pictures.train, names, batch=9, rate=3e-3, steps=30, seed=0
+        Judge(sorted(set(names))), pictures.train, names, batch=7, rate=3e-3, steps=30, seed=0
     )
     train_stage(learner, tmp_path, 30)
     judge = load_judge(tmp_path / "state.pt")
@@ -267,6 +267,32 @@ def test_the_judge_learns_toys_and_is_loaded_as_it_was(tmp_path: Path) -> None:
         rank_names(judge, pictures.train[:1], ["cat"])
     with pytest.raises(LeansdError, match="no judge in"):
         load_judge(tmp_path / "none.pt")
+
+
+def test_the_commands_lead_from_a_run_to_a_card(
+    toys: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("models.emoji.data.read_pictures", lambda *_: toys)
+    names = recipes.name_pairs(toys.split.train)
+    monkeypatch.setattr("models.emoji.data.read_unseen_style", lambda *_: (toys.train, names))
+    monkeypatch.setitem(recipes.RECIPES, "emoji", TINY)
+
+    def run(*words: str) -> int:
+        monkeypatch.setattr("sys.argv", ["emoji", *words, "--out", str(tmp_path)])
+        return command.main()
+
+    assert run("evaluate") == 2
+    assert "`python -m models.emoji assemble` writes one" in capsys.readouterr().err
+    for words in ("train --steps 2", "eyes --steps 2", "assemble", "judge --steps 2"):
+        assert run(*words.split()) == 0
+    assert run("evaluate", "--steps", "2", "--count", "4") == 0
+    result = json.loads((tmp_path / "model" / "evaluation.json").read_text())
+    assert (result["train"]["count"], result["held_out"]["count"]) == (4, 2)
+    assert len(result["losses"]["held_out"]) == 10
+    assert result["judge"]["style"] == "emojione"
+    assert result["train"]["retrieval"]["choices"] == 4
+    for name in ("README.md", "grid.png", "neighbours.png", "clip/model.safetensors"):
+        assert (tmp_path / "model" / name).is_file()
 
 
 def test_muon_brings_singular_values_near_one() -> None:
