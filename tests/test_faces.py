@@ -137,10 +137,11 @@ def test_drawing_commands_carry_the_plan_that_names_mean(
     assert plan.fingerprint == expected.plan.fingerprint
     assert all(told.count(note) == 1 for note in expected.notes)
 
-    (tmp_path / "prompts.txt").write_text("a pizza\n")
+    (tmp_path / "prompts.txt").write_text("a pizza\na cat\n")
     measured, told = run(
-        "evaluate", *shared, "--plan", name, "--prompts", tmp_path / "prompts.txt", "--count", 2,
-        "--reference", "full", "--seeds-for-spread", 0, "--out", tmp_path / "measured",
+        "evaluate", *shared[1:], "--plan", name, "--prompts", tmp_path / "prompts.txt",
+        "--count", 2, "--reference", "full", "--seeds-for-spread", 0,
+        "--out", tmp_path / "measured",
     )  # fmt: skip
     assert expected.plan.fingerprint in {each.get("fingerprint") for each in measured["results"]}
     assert all(told.count(note) == 1 for note in expected.notes)
@@ -158,24 +159,19 @@ def test_demo_compares_the_plans_that_names_mean(pipe, model, run, tmp_path) -> 
     }
 
 
-@pytest.mark.parametrize(("sampler", "steps"), RUNS)
-def test_page_and_exports_mean_the_same(
-    pipe, model, tmp_path, monkeypatch: pytest.MonkeyPatch, sampler: str, steps: int
-) -> None:
+def test_page_means_the_same(pipe, model, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gradio")
-    from leansd.ui.history import Settings
-
-    from leansd.ui.folders import Folders
+    from leansd.ui.folders import Folders, Settings
     from leansd.ui.studio import Studio
 
     monkeypatch.setattr("leansd.ui.studio.load", lambda *_, **__: pipe)
     studio = Studio(Folders.open(tmp_path, model.parent), "cpu")
-    settings = Settings(model="tiny", prompt="a", steps=steps, sampler=sampler)
-    for name in ALONE:
+    for name, (sampler, steps) in product(ALONE, RUNS):
+        settings = Settings(model="tiny", prompt="a", steps=steps, sampler=sampler)
         expected = expect(pipe, name, sampler, steps)
         found = studio.resolve(name, settings)
-        assert found.plan.fingerprint == expected.plan.fingerprint, name
-        assert found.notes == expected.notes, name
+        assert found.plan.fingerprint == expected.plan.fingerprint, (name, sampler, steps)
+        assert found.notes == expected.notes, (name, sampler, steps)
 
 
 def test_export_means_the_same(pipe, model, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
