@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import Progress, TaskID
+from rich.progress import Progress
 
 from leansd.anatomy.builtin import BUILTIN
 from leansd.cli.terminal import hush_libraries
@@ -30,13 +30,15 @@ from leansd.evaluation.records import Record, put_records, stamp
 from leansd.loading import load
 from leansd.plans.plan import Plan
 from leansd.plans.presets import preset
+from leansd.runtime.samplers import name_sampler
 
 RESULTS = Path(__file__).parent / "results" / "prediction.jsonl"
 
 
 def list_plans(probe: Probe, steps: int) -> dict[str, Plan]:
     """The command's held-out plans, and one that mixes guidance, a cut and forecasts."""
-    plans = hold_out(probe.anatomy, steps, guided=probe.is_guided)
+    sampler = name_sampler(probe.pipe)
+    plans = hold_out(probe.anatomy, steps, guided=probe.is_guided, sampler=sampler)
     cut = f"up{probe.anatomy.up_blocks - 1}.l1"
     others = [step for step in range(steps) if step % 3]
     mixed = Plan.every(3, cut=cut, steps=steps, how="forecast").guide("inherit", at=others)
@@ -56,12 +58,13 @@ def measure_model(
     probe = prepare_probe(pipe, subject=model, size=(side, side) if side else None)
     plans = list_plans(probe, steps)
     with Progress() as progress:
-        task = progress.add_task(model, total=repeats * (1 + len(plans)))
-
-        def count_run(name: str, progress: Progress = progress, task: TaskID = task) -> None:
-            progress.advance(task)
-
-        cost, predictions = check_predictions(probe, plans, rounds=repeats, on_run=count_run)
+        task = progress.add_task(model, total=1.0)
+        cost, predictions = check_predictions(
+            probe,
+            plans,
+            rounds=repeats,
+            on_progress=lambda name, share: progress.update(task, completed=share),
+        )
     circumstances = stamp(pipe.device)
     width, height = probe.size
     shared = {**circumstances, "subject": model, "pictures": 1, "width": width, "height": height}

@@ -31,6 +31,7 @@ from tiny import WIDTH, tiny_pipeline, tiny_tokenizer
 
 PROMPTS = ["a red apple", "pizza", "a cat"]
 STEPS = 4
+TURBO = leansd.preset("turbo", STEPS, sampler="ddim")
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +91,8 @@ def test_a_run_is_the_pipeline_itself_from_consecutive_seeds(pipe):
     assert len(finals.seconds) == 3
 
 
-@pytest.mark.parametrize("plan", [None, "turbo"])
+@pytest.mark.parametrize("plan", [None, TURBO], ids=["full", "turbo"])
 def test_results_do_not_depend_on_the_batch_but_for_rounding(pipe, plan):
-    plan = plan and leansd.preset(plan, STEPS)
     alone = run_calls(pipe, PROMPTS, STEPS, plan, batch=1)
     together = run_calls(pipe, PROMPTS, STEPS, plan, batch=8)
     assert len(together.seconds) == 1
@@ -154,7 +154,7 @@ def test_calls_that_cannot_be_run_are_told(pipe, calls, said):
 
 def test_a_plan_that_computes_everything_has_no_error(pipe):
     records = leansd.evaluate(
-        pipe, [Plan.full(STEPS), "turbo"], PROMPTS, steps=STEPS, converged_steps=8
+        pipe, [Plan.full(STEPS), TURBO], PROMPTS, steps=STEPS, converged_steps=8
     )
     assert find_value(records, "full plan", "psnr", "full").value == CEILING
     assert find_value(records, "full plan", "ssim", "full").value == 1
@@ -174,7 +174,7 @@ def test_a_plan_that_computes_everything_has_no_error(pipe):
 
 
 def test_a_mean_has_the_standard_error_of_its_values(pipe):
-    records = leansd.evaluate(pipe, "turbo", PROMPTS, steps=STEPS, references=["full"])
+    records = leansd.evaluate(pipe, TURBO, PROMPTS, steps=STEPS, references=["full"])
     values = [r.value for r in records if r.metric == "ssim" and hasattr(r, "picture")]
     mean = find_value(records, "turbo", "ssim", "full")
     assert mean.value == pytest.approx(sum(values) / 3)
@@ -237,7 +237,7 @@ def test_quality_of_sets_has_the_spread_of_the_full_run(pipe, clip_folder):
 def test_without_prompts_pictures_are_only_compared_with_pictures(pipe, clip_folder):
     embeds = [pipe.encode_prompt(p, "cpu", 1, False)[0] for p in PROMPTS]
     records = leansd.evaluate(
-        pipe, "turbo", [{"prompt_embeds": e} for e in embeds], steps=STEPS, references=["full"],
+        pipe, TURBO, [{"prompt_embeds": e} for e in embeds], steps=STEPS, references=["full"],
         embedder=open_clip(clip_folder), settings={"guidance_scale": 1.0},
     )  # fmt: skip
     assert find_value(records, "turbo", "frechet", "full").value >= 0
@@ -285,7 +285,7 @@ def go(pipe):
 
         evaluation = evaluate_cases(
             target,
-            list_cases(target, ["turbo"], STEPS),
+            list_cases(target, [TURBO], STEPS),
             PROMPTS,
             subject="tiny",
             references=[make_reference(name, STEPS, 8) for name in ("full", "converged")],
@@ -346,7 +346,7 @@ def test_mistakes_are_told(pipe, tmp_path):
     with pytest.raises(LeansdError, match="converged run of 20 steps against runs of 30"):
         leansd.evaluate(pipe, "balanced", PROMPTS, converged_steps=20)
     with pytest.raises(LeansdError, match="two cases are called 'turbo'"):
-        leansd.evaluate(pipe, "turbo", PROMPTS, references=[Case("turbo", 9)])
+        leansd.evaluate(pipe, TURBO, PROMPTS, steps=STEPS, references=[Case("turbo", 9)])
     with pytest.raises(LeansdError, match="no CLIP in"):
         open_clip(tmp_path)
 

@@ -21,8 +21,8 @@ from leansd.evaluation.cost import (
     solve_nonnegative,
 )
 from leansd.evaluation.inner_timing import time_run
-from leansd.evaluation.prediction import hold_out
-from leansd.evaluation.profile import make_arguments, make_probing_plan, profile
+from leansd.evaluation.prediction import check_predictions, hold_out
+from leansd.evaluation.profile import make_arguments, make_probing_plan, prepare_probe, profile
 from leansd.evaluation.random_pipelines import build_tiny_vae
 from leansd.evaluation.records import Record, load_records, stamp
 from leansd.loading import as_image_to_image, load_vae, set_vae
@@ -315,6 +315,23 @@ def test_an_autoencoder_of_another_kind_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderTiny"}')
     with pytest.raises(LeansdError, match="cannot open the autoencoder"):
         load_vae(tmp_path)
+
+
+def test_progress_is_told_from_the_first_unit_of_the_warm_up_on():
+    """Warming up a large model takes minutes on a CPU: every unit run is a sign of life."""
+    pipe, told = tiny_pipeline(), []
+    probe = prepare_probe(pipe, on_unit=lambda at, share: told.append((at, share)))
+    assert [at for at, _ in told] == [unit.at for unit in probe.anatomy.units]
+    assert [share for _, share in told] == sorted(share for _, share in told)
+    assert told[-1][1] == 1
+    calls = []
+    plans = {"full": Plan.full(3, name="full")}
+    check_predictions(
+        probe, plans, rounds=2, on_progress=lambda name, share: calls.append((name, share))
+    )
+    each = ["probing"] * probe.plan.steps + ["full"] * 3
+    assert [name for name, _ in calls] == 2 * each
+    assert [share for _, share in calls] == [n / len(calls) for n in range(1, len(calls) + 1)]
 
 
 # -- the command ---------------------------------------------------------------------------------

@@ -50,6 +50,8 @@ def profile_model(
 
     The last line on standard output is one JSON object.
     """
+    from functools import partial
+
     from leansd.cli.terminal import follow
     from leansd.drawing import parse_size
     from leansd.evaluation.prediction import check_predictions, hold_out, list_prediction_records
@@ -64,7 +66,8 @@ def profile_model(
     check_folder(out)
     pixels = parse_size(size) if size else None
     pipe, autoencoder = _open(model, vae, place)
-    with follow(f"warming up {model} on {pipe.device}", repeats) as bar:
+    warming = f"warming up {model} on {pipe.device}"
+    with follow(warming) as bar:
         probe = prepare_probe(
             pipe,
             call={} if guidance is None else {"guidance_scale": guidance},
@@ -72,10 +75,11 @@ def profile_model(
             size=pixels,
             subject=model,
             attend=attend or (),
+            on_unit=lambda at, share: bar.share(f"{warming}: {at}", share),
         )
-        plans = hold_out(probe.anatomy, check, guided=probe.is_guided) if check else {}
-        bar.count(0, repeats * (1 + len(plans)))
-        cost, predictions = check_predictions(probe, plans, rounds=repeats, on_run=bar.advance)
+        held_out = partial(hold_out, guided=probe.is_guided, sampler=name_sampler(pipe))
+        plans = held_out(probe.anatomy, check) if check else {}
+        cost, predictions = check_predictions(probe, plans, rounds=repeats, on_progress=bar.share)
         other = _time_other(probe, autoencoder, vae, repeats)
     circumstances = stamp(pipe.device)
     profiled = Profiled(

@@ -76,6 +76,7 @@ class _Sheet:
     inside: Inside = field(default_factory=list[tuple[str, Stopwatch]])
     batch: int = 0
     end_gap: Callable[[], Stopwatch] | None = None
+    on_call: Callable[[], None] = lambda: None
 
     def time_inside(self, at: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         end = start_stopwatch(self.device)
@@ -98,6 +99,7 @@ class _Sheet:
         end = start_stopwatch(self.device)
         output = forward(*args, **kwargs)
         self.calls.append((end(), self.inside))
+        self.on_call()
         self.end_gap = start_stopwatch(self.device)
         return output
 
@@ -110,18 +112,24 @@ class _Sheet:
 
 
 def time_run(
-    pipe: Any, plan: Plan, call: Mapping[str, Any], *, anatomy: Anatomy | None = None
+    pipe: Any,
+    plan: Plan,
+    call: Mapping[str, Any],
+    *,
+    anatomy: Anatomy | None = None,
+    on_call: Callable[[], None] = lambda: None,
 ) -> RunLaps:
     """Run `pipe(**call)` once under `plan`, timed as a whole, by stages and by UNet calls.
 
     Args:
         anatomy: what to time inside the calls; by default nothing.
+        on_call: told after each UNet call.
 
     Raises:
         LeansdError: the pipeline does not call its UNet once for each time step.
     """
     device = torch.device(pipe.device)
-    sheet = _Sheet(device)
+    sheet = _Sheet(device, on_call=on_call)
     with ExitStack() as woven:
         if anatomy is not None:
             # Before the engine, so that what a unit lap spans is the unit's own forward.
@@ -156,20 +164,35 @@ def time_run(
     )
 
 
-def measure_peaks(pipe: Any, call: Mapping[str, Any], anatomy: Anatomy) -> dict[str, int]:
-    """The most bytes that each unit allocates on top of what there is; empty without a GPU."""
+def measure_peaks(
+    pipe: Any,
+    call: Mapping[str, Any],
+    anatomy: Anatomy,
+    on_unit: Callable[[str], None] = lambda at: None,
+) -> dict[str, int]:
+    """Run a pipeline, which warms it up: the most bytes that each unit allocates on top of what
+    there is; empty without a GPU.
+
+    Args:
+        on_unit: told the address of each unit that has run.
+    """
     device = torch.device(pipe.device)
     peaks: dict[str, int] = {}
 
     def around(at: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if device.type != "cuda":
+            output = forward(*args, **kwargs)
+            on_unit(at)
+            return output
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         output = forward(*args, **kwargs)
         peaks[at] = max(peaks.get(at, 0), torch.cuda.max_memory_allocated(device) - before)
+        on_unit(at)
         return output
 
     units = {unit.at: pipe.unet.get_submodule(unit.path) for unit in anatomy.units}
-    with ForwardHooks(units if device.type == "cuda" else {}, around):
+    with ForwardHooks(units, around):
         pipe(**call)
     return peaks
 

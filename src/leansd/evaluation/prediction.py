@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from leansd.evaluation.cost import CostModel
 from leansd.evaluation.inner_timing import RunLaps, check_count, time_run
 from leansd.evaluation.profile import Probe
 from leansd.evaluation.records import Record
-from leansd.evaluation.timing import Ratio, Timing, compare_timings
+from leansd.evaluation.timing import Ratio, Timing, compare_timings, rotate
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.plan import Plan
 from leansd.plans.presets import preset
@@ -46,10 +47,13 @@ class Prediction:
         return self.predicted_speedup / self.measured_speedup.median
 
 
-def hold_out(anatomy: Anatomy, steps: int, *, guided: bool) -> dict[str, Plan]:
+def hold_out(anatomy: Anatomy, steps: int, *, guided: bool, sampler: str = "") -> dict[str, Plan]:
     """The full run and plans of every kind, none of which the probing run follows."""
     blocks = anatomy.up_blocks
-    plans = {name: preset(name, steps, blocks=blocks) for name in (FULL, "balanced", "turbo")}
+    plans = {
+        name: preset(name, steps, blocks=blocks, sampler=sampler)
+        for name in (FULL, "balanced", "turbo")
+    }
     plans["deepcache"] = preset("deepcache", steps, blocks=blocks, interval=2)
     plans["encoder"] = preset("encoder", steps, blocks=blocks, keys=range(0, steps, 2))
     plans["whole steps"] = Plan.every(2, cut="head", steps=steps)
@@ -64,23 +68,30 @@ def check_predictions(
     plans: Mapping[str, Plan],
     *,
     rounds: int,
-    on_run: Callable[[str], None] = lambda name: None,
+    on_progress: Callable[[str, float], None] = lambda name, share: None,
 ) -> tuple[CostModel, tuple[Prediction, ...]]:
     """Profile a pipeline, and hold the model against runs of `plans`, the first of them full.
 
     Without plans there is only the profile.
     Runs end with latents: the decoder has no part in what is compared.
+
+    Args:
+        on_progress: told what runs and the share of all UNet calls that is done, after each call.
     """
     probes: list[RunLaps] = []
     runs: dict[str, list[RunLaps]] = {name: [] for name in plans}
     names = list(plans)
-    for turn in range(check_count(rounds, "repeats")):
-        probes.append(probe.run())
-        on_run("probing")
-        shift = turn % max(1, len(names))
-        for name in names[shift:] + names[:shift]:
-            runs[name].append(_run_latents(probe, plans[name]))
-            on_run(name)
+    steps = sum(each.steps for each in (probe.plan, *plans.values()))
+    total = check_count(rounds, "repeats") * steps
+    calls = count(1)
+
+    def tell(name: str) -> Callable[[], None]:
+        return lambda: on_progress(name, next(calls) / total)
+
+    for turn in range(rounds):
+        probes.append(probe.run(tell("probing")))
+        for name in rotate(names, turn):
+            runs[name].append(_run_latents(probe, plans[name], tell(name)))
     cost = probe.model_costs(probes)
     return cost, tuple(_judge(cost, plans[name], runs[name], runs[names[0]]) for name in names)
 
@@ -115,9 +126,9 @@ def find_worst(predictions: Sequence[Prediction]) -> float:
     return max(abs(each.speedup_ratio - 1) for each in predictions)
 
 
-def _run_latents(probe: Probe, plan: Plan) -> RunLaps:
+def _run_latents(probe: Probe, plan: Plan, on_call: Callable[[], None]) -> RunLaps:
     last = {"num_inference_steps": plan.steps, "output_type": "latent"}
-    return time_run(probe.pipe, plan, {**probe.arguments, **last})
+    return time_run(probe.pipe, plan, {**probe.arguments, **last}, on_call=on_call)
 
 
 def _judge(

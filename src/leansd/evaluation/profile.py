@@ -104,10 +104,10 @@ class Probe:
     def is_guided(self) -> bool:
         return bool(getattr(self.pipe, "do_classifier_free_guidance", False))
 
-    def run(self) -> RunLaps:
+    def run(self, on_call: Callable[[], None] = lambda: None) -> RunLaps:
         """One probing run."""
-        steps = {"num_inference_steps": self.plan.steps}
-        return time_run(self.pipe, self.plan, {**self.arguments, **steps}, anatomy=self.anatomy)
+        arguments = {**self.arguments, "num_inference_steps": self.plan.steps}
+        return time_run(self.pipe, self.plan, arguments, anatomy=self.anatomy, on_call=on_call)
 
     def model_costs(self, runs: Sequence[RunLaps]) -> CostModel:
         """The cost model that fits these probing runs."""
@@ -124,8 +124,13 @@ def prepare_probe(
     size: tuple[int, int] | None = None,
     subject: str | None = None,
     attend: Sequence[str] = (),
+    on_unit: Callable[[str, float], None] = lambda at, share: None,
 ) -> Probe:
-    """Run a pipeline once for a step, which warms it up, and lay out its probing run."""
+    """Run a pipeline once for a step, which warms it up, and lay out its probing run.
+
+    Args:
+        on_unit: told the address of each unit that has run, and the share of them.
+    """
     if list_followers(pipe.unet):
         raise LeansdError(
             "already attached: the UNet follows a plan; leave that `with` block first, or call "
@@ -135,7 +140,13 @@ def prepare_probe(
     anatomy = read_anatomy(pipe.unet)
     Plan.full(1).attend(*attend, by="gri", at=0).resolve_gates(anatomy)
     arguments = make_arguments(pipe, call or {}, check_count(pictures, "pictures"), size)
-    peaks = measure_peaks(pipe, {**arguments, "num_inference_steps": 1}, anatomy)
+    seen: set[str] = set()
+
+    def tell(at: str) -> None:
+        seen.add(at)
+        on_unit(at, len(seen) / len(anatomy.units))
+
+    peaks = measure_peaks(pipe, {**arguments, "num_inference_steps": 1}, anatomy, tell)
     # Whether a pipeline guides is known once it has been called.
     guided = bool(getattr(pipe, "do_classifier_free_guidance", False))
     return Probe(
