@@ -13,7 +13,7 @@ from pathlib import Path
 PARTS = ("unet", "vae", "text_encoder", "clip", "vgg", "light", "lean")
 WANTED = (
     "leansd/py.typed",
-    "leansd/plans/tuned.json",
+    "leansd/plans/presets/tuned.json",
     "leansd/emoji/model/README.md",
     "leansd/emoji/model/light/config.json",
     "leansd/emoji/model/model_index.json",
