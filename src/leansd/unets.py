@@ -58,7 +58,7 @@ def open_unet(
         pipe: Any = load(model, device=device, dtype=dtype)
         return pipe.unet
     where = find_device(device)
-    unet = UNet2DConditionModel(**BUILTIN[str(model)]).eval()
+    unet: Any = UNet2DConditionModel(**BUILTIN[str(model)]).eval()
     return unet.to(where, dtype or (torch.float16 if where.type == "cuda" else torch.float32))
 
 

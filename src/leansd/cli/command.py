@@ -130,7 +130,8 @@ def _expand(function: Command) -> tuple[list[inspect.Parameter], dict[str, Any]]
     parameters: list[inspect.Parameter] = []
     groups: dict[str, Any] = {}
     for at, parameter in inspect.signature(function).parameters.items():
-        kind, default = hints[at], parameter.default
+        default = parameter.default
+        kind: Any = hints[at]
         if not is_dataclass(kind):
             parameters.append(_make_option(at, kind, default, default))
             continue

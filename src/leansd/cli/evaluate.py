@@ -185,8 +185,7 @@ def evaluate_plans(
     opening.check_model(model)
     prompts = calls.list_prompts(model, GRID_PROMPTS if model == EMBEDDED else ())
     references.check(steps, opening.sampler)
-    for each in plan:
-        _, context = fitting.outline(each, model, steps=steps, sampler=opening.sampler)
+    outlined = [fitting.outline(each, model, steps=steps, sampler=opening.sampler) for each in plan]
     alexnet = lpips or find_lpips_weights()
     distance = open_lpips(alexnet) if alexnet is not None else None
     embedder = find_embedder(model, clip)
@@ -196,7 +195,10 @@ def evaluate_plans(
     if embedder is not None:
         embedder.clip.to(pipe.device)
     scale = calls.find_guidance(pipe, model)
-    plans = [fitting.settle(each, pipe, context, scale) for each in plan]
+    plans = [
+        fitting.settle(each, pipe, known, scale)
+        for each, (_, known) in zip(plan, outlined, strict=True)
+    ]
     cases = references.list_cases(pipe, plans, steps)
     is_told = calls.guidance is not None or model == EMBEDDED
     names = ", ".join(each.name for each in cases.contestants)

@@ -134,7 +134,8 @@ def _open(model: str, vae: str | None, place: Place) -> tuple[Any, Any]:
         return pipe, build_tiny_vae(pipe)
     if other is not None:
         check_vae(pipe, other)
-        other.to(device=pipe.device, dtype=pipe.dtype)
+        moved: Any = other
+        moved.to(device=pipe.device, dtype=pipe.dtype)
     return pipe, other
 
 

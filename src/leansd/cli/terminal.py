@@ -166,7 +166,7 @@ def hush_libraries() -> None:
         library.disable_progress_bar()
     huggingface_hub.logging.set_verbosity_error()
     # Commands say so themselves, before anything runs.
-    warnings.filterwarnings("ignore", "plan .* was tuned for sampler", UserWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"leansd\.runtime")
     warnings.filterwarnings("ignore", "invalid value encountered in cast", RuntimeWarning)
 
 
