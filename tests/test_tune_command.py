@@ -166,6 +166,8 @@ def test_tune_starts_from_pictures(model, prompts, tmp_path, monkeypatch, fails)
 
     monkeypatch.setattr(tuner, "tune", keep)
     shared = ["tune", model, "--prompts", prompts, "-o", tmp_path / "plan.json", "--steps", 6]
+    assert "leaves no step" in fails(*shared, "--init", tmp_path, "--strength", 0.1)
+    assert "no picture at" in fails(*shared, "--init", tmp_path / "none.png")
     with pytest.raises(Enough):
         main([str(each) for each in (*shared, "--init", tmp_path, "--strength", 0.5)])
     assert asked["kind"] == "StableDiffusionImg2ImgPipeline"
@@ -175,5 +177,3 @@ def test_tune_starts_from_pictures(model, prompts, tmp_path, monkeypatch, fails)
     assert first.shape == (1, 3, 32, 32)
     assert not first.equal(second)
     assert first.equal(third)
-    assert "leaves no step" in fails(*shared, "--init", tmp_path, "--strength", 0.1)
-    assert "no picture at" in fails(*shared, "--init", tmp_path / "none.png")
