@@ -25,7 +25,7 @@ from leansd.errors import LeansdError
 from leansd.plans import Plan
 from leansd.plans.anatomy import HEAD
 from leansd.plans.compile import compile_plan
-from leansd.plans.methods import METHODS
+from leansd.plans.methods import METHODS, Method
 from leansd.plans.structures import list_structures
 from leansd.runtime.compiled import read_options, uses_cuda_graphs
 from test_control import draw as draw_controlled
@@ -121,6 +121,51 @@ def test_compiled_runs_have_the_bits_of_eager_ones(
     assert counter.frame_count == count_structures(loop.unet, plan) == GRAPHS.get(name, 2)
     assert not counters["graph_break"]
     assert run.report().full_calls == len(plan.keys)
+
+
+TOYS = {
+    "mean": Method(
+        "the mean of its last three outputs",
+        3, lambda now, then, calls: tuple(1 / len(then) for _ in then), "m", "mean", "#000", "#fff",
+    ),
+    "damped": Method(
+        "a part of its last two outputs",
+        2, lambda now, then, calls: (0.6, 0.3)[: len(then)], "d", "damped", "#000", "#fff",
+        is_exact=False,
+    ),
+    "damped change": Method(
+        "its present input and a part of what it last added",
+        1, lambda now, then, calls: (0.5,), "c", "damped change", "#000", "#fff",
+        of_change=True, is_exact=False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_a_new_way_to_inherit_is_one_entry(
+    name: str, counter: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs as its weights say, and has the same bits compiled."""
+    toy = TOYS[name]
+    monkeypatch.setitem(METHODS, name, toy)
+    loop = Loop(shallow_unet())
+    plan = Plan.between([0, 1, 2, 4], cut="mid", steps=STEPS, how=name)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    handle = loop.unet.mid_block.register_forward_hook(
+        lambda module, args, output: seen.append((args[0].clone(), output.clone()))
+    )
+    with leansd.inherit(loop, plan):
+        expected = loop(STEPS)
+    handle.remove()
+    # `mid` is one unit here but for a change, which every unit of it would have one of.
+    if not toy.of_change:
+        computed = [seen[key][1] for key in (2, 1, 0)][: toy.depth]
+        weights = toy.weights(0.0, (0.0,) * len(computed), STEPS)
+        made = sum(w * each for w, each in zip(weights, computed, strict=True))
+        assert torch.allclose(seen[3][1], made, atol=1e-5)  # type: ignore[arg-type]
+    with leansd.inherit(loop, plan, compile={"backend": counter}):
+        assert torch.equal(loop(STEPS), expected)
+    assert counter.frame_count == count_structures(loop.unet, plan)
 
 
 def test_one_graph_a_pattern_whatever_the_step_count(counter: CompileCounterWithBackend) -> None:
@@ -467,6 +512,49 @@ def test_errors_of_the_caller_stay_what_they_are(counter: CompileCounterWithBack
         warnings.simplefilter("ignore")
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             unet(torch.randn(1, 4, 8, 8), 900, narrow)
+
+
+def test_errors_of_the_caller_do_not_turn_compiling_off(
+    counter: CompileCounterWithBackend,
+) -> None:
+    unet = shallow_unet()
+    loop, plan = Loop(unet), PLANS["reuse"]
+    with leansd.inherit(loop, plan):
+        expected = loop(STEPS)
+    handle = unet.mid_block.register_forward_pre_hook(fail)
+    with (
+        leansd.inherit(loop, plan, compile={"backend": counter}),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        with pytest.raises(RuntimeError, match="out of luck"):
+            loop(STEPS)
+        handle.remove()
+        assert torch.equal(loop(STEPS), expected)
+    assert counter.frame_count == 2
+
+
+def fail(*_: Any) -> None:
+    raise RuntimeError("out of luck")
+
+
+def test_what_can_be_compiled_is_though_another_pattern_cannot() -> None:
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append("tried")
+        if len(graphs) == 1:
+            raise NotImplementedError("a first graph")
+        return graph.forward
+
+    loop, plan = Loop(bare_unet()), PLANS["reuse"]
+    with leansd.inherit(loop, plan):
+        expected = loop(STEPS)
+    with leansd.inherit(loop, plan, compile={"backend": backend}):
+        with pytest.warns(UserWarning, match="a first graph"):
+            assert torch.equal(loop(STEPS), expected)
+        assert torch.equal(loop(STEPS), expected)
+    assert len(graphs) == 2
 
 
 def test_stance_of_eager_execution_is_obeyed(counter: CompileCounterWithBackend) -> None:

@@ -103,7 +103,7 @@ def test_plan_is_built_and_compiled_once_a_run_and_warns_once() -> None:
         with pytest.warns(UserWarning, match="6 steps change too much") as warned:
             draw(pipe)
         assert len(warned) == 1
-        assert run._compile.cache_info().misses == 1
+        assert run._follower._compile.cache_info().misses == 1
 
 
 def test_full_encoder_runs_the_control_net_every_time() -> None:

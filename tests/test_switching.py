@@ -1,7 +1,9 @@
 """Several UNets in one run: who runs when, and what of one the other inherits."""
 
 import copy
+import math
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,9 @@ def sample_by_hand(nets: dict[str, UNet2DConditionModel], turns: list[str]) -> t
 
         def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
             return nets[""].named_parameters(*args, **kwargs)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(nets[""], name)
 
         def parameters(self, *args: Any, **kwargs: Any) -> Any:
             return nets[""].parameters(*args, **kwargs)
@@ -366,3 +371,27 @@ def test_nothing_is_left_behind(own: UNet2DConditionModel, light: UNet2DConditio
     after = [vars(module).get("forward") for net in (own, light) for module in net.modules()]
     assert before == after
     assert Net(leansd.dissect(own)).name("mid") == "mid"
+
+
+@pytest.mark.parametrize("count", [4, STEPS])
+def test_calls_of_a_light_net_are_no_full_ones(
+    own: UNet2DConditionModel,
+    light: UNet2DConditionModel,
+    count: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The light net takes half the time; a run without the whole one says nothing of its speed."""
+    seconds = [0.5] * count + [1.0] * (STEPS - count)
+    monkeypatch.setattr(
+        "leansd.runtime.engine.start_stopwatch", lambda device: lambda: partial(seconds.pop, 0)
+    )
+    plan = Plan.full(STEPS).switch("light", at=range(count))
+    with leansd.inherit(own, plan, nets={"light": light}) as run:
+        sample(own, STEPS)
+    report = run.report()
+    assert (report.full_calls, report.switched) == (STEPS - count, count)
+    if count == STEPS:
+        assert math.isnan(report.measured_speedup)
+        assert "not measured, because" in str(report)
+    else:
+        assert report.measured_speedup == pytest.approx(STEPS / (count * 0.5 + STEPS - count))

@@ -237,10 +237,17 @@ def _log_snr(scheduler: Any, moments: Sequence[float]) -> tuple[float, ...]:
 
 @lru_cache(maxsize=1)
 def _list_stable_diffusion_log_snr(count: int = 1000) -> list[float]:
-    """log-SNR of Stable Diffusion's own noise schedule, for loops without a scheduler."""
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, count, dtype=torch.float64) ** 2
-    alphas = torch.cumprod(1 - betas, 0)
-    return torch.log(alphas / (1 - alphas)).tolist()
+    """log-SNR of Stable Diffusion's own noise schedule, for loops without a scheduler.
+
+    In plain Python, since a loop may run on simulated tensors.
+    """
+    first, last = 0.00085**0.5, 0.012**0.5
+    step, signal, points = (last - first) / (count - 1), 1.0, list[float]()
+    for place in range(count):
+        root = first + step * place if place < count // 2 else last - step * (count - 1 - place)
+        signal *= 1 - root * root
+        points.append(math.log(signal / (1 - signal)))
+    return points
 
 
 def _interpolate(points: Sequence[float], position: float) -> float:

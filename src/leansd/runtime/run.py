@@ -22,7 +22,7 @@ from leansd.anatomy.reading import read_anatomy
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import HEAD
 from leansd.plans.compile import compile_plan
-from leansd.plans.liveness import Program
+from leansd.plans.liveness import Lane, Program
 from leansd.plans.methods import METHODS
 from leansd.plans.plan import Plan
 from leansd.plans.presets import Preset
@@ -185,10 +185,10 @@ class Follower:
         run, sample = self._find_run(position), arguments.sample
         run.begun, self.last = True, run.stats
         run.stats.note_size(sample, arguments.text)
-        signature = self._sign(arguments)
+        lane = find_lane(self.pipe) if run.shares_lanes else None
+        signature = self._sign(arguments, lane)
         reason = self._find_reason(run, arguments)
         latents = sample[:, : self.anatomy[HEAD].channels[1]]
-        lane = find_lane(self.pipe) if run.shares_lanes else None
         if lane == "rest":
             branch = run.get_branch(0)
             if reason or not branch.completes(position.index, signature):
@@ -357,9 +357,9 @@ class Follower:
             nets=self.nets.nets, start=start, rows=rows, moments=moments, guided=guided,
         )  # fmt: skip
 
-    def _sign(self, arguments: UNetArguments) -> CallSignature:
+    def _sign(self, arguments: UNetArguments, lane: Lane | None) -> CallSignature:
         sample = arguments.sample
-        guided = is_guided(self.pipe, sample.shape[0])
+        guided = lane is not None or is_guided(self.pipe, sample.shape[0])
         batch = (sample.shape, sample.dtype, sample.device, guided)
         return CallSignature(batch, Conditions(arguments), self._read_states())
 
