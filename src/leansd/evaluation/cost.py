@@ -198,6 +198,7 @@ class CostModel:
         missing = [metric for metric in (*STAGES, "copy_time") if metric not in values]
         if missing:
             raise LeansdError(f"the profile has no record of {missing[0]}; profile the model again")
+        stages: dict[str, Any] = {name: values[metric] for metric, name in STAGES.items()}
         return cls(
             subject=subject,
             pictures=pictures,
@@ -208,7 +209,7 @@ class CostModel:
             peak_bytes=_gather_bytes(rows, "peak_bytes"),
             fixed={_get(row, "batch"): row.value for row in rows if row.metric == "call_overhead"},
             per_byte=values["copy_time"],
-            **{name: values[metric] for metric, name in STAGES.items()},
+            **stages,
         )
 
     # -- reading -----------------------------------------------------------------------------

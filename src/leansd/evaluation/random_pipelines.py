@@ -26,7 +26,7 @@ from leansd.emoji.location import model_folder
 from leansd.errors import LeansdError
 from leansd.loading import check_vae, find_device
 
-TEXT: Mapping[str, Mapping[str, int]] = {
+TEXT: Mapping[str, Mapping[str, Any]] = {
     "sd15": {
         "hidden_size": 768,
         "intermediate_size": 3072,
@@ -75,16 +75,16 @@ def build_stand_in(
     # Ids of any vocabulary do: its embedding is a look-up.
     tokenizer = CLIPTokenizer.from_pretrained(model_folder() / "tokenizer")
     tokenizer.model_max_length = TOKENS
-    pipe = StableDiffusionPipeline(
-        vae=AutoencoderKL(**VAE).eval(),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT[name])).eval(),
-        tokenizer=tokenizer,
-        unet=UNet2DConditionModel(**BUILTIN[name]).eval(),
-        scheduler=DDIMScheduler(**NOISE),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    parts: dict[str, Any] = {
+        "vae": AutoencoderKL(**VAE).eval(),
+        "text_encoder": CLIPTextModel(CLIPTextConfig(**TEXT[name])).eval(),
+        "tokenizer": tokenizer,
+        "unet": UNet2DConditionModel(**BUILTIN[name]).eval(),
+        "scheduler": DDIMScheduler(**NOISE),
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
+    pipe: Any = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     where = find_device(device)
     return pipe.to(where, torch.float16 if where.type == "cuda" else torch.float32)
 
@@ -104,6 +104,6 @@ def build_tiny_vae(pipe: DiffusionPipeline) -> AutoencoderTiny:
     Raises:
         LeansdError: the pipeline's latents are not of Stable Diffusion's kind.
     """
-    vae = AutoencoderTiny(latent_channels=pipe.vae.config.latent_channels).eval()
+    vae: Any = AutoencoderTiny(latent_channels=pipe.vae.config.latent_channels).eval()
     check_vae(pipe, vae)
     return vae.to(device=pipe.device, dtype=pipe.dtype)

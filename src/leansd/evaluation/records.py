@@ -31,7 +31,7 @@ class Record(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
-    __pydantic_extra__: dict[str, Scalar]
+    __pydantic_extra__: dict[str, Scalar]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     subject: str  # the model that was measured
     plan: str  # a plan's name, or what stood in its place ("no plan", "fewer steps")

@@ -216,7 +216,7 @@ def carry_out(
             records.append(Record(**facts, **spread, value=score.value))
             if score.values is not None:
                 values += [
-                    Record(**facts, picture=entry, value=value)
+                    Record(**{**facts, "picture": entry}, value=value)
                     for entry, value in zip(entries, score.values.tolist(), strict=True)
                 ]
     return Scored(scores, records, values)
