@@ -643,15 +643,20 @@ def test_every_argument_of_a_call_survives_profiling() -> None:
 def test_a_plan_tuned_for_another_sampler_runs_with_a_warning() -> None:
     plan = Plan.between([0, 1, 3], cut="head", steps=4)
     pipe = tiny_pipeline()
+    own = fingerprint_module(pipe.unet)
     for sampler in ("ddim", "DDIMScheduler"):
-        with leansd.inherit(pipe, replace(plan, tuned=Tuned(sampler, "any"))):
+        with leansd.inherit(pipe, replace(plan, tuned=Tuned(sampler, own))):
             pipe("a cat", num_inference_steps=4)
-    with (
-        pytest.warns(UserWarning, match="tuned for sampler euler, not ddim"),
-        leansd.inherit(pipe, replace(plan, tuned=Tuned("euler", "any"))) as run,
+    for tuned, said in (
+        (Tuned("euler", own), "tuned for sampler euler, not ddim"),
+        (Tuned("ddim", "another"), "tuned for a UNet with other weights"),
     ):
-        pipe("a cat", num_inference_steps=4)
-    assert run.report().full_calls == 3
+        with (
+            pytest.warns(UserWarning, match=said),
+            leansd.inherit(pipe, replace(plan, tuned=tuned)) as run,
+        ):
+            pipe("a cat", num_inference_steps=4)
+        assert run.report().full_calls == 3
 
 
 # -- the front -------------------------------------------------------------------------------------
