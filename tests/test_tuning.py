@@ -22,6 +22,7 @@ from diffusers import (
 
 import leansd
 from conformance.models import tiny_controlnet
+from leansd.anatomy.fingerprint import fingerprint_module
 from leansd.errors import LeansdError
 from leansd.evaluation.cost import CostModel
 from leansd.evaluation.fidelity import psnr
