@@ -181,7 +181,9 @@ def test_the_decay_is_a_branch_and_the_model_is_its_average(toys: Pictures, tmp_
 def test_the_eyes_are_those_of_the_text_tower_and_go_with_the_model(
     toys: Pictures, tmp_path: Path
 ) -> None:
-    from leansd.emoji.clip import clip_score, load_clip
+    from models.emoji.eyes import clip_score
+
+    from leansd.emoji.clip import load_clip
 
     with pytest.raises(LeansdError, match="no trained text tower yet"):
         recipes.train_eyes(TINY, tmp_path, 1)

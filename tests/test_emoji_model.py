@@ -9,10 +9,11 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from models.emoji.assembly import LIMIT_MB, build_scheduler
 from models.emoji.drawing import draw_captions
+from models.emoji.eyes import clip_score
 from transformers import CLIPTokenizer
 
 from leansd.emoji import location
-from leansd.emoji.clip import MAX_TOKENS, clip_score, load_clip
+from leansd.emoji.clip import MAX_TOKENS, load_clip
 from leansd.emoji.location import model_folder
 from leansd.errors import LeansdError
 

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from transformers import CLIPModel, CLIPTokenizer
 
-from leansd.emoji.clip import embed_images, embed_texts
 from models.emoji.autoencoder import measure_psnr
 from models.emoji.data import STYLES, Pair, Pictures, write_captions
 from models.emoji.denoiser import NOISE
 from models.emoji.drawing import GRID_PROMPTS, draw_captions
+from models.emoji.eyes import embed_images, embed_texts
 from models.emoji.judge import Judge, look_at, rank_names
 
 GUIDANCE = 7.5  # the pipeline's own default

@@ -111,6 +111,34 @@ class EyesLearner:
 
 
 @torch.no_grad()
+def embed_images(clip: CLIPModel, pictures: torch.Tensor, batch: int = 100) -> torch.Tensor:
+    """Embed uint8 pictures (count, 3, side, side) as unit vectors (count, width)."""
+    device = next(clip.parameters()).device
+    rows = []
+    for part in pictures.split(batch):
+        pixels = normalize_floats(part.to(device).float().div(255))
+        pooled = clip.vision_model(pixel_values=pixels).pooler_output
+        rows.append(F.normalize(clip.visual_projection(pooled), dim=-1))
+    return torch.cat(rows).cpu()
+
+
+@torch.no_grad()
+def embed_texts(clip: CLIPModel, tokenizer: CLIPTokenizer, texts: Sequence[str]) -> torch.Tensor:
+    """Embed captions as unit vectors (captions, width)."""
+    device = next(clip.parameters()).device
+    pooled = clip.text_model(input_ids=tokenize(tokenizer, texts).to(device)).pooler_output
+    return F.normalize(clip.text_projection(pooled), dim=-1).cpu()
+
+
+def clip_score(
+    clip: CLIPModel, tokenizer: CLIPTokenizer, pictures: torch.Tensor, texts: Sequence[str]
+) -> list[float]:
+    """Return 100 x cosine similarity of each uint8 picture (count, 3, side, side) and its text."""
+    likeness = embed_images(clip, pictures) * embed_texts(clip, tokenizer, texts)
+    return (100 * likeness.sum(1)).tolist()
+
+
+@torch.no_grad()
 def _embed_pooled(
     clip: CLIPModel, tokenizer: CLIPTokenizer, pairs: Sequence[Pair]
 ) -> list[torch.Tensor]:

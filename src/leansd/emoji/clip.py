@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
 MAX_TOKENS = 24
@@ -34,31 +33,3 @@ def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> torch.Tensor:
 def normalize_floats(pictures: torch.Tensor) -> torch.Tensor:
     """Map pictures (batch, 3, side, side) in [0, 1] to the vision tower's float range."""
     return pictures.sub(_MEAN).div(_STD)
-
-
-@torch.no_grad()
-def embed_images(clip: CLIPModel, pictures: torch.Tensor, batch: int = 100) -> torch.Tensor:
-    """Embed uint8 pictures (count, 3, side, side) as unit vectors (count, width)."""
-    device = next(clip.parameters()).device
-    rows = []
-    for part in pictures.split(batch):
-        pixels = normalize_floats(part.to(device).float().div(255))
-        pooled = clip.vision_model(pixel_values=pixels).pooler_output
-        rows.append(F.normalize(clip.visual_projection(pooled), dim=-1))
-    return torch.cat(rows).cpu()
-
-
-@torch.no_grad()
-def embed_texts(clip: CLIPModel, tokenizer: CLIPTokenizer, texts: Sequence[str]) -> torch.Tensor:
-    """Embed captions as unit vectors (captions, width)."""
-    device = next(clip.parameters()).device
-    pooled = clip.text_model(input_ids=tokenize(tokenizer, texts).to(device)).pooler_output
-    return F.normalize(clip.text_projection(pooled), dim=-1).cpu()
-
-
-def clip_score(
-    clip: CLIPModel, tokenizer: CLIPTokenizer, pictures: torch.Tensor, texts: Sequence[str]
-) -> list[float]:
-    """Return 100 x cosine similarity of each uint8 picture (count, 3, side, side) and its text."""
-    likeness = embed_images(clip, pictures) * embed_texts(clip, tokenizer, texts)
-    return (100 * likeness.sum(1)).tolist()
