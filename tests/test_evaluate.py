@@ -264,6 +264,12 @@ def test_lpips_from_a_file_of_weights(tmp_path):
     assert not torch.equal(other(some, some.flip(0)), lpips(some, some.flip(0)))
 
 
+def test_presets_that_mean_the_full_run_are_measured_once(pipe):
+    with pytest.warns(UserWarning, match="4 steps change too much"):
+        cases = list_cases(pipe, ["turbo", "fast"], STEPS)
+    assert [case.name for case in cases] == ["full", "full plan"]
+
+
 # -- resumption --------------------------------------------------------------------------------
 
 
@@ -372,7 +378,7 @@ def test_the_command_writes_report_records_and_values(run, model_folder, clip_fo
     arguments = (
         model_folder, "--plan", "turbo", "--plan", "full", "--prompts", prompts, "--count", 3,
         "--steps", STEPS, "--reference", "full", "--reference", "euler:6", "--rival", "unipc:2",
-        "--seeds-for-spread", 1, "--clip", clip_folder, "--out", out, "--json",
+        "--seeds-for-spread", 1, "--clip", clip_folder, "--out", out, "--json", "--force",
     )  # fmt: skip
     code, printed, _ = run(*arguments)
     assert code == 0
