@@ -266,7 +266,8 @@ def set_vae(pipe: DiffusionPipeline, vae: Autoencoder) -> None:
         LeansdError: it is for latents of another kind.
     """
     check_vae(pipe, vae)
-    pipe.register_modules(vae=vae.to(device=pipe.device, dtype=pipe.dtype))
+    given: Any = vae  # its `to` is wrapped in a way that type checkers do not read
+    pipe.register_modules(vae=given.to(device=pipe.device, dtype=pipe.dtype))
 
 
 def check_vae(pipe: DiffusionPipeline, vae: Autoencoder) -> None:

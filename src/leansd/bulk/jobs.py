@@ -323,7 +323,7 @@ def run_job(
 
 
 def _keep_faults(folder: Path, part: Part, faults: Mapping[str, str]) -> None:
-    known = read_faults(folder) | faults
+    known = {**read_faults(folder), **faults}
     lines = [json.dumps({"id": at, "fault": why}, ensure_ascii=False) for at, why in known.items()]
     write_file(folder / FAULTS, "".join(f"{line}\n" for line in lines))
 

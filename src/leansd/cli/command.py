@@ -137,7 +137,8 @@ def _expand(function: Command) -> tuple[list[inspect.Parameter], dict[str, Any]]
             continue
         groups[at] = kind
         inner = get_type_hints(kind, include_extras=True)
-        example = kind() if default is parameter.empty else default
+        group: Any = kind
+        example = group() if default is parameter.empty else default
         for each in fields(kind):
             own = getattr(example, each.name)
             parameters.append(_make_option(each.name, inner[each.name], own, each))

@@ -378,7 +378,8 @@ def _read_rows(file: Path, *, strict: bool) -> Any:
     sheet, most = read_sheet(file), 5
     if sheet.flaws and strict:
         more = f" (and {len(sheet.flaws) - 1} more)" if len(sheet.flaws) > 1 else ""
-        raise LeansdError(f"{file}, {sheet.flaws[0]}{more}; leave --strict out to pass over it")
+        first = next(iter(sheet.flaws))
+        raise LeansdError(f"{file}, {first}{more}; leave --strict out to pass over it")
     for flaw in sheet.flaws[:most]:
         warn(f"{file}, {flaw}: passed over")
     if len(sheet.flaws) > most:
