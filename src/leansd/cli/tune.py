@@ -213,9 +213,12 @@ def tune_plans(
 def _list_prompts(calls: Calls, model: str) -> list[str]:
     """All of a file's prompts, or 24 of the embedded model's."""
     from leansd.emoji.prompts import GRID_PROMPTS
+    from leansd.loading import EMBEDDED
 
     count = calls.count or (24 if calls.prompts is None else None)
-    return replace(calls, count=count).list_prompts(model, GRID_PROMPTS)
+    return replace(calls, count=count).list_prompts(
+        model, GRID_PROMPTS if model == EMBEDDED else ()
+    )
 
 
 def _list_facts(found: "Front", chosen: "Point") -> dict[str, Any]:
