@@ -65,7 +65,7 @@ from leansd.evaluation.records import (
 from leansd.evaluation.runs import run_calls
 from leansd.evaluation.timing import compare_timings, time_cases
 from leansd.files import write_file
-from leansd.incubation.noise import Schedule, seed_generator
+from leansd.incubation.noise import DiffusionSchedule, seed_generator
 from leansd.incubation.recipe import load_recipe
 from leansd.incubation.training_log import FILE
 from leansd.runtime.samplers import make_scheduler
@@ -94,7 +94,7 @@ class Ground:
 
     pipe: Any
     embedder: Embedder
-    schedule: Schedule
+    schedule: DiffusionSchedule
     latents: Tensor
     """Of held-out pictures, [n, 4, h, w]."""
     texts: Tensor
@@ -123,7 +123,7 @@ def prepare_ground(folder: Path, captions: int, errors: int) -> Ground:
     return Ground(
         pipe=pipe,
         embedder=embedder,
-        schedule=Schedule.read(pipe.scheduler),
+        schedule=DiffusionSchedule.read(pipe.scheduler),
         latents=encode_pixels(pipe.vae, held_out[few]) * pipe.vae.config.scaling_factor,
         texts=texts,
         captions=tuple(said[place] for place in order[:captions]),
