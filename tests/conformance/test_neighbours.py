@@ -172,17 +172,13 @@ def change_scale(pipe: Any, inputs: dict[str, Any]) -> None:
     pipe._cross_attention_kwargs = {"scale": 0.5}
 
 
-def exchange_processor(pipe: Any, inputs: dict[str, Any]) -> None:
-    pipe.unet.set_attn_processor(AttnProcessor())
-
-
 def switch_freeu(pipe: Any, inputs: dict[str, Any]) -> None:
     pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.3, b2=1.4)
 
 
 CHANGES = {
     "encoder_hidden_states": (exchange_text, write_text),
-    "weights": (change_weights, load_lora, exchange_processor, switch_freeu),
+    "weights": (change_weights, load_lora, switch_freeu),
     "cross_attention_kwargs": (change_scale,),
 }
 

@@ -36,7 +36,7 @@ class Report:
     plan: Plan
     calls: int
     full_calls: int
-    """Of the pipeline's own UNet; what another net computes is no full call."""
+    """Of these, those that computed the whole of the net that ran."""
     computed: int
     inherited: int
     idle: int
@@ -143,7 +143,7 @@ class RunStats:
         return Report(
             plan=self.plan,
             calls=len(self.calls),
-            full_calls=sum(map(_is_full, self.calls)),
+            full_calls=sum(all(call.is_full for call in calls) for calls in self.calls),
             computed=computed,
             inherited=inherited,
             idle=idle,

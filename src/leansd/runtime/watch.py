@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.liveness import Pattern
 from leansd.runtime.call import UNetArguments
+from leansd.surgery.parts.gri import FULL, GRIAttnProcessor
 
 STEPWISE = frozenset({
     "sample", "timestep", "return_dict", "down_block_additional_residuals",
@@ -29,6 +30,8 @@ STEPWISE = frozenset({
 """Arguments that are new at every step: the latents, and what is computed from them."""
 KNOWN_PROCESSORS = ("diffusers.models.", "leansd.")
 """Where attention processors come from that keep nothing and mix no rows of a batch."""
+GATED = (*FULL, GRIAttnProcessor)
+"""Processors of full attention and of GRI."""
 
 
 class Conditions:
@@ -155,7 +158,9 @@ class UNetWatch:
         settings: list[object] = []
         for each in self._attentions:
             processor = each.processor
-            settings += [processor, repr(getattr(processor, "scale", None))]
+            # Between these a plan itself may go to and fro and inherit (`Plan.attend`).
+            kind = None if type(processor) in GATED else processor
+            settings += [kind, repr(getattr(processor, "scale", None))]
         for each in self._adapters:
             # A scale that a call has set and taken back differs from itself by rounding.
             scaling = {name: f"{scale:.6g}" for name, scale in each.scaling.items()}
