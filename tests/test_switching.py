@@ -313,7 +313,7 @@ def test_the_command_line_switches(
     light.save_pretrained(tmp_path / "light")
     common = ["--model", str(model), "--steps", "4"]
     net = ["--net", f"light={tmp_path / 'light'}"]
-    assert main(["plan", "light-early", *common, *net]) == 0
+    assert main(["plan", "light-early", "--force", *common, *net]) == 0
     assert "net light   ##.." in capsys.readouterr().out
     out = ["--out", str(tmp_path / "pictures")]
     assert main(["generate", "a", "--plan", "light-early", "--force", *common, *net, *out]) == 0

@@ -84,9 +84,6 @@ def test_offloaded_nets_take_turns(kind: str) -> None:
     with leansd.inherit(pipe, plan, nets=nets) as run:
         drawn = draw(pipe, text())
     # Weights that are away cannot be compared, so that nothing is inherited across the switch.
-    # Of the calls that are computed in full, one at least is the other net's.
-    report = run.report()
-    assert report.full_calls >= 2
-    assert report.switched == 2
+    assert run.report().full_calls >= 3
     assert torch.allclose(drawn, shared, atol=1.0)
     assert drawn.isfinite().all()
