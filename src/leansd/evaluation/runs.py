@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
+from leansd.drawing import seed_generator
 from leansd.errors import LeansdError
 from leansd.evaluation.timing import wait_for
 from leansd.plans.plan import Plan
@@ -114,11 +115,6 @@ def run_calls(
             latents.append(last)
             pictures.append(picture)
     return RunOutputs(_stack(latents), _stack(pictures), tuple(seconds), attachment)
-
-
-def seed_generator(seed: int) -> torch.Generator:
-    """The source of a picture's noise: on the CPU, so that a seed is the same on every device."""
-    return torch.Generator("cpu").manual_seed(seed)
 
 
 def expand_seeds(seed: Seeds, count: int) -> list[int]:

@@ -12,6 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
+from leansd.drawing import seed_generator
 from leansd.errors import LeansdError
 from leansd.evaluation.fidelity import psnr
 from leansd.incubation.recipe import ValidationSettings
@@ -61,7 +62,7 @@ class Validation:
                         prompt,
                         num_inference_steps=self.settings.steps,
                         guidance_scale=self.settings.guidance,
-                        generator=torch.Generator().manual_seed(self.settings.seed + number),
+                        generator=seed_generator(self.settings.seed + number),
                     ).images[0]
                     for number, prompt in enumerate(self.settings.prompts)
                 ]

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from leansd.errors import LeansdError
+from leansd.evaluation.pareto import find_front
 from leansd.files import write_file
 from leansd.plans.plan import Plan
 from leansd.plans.row import Row
@@ -55,13 +56,12 @@ class Front:
     @classmethod
     def of(cls, subject: str, sampler: str, steps: int, points: Sequence[Point]) -> Front:
         """The front of these points; of points with the same plan, one."""
-        kept: list[Point] = []
-        beaten: list[Point] = []
         known = {point.plan.fingerprint: point for point in points}
-        for point in sorted(known.values(), key=lambda each: (-each.speedup, -each.psnr)):
-            better = not kept or point.psnr > kept[-1].psnr
-            (kept if better else beaten).append(point)
-        return cls(subject, sampler, steps, tuple(reversed(kept)), tuple(reversed(beaten)))
+        kept = find_front(known.values(), _rate)
+        on_front = {point.plan.fingerprint for point in kept}
+        beaten = [point for name, point in known.items() if name not in on_front]
+        beaten.sort(key=_rate, reverse=True)
+        return cls(subject, sampler, steps, tuple(kept), tuple(reversed(beaten)))
 
     def at(
         self,
@@ -211,6 +211,10 @@ class FrontDocument(BaseModel):
     steps: int
     points: list[PointDocument]
     beaten: list[PointDocument] = []
+
+
+def _rate(point: Point) -> tuple[float, float]:
+    return point.speedup, point.psnr
 
 
 def _make_point_document(point: Point) -> PointDocument:
