@@ -116,8 +116,6 @@ def resolve_plan(
     found = find_source(source)
     if isinstance(found, Preset):
         steps = context.steps or STEPS
-        if found.name != "full" and steps <= FEW_STEPS and not force:
-            return Resolved(Plan.full(steps), (_explain_few(found.name, steps),))
         sampler = context.sampler or DEFAULT_SAMPLER
         plan = found.build_for(steps, context.up_blocks, sampler)
         notes = _describe_sampler(found, context.sampler)
@@ -132,6 +130,8 @@ def resolve_plan(
     if context.anatomy is not None:
         plan.resolve(context.anatomy, context.nets)
         plan.resolve_gates(context.anatomy, context.nets)
+    if isinstance(found, Preset) and found.name != "full" and plan.steps <= FEW_STEPS and not force:
+        return Resolved(Plan.full(plan.steps), (_explain_few(found.name, plan.steps),))
     return Resolved(plan, tuple(notes), tuple(elsewhere))
 
 
