@@ -42,6 +42,9 @@ class OneSample:
     def state(self) -> dict[str, int]:
         return {}
 
+    def close(self) -> None:
+        """There is nothing to shut."""
+
 
 def build(name: str, device: torch.device) -> UNet2DConditionModel:
     unet: UNet2DConditionModel = open_builtin(name).to_empty(device=device)

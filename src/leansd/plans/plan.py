@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +19,9 @@ from leansd.errors import LeansdError
 from leansd.plans import keysteps
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.grid import draw_picture, draw_text
-from leansd.plans.methods import NO_CORRECTION, Correction
+from leansd.plans.methods import METHODS, NO_CORRECTION, Correction
 from leansd.plans.row import (
+    ATTENDS,
     OWN,
     Attend,
     Drift,
@@ -425,12 +426,11 @@ def _read_row(values: object, place: str) -> Row:
     correct = _read_list(row.get("correct", (0.0, 0.0)), f"{place}.correct")
     if len(correct) != 2:
         _refuse(f"{place}.correct", correct, "two numbers")
-    # Whether the words are any that there are is checked by the plan.
     return Row(
-        _read_words(row.get("inherit", {}), f"{place}.inherit"),
+        _read_words(row.get("inherit", {}), f"{place}.inherit", METHODS),
         cast(Guidance, _read_text(row.get("guidance", "compute"), f"{place}.guidance")),
         Correction(*(_read_number(each, f"{place}.correct") for each in correct)),
-        cast(Gates, _read_words(row.get("attend", {}), f"{place}.attend")),
+        cast(Gates, _read_words(row.get("attend", {}), f"{place}.attend", ATTENDS)),
         _read_text(row.get("net", OWN), f"{place}.net"),
     )
 
@@ -479,11 +479,15 @@ def _read_list(value: object, place: str) -> list[Any]:
     return list(cast(Iterable[Any], value))
 
 
-def _read_words(value: object, place: str) -> dict[str, str]:
+def _read_words(value: object, place: str, known: Collection[str]) -> dict[str, str]:
     if not isinstance(value, dict):
         _refuse(place, value, "an object")
     items = cast(dict[str, object], value).items()
-    return {key: _read_text(each, f"{place}.{key}") for key, each in items}
+    words = {key: _read_text(each, f"{place}.{key}") for key, each in items}
+    for key, word in words.items():
+        if word not in known:
+            _refuse(f"{place}.{key}", word, f"one of {', '.join(known)}")
+    return words
 
 
 def _read_text(value: object, place: str) -> str:
