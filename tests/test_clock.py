@@ -6,7 +6,8 @@ import diffusers
 import pytest
 import torch
 
-from leansd.runtime.clock import SchedulerClock, assign_rows, find_in_storage, read_schedule
+from leansd.core.schedule import assign_rows
+from leansd.runtime.clock import SchedulerClock, find_in_storage, read_schedule
 
 STEPS = 10
 OPTIONS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -14,6 +14,7 @@ LAYERS = (
     ("errors", "version"),
     ("files", "text", "shards", "cluster"),
     ("plans",),
+    ("core",),
     ("anatomy",),
     ("surgery",),
     ("runtime",),

@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_map_only
 
 from conformance.cases import STEPS, Call
 from conformance.samplers import Sampler
+from leansd.core.store import FeatureCache
 from leansd.plans import Anatomy, Plan, preset
 from leansd.plans.anatomy import HEAD
 from leansd.plans.compile import compile_plan
 from leansd.plans.liveness import Call as UNetCall
-from leansd.runtime.cache import FeatureCache
 from leansd.runtime.engine import list_followers
 from leansd.runtime.run import Follower
 

@@ -133,6 +133,10 @@ class Anatomy:
         return _draw_tree(self)
 
 
+WHOLE = Anatomy((Unit(HEAD, "conv", "", (0, 0), 1, 0, ()),), name="denoiser")
+"""A denoiser of which only the output is known: what plans of whole steps need."""
+
+
 def _draw_tree(anatomy: Anatomy) -> str:
     """An anatomy as a tree of blocks, layers and units with parameters and multiply-accumulates."""
     lines = [

@@ -123,7 +123,8 @@ def resolve_row(step: int, row: Row, anatomy: Anatomy) -> dict[str, How]:
                 raise LeansdError(
                     f"step {step}: {unit.at} is itself added to its input; use reuse or forecast"
                 )
-            given = anatomy[STEM].channels[0] if unit.at == HEAD else unit.channels[0]
+            stem = anatomy.by_address.get(STEM, unit) if unit.at == HEAD else unit
+            given = stem.channels[0]
             # Further channels of the UNet's input (masks, other pictures) follow the latents.
             fits = given >= unit.channels[1] if unit.at == HEAD else given == unit.channels[1]
             if METHODS[how].of_change and not fits:

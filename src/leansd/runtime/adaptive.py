@@ -188,7 +188,7 @@ class AdaptiveBranch(CacheBranch):
             each.branch.start_over(program, signature, 1)
 
     def take(self, position: CallPosition, latents: torch.Tensor) -> UNetStep:
-        self._last = position.index
+        self.last = position.index
         rows = split_rows(latents, len(self._pictures))
         samples = [
             SampleCall(each, each.branch.open(position, own))

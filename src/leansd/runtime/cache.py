@@ -1,9 +1,9 @@
-"""The feature cache of a run, what outputs look like, and the sum that makes one of several."""
+"""What outputs of units look like, and the rows of a batch by picture."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,7 +11,6 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from leansd.plans.anatomy import Anatomy
-from leansd.plans.liveness import Kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,63 +73,9 @@ class OutputShapes:
         }
 
 
-class FeatureCache:
-    """Kept tensors of one run by (unit, call). Nobody outside ever holds one of them.
-
-    Tensors are copied on the way in and on the way out, since the code between units may write in
-    place; that is two copies of what a plan keeps, not of the UNet's activations.
-    """
-
-    def __init__(self) -> None:
-        self._tensors: dict[Kept, torch.Tensor] = {}
-
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._tensors.values())
-
-    def keep(self, kept: Kept, output: torch.Tensor, given: torch.Tensor | None = None) -> None:
-        """Keep `output`, or what was added to what was `given`: one lane of both [B, C, H, W]."""
-        source = output.detach()
-        self.put(kept, source.clone() if given is None else source - given)
-
-    def put(self, kept: Kept, tensor: torch.Tensor) -> None:
-        """Keep `tensor` itself, which nobody else holds."""
-        self._tensors[kept] = tensor
-
-    def has(self, items: Iterable[Kept]) -> bool:
-        return all(kept in self._tensors for kept in items)
-
-    def read(self, kept: Kept) -> torch.Tensor:
-        """The kept tensor itself, for reading only."""
-        return self._tensors[kept]
-
-    def release(self, items: Iterable[Kept]) -> None:
-        for kept in items:
-            self._tensors.pop(kept, None)
-
-    def retain(self, items: Collection[Kept]) -> None:
-        """Release all others."""
-        self.release([kept for kept in self._tensors if kept not in items])
-
-    def clear(self) -> None:
-        self._tensors.clear()
-
-
 def unwrap(output: Any) -> torch.Tensor:
     """The tensor of a unit's output."""
     return output[0] if isinstance(output, tuple) else output
-
-
-def combine(
-    tensors: Sequence[torch.Tensor], weights: Sequence[float | torch.Tensor]
-) -> torch.Tensor:
-    """The weighted sum of tensors, rounded to their precision only once."""
-    dtype = tensors[0].dtype
-    precise = torch.promote_types(dtype, torch.float32)
-    output = tensors[0].to(precise) * weights[0]
-    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-        output = output + tensor.to(precise) * weight
-    return output.to(dtype)
 
 
 # -- the rows of a batch, sorted by picture --------------------------------------------------------

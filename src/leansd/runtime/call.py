@@ -1,8 +1,4 @@
-"""One UNet call under a plan: its arguments, what every unit does in it, and what a run keeps.
-
-This file has the whole arithmetic of inheritance: `UNetCall.fill` makes an output that is not
-computed, a weighted sum of kept ones by `leansd.plans.methods.METHODS`.
-"""
+"""One UNet call under a plan: its arguments, what every unit does in it, and what a run keeps."""
 
 from __future__ import annotations
 
@@ -14,17 +10,19 @@ from typing import Any, Protocol
 import torch
 from diffusers import UNet2DConditionModel
 
+from leansd.core.schedule import CallSchedule
+from leansd.core.store import History
+from leansd.core.weighing import PlannedCall, find_method
 from leansd.plans.anatomy import HEAD
 from leansd.plans.liveness import GUIDANCE, Call, Kept, Lane, Program
-from leansd.plans.methods import GUIDANCE_METHODS, METHODS, Method
-from leansd.runtime.cache import FeatureCache, Shape, combine, unwrap
-from leansd.runtime.clock import CallPosition, CallSchedule
+from leansd.plans.methods import METHODS
+from leansd.runtime.cache import Shape, unwrap
+from leansd.runtime.clock import CallPosition
 
 ARGUMENTS = tuple(inspect.signature(UNet2DConditionModel.forward).parameters)[1:]
 """Names of the arguments of a UNet, in their order."""
 POSITIONAL = ("sample", "timestep", "encoder_hidden_states")
 """Those that are handed on by position, as hooks of others expect them."""
-Weight = float | torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ class Signature(Protocol):
         ...
 
 
-class CacheBranch:
+class CacheBranch(History):
     """The state of one run for one of the calls that a pipeline makes at each step.
 
     Ordinary pipelines make one; those that call the UNet for each guidance branch, or for each tile
@@ -150,11 +148,9 @@ class CacheBranch:
     """
 
     def __init__(self) -> None:
-        self.cache = FeatureCache()
+        super().__init__()
         self.shapes: dict[str, dict[str, Shape]] = {}
         """Of what units and parts give, for each net."""
-        self.program: Program | None = None
-        self._last = -1
         self._signature: Signature | None = None
         self._rest: Signature | None = None
         """That of the unconditional calls, where a pipeline makes them apart."""
@@ -165,33 +161,21 @@ class CacheBranch:
             return "a call is out of order"
         return signature.find_change(self._signature)
 
-    def follows(self, index: int) -> bool:
-        """Whether this is the next call."""
-        return self.program is not None and index == self._last + 1
-
     def has_changed(self, states: tuple[object, ...]) -> bool:
         """Whether the UNets are not what they were when the branch began."""
         return self._signature is not None and self._signature.states != states
 
     def start_over(self, program: Program, signature: Signature, pictures: int) -> None:
         """Forget everything and follow `program`, whose first call computes in full."""
-        self.cache.clear()
+        self.begin(program)
         self.shapes.clear()
-        self.program, self._signature, self._rest = program, signature, None
-
-    @property
-    def bytes(self) -> int:
-        return self.cache.bytes
-
-    def clear(self) -> None:
-        """Keep nothing any more."""
-        self.cache.clear()
+        self._signature, self._rest = signature, None
 
     def completes(self, index: int, signature: Signature) -> bool:
         """Whether this is the unconditional call to the conditional one just made."""
         goes_on = self._rest is None or not signature.find_change(self._rest)
         self._rest = signature
-        made = self.program is not None and self._last == index
+        made = self.program is not None and self.last == index
         return made and goes_on and self.cache.has([keep_for_rest(index)])
 
     def take(self, position: CallPosition, latents: torch.Tensor) -> UNetStep:
@@ -203,7 +187,7 @@ class CacheBranch:
     ) -> UNetCall:
         """The call at this position; `apart` if all its rows are of one lane."""
         assert self.program is not None
-        index = self._last = position.index
+        index = self.last = position.index
         records = index == self.program.start
         return UNetCall(
             self, self.program[index], position.schedule, latents, records=records, apart=apart
@@ -215,56 +199,7 @@ def keep_for_rest(index: int) -> Kept:
     return Kept(GUIDANCE, index, "output", "cond")
 
 
-def find_method(call: Call, at: str) -> Method:
-    """How an inherited unit or part, or the difference of the guidance lanes, is made."""
-    if at == GUIDANCE:
-        return METHODS[GUIDANCE_METHODS[call.guidance]]
-    pattern = call.pattern
-    return METHODS[pattern.inherited.get(at) or pattern.parts[at]]
-
-
-def list_weights(
-    method: Method, sources: Sequence[Kept], index: int, schedule: CallSchedule
-) -> tuple[float, ...]:
-    """The weights, in the output of call `index`, of what it is made from, latest first."""
-    log_snr = schedule.log_snr
-    by_call = method.axis == "call"
-    now = float(index) if by_call else log_snr[index]
-    then = [float(kept.call) if by_call else log_snr[kept.call] for kept in sources]
-    return method.weights(now, then, len(schedule.rows))
-
-
-def list_correction(
-    call: Call, sources: Sequence[Kept], schedule: CallSchedule
-) -> tuple[float, tuple[float, ...]]:
-    """The weight of a corrected output itself, and those of the outputs before, latest first."""
-    then = [schedule.log_snr[kept.call] for kept in sources]
-    return call.correct.lead, call.correct.weights(schedule.log_snr[call.index], then)
-
-
-def weigh_tensors(
-    method: Method, tensors: Sequence[torch.Tensor], weights: Sequence[Weight]
-) -> torch.Tensor:
-    """The weighted sum of tensors, latest first; always a fresh tensor."""
-    if not method.is_exact:
-        return combine(tensors, weights)
-    if len(tensors) == 1:
-        return tensors[0].clone()
-    if len(tensors) == 2:
-        return _lerp(tensors[1], tensors[0], weights[0])
-    # Earliest first, which decides how the sum is rounded.
-    return combine(tensors[::-1], weights[::-1])
-
-
-def _lerp(before: torch.Tensor, latest: torch.Tensor, weight: Weight) -> torch.Tensor:
-    """before + weight (latest - before); a weight beyond 1 lies beyond the latest."""
-    if not isinstance(weight, torch.Tensor):
-        return torch.lerp(before, latest, weight)
-    # In the precision that lerp gives to a weight that is a number, so that the bits agree.
-    return torch.lerp(before.to(weight.dtype), latest.to(weight.dtype), weight).to(latest.dtype)
-
-
-class UNetCall:
+class UNetCall(PlannedCall):
     """One UNet call: answers every unit's question what to do."""
 
     def __init__(
@@ -277,8 +212,8 @@ class UNetCall:
         records: bool,
         apart: Lane | None = None,
     ) -> None:
+        super().__init__(branch.cache, call, schedule)
         self.branch = branch
-        self.call = call
         self.apart: Lane | None = apart
         self.lanes = call.lanes if apart is None else (apart,)
         """The lanes in this batch."""
@@ -288,8 +223,6 @@ class UNetCall:
         self.batch = self.latents.shape[0]
         self.writable = False
         self.compiles = apart is None and not self.skips_unet
-        self.schedule = schedule
-        """The run's; None where a graph is traced, which has it from its arguments."""
         self.records = records
         """Whether to note what the outputs of the units look like."""
         self.shapes = branch.shapes.setdefault(call.net, {})
@@ -309,7 +242,7 @@ class UNetCall:
         output = forward(*args, **kwargs)
         for kept in self.list_keeps(at):
             before = self.pick(given, kept.lane) if kept.what == "change" else None
-            self.branch.cache.keep(kept, self.pick(unwrap(output), kept.lane), before)
+            self.store.keep(kept, self.pick(unwrap(output), kept.lane), before)
         if self.records:
             self.shapes[at] = Shape.of(output)
         return output
@@ -331,24 +264,6 @@ class UNetCall:
         ]
         return lanes[0] if len(lanes) == 1 else torch.cat(lanes)
 
-    def fill(
-        self, method: Method, sources: Sequence[Kept], given: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """One lane of an output: the weighted sum of kept ones, or `given` plus that of changes."""
-        if method.of_change and given is not None and len(sources) == 1 and method.is_exact:
-            return given + self.branch.cache.read(sources[0])
-        made = weigh_tensors(method, *self.weigh(method, sources))
-        return given + made if method.of_change and given is not None else made
-
-    def weigh(
-        self, method: Method, sources: Sequence[Kept]
-    ) -> tuple[list[torch.Tensor], list[Weight]]:
-        """What an output is made from, latest first, and its weights."""
-        assert self.schedule is not None
-        weights = list_weights(method, sources, self.call.index, self.schedule)
-        counted = [(kept, each) for kept, each in zip(sources, weights, strict=True) if each]
-        return [self.branch.cache.read(kept) for kept, _ in counted], [each for _, each in counted]
-
     def correct(self, noise: torch.Tensor) -> torch.Tensor:
         """The UNet's output [B, C, H, W] moved away from forecasts by those before."""
         call = self.call
@@ -361,12 +276,6 @@ class UNetCall:
                 if lane in self.lanes
             ]
         )
-
-    def move_on(self, noise: torch.Tensor, sources: Sequence[Kept]) -> torch.Tensor:
-        """One lane of a corrected output."""
-        assert self.schedule is not None
-        lead, weights = list_correction(self.call, sources, self.schedule)
-        return combine([noise, *map(self.branch.cache.read, sources)], [lead, *weights])
 
     def keeps_change(self, at: str) -> bool:
         """Whether a later call reads what this unit adds to its input."""
@@ -405,7 +314,7 @@ class UNetCall:
     def release(self) -> None:
         # The unconditional call of the same step, where there is one, reads the same.
         if self.apart != "cond":
-            self.branch.cache.release(self.call.releases)
+            self.store.release(self.call.releases)
 
     def _pick_input(self, at: str, given: Any) -> Any:
         """What a unit's change is a change of."""

@@ -15,21 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-
-@dataclass(frozen=True, eq=False)
-class CallSchedule:
-    """The UNet calls of a run as the scheduler has laid them out."""
-
-    timesteps: torch.Tensor | None
-    """The scheduler's own tensor [calls]; held so that its identity stays the run's."""
-    moments: tuple[float, ...]
-    """Time step of each call."""
-    rows: tuple[int, ...]
-    """Step of the sampler that each call belongs to: the row of the plan."""
-    steps: int
-    """Step count of the sampler."""
-    log_snr: Sequence[float]
-    """log(signal power / noise power) at each call."""
+from leansd.core.schedule import CallSchedule, assign_rows
 
 
 @dataclass(frozen=True)
@@ -189,24 +175,6 @@ def read_schedule(scheduler: Any) -> CallSchedule:
     if rows is None:
         rows, steps = tuple(range(len(moments))), len(moments)
     return CallSchedule(timesteps, moments, rows, int(steps), _log_snr(scheduler, moments))
-
-
-def assign_rows(calls: int, steps: int, order: int = 1) -> tuple[int, ...] | None:
-    """The sampler's step of each of `calls` UNet calls; None where the pattern is not known.
-
-    One call a step; two but for the last step (Heun, KDPM2, DPM-Solver SDE); a second call in the
-    first step (PNDM as Stable Diffusion sets it); four calls in each of the first three (PNDM's own
-    Runge-Kutta start).
-    """
-    if calls == steps:
-        return tuple(range(steps))
-    if order == 2 and calls == 2 * steps - 1:
-        return tuple(call // 2 for call in range(calls))
-    if calls == steps + 1:
-        return tuple(max(0, call - 1) for call in range(calls))
-    if calls == steps + 9:
-        return tuple(call // 4 if call < 12 else call - 9 for call in range(calls))
-    return None
 
 
 def _find_by_value(timestep: Any, moments: Sequence[float], last: int) -> int | None:

@@ -19,21 +19,14 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch._dynamo.exc import TorchDynamoException
 
+from leansd.core.store import FeatureCache
+from leansd.core.weighing import Weight, combine, find_method, list_correction, list_weights
 from leansd.errors import LeansdError
 from leansd.plans.liveness import Call, Kept
 from leansd.plans.methods import METHODS, Method
 from leansd.plans.structures import Structure, list_structures
-from leansd.runtime.cache import FeatureCache, OutputShapes, Shape, combine
-from leansd.runtime.call import (
-    CacheBranch,
-    UNetArguments,
-    UNetCall,
-    UNetStep,
-    Weight,
-    find_method,
-    list_correction,
-    list_weights,
-)
+from leansd.runtime.cache import OutputShapes, Shape
+from leansd.runtime.call import CacheBranch, UNetArguments, UNetCall, UNetStep
 
 OPTIONS = ("backend", "mode", "options", "dynamic")
 """What of `torch.compile` may be chosen; `fullgraph` is always on."""

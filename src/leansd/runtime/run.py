@@ -19,6 +19,7 @@ from diffusers import ConfigMixin, UNet2DConditionModel
 from torch import nn
 
 from leansd.anatomy.reading import read_anatomy
+from leansd.core.schedule import CallSchedule
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import HEAD
 from leansd.plans.compile import compile_plan
@@ -30,14 +31,7 @@ from leansd.plans.resolve import PlanContext, resolve_plan
 from leansd.plans.row import SAMPLE
 from leansd.runtime.adaptive import AdaptiveBranch
 from leansd.runtime.call import CacheBranch, UNetArguments, UNetStep
-from leansd.runtime.clock import (
-    CallPosition,
-    CallSchedule,
-    Clock,
-    LoopClock,
-    SchedulerClock,
-    is_view,
-)
+from leansd.runtime.clock import CallPosition, Clock, LoopClock, SchedulerClock, is_view
 from leansd.runtime.context import describe_runs
 from leansd.runtime.controlnet import ControlResiduals, UpcomingCall, complete_residuals
 from leansd.runtime.guidance import (

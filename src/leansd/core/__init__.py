@@ -1,0 +1,22 @@
+"""Whole-step plans for any sampler: torch, a plan and the noise levels of a run; no pipeline.
+
+    player = Player(plan, lay_out_calls(sigmas))
+    for step in range(len(sigmas) - 1):
+        output = player.play(step, latents, lambda: model(latents), keys=("cond", "uncond"))
+    player.clear()
+
+The runtime for diffusers makes inherited and corrected outputs by the same functions.
+"""
+
+from leansd.core.player import Player, PlayerStats, explain_unplayable
+from leansd.core.schedule import CallSchedule, Prediction, lay_out_calls, list_log_snr
+
+__all__ = [
+    "CallSchedule",
+    "Player",
+    "PlayerStats",
+    "Prediction",
+    "explain_unplayable",
+    "lay_out_calls",
+    "list_log_snr",
+]

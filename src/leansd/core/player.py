@@ -1,0 +1,255 @@
+"""A player of whole-step plans: says which calls of a denoiser are computed, and makes the others.
+
+A call is of one or several conditionings, in one batch or apart. What is kept of each is kept by an
+identity that the host gives, so that a batch that is split otherwise midway is no matter.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from operator import is_
+
+import torch
+
+from leansd.core.schedule import CallSchedule
+from leansd.core.store import History
+from leansd.core.weighing import PlannedCall, find_method
+from leansd.errors import LeansdError
+from leansd.plans.anatomy import HEAD, WHOLE
+from leansd.plans.compile import compile_plan
+from leansd.plans.liveness import Program
+from leansd.plans.plan import Plan
+
+Signature = tuple[torch.Size, torch.dtype, torch.device]
+
+
+@dataclass
+class PlayerStats:
+    """What a run did, counted as it goes; a call is one of the sampler, however it was split."""
+
+    calls: set[int] = field(default_factory=set[int])
+    computed: set[int] = field(default_factory=set[int])
+    """Of these, those that called the denoiser."""
+    forced: Counter[str] = field(default_factory=Counter[str])
+    """How often something was computed although the plan goes on, by why."""
+    bytes_kept: int = 0
+    """The most that was kept at any time."""
+
+    @property
+    def inherited(self) -> int:
+        """How many calls the denoiser was spared."""
+        return len(self.calls - self.computed)
+
+
+class _Track(History):
+    """The calls with one identity on one device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.signature: Signature | None = None
+        self.is_ambiguous = False
+        """Whether it came twice at one call: tiles, or a step tried again."""
+
+
+class Player:
+    """Plays a plan that inherits whole steps, and nothing else, along the calls of one run.
+
+    Whatever is unknown is computed: an identity that was not there at the call before or came
+    twice, another shape, dtype or device, a call out of order. Threads may play at once, each on a
+    device or with identities of its own. No value is read from a device.
+    """
+
+    def __init__(self, plan: Plan, schedule: CallSchedule) -> None:
+        self.reason = explain_unplayable(plan, schedule.steps)
+        """Why all is computed in full, in words; empty where the plan is followed."""
+        self.plan = Plan.full(schedule.steps) if self.reason else plan
+        self.schedule = schedule
+        self.stats = PlayerStats()
+        self._tracks: dict[tuple[torch.device, Hashable], _Track] = {}
+        self._lock = threading.Lock()
+        self._compile = lru_cache(maxsize=64)(self._make_program)
+
+    def play(
+        self,
+        call: int,
+        latents: torch.Tensor,
+        compute: Callable[[], torch.Tensor],
+        keys: Sequence[Hashable] = ("all",),
+    ) -> torch.Tensor:
+        """The denoiser's output at a call of the run.
+
+        Args:
+            call: its number in the schedule.
+            latents: what the denoiser is given [keys * B, C, ...], whose first channels are those
+                of its output.
+            compute: calls the denoiser with them and gives its output [keys * B, C, ...].
+            keys: an identity for each conditioning, in the order of the batch.
+        """
+        turns = self._take_all(call, latents, keys)
+        if turns is not None and all(turn.inherits for turn in turns):
+            made = _join([turn.inherit() for turn in turns])
+            self._count(call)
+            return made
+        try:
+            given = [turn.remember_input() for turn in turns or ()]
+            output = compute()
+        except BaseException:
+            self.forget(latents.device, keys)
+            raise
+        rows = outputs = list[torch.Tensor]()
+        if turns is not None and output.shape[0] == latents.shape[0]:
+            rows = list(output.chunk(len(turns)))
+            outputs = [turn.settle(*each) for turn, *each in zip(turns, rows, given, strict=True)]
+        elif turns is not None:
+            self.forget(latents.device, keys)
+        self._count(call, computed=True)
+        return output if all(map(is_, outputs, rows)) else _join(outputs)
+
+    def forget(self, device: torch.device, keys: Sequence[Hashable]) -> None:
+        """Keep nothing of some identities: their next call is computed."""
+        with self._lock:
+            for key in keys:
+                self._tracks.pop((device, key), None)
+
+    def clear(self) -> None:
+        """Keep nothing any more; counts stay."""
+        with self._lock:
+            self._tracks.clear()
+
+    # -- one call ----------------------------------------------------------------------------------
+
+    def _take_all(
+        self, call: int, latents: torch.Tensor, keys: Sequence[Hashable]
+    ) -> list[_Turn] | None:
+        """What each conditioning does; None where the call cannot be told apart by conditioning."""
+        why = ""
+        if not 0 <= call < len(self.schedule.rows):
+            why = "the run has more calls than its sigmas say"
+        elif len(set(keys)) != len(keys) or not keys or latents.shape[0] % len(keys):
+            why = "whose rows of a batch are whose is not known"
+        elif latents.requires_grad and torch.is_grad_enabled():
+            why = "gradients are wanted"
+        if why:
+            self._force(why)
+            self.forget(latents.device, keys)
+            return None
+        parts = latents.chunk(len(keys))
+        with self._lock:
+            turns = [self._take(call, part, key) for part, key in zip(parts, keys, strict=True)]
+        if any(turn.inherits for turn in turns) and not all(turn.inherits for turn in turns):
+            # Some are to be computed, and with them the whole batch is.
+            for turn in turns:
+                turn.upgrade()
+        return turns
+
+    def _take(self, call: int, latents: torch.Tensor, key: Hashable) -> _Turn:
+        track = self._tracks.setdefault((latents.device, key), _Track())
+        signature = (latents.shape, latents.dtype, latents.device)
+        track.is_ambiguous |= track.program is not None and call == track.last
+        why = ""
+        if track.is_ambiguous:
+            why = "a conditioning comes twice at a call"
+        elif track.program is not None and not track.follows(call):
+            why = "a call is out of order"
+        elif track.program is not None and track.signature != signature:
+            why = "shape, precision or device have changed"
+        if why or track.program is None:
+            track.begin(self._compile(call))
+            track.signature = signature
+        if why:
+            self.stats.forced[why] += 1
+        track.last = call
+        return _Turn(track, latents, self.schedule)
+
+    def _make_program(self, start: int) -> Program:
+        rows, moments = self.schedule.rows, self.schedule.moments
+        return compile_plan(self.plan, WHOLE, start=start, rows=rows, moments=moments, guided=False)
+
+    def _force(self, why: str) -> None:
+        with self._lock:
+            self.stats.forced[why] += 1
+
+    def _count(self, call: int, *, computed: bool = False) -> None:
+        with self._lock:
+            self.stats.calls.add(call)
+            if computed:
+                self.stats.computed.add(call)
+            kept = sum(track.bytes for track in self._tracks.values())
+            self.stats.bytes_kept = max(self.stats.bytes_kept, kept)
+
+
+class _Turn(PlannedCall):
+    """One conditioning at one call."""
+
+    def __init__(self, track: _Track, latents: torch.Tensor, schedule: CallSchedule) -> None:
+        assert track.program is not None
+        super().__init__(track.cache, track.program[track.last], schedule)
+        self._track = track
+        self._latents = latents
+
+    @property
+    def inherits(self) -> bool:
+        return HEAD in self.call.pattern.inherited
+
+    def upgrade(self) -> None:
+        """Compute this call, and all that follows from it."""
+        program, index = self._track.program, self.call.index
+        assert program is not None
+        if self.inherits:
+            self._track.program = program.upgrade(index)
+            self.call = self._track.program[index]
+
+    def inherit(self) -> torch.Tensor:
+        """The output made of kept ones; always a fresh tensor."""
+        method = find_method(self.call, HEAD)
+        (sources,) = self.call.sources[HEAD]
+        given = None
+        if method.of_change:
+            given = self._latents[:, : self.store.read(sources[0]).shape[1]]
+        made = self.fill(method, sources, given)
+        self.store.release(self.call.releases)
+        return made
+
+    def remember_input(self) -> torch.Tensor | None:
+        """The input, where a later call reads the change of it: the denoiser may overwrite it."""
+        kept = self.call.keeps.get(HEAD, ())
+        return self._latents.clone() if any(each.what == "change" for each in kept) else None
+
+    def settle(self, output: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
+        """Keep what is read later of a computed output, and correct it."""
+        for kept in self.call.keeps.get(HEAD, ()):
+            before = given[:, : output.shape[1]] if given is not None else None
+            self.store.keep(kept, output, before if kept.what == "change" else None)
+        if self.call.corrects:
+            (sources,) = self.call.corrects
+            output = self.move_on(output, sources)
+        self.store.release(self.call.releases)
+        return output
+
+
+def explain_unplayable(plan: Plan, steps: int) -> str:
+    """Why a plan cannot be played step by step without its UNet, in words; empty where it can.
+
+    Guidance that a plan leaves out is computed all the same.
+    """
+    if plan.steps != steps:
+        return f"plan {plan.name} is for {plan.steps} steps, this run has {steps}"
+    if plan.drift is not None:
+        return f"plan {plan.name} decides as it runs what each picture inherits"
+    if plan.nets:
+        return f"plan {plan.name} runs other nets at some steps"
+    if any(row.attend for row in plan.rows):
+        return f"plan {plan.name} gates self-attentions"
+    try:
+        plan.resolve(WHOLE)
+    except LeansdError:
+        return f"plan {plan.name} inherits inside the UNet, not whole steps ({HEAD}) alone"
+    return ""
+
+
+def _join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
