@@ -103,7 +103,8 @@ class Player:
         rows = outputs = list[torch.Tensor]()
         if turns is not None and output.shape[0] == latents.shape[0]:
             rows = list(output.chunk(len(turns)))
-            outputs = [turn.settle(*each) for turn, *each in zip(turns, rows, given, strict=True)]
+            each = zip(turns, rows, given, strict=True)
+            outputs = [turn.settle(own, before) for turn, own, before in each]
         elif turns is not None:
             self.forget(latents.device, keys)
         self._count(call, computed=True)
