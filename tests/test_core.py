@@ -1,5 +1,6 @@
 """The player of whole-step plans: the bits of the runtime for diffusers, and what may happen."""
 
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,7 +9,14 @@ import pytest
 import torch
 
 import leansd
-from leansd.core import CallSchedule, Player, lay_out_calls, list_log_snr
+from leansd.core import (
+    CallSchedule,
+    Player,
+    lay_out_calls,
+    list_log_snr,
+    place_calls,
+    probe_calls,
+)
 from leansd.core.schedule import assign_rows
 from leansd.errors import LeansdError
 from leansd.plans import Plan
@@ -262,6 +270,73 @@ def test_samplers_of_several_calls_a_step() -> None:
     slope = (-2 - -3) / (over[3] - over[2])
     assert outputs[5].flatten()[0].item() == pytest.approx(-2 + slope * (over[5] - over[3]), 1e-5)
     assert assign_rows(10, 4, order=3) == (0, 0, 0, 1, 1, 1, 2, 2, 2, 3)
+
+
+# -- samplers as k-diffusion has them: what they call, found by running them ---------------------
+
+
+def euler(denoise: Any, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    for now, then in itertools.pairwise(sigmas):
+        x = x + (x - denoise(x, now * x.new_ones(len(x)), seed=0)) / now * (then - now)
+    return x
+
+
+def heun(denoise: Any, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    for now, then in itertools.pairwise(sigmas):
+        slope = (x - denoise(x, now.view(1))) / now
+        if then > 0:
+            ahead = x + slope * (then - now)
+            slope = (slope + (ahead - denoise(ahead, then.view(1))) / then) / 2
+        x = x + slope * (then - now)
+    return x
+
+
+def thirds(denoise: Any, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    for now, then in itertools.pairwise(sigmas):
+        for share in (0, 1 / 3, 2 / 3) if then > 0 else (0,):
+            x = x + 0.1 * denoise(x, (now + share * (then - now)).view(1)) + torch.randn(1)
+    return x
+
+
+def adaptive(denoise: Any, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    sigma = sigmas[0]
+    while sigma > 0.1:
+        change = denoise(x, sigma.view(1)).abs().mean()
+        sigma, x = sigma / (1.5 + change), x * 0.9
+    return x
+
+
+def backwards(denoise: Any, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    for sigma in sigmas[:-1].flip(0):
+        x = denoise(x, sigma.view(1))
+    return x
+
+
+@pytest.mark.parametrize(
+    ("sampler", "rows"),
+    [
+        (euler, (0, 1, 2, 3)),
+        (heun, (0, 0, 1, 1, 2, 2, 3)),
+        (thirds, (0, 0, 0, 1, 1, 1, 2, 2, 2, 3)),
+        (adaptive, None),
+        (backwards, None),
+    ],
+)
+def test_the_calls_of_a_sampler_are_found_by_running_it(sampler: Any, rows: Any) -> None:
+    sigmas = [8.0, 4.0, 2.0, 1.0, 0.0]
+    before = torch.get_rng_state()
+    calls = probe_calls(sampler, sigmas)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert bool(calls) == (sampler is not adaptive)
+    schedule = place_calls(calls, sigmas)
+    assert (schedule and schedule.rows) == rows
+    if sampler is heun:
+        assert calls == (8.0, 4.0, 4.0, 2.0, 2.0, 1.0, 1.0)
+        # Part of a longer run that goes on afterwards: every step has two calls.
+        part = probe_calls(heun, sigmas[:-1])
+        later = place_calls(part, sigmas[:-1], first=2, steps=7)
+        assert later is not None
+        assert (later.rows, later.steps) == ((2, 2, 3, 3, 4, 4), 7)
 
 
 def test_log_snr_of_sigmas() -> None:

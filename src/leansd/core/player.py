@@ -110,6 +110,20 @@ class Player:
         self._count(call, computed=True)
         return output if all(map(is_, outputs, rows)) else _join(outputs)
 
+    def spares(self, call: int, device: torch.device, keys: Sequence[Hashable]) -> bool:
+        """Whether `play` will make this call of kept outputs, if shapes and precision stay."""
+        with self._lock:
+            tracks = [self._tracks.get((device, key)) for key in keys]
+            return bool(tracks) and all(
+                track is not None
+                and track.program is not None
+                and not track.is_ambiguous
+                and track.follows(call)
+                and call < len(self.schedule.rows)
+                and HEAD in track.program[call].pattern.inherited
+                for track in tracks
+            )
+
     def forget(self, device: torch.device, keys: Sequence[Hashable]) -> None:
         """Keep nothing of some identities: their next call is computed."""
         with self._lock:

@@ -18,6 +18,7 @@ from torch import nn
 
 from leansd.anatomy.inputs import TOKENS, make_inputs, pick_size
 from leansd.anatomy.reading import read_anatomy
+from leansd.core.stopwatch import Stopwatch, start_stopwatch
 from leansd.errors import LeansdError
 from leansd.evaluation.timing import Timing, wait_for
 from leansd.plans.anatomy import Anatomy
@@ -28,7 +29,6 @@ from leansd.runtime import ForwardHooks, inherit
 from leansd.runtime.cache import unwrap
 from leansd.runtime.clock import read_schedule
 from leansd.runtime.guidance import is_guided
-from leansd.runtime.report import Stopwatch, start_stopwatch
 
 # -- whole runs of a pipeline -------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
+from leansd.core.stopwatch import start_stopwatch
 from leansd.errors import LeansdError
 from leansd.exporting.folder import PLAN, read_table
 from leansd.exporting.graphs import list_given, name_feature
@@ -22,7 +23,7 @@ from leansd.plans.liveness import GUIDANCE, Kept
 from leansd.plans.plan import Plan
 from leansd.runtime.call import UNetArguments, UNetCall
 from leansd.runtime.guidance import run_step, wrap_output
-from leansd.runtime.report import Report, start_stopwatch
+from leansd.runtime.report import Report
 from leansd.runtime.run import Follower
 
 

@@ -18,6 +18,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from leansd.anatomy.reading import read_anatomy
+from leansd.core.stopwatch import Stopwatch, start_stopwatch
 from leansd.errors import LeansdError
 from leansd.plans.address import get_layer
 from leansd.plans.anatomy import HEAD, Anatomy
@@ -35,7 +36,6 @@ from leansd.runtime.hooks import (
     patch_method,
 )
 from leansd.runtime.nets import select_residuals
-from leansd.runtime.report import Stopwatch, start_stopwatch
 from leansd.runtime.run import Follower, find_calling_pipeline, find_follower
 from leansd.runtime.watch import UNetWatch
 from leansd.surgery.parts.gri import attend, call_at_size, find_processor

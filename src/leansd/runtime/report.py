@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from types import MappingProxyType
@@ -14,15 +13,13 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from leansd.anatomy.cost import dissect
+from leansd.core.stopwatch import Stopwatch
 from leansd.plans.liveness import Call, Net
 from leansd.plans.macs import predict_speedup
 from leansd.plans.plan import Plan
 from leansd.plans.row import OWN
 
 NO_UNETS: Mapping[str, UNet2DConditionModel] = MappingProxyType({})
-
-Stopwatch = Callable[[], float]
-"""Gives the seconds of a UNet call; on a GPU it waits for that call, so ask after the run."""
 
 
 @dataclass(frozen=True)
@@ -186,29 +183,3 @@ def _count_units(calls: Sequence[Call]) -> tuple[int, int, int]:
     inherited = frozenset[str]().union(*(pattern.inherited for pattern in patterns)) - computed
     idle = frozenset[str]().union(*(pattern.idle for pattern in patterns)) - computed - inherited
     return len(computed), len(inherited), len(idle)
-
-
-def start_stopwatch(device: torch.device) -> Callable[[], Stopwatch]:
-    """Start timing a UNet call; the returned function ends it and gives its `Stopwatch`."""
-    if device.type == "cuda":
-        first = torch.cuda.Event(enable_timing=True)
-        last = torch.cuda.Event(enable_timing=True)
-        first.record()
-
-        def end_on_device() -> Stopwatch:
-            last.record()
-            return lambda: _measure_events(first, last)
-
-        return end_on_device
-    started = time.perf_counter()
-
-    def end() -> Stopwatch:
-        seconds = time.perf_counter() - started
-        return lambda: seconds
-
-    return end
-
-
-def _measure_events(first: torch.cuda.Event, last: torch.cuda.Event) -> float:
-    last.synchronize()
-    return first.elapsed_time(last) / 1000

@@ -20,6 +20,7 @@ from torch import nn
 
 from leansd.anatomy.reading import read_anatomy
 from leansd.core.schedule import CallSchedule
+from leansd.core.stopwatch import Stopwatch
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import HEAD
 from leansd.plans.compile import compile_plan
@@ -44,7 +45,7 @@ from leansd.runtime.guidance import (
 )
 from leansd.runtime.hooks import PatchedMethod
 from leansd.runtime.nets import NO_OTHERS, NetSet
-from leansd.runtime.report import Report, RunStats, Stopwatch
+from leansd.runtime.report import Report, RunStats
 from leansd.runtime.watch import CallSignature, Conditions, UNetWatch, wants_gradients
 
 MOST_OUTSIDE = 10_000

@@ -1,0 +1,183 @@
+"""Which plan a run of ComfyUI follows, and what must be said of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from leansd.core import CallSchedule, Prediction, Sample, place_calls, probe_calls
+from leansd.errors import LeansdError
+from leansd.plans.anatomy import WHOLE
+from leansd.plans.plan import Plan
+from leansd.plans.presets import DEFAULT_SAMPLER, Preset
+from leansd.plans.presets.tuned import list_tuned_samplers
+from leansd.plans.resolve import PlanContext, find_source, resolve_plan
+
+Mismatch = Literal["stretch", "compute in full"]
+"""What to do with a plan that was made for another number of steps."""
+
+NAMES = {"dpmpp_2m": "dpm++2m", "dpmpp_2m_sde": "dpm++sde", "unipc": "unipc"}
+"""Samplers of ComfyUI that have another name in plans."""
+FLOW = "CONST"
+"""In the kind of a model's noise: rectified flow."""
+
+
+@dataclass(frozen=True)
+class PlanChoice:
+    """What a user asked for."""
+
+    source: str | Plan
+    """The name of a preset, a plan, or the path of a plan file."""
+    mismatch: Mismatch = "stretch"
+
+
+@dataclass(frozen=True)
+class RunDescription:
+    """What is known of a run before its first step."""
+
+    sampler: str
+    sigmas: tuple[float, ...]
+    """Of the steps, with that which the last one leads to."""
+    calls: tuple[float, ...]
+    """The sigma of every call of the model; none where they are not known beforehand."""
+    prediction: Prediction
+    start: float = 1.0
+    """Where in the model's own time, from 1 to 0, the run begins: less than 1 from a picture on."""
+    end: float = 0.0
+    """Where it ends: more than 0 where another sampler goes on."""
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run that this is a part of."""
+        return max(round((len(self.sigmas) - 1) / max(self.start - self.end, 1e-3)), 1)
+
+    @property
+    def first(self) -> int:
+        """The step of the whole run that it begins with."""
+        if self.start == 1:
+            return 0
+        return max(self.steps - (len(self.sigmas) - 1) - round(self.end * self.steps), 0)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The plan of a run."""
+
+    name: str
+    plan: Plan | None = None
+    schedule: CallSchedule | None = None
+    notes: tuple[str, ...] = ()
+    reason: str = ""
+    """Why there is none, in words."""
+
+
+def describe_run(guider: Any, sampler: Any, sigmas: Sequence[float]) -> RunDescription:
+    """What a guider and a sampler of ComfyUI say of a run with these sigmas."""
+    noise = guider.model_patcher.get_model_object("model_sampling")
+    function = getattr(sampler, "sampler_function", None)
+    name = getattr(function, "__name__", type(sampler).__name__)
+    sampled = _bind_sampler(guider, sampler, noise)
+    calls: tuple[float, ...] = ()
+    if sampled is not None and len(sigmas) > 1:
+        try:
+            calls = probe_calls(sampled, sigmas)
+        except Exception:  # a sampler that a stand-in does not suit: it runs in full
+            calls = ()
+    kinds = [kind.__name__ for kind in type(noise).__mro__]
+    return RunDescription(
+        name.removeprefix("sample_").removesuffix("_function"),
+        tuple(sigmas),
+        calls,
+        "flow" if FLOW in kinds else "noise",
+        _find_place(noise, sigmas[0]) if sigmas else 1.0,
+        _find_place(noise, sigmas[-1]) if sigmas else 0.0,
+    )
+
+
+def choose_plan(choice: PlanChoice, run: RunDescription) -> Chosen:
+    """The plan that a choice means for a run; none where everything is computed."""
+    name = choice.source.name if isinstance(choice.source, Plan) else choice.source
+    if not run.calls:
+        return Chosen(name, reason=f"how often {run.sampler} calls the model is not known before")
+    schedule = place_calls(run.calls, run.sigmas, run.prediction, first=run.first, steps=run.steps)
+    if schedule is None:
+        return Chosen(name, reason=f"{run.sampler} does not call the model step by step")
+    try:
+        source = find_source(choice.source)
+        sampler, notes = _name_sampler(source, run.sampler)
+        resolved = resolve_plan(
+            source,
+            PlanContext(run.steps, sampler=sampler, anatomy=WHOLE),
+            fit=choice.mismatch == "stretch",
+        )
+    except LeansdError as error:
+        return Chosen(name, reason=str(error))
+    return Chosen(resolved.plan.name, resolved.plan, schedule, (*notes, *resolved.notes))
+
+
+def _name_sampler(source: Plan | Preset, sampler: str) -> tuple[str, tuple[str, ...]]:
+    """The sampler as plans name it; for a preset, one that it was tuned for."""
+    own = NAMES.get(sampler, sampler)
+    if not isinstance(source, Preset) or not source.by_sampler:
+        return own, ()
+    tuned = list_tuned_samplers(source.name)
+    if own in tuned:
+        return own, ()
+    nearest = "euler" if "euler" in tuned else DEFAULT_SAMPLER
+    note = f"preset {source.name} is not tuned for {sampler}: it is as for {nearest}"
+    return nearest, (f"{note}; Lean Tune makes a plan for your model and sampler",)
+
+
+def _find_place(noise: Any, sigma: float) -> float:
+    """Where a sigma lies in a model's own time: 1 at its most noise, 0 without any."""
+    if sigma <= 0:
+        return 0.0
+    most, least = float(noise.sigma_max), float(noise.sigma_min)
+    if sigma >= most * 0.999:
+        return 1.0
+    if sigma <= least:
+        return 0.0
+    begin, here, last = (
+        float(noise.timestep(torch.tensor(float(each)))) for each in (most, sigma, least)
+    )
+    place = (here - last) / (begin - last) if begin != last else math.nan
+    return min(max(place, 0.0), 1.0) if math.isfinite(place) else 1.0
+
+
+class _StandIn:
+    """What a sampler takes for the guided model, as far as it looks at more than its answers."""
+
+    def __init__(self, denoise: Any, guider: Any, noise: Any) -> None:
+        self._denoise = denoise
+        self.inner_model = _Holder(
+            inner_model=_Holder(model_sampling=noise), model_patcher=guider.model_patcher
+        )
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **options: Any) -> torch.Tensor:
+        return self._denoise(x, sigma)
+
+
+class _Holder:
+    def __init__(self, **values: Any) -> None:
+        vars(self).update(values)
+
+
+def _bind_sampler(guider: Any, sampler: Any, noise: Any) -> Sample | None:
+    """A sampler object of ComfyUI as a function of denoiser, noise and sigmas."""
+    function = getattr(sampler, "sampler_function", None)
+    if function is None:
+        return None
+    options: Mapping[str, Any] = getattr(sampler, "extra_options", {})
+
+    def sample(denoise: Any, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+        given: dict[str, Any] = {"model_options": {"transformer_options": {}}, "seed": 0}
+        return function(
+            _StandIn(denoise, guider, noise), x, sigmas,
+            extra_args=given, callback=None, disable=True, **options,
+        )  # fmt: skip
+
+    return sample

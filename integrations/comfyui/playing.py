@@ -1,0 +1,260 @@
+"""A plan on a model of ComfyUI: the wrappers that play it, and what a run reports.
+
+Only the names of ComfyUI's wrappers and the keys of its options are known here; nothing is imported
+from it, so that all of this runs against a double.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from leansd.core import Player
+
+from .choosing import PlanChoice, choose_plan, describe_run
+
+KEY = "leansd"
+"""Of the wrappers, and of the run among the options."""
+LOG = logging.getLogger("leansd")
+
+
+@dataclass
+class RunReport:
+    """What a run did under a plan."""
+
+    plan: str
+    sampler: str
+    steps: int
+    calls: int = 0
+    """Calls of the sampler."""
+    computed: int = 0
+    """Of these, those that ran the model."""
+    seconds: float = 0.0
+    """In the calls of the sampler."""
+    computed_seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+    forced: Mapping[str, int] = field(default_factory=dict[str, int])
+    full: str = ""
+    """Why everything was computed, in words; empty where the plan was followed."""
+
+    @property
+    def expected(self) -> float:
+        """The speed-up that the calls say."""
+        return self.calls / self.computed if self.computed else 1.0
+
+    @property
+    def measured(self) -> float:
+        """What the run would have taken if every call had run the model, over what it took."""
+        if not (self.computed and self.seconds):
+            return 1.0
+        return self.computed_seconds / self.computed * self.calls / self.seconds
+
+    def __str__(self) -> str:
+        lines = [
+            f"plan {self.plan}, sampler {self.sampler}, {self.steps} steps: the model ran "
+            f"{self.computed} of {self.calls} times, {self.calls - self.computed} forecast",
+            f"speed-up of sampling: {self.measured:.2f}x measured, {self.expected:.2f}x by calls",
+        ]
+        if self.full:
+            lines.append(f"everything was computed, because {self.full}")
+        lines += [f"computed {count} times because {why}" for why, count in self.forced.items()]
+        lines += self.notes
+        return "\n".join(lines)
+
+
+class ControlMissing(Exception):
+    """A call that was to be forecast is computed after all, and its ControlNets have not run."""
+
+
+class NotOneTensor(Exception):
+    """A model's output is something else than a tensor."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+
+class Run:
+    """One run of a sampler: lies among the options of that run alone, and goes with it."""
+
+    def __init__(self, choice: PlanChoice, guider: Any, sampler: Any, sigmas: torch.Tensor) -> None:
+        described = describe_run(guider, sampler, [float(each) for each in sigmas.tolist()])
+        chosen = choose_plan(choice, described)
+        self.report = RunReport(
+            chosen.name, described.sampler, len(described.sigmas) - 1, notes=chosen.notes
+        )
+        self.report.full = _explain_conditionings(guider) or chosen.reason
+        self.player: Player | None = None
+        if chosen.plan is not None and chosen.schedule is not None and not self.report.full:
+            self.player = Player(chosen.plan, chosen.schedule)
+            self.report.full = self.player.reason
+        self.call = -1
+        """Number of the sampler's call that is being answered."""
+        self.spares_control = False
+        """Whether the ControlNets of this call were left out."""
+
+    def take_call(self, predict: Callable[[], Any]) -> Any:
+        """Count a call of the sampler, and time it on the side of the processor."""
+        self.call += 1
+        started, before = time.perf_counter(), self._count_computed()
+        try:
+            return predict()
+        except BaseException:
+            # Half of it may be known: whatever comes next starts over.
+            if self.player is not None:
+                self.player.clear()
+            raise
+        finally:
+            seconds = time.perf_counter() - started
+            self.report.seconds += seconds
+            if self.player is None or self._count_computed() > before:
+                self.report.computed_seconds += seconds
+
+    def run_model(self, x: Any, options: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
+        """The model's output [conds * B, C, ...] for one batch of conditionings."""
+        keys = _list_keys(options)
+        if self.player is None or self.call < 0 or not isinstance(x, torch.Tensor) or not keys:
+            return compute()
+
+        def run() -> torch.Tensor:
+            if self.spares_control:
+                raise ControlMissing
+            output = compute()
+            if not isinstance(output, torch.Tensor):
+                raise NotOneTensor(output)
+            return output
+
+        try:
+            return self.player.play(self.call, x, run, keys)
+        except NotOneTensor as found:
+            return found.output
+
+    def can_spare_control(self, conds: Sequence[Any], x: torch.Tensor) -> bool:
+        """Whether no conditioning of this call will run the model, and some have a ControlNet."""
+        if self.player is None or self.call < 0:
+            return False
+        every = [(one, place) for place, each in enumerate(conds) for one in each or ()]
+        if not any(one.get("control") is not None for one, _ in every):
+            return False
+        return self.player.spares(
+            self.call, x.device, [_make_key(one.get("uuid"), place) for one, place in every]
+        )
+
+    def close(self) -> RunReport:
+        """Keep nothing; gives the report."""
+        report, player = self.report, self.player
+        report.calls = self.call + 1
+        report.computed = self._count_computed()
+        if player is not None:
+            report.forced = dict(player.stats.forced)
+            player.clear()
+        return report
+
+    def _count_computed(self) -> int:
+        return self.call + 1 if self.player is None else len(self.player.stats.computed)
+
+
+class PlanOnModel:
+    """A plan as wrappers on a model."""
+
+    def __init__(self, choice: PlanChoice) -> None:
+        self.choice = choice
+        self.last: RunReport | None = None
+        """Of the last run, also of one that was interrupted."""
+
+    def attach(self, model: Any) -> Any:
+        """A clone of a model whose runs follow the plan; another plan on it is taken off."""
+        clone = model.clone()
+        for kind, wrapper in (
+            ("outer_sample", self.wrap_run),
+            ("predict_noise", wrap_call),
+            ("calc_cond_batch", wrap_conditionings),
+            ("diffusion_model", wrap_model),
+        ):
+            clone.remove_wrappers_with_key(kind, KEY)
+            clone.add_wrapper_with_key(kind, KEY, wrapper)
+        clone.set_attachments(KEY, self)
+        return clone
+
+    def wrap_run(
+        self, executor: Any, noise: Any, latent_image: Any, sampler: Any, sigmas: Any,
+        *args: Any, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """Around a run: its options are its own, and so what lies in them goes with it."""
+        guider = executor.class_obj
+        options = guider.model_options.setdefault("transformer_options", {})
+        run = options[KEY] = Run(self.choice, guider, sampler, sigmas)
+        try:
+            return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        finally:
+            options.pop(KEY, None)
+            self.last = run.close()
+            LOG.info("%s", self.last)
+
+
+def wrap_call(executor: Any, x: Any, timestep: Any, model_options: Any, *args: Any) -> Any:
+    """Around a call of the sampler, however many calls of the model it makes."""
+    run = _find_run(model_options.get("transformer_options"))
+    predict = lambda: executor(x, timestep, model_options, *args)  # noqa: E731
+    return predict() if run is None else run.take_call(predict)
+
+
+def wrap_conditionings(
+    executor: Any, model: Any, conds: Any, x: Any, timestep: Any, model_options: Any
+) -> Any:
+    """Around all conditionings of a call: where none runs the model, ControlNets need not run."""
+    run = _find_run(model_options.get("transformer_options"))
+    if run is not None and run.can_spare_control(conds, x):
+        bare = [each and [{**one, "control": None} for one in each] for each in conds]
+        run.spares_control = True
+        try:
+            return executor(model, bare, x, timestep, model_options)
+        except ControlMissing:
+            run.player.clear()
+        finally:
+            run.spares_control = False
+    return executor(model, conds, x, timestep, model_options)
+
+
+def wrap_model(executor: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around the model itself, for one batch of conditionings."""
+    options = _find_options(args, kwargs)
+    run = _find_run(options)
+    compute = lambda: executor(x, *args, **kwargs)  # noqa: E731
+    return compute() if run is None else run.run_model(x, options, compute)
+
+
+def _find_run(options: Mapping[str, Any] | None) -> Run | None:
+    return (options or {}).get(KEY)
+
+
+def _find_options(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The transformer options among a model's arguments, wherever it takes them."""
+    given = [kwargs.get("transformer_options"), *args]
+    return next((each for each in given if isinstance(each, dict) and "uuids" in each), {})
+
+
+def _list_keys(options: Mapping[str, Any]) -> list[Hashable]:
+    """An identity for each conditioning of a batch."""
+    places = options.get("cond_or_uncond", ())
+    return [_make_key(*each) for each in zip(options.get("uuids", ()), places, strict=False)]
+
+
+def _make_key(uuid: Hashable, place: int) -> Hashable:
+    """Conditionings that were made to match one of the other list have its uuid."""
+    return uuid, place
+
+
+def _explain_conditionings(guider: Any) -> str:
+    """Why the conditionings of a run want everything computed, in words; empty where none do."""
+    every = [one for each in getattr(guider, "conds", {}).values() for one in each]
+    if any(one.get("hooks") is not None for one in every):
+        return "a conditioning changes the model's weights (hooks)"
+    if guider.model_options.get("context_handler") is not None:
+        return "the run is cut into context windows"
+    return ""
