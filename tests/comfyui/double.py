@@ -40,7 +40,9 @@ class EPS:
         self.sigmas = torch.linspace(self.sigma_min**0.25, self.sigma_max**0.25, 1000) ** 4
 
     def timestep(self, sigma: torch.Tensor) -> torch.Tensor:
-        return (self.sigmas.log() - sigma.log().reshape(-1, 1)).abs().argmin(dim=1).view(sigma.shape)
+        return (
+            (self.sigmas.log() - sigma.log().reshape(-1, 1)).abs().argmin(dim=1).view(sigma.shape)
+        )
 
     def calculate_input(self, sigma: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return x / (sigma.view(-1, 1, 1, 1) ** 2 + 1).sqrt()
@@ -253,9 +255,7 @@ class Guider:
         control = None if control is None else control.get_control(given)
         context = torch.tensor([one["context"] for one, _ in group]).repeat_interleave(len(x))
         noise = self.model_patcher.noise
-        run = Executor(
-            self.model_patcher.denoiser, None, self.model_patcher.list_wrappers(MODEL)
-        )
+        run = Executor(self.model_patcher.denoiser, None, self.model_patcher.list_wrappers(MODEL))
         scaled = noise.calculate_input(many, given).to(self.model_patcher.denoiser.dtype)
         output = run(scaled, noise.timestep(many).float(), context, None, control, options)
         return noise.calculate_denoised(many, output.float(), given).chunk(count)
