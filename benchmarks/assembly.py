@@ -20,7 +20,7 @@ from diffusers import UNet2DConditionModel
 
 import leansd
 from leansd.anatomy.builtin import BUILTIN
-from leansd.anatomy.cost import count_macs
+from leansd.anatomy.counting import count_macs
 from leansd.anatomy.inputs import make_inputs
 from leansd.cli.terminal import hush_libraries
 from leansd.evaluation.records import Record, put_records, stamp

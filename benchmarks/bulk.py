@@ -20,12 +20,12 @@ from typing import Any
 
 import typer
 
-from leansd.bulk.jobs import Job, Part, Work, cut_parts, draw_here, run_job
+from leansd.bulk.jobs import BulkJob, ShardTask, Work, cut_parts, draw_here, run_job
 from leansd.bulk.on_ray import work_on_ray
 from leansd.bulk.rows import read_sheet
 from leansd.cli.terminal import hush_libraries
 from leansd.cluster import connect
-from leansd.evaluation.prompts import GUIDANCE, THINGS
+from leansd.evaluation.prompt_sets import GUIDANCE, THINGS
 from leansd.evaluation.records import Record, stamp, write_records
 from leansd.plans.presets import preset
 from leansd.shards import list_shards
@@ -42,7 +42,7 @@ def write_prompts(path: Path, count: int) -> Path:
     return path
 
 
-def run(job: Job, parts: list[Part], work: Work) -> tuple[float, list[bytes]]:
+def run(job: BulkJob, parts: list[ShardTask], work: Work) -> tuple[float, list[bytes]]:
     """Seconds of a whole job, and what came out."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
@@ -56,7 +56,7 @@ def main(
 ) -> None:
     hush_libraries()
     followed = preset(plan, steps, sampler="dpm++2m")
-    job = Job(
+    job = BulkJob(
         "emoji", steps=steps, plan=followed.to_dict(),
         guidance=GUIDANCE, batch=8, shard=shard, threads=1, device="cpu",
     )  # fmt: skip

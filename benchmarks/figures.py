@@ -2,7 +2,7 @@
 
     python benchmarks/figures.py     writes bench.svg, incubation.svg, concepts/*.svg of docs/images
 
-What the boxes of `weave.svg` say is no number, so that one is drawn by hand.
+What the boxes of `hooks.svg` say is no number, so that one is drawn by hand.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from leansd.cli.terminal import hush_libraries
 from leansd.evaluation.bench import OWN_SETTING, draw_inputs, list_settings, name_own_front
 from leansd.evaluation.cost import CostModel
 from leansd.evaluation.profile import profile
-from leansd.evaluation.prompts import GUIDANCE, THINGS
+from leansd.evaluation.prompt_sets import GUIDANCE, THINGS
 from leansd.evaluation.records import load_records, stamp, write_records
 from leansd.evaluation.rivals import Contest, Task
 from leansd.evaluation.runs import PipelineCall, expand_calls
@@ -139,7 +139,7 @@ def find_preset(points: Sequence[Point], steps: int, speed: float) -> Plan | Non
 
 
 def write_presets() -> None:
-    """The house presets of all fronts there are."""
+    """The speed presets of all fronts there are."""
     rows: list[dict[str, Any]] = []
     for path in sorted(RESULTS.glob("*.json")):
         if OWN_SETTING.search(path.stem):

@@ -42,12 +42,12 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 import leansd
-from leansd.anatomy.cost import count_macs
+from leansd.anatomy.counting import count_macs
 from leansd.cli.terminal import hush_libraries
 from leansd.evaluation.extractors import find_embedder
 from leansd.evaluation.fidelity import psnr, ssim
 from leansd.evaluation.frechet import frechet_distance, measure_gaussian
-from leansd.evaluation.prompts import GUIDANCE
+from leansd.evaluation.prompt_sets import GUIDANCE
 from leansd.evaluation.quality import (
     Embedder,
     clip_score,

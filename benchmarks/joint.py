@@ -28,7 +28,7 @@ from leansd.cli.terminal import hush_libraries
 from leansd.evaluation.cost import CostModel
 from leansd.evaluation.fidelity import psnr
 from leansd.evaluation.profile import profile
-from leansd.evaluation.prompts import GUIDANCE, THINGS
+from leansd.evaluation.prompt_sets import GUIDANCE, THINGS
 from leansd.evaluation.records import (
     Record,
     load_records,
@@ -151,7 +151,7 @@ def tune_axes(arena: Arena, name: str, **axes: Any) -> Callable[[float], Plan | 
         tell=lambda text, share: print(f"{name}: {text}", flush=True),
         **axes,
     )
-    plans = [point.plan for point in (*front.points, *front.beaten)]
+    plans = [point.plan for point in (*front.points, *front.dominated)]
     return lambda speed: arena.choose(plans, speed)
 
 

@@ -55,7 +55,7 @@ def predict_from_units(pipe: Any, plan: Plan, arguments: dict[str, Any]) -> floa
 
 
 def time_wrapper(calls: int = 100_000) -> float:
-    """Microseconds that a woven unit's call takes longer than a bare one, in a full call."""
+    """Microseconds that a hooked unit's call takes longer than a bare one, in a full call."""
     pipe = load("emoji")
     unit, given = nn.Identity(), torch.zeros(1)
     with leansd.inherit(pipe.unet, Plan.full(2)) as run:
@@ -66,8 +66,8 @@ def time_wrapper(calls: int = 100_000) -> float:
         def measure(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             """Inside a UNet call, where the engine has a pass to ask."""
             with ForwardHooks({"mid.l0.res": unit}, engine._around):
-                woven, bare = unit.forward, nn.Identity().forward
-                laps.append(_time_calls(woven, given, calls) - _time_calls(bare, given, calls))
+                hooked, bare = unit.forward, nn.Identity().forward
+                laps.append(_time_calls(hooked, given, calls) - _time_calls(bare, given, calls))
             return forward(*args, **kwargs)
 
         with torch.no_grad(), ForwardHooks({"probe": pipe.unet.conv_act}, measure):

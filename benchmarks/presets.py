@@ -1,4 +1,4 @@
-"""The house presets against what a user would pick instead, on one model, in one interleaved run.
+"""The speed presets against what a user would pick instead, on one model, in one interleaved run.
 
     python benchmarks/presets.py [--model emoji] [--prompts 16] [--steps 30]
 
@@ -20,7 +20,7 @@ from leansd.cli.terminal import hush_libraries
 from leansd.evaluation.compare import Case
 from leansd.evaluation.demo import list_records, run_demo
 from leansd.evaluation.extractors import find_embedder
-from leansd.evaluation.prompts import GUIDANCE, PROMPTS
+from leansd.evaluation.prompt_sets import GUIDANCE, PROMPTS
 from leansd.evaluation.records import write_records
 from leansd.evaluation.runs import FULL
 from leansd.loading import load

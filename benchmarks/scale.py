@@ -26,7 +26,7 @@ from leansd.evaluation.extractors import batch_samples
 from leansd.evaluation.picture_sets import list_pictures, read_samples
 from leansd.evaluation.records import Record, stamp, write_records
 from leansd.files import write_file
-from leansd.shards import Drawn, name_shard, pack_shard
+from leansd.shards import DrawnPicture, name_shard, pack_shard
 
 RESULTS = Path(__file__).parent / "results" / "scale.jsonl"
 GPUS = (1, 10, 100, 1000)
@@ -136,7 +136,7 @@ def make_picture(seed: int) -> Image.Image:
 
 def measure_host() -> Iterator[tuple[str, float]]:
     """Processor seconds a picture of everything that is not the GPU's, and MB of a picture."""
-    drawn = [Drawn(f"{n:05d}", make_picture(n), {"prompt": "a thing"}) for n in range(SEEN)]
+    drawn = [DrawnPicture(f"{n:05d}", make_picture(n), {"prompt": "a thing"}) for n in range(SEEN)]
     with tempfile.TemporaryDirectory() as folder:
         content, packing = clock(lambda: pack_shard(drawn))
         path = Path(folder) / name_shard(0)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import leansd
-from leansd.bulk.jobs import Job, place_order
+from leansd.bulk.jobs import BulkJob, place_order
 from leansd.bulk.rows import read_sheet
 from leansd.drawing import Painting, Request
 from leansd.evaluation.compare import CONVERGED, Case
@@ -31,17 +31,17 @@ from leansd.incubation.training_log import TrainingLog, read_log, read_run
 from leansd.incubation.validation import paste_grid
 from leansd.plans.plan import Plan
 from leansd.plans.presets import PRESETS, SPEED_PRESETS, preset
-from leansd.report import Origin, Report, bulk, measurements, nets, plans, training
-from leansd.shards import Drawn, name_shard, pack_shard
+from leansd.report import Provenance, ReportPage, bulk, measurements, nets, plans, training
+from leansd.shards import DrawnPicture, name_shard, pack_shard
 from leansd.surgery.edits import Surgery
-from leansd.tuning.cutting import Candidate, Cut
+from leansd.tuning.cutting import Cut, CutCandidate
 from leansd.tuning.front import Front, Point
 from leansd.tuning.removals import Removal
 from test_profile import make_cost
 from tiny import tiny_unet
 
 ANATOMY = leansd.dissect(tiny_unet(), name="tiny")
-ORIGIN = Origin("leansd demo --prompts 'a <b>red</b> apple' --steps 30", stamp("cpu"))
+ORIGIN = Provenance("leansd demo --prompts 'a <b>red</b> apple' --steps 30", stamp("cpu"))
 PROMPTS = ("a <b>red</b> apple", "a pizza", "a cat's face")
 STEPS = 30
 
@@ -82,7 +82,7 @@ def make_demo() -> Demo:
     )
 
 
-def report_demo(folder: Path) -> Report:
+def report_demo(folder: Path) -> ReportPage:
     return plans.report_comparison(make_demo())
 
 
@@ -102,7 +102,7 @@ def make_drift() -> Iterator[Record]:
         yield Record(**shared, metric="guidance_drift", value=0.1 + step / 100, step=step)
 
 
-def report_tune(folder: Path) -> Report:
+def report_tune(folder: Path) -> ReportPage:
     tuned = [preset(name, STEPS, sampler="dpm++2m") for name in SPEED_PRESETS]
     points = [Point(plan, 1.5 + 0.6 * n, 600 - 90 * n, 52 - 6 * n) for n, plan in enumerate(tuned)]
     plain = [Point(Plan.full(19, name="19 steps"), 1.55, 580, 43.1)]
@@ -111,7 +111,7 @@ def report_tune(folder: Path) -> Report:
     return plans.report_tuning(front, points[1], ANATOMY, list(make_drift()))
 
 
-def report_profile(folder: Path) -> Report:
+def report_profile(folder: Path) -> ReportPage:
     cost = make_cost()
     plans = [preset(name, STEPS) for name in ("full", "balanced")]
     predictions = tuple(
@@ -122,19 +122,19 @@ def report_profile(folder: Path) -> Report:
     return measurements.report_profile(profiled, cost.list_records(stamp("cpu")))
 
 
-def report_anatomy(folder: Path) -> Report:
+def report_anatomy(folder: Path) -> ReportPage:
     records = list_records(ANATOMY, None, stamp("meta"))
     (spent,) = read_spent(records)
     return nets.report_anatomy(spent, records)
 
 
-def report_bench(folder: Path) -> Report:
+def report_bench(folder: Path) -> ReportPage:
     results = Path(__file__).parents[1] / "benchmarks" / "results" / "bench.jsonl"
     standings = read_standings(load_records(results))
     return measurements.report_bench(standings[:2])
 
 
-def report_evaluation(folder: Path) -> Report:
+def report_evaluation(folder: Path) -> ReportPage:
     shared = {**stamp("cpu"), "subject": "tiny", "seed": 1000, "calls": 3, "steps": STEPS}
     shared |= {"sampler": "ddim", "guidance": 4.0}
     cases = {"full": 1.0, "balanced": 2.1, "turbo": 3.3, "unipc:15": 2.0}
@@ -165,34 +165,34 @@ def _as_tensor(picture: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
-def report_cut(folder: Path) -> Report:
+def report_cut(folder: Path) -> ReportPage:
     gone = [Removal(("dn0.l1", "up3.l1")), Removal(("mid",)), Removal(("dn2.l1.attn",))]
-    candidates = [Candidate(each, 0.01 * n, 0.08 + 0.01 * n) for n, each in enumerate(gone, 1)]
+    candidates = [CutCandidate(each, 0.01 * n, 0.08 + 0.01 * n) for n, each in enumerate(gone, 1)]
     front = tuple((1 - 0.05 * n, 0.004 * n**2) for n in range(9))
     surgery = Surgery("light").drop("dn0.l1", "up3.l1", "mid")
     cut = Cut(surgery, "macs", 0.8, 0.79, 0.03, 0.045, tuple(gone[:2]), tuple(candidates), front)
     return nets.report_cut(cut, ANATOMY)
 
 
-def report_plan(folder: Path) -> Report:
+def report_plan(folder: Path) -> ReportPage:
     return plans.report_plan(preset("turbo", STEPS), ANATOMY, 3.33)
 
 
-def report_surgery(folder: Path) -> Report:
+def report_surgery(folder: Path) -> ReportPage:
     surgery = Surgery("light").drop("dn0.l1", "up3.l1").drop("mid.l0.attn")
     seen = leansd.preview(tiny_unet(), surgery, latent=8)
     return nets.report_surgery(seen, "tiny")
 
 
-def report_export(folder: Path) -> Report:
+def report_export(folder: Path) -> ReportPage:
     files = {"graphs.json": 4_000, "key-0123456789.onnx": 1_200_000, "cut.onnx": 300_000}
     written = Exported(folder, files, preset("fast", STEPS), 1.3e-6)
     return nets.report_export(written, "tiny", "onnx", ANATOMY)
 
 
-def report_comparison(folder: Path) -> Report:
+def report_comparison(folder: Path) -> ReportPage:
     pairs = [
-        plans.Pair(
+        plans.PicturePair(
             Request(prompt=prompt, seed=seed),
             Painting(draw(seed), 2.0),
             Painting(draw(seed, 1), 1.1),
@@ -202,16 +202,16 @@ def report_comparison(folder: Path) -> Report:
     return plans.report_pairs(pairs, preset("balanced", STEPS), ANATOMY)
 
 
-def report_job(folder: Path) -> Report:
+def report_job(folder: Path) -> ReportPage:
     rows = [{"id": f"p{n}", "prompt": prompt} for n, prompt in enumerate(PROMPTS)]
     lines = [json.dumps(row) for row in rows]
     (folder / "rows.jsonl").write_text("\n".join([*lines, '{"id": 3}']) + "\n")
     out = folder / "out"
     plan = preset("fast", STEPS).to_dict()
-    job = Job("tiny", STEPS, plan, shard=2)
+    job = BulkJob("tiny", STEPS, plan, shard=2)
     order = place_order(read_sheet(folder / "rows.jsonl"), out, job)
     for part in order.parts:
-        drawn = [Drawn(item.row.id, draw(item.row.number), {}) for item in part.items]
+        drawn = [DrawnPicture(item.row.id, draw(item.row.number), {}) for item in part.items]
         (out / part.name).write_bytes(pack_shard(drawn))
     return bulk.report_job(order, out, 12.5)
 
@@ -249,15 +249,15 @@ def write_run(folder: Path, *, ended: bool = True) -> TrainingLog:
     return read_run(recipe, folder, ended=ended)
 
 
-def report_training(folder: Path) -> Report:
+def report_training(folder: Path) -> ReportPage:
     return training.report_training(write_run(folder), RECIPE)
 
 
-def report_training_under_way(folder: Path) -> Report:
+def report_training_under_way(folder: Path) -> ReportPage:
     return training.report_training(write_run(folder, ended=False), RECIPE)
 
 
-def report_emoji_training(folder: Path) -> Report:
+def report_emoji_training(folder: Path) -> ReportPage:
     for stage, name in (("vae", "mse"), ("unet", "error")):
         (folder / stage).mkdir()
         rows = [
@@ -278,7 +278,7 @@ def report_emoji_training(folder: Path) -> Report:
     return training.report_training(log)
 
 
-def report_estimate(folder: Path) -> Report:
+def report_estimate(folder: Path) -> ReportPage:
     stages = tuple(
         StageCost(
             name, "end-to-end", 1000 * (n + 1), 8000, 10**7, 10**6 * (n + 1), 10**10, 7 * 10**9,
@@ -289,8 +289,8 @@ def report_estimate(folder: Path) -> Report:
     return training.report_estimate(Estimate("light", 8, stages, 5e10, "cpu"))
 
 
-def report_scoring(folder: Path) -> Report:
-    drawn = [Drawn(f"{n:02d}", draw(n), {"prompt": PROMPTS[n % 3]}) for n in range(6)]
+def report_scoring(folder: Path) -> ReportPage:
+    drawn = [DrawnPicture(f"{n:02d}", draw(n), {"prompt": PROMPTS[n % 3]}) for n in range(6)]
     (folder / "drawn").mkdir()
     (folder / "drawn" / name_shard(0)).write_bytes(pack_shard(drawn))
     scoring = read_scoring(
@@ -301,7 +301,7 @@ def report_scoring(folder: Path) -> Report:
     return measurements.report_scores(scoring, scored, ["seen by the tiny CLIP only"])
 
 
-KINDS: dict[str, Callable[[Path], Report]] = {
+KINDS: dict[str, Callable[[Path], ReportPage]] = {
     name.removeprefix("report_"): make
     for name, make in globals().items()
     if name.startswith("report_")

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 import leansd
 from leansd.anatomy import count_macs, read_anatomy
 from leansd.anatomy.builtin import open_builtin
-from leansd.anatomy.cost import copy_skeleton
+from leansd.anatomy.counting import copy_skeleton
 from leansd.anatomy.inputs import make_inputs
 from leansd.errors import LeansdError
 from tiny import tiny_unet, tiny_xl_unet

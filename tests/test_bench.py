@@ -52,8 +52,7 @@ from leansd.evaluation.standings import (
 from leansd.plans.methods import chebyshev
 from leansd.runtime.clock import read_schedule
 from leansd.runtime.samplers import make_scheduler
-from leansd.tuning.front import Front, read_plans
-from leansd.tuning.front import Point as FrontPoint
+from leansd.tuning.front import Front, Point, read_plans
 from loops import sample
 from tiny import tiny_pipeline, tiny_scheduler, tiny_unet
 
@@ -299,16 +298,22 @@ def test_all_samplers_and_step_counts_the_papers_setting_and_image_to_image():
 def test_own_plans_from_a_folder_are_those_of_the_sampler_and_step_count(tmp_path):
     for name in ("ddim-4-2x", "ddim-4-1.5x", "ddim-6-2x", "euler-4-2x"):
         Plan.full(int(name.split("-")[1])).save(tmp_path / f"{name}.json")
-    plans = choose_plans([str(tmp_path), "fast"], CONTEST, 4, read_front=read_plans)
+    plans = choose_plans([str(tmp_path), "fast"], CONTEST, 4, read_front=read_plans, force=True)
     assert [plan.name for plan in plans] == ["1.5x", "2x", "fast"]
-    plans = choose_plans([], CONTEST, 4, read_front=read_plans)
+    plans = choose_plans([], CONTEST, 4, read_front=read_plans, force=True)
     assert [plan.name for plan in plans] == list(leansd.plans.presets.SPEED_PRESETS)
+    told = []
+    plans = choose_plans(
+        [str(tmp_path), "fast"], CONTEST, 4, read_front=read_plans, tell=told.append
+    )
+    assert [plan.name for plan in plans] == ["1.5x", "2x"]  # in 4 steps fast means the full run
+    assert "to follow fast all the same give --force" in told[0]
 
 
 def test_a_front_for_what_a_contest_draws_comes_before_one_for_anything(tmp_path):
     for suffix in ("", "-g8", "-image-to-image"):
         plan = Plan.full(4, name=f"tuned{suffix}").guide("drop", at=3)
-        front = Front.of("unet", "ddim", 4, [FrontPoint(plan, 1.2, 1.0, 40.0)])
+        front = Front.of("unet", "ddim", 4, [Point(plan, 1.2, 1.0, 40.0)])
         front.save(tmp_path / f"ddim-4{suffix}.json")
     contests = [replace(CONTEST, guidance=8.0), CONTEST, replace(CONTEST, task="image-to-image")]
     found = [
@@ -329,7 +334,7 @@ def test_bench_of_the_embedded_model_and_its_resumption(tmp_path, capsys):
     command = [
         *("bench", "--count", "2", "--batch", "1", "--steps", "4", "--sampler", "dpm++2m"),
         *("--converged-steps", "8", "--seeds-for-spread", "1", "--plans", "fast"),
-        *("--rivals", "fewer,spectrum", "--quick"),
+        *("--rivals", "fewer,spectrum", "--quick", "--force"),
         *("--out", str(out), "--report", str(report), "--device", "cpu", "--json"),
     ]
     assert main(command) == 0

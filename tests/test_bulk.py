@@ -16,10 +16,10 @@ import leansd
 from leansd.bulk import jobs
 from leansd.bulk.jobs import (
     FILE,
+    BulkJob,
     Drawer,
-    Job,
-    Part,
-    Shard,
+    DrawnShard,
+    ShardTask,
     claim_folder,
     cut_parts,
     list_missing,
@@ -94,12 +94,12 @@ def test_every_row_becomes_a_picture(
 
 
 def test_a_stopped_job_goes_on(model: str, prompts: Path, tmp_path: Path) -> None:
-    job = Job(model, steps=2, batch=2, shard=2, threads=1, home=str(tmp_path), device="cpu")
+    job = BulkJob(model, steps=2, batch=2, shard=2, threads=1, home=str(tmp_path), device="cpu")
     parts = cut_parts(read_sheet(prompts).rows, job)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run_job(job, parts, whole)
 
-    def die(job: Job, parts: Sequence[Part]) -> Iterator[tuple[Part, Shard]]:
+    def die(job: BulkJob, parts: Sequence[ShardTask]) -> Iterator[tuple[ShardTask, DrawnShard]]:
         drawer = Drawer(job)
         for part in (parts[2], parts[0]):
             yield part, drawer.draw(part)
@@ -117,12 +117,12 @@ def test_a_stopped_job_goes_on(model: str, prompts: Path, tmp_path: Path) -> Non
 def test_a_full_disk_leaves_whole_shards(
     prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = Job("emoji", steps=2, shard=2)
+    job = BulkJob("emoji", steps=2, shard=2)
     parts = cut_parts(read_sheet(prompts).rows, job)
     out = tmp_path / "out"
 
-    def draw(job: Job, parts: Sequence[Part]) -> Iterator[tuple[Part, Shard]]:
-        return ((part, Shard(part.name.encode(), {})) for part in parts)
+    def draw(job: BulkJob, parts: Sequence[ShardTask]) -> Iterator[tuple[ShardTask, DrawnShard]]:
+        return ((part, DrawnShard(part.name.encode(), {})) for part in parts)
 
     honest = Path.write_bytes
 
@@ -200,15 +200,15 @@ def test_what_is_wrong_is_said_before_anything_is_drawn(
     ):
         assert main(arguments) == 2
         assert said in capsys.readouterr().err
-    claim_folder(tmp_path / "job", Job("emoji", steps=2))
-    claim_folder(tmp_path / "job", Job("emoji", steps=2, device="cuda"))
+    claim_folder(tmp_path / "job", BulkJob("emoji", steps=2))
+    claim_folder(tmp_path / "job", BulkJob("emoji", steps=2, device="cuda"))
     with pytest.raises(LeansdError, match="another job"):
-        claim_folder(tmp_path / "job", Job("emoji", steps=3))
+        claim_folder(tmp_path / "job", BulkJob("emoji", steps=3))
     (tmp_path / "job" / FILE).write_text("{")
     with pytest.raises(LeansdError, match="cannot be read"):
-        claim_folder(tmp_path / "job", Job("emoji", steps=2))
+        claim_folder(tmp_path / "job", BulkJob("emoji", steps=2))
     with pytest.raises(LeansdError, match="holds no job"):
-        claim_folder(tmp_path, Job("emoji", steps=2))
+        claim_folder(tmp_path, BulkJob("emoji", steps=2))
 
 
 def test_a_damaged_shard_is_told(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from leansd.bulk.jobs import Job, Part, cut_parts, list_missing, run_job
+from leansd.bulk.jobs import BulkJob, ShardTask, cut_parts, list_missing, run_job
 from leansd.bulk.rows import read_sheet
 from leansd.errors import LeansdError
 from leansd.shards import list_shards
@@ -35,17 +35,17 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def job(home: Path) -> Job:
-    return Job(str(home / "model"), steps=8, shard=SHARD, threads=1, device="cpu")
+def job(home: Path) -> BulkJob:
+    return BulkJob(str(home / "model"), steps=8, shard=SHARD, threads=1, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def parts(home: Path, job: Job) -> list[Part]:
+def parts(home: Path, job: BulkJob) -> list[ShardTask]:
     return cut_parts(read_sheet(home / "prompts.jsonl").rows, job)
 
 
 @pytest.fixture(scope="module")
-def expected(home: Path, job: Job, parts: list[Part]) -> dict[str, bytes]:
+def expected(home: Path, job: BulkJob, parts: list[ShardTask]) -> dict[str, bytes]:
     """Every shard, drawn one after the other in this process."""
     run_job(job, parts, home / "serial")
     return read_shards(home / "serial")
@@ -80,21 +80,21 @@ def list_workers() -> list[psutil.Process]:
 
 
 def draw(
-    cluster: Any, job: Job, parts: list[Part], folder: Path, acts: list[Callable[[], None]]
+    cluster: Any, job: BulkJob, parts: list[ShardTask], folder: Path, acts: list[Callable[[], None]]
 ) -> None:
     """Draw on the cluster; after each of the first shards something happens."""
     from leansd.bulk.on_ray import work_on_ray
 
     left = iter(acts)
 
-    def on_part(part: Part) -> None:
+    def on_part(part: ShardTask) -> None:
         next(left, lambda: None)()
 
     run_job(job, parts, folder, work=work_on_ray(cluster.address, workers=2), on_part=on_part)
 
 
 def test_a_killed_worker_and_a_lost_node_cost_time_only(
-    cluster: Any, job: Job, parts: list[Part], expected: dict[str, bytes], tmp_path: Path
+    cluster: Any, job: BulkJob, parts: list[ShardTask], expected: dict[str, bytes], tmp_path: Path
 ) -> None:
     node = cluster.add_node(num_cpus=1)
     killed: list[int] = []
@@ -132,7 +132,7 @@ def test_a_killed_driver_goes_on(
     assert read_shards(tmp_path / "out") == expected
 
 
-def test_nobody_there_is_said(job: Job, parts: list[Part], tmp_path: Path) -> None:
+def test_nobody_there_is_said(job: BulkJob, parts: list[ShardTask], tmp_path: Path) -> None:
     from leansd.bulk.on_ray import work_on_ray
 
     with pytest.raises(LeansdError, match=r"no Ray cluster answers at 127\.0\.0\.1:1"):

@@ -1,4 +1,4 @@
-"""GRI and CLME-CondConv as edits of a surgery: built, inherited, saved, folded and woven."""
+"""GRI and CLME-CondConv as edits of a surgery: built, inherited, saved, folded and hooked."""
 
 import copy
 import itertools

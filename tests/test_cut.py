@@ -9,7 +9,7 @@ import torch
 
 import leansd
 from leansd.anatomy.builtin import open_builtin
-from leansd.anatomy.cost import dissect
+from leansd.anatomy.counting import dissect
 from leansd.cli import main
 from leansd.errors import LeansdError
 from leansd.evaluation.inner_timing import time_units

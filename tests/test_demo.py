@@ -27,7 +27,7 @@ def test_the_demo_compares_every_preset(demo, capsys, monkeypatch):
     torch.set_num_threads(1)
     out = demo / "out"
     code = main(
-        ["demo", "--model", str(demo / "model"), "--steps", "6", "--out", str(out),
+        ["demo", "--model", str(demo / "model"), "--steps", "6", "--out", str(out), "--force",
          "--prompts", "a <b>red</b> apple", "--prompts", "pizza"]
     )  # fmt: skip
     torch.set_num_threads(threads)
@@ -63,6 +63,17 @@ def test_the_demo_compares_every_preset(demo, capsys, monkeypatch):
         "seconds", "speedup", "predicted_speedup", "bytes_kept", "psnr", "ssim",
     }  # fmt: skip
     assert {record.plan for record in records} == set(names)
+
+
+def test_few_steps_run_in_full_unless_forced(demo, capsys):
+    shared = ["demo", "--model", str(demo / "model"), "--steps", "3", "--prompts", "pizza"]
+    assert main([*shared, "--out", str(demo / "few")]) == 0
+    printed = capsys.readouterr()
+    names = [row["name"] for row in json.loads(printed.out.splitlines()[-1])["plans"]]
+    assert names == ["full", "fewer steps"]
+    assert printed.err.count("--force") == len(SPEED_PRESETS)
+    _, text = read_page(demo / "few" / "report.html")
+    assert "In few steps every plan means the full run" in text
 
 
 def test_the_demo_tells_what_is_wrong_before_it_draws(demo, capsys, tmp_path):

@@ -17,6 +17,7 @@ from leansd.plans.presets import PRESETS, SPEED_PRESETS
 from leansd.plans.resolve import Resolved, resolve_plan
 from leansd.runtime.context import describe_runs
 from leansd.runtime.samplers import set_sampler
+from leansd.shards import read_shard
 from tiny import tiny_pipeline, tiny_unet
 
 SAMPLERS = ("ddim", "euler", "dpm++2m", "unipc")
@@ -135,6 +136,9 @@ def test_drawing_commands_carry_the_plan_that_names_mean(
     (job,) = (tmp_path / "bulk").glob("*.json")
     plan = leansd.Plan.from_dict(json.loads(job.read_text())["plan"])
     assert plan.fingerprint == expected.plan.fingerprint
+    (shard,) = (tmp_path / "bulk").glob("*.tar")
+    (inside,) = read_shard(shard)
+    assert inside.facts["plan_fingerprint"] == expected.plan.fingerprint
     assert all(told.count(note) == 1 for note in expected.notes)
 
     (tmp_path / "prompts.txt").write_text("a pizza\na cat\n")

@@ -17,7 +17,6 @@ from leansd.incubation.data.batches import Batch
 from leansd.incubation.data.random_latents import RandomLatents
 from leansd.incubation.noise import DiffusionSchedule, NoiseDraw
 from leansd.incubation.recipe import Recipe
-from leansd.incubation.run import NET, Run, claim_folder, open_nets, run_stages
 from leansd.incubation.step import StudentUNet, TeacherUNet, run_student, run_teacher, sum_losses
 from leansd.incubation.students import StageNet, make_student
 from leansd.incubation.trainer import (
@@ -28,6 +27,7 @@ from leansd.incubation.trainer import (
     prepare_teacher,
 )
 from leansd.incubation.training_log import LossLog
+from leansd.incubation.training_run import NET, TrainingRun, claim_folder, open_nets, run_stages
 from leansd.loading import load_unet
 from leansd.surgery.lineage import Lineage
 from processes import die, die_before_moving, run_until_dead
@@ -78,8 +78,8 @@ def make_source() -> RandomLatents:
     return RandomLatents((4, LATENT, LATENT), torch.randn(3, 5, WIDTH))
 
 
-def make_run(folder: Path, recipe: Recipe | None = None) -> Run:
-    return Run(recipe or write_recipe(), folder, make_parts(), make_source())
+def make_run(folder: Path, recipe: Recipe | None = None) -> TrainingRun:
+    return TrainingRun(recipe or write_recipe(), folder, make_parts(), make_source())
 
 
 def make_training(folder: Path, recipe: Recipe, number: int = 0) -> StageTrainer:
@@ -109,14 +109,14 @@ def read_curves(folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> TrainingRun:
     run = make_run(tmp_path_factory.mktemp("runs") / "whole")
     run_stages(run)
     return run
 
 
 def test_the_assembled_net_has_the_originals_deep_part_and_a_trained_shallow_one(
-    finished: Run,
+    finished: TrainingRun,
 ) -> None:
     teacher = finished.pipe.unet.state_dict()
     net = load_unet(finished.folder / NET, device="cpu", dtype=torch.float32).state_dict()
@@ -129,13 +129,15 @@ def test_the_assembled_net_has_the_originals_deep_part_and_a_trained_shallow_one
     assert not torch.equal(net[shallow], light.state_dict()[shallow])
 
 
-def test_the_lineage_leads_back_to_the_teacher(finished: Run) -> None:
+def test_the_lineage_leads_back_to_the_teacher(finished: TrainingRun) -> None:
     lineage = Lineage.load(finished.folder / NET)
     assert set(lineage.nets) == {"teacher"}
     assert lineage.origins["up0.l1.res"] == ("teacher", "up0.l2.res")
 
 
-def test_a_stage_starts_from_what_an_earlier_run_left(finished: Run, tmp_path: Path) -> None:
+def test_a_stage_starts_from_what_an_earlier_run_left(
+    finished: TrainingRun, tmp_path: Path
+) -> None:
     nets = {"mine": str(finished.folder / "light" / NET)}
     stage = {**ASSEMBLED, "nets": {"original": "teacher", "light": "mine"}}
     document = {**write_recipe().to_document(), "nets": nets, "stages": [stage]}
@@ -149,7 +151,7 @@ def test_a_stage_starts_from_what_an_earlier_run_left(finished: Run, tmp_path: P
         assert torch.equal(own, other)
 
 
-def test_nets_that_no_run_left_are_refused(finished: Run, tmp_path: Path) -> None:
+def test_nets_that_no_run_left_are_refused(finished: TrainingRun, tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     finished.pipe.unet.save_pretrained(plain)
     document = {
@@ -202,7 +204,7 @@ def work_until_dead(folder: Path, moves: int, looks: int) -> None:
 
 @pytest.mark.parametrize(("moves", "looks"), [(1, 0), (0, 3), (4, 0), (0, 5)])
 def test_a_killed_run_ends_as_if_it_had_not_been(
-    finished: Run, tmp_path: Path, moves: int, looks: int
+    finished: TrainingRun, tmp_path: Path, moves: int, looks: int
 ) -> None:
     run_until_dead(work_until_dead, tmp_path, moves, looks)
     assert not (tmp_path / NET).exists()
@@ -249,7 +251,7 @@ def test_the_teacher_is_asked_once_where_its_tensors_are_kept(
         assert read_net(folder) == read_net(tmp_path / "whole")
 
 
-def test_only_as_many_checkpoints_stay_as_are_asked_for(finished: Run) -> None:
+def test_only_as_many_checkpoints_stay_as_are_asked_for(finished: TrainingRun) -> None:
     names = [path.name for path in sorted((finished.folder / "light/checkpoints").iterdir())]
     assert names == ["step-00000002", "step-00000003"]
 

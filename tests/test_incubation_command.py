@@ -77,7 +77,7 @@ def test_a_stopped_run_leaves_a_page(
     def stop(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("leansd.incubation.run.keep_net", stop)
+    monkeypatch.setattr("leansd.incubation.training_run.keep_net", stop)
     losses = "stages.light.losses.vgg.weight=0"
     code, _, _ = run(capsys, recipe, losses, "stages.light.steps=1", "--out", tmp_path / "run")
     assert code == 130

@@ -17,9 +17,8 @@ from PIL import Image
 
 from conformance.models import make_pipeline, xl_unet
 from leansd.errors import LeansdError
-from leansd.incubation.data.batches import Conditions
-from leansd.incubation.data.cache import Cache, Latents
-from leansd.incubation.data.cached_source import CachedSource, Chances, Order
+from leansd.incubation.data.batches import Conditioning
+from leansd.incubation.data.cached_source import CachedSource, Chances, SampleOrder
 from leansd.incubation.data.encoding import PictureEncoder, TextEncoder, read_picture
 from leansd.incubation.data.filling import FillProgress, FillReporter, fill
 from leansd.incubation.data.kinds import (
@@ -29,6 +28,7 @@ from leansd.incubation.data.kinds import (
     prepare_dataset,
     read_options,
 )
+from leansd.incubation.data.sample_cache import Cache, Latents
 from leansd.incubation.data.samples import Flaw, Sample, digest, list_folder, list_tars
 from leansd.incubation.recipe import DataConfig
 from tiny import tiny_pipeline, tiny_scheduler, tiny_vae
@@ -118,12 +118,12 @@ class Making:
 class Wording:
     """Conditions that follow from the caption's letters."""
 
-    def encode(self, captions: list[str]) -> Conditions:
+    def encode(self, captions: list[str]) -> Conditioning:
         text = torch.tensor([[[float(sum(map(ord, each)))] * 3] * 2 for each in captions])
-        return Conditions(text, {"text_embeds": text[:, 0]})
+        return Conditioning(text, {"text_embeds": text[:, 0]})
 
-    def encode_empty(self) -> Conditions:
-        return Conditions(torch.zeros(1, 2, 3), {"text_embeds": torch.zeros(1, 3)})
+    def encode_empty(self) -> Conditioning:
+        return Conditioning(torch.zeros(1, 2, 3), {"text_embeds": torch.zeros(1, 3)})
 
 
 def equal(one: Any, other: Any) -> bool:
@@ -179,13 +179,13 @@ def test_an_epoch_has_every_sample_once_and_the_next_another_order(
 
 
 def test_samples_are_shuffled_across_the_shards_of_a_window() -> None:
-    order = Order([10] * 8, seed=0, window=20)
+    order = SampleOrder([10] * 8, seed=0, window=20)
     spots = [order.find(place) for place in range(80)]
     assert sorted(spots) == [(shard, row) for shard in range(8) for row in range(10)]
     for begin in range(0, 80, 20):
         assert len({shard for shard, _ in spots[begin : begin + 20]}) == 2
     assert [shard for shard, _ in spots[:20]] != sorted(shard for shard, _ in spots[:20])
-    assert Order([10] * 8, seed=0, window=20).find(47) == spots[47]
+    assert SampleOrder([10] * 8, seed=0, window=20).find(47) == spots[47]
 
 
 def test_latents_are_drawn_anew_each_epoch(shelf: tuple[Cache, list[Made]]) -> None:

@@ -15,12 +15,11 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from leansd.errors import LeansdError
-from leansd.incubation import checkpoints, estimate
-from leansd.incubation import run as run_module
+from leansd.incubation import estimate, training_run, training_state
 from leansd.incubation.optimization import build_optimizer
 from leansd.incubation.recipe import Recipe, TrainerSettings
-from leansd.incubation.run import NET, Run, incubate, run_stages
 from leansd.incubation.trainer import prepare_teacher
+from leansd.incubation.training_run import NET, TrainingRun, incubate, run_stages
 from leansd.loading import load_unet
 from test_incubation import (
     LIGHT,
@@ -54,8 +53,8 @@ def look_at(unet: Any) -> tuple[Any, ...]:
         "leansd.incubation.trainer.build_optimizer",
         "leansd.incubation.trainer.Ema",
         "leansd.incubation.trainer.sum_losses",
-        "leansd.incubation.checkpoints.save_file",
-        "leansd.incubation.run.keep_net",
+        "leansd.incubation.training_state.save_file",
+        "leansd.incubation.training_run.keep_net",
         None,
     ],
 )
@@ -137,11 +136,11 @@ FULL: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "checkpoint": lambda patch: fill_disk(patch, Accelerator, "save_state", NO_ROOM),
     "tensors": lambda patch: fill_disk(
         patch,
-        checkpoints,
+        training_state,
         "save_file",
         SafetensorError("I/O error: No space left on device (os error 28)"),
     ),
-    "net": lambda patch: fill_disk(patch, run_module, "save_net", NO_ROOM),
+    "net": lambda patch: fill_disk(patch, training_run, "save_net", NO_ROOM),
     "folder": lambda patch: fill_disk(
         patch, os, "replace", PermissionError(13, "Permission denied")
     ),
@@ -149,7 +148,7 @@ FULL: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> TrainingRun:
     run = make_run(tmp_path_factory.mktemp("runs") / "whole", KEPT)
     run_stages(run)
     return run
@@ -157,7 +156,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.mark.parametrize("what", FULL)
 def test_a_full_or_closed_disk_is_a_sentence_and_the_run_goes_on(
-    what: str, finished: Run, tmp_path: Path
+    what: str, finished: TrainingRun, tmp_path: Path
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         FULL[what](patch)

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from leansd.errors import LeansdError
-from leansd.incubation.data.batches import Batch, Conditions, PairedSource, pair_up
+from leansd.incubation.data.batches import Batch, Conditioning, PairedSource, pair_up
 from leansd.incubation.data.random_latents import RandomLatents
 from leansd.incubation.estimate import estimate
 from leansd.incubation.losses import build_loss
@@ -23,7 +23,7 @@ from tiny import WIDTH, tiny_scheduler
 
 def make_source() -> PairedSource:
     torch.manual_seed(1)
-    empty = Conditions(torch.zeros(1, 5, WIDTH))
+    empty = Conditioning(torch.zeros(1, 5, WIDTH))
     return PairedSource(RandomLatents((4, 8, 8), torch.randn(3, 5, WIDTH), without=empty))
 
 
@@ -42,7 +42,7 @@ def test_every_sample_comes_with_its_prompt_and_without() -> None:
 
 def test_what_the_empty_prompt_does_not_say_is_the_pictures_own() -> None:
     added = {"text_embeds": torch.ones(2, 3), "time_ids": torch.arange(12.0).view(2, 6)}
-    empty = Conditions(torch.zeros(1, 5, 4), {"text_embeds": torch.zeros(1, 3)})
+    empty = Conditioning(torch.zeros(1, 5, 4), {"text_embeds": torch.zeros(1, 3)})
     batch = pair_up(Batch(torch.randn(2, 4, 8, 8), torch.ones(2, 5, 4), added), empty)
     assert batch.added["text_embeds"][:, 0].tolist() == [1, 0, 1, 0]
     assert torch.equal(batch.added["time_ids"][::2], batch.added["time_ids"][1::2])

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from leansd.errors import LeansdError
 from leansd.incubation.data.batches import Batch
 from leansd.incubation.data.random_latents import RandomLatents
-from leansd.incubation.features import Comparison
+from leansd.incubation.features import FeatureMatch
 from leansd.incubation.losses import LOSSES, LossContext, StepOutputs, build_loss
 from leansd.incubation.noise import DiffusionSchedule, draw_noise
 from leansd.incubation.optimization import Ema, read_peak
@@ -222,7 +222,7 @@ def make_setting(**changes: Any) -> LossContext:
     lineage: Any = SimpleNamespace(
         units=("dn0.l0.res", *ends), stands_for=lambda at: SimpleNamespace(at=at)
     )
-    return LossContext(lineage, tuple(Comparison(at, at) for at in ends), **changes)
+    return LossContext(lineage, tuple(FeatureMatch(at, at) for at in ends), **changes)
 
 
 def test_losses_are_what_they_say() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from leansd.incubation.run import NET, run_stages
 from leansd.incubation.trainer import ValidationHook
+from leansd.incubation.training_run import NET, run_stages
 from leansd.loading import load_unet
 from processes import start
 from test_incubation import LIGHT, make_run, write_recipe

@@ -122,3 +122,40 @@ def test_nothing_unpickles(path: Path) -> None:
 def test_every_public_name_is_there(name: str) -> None:
     assert getattr(leansd, name) is not None
     assert name in dir(leansd)
+
+
+def list_public_types(path: Path) -> Iterator[str]:
+    """Classes and type aliases of a module that others may import; type variables are its own."""
+    for node in ast.parse(path.read_text()).body:
+        match node:
+            case ast.ClassDef(name=name):
+                yield name
+            case ast.AnnAssign(target=ast.Name(id=name), annotation=ast.Name(id="TypeAlias")):
+                yield name
+            case _:
+                pass
+
+
+def test_a_class_has_its_name_for_itself() -> None:
+    homes: dict[str, list[str]] = {}
+    for path in FILES:
+        for name in list_public_types(path):
+            if not name.startswith("_"):
+                homes.setdefault(name, []).append(str(path.relative_to(ROOT)))
+    assert {name: paths for name, paths in homes.items() if len(paths) > 1} == {}
+
+
+def test_a_module_has_its_name_for_itself() -> None:
+    """But for commands and reports, which are called after what they are of, and `__init__`."""
+    homes: dict[str, list[str]] = {}
+    for path in FILES:
+        if get_part(path) not in ("cli", "report") and path.stem != "__init__":
+            homes.setdefault(path.stem, []).append(str(path.relative_to(ROOT)))
+    assert {name: paths for name, paths in homes.items() if len(paths) > 1} == {}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "cli").glob("*.py")), ids=lambda path: path.stem)
+def test_functions_of_commands_fit_a_screen(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 61, node.name

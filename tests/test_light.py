@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import leansd
 from leansd.anatomy import read_anatomy
-from leansd.anatomy.cost import count_macs
+from leansd.anatomy.counting import count_macs
 from leansd.anatomy.inputs import make_inputs
 from leansd.errors import LeansdError
 from leansd.loading import load_outline

@@ -18,13 +18,13 @@ from leansd.plans.methods import METHODS
 from leansd.plans.plan import Plan
 from leansd.plans.presets import preset
 from leansd.report import (
-    Attachment,
+    AttachedFile,
     Chart,
     Drawing,
-    Grid,
     Listing,
+    PictureGrid,
     Prose,
-    Report,
+    ReportPage,
     render_page,
     write_report,
 )
@@ -32,8 +32,8 @@ from leansd.report.drawings import draw_heat, draw_plan
 from leansd.report.figures import embed_svg, encode_svg, open_axes, open_figure
 from leansd.report.nets import report_anatomy, report_surgery
 from leansd.report.palette import get_colours, name_colours
-from leansd.report.plans import Pair, report_pairs, report_plan
-from leansd.report.plots import Point, average_points, plot_tradeoff
+from leansd.report.plans import PicturePair, report_pairs, report_plan
+from leansd.report.plots import PlotPoint, average_points, plot_tradeoff
 from leansd.report.sections import LOUDER, subtract_pictures
 from leansd.surgery.edits import Surgery
 from leansd.text import Table
@@ -48,15 +48,15 @@ COLOUR = re.compile(r"#[0-9a-fA-F]{6}\b")
 @pytest.fixture(scope="module", params=KINDS)
 def written(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Report, Path]:
+) -> tuple[ReportPage, Path]:
     """A report of a kind, and the folder of its page."""
-    make: Callable[[Path], Report] = KINDS[request.param]
+    make: Callable[[Path], ReportPage] = KINDS[request.param]
     report = make(tmp_path_factory.mktemp(request.param))
     page = write_report(tmp_path_factory.mktemp("page") / "page.html", report, ORIGIN)
     return report, page.parent
 
 
-def test_every_report_is_a_page_that_needs_nothing_else(written: tuple[Report, Path]) -> None:
+def test_every_report_is_a_page_that_needs_nothing_else(written: tuple[ReportPage, Path]) -> None:
     kind, folder = written
     page, text = read_page(folder / "page.html")
     head = text[: text.index("<section")]
@@ -79,7 +79,7 @@ def test_every_report_is_a_page_that_needs_nothing_else(written: tuple[Report, P
     assert "@media print" in text
 
 
-def test_every_figure_follows_the_page_and_is_a_file(written: tuple[Report, Path]) -> None:
+def test_every_figure_follows_the_page_and_is_a_file(written: tuple[ReportPage, Path]) -> None:
     kind, folder = written
     assert len(list(folder.iterdir())) == 1 + 2 * len(kind.drawings)
     for drawing in kind.drawings:
@@ -130,7 +130,7 @@ def test_text_and_lines_can_be_told_from_the_page(theme: int) -> None:
 def test_a_page_holds_every_kind_of_section(tmp_path: Path) -> None:
     figure = open_figure(100, 50)
     open_axes(figure, left=10, right=0, top=0, bottom=10)
-    report = Report(
+    report = ReportPage(
         "A & B",
         "A <summary>.",
         "a < b",
@@ -138,10 +138,10 @@ def test_a_page_holds_every_kind_of_section(tmp_path: Path) -> None:
             Prose("Words", ["one", "two & three"]),
             Listing("Numbers", Table(("name", "value"), (("<a>", "1.5"),)), ["a note"]),
             Chart("Drawn", [Drawing("dot", figure, 'a "dot"', "caption")]),
-            Grid("Seen", ["first"], [("row", "remark", [Image.new("RGB", (4, 4))])]),
+            PictureGrid("Seen", ["first"], [("row", "remark", [Image.new("RGB", (4, 4))])]),
             Prose("Words", ["again"]),
         ],
-        [Attachment("a.json", "{}", "all of it")],
+        [AttachedFile("a.json", "{}", "all of it")],
         reload=60,
     )
     page, text = read_page(write_report(tmp_path / "page.html", report, ORIGIN))
@@ -159,7 +159,7 @@ def test_a_page_holds_every_kind_of_section(tmp_path: Path) -> None:
 def test_two_drawings_of_one_name_are_refused() -> None:
     drawing = draw_plan(preset("fast", 4), ANATOMY)
     with pytest.raises(ValueError, match="two drawings of one name"):
-        Report("", "", "", [Chart("", [drawing, drawing])])
+        ReportPage("", "", "", [Chart("", [drawing, drawing])])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -168,7 +168,7 @@ def test_reports_of_half_precision(dtype: torch.dtype) -> None:
     anatomy = leansd.dissect(pipe.unet, name="tiny")
     plan = preset("deepcache", 10)
     request = Request(prompt="a", steps=10)
-    pairs = [Pair(request, paint(pipe, request), paint(pipe, request, plan))]
+    pairs = [PicturePair(request, paint(pipe, request), paint(pipe, request, plan))]
     records = list_records(anatomy, None, stamp("cpu"))
     seen = leansd.preview(pipe.unet, Surgery("light").drop("dn0.l1", "up3.l1"), latent=8)
     for report in (
@@ -239,7 +239,7 @@ def test_a_heat_map_is_stronger_for_more() -> None:
 
 
 def test_names_in_a_plot_do_not_cover_each_other() -> None:
-    points = [Point(name, 2.0, 30.0 + i * 0.1, (1.9, 2.1)) for i, name in enumerate("abcd")]
+    points = [PlotPoint(name, 2.0, 30.0 + i * 0.1, (1.9, 2.1)) for i, name in enumerate("abcd")]
     (axes,) = plot_tradeoff(points, x_name="x", y_name="y").figure.axes
     boxes = [text.get_window_extent() for text in axes.texts]
     assert len(boxes) == 4
@@ -264,10 +264,10 @@ def test_a_difference_is_grey_where_there_is_none_and_amplified_elsewhere() -> N
 
 
 def test_large_pictures_are_made_smaller_and_small_ones_kept() -> None:
-    grid = Grid(
+    grid = PictureGrid(
         "Seen", ["a", "b"], [("", "", [Image.new("RGB", (8, 8)), Image.new("RGB", (900, 600))])]
     )
-    text = render_page(Report("t", "s", "m", [grid]), ORIGIN)
+    text = render_page(ReportPage("t", "s", "m", [grid]), ORIGIN)
     small, large = parse_page(text).images
     assert str(small["src"]).startswith("data:image/png")
     assert str(large["src"]).startswith("data:image/webp")

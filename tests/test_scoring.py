@@ -39,7 +39,7 @@ from leansd.evaluation.set_metrics import (
     measure_precision_and_recall,
     measure_radii,
 )
-from leansd.shards import Drawn, name_shard, pack_shard
+from leansd.shards import DrawnPicture, name_shard, pack_shard
 from pages import read_page
 from test_evaluate import clip_folder  # noqa: F401
 
@@ -54,7 +54,9 @@ def write_shards(folder: Path, seeds: Sequence[int], shard: int = 3, side: int =
     folder.mkdir(parents=True, exist_ok=True)
     for number, begin in enumerate(range(0, len(seeds), shard)):
         drawn = [
-            Drawn(f"{begin + place:03d}", make_picture(seed, side), {"prompt": f"thing {seed}"})
+            DrawnPicture(
+                f"{begin + place:03d}", make_picture(seed, side), {"prompt": f"thing {seed}"}
+            )
             for place, seed in enumerate(seeds[begin : begin + shard])
         ]
         (folder / name_shard(number)).write_bytes(pack_shard(drawn))

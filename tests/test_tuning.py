@@ -480,7 +480,7 @@ def test_image_to_image_is_tuned_for_the_steps_that_it_takes(
     )  # fmt: skip
     assert [set(call) for call in profiled] == [{"prompt", "image", *settings}]
     whole = cost.predict_full_run(6)
-    points = [*front.points, *front.beaten]
+    points = [*front.points, *front.dominated]
     assert {point.is_plain for point in points} == {True, False}
     full = run_calls(other, calls, 10, settings=settings, seed=10_005).pictures
     for point in points:
@@ -575,7 +575,7 @@ def test_tuned_plans_run_and_say_what_they_were_tuned_for(
         pipe, calls, steps=STEPS, settings=SETTINGS, cost=cost, tries=0, grids=(1.0, 0.7),
         speeds=(1.5,), speedup=1.7,
     )  # fmt: skip
-    points = [*front.points, *front.beaten]
+    points = [*front.points, *front.dominated]
     tuned = [point.plan for point in points if not point.is_plain]
     assert len(tuned) >= 1
     assert any(plan.guides for plan in ran)
@@ -679,7 +679,7 @@ def make_front() -> Front:
 def test_a_front_keeps_what_nothing_beats() -> None:
     front = make_front()
     assert [point.plan.name for point in front.points] == ["a", "b", "3 steps"]
-    assert [point.plan.name for point in front.beaten] == ["4 steps", "c"]
+    assert [point.plan.name for point in front.dominated] == ["4 steps", "c"]
     rivals = [front.find_rival(point) for point in front.points]
     assert [rival and rival.plan.name for rival in rivals] == ["4 steps", "4 steps", None]
 
@@ -717,6 +717,8 @@ def test_an_empty_front_says_so() -> None:
 def test_fronts_are_files(tmp_path) -> None:
     path = tmp_path / "front.json"
     make_front().save(path)
+    assert Front.load(path) == make_front()
+    path.write_text(path.read_text().replace('"dominated"', '"beaten"'))  # as of earlier versions
     assert Front.load(path) == make_front()
     path.write_text("{}")
     with pytest.raises(LeansdError, match="not a front"):

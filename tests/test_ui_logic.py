@@ -8,7 +8,7 @@ from itertools import groupby
 import pytest
 import torch
 
-from leansd.anatomy.cost import dissect
+from leansd.anatomy.counting import dissect
 from leansd.cli import main
 from leansd.drawing import Request, paint
 from leansd.errors import LeansdError
@@ -18,7 +18,7 @@ from leansd.plans.plan import Plan
 from leansd.plans.presets import preset
 from leansd.ui import fragments
 from leansd.ui.folders import Folders, Settings, find_inside, list_entries, read_entry
-from leansd.ui.jobs import Done, Job, JobQueue, Stopped, follow
+from leansd.ui.job_queue import Done, Job, JobQueue, Stopped, follow
 from leansd.ui.plan_grid import (
     EDITED,
     change_cells,

@@ -21,7 +21,7 @@ PICTURE, FACTS = ".png", ".json"
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnPicture:
     """A picture with what is to be said of it."""
 
     id: str
@@ -31,7 +31,7 @@ class Drawn:
     """Of its files, without an ending and so without a dot; its id by default."""
 
 
-def pack_shard(drawn: Iterable[Drawn]) -> bytes:
+def pack_shard(drawn: Iterable[DrawnPicture]) -> bytes:
     """A tar of `NAME.png` and `NAME.json`, in the order of the pictures."""
     buffer = io.BytesIO()
     # PAX differs from USTAR only where a name is too long for that.
@@ -47,7 +47,7 @@ def pack_shard(drawn: Iterable[Drawn]) -> bytes:
     return buffer.getvalue()
 
 
-def read_shard(path: Path) -> Iterator[Drawn]:
+def read_shard(path: Path) -> Iterator[DrawnPicture]:
     """The pictures of a shard with their facts, in their order.
 
     Raises:
@@ -64,7 +64,7 @@ def read_shard(path: Path) -> Iterator[Drawn]:
                     waiting = name.stem, Image.open(io.BytesIO(content)).convert("RGB")
                 elif name.suffix == FACTS and waiting is not None and waiting[0] == name.stem:
                     facts = json.loads(content)
-                    yield Drawn(facts.get("id", name.stem), waiting[1], facts, name.stem)
+                    yield DrawnPicture(facts.get("id", name.stem), waiting[1], facts, name.stem)
     except (OSError, tarfile.TarError, ValueError) as error:
         raise LeansdError(f"{path} is damaged: {error}; remove it, and run again") from error
 

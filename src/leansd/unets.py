@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from leansd.anatomy.builtin import BUILTIN, open_builtin
-from leansd.anatomy.cost import dissect
+from leansd.anatomy.counting import dissect
 from leansd.anatomy.inputs import TOKENS
 from leansd.errors import LeansdError
 from leansd.loading import (

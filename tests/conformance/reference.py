@@ -265,6 +265,6 @@ def list_tensors(store: FeatureCache) -> list[torch.Tensor]:
 
 
 def is_plain(unet: UNet2DConditionModel) -> bool:
-    """Whether nothing is woven around any module."""
+    """Whether no module is hooked."""
     own = {"forward", "_reset_stateful_cache"}
     return not list_followers(unet) and not any(own & vars(m).keys() for m in unet.modules())

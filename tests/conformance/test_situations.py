@@ -126,7 +126,7 @@ def test_dtype_changed_while_attached(pipe: Any) -> None:
 
 @pytest.mark.parametrize("cut", ["stem", "dn*"])
 def test_lora_on_the_ends_loaded_and_unloaded_while_attached(pipe: Any, cut: str) -> None:
-    """Peft puts another module in the place of a woven one; that one follows the plan, too."""
+    """Peft puts another module in the place of a hooked one; that one follows the plan, too."""
     anatomy, twin = read_anatomy(pipe.unet), build_sd(DDIM.make())
     plan = Plan.every(2, cut=cut, steps=STEPS).inherit("stem", at=[1, 3])
     state = tiny_lora(pipe.unet, "conv_in", "conv_out")

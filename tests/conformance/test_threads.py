@@ -162,7 +162,7 @@ def test_pipelines_attached_side_by_side_share_a_controlnet() -> None:
 
 
 def test_attaching_and_leaving_beside_a_running_thread() -> None:
-    """The UNet is woven and unwoven many times while another thread is in the midst of it."""
+    """The UNet is hooked and released many times while another thread is in the midst of it."""
     busy, other = open_servers()[-1], open_servers()[0]
     unet = busy.pipe.unet
     other.pipe.register_modules(unet=unet)

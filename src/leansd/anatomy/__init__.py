@@ -1,6 +1,6 @@
 """UNets read into addresses, and what each unit of them costs."""
 
-from leansd.anatomy.cost import Ledger, count_macs, dissect
+from leansd.anatomy.counting import Ledger, count_macs, dissect
 from leansd.anatomy.inputs import make_inputs
 from leansd.anatomy.reading import read_anatomy
 

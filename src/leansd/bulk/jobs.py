@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from leansd.bulk.rows import Row, Sheet
+from leansd.bulk.rows import PromptRow, Sheet
 from leansd.drawing import (
     Request,
     check_strength,
@@ -31,7 +31,7 @@ from leansd.files import name_files, write_file
 from leansd.loading import as_image_to_image, load, load_unet, load_vae, set_vae
 from leansd.plans.plan import Plan
 from leansd.runtime.samplers import name_sampler, set_sampler
-from leansd.shards import Drawn, name_shard, pack_shard
+from leansd.shards import DrawnPicture, name_shard, pack_shard
 from leansd.version import __version__
 
 FILE = "job.json"
@@ -40,7 +40,7 @@ FAULTS = "faults.jsonl"
 
 
 @dataclass(frozen=True)
-class Job:
+class BulkJob:
     """Plain values only: it travels to other machines."""
 
     model: str
@@ -85,39 +85,39 @@ class Job:
         return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class Item(NamedTuple):
+class PictureTask(NamedTuple):
     """One picture of a job."""
 
-    row: Row
+    row: PromptRow
     seed: int
     name: str
     """Of its files in the shard."""
 
 
 @dataclass(frozen=True)
-class Part:
+class ShardTask:
     """The pictures of one shard."""
 
     number: int
-    items: tuple[Item, ...]
+    items: tuple[PictureTask, ...]
 
     @property
     def name(self) -> str:
         return name_shard(self.number)
 
 
-class Shard(NamedTuple):
+class DrawnShard(NamedTuple):
     """A drawn part: the bytes of its tar, and what is wrong with pictures that are not in it."""
 
     content: bytes
     faults: Mapping[str, str]
 
 
-Work = Callable[[Job, Sequence[Part]], Iterable[tuple[Part, Shard]]]
+Work = Callable[[BulkJob, Sequence[ShardTask]], Iterable[tuple[ShardTask, DrawnShard]]]
 """Draws parts, in any order."""
 
 
-def cut_parts(rows: Sequence[Row], job: Job) -> list[Part]:
+def cut_parts(rows: Sequence[PromptRow], job: BulkJob) -> list[ShardTask]:
     """All pictures of a job, neighbours in a shard.
 
     Files in shards have names without dots, and none alike where case does not count: readers of
@@ -125,7 +125,7 @@ def cut_parts(rows: Sequence[Row], job: Job) -> list[Part]:
     """
     many = job.count > 1
     chosen = [
-        Item(
+        PictureTask(
             row.model_copy(update={"id": f"{row.id}-{turn}"}) if many else row,
             job.seed + row.number * job.count + turn if row.seed is None else row.seed + turn,
             "",
@@ -136,17 +136,17 @@ def cut_parts(rows: Sequence[Row], job: Job) -> list[Part]:
     names = name_files(item.row.id for item in chosen)
     items = [item._replace(name=name) for item, name in zip(chosen, names, strict=True)]
     return [
-        Part(number, tuple(items[begin : begin + job.shard]))
+        ShardTask(number, tuple(items[begin : begin + job.shard]))
         for number, begin in enumerate(range(0, len(items), job.shard))
     ]
 
 
-def list_missing(parts: Sequence[Part], folder: Path) -> list[Part]:
+def list_missing(parts: Sequence[ShardTask], folder: Path) -> list[ShardTask]:
     """What is still to be drawn."""
     return [part for part in parts if not (folder / part.name).is_file()]
 
 
-def claim_folder(folder: Path, job: Job) -> None:
+def claim_folder(folder: Path, job: BulkJob) -> None:
     """Makes a job's folder, or sees that it is this job's.
 
     Raises:
@@ -170,13 +170,13 @@ def claim_folder(folder: Path, job: Job) -> None:
 
 
 @dataclass(frozen=True)
-class Order:
+class BulkOrder:
     """A job that is ready in its folder, and what of it is still to be drawn."""
 
-    job: Job
+    job: BulkJob
     sheet: Sheet
-    parts: tuple[Part, ...]
-    missing: tuple[Part, ...]
+    parts: tuple[ShardTask, ...]
+    missing: tuple[ShardTask, ...]
 
     @property
     def total(self) -> int:
@@ -189,7 +189,7 @@ class Order:
         return sum(len(part.items) for part in self.missing)
 
 
-def place_order(sheet: Sheet, folder: Path, job: Job) -> Order:
+def place_order(sheet: Sheet, folder: Path, job: BulkJob) -> BulkOrder:
     """Lays out a job in a folder, or finds what is left of it there.
 
     Raises:
@@ -204,13 +204,13 @@ def place_order(sheet: Sheet, folder: Path, job: Job) -> Order:
             except LeansdError as error:
                 raise LeansdError(f"row {row.id}: {error}") from error
     claim_folder(folder, job)
-    return Order(job, sheet, tuple(parts), tuple(list_missing(parts, folder)))
+    return BulkOrder(job, sheet, tuple(parts), tuple(list_missing(parts, folder)))
 
 
 class Drawer:
     """Draws the shards of one job with a pipeline that is opened once."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: BulkJob) -> None:
         self.job = job
         if job.threads:
             torch.set_num_threads(job.threads)
@@ -226,12 +226,14 @@ class Drawer:
             name: load_unet(folder, beside=self.pipe.unet) for name, folder in job.nets.items()
         }
 
-    def draw(self, part: Part) -> Shard:
+    def draw(self, part: ShardTask) -> DrawnShard:
         """A whole shard."""
         faults: dict[str, str] = {}
-        return Shard(pack_shard(self._draw_items(part.items, faults)), faults)
+        return DrawnShard(pack_shard(self._draw_items(part.items, faults)), faults)
 
-    def _draw_items(self, items: Sequence[Item], faults: dict[str, str]) -> Iterator[Drawn]:
+    def _draw_items(
+        self, items: Sequence[PictureTask], faults: dict[str, str]
+    ) -> Iterator[DrawnPicture]:
         """Every picture. Who shares a batch follows from the places of the rows in their shard."""
         asked = [(item, self._make_request(item)) for item in items]
         for _, group in groupby(asked, key=lambda each: each[1].kind):
@@ -239,7 +241,7 @@ class Drawer:
             for begin in range(0, len(alike), self.job.batch):
                 yield from self._draw_batch(alike[begin : begin + self.job.batch], faults)
 
-    def _make_request(self, item: Item) -> Request:
+    def _make_request(self, item: PictureTask) -> Request:
         job, row = self.job, item.row
         path = row.init_image or job.init
         negative = job.negative if row.negative_prompt is None else row.negative_prompt
@@ -260,13 +262,14 @@ class Drawer:
         return place_init(self.pipe, request)
 
     def _draw_batch(
-        self, asked: Sequence[tuple[Item, Request]], faults: dict[str, str]
-    ) -> Iterator[Drawn]:
+        self, asked: Sequence[tuple[PictureTask, Request]], faults: dict[str, str]
+    ) -> Iterator[DrawnPicture]:
         requests = [request for _, request in asked]
         pipe = self.pipe if requests[0].init is None else self._image_to_image
         shared = {
             "model": self.job.model,
             "plan": self.plan.name if self.plan is not None else "full",
+            "plan_fingerprint": self.plan.fingerprint if self.plan is not None else "",
             "steps": self.job.steps,
             "sampler": name_sampler(pipe),
         }
@@ -279,7 +282,7 @@ class Drawer:
             own = item.row.model_dump(exclude_none=True) | {"seed": item.seed}
             if request.negative is not None:
                 own["negative_prompt"] = request.negative
-            yield Drawn(item.row.id, painting.image, own | shared | guidance, item.name)
+            yield DrawnPicture(item.row.id, painting.image, own | shared | guidance, item.name)
 
     @cached_property
     def _image_to_image(self) -> Any:
@@ -288,7 +291,7 @@ class Drawer:
         return other
 
 
-def draw_here(job: Job, parts: Sequence[Part]) -> Iterator[tuple[Part, Shard]]:
+def draw_here(job: BulkJob, parts: Sequence[ShardTask]) -> Iterator[tuple[ShardTask, DrawnShard]]:
     """One after the other, in this process."""
     drawer = Drawer(job)
     for part in parts:
@@ -296,12 +299,12 @@ def draw_here(job: Job, parts: Sequence[Part]) -> Iterator[tuple[Part, Shard]]:
 
 
 def run_job(
-    job: Job,
-    parts: Sequence[Part],
+    job: BulkJob,
+    parts: Sequence[ShardTask],
     folder: Path,
     *,
     work: Work = draw_here,
-    on_part: Callable[[Part], None] = lambda part: None,
+    on_part: Callable[[ShardTask], None] = lambda part: None,
 ) -> None:
     """Draws the parts that are given, and writes each shard in one go as it comes.
 
@@ -322,7 +325,7 @@ def run_job(
         on_part(part)
 
 
-def _keep_faults(folder: Path, part: Part, faults: Mapping[str, str]) -> None:
+def _keep_faults(folder: Path, part: ShardTask, faults: Mapping[str, str]) -> None:
     known = {**read_faults(folder), **faults}
     lines = [json.dumps({"id": at, "fault": why}, ensure_ascii=False) for at, why in known.items()]
     write_file(folder / FAULTS, "".join(f"{line}\n" for line in lines))

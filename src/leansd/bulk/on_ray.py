@@ -12,27 +12,29 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from leansd.bulk.jobs import Drawer, Item, Job, Part, Shard, Work
-from leansd.bulk.rows import Row
+from leansd.bulk.jobs import BulkJob, Drawer, DrawnShard, PictureTask, ShardTask, Work
+from leansd.bulk.rows import PromptRow
 from leansd.cluster import connect, lay_out_pool, require_success
 from leansd.errors import LeansdError
 
 
-class Worker:
+class DrawingWorker:
     """Has a job's model, and draws shards."""
 
     def __init__(self, job: Mapping[str, Any]) -> None:
-        self._job = Job(**job)
+        self._job = BulkJob(**job)
         self._drawer: Drawer | None = None
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
         (number,), (items,) = batch["number"], batch["items"]
         read = json.loads(items)
-        part = Part(
+        part = ShardTask(
             int(number),
-            tuple(Item(Row.model_validate(row), seed, name) for row, seed, name in read),
+            tuple(
+                PictureTask(PromptRow.model_validate(row), seed, name) for row, seed, name in read
+            ),
         )
-        shard, mistake = Shard(b"", {}), ""
+        shard, mistake = DrawnShard(b"", {}), ""
         try:
             # Not opened before: Ray would start an actor that cannot be made again and again.
             self._drawer = self._drawer or Drawer(self._job)
@@ -48,8 +50,8 @@ class Worker:
 
 
 def draw_on_ray(
-    job: Job, parts: Sequence[Part], *, address: str, workers: int | None = None
-) -> Iterator[tuple[Part, Shard]]:
+    job: BulkJob, parts: Sequence[ShardTask], *, address: str, workers: int | None = None
+) -> Iterator[tuple[ShardTask, DrawnShard]]:
     """Shards as the pool finishes them.
 
     Args:
@@ -72,7 +74,7 @@ def draw_on_ray(
         for part in parts
     ]
     drawn = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
-        Worker,
+        DrawingWorker,
         fn_constructor_args=({**asdict(job), "threads": 0 if pool["num_gpus"] else threads},),
         batch_size=1,
         **pool,
@@ -81,7 +83,7 @@ def draw_on_ray(
         require_success(row)
         yield (
             by_number[int(row["number"])],
-            Shard(bytes(row["content"]), json.loads(str(row["faults"]))),
+            DrawnShard(bytes(row["content"]), json.loads(str(row["faults"]))),
         )
 
 

@@ -34,7 +34,7 @@ OTHER_NAMES = {
 """What other tools call the keys of a row."""
 
 
-class Row(BaseModel):
+class PromptRow(BaseModel):
     """One picture to draw."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
@@ -50,11 +50,11 @@ class Row(BaseModel):
     strength: Annotated[float, Field(gt=0, le=1)] | None = None
 
 
-KEYS = tuple(name for name in Row.model_fields if name != "number")
+KEYS = tuple(name for name in PromptRow.model_fields if name != "number")
 
 
 @dataclass(frozen=True)
-class Flaw:
+class RowFlaw:
     """A line of the file with what is wrong with it."""
 
     line: int
@@ -69,14 +69,14 @@ class Flaw:
 class Sheet:
     """All rows of a file."""
 
-    rows: tuple[Row, ...]
-    flaws: tuple[Flaw, ...]
+    rows: tuple[PromptRow, ...]
+    flaws: tuple[RowFlaw, ...]
     """Rows that cannot be drawn."""
     digest: str
     """Sixteen hex digits of the file."""
     home: Path
     """The folder that paths in it start from."""
-    remarks: tuple[Flaw, ...] = ()
+    remarks: tuple[RowFlaw, ...] = ()
     """Rows that are drawn, but not all that they say is used."""
 
 
@@ -96,16 +96,16 @@ def read_sheet(path: str | Path) -> Sheet:
         content = path.read_bytes()
     except OSError as error:
         raise LeansdError(f"cannot read prompts from {path}: {error.strerror or error}") from error
-    rows: list[Row] = []
-    flaws: list[Flaw] = []
-    remarks: list[Flaw] = []
+    rows: list[PromptRow] = []
+    flaws: list[RowFlaw] = []
+    remarks: list[RowFlaw] = []
     seen: dict[str, int] = {}
     told: set[str] = set()
     for number, (line, found) in enumerate(reader(path, content)):
         row = _check(number, line, found, path.parent)
-        if isinstance(row, Row) and row.id in seen:
-            row = Flaw(line, f"id {row.id} is that of line {seen[row.id]}, too")
-        if isinstance(row, Flaw):
+        if isinstance(row, PromptRow) and row.id in seen:
+            row = RowFlaw(line, f"id {row.id} is that of line {seen[row.id]}, too")
+        if isinstance(row, RowFlaw):
             flaws.append(row)
             continue
         if row is None:
@@ -113,7 +113,7 @@ def read_sheet(path: str | Path) -> Sheet:
         seen[row.id] = line
         rows.append(row)
         unused = [key for key in found if key not in KEYS and key not in told]
-        remarks += [Flaw(line, f"{key} is not used ({', '.join(KEYS)} are)") for key in unused]
+        remarks += [RowFlaw(line, f"{key} is not used ({', '.join(KEYS)} are)") for key in unused]
         told.update(unused)
     if not rows:
         why = f"; {flaws[0]}" if flaws else ": it is empty"
@@ -122,25 +122,25 @@ def read_sheet(path: str | Path) -> Sheet:
     return Sheet(tuple(rows), tuple(flaws), digest, path.parent.resolve(), tuple(remarks))
 
 
-def _check(number: int, line: int, found: Any, home: Path) -> Row | Flaw | None:
+def _check(number: int, line: int, found: Any, home: Path) -> PromptRow | RowFlaw | None:
     """A row, what is wrong with it, or nothing for a blank line."""
     if found is None:
         return None
     if not isinstance(found, Mapping):
-        return Flaw(line, str(found))
+        return RowFlaw(line, str(found))
     given = {key: value for key, value in found.items() if value is not None}
     for key in given:
         meant = _find_meant(str(key))
         if meant is not None and meant not in given:
-            return Flaw(line, f"{key}: no such key; did you mean {meant}?")
+            return RowFlaw(line, f"{key}: no such key; did you mean {meant}?")
     try:
-        row = Row.model_validate({**given, "number": number})
+        row = PromptRow.model_validate({**given, "number": number})
     except ValidationError as error:
-        return Flaw(line, explain_validation(error))
+        return RowFlaw(line, explain_validation(error))
     if row.init_image is not None and not (home / row.init_image).is_file():
-        return Flaw(line, f"init_image: there is no {home / row.init_image}")
+        return RowFlaw(line, f"init_image: there is no {home / row.init_image}")
     if row.strength is not None and row.init_image is None:
-        return Flaw(line, "strength: it means nothing without an init_image")
+        return RowFlaw(line, "strength: it means nothing without an init_image")
     return row
 
 

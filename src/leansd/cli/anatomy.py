@@ -1,16 +1,17 @@
 """`leansd anatomy`: where a UNet keeps its weights and spends its time."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from leansd.cli.command import Result, argument, command, option
 from leansd.cli.completions import complete_shape
-from leansd.cli.options import Place
+from leansd.cli.options import DeviceOptions
 
 if TYPE_CHECKING:
     from leansd.evaluation.inner_timing import UnitTimes
+    from leansd.plans.anatomy import Anatomy
 
 app = typer.Typer(add_completion=False)
 
@@ -36,15 +37,13 @@ def show_anatomy(
     batch: int = option(2, "With --time: samples a call; 2 is a guided picture.", min=1),
     repeats: int = option(3, "With --time: timed calls.", min=1),
     out: Path | None = option(None, "Folder for the records, the figures and a page."),
-    place: Place,
+    place: DeviceOptions,
 ) -> Result:
     """Show a UNet as a tree of blocks, layers and units, with parameters and MACs.
 
     With --time every unit is timed in full calls on random inputs; a bare shape gets random
     weights. With --out: parameters and computation by block, latency and parameters by unit.
     """
-    from dataclasses import asdict
-
     from leansd.evaluation.records import stamp
     from leansd.evaluation.redundancy import list_records, read_spent, tabulate_spent
     from leansd.files import check_folder
@@ -60,20 +59,7 @@ def show_anatomy(
     records = list_records(anatomy, times, stamp(device))
     (spent,) = read_spent(records)
     return Result(
-        facts={
-            "model": model,
-            "units": len(anatomy.units) - 2,
-            "ends": 2,
-            "params": anatomy.params,
-            "macs": anatomy.macs,
-            "latent": anatomy.size,
-            "tokens": anatomy.tokens,
-            "fingerprint": anatomy.fingerprint,
-            "rows": [asdict(unit) for unit in anatomy],
-            "batch": times.batch if times is not None else None,
-            "call_time": times.call.median if times is not None else None,
-            "unit_times": times.medians if times is not None else None,
-        },
+        facts={"model": model, **_list_facts(anatomy, times)},
         shown=[
             str(anatomy),
             *([tabulate_spent(spent)] if time else []),
@@ -85,8 +71,26 @@ def show_anatomy(
     )
 
 
+def _list_facts(anatomy: "Anatomy", times: "UnitTimes | None") -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {
+        "units": len(anatomy.units) - 2,
+        "ends": 2,
+        "params": anatomy.params,
+        "macs": anatomy.macs,
+        "latent": anatomy.size,
+        "tokens": anatomy.tokens,
+        "fingerprint": anatomy.fingerprint,
+        "rows": [asdict(unit) for unit in anatomy],
+        "batch": times.batch if times is not None else None,
+        "call_time": times.call.median if times is not None else None,
+        "unit_times": times.medians if times is not None else None,
+    }
+
+
 def _time(
-    model: str, place: Place, batch: int, latent: int | None, tokens: int, repeats: int
+    model: str, place: DeviceOptions, batch: int, latent: int | None, tokens: int, repeats: int
 ) -> "UnitTimes":
     """Times units here; the first call warms up and says how long it will take."""
     from leansd.cli.terminal import follow, note

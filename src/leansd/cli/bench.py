@@ -9,10 +9,18 @@ import typer
 
 from leansd.cli.command import Result, command, option
 from leansd.cli.completions import complete_plan, complete_sampler
-from leansd.cli.options import Calls, Clip, ConvergedSteps, ModelOption, Place, SeedsForSpread
+from leansd.cli.options import (
+    Calls,
+    Clip,
+    ConvergedSteps,
+    DeviceOptions,
+    Force,
+    ModelOption,
+    SeedsForSpread,
+)
 
 if TYPE_CHECKING:
-    from leansd.evaluation.bench import PreparedContest
+    from leansd.evaluation.bench import BenchSettings, PreparedContest
     from leansd.evaluation.compare import RunProgress
     from leansd.evaluation.records import Record
     from leansd.evaluation.standings import Standing
@@ -29,7 +37,7 @@ class Field:
     plans: list[str] | None = option(
         None,
         "Ours: a preset, a plan file, or a folder of SAMPLER-STEPS-GOAL.json; once "
-        "for each. The house presets by default.",
+        "for each. The speed presets by default.",
         autocompletion=complete_plan,
     )
     sampler: list[str] | None = option(
@@ -37,6 +45,14 @@ class Field:
     )
     steps: list[int] | None = option(None, "Once for each; 20, 30 and 50 by default.", min=2)
     quick: bool = option(False, "A first look: 8 prompts, one sampler and step count.", "--quick")
+    force: Force = False
+
+    def limit(self, calls: Calls) -> Calls:
+        """The calls of a contest: fewer of them in a first look."""
+        count = calls.count or 64
+        if not self.quick:
+            return replace(calls, count=count)
+        return replace(calls, count=min(count, 8), batch=min(calls.batch, 2))
 
     def check(self, converged_steps: int) -> tuple[list[str], list[int]]:
         """Samplers and step counts; raises LeansdError where one has no converged run."""
@@ -74,72 +90,90 @@ def bench(
     out: Path = option(Path("benchmarks/results/bench.jsonl"), "File of records."),
     report: Path = option(Path("bench"), "Folder for plots and the page."),
     resume: bool = option(True, "Go on where a stopped run with the same settings was."),
-    place: Place,
+    place: DeviceOptions,
 ) -> Result:
     """Measure ours against every rival: time and fidelity of the same runs, interleaved.
 
     Every contest is on record when it is over; the same command goes on with the next.
     """
-    from functools import partial
-
     from leansd.cli.options import Opening
-    from leansd.cli.terminal import follow, note
-    from leansd.evaluation.bench import (
-        SETTINGS,
-        BenchSettings,
-        choose_plans,
-        drop_done,
-        estimate,
-        hold,
-        list_contests,
-        prepare,
-        time_step,
-    )
-    from leansd.evaluation.extractors import find_embedder
-    from leansd.evaluation.prompts import choose_prompts, read_prompts
-    from leansd.evaluation.records import get_field, load_records
-    from leansd.evaluation.rivals import choose_rivals
+    from leansd.evaluation.bench import drop_done, list_contests, prepare
     from leansd.files import check_file, check_folder
-    from leansd.text import describe_duration
-    from leansd.tuning.front import read_plans
 
     # Everything that can be wrong is found before a weight is read.
     check_file(out)
     check_folder(report)
     opening = Opening(place.device, place.dtype)
     opening.check_model(model)
-    chosen = choose_rivals(field.rivals)
     samplers, counts = field.check(converged_steps)
-    count = calls.count or 64
-    if field.quick:
-        count, calls = min(count, 8), replace(calls, batch=min(calls.batch, 2))
-    texts = read_prompts(calls.prompts) if calls.prompts is not None else None
-    embedder = find_embedder(model, clip)
-
-    pipe = opening.open(model)
-    if embedder is not None:
-        embedder.clip.to(pipe.device)
-    settings = BenchSettings(
-        model=model,
-        prompts=choose_prompts(model, count, texts),
-        rivals=chosen,
-        choose_plans=partial(choose_plans, field.plans or (), read_front=read_plans),
-        seed=calls.seed,
-        batch=calls.batch,
-        embedder=embedder,
+    calls = field.limit(calls)
+    settings = replace(
+        _choose_settings(model, field, calls, clip),
         spread_sets=seeds_for_spread,
         converged_steps=converged_steps,
     )
+
+    pipe = opening.open(model)
+    if settings.embedder is not None:
+        settings.embedder.clip.to(pipe.device)
     guidance = calls.find_guidance(pipe, model)
-    contests = list_contests(samplers, counts, guidance, quick=field.quick)
-    entries = prepare(pipe, settings, contests)
+    entries = prepare(pipe, settings, list_contests(samplers, counts, guidance, quick=field.quick))
     waiting = drop_done(entries, out) if resume else entries
+    _hold(waiting, settings, out, f"{len(waiting)} of {len(entries)} contests on {pipe.device}")
+    facts = {"model": model, "seed": calls.seed, "count": calls.count, "batch": calls.batch}
+    lacks = "no quality of sets: the model has no CLIP of its own, give one by --clip"
+    return _give_standings(
+        _read_held(out, entries),
+        {**facts, "held": len(waiting)},
+        [lacks] if settings.embedder is None else [],
+        out,
+        report,
+        pipe.device,
+    )
+
+
+def _choose_settings(model: str, field: Field, calls: Calls, clip: Path | None) -> "BenchSettings":
+    from functools import cache, partial
+
+    from leansd.cli.terminal import warn
+    from leansd.evaluation.bench import BenchSettings, choose_plans
+    from leansd.evaluation.extractors import find_embedder
+    from leansd.evaluation.prompt_sets import choose_prompts, read_prompts
+    from leansd.evaluation.rivals import choose_rivals
+    from leansd.tuning.front import read_plans
+
+    texts = read_prompts(calls.prompts) if calls.prompts is not None else None
+    return BenchSettings(
+        model=model,
+        prompts=choose_prompts(model, calls.count or 0, texts),
+        rivals=choose_rivals(field.rivals),
+        choose_plans=partial(
+            choose_plans,
+            field.plans or (),
+            read_front=read_plans,
+            force=field.force,
+            tell=cache(warn),  # each contest has the same to say
+        ),
+        seed=calls.seed,
+        batch=calls.batch,
+        embedder=find_embedder(model, clip),
+    )
+
+
+def _hold(
+    waiting: "Sequence[PreparedContest]", settings: "BenchSettings", out: Path, which: str
+) -> None:
+    """Holds contests; says before how long they take, and what goes on."""
+    from leansd.cli.terminal import follow, note
+    from leansd.evaluation.bench import estimate, hold, time_step
+    from leansd.text import describe_duration
+
     step = time_step(waiting[0], settings) if waiting else 0.0
     lengths = estimate(waiting, settings, step)
     expected = dict(zip((each.contest for each in waiting), lengths, strict=True))
     note(
-        f"{len(waiting)} of {len(entries)} contests to hold on {pipe.device}, {count} pictures "
-        f"each: about {describe_duration(sum(lengths))} at {step:.3f} s a step of {calls.batch}"
+        f"{which}, {len(settings.prompts)} pictures each: about "
+        f"{describe_duration(sum(lengths))} at {step:.3f} s a step of {settings.batch}"
     )
     with follow("") as bar:
 
@@ -155,12 +189,14 @@ def bench(
             on_progress=show,
             on_end=lambda entry, records: note(f"on record: {entry.contest}"),
         )
+
+
+def _read_held(out: Path, entries: "Sequence[PreparedContest]") -> "list[Record]":
+    from leansd.evaluation.bench import SETTINGS
+    from leansd.evaluation.records import get_field, load_records
+
     held = {entry.fingerprint for entry in entries}
-    records = [record for record in load_records(out) if get_field(record, SETTINGS) in held]
-    own = {"seed": calls.seed, "count": count, "batch": calls.batch, "held": len(waiting)}
-    lacks = "no quality of sets: the model has no CLIP of its own, give one by --clip"
-    shown = [lacks] if embedder is None else []
-    return _give_standings(records, {"model": model, **own}, shown, out, report, pipe.device)
+    return [record for record in load_records(out) if get_field(record, SETTINGS) in held]
 
 
 def _give_standings(

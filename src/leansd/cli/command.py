@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from leansd.cli.terminal import PlanGrid, fit, keep_silent, show, show_json
+from leansd.cli.terminal import PlanText, fit, keep_silent, show, show_json
 from leansd.text import Table
 
 if TYPE_CHECKING:
     from leansd.evaluation.records import Record
-    from leansd.report import Report
+    from leansd.report import ReportPage
 
 PROGRAM = "leansd"
 
@@ -40,11 +40,11 @@ class Result:
 
     facts: Mapping[str, Any]
     """For `--json`; the command's name and the files are added."""
-    shown: Sequence[Table | PlanGrid | str] = ()
+    shown: Sequence[Table | PlanText | str] = ()
     """What is printed, in this order."""
     records: Mapping[Path, "Sequence[Record]"] = field(default_factory=dict)
     """Files of records to write."""
-    pages: "Mapping[Path, Report]" = field(default_factory=dict)
+    pages: "Mapping[Path, ReportPage]" = field(default_factory=dict)
     """Pages to write."""
     device: Any = "meta"
     """Where it ran, for the head of pages; nothing ran on `meta`."""
@@ -172,9 +172,9 @@ def _write(result: Result) -> list[Path]:
     if not result.pages and not result.records:
         return []
     from leansd.evaluation.records import stamp, write_records
-    from leansd.report import Origin, write_report
+    from leansd.report import Provenance, write_report
 
-    origin = Origin(quote_command(), stamp(result.device))
+    origin = Provenance(quote_command(), stamp(result.device))
     pages = [write_report(path, page, origin) for path, page in result.pages.items()]
     return pages + [write_records(path, rows) for path, rows in result.records.items()]
 

@@ -1,5 +1,6 @@
 """`leansd cut`: choose what to take out of a UNet for a budget of its cost."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,33 @@ app = typer.Typer(add_completion=False)
 CALLS = Calls(count=8)
 
 
+@dataclass(frozen=True)
+class Budget:
+    """How much of the cost may be left."""
+
+    budget: float = option(0.8, "Share of the UNet's cost that may be left, as in 0.8.")
+    of: str = option(
+        "ms",
+        "What costs: ms (of a call here), macs or params.",
+        autocompletion=offer("ms", "macs", "params"),
+    )
+    cost: Path | None = option(
+        None,
+        "Records of leansd profile or leansd anatomy --time, for ms, of this UNet or "
+        "of one with its addresses; measured here by default.",
+    )
+
+    def read(self) -> dict[str, Any]:
+        """Arguments of `leansd.cut`, checked."""
+        from leansd.evaluation.records import load_records
+        from leansd.evaluation.redundancy import read_cost
+        from leansd.tuning.cutting import check_budget
+
+        check_budget(self.budget, self.of)
+        cost = read_cost(load_records(self.cost)) if self.cost is not None else None
+        return {"budget": self.budget, "of": self.of, "cost": cost}
+
+
 @command(
     app,
     "cut",
@@ -25,19 +53,9 @@ CALLS = Calls(count=8)
 def cut_unet(
     model: ModelArgument = "emoji",
     *,
-    budget: float = option(0.8, "Share of the UNet's cost that may be left, as in 0.8."),
-    of: str = option(
-        "ms",
-        "What costs: ms (of a call here), macs or params.",
-        autocompletion=offer("ms", "macs", "params"),
-    ),
+    budget: Budget,
     out: Path = option(
         Path("surgery.yaml"), "File of the surgery; the report lies beside it.", "--out", "-o"
-    ),
-    cost: Path | None = option(
-        None,
-        "Records of leansd profile or leansd anatomy --time, for ms, of this UNet or "
-        "of one with its addresses; measured here by default.",
     ),
     calls: Calls = CALLS,
     steps: int = option(30, "Sampler steps of their runs.", min=2),
@@ -49,24 +67,16 @@ def cut_unet(
 
     What goes is a surgery: leansd operate builds the lighter UNet from it, to be trained.
     """
-    from textwrap import fill
-
-    from leansd.anatomy import dissect
     from leansd.cli.terminal import follow, note
-    from leansd.evaluation.records import load_records
-    from leansd.evaluation.redundancy import read_cost
     from leansd.files import check_file, stand_beside
-    from leansd.report.nets import describe_cut, report_cut
-    from leansd.surgery.preview import preview
-    from leansd.tuning.cutting import CALLS, check_budget, cut
+    from leansd.tuning.cutting import CALLS, cut
 
     # Everything that can be wrong is found before a weight is read.
     page = check_file(stand_beside(out, ".html"))
     check_file(out)
-    check_budget(budget, of)
+    limits = budget.read()
     opening.check_model(model)
     texts = calls.list_prompts(model, list(CALLS))
-    profile = read_cost(load_records(cost)) if cost is not None else None
 
     pipe = opening.open(model)
     scale = calls.find_guidance(pipe, model)
@@ -75,9 +85,7 @@ def cut_unet(
         found = cut(
             pipe,
             texts,
-            budget=budget,
-            of=of,  # type: ignore[arg-type]
-            cost=profile,
+            **limits,
             steps=steps,
             moments=moments,
             settings={"guidance_scale": scale},
@@ -90,21 +98,34 @@ def cut_unet(
     out.parent.mkdir(parents=True, exist_ok=True)
     found.surgery.save(out)
     settings = {"steps": steps, "seed": calls.seed, "guidance": scale}
+    facts = {"model": model, **_list_facts(found), **settings}
+    return _give_cut(found, pipe, facts, out, page)
+
+
+def _give_cut(found: "Cut", pipe: Any, facts: dict[str, Any], out: Path, page: Path) -> Result:
+    from textwrap import fill
+
+    from leansd.anatomy import dissect
+    from leansd.report.nets import describe_cut, report_cut
+    from leansd.surgery.preview import preview
+
     return Result(
-        facts={"model": model, "budget": budget, "of": of, **_list_facts(found), **settings},
+        facts=facts,
         shown=[
             found.tabulate(),
             str(preview(pipe.unet, found.surgery)),
             fill(describe_cut(found), 80),
         ],
         files=[out],
-        pages={page: report_cut(found, dissect(pipe.unet, name=model))},
+        pages={page: report_cut(found, dissect(pipe.unet, name=facts["model"]))},
         device=pipe.device,
     )
 
 
 def _list_facts(found: "Cut") -> dict[str, Any]:
     return {
+        "budget": found.budget,
+        "of": found.of,
         "cost": found.cost,
         "least_cost": found.least_cost,
         "predicted_error": found.predicted_error,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from leansd.cli.command import OnlyJson, Result, command, option
-from leansd.cli.options import Guidance, ModelOption, Opening
+from leansd.cli.options import Force, GuidanceOption, ModelOption, Opening
 
 if TYPE_CHECKING:
     from leansd.evaluation.demo import Demo
@@ -28,7 +28,8 @@ def show_demo(
     steps: int = option(30, "Sampler steps of the full run.", min=2),
     seed: int = option(0, "Seed of the first prompt.", min=0),
     prompts: list[str] | None = option(None, "A prompt; give the option once for each."),
-    guidance: Guidance = None,
+    guidance: GuidanceOption = None,
+    force: Force = False,
     opening: Opening,
 ) -> Result:
     """Draw the same prompts in full and with every preset plan; compare time and pictures.
@@ -36,15 +37,13 @@ def show_demo(
     The last line on standard output is one JSON object.
     """
     from leansd.cli.terminal import follow, note, warn
-    from leansd.drawing import encode_png
-    from leansd.evaluation.demo import list_cases, list_records, run_demo, tabulate_demo
+    from leansd.evaluation.demo import list_cases, run_demo
     from leansd.evaluation.extractors import find_embedder
-    from leansd.evaluation.prompts import GUIDANCE, PROMPTS
-    from leansd.files import check_folder, write_file
+    from leansd.evaluation.prompt_sets import GUIDANCE, PROMPTS
+    from leansd.files import check_folder
     from leansd.loading import EMBEDDED
     from leansd.plans.presets import SPEED_PRESETS
     from leansd.plans.resolve import resolve_plan
-    from leansd.report.plans import draw_sheet, report_comparison
     from leansd.runtime.context import describe_runs
     from leansd.unets import open_anatomy
 
@@ -54,8 +53,7 @@ def show_demo(
     pipe = opening.open(model)
     chosen = prompts or list(PROMPTS)
     context = describe_runs(pipe, steps, anatomy=anatomy)
-    # Forced: the demo compares presets, however few the steps.
-    resolved = {name: resolve_plan(name, context, force=True) for name in SPEED_PRESETS}
+    resolved = {name: resolve_plan(name, context, force=force) for name in SPEED_PRESETS}
     for line in dict.fromkeys(line for each in resolved.values() for line in each.notes):
         warn(line)
     cases = list_cases(anatomy, steps, {name: each.plan for name, each in resolved.items()})
@@ -73,17 +71,28 @@ def show_demo(
             embedder=find_embedder(model),
             on_progress=lambda far: bar.count(far.done, far.total, far.case),
         )
+    facts = {"model": model, "steps": steps, "seed": seed, **_list_facts(demo)}
+    return _give_demo(demo, facts, out, pipe.device)
+
+
+def _give_demo(demo: "Demo", facts: dict[str, Any], out: Path, device: Any) -> Result:
+    from leansd.drawing import encode_png
+    from leansd.evaluation.demo import list_records, tabulate_demo
+    from leansd.files import write_file
+    from leansd.report.plans import draw_sheet, report_comparison
+
+    last = demo.entries[-1].case
     return Result(
-        facts={"model": model, "steps": steps, "seed": seed, **_list_facts(demo)},
+        facts=facts,
         shown=[
             tabulate_demo(demo),
-            f"{cases[-1].name}: {cases[-1].summary}",
+            f"{last.name}: {last.summary}",
             "PSNR (dB) and SSIM compare with the full run's pictures from the same seeds",
         ],
         files=[write_file(out / "grid.png", encode_png(draw_sheet(demo)))],
         pages={out / "report.html": report_comparison(demo)},
         records={out / "records.jsonl": list_records(demo)},
-        device=pipe.device,
+        device=device,
     )
 
 

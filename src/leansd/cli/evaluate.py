@@ -22,6 +22,8 @@ from leansd.cli.options import (
 if TYPE_CHECKING:
     from leansd.evaluation.compare import Case
     from leansd.evaluation.evaluation import Evaluation
+    from leansd.evaluation.fidelity import Lpips
+    from leansd.evaluation.quality import Embedder
     from leansd.plans.plan import Plan
 
 app = typer.Typer(add_completion=False)
@@ -98,6 +100,30 @@ class Cases:
 
 
 @dataclass(frozen=True)
+class Judges:
+    """Networks that look at pictures."""
+
+    seeds_for_spread: SeedsForSpread = 2
+    clip: Clip = None
+    lpips: Path | None = option(None, "AlexNet weights of torchvision, for LPIPS.")
+
+    @property
+    def weights(self) -> list[str]:
+        """`NAME=PATH` each, as scores of a folder take them."""
+        given = {"clip": self.clip, "lpips": self.lpips}
+        return [f"{name}={path}" for name, path in given.items() if path is not None]
+
+    def open(self, model: str) -> "tuple[Embedder | None, Lpips | None]":
+        """The CLIP and the LPIPS that there are."""
+        from leansd.evaluation.extractors import find_embedder
+        from leansd.evaluation.fidelity import find_lpips_weights, open_lpips
+
+        alexnet = self.lpips or find_lpips_weights()
+        distance = open_lpips(alexnet) if alexnet is not None else None
+        return find_embedder(model, self.clip), distance
+
+
+@dataclass(frozen=True)
 class Scores:
     """Scores of a folder of pictures, whoever drew them."""
 
@@ -147,9 +173,7 @@ def evaluate_plans(
     fitting: Fitting,
     calls: Calls = CALLS,
     references: References,
-    seeds_for_spread: SeedsForSpread = 2,
-    clip: Clip = None,
-    lpips: Path | None = option(None, "AlexNet weights of torchvision, for LPIPS."),
+    judges: Judges,
     out: Path = option(
         Path("evaluation"), "Folder for report, records and what resumes a stopped run."
     ),
@@ -162,44 +186,60 @@ def evaluate_plans(
     precision and recall. Stopped, the same command goes on where it was; what was drawn stays in
     OUT/drawn, what was seen in OUT/seen.
     """
-    from leansd.cli.terminal import follow, note
-    from leansd.emoji.prompts import GRID_PROMPTS
     from leansd.errors import LeansdError
-    from leansd.evaluation.evaluation import evaluate_cases
-    from leansd.evaluation.extractors import find_embedder
-    from leansd.evaluation.fidelity import find_lpips_weights, open_lpips
     from leansd.files import check_folder
-    from leansd.loading import EMBEDDED
 
     # Everything that can be wrong is found before a weight is read.
     check_folder(out)
     if (plan is None) == (scores.pictures is None):
         raise LeansdError("give --plan to measure plans, or --pictures to score a folder")
     if plan is None:
-        given = {"clip": clip, "lpips": lpips}
-        weights = [f"{name}={path}" for name, path in given.items() if path is not None]
-        own = replace(scores, weights=[*weights, *(scores.weights or ())])
+        own = replace(scores, weights=[*judges.weights, *(scores.weights or ())])
         return _score(own, references, calls.batch, opening.device, out)
     if (calls.count or 2) < 2:
         raise LeansdError("a set needs 2 pictures at least: give --count 2 or more")
     opening.check_model(model)
-    prompts = calls.list_prompts(model, GRID_PROMPTS if model == EMBEDDED else ())
-    references.check(steps, opening.sampler)
-    outlined = [fitting.outline(each, model, steps=steps, sampler=opening.sampler) for each in plan]
-    alexnet = lpips or find_lpips_weights()
-    distance = open_lpips(alexnet) if alexnet is not None else None
-    embedder = find_embedder(model, clip)
+    return _measure(_Task(model, plan, steps, fitting, calls, references, judges, opening), out)
 
-    pipe = opening.open(model)
-    references.check(steps, _name_sampler(pipe))
+
+@dataclass(frozen=True)
+class _Task:
+    """What plans are measured by."""
+
+    model: str
+    plans: Sequence[str]
+    steps: int
+    fitting: Fitting
+    calls: Calls
+    references: References
+    judges: Judges
+    opening: Opening
+
+
+def _measure(task: _Task, out: Path) -> Result:
+    """Plans against references."""
+    from leansd.cli.terminal import follow, note
+    from leansd.emoji.prompts import GRID_PROMPTS
+    from leansd.evaluation.evaluation import evaluate_cases
+    from leansd.loading import EMBEDDED
+
+    model, calls, references = task.model, task.calls, task.references
+    prompts = calls.list_prompts(model, GRID_PROMPTS if model == EMBEDDED else ())
+    references.check(task.steps, task.opening.sampler)
+    sampler, fitting = task.opening.sampler, task.fitting
+    outlined = [
+        fitting.outline(each, model, steps=task.steps, sampler=sampler)[1] for each in task.plans
+    ]
+    embedder, lpips = task.judges.open(model)
+
+    pipe = task.opening.open(model)
+    references.check(task.steps, _name_sampler(pipe))
     if embedder is not None:
         embedder.clip.to(pipe.device)
     scale = calls.find_guidance(pipe, model)
-    plans = [
-        fitting.settle(each, pipe, known, scale)
-        for each, (_, known) in zip(plan, outlined, strict=True)
-    ]
-    cases = references.list_cases(pipe, plans, steps)
+    pairs = zip(task.plans, outlined, strict=True)
+    plans = [fitting.settle(each, pipe, known, scale) for each, known in pairs]
+    cases = references.list_cases(pipe, plans, task.steps)
     is_told = calls.guidance is not None or model == EMBEDDED
     names = ", ".join(each.name for each in cases.contestants)
     note(f"drawing {len(prompts)} pictures on {pipe.device}, each with {names}")
@@ -215,19 +255,19 @@ def evaluate_plans(
             settings={"guidance_scale": scale} if is_told else {},
             keep=out / "drawn",
             embedder=embedder,
-            lpips=distance,
-            spread_sets=seeds_for_spread,
+            lpips=lpips,
+            spread_sets=task.judges.seeds_for_spread,
             on_progress=lambda far: bar.count(far.done, far.total),
         )
     facts = {
         "model": model,
-        "steps": steps,
+        "steps": task.steps,
         "seed": calls.seed,
         "count": len(prompts),
         "sampler": _name_sampler(pipe),
         "references": references.names,
         "clip": embedder.name if embedder is not None else None,
-        "lpips": distance is not None,
+        "lpips": lpips is not None,
         "plans": [each.name for each in cases.contestants],
     }
     return _give_evaluation(evaluation, facts, prompts, out, pipe.device)

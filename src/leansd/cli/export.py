@@ -1,15 +1,65 @@
 """`leansd export`: a net as files for stock diffusers or for ONNX Runtime."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from leansd.cli.command import Result, argument, command, option
 from leansd.cli.completions import complete_model, complete_plan, complete_sampler, offer
 from leansd.cli.options import Fit, ReportFile
-from leansd.text import Table
+
+if TYPE_CHECKING:
+    from leansd.exporting.exporter import Exported
+    from leansd.plans.anatomy import Anatomy
+    from leansd.plans.plan import Plan
 
 app = typer.Typer(add_completion=False)
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """The plan whose graphs are written, and the runs that it is for."""
+
+    plan: str | None = option(
+        None,
+        "For onnx: a preset or a plan file, whose graphs are written, too.",
+        autocompletion=complete_plan,
+    )
+    steps: int | None = option(
+        None, "Steps of the runs: 30 for a preset, a plan file's own count.", min=1
+    )
+    fit: Fit = False
+    sampler: str | None = option(
+        None,
+        "What a preset is for: ddim, dpm++2m ...; the model's own by default.",
+        autocompletion=complete_sampler,
+    )
+
+    def check(self) -> None:
+        """Refuses a sampler that there is none of, and options of a plan that is not given."""
+        from leansd.errors import LeansdError
+        from leansd.runtime.samplers import check_sampler
+
+        asked = self.steps is not None or self.fit or self.sampler is not None
+        if self.plan is None and asked:
+            raise LeansdError(
+                "--steps, --fit and --sampler say what a plan is for: give --plan, too"
+            )
+        if self.sampler is not None:
+            check_sampler(self.sampler)
+
+    def resolve(self, net: str, anatomy: "Anatomy") -> "Plan | None":
+        """The plan for the runs of a net, with what must be said of it told."""
+        from leansd.cli.options import tell_notes
+        from leansd.plans.resolve import resolve_plan
+        from leansd.unets import outline_runs
+
+        if self.plan is None:
+            return None
+        context = outline_runs(net, anatomy, self.steps, sampler=self.sampler)
+        return tell_notes(resolve_plan(self.plan, context, fit=self.fit))
 
 
 @command(
@@ -34,50 +84,26 @@ def export_net(
     out: Path = option(
         ..., "Folder to write: new, empty or an earlier export to onnx.", "--out", "-o"
     ),
-    plan: str | None = option(
-        None,
-        "For onnx: a preset or a plan file, whose graphs are written, too.",
-        autocompletion=complete_plan,
-    ),
-    steps: int | None = option(
-        None, "Steps of the runs: 30 for a preset, a plan file's own count.", min=1
-    ),
-    fit: Fit = False,
-    sampler: str | None = option(
-        None,
-        "What a preset is for: ddim, dpm++2m ...; the model's own by default.",
-        autocompletion=complete_sampler,
-    ),
+    graphs: Graphs,
     report: ReportFile = None,
 ) -> Result:
     """Export a net; for ONNX, check in ONNX Runtime that it gives what PyTorch gives."""
     from leansd.anatomy.reading import read_anatomy
-    from leansd.cli.options import tell_notes
     from leansd.cli.terminal import follow, hush_libraries, warn
-    from leansd.errors import LeansdError
     from leansd.exporting import export
     from leansd.exporting.exporter import check_form, find_home
     from leansd.files import check_file
     from leansd.loading import load_outline
-    from leansd.plans.resolve import resolve_plan
-    from leansd.report.nets import report_export
-    from leansd.runtime.samplers import check_sampler
-    from leansd.unets import outline_runs
+    from leansd.report.nets import report_export, tabulate_files
 
     # Everything that can be wrong is found before a weight is read.
-    form = check_form(to, out, plan)
+    form = check_form(to, out, graphs.plan)
     if report is not None:
         check_file(report)
-    if plan is None and (steps is not None or fit or sampler is not None):
-        raise LeansdError("--steps, --fit and --sampler say what a plan is for: give --plan, too")
-    if sampler is not None:
-        check_sampler(sampler)
+    graphs.check()
     hush_libraries()
     anatomy = read_anatomy(load_outline(find_home(net)))
-    chosen = None
-    if plan is not None:
-        context = outline_runs(net, anatomy, steps, sampler=sampler)
-        chosen = tell_notes(resolve_plan(plan, context, fit=fit))
+    chosen = graphs.resolve(net, anatomy)
     with follow("opening the net") as bar:
         written = export(
             net,
@@ -88,25 +114,26 @@ def export_net(
         )
     for loss in written.losses:
         warn(loss)
-    rows = tuple((name, f"{size / 1e6:.2f}") for name, size in written.files.items())
     differs = written.difference
     return Result(
-        facts={
-            "net": net,
-            "to": to,
-            "folder": str(written.folder),
-            "files": written.files,
-            "plan": chosen.name if chosen is not None else None,
-            "fingerprint": chosen.fingerprint if chosen is not None else None,
-            "steps": chosen.steps if chosen is not None else None,
-            "difference": differs,
-            "losses": list(written.losses),
-        },
+        facts={"net": net, "to": to, **_list_facts(written, chosen)},
         shown=[
-            Table(("file", "MB"), rows),
+            tabulate_files(written),
             *([f"largest difference from PyTorch: {differs:.1e}"] if differs is not None else []),
         ],
         files=[written.folder],
         pages={report: report_export(written, net, to, anatomy)} if report is not None else {},
         device="cpu",
     )
+
+
+def _list_facts(written: "Exported", plan: "Plan | None") -> dict[str, Any]:
+    return {
+        "folder": str(written.folder),
+        "files": written.files,
+        "plan": plan.name if plan is not None else None,
+        "fingerprint": plan.fingerprint if plan is not None else None,
+        "steps": plan.steps if plan is not None else None,
+        "difference": written.difference,
+        "losses": list(written.losses),
+    }

@@ -9,7 +9,7 @@ import typer
 
 from leansd.cli.command import Result, argument, command, option
 from leansd.cli.completions import complete_plan
-from leansd.cli.options import Following, ModelOption, Opening, OwnGuidance, Size
+from leansd.cli.options import Following, ModelOption, Opening, OwnGuidance, SizeOption
 
 if TYPE_CHECKING:
     from leansd.drawing import Painting, Request
@@ -34,7 +34,7 @@ class Wanted:
     seed: int = option(0, "Seed of the first picture of a prompt.", min=0)
     count: int = option(1, "Pictures a prompt, each a seed further.", min=1)
     negative: str = option("", "What to steer away from.")
-    size: Size = None
+    size: SizeOption = None
     init: Path | None = option(None, "Start from this picture (image-to-image).")
     strength: float = option(0.8, "With --init: how much to redraw, above 0 and up to 1.")
     vae: Path | None = option(
@@ -62,7 +62,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Rows:
+class PromptFile:
     """Prompts from a file, drawn into shards."""
 
     prompt_file: Path | None = option(
@@ -103,7 +103,7 @@ def generate_pictures(
     ),
     following: Following,
     opening: Opening,
-    rows: Rows,
+    rows: PromptFile,
 ) -> Result:
     """Draw pictures from prompts, each as a PNG that carries its prompt, seed and plan."""
     from leansd.errors import LeansdError
@@ -146,7 +146,7 @@ class _Task:
 
     def open(self) -> "tuple[Any, Plan]":
         """The pipeline, and the plan for its runs."""
-        from leansd.evaluation.prompts import find_guidance
+        from leansd.evaluation.prompt_sets import find_guidance
         from leansd.loading import load_vae, set_vae
 
         vae = load_vae(self.wanted.vae) if self.wanted.vae is not None else None
@@ -191,10 +191,10 @@ def _draw_prompts(
             progress.console.print(told, highlight=False, markup=False, soft_wrap=True)
     pages = {}
     if pairs:
-        from leansd.report.plans import Pair, report_pairs
+        from leansd.report.plans import PicturePair, report_pairs
 
         assert task.context.anatomy is not None
-        report = report_pairs([Pair(*each) for each in pairs], plan, task.context.anatomy)
+        report = report_pairs([PicturePair(*each) for each in pairs], plan, task.context.anatomy)
         pages[out / "report.html" if overwrite else find_free(out / "report.html")] = report
     return Result(
         facts={
@@ -291,7 +291,7 @@ def _write_picture(
     return write_file(path, content) if overwrite else write_new(path, content)
 
 
-def _draw_rows(task: _Task, rows: Rows, file: Path, out: Path) -> Result:
+def _draw_rows(task: _Task, rows: PromptFile, file: Path, out: Path) -> Result:
     """Shards of pictures, those that are there already left out."""
     import time
 
@@ -335,9 +335,9 @@ def _draw_rows(task: _Task, rows: Rows, file: Path, out: Path) -> Result:
     )
 
 
-def _make_job(task: _Task, rows: Rows) -> Any:
+def _make_job(task: _Task, rows: PromptFile) -> Any:
     """What decides which pictures come out, as it travels to workers."""
-    from leansd.bulk.jobs import Job
+    from leansd.bulk.jobs import BulkJob
     from leansd.cli.options import tell_notes
     from leansd.drawing import parse_size
 
@@ -347,7 +347,7 @@ def _make_job(task: _Task, rows: Rows) -> Any:
     )
     # Only a plan that was tuned for certain weights asks for them.
     plan = task.open()[1] if resolved.plan.tuned is not None else tell_notes(resolved)
-    return Job(
+    return BulkJob(
         task.model,
         plan.steps,
         plan.to_dict(),

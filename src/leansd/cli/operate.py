@@ -13,6 +13,7 @@ from leansd.text import Table
 
 if TYPE_CHECKING:
     from leansd.surgery.edits import Surgery
+    from leansd.surgery.preview import Preview
 
 app = typer.Typer(add_completion=False)
 
@@ -74,23 +75,25 @@ def operate_on_unet(
     seen = preview(outlines, chosen, latent=latent)
     is_asked = out is not None and not only_preview
     return Result(
-        facts={
-            "surgery": chosen.name,
-            "fingerprint": chosen.fingerprint,
-            "model": model,
-            "class": seen.kind,
-            "units": len(seen.after) - 2,
-            "params": [seen.before.params, seen.after.params],
-            "macs": [seen.before.macs, seen.after.macs],
-            "latent": seen.after.size,
-            "dropped": list(seen.gone),
-            "taken": dict(seen.taken),
-            "replaced": dict(seen.replaced),
-        },
+        facts={"surgery": chosen.name, "model": model, **_list_facts(seen)},
         shown=[str(seen)],
         files=operate_into(out, models, chosen, whole=whole) if out and is_asked else [],
         pages={report: report_surgery(seen, model)} if report is not None else {},
     )
+
+
+def _list_facts(seen: "Preview") -> dict[str, Any]:
+    return {
+        "fingerprint": seen.surgery.fingerprint,
+        "class": seen.kind,
+        "units": len(seen.after) - 2,
+        "params": [seen.before.params, seen.after.params],
+        "macs": [seen.before.macs, seen.after.macs],
+        "latent": seen.after.size,
+        "dropped": list(seen.gone),
+        "taken": dict(seen.taken),
+        "replaced": dict(seen.replaced),
+    }
 
 
 def list_nets(model: str, others: Sequence[str]) -> dict[str, str]:

@@ -31,14 +31,14 @@ _MODELS = "emoji (embedded), a model folder, a .safetensors file or a hub id."
 
 ModelArgument = Annotated[str, typer.Argument(help=_MODELS, autocompletion=complete_model)]
 ModelOption = Annotated[str, typer.Option(help=_MODELS, autocompletion=complete_model)]
-Guidance = Annotated[
+GuidanceOption = Annotated[
     float | None,
     typer.Option(help="Guidance scale; 4 for emoji, the pipeline's own for other models."),
 ]
 OwnGuidance = Annotated[
     float | None, typer.Option(help="Guidance scale; the pipeline's own by default.")
 ]
-Size = Annotated[
+SizeOption = Annotated[
     str | None, typer.Option(help="512, or width first 768x512; the model's own by default.")
 ]
 Device = Annotated[
@@ -48,7 +48,7 @@ Device = Annotated[
         autocompletion=complete_device,
     ),
 ]
-Sampler = Annotated[
+SamplerOption = Annotated[
     str | None,
     typer.Option(
         help="ddim, dpm++2m, euler, heun, unipc ...; the model's own by default.",
@@ -57,6 +57,9 @@ Sampler = Annotated[
 ]
 Fit = Annotated[
     bool, typer.Option("--fit", help="Stretch a plan file to --steps if it is for others.")
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Follow presets also where few steps gain nothing.")
 ]
 ConvergedSteps = Annotated[
     int, typer.Option(min=2, help="Steps of the converged run, same sampler.")
@@ -68,7 +71,7 @@ Clip = Annotated[Path | None, typer.Option(help="Folder of a CLIP for the qualit
 ReportFile = Annotated[
     Path | None, typer.Option("--report", help="Write an HTML page, its figures beside it.")
 ]
-Nets = Annotated[
+NetsOption = Annotated[
     list[str] | None,
     typer.Option(
         "--net", metavar="NAME=FOLDER", help="A UNet that the plan switches to; repeat it."
@@ -77,7 +80,7 @@ Nets = Annotated[
 
 
 @dataclass(frozen=True)
-class Place:
+class DeviceOptions:
     """Where a model runs, and in what precision."""
 
     device: Device = None
@@ -118,10 +121,10 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Opening(Place):
+class Opening(DeviceOptions):
     """How a pipeline is opened."""
 
-    sampler: Sampler = None
+    sampler: SamplerOption = None
 
     def check_model(self, model: str) -> None:
         """Refuses a model, device or sampler that is not there, before a weight is read."""
@@ -210,7 +213,7 @@ class Fitting:
 class Following(Fitting):
     """The same, where a plan may switch to other UNets."""
 
-    net: Nets = None
+    net: NetsOption = None
 
     @property
     def nets(self) -> dict[str, str]:
@@ -252,7 +255,7 @@ class Calls:
 
     prompts: Path | None = option(None, "Text file, a prompt a line; some are built in.")
     count: int | None = option(None, "Pictures; prompts are taken in turns.", min=1)
-    guidance: Guidance = None
+    guidance: GuidanceOption = None
     seed: int = option(0, "Picture i has seed SEED + i.", min=0)
     batch: int = option(8, "Pictures drawn at once.", min=1)
 
@@ -263,7 +266,7 @@ class Calls:
             LeansdError: there are none for this model.
         """
         from leansd.errors import LeansdError
-        from leansd.evaluation.prompts import read_prompts
+        from leansd.evaluation.prompt_sets import read_prompts
         from leansd.loading import EMBEDDED
 
         if self.prompts is None and model != EMBEDDED and not own:
@@ -274,7 +277,7 @@ class Calls:
 
     def find_guidance(self, pipe: Any, model: str) -> float:
         """The guidance scale of the calls."""
-        from leansd.evaluation.prompts import find_guidance
+        from leansd.evaluation.prompt_sets import find_guidance
 
         return find_guidance(pipe, model) if self.guidance is None else self.guidance
 

@@ -2,18 +2,19 @@
 
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from leansd.cli.command import Result, argument, command, option
 from leansd.cli.completions import complete_plan, complete_shape
-from leansd.cli.options import Following, ReportFile, Sampler
-from leansd.cli.terminal import PlanGrid
+from leansd.cli.options import Following, ReportFile, SamplerOption
+from leansd.cli.terminal import PlanText
 from leansd.text import Table
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from leansd.plans.anatomy import Anatomy
+    from leansd.plans.plan import Plan
 
 app = typer.Typer(add_completion=False)
 FORMATS = (".png", ".svg", ".pdf")
@@ -41,7 +42,7 @@ def show_plan(
         "The model whose units are drawn; sd15, sd21-base, sdxl work too.",
         autocompletion=complete_shape,
     ),
-    sampler: Sampler = None,
+    sampler: SamplerOption = None,
     following: Following,
     out: Path | None = option(None, "Write the plan as a JSON file.", "--out", "-o"),
     picture: Path | None = option(None, "Write the grid as a PNG, SVG or PDF file."),
@@ -53,24 +54,20 @@ def show_plan(
     from leansd.cli.options import tell_notes
     from leansd.cli.terminal import hush_libraries
     from leansd.files import check_file, write_file
-    from leansd.plans.grid import draw_picture
     from leansd.report.plans import report_plan
     from leansd.runtime.samplers import check_sampler
     from leansd.unets import predict_gain
 
-    for path in (out, picture, report):
-        if path is not None:
-            check_file(path)
+    for path in filter(None, (out, picture, report)):
+        check_file(path)
     if sampler is not None:
         check_sampler(sampler)
     hush_libraries()
     resolved, context = following.outline(plan, model, steps=steps, sampler=sampler)
-    anatomy, chosen = context.anatomy, resolved.plan
-    assert anatomy is not None
-    grid = PlanGrid(chosen.draw(anatomy), chosen.steps)
-    drawn = _encode(draw_picture(chosen, anatomy), picture) if picture is not None else b""
+    chosen = tell_notes(resolved)
+    anatomy: Any = context.anatomy
+    drawn = _draw(chosen, anatomy, picture) if picture is not None else b""
     speedup = predict_gain(chosen, anatomy, context.nets)
-    tell_notes(resolved)
     files = [write_file(out, chosen.encode())] if out is not None else []
     files += [write_file(picture, drawn)] if picture is not None else []
     return Result(
@@ -84,7 +81,7 @@ def show_plan(
             "notes": list(resolved.notes),
         },
         shown=[
-            grid,
+            PlanText(chosen.draw(anatomy), chosen.steps),
             f"fingerprint {chosen.fingerprint}, predicted speed-up of the UNet {speedup:.2f}x",
         ],
         files=files,
@@ -99,13 +96,14 @@ def _list_presets() -> Result:
     return Result({"presets": rows}, [Table(("preset", "summary"), tuple(rows.items()))])
 
 
-def _encode(figure: "Figure", path: Path) -> bytes:
-    """A figure as the bytes of the file format that `path` ends in."""
+def _draw(plan: "Plan", anatomy: "Anatomy", path: Path) -> bytes:
+    """The grid of a plan as the bytes of the file format that `path` ends in."""
     from leansd.errors import LeansdError
+    from leansd.plans.grid import draw_picture
 
     form = path.suffix.lower()
     if form not in FORMATS:
         raise LeansdError(f"cannot draw {path}: the name must end in one of {', '.join(FORMATS)}")
     buffer = BytesIO()
-    figure.savefig(buffer, format=form[1:], dpi=150)
+    draw_picture(plan, anatomy).savefig(buffer, format=form[1:], dpi=150)
     return buffer.getvalue()

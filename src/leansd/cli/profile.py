@@ -1,5 +1,6 @@
 """`leansd profile`: what everything costs on this machine, and what plans gain of it."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,13 +8,32 @@ import typer
 
 from leansd.cli.command import OnlyJson, Result, argument, command, option
 from leansd.cli.completions import complete_shape
-from leansd.cli.options import OwnGuidance, Place, Size
+from leansd.cli.options import DeviceOptions, OwnGuidance, SizeOption
 
 if TYPE_CHECKING:
     from leansd.evaluation.profile import Probe
     from leansd.evaluation.profiled import OtherVae, Profiled
+    from leansd.evaluation.records import Record
 
 app = typer.Typer(add_completion=False)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What is drawn to be timed."""
+
+    batch: int = option(1, "Pictures drawn at once.", min=1)
+    size: SizeOption = None
+    repeats: int = option(5, "Timed rounds.", min=1)
+    steps: int = option(30, "Steps of the runs that are split.", min=2)
+    check: int = option(6, "Steps of the held-out runs in each round; 0 for none.", min=0)
+    guidance: OwnGuidance = None
+    vae: str | None = option(
+        None, "What another autoencoder would gain: its folder, or tiny for TAESD's shape."
+    )
+    attend: list[str] | None = option(
+        None, "Self-attentions to time by GRI and in full as well, as dn0.*.attn; repeatable."
+    )
 
 
 @command(
@@ -32,75 +52,25 @@ def profile_model(
     ),
     *,
     out: Path = option(Path("profile"), "Folder for the report and the records."),
-    batch: int = option(1, "Pictures drawn at once.", min=1),
-    size: Size = None,
-    repeats: int = option(5, "Timed rounds.", min=1),
-    steps: int = option(30, "Steps of the runs that are split.", min=2),
-    check: int = option(6, "Steps of the held-out runs in each round; 0 for none.", min=0),
-    guidance: OwnGuidance = None,
-    vae: str | None = option(
-        None, "What another autoencoder would gain: its folder, or tiny for TAESD's shape."
-    ),
-    attend: list[str] | None = option(
-        None, "Self-attentions to time by GRI and in full as well, as dn0.*.attn; repeatable."
-    ),
-    place: Place,
+    runs: Runs,
+    place: DeviceOptions,
 ) -> Result:
     """Time every unit, whole UNet calls and the pipeline's stages; predict what plans gain.
 
     The last line on standard output is one JSON object.
     """
-    from functools import partial
-
-    from leansd.cli.terminal import follow
     from leansd.drawing import parse_size
-    from leansd.evaluation.prediction import check_predictions, hold_out, list_prediction_records
-    from leansd.evaluation.profile import prepare_probe
-    from leansd.evaluation.profiled import Profiled
-    from leansd.evaluation.records import stamp
     from leansd.files import check_folder
     from leansd.report.measurements import report_profile
-    from leansd.runtime.samplers import name_sampler
 
     # Everything that can be wrong is found before a weight is read.
     check_folder(out)
-    pixels = parse_size(size) if size else None
-    pipe, autoencoder = _open(model, vae, place)
-    warming = f"warming up {model} on {pipe.device}"
-    with follow(warming) as bar:
-        probe = prepare_probe(
-            pipe,
-            call={} if guidance is None else {"guidance_scale": guidance},
-            pictures=batch,
-            size=pixels,
-            subject=model,
-            attend=attend or (),
-            on_unit=lambda at, share: bar.share(f"{warming}: {at}", share),
-        )
-        held_out = partial(hold_out, guided=probe.is_guided, sampler=name_sampler(pipe))
-        plans = held_out(probe.anatomy, check) if check else {}
-        cost, predictions = check_predictions(probe, plans, rounds=repeats, on_progress=bar.share)
-        other = _time_other(probe, autoencoder, vae, repeats)
-    circumstances = stamp(pipe.device)
-    profiled = Profiled(
-        cost=cost,
-        anatomy=_dissect(pipe, probe, model),
-        steps=steps,
-        predictions=predictions,
-        repeats=repeats,
-        circumstances=circumstances,
-        sampler=name_sampler(pipe),
-        vae=other,
-    )
-    width, height = probe.size
-    shared = {"subject": model, "pictures": batch, "width": width, "height": height}
-    records = [
-        *cost.list_records(circumstances),
-        *list_prediction_records(predictions, {**circumstances, **shared}),
-    ]
-    own = {"model": model, "pictures": batch, "size": [width, height], "repeats": repeats}
+    size = parse_size(runs.size) if runs.size else None
+    pipe, autoencoder = _open(model, runs.vae, place)
+    profiled = _measure(model, pipe, runs, size, autoencoder)
+    records = _list_records(profiled, model)
     return Result(
-        facts={**own, "steps": steps, **_list_facts(profiled)},
+        facts={"model": model, **_list_facts(profiled)},
         shown=_show(profiled),
         pages={out / "report.html": report_profile(profiled, records)},
         records={out / "records.jsonl": records},
@@ -108,7 +78,58 @@ def profile_model(
     )
 
 
-def _open(model: str, vae: str | None, place: Place) -> tuple[Any, Any]:
+def _measure(
+    model: str, pipe: Any, runs: Runs, size: tuple[int, int] | None, autoencoder: Any
+) -> "Profiled":
+    from functools import partial
+
+    from leansd.cli.terminal import follow
+    from leansd.evaluation.prediction import check_predictions, hold_out
+    from leansd.evaluation.profile import prepare_probe
+    from leansd.evaluation.profiled import Profiled
+    from leansd.evaluation.records import stamp
+    from leansd.runtime.samplers import name_sampler
+
+    warming = f"warming up {model} on {pipe.device}"
+    with follow(warming) as bar:
+        probe = prepare_probe(
+            pipe,
+            call={} if runs.guidance is None else {"guidance_scale": runs.guidance},
+            pictures=runs.batch,
+            size=size,
+            subject=model,
+            attend=runs.attend or (),
+            on_unit=lambda at, share: bar.share(f"{warming}: {at}", share),
+        )
+        held_out = partial(hold_out, guided=probe.is_guided, sampler=name_sampler(pipe))
+        plans = held_out(probe.anatomy, runs.check) if runs.check else {}
+        cost, predictions = check_predictions(
+            probe, plans, rounds=runs.repeats, on_progress=bar.share
+        )
+        other = _time_other(probe, autoencoder, runs.vae, runs.repeats)
+    return Profiled(
+        cost=cost,
+        anatomy=_dissect(pipe, probe, model),
+        steps=runs.steps,
+        predictions=predictions,
+        repeats=runs.repeats,
+        circumstances=stamp(pipe.device),
+        sampler=name_sampler(pipe),
+        vae=other,
+    )
+
+
+def _list_records(profiled: "Profiled", model: str) -> "list[Record]":
+    from leansd.evaluation.prediction import list_prediction_records
+
+    cost, facts = profiled.cost, profiled.circumstances
+    (width, height), pictures = cost.size, cost.pictures
+    shared = {"subject": model, "pictures": pictures, "width": width, "height": height}
+    predicted = list_prediction_records(profiled.predictions, {**facts, **shared})
+    return [*cost.list_records(facts), *predicted]
+
+
+def _open(model: str, vae: str | None, place: DeviceOptions) -> tuple[Any, Any]:
     """The pipeline, and another autoencoder where one is asked for."""
     from leansd.anatomy.builtin import BUILTIN
     from leansd.cli.options import Opening
@@ -187,6 +208,10 @@ def _show(profiled: "Profiled") -> list[Any]:
 def _list_facts(profiled: "Profiled") -> dict[str, Any]:
     cost, other = profiled.cost, profiled.vae
     return {
+        "pictures": cost.pictures,
+        "size": list(cost.size),
+        "repeats": profiled.repeats,
+        "steps": profiled.steps,
         "device": profiled.circumstances["device"],
         "guided": cost.is_guided,
         "full_call": cost.full_call,

@@ -52,7 +52,7 @@ def open_console() -> Console:
 
 
 @dataclass(frozen=True)
-class PlanGrid:
+class PlanText:
     """A plan as text: a row a unit, a column a step."""
 
     text: str
@@ -85,7 +85,7 @@ def show_table(result: Table) -> None:
 
 
 @show.register
-def show_grid(result: PlanGrid) -> None:
+def show_grid(result: PlanText) -> None:
     """Prints a plan's grid, in pieces on a terminal that is narrower."""
     width = open_console().width
     show(fold_grid(result.text, result.steps, width) if sys.stdout.isatty() else result.text)
@@ -124,7 +124,7 @@ def open_progress() -> Progress:
     )
 
 
-class Bar:
+class ProgressBar:
     """One line of progress; its methods are what the library's `on_progress` functions take."""
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
@@ -149,10 +149,10 @@ class Bar:
 
 
 @contextmanager
-def follow(text: str, total: float | None = None) -> Iterator[Bar]:
+def follow(text: str, total: float | None = None) -> Iterator[ProgressBar]:
     """A bar while something runs."""
     with open_progress() as progress:
-        yield Bar(progress, progress.add_task(text, total=total))
+        yield ProgressBar(progress, progress.add_task(text, total=total))
 
 
 def hush_libraries() -> None:

@@ -1,6 +1,6 @@
 """`leansd tune`: the plans that lose least, for every speed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from leansd.cli.command import Result, command, option
-from leansd.cli.options import Calls, ModelArgument, Nets, Opening
+from leansd.cli.options import Calls, ModelArgument, NetsOption, Opening
 
 if TYPE_CHECKING:
+    from leansd.evaluation.records import Record
     from leansd.tuning.front import Front, Point
 
 app = typer.Typer(add_completion=False)
@@ -44,6 +45,28 @@ class Goal:
 
 
 @dataclass(frozen=True)
+class Search:
+    """How long and where plans are sought."""
+
+    tries: int = option(6, "Moves of key steps that are tried for each speed.", min=0)
+    speeds: str | None = option(None, "Speed-ups of the front, as in 1.5,2,3.")
+    attend: list[str] | None = option(
+        None, "Self-attentions that may go by GRI, as in dn0.*.attn; repeat it."
+    )
+    net: NetsOption = None
+
+    def read(self, goal: Mapping[str, float]) -> tuple[dict[str, Any], dict[str, str]]:
+        """Arguments of `leansd.tune`, checked, and the folders of nets by name."""
+        from leansd.cli.options import read_pairs
+        from leansd.tuning.tuner import SPEEDS
+
+        speeds = _parse_speeds(self.speeds) if self.speeds is not None else SPEEDS
+        folders = read_pairs(self.net or (), "FOLDER, light=runs/asdm/net")
+        found = {"tries": self.tries, "speeds": speeds, "attend": self.attend or ()}
+        return found | {name: goal.get(name) for name in ("speedup", "ms")}, folders
+
+
+@dataclass(frozen=True)
 class Files:
     """What is written, and where."""
 
@@ -67,6 +90,12 @@ class Files:
             if path is not None:
                 check_file(path)
         return front, journal, page
+
+    def measure_drift(self, *calls: Any, **settings: Any) -> "list[Record]":
+        """What changes from step to step, where a file for it is given."""
+        from leansd.tuning.drift import measure_drift
+
+        return measure_drift(*calls, **settings) if self.drift is not None else []
 
 
 @dataclass(frozen=True)
@@ -127,15 +156,10 @@ def tune_plans(
     *,
     goal: Goal,
     files: Files,
-    net: Nets = None,
-    attend: list[str] | None = option(
-        None, "Self-attentions that may go by GRI, as in dn0.*.attn; repeat it."
-    ),
     steps: int = option(30, "Sampler steps of the full run.", min=4),
     calls: Calls,
     start: Start,
-    tries: int = option(6, "Moves of key steps that are tried for each speed.", min=0),
-    speeds: str | None = option(None, "Speed-ups of the front, as in 1.5,2,3."),
+    search: Search,
     opening: Opening,
 ) -> Result:
     """Tune plans on some calls, check them on others, and save the whole front.
@@ -143,31 +167,21 @@ def tune_plans(
     One of --speedup, --psnr and --ms says which plan is written to OUT; 2 times faster by default.
     Stopped, the same command goes on where it was.
     """
-    from textwrap import fill
-
-    from leansd.anatomy import dissect
-    from leansd.cli.options import open_nets, read_pairs
+    from leansd.cli.options import open_nets
     from leansd.cli.terminal import follow, note
-    from leansd.report.plans import describe_choice, report_tuning, tabulate_front
-    from leansd.runtime.samplers import check_sampler, name_sampler, require_convergence
-    from leansd.tuning.calibration import require_tunable
-    from leansd.tuning.drift import measure_drift
-    from leansd.tuning.tuner import SPEEDS, split_calls, tune
+    from leansd.runtime.samplers import name_sampler
+    from leansd.tuning.tuner import tune
 
     # Everything that can be wrong is found before a weight is read.
     front, journal, page = files.check()
     wanted = goal.check()
-    sought = _parse_speeds(speeds) if speeds is not None else SPEEDS
-    folders = read_pairs(net or (), "FOLDER, light=runs/asdm/net")
-    if opening.sampler is not None:
-        require_convergence(check_sampler(opening.sampler))
+    sought, folders = search.read(wanted)
+    check_convergence(opening.sampler)
     opening.check_model(model)
     prompts = _list_prompts(calls, model)
-    split_calls(prompts, None)
     pictures = start.open(steps)
 
     pipe = opening.open(model)
-    require_tunable(pipe.scheduler, steps)
     pipe, asked, settings = start.place(pipe, prompts, pictures)
     settings["guidance_scale"] = scale = calls.find_guidance(pipe, model)
     drawn = {"settings": settings, "seed": calls.seed, "batch": calls.batch}
@@ -178,51 +192,72 @@ def tune_plans(
             asked,
             steps=steps,
             **drawn,
-            speeds=sought,
-            speedup=wanted.get("speedup"),
-            ms=wanted.get("ms"),
-            tries=tries,
+            **sought,
             nets=open_nets(pipe, folders),
-            attend=attend or (),
             sampler=name_sampler(pipe),
             journal=journal,
             tell=bar.share,
         )
         found.save(front)
-        drifts = []
-        if files.drift is not None:
-            bar.share("measuring drift", 1)
-            drifts = measure_drift(pipe, asked[:4], steps, **drawn, subject=model)
+        bar.share("measuring drift", 1)
+        drifts = files.measure_drift(pipe, asked[:4], steps, **drawn, subject=model)
+    own = {"model": model, "seed": calls.seed, "guidance": scale, "goal": wanted}
     chosen = found.find(**wanted)
     chosen.plan.save(files.out)
-    own = {"steps": steps, "seed": calls.seed, "guidance": scale, "goal": wanted}
     return Result(
-        facts={"model": model, "sampler": found.sampler, **own, **_list_facts(found, chosen)},
-        shown=[
-            tabulate_front(found, chosen),
-            "or: the best of the other kind, fewer steps or tuned, that is as fast",
-            fill(describe_choice(found, chosen), 80),
-        ],
+        facts={**own, **_list_facts(found, chosen)},
+        shown=_show(found, chosen),
         files=[files.out, front],
-        pages={page: report_tuning(found, chosen, dissect(pipe.unet, name=model), drifts)},
+        pages={page: _report(found, chosen, pipe.unet, model, drifts)},
         records={files.drift: drifts} if files.drift is not None else {},
         device=pipe.device,
     )
 
 
+def _show(found: "Front", chosen: "Point") -> list[Any]:
+    from textwrap import fill
+
+    from leansd.report.plans import describe_choice, tabulate_front
+
+    return [
+        tabulate_front(found, chosen),
+        "or: the best of the other kind, fewer steps or tuned, that is as fast",
+        fill(describe_choice(found, chosen), 80),
+    ]
+
+
+def _report(found: "Front", chosen: "Point", unet: Any, model: str, drifts: Any) -> Any:
+    from leansd.anatomy import dissect
+    from leansd.report.plans import report_tuning
+
+    return report_tuning(found, chosen, dissect(unet, name=model), drifts)
+
+
+def check_convergence(sampler: str | None) -> None:
+    """Refuses a sampler that there is none of, or whose runs have no limit."""
+    from leansd.runtime.samplers import check_sampler, require_convergence
+
+    if sampler is not None:
+        require_convergence(check_sampler(sampler))
+
+
 def _list_prompts(calls: Calls, model: str) -> list[str]:
-    """All of a file's prompts, or 24 of the embedded model's."""
+    """All of a file's prompts, or 24 of the embedded model's; enough to tune on some of them."""
     from leansd.emoji.prompts import GRID_PROMPTS
     from leansd.loading import EMBEDDED
+    from leansd.tuning.tuner import split_calls
 
     count = calls.count or (24 if calls.prompts is None else None)
-    return replace(calls, count=count).list_prompts(
-        model, GRID_PROMPTS if model == EMBEDDED else ()
-    )
+    own = GRID_PROMPTS if model == EMBEDDED else ()
+    prompts = replace(calls, count=count).list_prompts(model, own)
+    split_calls(prompts, None)
+    return prompts
 
 
 def _list_facts(found: "Front", chosen: "Point") -> dict[str, Any]:
     return {
+        "sampler": found.sampler,
+        "steps": found.steps,
         "plan": chosen.plan.name,
         "fingerprint": chosen.plan.fingerprint,
         "fewer_steps_win": chosen.is_plain,

@@ -62,6 +62,7 @@ def serve_page(
 
     from leansd.loading import find_device
     from leansd.ui.folders import Folders
+    from leansd.ui.serving import Door, serving
     from leansd.ui.studio import Studio
 
     folders = Folders.open(folder, models, model)
@@ -71,9 +72,6 @@ def serve_page(
     studio = Studio(folders, device)
     note(f"opening {model}")
     studio.open(model)
-
-    from leansd.ui.serving import Door, serving
-
     with serving(studio, Door(host, port, share), limit=queue) as address:
         show(f"{address}  (Ctrl+C ends it)")
         note(f"plans and history in {folders.home}")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from leansd.anatomy.cost import dissect
+from leansd.anatomy.counting import dissect
 from leansd.errors import LeansdError
 from leansd.evaluation.compare import (
     CONVERGED,
@@ -35,7 +35,7 @@ from leansd.evaluation.rivals import OURS, Contest, Rival, RivalContext, make_ca
 from leansd.evaluation.runs import FULL, PipelineCall, expand_calls, run_calls, split_calls
 from leansd.loading import as_image_to_image
 from leansd.plans.plan import Plan
-from leansd.plans.presets import SPEED_PRESETS
+from leansd.plans.presets import PRESETS, SPEED_PRESETS
 from leansd.plans.resolve import PlanContext, find_source, resolve_plan
 from leansd.runtime.samplers import make_scheduler
 
@@ -152,21 +152,24 @@ def choose_plans(
     blocks: int,
     *,
     read_front: Callable[[Path], Sequence[Plan]],
+    force: bool = False,
+    tell: Callable[[str], None] = lambda note: None,
 ) -> tuple[Plan, ...]:
-    """The plans that are ours in a contest: the house presets where none are named.
+    """The plans that are ours in a contest: the speed presets where none are named.
 
     A folder holds plans named SAMPLER-STEPS-GOAL.json, and fronts, SAMPLER-STEPS.json, or those of
-    `name_own_front`; a plan file of another step count sits out.
+    `name_own_front`; a plan file of another step count sits out, and so does a preset that means
+    the full run.
 
     Args:
         read_front: gives the plans of a front's file.
+        force: follow presets however few the steps are.
+        tell: is told what must be said of a plan.
     """
     context = PlanContext(contest.steps, contest.sampler, blocks=blocks)
-    if not sources:
-        return tuple(resolve_plan(name, context, force=True).plan for name in SPEED_PRESETS)
     plans: list[Plan] = []
-    for source in sources:
-        if Path(source).is_dir():
+    for source in sources or SPEED_PRESETS:
+        if source not in PRESETS and Path(source).is_dir():
             stem = f"{contest.sampler}-{contest.steps}"
             own = Path(source) / f"{name_own_front(contest)}.json"
             front = own if own.exists() else Path(source) / f"{stem}.json"
@@ -178,8 +181,13 @@ def choose_plans(
             ]
             continue
         found = find_source(source)
-        if not isinstance(found, Plan) or found.steps == contest.steps:
-            plans.append(resolve_plan(found, context, force=True).plan)
+        if isinstance(found, Plan) and found.steps != contest.steps:
+            continue
+        resolved = resolve_plan(found, context, force=force)
+        for note in resolved.notes:
+            tell(note)
+        if resolved.plan.name != FULL or isinstance(found, Plan):
+            plans.append(resolved.plan)
     return tuple(plans)
 
 

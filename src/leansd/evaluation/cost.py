@@ -20,12 +20,12 @@ from leansd.plans.anatomy import HEAD, STEM
 from leansd.plans.liveness import Call, Kept, Program
 from leansd.plans.row import OWN, Attend
 
-Batch = Literal["whole", "half", "none"]
+GuidedRows = Literal["whole", "half", "none"]
 """What a call runs: the `whole` batch, only the conditional `half` of a guided one, or `none` of
 it, where the UNet's output is inherited and the UNet not entered."""
-BATCHES: tuple[Batch, ...] = get_args(Batch)
+BATCHES: tuple[GuidedRows, ...] = get_args(GuidedRows)
 
-Times = Mapping[str, Mapping[Batch, float]]
+Times = Mapping[str, Mapping[GuidedRows, float]]
 """Seconds by address and batch."""
 
 
@@ -49,7 +49,7 @@ class CostModel:
     """Bytes that a unit or part gives, for the whole batch."""
     peak_bytes: Mapping[str, int] = field(default_factory=dict[str, int])
     """The most memory that computing a unit took on top of what was there; on a GPU only."""
-    fixed: Mapping[Batch, float] = field(default_factory=dict[Batch, float])
+    fixed: Mapping[GuidedRows, float] = field(default_factory=dict[GuidedRows, float])
     """What every call spends besides blocks, ends and copies."""
     per_byte: float = 0.0
     """A byte read or written by keeping and recalling."""
@@ -214,7 +214,7 @@ class CostModel:
 
     # -- reading -----------------------------------------------------------------------------
 
-    def _get_time(self, at: str, batch: Batch) -> float:
+    def _get_time(self, at: str, batch: GuidedRows) -> float:
         try:
             return self.units[at][batch]
         except KeyError:
@@ -241,7 +241,7 @@ STAGES = {
 """Metric of each number that is of the whole pipeline, and its name in the model."""
 
 
-MISSING: Mapping[Batch, str] = {
+MISSING: Mapping[GuidedRows, str] = {
     "whole": "for a whole batch: the profile is broken; profile the model again",
     "half": "for half a batch: it was profiled without guidance; profile it with a guidance scale "
     "above 1",
@@ -255,7 +255,7 @@ def name_gated(at: str, attend: Attend) -> str:
     return f"{at}:{attend}"
 
 
-def get_batch(call: Call) -> Batch:
+def get_batch(call: Call) -> GuidedRows:
     if HEAD in call.pattern.inherited:
         return "none"
     return "half" if call.is_half else "whole"
@@ -348,8 +348,8 @@ def _get(record: Record, name: str) -> Any:
     return (record.model_extra or {}).get(name)
 
 
-def _gather(rows: Iterable[Record], metric: str) -> dict[str, dict[Batch, float]]:
-    table: dict[str, dict[Batch, float]] = {}
+def _gather(rows: Iterable[Record], metric: str) -> dict[str, dict[GuidedRows, float]]:
+    table: dict[str, dict[GuidedRows, float]] = {}
     for row in rows:
         if row.metric == metric and row.at is not None:
             table.setdefault(row.at, {})[_get(row, "batch")] = row.value

@@ -17,7 +17,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from leansd.anatomy.cost import dissect
+from leansd.anatomy.counting import dissect
 from leansd.errors import LeansdError
 from leansd.evaluation.compare import (
     CONVERGED,

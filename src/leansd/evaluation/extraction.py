@@ -18,7 +18,13 @@ from torch import Tensor
 from leansd.errors import LeansdError
 from leansd.evaluation.extractors import EXTRACTORS, Extract, batch_samples
 from leansd.evaluation.frechet import Gaussian, fold_gaussian
-from leansd.evaluation.picture_sets import Part, PictureSet, Sample, digest, read_samples
+from leansd.evaluation.picture_sets import (
+    PictureBytes,
+    PictureGroup,
+    PictureSet,
+    digest,
+    read_samples,
+)
 from leansd.files import write_file
 from leansd.loading import find_device
 
@@ -38,20 +44,20 @@ class Features:
     pictures: PictureSet
     marks: Mapping[str, str]
 
-    def locate(self, part: Part, extractor: str) -> Path:
+    def locate(self, part: PictureGroup, extractor: str) -> Path:
         """The file of one part: another picture or other weights, and it is another file."""
         return self._name(part.fingerprint, extractor)
 
-    def list_missing(self, extractors: list[str]) -> list[tuple[Part, tuple[str, ...]]]:
+    def list_missing(self, extractors: list[str]) -> list[tuple[PictureGroup, tuple[str, ...]]]:
         """What is still to be looked at, and by which."""
-        missing: list[tuple[Part, tuple[str, ...]]] = []
+        missing: list[tuple[PictureGroup, tuple[str, ...]]] = []
         for part in self.pictures.parts:
             left = tuple(each for each in extractors if not self.locate(part, each).is_file())
             if left and part.entries:
                 missing.append((part, left))
         return missing
 
-    def put(self, part: Part, extractor: str, seen: Mapping[str, Tensor]) -> None:
+    def put(self, part: PictureGroup, extractor: str, seen: Mapping[str, Tensor]) -> None:
         """Keep what an extractor saw in a part."""
         content = {name: value.contiguous() for name, value in seen.items()}
         write_file(self.locate(part, extractor), save(content))
@@ -168,14 +174,14 @@ class ExtractionConfig:
 class ExtractionTask:
     """A part, and who is still to look at it."""
 
-    part: Part
+    part: PictureGroup
     extractors: tuple[str, ...]
 
 
-Seen: TypeAlias = Mapping[str, Mapping[str, Tensor]]
+ExtractedFeatures: TypeAlias = Mapping[str, Mapping[str, Tensor]]
 """By extractor and name, tensors [n, ...]."""
 RunTasks: TypeAlias = Callable[
-    [ExtractionConfig, Sequence[ExtractionTask]], Iterable[tuple[ExtractionTask, Seen]]
+    [ExtractionConfig, Sequence[ExtractionTask]], Iterable[tuple[ExtractionTask, ExtractedFeatures]]
 ]
 """Looks at parts, in any order."""
 
@@ -190,7 +196,9 @@ class Extraction:
             torch.set_num_threads(config.threads)
         self._opened: dict[str, Extract] = {}
 
-    def extract(self, samples: Sequence[Sample], extractors: Sequence[str]) -> Seen:
+    def extract(
+        self, samples: Sequence[PictureBytes], extractors: Sequence[str]
+    ) -> ExtractedFeatures:
         """What extractors see in some pictures; who shares a batch follows from them alone."""
         seen: dict[str, dict[str, list[Tensor]]] = {name: {} for name in extractors}
         for batch in batch_samples(samples, self.config.batch, self.config.size):
@@ -211,7 +219,7 @@ class Extraction:
 
 def extract_here(
     config: ExtractionConfig, tasks: Sequence[ExtractionTask]
-) -> Iterator[tuple[ExtractionTask, Seen]]:
+) -> Iterator[tuple[ExtractionTask, ExtractedFeatures]]:
     """One part after the other."""
     extraction = Extraction(config)
     for task in tasks:
@@ -224,7 +232,7 @@ def fill_features(
     config: ExtractionConfig,
     *,
     work: RunTasks = extract_here,
-    on_part: Callable[[Part], None] = lambda part: None,
+    on_part: Callable[[PictureGroup], None] = lambda part: None,
 ) -> None:
     """Extract at what has not been looked at yet, and keep each part as it comes.
 

@@ -19,19 +19,19 @@ from torch import Tensor
 from leansd.cluster import connect, lay_out_pool, require_success
 from leansd.errors import LeansdError
 from leansd.evaluation.extraction import (
+    ExtractedFeatures,
     Extraction,
     ExtractionConfig,
     ExtractionTask,
     RunTasks,
-    Seen,
 )
-from leansd.evaluation.picture_sets import Sample, read_part
+from leansd.evaluation.picture_sets import PictureBytes, read_part
 
 READERS = 2
 """Processes that read pictures where this runs."""
 
 
-class Worker:
+class ExtractionWorker:
     """Has the networks, and looks at parts."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -52,7 +52,7 @@ class Worker:
         # Not opened before: Ray would start an actor that cannot be made again and again.
         self._extraction = self._extraction or Extraction(self._config)
         columns = (list(batch[name][0]) for name in ("id", "picture", "facts", "other"))
-        samples = [Sample(*row) for row in zip(*columns, strict=True)]
+        samples = [PictureBytes(*row) for row in zip(*columns, strict=True)]
         seen = self._extraction.extract(samples, list(batch["extractors"][0]))
         flat = {
             f"{extractor} {name}": values.contiguous()
@@ -68,7 +68,7 @@ def extract_on_ray(
     *,
     address: str,
     workers: int | None = None,
-) -> Iterator[tuple[ExtractionTask, Seen]]:
+) -> Iterator[tuple[ExtractionTask, ExtractedFeatures]]:
     """Parts as the pool finishes them.
 
     Args:
@@ -99,7 +99,7 @@ def extract_on_ray(
     seen = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
         .map(read_part, num_cpus=0, concurrency=READERS, scheduling_strategy=here)
-        .map_batches(Worker, fn_constructor_args=(asdict(config),), batch_size=1, **pool)
+        .map_batches(ExtractionWorker, fn_constructor_args=(asdict(config),), batch_size=1, **pool)
     )
     for row in seen.iter_rows():
         require_success(row)
@@ -111,7 +111,7 @@ def run_on_ray(address: str, *, workers: int | None = None) -> RunTasks:
     return partial(extract_on_ray, address=address, workers=workers)
 
 
-def _unflatten(flat: Mapping[str, Tensor]) -> Seen:
+def _unflatten(flat: Mapping[str, Tensor]) -> ExtractedFeatures:
     seen: dict[str, dict[str, Tensor]] = {}
     for key, values in flat.items():
         extractor, name = key.split(" ")

@@ -23,7 +23,7 @@ from torch import Tensor
 from leansd.emoji.location import model_folder
 from leansd.errors import LeansdError
 from leansd.evaluation.fidelity import LPIPS_SOURCE, find_lpips_weights, open_lpips
-from leansd.evaluation.picture_sets import Sample
+from leansd.evaluation.picture_sets import PictureBytes
 from leansd.evaluation.quality import (
     Embedder,
     clip_score,
@@ -57,7 +57,7 @@ class _OpenedSample:
 
 
 def batch_samples(
-    samples: Sequence[Sample], count: int, size: int | None
+    samples: Sequence[PictureBytes], count: int, size: int | None
 ) -> Iterator[PictureBatch]:
     """Open pictures and put neighbours of one size together, in their order.
 
@@ -107,7 +107,7 @@ def find_prompt(facts: bytes | None, picture: Image.Image) -> str | None:
     return text if isinstance(text, str) and text else None
 
 
-def _open_sample(sample: Sample, size: int | None) -> _OpenedSample:
+def _open_sample(sample: PictureBytes, size: int | None) -> _OpenedSample:
     picture = open_picture(sample.picture, sample.id)
     other = open_picture(sample.other, f"beside {sample.id}") if sample.other is not None else None
     opened = _OpenedSample(

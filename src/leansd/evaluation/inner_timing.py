@@ -130,14 +130,14 @@ def time_run(
     """
     device = torch.device(pipe.device)
     sheet = _Sheet(device, on_call=on_call)
-    with ExitStack() as woven:
+    with ExitStack() as hooks:
         if anatomy is not None:
             # Before the engine, so that what a unit lap spans is the unit's own forward.
-            woven.enter_context(ForwardHooks(list_blocks(pipe.unet, anatomy), sheet.time_inside))
-            woven.enter_context(ForwardHooks(list_units(pipe.unet, anatomy), sheet.time_unit))
+            hooks.enter_context(ForwardHooks(list_blocks(pipe.unet, anatomy), sheet.time_inside))
+            hooks.enter_context(ForwardHooks(list_units(pipe.unet, anatomy), sheet.time_unit))
         for name, modules in list_stages(pipe).items():
             for module in modules:
-                woven.enter_context(ForwardHooks({name: module}, sheet.time_stage))
+                hooks.enter_context(ForwardHooks({name: module}, sheet.time_stage))
         wait_for(device)
         started = time.perf_counter()
         with inherit(pipe, plan), ForwardHooks({"unet": pipe.unet}, sheet.time_call):

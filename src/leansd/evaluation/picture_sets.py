@@ -25,7 +25,7 @@ PART = 256
 
 
 @dataclass(frozen=True)
-class Place:
+class FileRange:
     """Bytes of a file: all of it, or as many as a tar's member has."""
 
     path: str
@@ -50,23 +50,23 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Entry:
+class PictureEntry:
     """A picture, by what names it in its set."""
 
     id: str
-    picture: Place
-    facts: Place | None = None
+    picture: FileRange
+    facts: FileRange | None = None
     """What is said of it: JSON with a `prompt`, or a text that is one."""
-    other: Place | None = None
+    other: FileRange | None = None
     """The picture that it is compared with."""
 
 
 @dataclass(frozen=True)
-class Part:
+class PictureGroup:
     """Pictures that are looked at together: those of a shard."""
 
     number: int
-    entries: tuple[Entry, ...]
+    entries: tuple[PictureEntry, ...]
     fingerprint: str
     """Sixteen hex digits of the names, sizes and times of the files."""
 
@@ -76,7 +76,7 @@ class PictureSet:
     """All pictures of a folder, in an order that nothing but their names decides."""
 
     folder: Path
-    parts: tuple[Part, ...]
+    parts: tuple[PictureGroup, ...]
     gaps: tuple[str, ...] = ()
     """Shards whose neighbours are there and they are not."""
 
@@ -84,7 +84,7 @@ class PictureSet:
         return sum(len(part.entries) for part in self.parts)
 
     @property
-    def entries(self) -> Iterator[Entry]:
+    def entries(self) -> Iterator[PictureEntry]:
         return (entry for part in self.parts for entry in part.entries)
 
     @property
@@ -137,12 +137,12 @@ def digest(facts: Iterable[object]) -> str:
     return sha256("\n".join(map(str, facts)).encode()).hexdigest()[:16]
 
 
-def _list_shards(tars: Sequence[Path]) -> Iterator[Part]:
+def _list_shards(tars: Sequence[Path]) -> Iterator[PictureGroup]:
     for number, path in enumerate(tars):
         try:
             with tarfile.open(path) as tar:
                 members = {
-                    member.name: Place(str(path), member.offset_data, member.size)
+                    member.name: FileRange(str(path), member.offset_data, member.size)
                     for member in tar
                     if member.isreg()
                 }
@@ -150,24 +150,26 @@ def _list_shards(tars: Sequence[Path]) -> Iterator[Part]:
             raise LeansdError(
                 f"{path} is damaged: {error}; write it again, or remove it"
             ) from error
-        yield Part(number, tuple(_list_entries(members)), digest([_describe(path)]))
+        yield PictureGroup(number, tuple(_list_entries(members)), digest([_describe(path)]))
 
 
-def _list_files(folder: Path) -> Iterator[Part]:
+def _list_files(folder: Path) -> Iterator[PictureGroup]:
     files = {
         path.relative_to(folder).as_posix(): path
         for path in sorted(folder.rglob("*"))
         if path.suffix.lower() in (*PICTURES, *FACTS) and path.is_file()
     }
-    entries = list(_list_entries({name: Place(str(path)) for name, path in files.items()}))
+    entries = list(_list_entries({name: FileRange(str(path)) for name, path in files.items()}))
     for number, begin in enumerate(range(0, len(entries), PART)):
         some = tuple(entries[begin : begin + PART])
         places = [place for entry in some for place in (entry.picture, entry.facts) if place]
         facts = (f"{entry.id}" for entry in some)
-        yield Part(number, some, digest([*facts, *(_describe(Path(p.path)) for p in places)]))
+        yield PictureGroup(
+            number, some, digest([*facts, *(_describe(Path(p.path)) for p in places)])
+        )
 
 
-def _list_entries(files: Mapping[str, Place]) -> Iterator[Entry]:
+def _list_entries(files: Mapping[str, FileRange]) -> Iterator[PictureEntry]:
     """The pictures among files, each with what is said of it."""
 
     def name(path: str) -> str:
@@ -178,7 +180,7 @@ def _list_entries(files: Mapping[str, Place]) -> Iterator[Entry]:
         facts = next((endings[each] for each in FACTS if each in endings), None)
         for ending in PICTURES:
             if ending in endings:
-                yield Entry(stem, endings[ending], facts)
+                yield PictureEntry(stem, endings[ending], facts)
 
 
 def _describe(path: Path) -> str:
@@ -200,7 +202,7 @@ def _list_gaps(tars: Sequence[Path]) -> Iterator[str]:
             number += 1
 
 
-def _pair(part: Part, known: Mapping[str, Place], mark: str) -> Part:
+def _pair(part: PictureGroup, known: Mapping[str, FileRange], mark: str) -> PictureGroup:
     entries = tuple(replace(entry, other=known[entry.id]) for entry in part.entries)
     return replace(part, entries=entries, fingerprint=digest([part.fingerprint, mark]))
 
@@ -209,7 +211,7 @@ def _pair(part: Part, known: Mapping[str, Place], mark: str) -> Part:
 
 
 @dataclass(frozen=True)
-class Sample:
+class PictureBytes:
     """The files of a picture, as they are."""
 
     id: str
@@ -218,10 +220,10 @@ class Sample:
     other: bytes | None = None
 
 
-def read_samples(entries: Sequence[Entry]) -> list[Sample]:
+def read_samples(entries: Sequence[PictureEntry]) -> list[PictureBytes]:
     """The files of some pictures."""
     return [
-        Sample(
+        PictureBytes(
             entry.id,
             entry.picture.read(),
             entry.facts.read() if entry.facts is not None else None,
@@ -231,7 +233,7 @@ def read_samples(entries: Sequence[Entry]) -> list[Sample]:
     ]
 
 
-def read_facts(entry: Entry) -> dict[str, Any]:
+def read_facts(entry: PictureEntry) -> dict[str, Any]:
     """What a JSON sidecar says; nothing where there is none."""
     try:
         found = json.loads(entry.facts.read()) if entry.facts is not None else {}
@@ -242,7 +244,7 @@ def read_facts(entry: Entry) -> dict[str, Any]:
 
 def read_part(row: Mapping[str, Any]) -> dict[str, Any]:
     """The files of a part as a row of lists, for Ray, or what is wrong with them."""
-    samples: list[Sample] = []
+    samples: list[PictureBytes] = []
     mistake = ""
     try:
         samples = read_samples([unpack_entry(entry) for entry in json.loads(row["entries"])])
@@ -259,11 +261,11 @@ def read_part(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def unpack_entry(entry: Mapping[str, Any]) -> Entry:
+def unpack_entry(entry: Mapping[str, Any]) -> PictureEntry:
     """An entry that travelled as JSON."""
     picture, facts, other = (
-        Place(**place) if place is not None else None
+        FileRange(**place) if place is not None else None
         for place in (entry["picture"], entry["facts"], entry["other"])
     )
     assert picture is not None
-    return Entry(entry["id"], picture, facts, other)
+    return PictureEntry(entry["id"], picture, facts, other)

@@ -20,8 +20,8 @@ import torch
 from leansd.anatomy.reading import read_anatomy
 from leansd.errors import LeansdError
 from leansd.evaluation.cost import (
-    Batch,
     CostModel,
+    GuidedRows,
     Observed,
     fit_overheads,
     get_batch,
@@ -294,7 +294,7 @@ def _find_rest(run: RunLaps, per_step: float) -> float:
     return run.whole - loop - run.text - run.decode
 
 
-Lapped = tuple[str, Batch, float]
+Lapped = tuple[str, GuidedRows, float]
 
 
 def _list_unit_laps(run: RunLaps) -> Iterable[Lapped]:
@@ -326,8 +326,8 @@ def _list_calls(run: RunLaps) -> Iterable[tuple[Call, Mapping[str, float]]]:
         yield call, laps.inside
 
 
-def _take_medians(laps: Iterable[Lapped]) -> dict[str, dict[Batch, float]]:
-    table: dict[str, dict[Batch, list[float]]] = {}
+def _take_medians(laps: Iterable[Lapped]) -> dict[str, dict[GuidedRows, float]]:
+    table: dict[str, dict[GuidedRows, list[float]]] = {}
     for at, batch, seconds in laps:
         table.setdefault(at, {}).setdefault(batch, []).append(seconds)
     return {

@@ -67,7 +67,7 @@ class Profiled:
 
     @cached_property
     def gains(self) -> tuple[Gain, ...]:
-        """Of no plan at all, the house presets, and DeepCache's schedule."""
+        """Of no plan at all, the speed presets, and DeepCache's schedule."""
         names = ("full", *SPEED_PRESETS, "deepcache")
         return tuple(self._predict_gain(self.resolve(name)) for name in names)
 

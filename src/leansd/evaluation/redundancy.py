@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from leansd.errors import LeansdError
-from leansd.evaluation.cost import Batch, CostModel
+from leansd.evaluation.cost import CostModel, GuidedRows
 from leansd.evaluation.inner_timing import UnitTimes
 from leansd.evaluation.records import Record, get_field
 from leansd.plans.address import get_block
@@ -119,7 +119,7 @@ def read_cost(records: Iterable[Record]) -> CostModel:
             f"these records hold times of {', '.join(subjects)}; give a file that has those of one"
         )
     (call,) = (row.value for row in timed if row.metric == "call_time")
-    units: dict[str, Mapping[Batch, float]] = {
+    units: dict[str, Mapping[GuidedRows, float]] = {
         row.at: {"whole": row.value} for row in timed if row.at is not None
     }
     # Latents were timed, not pictures: there is no size in pixels.

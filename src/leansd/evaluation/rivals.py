@@ -308,10 +308,10 @@ def apply_tomesd(pipe: Any) -> Generator[Any]:
 
 # -- methods without a package for diffusers' UNets, as plans of this one ----------------------
 
-Options: TypeAlias = Sequence[Mapping[str, Any]]
+PresetOptions: TypeAlias = Sequence[Mapping[str, Any]]
 
 
-def give_presets(name: str, label: str, long: Options, short: Options) -> GiveCases:
+def give_presets(name: str, label: str, long: PresetOptions, short: PresetOptions) -> GiveCases:
     """A preset with one set of options a case; `label` is formatted with the options."""
 
     def give(context: RivalContext) -> Iterable[Case]:
@@ -323,7 +323,7 @@ def give_presets(name: str, label: str, long: Options, short: Options) -> GiveCa
     return give
 
 
-def _list_spectrum(hows: Sequence[str], growths: Sequence[float]) -> Options:
+def _list_spectrum(hows: Sequence[str], growths: Sequence[float]) -> PresetOptions:
     return [{"growth": growth, "how": how} for growth in growths for how in hows]
 
 

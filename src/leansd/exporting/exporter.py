@@ -14,7 +14,7 @@ from leansd.anatomy.reading import read_anatomy
 from leansd.cards import Card, write_card
 from leansd.errors import LeansdError
 from leansd.exporting.folder import TABLE, check_out
-from leansd.exporting.onnx import Tell, write_onnx
+from leansd.exporting.onnx import OnExport, write_onnx
 from leansd.exporting.plain import describe_losses, write_plain
 from leansd.exporting.sessions import require_packages
 from leansd.loading import EMBEDDED, is_unet_folder, load_unet, locate, read_sampler
@@ -49,7 +49,7 @@ def export(
     plan: Plan | str | None = None,
     steps: int | None = None,
     sampler: str | None = None,
-    tell: Tell = lambda what, done, stages: None,
+    tell: OnExport = lambda what, done, stages: None,
 ) -> Exported:
     """Write a net, or for ONNX all graphs that a plan makes of it, into a folder.
 

@@ -17,7 +17,7 @@ WEIGHTS = "unet.onnx.data"
 VERSION = 1
 
 
-class Entry(BaseModel):
+class GraphEntry(BaseModel):
     """One graph: its file, and the features that go in and out, by their names in the file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -26,7 +26,7 @@ class Entry(BaseModel):
     kept: tuple[str, ...]
 
 
-class Table(BaseModel):
+class ExportTable(BaseModel):
     """`export.json`. A change that an older reader would misunderstand raises `version`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -35,7 +35,7 @@ class Table(BaseModel):
     leansd: str
     difference: float
     """The largest difference from PyTorch that was seen, see `onnx.compare`."""
-    graphs: tuple[Entry, ...]
+    graphs: tuple[GraphEntry, ...]
     """The first computes everything."""
 
 
@@ -44,7 +44,7 @@ def name_file(place: int) -> str:
     return MODEL if place == 0 else f"unet-{place}.onnx"
 
 
-def read_table(folder: Path) -> Table:
+def read_table(folder: Path) -> ExportTable:
     """Read and check the table of an export.
 
     Raises:
@@ -52,7 +52,7 @@ def read_table(folder: Path) -> Table:
     """
     path = folder / TABLE
     try:
-        table = Table.model_validate_json(path.read_text(encoding="utf-8"))
+        table = ExportTable.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError:
         raise LeansdError(
             f"no ONNX export in {folder}: give a folder that leansd export --to onnx has written"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -19,18 +19,18 @@ from leansd.exporting.folder import (
     PLAN,
     TABLE,
     WEIGHTS,
-    Entry,
-    Table,
+    ExportTable,
+    GraphEntry,
     name_file,
 )
 from leansd.exporting.graphs import Graph, list_graphs, name_feature
 from leansd.exporting.sessions import Session, require_packages
-from leansd.exporting.tracing import ROOT, Section, draw_inputs, open_sections, trace
+from leansd.exporting.tracing import ROOT, GraphSection, draw_inputs, open_sections, trace
 from leansd.files import writing
 from leansd.plans.plan import Plan
 from leansd.version import __version__
 
-Tell = Callable[[str, int, int], None]
+OnExport: TypeAlias = Callable[[str, int, int], None]
 """`(what is being done, stages done, stages in all)`."""
 
 TRACED = (2, (11, 13))
@@ -48,7 +48,7 @@ def write_onnx(
     unet: UNet2DConditionModel,
     folder: Path,
     plan: Plan | None,
-    tell: Tell,
+    tell: OnExport,
     describe: Callable[[Path, UNet2DConditionModel], object] = lambda folder, unet: None,
 ) -> float:
     """Write `unet` and the graphs that `plan` needs into `folder`; gives the largest difference.
@@ -69,7 +69,7 @@ def write_onnx(
         job.write()
         difference = job.check()
         entries = tuple(_make_entry(place, graph) for place, graph in enumerate(graphs))
-        table = Table(leansd=__version__, difference=difference, graphs=entries)
+        table = ExportTable(leansd=__version__, difference=difference, graphs=entries)
         (draft / TABLE).write_text(table.model_dump_json(indent=1) + "\n", encoding="utf-8")
         unet.save_config(draft)
         if plan is not None:
@@ -99,9 +99,9 @@ def _check(unet: UNet2DConditionModel) -> None:
         raise LeansdError(f"the UNet is in {unet.dtype}: export it in float32 (unet.float())")
 
 
-def _make_entry(place: int, graph: Graph) -> Entry:
+def _make_entry(place: int, graph: Graph) -> GraphEntry:
     given, kept = ([name_feature(each) for each in some] for some in (graph.given, graph.kept))
-    return Entry(file=name_file(place), given=tuple(given), kept=tuple(kept))
+    return GraphEntry(file=name_file(place), given=tuple(given), kept=tuple(kept))
 
 
 @dataclass
@@ -109,9 +109,9 @@ class _Job:
     """Writing and checking some graphs of one UNet."""
 
     folder: Path
-    sections: Sequence[Section]
+    sections: Sequence[GraphSection]
     """The first computes everything, and so gives what the others are given."""
-    tell: Tell
+    tell: OnExport
     done: int = 0
 
     def write(self) -> None:
@@ -151,7 +151,7 @@ class _Job:
         self.done += 1
 
 
-def compare(section: Section, session: Session, inputs: Mapping[str, torch.Tensor]) -> float:
+def compare(section: GraphSection, session: Session, inputs: Mapping[str, torch.Tensor]) -> float:
     """The largest difference between the two on these inputs.
 
     Raises:
@@ -176,27 +176,30 @@ def compare(section: Section, session: Session, inputs: Mapping[str, torch.Tenso
     return worst
 
 
-class Place(NamedTuple):
+class WeightRange(NamedTuple):
     """Where a tensor lies in the file of weights, in bytes."""
 
     offset: int
     length: int
 
 
-def write_weights(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Place]:
+def write_weights(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, WeightRange]:
     """Write tensors one after the other; says where each lies."""
-    places: dict[str, Place] = {}
+    places: dict[str, WeightRange] = {}
     with path.open("wb") as file:
         for name, tensor in tensors.items():
             file.write(bytes(-file.tell() % ALIGNMENT))
             data = tensor.detach().cpu().contiguous().numpy()
-            places[name] = Place(file.tell(), data.nbytes)
+            places[name] = WeightRange(file.tell(), data.nbytes)
             file.write(data.data)
     return places
 
 
 def bind_weights(
-    path: Path, tensors: Mapping[str, torch.Tensor], places: Mapping[str, Place], location: str
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    places: Mapping[str, WeightRange],
+    location: str,
 ) -> None:
     """Make constants, found in the file `location`, of those inputs that are weights."""
     import onnx
@@ -215,7 +218,7 @@ def bind_weights(
     path.write_bytes(model.SerializeToString())
 
 
-def _describe(name: str, tensor: torch.Tensor, place: Place, location: str) -> Any:
+def _describe(name: str, tensor: torch.Tensor, place: WeightRange, location: str) -> Any:
     import onnx
 
     described = onnx.TensorProto(

@@ -40,7 +40,7 @@ ADDED = ("text_embeds", "time_ids")
 """Those that SDXL's UNet takes as `added_cond_kwargs`."""
 
 
-class Section(torch.nn.Module):
+class GraphSection(torch.nn.Module):
     """One graph of a UNet as a module of tensors in and out, run by the engine."""
 
     def __init__(
@@ -97,8 +97,8 @@ def draw_inputs(
 @contextmanager
 def open_sections(
     unet: UNet2DConditionModel, graphs: Sequence[Graph]
-) -> Generator[tuple[Section, ...]]:
-    """The graphs as modules, while the engine is woven around the UNet.
+) -> Generator[tuple[GraphSection, ...]]:
+    """The graphs as modules, while the engine is hooked into the UNet.
 
     Raises:
         LeansdError: the UNet follows a plan at the moment.
@@ -115,13 +115,13 @@ def open_sections(
     try:
         unet.eval()
         with torch.no_grad():
-            yield tuple(Section(engine, forward, graph, names) for graph in graphs)
+            yield tuple(GraphSection(engine, forward, graph, names) for graph in graphs)
     finally:
         engine.release()
         unet.train(training)
 
 
-def trace(section: Section, inputs: Sequence[torch.Tensor], path: Path) -> None:
+def trace(section: GraphSection, inputs: Sequence[torch.Tensor], path: Path) -> None:
     """Write the section as an ONNX file whose weights are inputs, named as in its UNet.
 
     Raises:

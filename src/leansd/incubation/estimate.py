@@ -21,9 +21,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from leansd.anatomy import count_macs
-from leansd.anatomy.cost import copy_skeleton
+from leansd.anatomy.counting import copy_skeleton
 from leansd.anatomy.inputs import make_inputs, pick_size
-from leansd.incubation.checkpoints import pack_batch
 from leansd.incubation.data.batches import PAIR, Batch
 from leansd.incubation.noise import DiffusionSchedule, NoiseDraw
 from leansd.incubation.recipe import TEACHER, Recipe, Stage
@@ -37,6 +36,7 @@ from leansd.incubation.step import (
     run_teacher,
 )
 from leansd.incubation.students import StageNet, Student, make_student, outline_net
+from leansd.incubation.training_state import pack_batch
 from leansd.text import describe_duration
 from leansd.unets import open_outline
 

@@ -25,7 +25,7 @@ Features = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Comparison:
+class FeatureMatch:
     """A unit of the student and the teacher's unit whose output it is to give."""
 
     student: str
@@ -43,7 +43,7 @@ class FeatureTaps:
         anatomy = read_anatomy(unet)
         modules = {at: unet.get_submodule(anatomy[at].path) for at in addresses}
         self._features: Features | None = None
-        self._weave = ForwardHooks(modules, self._keep)
+        self._hooks = ForwardHooks(modules, self._keep)
 
     @contextmanager
     def watching(self) -> Iterator[Features]:
@@ -56,7 +56,7 @@ class FeatureTaps:
 
     def release(self) -> None:
         """Leave the UNet as it was."""
-        self._weave.release()
+        self._hooks.release()
 
     def _keep(self, at: str, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
@@ -90,7 +90,7 @@ class TeacherInputs:
             if unit.at != HEAD and (unit.at not in self.trained or list_foreign(unit))
         }
         self._given: Mapping[str, Tensor] | None = None
-        self._weave = ForwardHooks(modules, self._feed)
+        self._hooks = ForwardHooks(modules, self._feed)
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -112,7 +112,7 @@ class TeacherInputs:
 
     def release(self) -> None:
         """Leave the UNet as it was."""
-        self._weave.release()
+        self._hooks.release()
 
     def _feed(self, at: str, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         given = self._given

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from leansd.errors import LeansdError
 from leansd.incubation.data.batches import PAIR, Batch
-from leansd.incubation.features import Comparison, Features
+from leansd.incubation.features import FeatureMatch, Features
 from leansd.incubation.noise import DiffusionSchedule
 from leansd.incubation.vgg import STAGES, load_vgg, project_latents
 from leansd.plans.address import get_block, select
@@ -55,7 +55,7 @@ class Loss(Protocol):
     """What it compares, and how much that differs."""
 
     @property
-    def compares(self) -> tuple[Comparison, ...]:
+    def compares(self) -> tuple[FeatureMatch, ...]:
         """The outputs of units that it needs; most losses need none."""
         ...
 
@@ -70,7 +70,7 @@ class LossContext:
 
     lineage: Lineage
     """Of the student, traced back to the teacher."""
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[FeatureMatch, ...]
     """What is to be distilled: block ends, or all that leaves trained blocks."""
     projection: Tensor | None = None
     """From latents to RGB; where a loss needs pictures."""
@@ -81,7 +81,7 @@ class LossContext:
 class Denoising:
     """The diffusion objective itself: squared error to what the schedule wants predicted."""
 
-    compares: tuple[Comparison, ...] = ()
+    compares: tuple[FeatureMatch, ...] = ()
 
     def __call__(self, outputs: StepOutputs) -> Tensor:
         return F.mse_loss(outputs.student.float(), outputs.target.float())
@@ -91,7 +91,7 @@ class Denoising:
 class Output:
     """Squared error of the student's output to the teacher's."""
 
-    compares: tuple[Comparison, ...] = ()
+    compares: tuple[FeatureMatch, ...] = ()
 
     def __call__(self, outputs: StepOutputs) -> Tensor:
         return F.mse_loss(outputs.student.float(), outputs.teacher.float())
@@ -101,7 +101,7 @@ class Output:
 class FeatureLoss:
     """The sum over blocks of plain squared errors of what leaves them (BK-SDM, 2305.15798)."""
 
-    compares: tuple[Comparison, ...]
+    compares: tuple[FeatureMatch, ...]
 
     def __call__(self, outputs: StepOutputs) -> Tensor:
         errors = [
@@ -122,7 +122,7 @@ class NormalisedFeatureLoss:
     (LAPTOP-Diff, arXiv 2404.11098).
     """
 
-    compares: tuple[Comparison, ...]
+    compares: tuple[FeatureMatch, ...]
 
     def __call__(self, outputs: StepOutputs) -> Tensor:
         errors = [
@@ -155,7 +155,7 @@ class Guided:
     """
 
     scale: float
-    compares: tuple[Comparison, ...] = ()
+    compares: tuple[FeatureMatch, ...] = ()
 
     def __call__(self, outputs: StepOutputs) -> Tensor:
         return F.mse_loss(
@@ -183,7 +183,7 @@ class Perception:
     """Gives the features of its stages for pictures [B, 3, H, W] in [-1, 1]."""
     projection: Tensor
     stages: tuple[int, ...]
-    compares: tuple[Comparison, ...] = ()
+    compares: tuple[FeatureMatch, ...] = ()
 
     def __call__(self, outputs: StepOutputs) -> Tensor:
         student = self._see(outputs, outputs.student)
@@ -243,7 +243,7 @@ def build_mid(context: LossContext) -> FeatureLoss:
             "loss mid: the student has no middle block; compare the block before it with features"
         )
     teacher = context.lineage.stands_for(units[-1]).at
-    return FeatureLoss((Comparison(units[-1], teacher),))
+    return FeatureLoss((FeatureMatch(units[-1], teacher),))
 
 
 def build_vgg(
@@ -276,7 +276,7 @@ LOSSES: Mapping[str, Callable[..., Loss]] = {
 
 def pick_comparisons(
     context: LossContext, at: str | Sequence[str] | None
-) -> tuple[Comparison, ...]:
+) -> tuple[FeatureMatch, ...]:
     """Those of a context under addresses or globs of the student.
 
     Raises:

@@ -18,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from leansd.incubation.data.batches import Batch
-from leansd.incubation.features import Comparison, Features, FeatureTaps, TeacherInputs
+from leansd.incubation.features import FeatureMatch, Features, FeatureTaps, TeacherInputs
 from leansd.incubation.losses import Loss, LossContext, StepOutputs, build_loss
 from leansd.incubation.noise import DiffusionSchedule, NoiseDraw
 from leansd.incubation.recipe import SCHEDULES, LossSettings, Stage
@@ -99,7 +99,7 @@ class StudentUNet(nn.Module):
     Features are part of what it returns, so that the wrappers of distributed training see them.
     """
 
-    def __init__(self, student: Student, compares: Sequence[Comparison], mode: str) -> None:
+    def __init__(self, student: Student, compares: Sequence[FeatureMatch], mode: str) -> None:
         super().__init__()
         self.unet = student.unet
         self.inputs = (
@@ -215,6 +215,6 @@ def build_losses(
     )
 
 
-def list_comparisons(losses: Sequence[WeightedLoss]) -> tuple[Comparison, ...]:
+def list_comparisons(losses: Sequence[WeightedLoss]) -> tuple[FeatureMatch, ...]:
     """All that some loss compares, once."""
     return tuple(dict.fromkeys(each for loss in losses for each in loss.loss.compares))

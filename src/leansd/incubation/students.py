@@ -18,7 +18,7 @@ from torch import nn
 
 from leansd.anatomy import read_anatomy
 from leansd.errors import LeansdError
-from leansd.incubation.features import Comparison, list_boundary
+from leansd.incubation.features import FeatureMatch, list_boundary
 from leansd.incubation.recipe import TEACHER, Stage
 from leansd.loading import load_outline, load_unet
 from leansd.plans.address import get_block
@@ -58,17 +58,19 @@ class Student:
         """The teacher's unit that each unit of the student is to be like."""
         return {at: self.lineage.stands_for(at).at for at in self.lineage.units}
 
-    def list_comparisons(self, mode: str) -> tuple[Comparison, ...]:
+    def list_comparisons(self, mode: str) -> tuple[FeatureMatch, ...]:
         """What to distil: the end of every block, or all that leaves the blocks that train.
 
         Where blocks are trained apart, the skips that they hand over have no other teacher.
         """
         if mode == "end-to-end":
-            return tuple(Comparison(each.student, each.teacher.at) for each in self.lineage.pairs())
+            return tuple(
+                FeatureMatch(each.student, each.teacher.at) for each in self.lineage.pairs()
+            )
         blocks = dict.fromkeys(get_block(at) for at in self.trained)
         leaving = [at for block in blocks for at in list_boundary(self.anatomy, block)]
         stands_for = self.stands_for
-        return tuple(Comparison(at, stands_for[at]) for at in leaving)
+        return tuple(FeatureMatch(at, stands_for[at]) for at in leaving)
 
 
 def make_student(stage: Stage, nets: Mapping[str, StageNet]) -> Student:

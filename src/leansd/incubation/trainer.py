@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from leansd.anatomy import read_anatomy
 from leansd.errors import LeansdError
-from leansd.incubation.checkpoints import Checkpoints, Position, TeacherCache, reporting
-from leansd.incubation.data.batches import Batch, Source, Stream
+from leansd.incubation.data.batches import Batch, DataSource, Stream
 from leansd.incubation.losses import StepOutputs
 from leansd.incubation.noise import DiffusionSchedule, NoiseDraw, draw_noise
 from leansd.incubation.optimization import (
@@ -45,12 +44,13 @@ from leansd.incubation.step import (
     sum_losses,
 )
 from leansd.incubation.students import Student
-from leansd.incubation.training_log import FILE, LossLog, Row
+from leansd.incubation.training_log import FILE, LogRow, LossLog
+from leansd.incubation.training_state import Checkpoints, Position, TeacherCache, reporting
 
 LOG_EVERY = 10
 MOST_SKIPPED = 5
 """Steps in a row."""
-OnLog = Callable[[Row], None]
+OnLog = Callable[[LogRow], None]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class StageContext:
     stage: Stage
     settings: TrainerSettings
     seed: int
-    source: Source
+    source: DataSource
     schedule: DiffusionSchedule
     folder: Path
     projection: Tensor | None = None

@@ -25,8 +25,8 @@ NOT_LOSSES = frozenset(
     }
 )
 """What rows of a log hold besides losses."""
-State = Literal["under way", "stopped", "finished"]
-Row = Mapping[str, float]
+RunState = Literal["under way", "stopped", "finished"]
+LogRow = Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class LossLog:
 
     path: Path
 
-    def add(self, row: Row) -> None:
+    def add(self, row: LogRow) -> None:
         """Write one line more.
 
         Raises:
@@ -77,7 +77,7 @@ class StageLog:
     name: str
     steps: int | None
     """That it is to take; None where time decides."""
-    rows: tuple[Row, ...]
+    rows: tuple[LogRow, ...]
     psnr: Mapping[int, float]
     """Of the student's pictures to the teacher's, in dB, by step."""
     grids: Mapping[int, Path]
@@ -102,7 +102,7 @@ class TrainingLog:
     name: str
     subject: str
     """The model that teaches, or that is trained."""
-    state: State
+    state: RunState
     stages: tuple[StageLog, ...]
     prompts: tuple[str, ...] = ()
     """Of the pictures on the way."""
@@ -147,7 +147,7 @@ def read_log(
     *,
     name: str,
     subject: str,
-    state: State,
+    state: RunState,
     prompts: tuple[str, ...] = (),
 ) -> TrainingLog:
     """How far a training in `folder` came.
@@ -161,7 +161,7 @@ def read_log(
 
 def read_run(recipe: Recipe, folder: Path, *, ended: bool) -> TrainingLog:
     """How far the run of a recipe came."""
-    state: State = "under way"
+    state: RunState = "under way"
     if ended:
         state = "finished" if (folder / NET).exists() else "stopped"
     return read_log(
@@ -193,7 +193,7 @@ def _show_stage(stage: StageLog) -> tuple[str, ...]:
     return (stage.name, f"{stage.done}{of}", *losses, rate, f"{last.get('skipped', 0):.0f}")
 
 
-def describe_row(name: str, steps: int, row: Row) -> str:
+def describe_row(name: str, steps: int, row: LogRow) -> str:
     """A row as a line of progress, with the time that the stage still takes."""
     left = (steps - row["step"]) / max(row["steps_per_second"], 1e-9)
     memory = f"{row['peak_gib']:.1f} GiB, " if "peak_gib" in row else ""

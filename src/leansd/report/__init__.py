@@ -6,27 +6,27 @@
 
 from leansd.report.page import render_page, write_report
 from leansd.report.sections import (
-    Attachment,
+    AttachedFile,
     Chart,
     Drawing,
-    Grid,
     Listing,
-    Origin,
+    PictureGrid,
     Prose,
-    Report,
+    Provenance,
+    ReportPage,
     Section,
     attach_records,
 )
 
 __all__ = [
-    "Attachment",
+    "AttachedFile",
     "Chart",
     "Drawing",
-    "Grid",
     "Listing",
-    "Origin",
+    "PictureGrid",
     "Prose",
-    "Report",
+    "Provenance",
+    "ReportPage",
     "Section",
     "attach_records",
     "render_page",

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-from leansd.bulk.jobs import Order
-from leansd.report.sections import Attachment, Grid, Listing, Report, count
-from leansd.shards import Drawn, read_shard
+from leansd.bulk.jobs import BulkOrder
+from leansd.report.sections import AttachedFile, Listing, PictureGrid, ReportPage, count
+from leansd.shards import DrawnPicture, read_shard
 from leansd.text import Table, describe_duration
 
 SHOWN = 8
 """Pictures of the first shard that are on the page."""
 
 
-def report_job(order: Order, folder: Path, seconds: float) -> Report:
+def report_job(order: BulkOrder, folder: Path, seconds: float) -> ReportPage:
     """How much was drawn, into what, and what could not be.
 
     Args:
@@ -29,7 +29,7 @@ def report_job(order: Order, folder: Path, seconds: float) -> Report:
     )
     wrong = Table(("line", "why"), tuple((str(flaw.line), flaw.reason) for flaw in flaws))
     left = f"; {count(len(flaws), 'row')} of the file cannot be drawn" if flaws else ""
-    return Report(
+    return ReportPage(
         title=f"{total} pictures of {order.job.model}",
         summary=f"All {total} pictures are drawn, {order.left} of them now in "
         f"{describe_duration(seconds)}{left}.",
@@ -41,12 +41,12 @@ def report_job(order: Order, folder: Path, seconds: float) -> Report:
             *([Listing("Rows that cannot be drawn", wrong)] if flaws else []),
         ],
         attachments=[
-            Attachment("job.json", (folder / "job.json").read_text(encoding="utf-8"), "the job")
+            AttachedFile("job.json", (folder / "job.json").read_text(encoding="utf-8"), "the job")
         ],
     )
 
 
-def tabulate_job(order: Order, seconds: float) -> Table:
+def tabulate_job(order: BulkOrder, seconds: float) -> Table:
     """What was asked for, and how fast it went."""
     job = order.job
     plan = (job.plan or {}).get("name", "none")
@@ -63,8 +63,8 @@ def tabulate_job(order: Order, seconds: float) -> Table:
     return Table(("what", "value"), tuple(rows))
 
 
-def _show_first(first: Sequence[Drawn], order: Order) -> Grid:
+def _show_first(first: Sequence[DrawnPicture], order: BulkOrder) -> PictureGrid:
     prompts = {item.row.id: item.row.prompt for item in order.parts[0].items}
     columns = [prompts.get(each.id, each.id) for each in first]
     pictures = [each.picture for each in first]
-    return Grid("The first pictures", columns, [("drawn", "", pictures)])
+    return PictureGrid("The first pictures", columns, [("drawn", "", pictures)])

@@ -13,9 +13,9 @@ from accelerate import PartialState
 from leansd.errors import LeansdError
 from leansd.evaluation.records import stamp
 from leansd.incubation.recipe import Recipe, Stage
-from leansd.incubation.run import open_run, run_stages
-from leansd.incubation.training_log import Row, describe_row, read_run
-from leansd.report import Origin, write_report
+from leansd.incubation.training_log import LogRow, describe_row, read_run
+from leansd.incubation.training_run import open_run, run_stages
+from leansd.report import Provenance, write_report
 from leansd.report.training import report_training
 
 PAGE = "report.html"
@@ -31,11 +31,11 @@ class LivePage:
 
     recipe: Recipe
     folder: Path
-    origin: Origin
+    origin: Provenance
     due: float
     """When it is to be written next, by `time.monotonic`."""
 
-    def follow(self, stage: Stage, row: Row) -> None:
+    def follow(self, stage: Stage, row: LogRow) -> None:
         """Write it if it is due, or a stage but the last is over."""
         is_over = row["step"] == stage.steps and stage is not self.recipe.stages[-1]
         if is_over or time.monotonic() >= self.due:
@@ -65,10 +65,10 @@ def incubate_into(
     """
     run = open_run(recipe, folder, resume=resume, note=note)
     state = PartialState()
-    origin = Origin(command, stamp(state.device))
+    origin = Provenance(command, stamp(state.device))
     page = LivePage(recipe, folder, origin, due=time.monotonic() + LEAST / 3)
 
-    def report(stage: Stage, row: Row) -> None:
+    def report(stage: Stage, row: LogRow) -> None:
         note(describe_row(stage.name, stage.steps, row))
         page.follow(stage, row)
 

@@ -13,7 +13,7 @@ from leansd.evaluation.compare import CONVERGED
 from leansd.evaluation.evaluation import Evaluation
 from leansd.evaluation.extractors import find_prompt, open_picture
 from leansd.evaluation.pareto import find_front
-from leansd.evaluation.picture_sets import Entry, read_samples
+from leansd.evaluation.picture_sets import PictureEntry, read_samples
 from leansd.evaluation.prediction import find_worst
 from leansd.evaluation.profiled import (
     EXAMPLE,
@@ -39,15 +39,15 @@ from leansd.evaluation.standings import (
     tabulate_margins,
 )
 from leansd.report.drawings import Bar, draw_bars
-from leansd.report.plots import Family, Point, plot_families, plot_tradeoff
+from leansd.report.plots import Family, PlotPoint, plot_families, plot_tradeoff
 from leansd.report.sections import (
     DECIBELS,
     Chart,
     Drawing,
-    Grid,
     Listing,
+    PictureGrid,
     Prose,
-    Report,
+    ReportPage,
     Section,
     as_images,
     attach_records,
@@ -69,7 +69,7 @@ QUALITY = {"clip_score": ("CLIP score", ".2f"), "retrieval": ("retrieval", ".3f"
 
 def report_evaluation(
     evaluation: Evaluation, references: Sequence[str], prompts: Sequence[str], notes: Sequence[str]
-) -> Report:
+) -> ReportPage:
     """Fidelity to every reference, the quality of sets, pictures; `notes` say what is missing."""
     records = evaluation.records
     first = records[0]
@@ -98,7 +98,7 @@ def report_evaluation(
         *([Listing(quality.caption, quality, _explain_quality(records))] if quality else []),
         Prose("How this was measured", [how, *notes]),
     ]
-    return Report(
+    return ReportPage(
         title=f"How true the pictures of plans are: {first.subject}",
         summary=summarise_evaluation(records),
         measured=f"{get_field(first, 'calls')} pictures of {first.subject} from the same seeds: "
@@ -189,7 +189,7 @@ def _plot_cases(records: Sequence[Record], reference: str, name: str) -> Drawing
     """All cases against a reference; None where nothing of them was measured."""
     gains = _list_gains(records)
     points = [
-        Point(each.plan, gains[each.plan], each.value, is_rival=not each.fingerprint)
+        PlotPoint(each.plan, gains[each.plan], each.value, is_rival=not each.fingerprint)
         for each in records
         if each.metric == "psnr"
         and get_field(each, "reference") == reference
@@ -235,11 +235,11 @@ def _explain_quality(records: Sequence[Record]) -> list[str]:
 # -- bench ---------------------------------------------------------------------------------------
 
 
-def report_bench(standings: Sequence[Standing]) -> Report:
+def report_bench(standings: Sequence[Standing]) -> ReportPage:
     """For every contest the plots, the margins and everything that was measured."""
     first = next(iter(standings[0].cells.values()))
     drawn = get_field(first, "calls")
-    return Report(
+    return ReportPage(
         title=f"Lean plans and their rivals on {first.subject}",
         summary=summarise_bench(standings),
         measured=f"{count(len(standings), 'contest')} on {first.subject}, {drawn} pictures each, "
@@ -332,7 +332,7 @@ def describe_bench(standing: Standing) -> list[str]:
 # -- profile -------------------------------------------------------------------------------------
 
 
-def report_profile(profiled: Profiled, records: Sequence[Record]) -> Report:
+def report_profile(profiled: Profiled, records: Sequence[Record]) -> ReportPage:
     """Where the time goes, what plans gain of it, and how true the predictions are."""
     cost = profiled.cost
     width, height = cost.size
@@ -382,7 +382,7 @@ def report_profile(profiled: Profiled, records: Sequence[Record]) -> Report:
             ],
         ),
     ]
-    return Report(
+    return ReportPage(
         title=f"What {cost.subject} costs here",
         summary=summarise_profile(profiled),
         measured=f"{drawn} of {width} x {height} pixels a call of {cost.subject}",
@@ -466,7 +466,7 @@ SIDE = 160  # of a picture on the page, in pixels at most
 BEST_IS_LEAST = (ReferenceKind.GAUSSIAN, ReferenceKind.PARTNERS)
 
 
-def report_scores(scoring: Scoring, scored: Scored, notes: Sequence[str]) -> Report:
+def report_scores(scoring: Scoring, scored: Scored, notes: Sequence[str]) -> ReportPage:
     """The scores of a set, its best and worst pictures; `notes` say what was not measured."""
     table = tabulate_scores(scoring, scored)
     entries = list(scoring.pictures.entries)
@@ -477,7 +477,7 @@ def report_scores(scoring: Scoring, scored: Scored, notes: Sequence[str]) -> Rep
     meanings = [METRICS[name].meaning for name in scored.scores]
     told = [f"{scores[0].title} {_show(scores[0])}" for scores in scored.scores.values()]
     values = [attach_records(scored.values, "values.jsonl")] if scored.values else []
-    return Report(
+    return ReportPage(
         title="Scores of a set of pictures",
         summary=f"As a set the pictures score {', '.join(told)}.",
         measured=f"{len(scoring.pictures)} pictures of {scoring.pictures.folder}",
@@ -513,7 +513,7 @@ def _show(score: Score) -> str:
     return f"{score.value:.{digits}f}{spread}"
 
 
-def _show_extremes(scoring: Scoring, scored: Scored) -> Iterator[Grid]:
+def _show_extremes(scoring: Scoring, scored: Scored) -> Iterator[PictureGrid]:
     """The best and the worst pictures by each metric that has a value a picture."""
     for name, scores in scored.scores.items():
         metric = METRICS[name]
@@ -531,7 +531,7 @@ def _show_extremes(scoring: Scoring, scored: Scored) -> Iterator[Grid]:
                 yield _show_entries(f"{word} by {score.title}", chosen, values)
 
 
-def _show_entries(title: str, entries: Sequence[Entry], heads: Sequence[str]) -> Grid:
+def _show_entries(title: str, entries: Sequence[PictureEntry], heads: Sequence[str]) -> PictureGrid:
     """Pictures under their heads and prompts, with what they are compared with below."""
     samples = read_samples(entries)
     pictures = [open_picture(sample.picture, sample.id) for sample in samples]
@@ -542,7 +542,7 @@ def _show_entries(title: str, entries: Sequence[Entry], heads: Sequence[str]) ->
     others = [open_picture(s.other, f"beside {s.id}") for s in samples if s.other is not None]
     rows = [("pictures", "", [_shrink(picture) for picture in pictures])]
     rows += [("reference", "", [_shrink(picture) for picture in others])] if others else []
-    return Grid(title, columns, rows)
+    return PictureGrid(title, columns, rows)
 
 
 def _shrink(picture: Image.Image) -> Image.Image:

@@ -25,12 +25,12 @@ from leansd.report.figures import (
 from leansd.report.palette import LIGHT
 from leansd.report.plots import Curve, plot_curves
 from leansd.report.sections import (
-    Attachment,
+    AttachedFile,
     Chart,
     Drawing,
     Listing,
     Prose,
-    Report,
+    ReportPage,
     Section,
     attach_records,
     count,
@@ -49,11 +49,11 @@ if TYPE_CHECKING:
 LABELS = {"resnet": "ResNet", "transformer": "attention", "": "sampler, ends"}
 
 
-def report_anatomy(spent: Spent, records: Sequence[Record]) -> Report:
+def report_anatomy(spent: Spent, records: Sequence[Record]) -> ReportPage:
     """Parameters and work by block and by unit: both figures, every number."""
     what = "Latency" if spent.seconds else "Multiply-accumulates"
     told = summarise_anatomy(spent)
-    return Report(
+    return ReportPage(
         title=f"Where {spent.subject} keeps its weights and spends its work",
         summary=told,
         measured=f"parameters and computation{', and time,' if spent.seconds else ''} of the units "
@@ -196,7 +196,7 @@ def _name(spent: Spent) -> str:
 # -- operate -------------------------------------------------------------------------------------
 
 
-def report_surgery(seen: Preview, model: str) -> Report:
+def report_surgery(seen: Preview, model: str) -> ReportPage:
     """What goes and what is left, as shapes, numbers and addresses."""
     weights = seen.after.params / seen.before.params
     uncounted = seen.before.uncounted or seen.after.uncounted
@@ -223,7 +223,7 @@ def report_surgery(seen: Preview, model: str) -> Report:
         Listing("What is left", tabulate_sizes(seen)),
         *([Listing("What changes", changes)] if changes.rows else []),
     ]
-    return Report(
+    return ReportPage(
         title=f"{seen.surgery.name} on {model}",
         summary=(
             f"The new network keeps {weights:.0%} of the weights and does {work} of the work "
@@ -236,9 +236,9 @@ def report_surgery(seen: Preview, model: str) -> Report:
     )
 
 
-def attach_surgery(surgery: Surgery) -> Attachment:
+def attach_surgery(surgery: Surgery) -> AttachedFile:
     """A surgery as a file that the page carries."""
-    return Attachment("surgery.yaml", surgery.write(), "the surgery")
+    return AttachedFile("surgery.yaml", surgery.write(), "the surgery")
 
 
 def list_under(addresses: Iterable[str], anatomy: Anatomy) -> set[str]:
@@ -293,7 +293,7 @@ PLAIN = {"ms": "time", "macs": "work", "params": "weights"}
 """What a budget is of, in everybody's words."""
 
 
-def report_cut(cut: Cut, anatomy: Anatomy) -> Report:
+def report_cut(cut: Cut, anatomy: Anatomy) -> ReportPage:
     """The UNet with what goes, error over cost, every candidate."""
     gone = {unit.at for unit in anatomy for each in cut.removals if each.takes(unit.at)}
     names = ", ".join(each.name for each in cut.removals) or "nothing"
@@ -311,7 +311,7 @@ def report_cut(cut: Cut, anatomy: Anatomy) -> Report:
         y_name="squared error over the output",
         name="error",
     )
-    return Report(
+    return ReportPage(
         title=f"A cut of {anatomy.name}",
         summary=(
             f"Without {len(cut.removals)} of its parts the network has {cut.cost:.0%} of its "
@@ -373,7 +373,7 @@ FORMS = {"onnx": "ONNX Runtime"}
 """What reads a form, where it is not called the same."""
 
 
-def report_export(written: Exported, net: str, form: str, anatomy: Anatomy) -> Report:
+def report_export(written: Exported, net: str, form: str, anatomy: Anatomy) -> ReportPage:
     """The files, whether they do what the net does, and the plan where there is one."""
     sizes = {name: size / MEGABYTE for name, size in written.files.items()}
     bars = [
@@ -383,7 +383,7 @@ def report_export(written: Exported, net: str, form: str, anatomy: Anatomy) -> R
     alt = "; ".join(f"{name}: {size:.2f} MB" for name, size in sizes.items())
     plan = written.plan
     checked = "" if written.difference is None else ", and what they give beside PyTorch"
-    return Report(
+    return ReportPage(
         title=f"{net} for {FORMS.get(form, form)}",
         summary=summarise_export(written, form),
         measured=f"the files that {net} was written to{checked}",

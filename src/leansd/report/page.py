@@ -16,7 +16,7 @@ from PIL.Image import Image, Resampling
 from leansd.files import write_file
 from leansd.report.figures import embed_svg, encode_png, encode_svg
 from leansd.report.palette import declare_colours
-from leansd.report.sections import Drawing, Origin, Report, Section
+from leansd.report.sections import Drawing, Provenance, ReportPage, Section
 
 SHOWN = 384
 """Pixels of a picture's longer side on a page; larger ones are made smaller."""
@@ -24,7 +24,7 @@ SMALL = 160
 """Up to here pictures are kept to the bit."""
 
 
-def write_report(path: str | Path, report: Report, origin: Origin) -> Path:
+def write_report(path: str | Path, report: ReportPage, origin: Provenance) -> Path:
     """Write a page, and beside it every figure as `STEM-NAME.svg` and `STEM-NAME.png`."""
     path = Path(path)
     vectors = {drawing.name: encode_svg(drawing.figure) for drawing in report.drawings}
@@ -35,7 +35,7 @@ def write_report(path: str | Path, report: Report, origin: Origin) -> Path:
     return write_file(path, _render(report, origin, vectors))
 
 
-def render_page(report: Report, origin: Origin) -> str:
+def render_page(report: ReportPage, origin: Provenance) -> str:
     """A report as HTML."""
     return _render(report, origin, {each.name: encode_svg(each.figure) for each in report.drawings})
 
@@ -46,7 +46,7 @@ def render_section(section: Section) -> str:
     return getattr(sections, section.kind)(section)
 
 
-def _render(report: Report, origin: Origin, vectors: Mapping[str, str]) -> str:
+def _render(report: ReportPage, origin: Provenance, vectors: Mapping[str, str]) -> str:
     return (
         _open_templates(vectors)
         .get_template("page.html.j2")

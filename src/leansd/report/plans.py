@@ -19,17 +19,17 @@ from leansd.plans.grid import get_states, list_states
 from leansd.plans.plan import Plan
 from leansd.report.drawings import draw_heat, draw_plan
 from leansd.report.palette import LIGHT
-from leansd.report.plots import Point, plot_tradeoff
+from leansd.report.plots import PlotPoint, plot_tradeoff
 from leansd.report.sections import (
     AMPLIFIED,
     DECIBELS,
-    Attachment,
+    AttachedFile,
     Chart,
     Drawing,
-    Grid,
     Listing,
+    PictureGrid,
     Prose,
-    Report,
+    ReportPage,
     Section,
     attach_records,
     count,
@@ -37,9 +37,7 @@ from leansd.report.sections import (
     subtract_all,
 )
 from leansd.text import Table
-from leansd.tuning.front import Front
-from leansd.tuning.front import Point as Tuned
-from leansd.tuning.front import Point as TunedPoint
+from leansd.tuning.front import Front, Point
 
 SAME = "The same prompts, the same seeds"
 HOW_TO_READ = (
@@ -48,14 +46,14 @@ HOW_TO_READ = (
 )
 
 
-def report_plan(plan: Plan, anatomy: Anatomy, gain: float) -> Report:
+def report_plan(plan: Plan, anatomy: Anatomy, gain: float) -> ReportPage:
     """The grid of a plan, and how much of what it does.
 
     Args:
         gain: how many times fewer multiply-accumulates the UNet does.
     """
     saved = anatomy.uncounted or f"{gain:.1f} times less work in all"
-    return Report(
+    return ReportPage(
         title=f"Plan {plan.name} on {anatomy.name}",
         summary=(
             f"With this plan {len(plan.keys)} of {plan.steps} steps run the whole network, and the "
@@ -71,9 +69,9 @@ def report_plan(plan: Plan, anatomy: Anatomy, gain: float) -> Report:
     )
 
 
-def attach_plan(plan: Plan, about: str = "the plan") -> Attachment:
+def attach_plan(plan: Plan, about: str = "the plan") -> AttachedFile:
     """A plan as a file that the page carries."""
-    return Attachment("plan.json", plan.encode(), about)
+    return AttachedFile("plan.json", plan.encode(), about)
 
 
 def tabulate_states(plan: Plan, anatomy: Anatomy) -> Table:
@@ -91,7 +89,7 @@ def tabulate_states(plan: Plan, anatomy: Anatomy) -> Table:
 
 
 @dataclass(frozen=True)
-class Pair:
+class PicturePair:
     """One request, drawn both ways."""
 
     request: Request
@@ -104,7 +102,7 @@ class Pair:
         return self.full.seconds / self.planned.seconds
 
 
-def report_pairs(pairs: Sequence[Pair], plan: Plan, anatomy: Anatomy) -> Report:
+def report_pairs(pairs: Sequence[PicturePair], plan: Plan, anatomy: Anatomy) -> ReportPage:
     """Pictures drawn in full and after a plan: differences, times and fidelity, the plan."""
     full = [pair.full.image for pair in pairs]
     planned = [pair.planned.image for pair in pairs]
@@ -130,7 +128,7 @@ def report_pairs(pairs: Sequence[Pair], plan: Plan, anatomy: Anatomy) -> Report:
         "Time of the whole call, once each: leansd demo and leansd bench take turns and say how "
         "sure they are."
     )
-    return Report(
+    return ReportPage(
         title=f"{plan.name} beside the full run",
         summary=(
             f"{what} drawn {gain:.1f} times faster with plan {plan.name}, "
@@ -156,7 +154,7 @@ def report_pairs(pairs: Sequence[Pair], plan: Plan, anatomy: Anatomy) -> Report:
 # -- demo ----------------------------------------------------------------------------------------
 
 
-def report_comparison(demo: Demo) -> Report:
+def report_comparison(demo: Demo) -> ReportPage:
     """Plans beside the full run: pictures, what differs, speed against fidelity, the plans."""
     width, height = demo.size
     first, *others = demo.entries
@@ -164,7 +162,7 @@ def report_comparison(demo: Demo) -> Report:
     summaries = [f"{e.case.name}: {e.case.summary}." for e in demo.entries]
     apart = [(e.case.name, "minus full", subtract_all(e.pictures, first.pictures)) for e in others]
     points = [
-        Point(
+        PlotPoint(
             e.case.name,
             e.speedup.median,
             e.psnr,
@@ -184,13 +182,13 @@ def report_comparison(demo: Demo) -> Report:
         for e in demo.entries
         if e.case.plan is not None
     ]
-    return Report(
+    return ReportPage(
         title="Lean Stable Diffusion: the same pictures in less time",
         summary=summarise_comparison(demo),
         measured=f"{len(demo.prompts)} prompts drawn by {demo.subject} at {width} x "
         f"{height} pixels, in full and after every plan, in turns",
         sections=[
-            Grid(SAME, demo.prompts, rows, summaries),
+            PictureGrid(SAME, demo.prompts, rows, summaries),
             Chart(
                 "Speed against fidelity",
                 [plot_tradeoff(points, x_name="measured speed-up")],
@@ -202,8 +200,8 @@ def report_comparison(demo: Demo) -> Report:
                 ],
             ),
             Listing("Results", tabulate_demo(demo), _explain_results(demo)),
-            Grid("What differs from the full run", demo.prompts, apart, [AMPLIFIED]),
-            Chart("The plans", plans, [HOW_TO_READ]),
+            PictureGrid("What differs from the full run", demo.prompts, apart, [AMPLIFIED]),
+            *([Chart("The plans", plans, [HOW_TO_READ])] if plans else []),
             Prose(
                 "How this was measured",
                 [
@@ -239,11 +237,15 @@ def summarise_comparison(demo: Demo) -> str:
     first, *others = demo.entries
     plans = [entry for entry in others if entry.case.plan is not None]
     gains = sorted(plans, key=lambda entry: entry.speedup.median)
-    gentle, bold = (_name_gain(gains[place]) for place in (0, -1))
     told = (
-        f"A picture that takes {first.timing.median:.2f} s in full is drawn {gentle} with the "
-        f"gentlest plan and {bold} with the boldest"
+        f"In few steps every plan means the full run: a picture takes {first.timing.median:.2f} s"
     )
+    if gains:
+        gentle, bold = (_name_gain(gains[place]) for place in (0, -1))
+        told = (
+            f"A picture that takes {first.timing.median:.2f} s in full is drawn {gentle} with the "
+            f"gentlest plan and {bold} with the boldest"
+        )
     rival = next((entry for entry in others if entry.case.name == FEWER), None)
     if rival is None:
         return f"{told}."
@@ -286,8 +288,8 @@ def draw_sheet(demo: Demo) -> Image.Image:
 
 
 def report_tuning(
-    front: Front, chosen: Tuned, anatomy: Anatomy, drift: Sequence[Record] = ()
-) -> Report:
+    front: Front, chosen: Point, anatomy: Anatomy, drift: Sequence[Record] = ()
+) -> ReportPage:
     """The front as a plot and a table, the chosen plan, the drift where it was measured."""
     named = {id(front.points[0]), id(front.points[-1]), id(chosen)}
     named |= {id(point) for point in front.points if len(front.points) <= 8}
@@ -330,7 +332,7 @@ def report_tuning(
         ),
     ]
     drifts = [attach_records(drift, "drift.jsonl")] if drift else []
-    return Report(
+    return ReportPage(
         title=f"Plans tuned for {anatomy.name}",
         summary=summarise_tuning(front, chosen),
         measured=f"what skipping work does to pictures of {anatomy.name}, {front.steps} steps of "
@@ -347,13 +349,13 @@ def plot_front(front: Front, names: Mapping[int, str], caption: str = "") -> Dra
         names: by `id` of a point; those without one have no name in the plot.
     """
     points = [
-        Point(names.get(id(point), ""), point.speedup, point.psnr, is_rival=point.is_plain)
-        for point in (*front.points, *front.beaten)
+        PlotPoint(names.get(id(point), ""), point.speedup, point.psnr, is_rival=point.is_plain)
+        for point in (*front.points, *front.dominated)
     ]
     return plot_tradeoff(points, x_name="predicted speed-up", caption=caption)
 
 
-def summarise_tuning(front: Front, chosen: Tuned) -> str:
+def summarise_tuning(front: Front, chosen: Point) -> str:
     """What the choice gains, and whether it was worth tuning, in a sentence."""
     rival = front.find_rival(chosen)
     gain = f"{chosen.speedup:.1f} times faster, {chosen.psnr:.0f} dB close to the originals"
@@ -416,7 +418,7 @@ def _list_corrections(plan: Plan) -> str:
 # -- what a tuning found, in tables and sentences ------------------------------------------------
 
 
-def tabulate_front(front: Front, chosen: TunedPoint | None = None) -> Table:
+def tabulate_front(front: Front, chosen: Point | None = None) -> Table:
     """Every point, and beside it what the other kind, tuned or plain, reaches at its speed."""
     rows: list[tuple[str, ...]] = []
     for point in front.points:
@@ -436,7 +438,7 @@ def tabulate_front(front: Front, chosen: TunedPoint | None = None) -> Table:
     return Table(columns, tuple(rows))
 
 
-def describe_choice(front: Front, chosen: TunedPoint) -> str:
+def describe_choice(front: Front, chosen: Point) -> str:
     """What was chosen, and whether fewer steps alone do better."""
     rival = front.find_rival(chosen)
     what = f"{chosen.speedup:.2f}x, {chosen.milliseconds:.0f} ms, {chosen.psnr:.1f} dB"

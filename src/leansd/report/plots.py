@@ -24,7 +24,7 @@ FAST = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 15, 20)
 
 
 @dataclass(frozen=True)
-class Point:
+class PlotPoint:
     """A named place in a plot."""
 
     name: str
@@ -60,7 +60,7 @@ class Curve:
 
 
 def plot_tradeoff(
-    points: Sequence[Point],
+    points: Sequence[PlotPoint],
     *,
     x_name: str,
     y_name: str = "PSNR to the full run, dB",

@@ -65,7 +65,7 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class Grid:
+class PictureGrid:
     """Pictures under column heads; every row has a name and a remark."""
 
     title: str
@@ -75,11 +75,11 @@ class Grid:
     kind: ClassVar[str] = "grid"
 
 
-Section: TypeAlias = Prose | Listing | Chart | Grid
+Section: TypeAlias = Prose | Listing | Chart | PictureGrid
 
 
 @dataclass(frozen=True)
-class Origin:
+class Provenance:
     """Where a report comes from; stands in the head of its page."""
 
     command: str
@@ -95,7 +95,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Attachment:
+class AttachedFile:
     """A file that a page carries, to be saved from it."""
 
     name: str
@@ -104,7 +104,7 @@ class Attachment:
 
 
 @dataclass(frozen=True)
-class Report:
+class ReportPage:
     """All that a page says."""
 
     title: str
@@ -113,7 +113,7 @@ class Report:
     measured: str
     """What was measured or looked at, in a line."""
     sections: Sequence[Section]
-    attachments: Sequence[Attachment] = ()
+    attachments: Sequence[AttachedFile] = ()
     reload: int = 0
     """Seconds after which the page opens itself again; 0 for never."""
     drawings: tuple[Drawing, ...] = field(init=False)
@@ -128,10 +128,10 @@ class Report:
         object.__setattr__(self, "drawings", drawings)
 
 
-def attach_records(records: Sequence[Record], name: str = "records.jsonl") -> Attachment:
+def attach_records(records: Sequence[Record], name: str = "records.jsonl") -> AttachedFile:
     """Every number with its circumstances, as `leansd` reads them again."""
     lines = "".join(f"{record.line()}\n" for record in records)
-    return Attachment(name, lines, f"{len(records)} records, one measured number a line of JSON")
+    return AttachedFile(name, lines, f"{len(records)} records, one measured number a line of JSON")
 
 
 def count(number: int, word: str) -> str:
@@ -147,17 +147,17 @@ def show_differences(
     columns: Sequence[str],
     reference: tuple[str, str, Sequence[Image.Image]],
     others: Sequence[tuple[str, str, Sequence[Image.Image]]],
-) -> Grid:
+) -> PictureGrid:
     """A grid of the reference's pictures, and below them each other row with its difference.
 
     Args:
-        reference: name, remark and pictures, as the rows of `Grid`.
+        reference: name, remark and pictures, as the rows of `PictureGrid`.
     """
     rows = [reference]
     for name, remark, pictures in others:
         apart = subtract_all(pictures, reference[2])
         rows += [(name, remark, pictures), ("difference", f"{name} - {reference[0]}", apart)]
-    return Grid(title, columns, rows, [AMPLIFIED])
+    return PictureGrid(title, columns, rows, [AMPLIFIED])
 
 
 AMPLIFIED = f"A difference is amplified {LOUDER} times; grey is none."

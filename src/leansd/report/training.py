@@ -11,13 +11,13 @@ from leansd.incubation.validation import read_grid
 from leansd.report.drawings import Bar, draw_bars
 from leansd.report.plots import Curve, plot_curves
 from leansd.report.sections import (
-    Attachment,
+    AttachedFile,
     Chart,
     Drawing,
-    Grid,
     Listing,
+    PictureGrid,
     Prose,
-    Report,
+    ReportPage,
     Section,
     count,
     show_differences,
@@ -33,7 +33,7 @@ TITLES = {
 }
 
 
-def report_training(log: TrainingLog, recipe: str = "") -> Report:
+def report_training(log: TrainingLog, recipe: str = "") -> ReportPage:
     """Curves, pictures on the way, a row a stage.
 
     Args:
@@ -48,15 +48,15 @@ def report_training(log: TrainingLog, recipe: str = "") -> Report:
         Listing("Stages", log.tabulate()),
         *([] if drawings else [nothing]),
     ]
-    recipes = [Attachment("recipe.yaml", recipe, "the recipe")] if recipe else []
-    return Report(
+    recipes = [AttachedFile("recipe.yaml", recipe, "the recipe")] if recipe else []
+    return ReportPage(
         title=TITLES[log.state].format(name=log.name),
         summary=summarise_training(log),
         measured=f"the training of {log.name} on {log.subject}, "
         f"{count(len(log.stages), 'stage')}: {', '.join(stage.name for stage in log.stages)}",
         sections=sections,
         attachments=[
-            Attachment("losses.jsonl", log.write_rows(), "all that was logged"),
+            AttachedFile("losses.jsonl", log.write_rows(), "all that was logged"),
             *recipes,
         ],
         reload=AGAIN if log.state == "under way" else 0,
@@ -126,7 +126,7 @@ def _draw_curves(log: TrainingLog) -> list[Drawing]:
     return drawings
 
 
-def _show_grid(log: TrainingLog, stage: StageLog) -> Grid:
+def _show_grid(log: TrainingLog, stage: StageLog) -> PictureGrid:
     """Teacher, student and their difference, at the last grid of a stage."""
     step = max(stage.grids)
     teacher, student = read_grid(stage.grids[step], len(log.prompts))
@@ -142,7 +142,7 @@ def _show_grid(log: TrainingLog, stage: StageLog) -> Grid:
 # -- incubate --dry-run --------------------------------------------------------------------------
 
 
-def report_estimate(estimate: Estimate) -> Report:
+def report_estimate(estimate: Estimate) -> ReportPage:
     """What a recipe takes, before anything is trained: hours, memory, disk, work of every stage."""
     stages = estimate.stages
     hours = sum(estimate.hours(stage) for stage in stages)
@@ -154,7 +154,7 @@ def report_estimate(estimate: Estimate) -> Report:
         times.append(Bar(stage.name, (took,), describe_duration(3600 * took)))
         parts = stage.weights / GIB, estimate.batch * stage.activations / GIB
         memories.append(Bar(stage.name, parts, f"{sum(parts):.2f} GiB"))
-    return Report(
+    return ReportPage(
         title=f"What training {estimate.recipe} takes",
         summary=(
             f"Training {estimate.recipe} would take about {describe_duration(3600 * hours)} "
@@ -188,7 +188,7 @@ def report_estimate(estimate: Estimate) -> Report:
             ),
         ],
         attachments=[
-            Attachment("estimate.json", json.dumps(estimate.to_fields(), indent=1), "all numbers")
+            AttachedFile("estimate.json", json.dumps(estimate.to_fields(), indent=1), "all numbers")
         ],
     )
 

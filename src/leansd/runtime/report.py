@@ -12,7 +12,7 @@ from types import MappingProxyType
 import torch
 from diffusers import UNet2DConditionModel
 
-from leansd.anatomy.cost import dissect
+from leansd.anatomy.counting import dissect
 from leansd.core.stopwatch import Stopwatch
 from leansd.plans.liveness import Call, Net
 from leansd.plans.macs import predict_speedup

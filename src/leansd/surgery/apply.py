@@ -22,7 +22,7 @@ from leansd.surgery.parts import AddressedUNet, find_replacement
 from leansd.surgery.presets import find_surgery
 from leansd.surgery.to_config import BuildConfig, make_config
 
-Nets: TypeAlias = UNet2DConditionModel | Mapping[str, UNet2DConditionModel]
+NetOrNets: TypeAlias = UNet2DConditionModel | Mapping[str, UNet2DConditionModel]
 BASE = "original"
 """What a net that is given without a name is called."""
 _BLOCKS = "transformer_blocks"
@@ -52,7 +52,7 @@ class Operation:
     """The finished net, on the meta device."""
 
 
-def operate(nets: Nets, surgery: Surgery | str | Path) -> tuple[UNet2DConditionModel, Lineage]:
+def operate(nets: NetOrNets, surgery: Surgery | str | Path) -> tuple[UNet2DConditionModel, Lineage]:
     """A new UNet with the structure that a surgery makes, its weights, and where they come from.
 
     What is given is never touched, and nothing is shared with it. The new UNet is a plain
@@ -93,7 +93,7 @@ def operate(nets: Nets, surgery: Surgery | str | Path) -> tuple[UNet2DConditionM
     return student.train(base.training), plan.lineage
 
 
-def plan_operation(nets: Nets, surgery: Surgery | str | Path) -> Operation:
+def plan_operation(nets: NetOrNets, surgery: Surgery | str | Path) -> Operation:
     """Everything about an operation but its weights.
 
     Raises:

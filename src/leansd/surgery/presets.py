@@ -11,7 +11,7 @@ from leansd.text import suggest_name
 
 
 @dataclass(frozen=True)
-class Preset:
+class SurgeryPreset:
     """A named surgery, and for which nets it is."""
 
     surgery: Surgery
@@ -44,36 +44,40 @@ _LEANEST = Surgery("leanest", _LEANER.edits).replace(
 )
 _KOALA = Surgery("koala-1b").drop("dn*.l1", "up*.l1")
 
-PRESETS: dict[str, Preset] = {
+PRESETS: dict[str, SurgeryPreset] = {
     preset.surgery.name: preset
     for preset in (
-        Preset(_BASE, "BK-SDM-Base: a layer less a block (arXiv 2305.15798)", _SD),
-        Preset(_SMALL, "BK-SDM-Small: and no middle block", _SD),
-        Preset(_TINY, "BK-SDM-Tiny: and no innermost level", _SD),
-        Preset(_assemble("asdm-1222", 0), "A-SDM: the shallowest level thinned", _SD),
-        Preset(_assemble("asdm-1122", 0, 1), "A-SDM: the two shallowest levels thinned", _SD),
-        Preset(_assemble("asdm-1112", 0, 1, 2), "A-SDM: the three shallowest levels thinned", _SD),
-        Preset(Surgery("asdm-1111", _BASE.edits), "A-SDM: all levels thinned", _SD),
-        Preset(
+        SurgeryPreset(_BASE, "BK-SDM-Base: a layer less a block (arXiv 2305.15798)", _SD),
+        SurgeryPreset(_SMALL, "BK-SDM-Small: and no middle block", _SD),
+        SurgeryPreset(_TINY, "BK-SDM-Tiny: and no innermost level", _SD),
+        SurgeryPreset(_assemble("asdm-1222", 0), "A-SDM: the shallowest level thinned", _SD),
+        SurgeryPreset(
+            _assemble("asdm-1122", 0, 1), "A-SDM: the two shallowest levels thinned", _SD
+        ),
+        SurgeryPreset(
+            _assemble("asdm-1112", 0, 1, 2), "A-SDM: the three shallowest levels thinned", _SD
+        ),
+        SurgeryPreset(Surgery("asdm-1111", _BASE.edits), "A-SDM: all levels thinned", _SD),
+        SurgeryPreset(
             _LEAN,
             "ours: fewer self-attentions and feed-forwards, the shallow cross-attentions kept",
             _SD,
         ),
-        Preset(_LEANER, "ours: two feed-forwards and a self-attention fewer than lean", _SD),
-        Preset(_LEANEST, "ours: three feed-forwards fewer than leaner", _SD),
-        Preset(
+        SurgeryPreset(_LEANER, "ours: two feed-forwards and a self-attention fewer than lean", _SD),
+        SurgeryPreset(_LEANEST, "ours: three feed-forwards fewer than leaner", _SD),
+        SurgeryPreset(
             Surgery("ssd-1b")
             .drop("dn2.*.t[4-9]", "up0.l[01].attn.t[4-9]", "up1.l[12].attn.t1")
             .drop("mid.l0.attn", "mid.l1"),
             "SSD-1B: fewer transformer blocks (arXiv 2401.02677)",
             ("sdxl",),
         ),
-        Preset(
+        SurgeryPreset(
             _KOALA.drop("*.attn.t[6-9]"),
             "KOALA-1B: a layer less a block, six transformer blocks (arXiv 2312.04005)",
             ("sdxl",),
         ),
-        Preset(
+        SurgeryPreset(
             Surgery("koala-700m", _KOALA.edits).drop("mid").drop("*.attn.t[5-9]"),
             "KOALA-700M: five transformer blocks, no middle block",
             ("sdxl",),

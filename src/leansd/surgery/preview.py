@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from leansd.anatomy.cost import dissect
+from leansd.anatomy.counting import dissect
 from leansd.anatomy.inputs import TOKENS
 from leansd.errors import LeansdError
 from leansd.plans.address import SEPARATOR, get_layer
 from leansd.plans.anatomy import Anatomy, Unit
-from leansd.surgery.apply import Nets, Operation, plan_operation
+from leansd.surgery.apply import NetOrNets, Operation, plan_operation
 from leansd.surgery.blueprint import Piece
 from leansd.surgery.edits import Surgery
 
@@ -83,7 +83,7 @@ class Preview:
 
 
 def preview(
-    nets: Nets,
+    nets: NetOrNets,
     surgery: Surgery | str | Path,
     *,
     cost: Measured | Mapping[str, float] | None = None,

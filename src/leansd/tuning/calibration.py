@@ -22,7 +22,7 @@ import torch
 from leansd.errors import LeansdError
 from leansd.evaluation.runs import PipelineCall, RunOutputs, run_calls
 from leansd.runtime.clock import read_schedule
-from leansd.tuning.scheduler_hook import Run, Seen, Step, tap
+from leansd.tuning.scheduler_hook import SchedulerRun, Seen, Step, tap
 
 PROBES = (0.1, 0.35, 0.6, 0.85)
 """Where in a run disturbances are tried, as shares of its steps."""
@@ -45,7 +45,7 @@ class Calibration:
     """[n + 1, n]: how much of the output of call j is in the sample before call k."""
     error_gain: np.ndarray
     """[n + 1]: squared error in the final latents for each squared error before call k."""
-    runs: tuple[Run, ...]
+    runs: tuple[SchedulerRun, ...]
     finals: RunOutputs
 
     @property
@@ -105,7 +105,7 @@ def calibrate(
     )
 
 
-def stack_outputs(runs: Sequence[Run]) -> np.ndarray:
+def stack_outputs(runs: Sequence[SchedulerRun]) -> np.ndarray:
     """The guided outputs of every call, of all runs together, [n, numbers], double precision."""
     outputs = [
         torch.cat([run[place].output.flatten() for run in runs]) for place in range(len(runs[0]))
@@ -168,7 +168,7 @@ def _borrow_error_gain(like: Calibration, log_snr: np.ndarray) -> np.ndarray:
 
 
 def _measure_error_gain(
-    pipe: Any, runs: Sequence[Run], run: Callable[[], RunOutputs]
+    pipe: Any, runs: Sequence[SchedulerRun], run: Callable[[], RunOutputs]
 ) -> np.ndarray:
     """How squared errors in the sample before each call grow or shrink till the end, [n + 1].
 
@@ -190,7 +190,7 @@ def _measure_error_gain(
     return np.exp(logs)
 
 
-def _disturb(pipe: Any, place: int, draw: Callable[[], RunOutputs]) -> list[Run]:
+def _disturb(pipe: Any, place: int, draw: Callable[[], RunOutputs]) -> list[SchedulerRun]:
     """Runs whose output at one step is that of the step before."""
     before: list[torch.Tensor] = []
 

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from diffusers import UNet2DConditionModel
 
-from leansd.anatomy.cost import dissect
+from leansd.anatomy.counting import dissect
 from leansd.errors import LeansdError
 from leansd.evaluation.cost import CostModel
 from leansd.evaluation.inner_timing import time_units
@@ -46,7 +46,7 @@ CALLS = (
 )
 """What is drawn where nothing else is asked for."""
 
-Tell: TypeAlias = Callable[[str, float], None]
+OnCutProgress: TypeAlias = Callable[[str, float], None]
 """Told in a few words what goes on, and the share of the work that is done."""
 
 
@@ -68,7 +68,7 @@ class Prices:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class CutCandidate:
     """Something that can go, on its own."""
 
     removal: Removal
@@ -93,7 +93,7 @@ class Cut:
     measured_error: float
     """Of the UNet without all of it: squared error of the guided output over the output."""
     removals: tuple[Removal, ...]
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[CutCandidate, ...]
     front: tuple[tuple[float, float], ...] = field(repr=False)
     """Predicted least error at every cost that can be reached: (share left, error), falling."""
 
@@ -144,7 +144,7 @@ def cut(
     batch: int = 8,
     tries: int = 24,
     name: str = "cut",
-    tell: Tell = lambda text, share: None,
+    tell: OnCutProgress = lambda text, share: None,
 ) -> Cut:
     """Choose what to cut out of a pipeline's UNet, before any training.
 
@@ -202,9 +202,9 @@ class Study:
     kept: Sequence[KeptCall]
 
     @cached_property
-    def candidates(self) -> tuple[Candidate, ...]:
+    def candidates(self) -> tuple[CutCandidate, ...]:
         return tuple(
-            Candidate(each, error, self.prices.price(each, self.anatomy) / self.prices.whole)
+            CutCandidate(each, error, self.prices.price(each, self.anatomy) / self.prices.whole)
             for each, error in self.errors.items()
         )
 
@@ -218,7 +218,7 @@ class Study:
         *,
         tries: int = 24,
         name: str = "cut",
-        tell: Tell = lambda text, share: None,
+        tell: OnCutProgress = lambda text, share: None,
     ) -> Cut:
         """The best cut that is known for a budget."""
         need = math.ceil((1 - budget) * TICKS - 1e-6)
@@ -259,7 +259,9 @@ class Study:
         tree = self.removals.make_tree(lambda removal: (self.errors[removal], ticks[removal]))
         return tree.front
 
-    def _descend(self, first: Choice, need: int, tries: int, tell: Tell) -> tuple[Choice, float]:
+    def _descend(
+        self, first: Choice, need: int, tries: int, tell: OnCutProgress
+    ) -> tuple[Choice, float]:
         """From the knapsack's answer to the best neighbour, while that helps.
 
         A neighbour is the answer where one of the removals of the present one is barred, beside
@@ -301,7 +303,7 @@ def study_removals(
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
     batch: int = 8,
-    tell: Tell = lambda text, share: None,
+    tell: OnCutProgress = lambda text, share: None,
 ) -> Study:
     """Measure what every removal costs a UNet's output, and what it saves."""
     tell("drawing", 0.0)

@@ -86,7 +86,7 @@ def measure_drift(
 
 
 class _Watch:
-    """Woven around a UNet and its units: sees what they give, and tries what they might."""
+    """Hooked around a UNet and its units: sees what they give, and tries what they might."""
 
     def __init__(self, pipe: Any, anatomy: Anatomy, cuts: Mapping[str, None]) -> None:
         self.sums: defaultdict[tuple[tuple[str, Any], ...], list[float]] = defaultdict(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from leansd.errors import LeansdError
 from leansd.evaluation.pareto import find_front
@@ -50,7 +50,7 @@ class Front:
     """Of the full run that all is compared with."""
     points: tuple[Point, ...]
     """Slowest first."""
-    beaten: tuple[Point, ...] = ()
+    dominated: tuple[Point, ...] = ()
     """What was measured as well, and is slower than a point and no closer."""
 
     @classmethod
@@ -59,9 +59,9 @@ class Front:
         known = {point.plan.fingerprint: point for point in points}
         kept = find_front(known.values(), _rate)
         on_front = {point.plan.fingerprint for point in kept}
-        beaten = [point for name, point in known.items() if name not in on_front]
-        beaten.sort(key=_rate, reverse=True)
-        return cls(subject, sampler, steps, tuple(kept), tuple(reversed(beaten)))
+        dominated = [point for name, point in known.items() if name not in on_front]
+        dominated.sort(key=_rate, reverse=True)
+        return cls(subject, sampler, steps, tuple(kept), tuple(reversed(dominated)))
 
     def at(
         self,
@@ -123,7 +123,7 @@ class Front:
         """
         others = [
             point
-            for point in (*self.points, *self.beaten)
+            for point in (*self.points, *self.dominated)
             if point.is_plain != chosen.is_plain and point.speedup * (1 + SLACK) >= chosen.speedup
         ]
         return max(others, key=lambda each: each.psnr, default=None)
@@ -151,10 +151,10 @@ class Front:
             sampler=self.sampler,
             steps=self.steps,
             points=[_make_point_document(point) for point in self.points],
-            beaten=[_make_point_document(point) for point in self.beaten],
+            dominated=[_make_point_document(point) for point in self.dominated],
         )
-        fields = [json.dumps(document.model_dump(exclude={"points", "beaten"}))[1:-1]]
-        for name, group in (("points", document.points), ("beaten", document.beaten)):
+        fields = [json.dumps(document.model_dump(exclude={"points", "dominated"}))[1:-1]]
+        for name, group in (("points", document.points), ("dominated", document.dominated)):
             lines = [json.dumps(each.model_dump(exclude_defaults=True)) for each in group]
             fields.append(f'"{name}": [\n' + ",\n".join(lines) + "\n]")
         write_file(path, "{" + ", ".join(fields) + "}\n")
@@ -169,18 +169,18 @@ class Front:
         try:
             text = Path(path).read_text(encoding="utf-8")
             document = FrontDocument.model_validate_json(text)
-            points, beaten = (
+            points, dominated = (
                 tuple(
                     Point(Plan.from_dict(each.plan), each.speedup, each.milliseconds, each.psnr)
                     for each in group
                 )
-                for group in (document.points, document.beaten)
+                for group in (document.points, document.dominated)
             )
         except OSError as error:
             raise LeansdError(f"cannot read the front {path}: {error.strerror}") from error
         except (UnicodeDecodeError, ValidationError, LeansdError):
             raise LeansdError(f"{path} is not a front that leansd tune wrote") from None
-        return cls(document.subject, document.sampler, document.steps, points, beaten)
+        return cls(document.subject, document.sampler, document.steps, points, dominated)
 
 
 def read_plans(path: str | Path) -> list[Plan]:
@@ -210,7 +210,10 @@ class FrontDocument(BaseModel):
     sampler: str
     steps: int
     points: list[PointDocument]
-    beaten: list[PointDocument] = []
+    # Files of earlier versions say `beaten`.
+    dominated: list[PointDocument] = Field(
+        default=[], validation_alias=AliasChoices("dominated", "beaten")
+    )
 
 
 def _rate(point: Point) -> tuple[float, float]:

@@ -26,7 +26,7 @@ class Choice:
     names: tuple[str, ...]
 
 
-Front: TypeAlias = tuple[Choice, ...]
+ChoiceFront: TypeAlias = tuple[Choice, ...]
 """Choices of rising savings and errors, each with the least error of all that save as much."""
 
 NOTHING = Choice(0, 0.0, ())
@@ -36,12 +36,12 @@ class Node(ABC):
     """A part of the problem; one that is in several places is solved once."""
 
     @cached_property
-    def front(self) -> Front:
+    def front(self) -> ChoiceFront:
         """The best choices that there are in it."""
         return self._solve()
 
     @abstractmethod
-    def _solve(self) -> Front: ...
+    def _solve(self) -> ChoiceFront: ...
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Item(Node):
     """Not negative."""
     ticks: int
 
-    def _solve(self) -> Front:
+    def _solve(self) -> ChoiceFront:
         taken = Choice(self.ticks, self.error, (self.name,))
         return (NOTHING, taken) if self.ticks > 0 else (NOTHING,)
 
@@ -64,7 +64,7 @@ class Every(Node):
 
     parts: Sequence[Node]
 
-    def _solve(self) -> Front:
+    def _solve(self) -> ChoiceFront:
         return reduce(_combine, (part.front for part in self.parts), (NOTHING,))
 
 
@@ -74,18 +74,18 @@ class Either(Node):
 
     ways: Sequence[Node]
 
-    def _solve(self) -> Front:
+    def _solve(self) -> ChoiceFront:
         choices = [choice for way in self.ways for choice in way.front]
         ticks, errors = _list_numbers(choices)
         return tuple(choices[place] for place in _list_best(ticks, errors))
 
 
-def find_best(front: Front, ticks: int) -> Choice | None:
+def find_best(front: ChoiceFront, ticks: int) -> Choice | None:
     """The choice of least error that saves `ticks` or more; None where nothing saves as much."""
     return next((choice for choice in front if choice.ticks >= ticks), None)
 
 
-def _combine(one: Front, other: Front) -> Front:
+def _combine(one: ChoiceFront, other: ChoiceFront) -> ChoiceFront:
     """All choices of one front with all of another; only the best are made."""
     (ticks, errors), (more_ticks, more_errors) = _list_numbers(one), _list_numbers(other)
     sums = np.add.outer(ticks, more_ticks).ravel(), np.add.outer(errors, more_errors).ravel()

@@ -90,7 +90,7 @@ class Thinning:
 
 
 @dataclass(frozen=True)
-class Block:
+class TransformerBlock:
     """A transformer block: it goes as a whole, or some of its parts do."""
 
     whole: Removal | None
@@ -117,7 +117,7 @@ class Attention:
     """A transformer: it goes as a whole, or some of its blocks do, but never all of them."""
 
     whole: Removal
-    blocks: tuple[Block, ...]
+    blocks: tuple[TransformerBlock, ...]
 
     @property
     def every(self) -> tuple[Removal, ...]:
@@ -214,7 +214,7 @@ def _read_attention(unit: Unit, anatomy: Anatomy) -> Attention:
                 Removal((part.at,), inside=True)
             )
     blocks = tuple(
-        Block(Removal((at,)) if len(parts) > 1 else None, tuple(inside))
+        TransformerBlock(Removal((at,)) if len(parts) > 1 else None, tuple(inside))
         for at, inside in parts.items()
     )
     return Attention(Removal((unit.at,)), blocks)

@@ -30,7 +30,7 @@ class Seen:
     """What came out: the sample of the next step, [B, C, H, W]."""
 
 
-Run: TypeAlias = list[Seen]
+SchedulerRun: TypeAlias = list[Seen]
 Step: TypeAlias = Callable[[Tensor], Tensor]
 """What the scheduler would make of an output; nothing advances."""
 Steer: TypeAlias = Callable[[int, int, Seen, Step], Tensor]
@@ -38,12 +38,12 @@ Steer: TypeAlias = Callable[[int, int, Seen, Step], Tensor]
 
 
 @contextmanager
-def tap(scheduler: Any, steer: Steer | None = None) -> Iterator[list[Run]]:
+def tap(scheduler: Any, steer: Steer | None = None) -> Iterator[list[SchedulerRun]]:
     """See every step of `scheduler`; a run begins where the time step rises.
 
     The scheduler's own `step` is put back in the end; taps nest.
     """
-    runs: list[Run] = []
+    runs: list[SchedulerRun] = []
 
     def around(
         _: str, own: Any, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any

@@ -274,7 +274,7 @@ LONGEST = 0.2
 
 
 @dataclass(frozen=True)
-class Model:
+class StepCountModel:
     """The error model of one step count."""
 
     errors: ErrorModel
@@ -283,7 +283,7 @@ class Model:
 
 
 def propose(
-    models: Sequence[Model],
+    models: Sequence[StepCountModel],
     regimes: Sequence[Regime],
     cost: CostModel,
     whole: float,
@@ -317,7 +317,7 @@ def propose(
     return found
 
 
-def search(model: Model, regime: Regime, budgets: Sequence[int]) -> list[Candidate | None]:
+def search(model: StepCountModel, regime: Regime, budgets: Sequence[int]) -> list[Candidate | None]:
     """The best plan of one step count within each budget, in ticks."""
     calibration = model.errors.calibration
 

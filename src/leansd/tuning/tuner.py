@@ -41,7 +41,7 @@ from leansd.tuning.space import (
     FEWER,
     FINALISTS,
     Candidate,
-    Model,
+    StepCountModel,
     Variant,
     list_regimes,
     list_variants,
@@ -355,11 +355,11 @@ class _Tuner:
 
         return propose(self._build_models(), regimes, self.cost, whole, speeds, tell)
 
-    def _build_models(self) -> list[Model]:
+    def _build_models(self) -> list[StepCountModel]:
         """Measure what key steps may run instead of the whole UNet, at every step count."""
         goal = self.calibrations[0].finals.latents.double()
         forecasts = [place for place, each in enumerate(self.variants) if each.forecasts]
-        models: list[Model] = []
+        models: list[StepCountModel] = []
         for calibration in self.calibrations:
             step_count_error = calibration.finals.latents.double() - goal
             wrong = [measure_deviation(each, self.fit, calibration) for each in self.variants[1:]]
@@ -367,7 +367,7 @@ class _Tuner:
                 ways = f"{len(wrong)} cheaper ways" if len(wrong) > 1 else self.variants[1].name
                 self.progress.add(f"ran {calibration.steps} steps by {ways}", 0)
             errors = ErrorModel.of(calibration, wrong, forecasts)
-            models.append(Model(errors, float(step_count_error.square().mean())))
+            models.append(StepCountModel(errors, float(step_count_error.square().mean())))
         return models
 
     def list_goals(self, speedup: float | None, ms: float | None) -> list[float]:

@@ -216,7 +216,7 @@ class EntryDocument(BaseModel):
 
 
 @dataclass(frozen=True)
-class Entry:
+class HistoryEntry:
     """One comparison of the past."""
 
     folder: Path
@@ -255,10 +255,10 @@ def keep_entry(
     plan: Plan,
     numbers: Numbers,
     pictures: tuple[Image.Image, Image.Image],
-) -> Entry:
+) -> HistoryEntry:
     """Write a comparison into the history's folder: its pictures in full and by the plan."""
     folder = find_inside(home, datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f"))
-    entry = Entry(folder, settings, numbers, plan)
+    entry = HistoryEntry(folder, settings, numbers, plan)
     for path, picture in zip((entry.full, entry.lean), pictures, strict=True):
         write_file(path, encode_png(picture))
     document = EntryDocument(settings=settings, numbers=numbers, plan=plan.to_dict())
@@ -267,7 +267,7 @@ def keep_entry(
     return entry
 
 
-def read_entry(home: Path, key: str) -> Entry:
+def read_entry(home: Path, key: str) -> HistoryEntry:
     """One comparison by its key.
 
     Raises:
@@ -282,12 +282,12 @@ def read_entry(home: Path, key: str) -> Entry:
         plan = Plan.from_dict(document.plan)
     except (OSError, UnicodeDecodeError, ValidationError, LeansdError):
         raise LeansdError(f"the history has no whole entry {key}") from None
-    return Entry(folder, document.settings, document.numbers, plan)
+    return HistoryEntry(folder, document.settings, document.numbers, plan)
 
 
-def list_entries(home: Path, most: int = 60) -> list[Entry]:
+def list_entries(home: Path, most: int = 60) -> list[HistoryEntry]:
     """The latest comparisons, newest first; what is no whole entry is passed over."""
-    entries: list[Entry] = []
+    entries: list[HistoryEntry] = []
     for path in sorted(home.iterdir(), reverse=True) if home.is_dir() else []:
         if len(entries) == most:
             break

@@ -21,8 +21,8 @@ from leansd.report.page import render_section
 from leansd.report.plans import plot_front
 from leansd.report.sections import Chart, Drawing, Listing
 from leansd.text import Table
-from leansd.ui.folders import Entry
-from leansd.ui.studio import LEAN, Forecast, Model, Tuned
+from leansd.ui.folders import HistoryEntry
+from leansd.ui.studio import LEAN, Forecast, KnownModel, TunedFront
 
 NAMES = {FULL: "Full run", LEAN: "With the plan"}
 
@@ -95,7 +95,7 @@ def describe_progress(progress: RunProgress) -> str:
     return f"{NAMES[progress.case].lower()}{turn}: in turns, so that both times are true"
 
 
-def show_numbers(entry: Entry, warnings: Sequence[str] = ()) -> str:
+def show_numbers(entry: HistoryEntry, warnings: Sequence[str] = ()) -> str:
     """What a comparison showed."""
     numbers = entry.numbers
     full, lean = sorted(numbers.full), sorted(numbers.lean)
@@ -147,7 +147,7 @@ def show_forecast(plan: Plan, forecast: Forecast, notes: Sequence[str] = ()) -> 
     )
 
 
-def show_anatomy(model: Model) -> str:
+def show_anatomy(model: KnownModel) -> str:
     """Where the UNet keeps its parameters and spends its multiply-accumulates."""
     anatomy = model.anatomy
     picked = [(block, anatomy.select(block)) for block in ("stem", *anatomy.blocks, "head")]
@@ -184,10 +184,10 @@ def show_profile(profiled: Profiled) -> str:
     )
 
 
-def show_front(tuned: Tuned) -> str:
+def show_front(tuned: TunedFront) -> str:
     """What a tuning found, as a plot: tuned plans, and runs of fewer steps."""
     front, chosen = tuned.front, tuned.chosen
-    points = (*front.points, *front.beaten)
+    points = (*front.points, *front.dominated)
     names = {
         id(each): each.plan.name if each.is_plain else f"{len(each.plan.keys)} in full"
         for each in points

@@ -15,14 +15,14 @@ import gradio as gr
 from pydantic import ValidationError
 
 from leansd.errors import LeansdError
-from leansd.evaluation.prompts import choose_prompts
+from leansd.evaluation.prompt_sets import choose_prompts
 from leansd.plans.liveness import GUIDANCE
 from leansd.plans.plan import Plan
 from leansd.report.plans import describe_choice
 from leansd.text import explain_validation
 from leansd.ui import fragments
-from leansd.ui.folders import Entry, Settings, list_entries, read_entry
-from leansd.ui.jobs import Done, JobQueue, Stopped, follow
+from leansd.ui.folders import HistoryEntry, Settings, list_entries, read_entry
+from leansd.ui.job_queue import Done, JobQueue, Stopped, follow
 from leansd.ui.page import MOST_STEPS, Parts
 from leansd.ui.plan_grid import (
     EDITED,
@@ -33,13 +33,13 @@ from leansd.ui.plan_grid import (
     turn_guidance,
     turn_key,
 )
-from leansd.ui.studio import SAVED, Model, Studio
+from leansd.ui.studio import SAVED, KnownModel, Studio
 
 Given: TypeAlias = dict[Any, Any]
 """The values of `Parts.inputs`, by component."""
 Changes: TypeAlias = dict[Any, Any]
 """New values, by component."""
-Tell: TypeAlias = Callable[..., None]
+TellPage: TypeAlias = Callable[..., None]
 
 DEVICE = "device"
 """The name of the queue in which all that computes stands."""
@@ -158,18 +158,18 @@ class Handlers:
             parts.lanes: fragments.show_lanes(fragments.list_beats(plan, model.anatomy)),
         }
 
-    def show_grid(self, plan: Plan, model: Model, given: Given) -> Changes:
+    def show_grid(self, plan: Plan, model: KnownModel, given: Given) -> Changes:
         grid = lay_out_grid(plan, model.anatomy, given[self.parts.tier])
         return {self.parts.grid: asdict(grid) | {"labels": grid.labels}}
 
     def show_forecast(
-        self, plan: Plan, model: Model, settings: Settings, notes: tuple[str, ...] = ()
+        self, plan: Plan, model: KnownModel, settings: Settings, notes: tuple[str, ...] = ()
     ) -> Changes:
         forecast = self.studio.forecast(plan, model, guided=settings.guidance > 1)
         shown = fragments.show_forecast(plan, forecast, notes)
         return dict.fromkeys((self.parts.forecast, self.parts.prediction), shown)
 
-    def show_model(self, model: Model) -> Changes:
+    def show_model(self, model: KnownModel) -> Changes:
         parts = self.parts
         measured = fragments.show_profile(model.profiled) if model.profiled is not None else ""
         return {
@@ -184,7 +184,7 @@ class Handlers:
         shown = [(str(entry.lean), entry.caption) for entry in entries]
         return {self.parts.gallery: shown, self.parts.keys: [entry.key for entry in entries]}
 
-    def show_entry(self, entry: Entry, warnings: tuple[str, ...] = ()) -> Changes:
+    def show_entry(self, entry: HistoryEntry, warnings: tuple[str, ...] = ()) -> Changes:
         parts = self.parts
         full, lean = entry.open_pictures()
         return {
@@ -364,7 +364,7 @@ class Handlers:
 
     def _follow(
         self,
-        work: Callable[[Tell], Any],
+        work: Callable[[TellPage], Any],
         first: Changes,
         progress: Callable[[Any], Changes],
         finish: Callable[[Any], Changes],

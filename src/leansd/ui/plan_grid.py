@@ -45,7 +45,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Grid:
+class PlanGrid:
     """What a page draws of a plan."""
 
     name: str
@@ -77,7 +77,7 @@ def list_tier(anatomy: Anatomy, tier: Tier) -> list[tuple[str, tuple[str, ...]]]
     return [(at, tuple(units)) for at, units in groupby(anatomy.addresses, key=name)]
 
 
-def lay_out_grid(plan: Plan, anatomy: Anatomy, tier: Tier = "layer") -> Grid:
+def lay_out_grid(plan: Plan, anatomy: Anatomy, tier: Tier = "layer") -> PlanGrid:
     """The cells of a plan.
 
     Several units in one row that differ in what they do are `mixed`.
@@ -102,7 +102,7 @@ def lay_out_grid(plan: Plan, anatomy: Anatomy, tier: Tier = "layer") -> Grid:
         for at, units in rows
     )
     corrected = tuple(step for step, row in enumerate(plan.rows) if any(row.correct))
-    return Grid(plan.name, plan.steps, plan.keys, corrected, lines)
+    return PlanGrid(plan.name, plan.steps, plan.keys, corrected, lines)
 
 
 def _blend(states: Sequence[str]) -> str:
@@ -207,7 +207,7 @@ def _finish(plan: Plan, rows: Sequence[Row], anatomy: Anatomy) -> Plan:
     return changed
 
 
-def describe_cell(grid: Grid, at: str, step: int) -> str:
+def describe_cell(grid: PlanGrid, at: str, step: int) -> str:
     """A cell in words."""
     line = next((each for each in grid.lines if each.at == at), None)
     if line is None or not 0 <= step < grid.steps:

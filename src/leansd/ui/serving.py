@@ -22,7 +22,7 @@ from leansd.errors import LeansdError
 from leansd.plans.grid import get_states
 from leansd.report.palette import declare_colours
 from leansd.ui.handlers import Handlers, connect
-from leansd.ui.jobs import JobQueue
+from leansd.ui.job_queue import JobQueue
 from leansd.ui.page import ASSETS, CLOSE_LISTS, lay_out
 from leansd.ui.studio import Studio
 

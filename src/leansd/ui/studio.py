@@ -14,14 +14,14 @@ from typing import Any
 
 from torch import isfinite
 
-from leansd.anatomy.cost import dissect
+from leansd.anatomy.counting import dissect
 from leansd.drawing import NOT_FINITE, default_size
 from leansd.errors import LeansdError
 from leansd.evaluation.compare import Case, Comparison, OnProgress, compare_runs
 from leansd.evaluation.cost import CostModel
 from leansd.evaluation.profile import profile
 from leansd.evaluation.profiled import Profiled
-from leansd.evaluation.prompts import find_guidance
+from leansd.evaluation.prompt_sets import find_guidance
 from leansd.evaluation.records import stamp
 from leansd.evaluation.runs import FULL
 from leansd.loading import load
@@ -36,8 +36,8 @@ from leansd.runtime.samplers import name_sampler, set_sampler
 from leansd.tuning.calibration import require_tunable
 from leansd.tuning.front import Front, Point
 from leansd.tuning.tuner import FEWEST_CALLS, tune
-from leansd.ui.folders import OWN_SAMPLER, Entry, Folders, Numbers, Settings, keep_entry
-from leansd.ui.jobs import Job
+from leansd.ui.folders import OWN_SAMPLER, Folders, HistoryEntry, Numbers, Settings, keep_entry
+from leansd.ui.job_queue import Job
 
 SAVED = "saved: "
 """Stands before the names of saved plans among the choices."""
@@ -50,7 +50,7 @@ PROFILE_REPEATS = 3
 
 
 @dataclass
-class Model:
+class KnownModel:
     """What the page knows of a model; it stays known when another one is opened."""
 
     name: str
@@ -68,7 +68,7 @@ class Model:
 class Opened:
     """The pipeline that is open."""
 
-    model: Model
+    model: KnownModel
     pipe: Any
     scheduler: Any
     is_warm: bool = False
@@ -87,15 +87,15 @@ class Forecast:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnComparison:
     """A comparison that is in the history, and what must be said of it."""
 
-    entry: Entry
+    entry: HistoryEntry
     warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Tuned:
+class TunedFront:
     """What a tuning found, and the point of its front that was asked for."""
 
     front: Front
@@ -108,13 +108,13 @@ class Studio:
 
     folders: Folders
     device: str | None = None
-    _models: dict[str, Model] = field(default_factory=dict[str, Model])
+    _models: dict[str, KnownModel] = field(default_factory=dict[str, KnownModel])
     _opened: Opened | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     # -- models --------------------------------------------------------------------------------
 
-    def open(self, name: str) -> Model:
+    def open(self, name: str) -> KnownModel:
         """What is known of a model; the first time its pipeline is opened for it.
 
         Raises:
@@ -140,7 +140,7 @@ class Studio:
             tokens = pipe.tokenizer.model_max_length
             anatomy = dissect(pipe.unet, latent=latent, tokens=tokens, name=name)
             guidance = find_guidance(pipe, name)
-            self._models[name] = Model(name, anatomy, name_sampler(pipe), guidance, size)
+            self._models[name] = KnownModel(name, anatomy, name_sampler(pipe), guidance, size)
         self._opened = Opened(self._models[name], pipe, pipe.scheduler)
         return self._opened
 
@@ -188,7 +188,7 @@ class Studio:
         self.check_plan(resolved.plan, model)
         return resolved
 
-    def check_plan(self, plan: Plan, model: Model) -> None:
+    def check_plan(self, plan: Plan, model: KnownModel) -> None:
         """Refuse a plan that this model cannot follow here."""
         if plan.nets:
             raise LeansdError(
@@ -197,7 +197,7 @@ class Studio:
             )
         compile_plan(plan, model.anatomy)
 
-    def forecast(self, plan: Plan, model: Model, *, guided: bool = True) -> Forecast:
+    def forecast(self, plan: Plan, model: KnownModel, *, guided: bool = True) -> Forecast:
         """How fast the plan should be; where the model was profiled, in time as well."""
         program = compile_plan(plan, model.anatomy, guided=guided)
         unet = None if model.anatomy.uncounted else predict_speedup(program.calls, model.anatomy)
@@ -219,7 +219,7 @@ class Studio:
         rounds: int,
         job: Job,
         on_progress: OnProgress = lambda progress: None,
-    ) -> Drawn:
+    ) -> DrawnComparison:
         """Draw in full and by the plan, in turns, and keep both in the history.
 
         Raises:
@@ -249,7 +249,7 @@ class Studio:
             numbers = read_numbers(comparison)
         pictures = comparison[FULL].images[0], comparison[LEAN].images[0]
         entry = keep_entry(self.folders.history, settings, plan, numbers, pictures)
-        return Drawn(entry, (*list_faults(comparison), *notes))
+        return DrawnComparison(entry, (*list_faults(comparison), *notes))
 
     def profile(
         self, settings: Settings, *, job: Job, on_progress: Callable[[int, int], None]
@@ -285,7 +285,7 @@ class Studio:
         tries: int,
         job: Job,
         on_progress: Callable[[str, float], None],
-    ) -> Tuned:
+    ) -> TunedFront:
         """Find the plan that loses least at a speed, with a small budget; a stopped one goes on.
 
         Raises:
@@ -316,7 +316,7 @@ class Studio:
                 journal=self.folders.find_journal(settings.model),
                 tell=on_progress,
             )
-        return Tuned(front, front.find(speedup=speedup))
+        return TunedFront(front, front.find(speedup=speedup))
 
 
 def make_call(settings: Settings) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from leansd.errors import LeansdError
 
-State: TypeAlias = Mapping[str, Any]
+StreamState: TypeAlias = Mapping[str, Any]
 """A position in a stream, as plain JSON values."""
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 PAIR = 2
@@ -25,7 +25,7 @@ PAIR = 2
 
 
 @dataclass(frozen=True)
-class Conditions:
+class Conditioning:
     """What a UNet takes besides latents and time steps, a row for each caption."""
 
     text: Tensor
@@ -83,7 +83,7 @@ class Stream(Protocol):
         ...
 
 
-class Source(Protocol):
+class DataSource(Protocol):
     """Where samples come from."""
 
     @property
@@ -92,12 +92,18 @@ class Source(Protocol):
         ...
 
     @property
-    def empty(self) -> Conditions:
+    def empty(self) -> Conditioning:
         """One row of the empty prompt."""
         ...
 
     def open(
-        self, *, batch: int, seed: int, rank: int = 0, world: int = 1, state: State | None = None
+        self,
+        *,
+        batch: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        state: StreamState | None = None,
     ) -> Stream:
         """A stream of this rank's rows of each global batch.
 
@@ -122,7 +128,7 @@ class PairedSource:
     compares it.
     """
 
-    source: Source
+    source: DataSource
     """Is asked for half as many samples."""
 
     @property
@@ -130,13 +136,19 @@ class PairedSource:
         return f"{self.source.fingerprint}-paired"
 
     @property
-    def empty(self) -> Conditions:
+    def empty(self) -> Conditioning:
         return self.source.empty
 
     def open(
-        self, *, batch: int, seed: int, rank: int = 0, world: int = 1, state: State | None = None
+        self,
+        *,
+        batch: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        state: StreamState | None = None,
     ) -> PairedStream:
-        """As `Source.open`.
+        """As `DataSource.open`.
 
         Raises:
             LeansdError: the batch is odd.
@@ -154,7 +166,7 @@ class PairedStream:
     """A stream whose rows come with and without their prompts, in turns."""
 
     stream: Stream
-    empty: Conditions
+    empty: Conditioning
 
     def __next__(self) -> Batch:
         return pair_up(next(self.stream), self.empty)
@@ -166,7 +178,7 @@ class PairedStream:
         self.stream.close()
 
 
-def pair_up(batch: Batch, empty: Conditions) -> Batch:
+def pair_up(batch: Batch, empty: Conditioning) -> Batch:
     """`batch` with twice the rows: after each the same latents under the empty prompt."""
 
     def alternate(ones: Tensor, others: Tensor) -> Tensor:

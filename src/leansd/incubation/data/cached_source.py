@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from leansd.errors import LeansdError
-from leansd.incubation.data.batches import Batch, Conditions, State
-from leansd.incubation.data.cache import Cache, OpenPart
+from leansd.incubation.data.batches import Batch, Conditioning, StreamState
+from leansd.incubation.data.sample_cache import Cache, OpenPart
 from leansd.incubation.data.samples import Shard, digest
 
 OPEN_FILES = 256
@@ -50,7 +50,7 @@ class Window:
         return shard, row
 
 
-class Order:
+class SampleOrder:
     """Shards shuffled by the seed and the epoch, samples among neighbouring shards.
 
     Args:
@@ -164,7 +164,7 @@ class CachedSource:
         return digest({**facts, **asdict(self.chances)})
 
     @property
-    def empty(self) -> Conditions:
+    def empty(self) -> Conditioning:
         """One row of the empty prompt.
 
         Raises:
@@ -174,10 +174,16 @@ class CachedSource:
         if found is None:
             raise LeansdError(f"no empty prompt in {self.cache.folder}: fill the cache again")
         added = {name: rows.float() for name, rows in found.added.items()}
-        return Conditions(found.text.float(), added)
+        return Conditioning(found.text.float(), added)
 
     def open(
-        self, *, batch: int, seed: int, rank: int = 0, world: int = 1, state: State | None = None
+        self,
+        *,
+        batch: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        state: StreamState | None = None,
     ) -> CachedStream:
         """See `Source.open`; a state also serves another batch or world, from the same place on."""
         stream = CachedStream(self, batch=batch, seed=seed, rank=rank, world=world)
@@ -209,7 +215,7 @@ class CachedStream:
         self.place = 0
         """Of the first sample of the next global batch."""
         self._empty = source.empty
-        self._order = Order(source.counts, seed, source.chances.window)
+        self._order = SampleOrder(source.counts, seed, source.chances.window)
         self._open = lru_cache(OPEN_FILES)(self._open_part)
         self._reader = ThreadPoolExecutor(1, "incubation-data")
         self._ahead: Future[Batch] | None = None

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from leansd.anatomy.fingerprint import fingerprint_module
 from leansd.errors import LeansdError
-from leansd.incubation.data.batches import Conditions
-from leansd.incubation.data.cache import Latents
+from leansd.incubation.data.batches import Conditioning
+from leansd.incubation.data.sample_cache import Latents
 from leansd.incubation.data.samples import Flaw, Sample
 
 T = TypeVar("T", contravariant=True)
@@ -136,37 +136,37 @@ class TextEncoder:
         }
 
     @torch.no_grad()
-    def encode(self, captions: Sequence[str]) -> Conditions:
+    def encode(self, captions: Sequence[str]) -> Conditioning:
         """A row each caption, on the CPU."""
         rows = [
             embed(self.pipe, list(captions[begin : begin + self.batch]))
             for begin in range(0, len(captions), self.batch)
         ]
         added = {name: torch.cat([each.added[name] for each in rows]) for name in rows[0].added}
-        return Conditions(torch.cat([each.text for each in rows]), added)
+        return Conditioning(torch.cat([each.text for each in rows]), added)
 
     @torch.no_grad()
-    def encode_empty(self) -> Conditions:
+    def encode_empty(self) -> Conditioning:
         """What stands for no prompt, as the unconditional half of a guided call has it."""
         empty = embed(self.pipe, [""])
         if not self.pipe.config.get("force_zeros_for_empty_prompt", False):
             return empty
         added = {name: torch.zeros_like(rows) for name, rows in empty.added.items()}
-        return Conditions(torch.zeros_like(empty.text), added)
+        return Conditioning(torch.zeros_like(empty.text), added)
 
 
-def embed(pipe: Any, captions: list[str]) -> Conditions:
+def embed(pipe: Any, captions: list[str]) -> Conditioning:
     """What a pipeline's UNet is given for captions, on the CPU.
 
     Raises:
         LeansdError: it encodes its prompts in another way than Stable Diffusion.
     """
     if isinstance(pipe, StableDiffusionPipeline):
-        return Conditions(pipe.encode_prompt(captions, pipe.device, 1, False)[0].cpu())
+        return Conditioning(pipe.encode_prompt(captions, pipe.device, 1, False)[0].cpu())
     if isinstance(pipe, StableDiffusionXLPipeline):
         encode: Any = pipe.encode_prompt
         text, _, pooled, _ = encode(captions, device=pipe.device, do_classifier_free_guidance=False)
-        return Conditions(text.cpu(), {"text_embeds": pooled.cpu()})
+        return Conditioning(text.cpu(), {"text_embeds": pooled.cpu()})
     raise LeansdError(
         f"{type(pipe).__name__} encodes its prompts in a way that is not known here: Stable "
         "Diffusion 1.x, 2.x and SDXL can be incubated"

@@ -11,9 +11,9 @@ from typing import TypeAlias, TypeVar
 
 import torch
 
-from leansd.incubation.data.batches import Conditions
-from leansd.incubation.data.cache import Cache, Latents, Part
+from leansd.incubation.data.batches import Conditioning
 from leansd.incubation.data.encoding import Encoder, TextEncoder
+from leansd.incubation.data.sample_cache import Cache, CachePart, Latents
 from leansd.incubation.data.samples import Flaw, Sample, Shard
 from leansd.text import describe_duration
 
@@ -35,7 +35,7 @@ class FillProgress:
     flaws: int
 
 
-OnProgress: TypeAlias = Callable[[FillProgress], None]
+OnFillProgress: TypeAlias = Callable[[FillProgress], None]
 
 
 class FillReporter:
@@ -79,7 +79,7 @@ def fill(
     *,
     rank: int = 0,
     world: int = 1,
-    on_progress: OnProgress | None = None,
+    on_progress: OnFillProgress | None = None,
 ) -> None:
     """Encode what the cache does not have yet.
 
@@ -125,7 +125,7 @@ def _fill_shard(
 
 def _encode_part(
     found: Sequence[Sample[T] | Flaw], encoder: Encoder[T], texts: TextEncoder
-) -> Part:
+) -> CachePart:
     readable = [each for each in found if isinstance(each, Sample)]
     latents: list[Latents | Flaw] = []
     for batch in _cut(readable, encoder.batch):
@@ -134,11 +134,11 @@ def _encode_part(
     good = [(sample, each) for sample, each in pairs if isinstance(each, Latents)]
     captions = dict.fromkeys(caption for sample, _ in good for caption in sample.captions)
     places = {caption: place for place, caption in enumerate(captions)}
-    return Part(
+    return CachePart(
         tuple(sample.key for sample, _ in good),
         tuple(each for _, each in good),
         tuple(tuple(places[caption] for caption in sample.captions) for sample, _ in good),
-        texts.encode(list(captions)) if captions else Conditions(torch.zeros(0)),
+        texts.encode(list(captions)) if captions else Conditioning(torch.zeros(0)),
         tuple(each for each in (*found, *latents) if isinstance(each, Flaw)),
     )
 

@@ -15,12 +15,12 @@ from diffusers import DiffusionPipeline
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from leansd.errors import LeansdError
-from leansd.incubation.data.batches import PairedSource, Source
-from leansd.incubation.data.cache import Cache
+from leansd.incubation.data.batches import DataSource, PairedSource
 from leansd.incubation.data.cached_source import CachedSource, Chances
 from leansd.incubation.data.encoding import Encoder, PictureEncoder, TextEncoder
-from leansd.incubation.data.filling import FillReporter, OnProgress, fill
+from leansd.incubation.data.filling import FillReporter, OnFillProgress, fill
 from leansd.incubation.data.random_latents import RandomLatents, make_random_latents
+from leansd.incubation.data.sample_cache import Cache
 from leansd.incubation.data.samples import Shard, list_folder, list_tars
 from leansd.incubation.data.teacher_samples import (
     DrawingConfig,
@@ -181,7 +181,7 @@ def read_options(config: DataConfig) -> RandomData | _CachedData:
         raise LeansdError(f"data.{explain_validation(error)}") from None
 
 
-def open_source(config: DataConfig, context: DataContext) -> Source:
+def open_source(config: DataConfig, context: DataContext) -> DataSource:
     """The source that a recipe names.
 
     Raises:
@@ -201,7 +201,9 @@ class Dataset:
     cache: Cache
     chances: Chances
 
-    def fill(self, *, rank: int = 0, world: int = 1, on_progress: OnProgress | None = None) -> None:
+    def fill(
+        self, *, rank: int = 0, world: int = 1, on_progress: OnFillProgress | None = None
+    ) -> None:
         """Encode this rank's share of what is not in the cache; see `fill`."""
         fill(
             self.cache,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from leansd.errors import LeansdError
-from leansd.incubation.data.batches import Batch, Conditions, State
+from leansd.incubation.data.batches import Batch, Conditioning, StreamState
 from leansd.incubation.data.encoding import embed, has_sizes, make_time_ids
 from leansd.incubation.noise import seed_generator
 
@@ -29,11 +29,11 @@ class RandomLatents:
     """[N, T, D]."""
     added: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     """[N, ...] by name."""
-    without: Conditions | None = None
+    without: Conditioning | None = None
     """The empty prompt, where it may be asked for."""
 
     @property
-    def empty(self) -> Conditions:
+    def empty(self) -> Conditioning:
         if self.without is None:
             raise LeansdError("these random latents come without the empty prompt")
         return self.without
@@ -45,7 +45,13 @@ class RandomLatents:
         return digest.hexdigest()[:12]
 
     def open(
-        self, *, batch: int, seed: int, rank: int = 0, world: int = 1, state: State | None = None
+        self,
+        *,
+        batch: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        state: StreamState | None = None,
     ) -> RandomStream:
         drawn = int(state["drawn"]) if state is not None else 0
         return RandomStream(self, batch, seed, rank, world, drawn)
@@ -98,7 +104,7 @@ def make_random_latents(pipe: Any, prompts: Sequence[str]) -> RandomLatents:
     if has_sizes(pipe):
         pixels = side * pipe.vae_scale_factor
         added["time_ids"] = make_time_ids((pixels,) * 2, (0, 0), pixels).repeat(len(prompts), 1)
-    without = Conditions(
+    without = Conditioning(
         empty.text.float(), {name: rows.float() for name, rows in empty.added.items()}
     )
     return RandomLatents((config.in_channels, side, side), texts.text.float(), added, without)

@@ -10,9 +10,9 @@ from typing import Any
 
 from leansd.anatomy.fingerprint import fingerprint_module
 from leansd.errors import LeansdError
-from leansd.incubation.data.cache import Latents
 from leansd.incubation.data.cached_source import make_generator
 from leansd.incubation.data.encoding import has_sizes, make_time_ids
+from leansd.incubation.data.sample_cache import Latents
 from leansd.incubation.data.samples import Flaw, Sample, digest
 from leansd.runtime.samplers import make_scheduler
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from leansd.errors import LeansdError
 from leansd.plans.plan import Plan
-from leansd.plans.presets import nets, published, tuned
+from leansd.plans.presets import published, switching, tuned
 from leansd.plans.presets.tuned import DEFAULT_SAMPLER, SPEED_PRESETS
 from leansd.text import suggest_name
 
@@ -116,27 +116,27 @@ _TABLE = (
     Preset(
         "light-early",
         "a light net at first, the pipeline's own late (options share, net)",
-        nets.build_light_early,
+        switching.build_light_early,
     ),
     Preset(
         "light-late",
         "the pipeline's own at first, a light net late (options share, net)",
-        nets.build_light_late,
+        switching.build_light_late,
     ),
     Preset(
         "stitch",
         "T-Stitch's shares, the smallest net first (options nets, shares)",
-        nets.build_stitch,
+        switching.build_stitch,
     ),
     Preset(
         "tstitch-exact",
         "T-Stitch's share as its code counts it, a step more (options share, net)",
-        nets.build_tstitch_exact,
+        switching.build_tstitch_exact,
     ),
     Preset(
         "turns",
         'a net for every step, as OMS-DPM lists them (option names, OWN is "")',
-        nets.build_turns,
+        switching.build_turns,
     ),
 )
 PRESETS: dict[str, Preset] = {each.name: each for each in _TABLE}

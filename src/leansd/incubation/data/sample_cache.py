@@ -28,7 +28,7 @@ from torch import Tensor
 
 from leansd.errors import LeansdError
 from leansd.files import write_file
-from leansd.incubation.data.batches import Conditions
+from leansd.incubation.data.batches import Conditioning
 from leansd.incubation.data.samples import Flaw, Shard, digest
 
 FORMAT = 1
@@ -49,11 +49,11 @@ class Latents:
     std: Tensor | None = None
     """Of the same shape; None where an encoder gives one value."""
     added: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """Conditions that go with the picture, not the caption: SDXL's `time_ids`, [6]."""
+    """Conditioning that goes with the picture, not the caption: SDXL's `time_ids`, [6]."""
 
 
 @dataclass(frozen=True)
-class Part:
+class CachePart:
     """Neighbouring samples of a shard, encoded."""
 
     keys: tuple[str, ...]
@@ -61,11 +61,11 @@ class Part:
     latents: tuple[Latents, ...]
     captions: tuple[tuple[int, ...], ...]
     """The captions of each sample, as rows of `conditions`."""
-    conditions: Conditions
+    conditions: Conditioning
     flaws: tuple[Flaw, ...] = ()
 
 
-def pack_part(part: Part, dtype: torch.dtype) -> bytes:
+def pack_part(part: CachePart, dtype: torch.dtype) -> bytes:
     """A part as the content of its file."""
     captions = [torch.tensor(each) for each in part.captions]
     tensors = {
@@ -114,7 +114,7 @@ class OpenPart:
             std = self._rows["std"][row].float() if "std" in self._rows else None
             return Latents(self._rows["mean"][row].float(), std, self._select("row.", row))
 
-    def read_conditions(self, row: int, chance: float) -> Conditions:
+    def read_conditions(self, row: int, chance: float) -> Conditioning:
         """What one of a sample's captions was encoded to, one row, in single precision.
 
         Args:
@@ -125,7 +125,7 @@ class OpenPart:
         with self._reading():
             text = self._rows["text"][at : at + 1].float()
             added = {k: v[None].float() for k, v in self._select("text.", at).items()}
-            return Conditions(text, added)
+            return Conditioning(text, added)
 
     def _select(self, prefix: str, row: int) -> dict[str, Tensor]:
         return {
@@ -213,7 +213,7 @@ class Cache:
     def locate_part(self, shard: Shard[Any], number: int) -> Path:
         return self.locate(shard) / f"{number:05d}.safetensors"
 
-    def write_part(self, shard: Shard[Any], number: int, part: Part) -> None:
+    def write_part(self, shard: Shard[Any], number: int, part: CachePart) -> None:
         """Keep a part, whole or not at all.
 
         Raises:
@@ -266,17 +266,17 @@ class Cache:
             return None
         return count if sum(sizes) == count.size else None
 
-    def write_empty(self, conditions: Conditions) -> None:
+    def write_empty(self, conditions: Conditioning) -> None:
         """Keep the empty prompt, one row."""
         rows = {"text": conditions.text, **{f"text.{k}": v for k, v in conditions.added.items()}}
         content = save({name: value.to(self.dtype).contiguous() for name, value in rows.items()})
         _write(self.folder / "empty.safetensors", content)
 
-    def read_empty(self) -> Conditions | None:
+    def read_empty(self) -> Conditioning | None:
         """The empty prompt; None where it is not kept."""
         try:
             found = load_file(self.folder / "empty.safetensors")
-            return Conditions(
+            return Conditioning(
                 found.pop("text"), {k.removeprefix("text."): v for k, v in found.items()}
             )
         except (OSError, SafetensorError, KeyError):

@@ -1,6 +1,6 @@
 """A recipe run from its first stage to its last, or on from where it stopped.
 
-from leansd.incubation.run import incubate
+from leansd.incubation.training_run import incubate
 incubate("smoke", "runs/smoke")          # writes runs/smoke/net
 """
 
@@ -24,39 +24,41 @@ from torch import Tensor, nn
 from leansd.cards import Card, Training, write_card
 from leansd.errors import LeansdError
 from leansd.files import check_folder, write_file, writing
-from leansd.incubation.checkpoints import reporting
-from leansd.incubation.data.batches import Source
+from leansd.incubation.data.batches import DataSource
 from leansd.incubation.data.kinds import DataContext, open_source
 from leansd.incubation.noise import DiffusionSchedule
 from leansd.incubation.recipe import TEACHER, Recipe, Stage, load_recipe
 from leansd.incubation.students import StageNet, Student, make_student, open_net, save_net
 from leansd.incubation.trainer import StageContext, ValidationHook, prepare_teacher, train_stage
-from leansd.incubation.training_log import FILE, NET, VALIDATION, LossLog, Row
+from leansd.incubation.training_log import FILE, NET, VALIDATION, LogRow, LossLog
+from leansd.incubation.training_state import reporting
 from leansd.incubation.validation import Validation
 from leansd.incubation.vgg import fit_projection, load_projection, save_projection
 from leansd.loading import load
 
 RECIPE, PROJECTION = "recipe.yaml", "projection.safetensors"
 FITTED_BATCHES = 4
-OnLog = Callable[[Stage, Row], None]
+OnLog = Callable[[Stage, LogRow], None]
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """A recipe with all that it needs."""
 
     recipe: Recipe
     folder: Path
     pipe: Any
     """The teacher's pipeline; it is left as it was."""
-    source: Source
+    source: DataSource
 
     def get_home(self, stage: Stage) -> Path:
         """The folder of a stage."""
         return self.folder / stage.name
 
 
-MakeValidation = Callable[[Run, Stage, Student, UNet2DConditionModel], ValidationHook | None]
+MakeValidation = Callable[
+    [TrainingRun, Stage, Student, UNet2DConditionModel], ValidationHook | None
+]
 
 
 def incubate(
@@ -97,7 +99,7 @@ def open_run(
     pipe: Any = None,
     resume: bool = False,
     note: Callable[[str], None] = lambda message: None,
-) -> Run:
+) -> TrainingRun:
     """Load the teacher, claim the folder and prepare the data; nothing is trained yet.
 
     Args: see `incubate`.
@@ -119,11 +121,11 @@ def open_run(
         state.wait_for_everyone,
         note,
     )
-    return Run(recipe, folder, pipe, open_source(recipe.data, context))
+    return TrainingRun(recipe, folder, pipe, open_source(recipe.data, context))
 
 
 def make_validation(
-    run: Run, stage: Stage, student: Student, teacher: UNet2DConditionModel
+    run: TrainingRun, stage: Stage, student: Student, teacher: UNet2DConditionModel
 ) -> ValidationHook | None:
     """Grids of the recipe's prompts on the way, and a log of how close the pictures are."""
     settings = run.recipe.validation
@@ -140,7 +142,10 @@ def make_validation(
 
 
 def run_stages(
-    run: Run, *, on_log: OnLog | None = None, make_validation: MakeValidation = make_validation
+    run: TrainingRun,
+    *,
+    on_log: OnLog | None = None,
+    make_validation: MakeValidation = make_validation,
 ) -> Path:
     """Run all stages, each from its last checkpoint; what is done is not done again.
 
@@ -221,7 +226,7 @@ def claim_folder(folder: Path, recipe: Recipe, *, resume: bool) -> None:
     write_file(file, mark + recipe.write())
 
 
-def open_nets(run: Run, stage: Stage) -> dict[str, StageNet]:
+def open_nets(run: TrainingRun, stage: Stage) -> dict[str, StageNet]:
     """The nets that a stage starts from; what was trained is read as it was written."""
     nets: dict[str, StageNet] = {}
     for name in dict.fromkeys(stage.nets.values()):
@@ -233,7 +238,7 @@ def open_nets(run: Run, stage: Stage) -> dict[str, StageNet]:
     return nets
 
 
-def keep_net(run: Run, stage: Stage, student: Student, folder: Path) -> None:
+def keep_net(run: TrainingRun, stage: Stage, student: Student, folder: Path) -> None:
     """Write what a stage made."""
     recipe = run.recipe
     student.unet.eval().requires_grad_(True)
@@ -291,7 +296,7 @@ def _read_last_loss(path: Path) -> float | None:
     return next((row["loss"] for row in reversed(rows) if "loss" in row), None)
 
 
-def find_projection(run: Run, accelerator: Accelerator) -> Tensor | None:
+def find_projection(run: TrainingRun, accelerator: Accelerator) -> Tensor | None:
     """The map from latents to RGB, where a loss wants one; fitted once for a run."""
     losses = {name for stage in run.recipe.stages for name in stage.losses}
     if "vgg" not in losses:
@@ -307,7 +312,7 @@ def find_projection(run: Run, accelerator: Accelerator) -> Tensor | None:
 
 
 @torch.no_grad()
-def fit_to_decoder(run: Run, device: torch.device) -> Tensor:
+def fit_to_decoder(run: TrainingRun, device: torch.device) -> Tensor:
     """Fit a projection to the autoencoder's decodings of the first samples."""
     stream = run.source.open(batch=4, seed=run.recipe.seed)
     try:
