@@ -255,6 +255,8 @@ def explain_unplayable(plan: Plan, steps: int) -> str:
         return f"plan {plan.name} is for {plan.steps} steps, this run has {steps}"
     if plan.drift is not None:
         return f"plan {plan.name} decides as it runs what each picture inherits"
+    if plan.mixes:
+        return f"plan {plan.name} mixes outputs, for which the guidance of the run must be known"
     if plan.nets:
         return f"plan {plan.name} runs other nets at some steps"
     if any(row.attend for row in plan.rows):

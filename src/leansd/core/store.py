@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable
 
 import torch
 
+from leansd.core.mixing import OutputHistory
 from leansd.plans.liveness import Kept, Program
 
 
@@ -56,13 +57,15 @@ class History:
 
     def __init__(self) -> None:
         self.cache = FeatureCache()
+        self.outputs: OutputHistory | None = None
+        """Where outputs are mixed, those so far."""
         self.program: Program | None = None
         self.last = -1
         """Number of the call that was made last."""
 
     @property
     def bytes(self) -> int:
-        return self.cache.bytes
+        return self.cache.bytes + (self.outputs.bytes if self.outputs is not None else 0)
 
     def follows(self, index: int) -> bool:
         """Whether this is the next call."""
@@ -70,9 +73,10 @@ class History:
 
     def begin(self, program: Program) -> None:
         """Forget everything and follow `program`, whose first call computes in full."""
-        self.cache.clear()
+        self.clear()
         self.program = program
 
     def clear(self) -> None:
         """Keep nothing any more."""
         self.cache.clear()
+        self.outputs = None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 
+from leansd.errors import LeansdError
 from leansd.plans.anatomy import HEAD, Anatomy
 from leansd.plans.liveness import (
     GUIDANCE,
@@ -21,7 +22,7 @@ from leansd.plans.liveness import (
     find_pattern,
     find_probe,
 )
-from leansd.plans.methods import GUIDANCE_METHODS, METHODS, NO_CORRECTION, Correction
+from leansd.plans.methods import GUIDANCE_METHODS, METHODS, NO_CORRECTION, Correction, Mix
 from leansd.plans.row import (
     OWN,
     Guidance,
@@ -52,8 +53,8 @@ def compile_plan(
     """The UNet calls of a run that follows `plan`, from call `start` on.
 
     A run that starts late (image-to-image) or has to start over (another batch size midway) is the
-    same plan with another `start`: its first call computes everything. What a net inherits after a
-    switch without anybody having computed it is computed.
+    same plan with another `start`: its first call computes everything, and none mixes outputs. What
+    a net inherits after a switch without anybody having computed it is computed.
 
     Args:
         anatomy: of the pipeline's own UNet.
@@ -77,14 +78,17 @@ def compile_plan(
     resolved = resolve_rows(plan.rows, anatomy, anatomies)
     gates = resolve_all_gates(plan.rows, anatomy, anatomies)
     there = {**nets, OWN: Net(anatomy)}
-    guides = any(row.guidance != "compute" for row in plan.rows)
-    trace = _Trace(moments, guides=guided and guides)
+    # Mixes tell the lanes apart, and so do calls that leave one out.
+    by_lane = any(row.guidance != "compute" or row.mix is not None for row in plan.rows)
+    trace = _Trace(moments, guides=guided and by_lane)
     drafts: list[_Draft] = []
     for index in range(start, len(rows)):
         row = plan.rows[rows[index]]
         inherits = {} if index == start or index in upgrades else resolved[rows[index]]
         guidance: Guidance = row.guidance if guided and index > start else "compute"
         drafts.append(trace.take(index, row, there[row.net], inherits, guidance))
+        if not start:
+            _check_mix(rows[index], drafts)
     patterns = [draft.pattern for draft in drafts]
     probe = find_probe(plan.drift, anatomy, patterns) if plan.drift is not None else None
     last_use = {kept: draft.index for draft in drafts for kept in draft.list_read()}
@@ -97,8 +101,9 @@ def compile_plan(
             sources=draft.sources,
             keeps=_group(draft, (kept for kept in last_use if kept.call == draft.index)),
             releases=frozenset(kept for kept, last in last_use.items() if last == draft.index),
-            correct=draft.row.correct if draft.corrects else NO_CORRECTION,
+            correct=draft.row.correction if draft.corrects else NO_CORRECTION,
             corrects=draft.corrects,
+            mix=None if start else draft.mix,
             recomputed=draft.index in upgrades,
             attend=gates[rows[draft.index]],
             net=draft.row.net,
@@ -121,10 +126,24 @@ class _Draft:
     sources: Sources
     corrects: tuple[tuple[Kept, ...], ...]
 
+    @property
+    def mix(self) -> Mix | None:
+        return self.row.mix
+
     def list_read(self) -> Iterator[Kept]:
         """What is read of earlier calls."""
         made = chain.from_iterable(chain.from_iterable(self.sources.values()))
         return chain(made, chain.from_iterable(self.corrects))
+
+
+def _check_mix(step: int, drafts: Sequence[_Draft]) -> None:
+    """Refuse a mix that does not count the outputs that there are."""
+    mix, computed = drafts[-1].mix, sum(HEAD in draft.pattern.active for draft in drafts)
+    if mix is not None and len(mix.guided) != computed:
+        raise LeansdError(
+            f"step {step} mixes {len(mix.guided)} outputs, and {computed} are computed by then: "
+            "mixes are fitted to one plan and to a sampler with one call a step"
+        )
 
 
 class _Trace:
@@ -159,7 +178,7 @@ class _Trace:
             how = GUIDANCE_METHODS[guidance]
             sources[GUIDANCE] = (self._list_sources(GUIDANCE, "cond", how),)
         self._inherits = self._inherits or HEAD in pattern.inherited
-        corrects = self._list_corrects(row.correct, lanes)
+        corrects = self._list_corrects(row.correction, lanes)
         if HEAD in pattern.active:
             self._inherits = False
         for at in pattern.active:

@@ -123,6 +123,8 @@ def draw_text(plan: Schedule, anatomy: Anatomy | None = None) -> str:
 def _list_headlines(plan: Schedule) -> list[str]:
     keys = sum(row.is_key for row in plan.rows)
     headline = f"plan {plan.name}: {len(plan.rows)} steps, {keys} in full"
+    mixed = sum(row.mix is not None for row in plan.rows)
+    headline += f", {mixed} mixed of all before" if mixed else ""
     return [headline] if plan.drift is None else [headline, str(plan.drift)]
 
 

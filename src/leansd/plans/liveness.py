@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import HEAD, Anatomy
-from leansd.plans.methods import METHODS, NO_CORRECTION, Correction
+from leansd.plans.methods import METHODS, NO_CORRECTION, Correction, Mix
 from leansd.plans.row import OWN, SAMPLE, Attend, Drift, Gates, Guidance, How
 
 Lane = Literal["all", "rest", "cond"]
@@ -93,6 +93,8 @@ class Call:
     """See `Row.correct`; nothing where nothing was inherited since the output before."""
     corrects: tuple[tuple[Kept, ...], ...] = ()
     """For each lane, the earlier outputs that the correction is by, latest first."""
+    mix: Mix | None = None
+    """What the sampler gets in the place of the output; None for the output itself."""
     recomputed: bool = False
     """Whether everything is computed although the plan would have inherited."""
     attend: Gates = field(default_factory=dict[str, Attend])
@@ -138,6 +140,11 @@ class Program:
     upgrades: frozenset[int] = frozenset()
     """Calls that are computed in full though the plan inherits."""
     retrace: Callable[..., Program] | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def mixes(self) -> bool:
+        """Whether a call mixes outputs, so that all that are computed are kept."""
+        return any(call.mix is not None for call in self.calls)
 
     def upgrade(self, index: int) -> Program:
         """This program with the call `index` computed in full, and all that follows from it."""

@@ -181,6 +181,52 @@ class Correction(NamedTuple):
         first, *others = (-self.line * weight for weight in lagrange(now, then))
         return (first - self.last, *others)
 
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        return tuple(self)
+
+    def describe(self) -> list[object]:
+        """Plain values for fingerprints; nothing where it does nothing."""
+        return list(self) if any(self) else []
+
+    def encode(self) -> object:
+        """As in plan files."""
+        return [float(each) for each in self]
+
+
+class Mix(NamedTuple):
+    """What the sampler gets instead of a computed output, made of all that is known by then.
+
+    That is `start` x_T + sum of `guided` e + `difference` (c - u), over the outputs computed so
+    far, earliest first and this one last. x_T is what the UNet was given at the run's first step, u
+    and c are the unconditional and the conditional output, and e is what guidance makes of them.
+
+    Any such row steers the latents before the next key step anywhere in the span of these, so a
+    plan with a mix at each is a linear multistep solver of its own, as those of Non-Stationary
+    Solvers (BNS, arXiv 2403.01329) and S4S (arXiv 2502.17423), which do not tell the lanes apart.
+    """
+
+    start: float = 0.0
+    guided: tuple[float, ...] = (1.0,)
+    difference: tuple[float, ...] = ()
+    """As many as of `guided`; none of a plan for runs without guidance."""
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        return (self.start, *self.guided, *self.difference)
+
+    def describe(self) -> list[object]:
+        """Plain values for fingerprints."""
+        return [[self.start, list(self.guided), list(self.difference)]]
+
+    def encode(self) -> object:
+        """As in plan files."""
+        told: dict[str, object] = {"start": float(self.start)}
+        told["guided"] = [float(each) for each in self.guided]
+        if self.difference:
+            told["difference"] = [float(each) for each in self.difference]
+        return told
+
 
 NO_CORRECTION = Correction()
 

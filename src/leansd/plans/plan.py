@@ -19,7 +19,7 @@ from leansd.errors import LeansdError
 from leansd.plans import keysteps
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.grid import draw_picture, draw_text
-from leansd.plans.methods import METHODS, NO_CORRECTION, Correction
+from leansd.plans.methods import METHODS, NO_CORRECTION, Correction, Mix
 from leansd.plans.row import (
     ATTENDS,
     OWN,
@@ -38,8 +38,10 @@ from leansd.plans.row import (
 from leansd.text import suggest_name
 
 NO_NETS: Mapping[str, Anatomy] = MappingProxyType({})
-VERSION = 1
-"""Of the file format; a change that an older reader would misunderstand raises it."""
+VERSION = 2
+"""Of the file format; a change that an older reader would not understand raises it."""
+PLAIN_VERSION = 1
+"""Of the files of plans that mix no outputs: every reader understands them."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,21 @@ class Plan:
             raise LeansdError(
                 f"a plan with a drift runs one UNet: pictures of a batch that differ in what they "
                 f"inherit cannot switch to {self.nets[0]} together"
+            )
+        if self.mixes:
+            self._check_mixes()
+
+    def _check_mixes(self) -> None:
+        """Refuse what cannot go with mixed outputs."""
+        if self.drift is not None:
+            raise LeansdError(
+                "a plan with a drift cannot mix outputs: which are computed is not known before"
+            )
+        corrected = [step for step, row in enumerate(self.rows) if any(row.correction)]
+        if corrected:
+            raise LeansdError(
+                f"step {corrected[0]} corrects its output, and other steps mix theirs: a mix says "
+                "all that a correction could, so give mixes alone"
             )
 
     def __hash__(self) -> int:
@@ -165,6 +182,22 @@ class Plan:
             rows[step] = replace(rows[step], correct=pair)
         return replace(self, rows=tuple(rows))
 
+    def mix(self, rows: Mapping[int, Mix]) -> Plan:
+        """This plan with the sampler given a mix of all that was computed, at some steps.
+
+        See `leansd.plans.methods.Mix`. What inherits goes on inheriting from outputs as they were
+        computed. A mix counts on the run's first step and on every computed output since: a run
+        that begins later, whose latents are changed between steps or that rescales guidance is
+        refused, and one that has to start over midway mixes no more. `leansd.tune` fits such rows.
+
+        Args:
+            rows: by step, each with a weight for every output computed up to then.
+        """
+        changed = list(self.rows)
+        for step in self._check_steps(rows):
+            changed[step] = replace(changed[step], correct=rows[step])
+        return replace(self, rows=tuple(changed))
+
     def attend(self, *patterns: str, by: Attend, at: int | Iterable[int]) -> Plan:
         """This plan with self-attentions computed `by` GRI or in full at the steps `at`.
 
@@ -212,11 +245,19 @@ class Plan:
         Key steps keep their density over the run, so that the speed-up stays about the same; every
         other step does what the nearest such step of this plan did. Gates and nets keep their
         place, and so does everything where no unit inherits.
+
+        Raises:
+            LeansdError: it mixes outputs, which only the run that it was fitted for can.
         """
         if steps == self.steps:
             return self
         if steps < 1:
             raise LeansdError(f"a plan needs at least one step, not {steps}")
+        if self.mixes:
+            raise LeansdError(
+                f"plan {self.name} mixes outputs as fitted to {self.steps} steps, so it cannot be "
+                f"stretched: run {self.steps} steps, or tune a plan for {steps}"
+            )
         placed = [self.rows[step * self.steps // steps] for step in range(steps)]
         old_keys = list(self.keys)
         others = [step for step, row in enumerate(self.rows) if not row.is_key]
@@ -261,6 +302,11 @@ class Plan:
     def guides(self) -> bool:
         """Whether it does anything but compute guidance at some step."""
         return any(row.guidance != "compute" for row in self.rows)
+
+    @cached_property
+    def mixes(self) -> bool:
+        """Whether the sampler is given mixed outputs at some step."""
+        return any(row.mix is not None for row in self.rows)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -344,7 +390,8 @@ class Plan:
 
     def encode(self) -> str:
         """The text of the plan's file."""
-        head: dict[str, Any] = {"format": "leansd-plan", "version": VERSION, "name": self.name}
+        version = VERSION if self.mixes else PLAIN_VERSION
+        head: dict[str, Any] = {"format": "leansd-plan", "version": version, "name": self.name}
         values = self.to_dict()
         head |= {key: value for key, value in values.items() if key != "rows"}
         if self.drift is not None:
@@ -380,7 +427,7 @@ def _describe_row(row: Row) -> dict[str, Any]:
     if row.guidance != "compute":
         values["guidance"] = row.guidance
     if row.correct != NO_CORRECTION:
-        values["correct"] = [float(each) for each in row.correct]
+        values["correct"] = row.correct.encode()
     if row.attend:
         values["attend"] = dict(row.attend)
     return {**values, "net": row.net} if row.net != OWN else values
@@ -423,16 +470,29 @@ def _read_plan(values: object) -> Plan:
 
 def _read_row(values: object, place: str) -> Row:
     row = _read_keys(values, place, ("inherit", "guidance", "correct", "attend", "net"))
-    correct = _read_list(row.get("correct", (0.0, 0.0)), f"{place}.correct")
-    if len(correct) != 2:
-        _refuse(f"{place}.correct", correct, "two numbers")
     return Row(
         _read_words(row.get("inherit", {}), f"{place}.inherit", METHODS),
         cast(Guidance, _read_text(row.get("guidance", "compute"), f"{place}.guidance")),
-        Correction(*(_read_number(each, f"{place}.correct") for each in correct)),
+        _read_correct(row.get("correct", (0.0, 0.0)), f"{place}.correct"),
         cast(Gates, _read_words(row.get("attend", {}), f"{place}.attend", ATTENDS)),
         _read_text(row.get("net", OWN), f"{place}.net"),
     )
+
+
+def _read_correct(values: object, place: str) -> Correction | Mix:
+    """Two numbers, or a mix."""
+    if isinstance(values, dict):
+        known = ("start", "guided", "difference")
+        mix = _read_keys(cast(object, values), place, known, needed=("guided",))
+        return Mix(
+            _read_number(mix.get("start", 0.0), f"{place}.start"),
+            _read_numbers(mix["guided"], f"{place}.guided"),
+            _read_numbers(mix.get("difference", ()), f"{place}.difference"),
+        )
+    correct = _read_numbers(values, place)
+    if len(correct) != 2:
+        _refuse(place, correct, "two numbers")
+    return Correction(*correct)
 
 
 def _read_drift(values: object) -> Drift:
@@ -492,6 +552,10 @@ def _read_words(value: object, place: str, known: Collection[str]) -> dict[str, 
 
 def _read_text(value: object, place: str) -> str:
     return value if isinstance(value, str) else _refuse(place, value, "a text")
+
+
+def _read_numbers(value: object, place: str) -> tuple[float, ...]:
+    return tuple(_read_number(each, place) for each in _read_list(value, place))
 
 
 def _read_number(value: object, place: str) -> float:

@@ -14,7 +14,7 @@ from typing import Literal, NoReturn, Protocol, get_args
 from leansd.errors import LeansdError
 from leansd.plans.address import covers
 from leansd.plans.anatomy import HEAD, STEM, Anatomy
-from leansd.plans.methods import METHODS, NO_CORRECTION, Correction
+from leansd.plans.methods import METHODS, NO_CORRECTION, Correction, Mix
 
 How = str
 """How a unit gives an output that it does not compute: a word of `leansd.plans.methods.METHODS`."""
@@ -61,8 +61,9 @@ class Row:
 
     inherit: Mapping[str, How] = field(default_factory=dict[str, How])
     guidance: Guidance = "compute"
-    correct: Correction = NO_CORRECTION
-    """How far the UNet's output is moved on beyond what was computed, see `Plan.correct`."""
+    correct: Correction | Mix = NO_CORRECTION
+    """How far the UNet's output is moved on beyond what was computed, see `Plan.correct`, or what
+    is given in its place, see `Plan.mix`."""
     attend: Gates = field(default_factory=dict[str, Attend])
     """Self-attentions that are computed otherwise than the UNet has them, see `Plan.attend`."""
     net: str = OWN
@@ -73,10 +74,20 @@ class Row:
         """Whether the whole UNet is computed, for the conditional half at least."""
         return not self.inherit
 
+    @property
+    def correction(self) -> Correction:
+        """The correction; nothing where the output is mixed."""
+        return self.correct if isinstance(self.correct, Correction) else NO_CORRECTION
+
+    @property
+    def mix(self) -> Mix | None:
+        """The mix; None where the output is not mixed."""
+        return self.correct if isinstance(self.correct, Mix) else None
+
     def describe(self) -> list[object]:
         """What the row does as plain values, for fingerprints; what it leaves alone is left out."""
         does: list[object] = [_order(self.inherit), self.guidance]
-        does.extend(self.correct if any(self.correct) else ())
+        does.extend(self.correct.describe())
         does.extend([_order(self.attend)] if self.attend else [])
         does.extend([self.net] if self.net else [])
         return does
@@ -92,9 +103,14 @@ def check_row(step: int, row: Row) -> None:
     if row.guidance not in GUIDANCES:
         known = ", ".join(GUIDANCES)
         raise LeansdError(f"step {step}: unknown guidance {row.guidance!r}; it can {known}")
-    if not all(map(math.isfinite, row.correct)):
+    if not all(map(math.isfinite, row.correct.numbers)):
         raise LeansdError(f"step {step}: cannot correct by {tuple(row.correct)}; give numbers")
-    if any(row.correct) and row.guidance != "compute":
+    if row.mix is not None and len(row.mix.difference) not in (0, len(row.mix.guided)):
+        raise LeansdError(
+            f"step {step}: a mix has as many weights of differences as of guided outputs, or none, "
+            f"not {len(row.mix.difference)} and {len(row.mix.guided)}"
+        )
+    if any(row.correction) and row.guidance != "compute":
         raise LeansdError(
             f"step {step}: a correction needs both halves of a guided batch; "
             f"it cannot go with guidance {row.guidance!r}"

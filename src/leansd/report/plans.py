@@ -410,7 +410,16 @@ def show_drift(drift: Sequence[Record]) -> list[Section]:
 
 
 def _list_corrections(plan: Plan) -> str:
-    corrections = [(step, row.correct) for step, row in enumerate(plan.rows) if any(row.correct)]
+    mixes = [row.mix for row in plan.rows if row.mix is not None]
+    if mixes:
+        count = sum(len(mix.numbers) for mix in mixes)
+        return (
+            f"Mixes, at {len(mixes)} steps: the sampler gets a weighted sum of all outputs so far, "
+            f"by lane, and of the noise that the run began with; {count} fitted weights."
+        )
+    corrections = [
+        (step, row.correction) for step, row in enumerate(plan.rows) if any(row.correction)
+    ]
     listed = ", ".join(f"{line:.2f} and {last:.2f} at step {n}" for n, (line, last) in corrections)
     return f"Corrections, by the line and by the last output: {listed}." if listed else ""
 

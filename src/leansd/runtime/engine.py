@@ -178,6 +178,7 @@ class Engine:
             else:
                 other = follower.nets.unets[step.call.net]
                 output = _ENGINES[id(other)].receive(follower, step, arguments)
+            output = follower.mix(step, output)
         except BaseException:
             follower.abort()
             raise

@@ -90,6 +90,15 @@ def find_lane(pipe: Any) -> Lane | None:
     return "cond" if guider.is_conditional else "rest"
 
 
+def find_scale(pipe: Any) -> float:
+    """The guidance scale of the run that a pipeline is in."""
+    guider: Any = getattr(pipe, "guider", None)
+    if guider is None:
+        return float(pipe.guidance_scale)
+    # As first written, guidance goes on from the conditional output.
+    return float(guider.guidance_scale) + bool(getattr(guider, "use_original_formulation", False))
+
+
 def run_step(step: UNetStep, arguments: UNetArguments, forward: Callable[..., Any]) -> Any:
     """What the UNet gives, or would give, for the whole batch, with `forward` for what runs."""
     output = _run_lanes(step, arguments, forward)

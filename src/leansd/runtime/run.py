@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from diffusers import ConfigMixin, UNet2DConditionModel
@@ -37,13 +38,22 @@ from leansd.runtime.context import describe_runs
 from leansd.runtime.controlnet import ControlResiduals, UpcomingCall, complete_residuals
 from leansd.runtime.guidance import (
     count_pictures,
+    exchange,
     find_lane,
     find_latents,
+    find_scale,
     guides,
     has_two_halves,
     is_guided,
 )
 from leansd.runtime.hooks import PatchedMethod
+from leansd.runtime.mixed_calls import (
+    LatentsWatch,
+    begin_mixing,
+    mix_output,
+    refuse,
+    require_mixable,
+)
 from leansd.runtime.nets import NO_OTHERS, NetSet
 from leansd.runtime.report import Report, RunStats
 from leansd.runtime.watch import CallSignature, Conditions, UNetWatch, wants_gradients
@@ -70,6 +80,8 @@ class Run:
     """Whether the UNet has been called; a ControlNet is called before."""
     is_full: bool = False
     """Whether the last call computes everything, whatever the plan says."""
+    latents: LatentsWatch | None = None
+    """While outputs are mixed, what tells whether latents are changed between steps."""
     two_halves: bool | None = None
     """Whether its batches are an unconditional and a conditional half; None before it is known."""
 
@@ -80,7 +92,7 @@ class Run:
         Under a drift each branch is a run of its own: nothing tells one what the other's pictures
         do.
         """
-        return self.plan.guides and self.plan.drift is None
+        return (self.plan.guides or self.plan.mixes) and self.plan.drift is None
 
     @property
     def bytes(self) -> int:
@@ -98,10 +110,16 @@ class Run:
             self.branches[ordinal] = CacheBranch() if drift is None else AdaptiveBranch(drift)
         return self.branches[ordinal]
 
+    def end_mixing(self) -> None:
+        if self.latents is not None:
+            self.latents.release()
+            self.latents = None
+
     def clear(self) -> None:
         """Keep nothing any more; the report keeps its counts."""
         for branch in self.branches.values():
             branch.clear()
+        self.end_mixing()
         self.residuals.branches.clear()
 
 
@@ -146,9 +164,12 @@ class Follower:
         self._outside = RunStats(source if isinstance(source, Plan) else Plan.full(1))
         self._state = _ThreadState()
         self._warned: set[str] = set()
+        self._latents = WeakSet[LatentsWatch]()
         self._compile = lru_cache(maxsize=64)(self._make_program)
         if isinstance(source, Plan):
             compile_plan(source, self.anatomy, nets=nets.nets)
+            if source.mixes and pipe is None:
+                raise refuse(source, "a bare UNet does not say what guidance its loop has")
         elif pipe is None:
             raise LeansdError(
                 f"a bare UNet does not say how many steps a run has; give the pipeline, or a plan "
@@ -198,12 +219,26 @@ class Follower:
         if change:
             if reason or branch.program is not None:
                 run.stats.forced[change] += 1
-            self._start_over(run, branch, position, signature, sample, apart=lane is not None)
+            apart = lane is not None
+            self._start_over(run, branch, position, signature, sample, apart=apart)
+            if run.plan.mixes:
+                run.end_mixing()
+                if not reason and (position.starts or run.ordinal):
+                    self._begin_mixing(run, branch, position, latents, apart=apart)
         run.is_full = bool(change)
         step = branch.open(position, latents, lane) if lane else branch.take(position, latents)
         # What others look into or differentiate is no matter for a graph.
         step.compiles = step.compiles and not reason
         return step
+
+    def mix(self, step: UNetStep, output: Any) -> Any:
+        """A UNet's output mixed with those before, where the plan says so."""
+        run = self._state.run
+        if run is None or run.latents is None:
+            return output
+        ((own, noise),) = step.split(output[0])
+        mixed = mix_output(self.pipe, own, noise)
+        return output if mixed is noise else exchange(output, mixed)
 
     def complete(self, arguments: UNetArguments) -> UNetArguments:
         """The arguments of a call just placed, with all that a ControlNet left out for its plan."""
@@ -234,6 +269,8 @@ class Follower:
 
     def forget(self) -> None:
         """Forget the runs of all threads."""
+        for watch in self._latents:
+            watch.release()
         self._state = _ThreadState()
 
     def report(self) -> Report:
@@ -304,7 +341,10 @@ class Follower:
         nets = {name: net.anatomy for name, net in self.nets.nets.items()}
         context = PlanContext(steps, anatomy=self.anatomy, nets=nets)
         if self.pipe is not None:
-            context = describe_runs(self.pipe, steps, anatomy=self.anatomy, nets=nets)
+            guidance = find_scale(self.pipe) if guides(self.pipe) else None
+            context = describe_runs(
+                self.pipe, steps, anatomy=self.anatomy, nets=nets, guidance=guidance
+            )
         try:
             resolved = resolve_plan(self.source, context)
         except LeansdError:
@@ -333,11 +373,38 @@ class Follower:
         """Let a branch begin anew with this call, which is computed in full."""
         plan, schedule = run.plan, position.schedule
         guided = apart or is_guided(self.pipe, sample.shape[0])
-        if not apart and (plan.guides or plan.drift is not None):
+        if not apart and (plan.guides or plan.mixes or plan.drift is not None):
             guided = run.two_halves = has_two_halves(self.pipe, sample)
         program = self._compile(plan, position.index, schedule.rows, schedule.moments, guided)
         pictures = count_pictures(self.pipe, sample.shape[0], two_halves=guided)
         branch.start_over(program, signature, pictures)
+
+    def _begin_mixing(
+        self,
+        run: Run,
+        branch: CacheBranch,
+        position: CallPosition,
+        latents: torch.Tensor,
+        *,
+        apart: bool,
+    ) -> None:
+        """Let the outputs of a run be mixed, from its first call on.
+
+        One that starts over midway, or is computed in full throughout, mixes none.
+        """
+        plan, program, pipe = run.plan, branch.program, self.pipe
+        assert program is not None
+        assert pipe is not None
+        try:
+            if run.ordinal:
+                raise refuse(plan, "the pipeline calls its UNet several times at a step")
+            require_mixable(plan, pipe, self.anatomy, position.index)
+            branch.outputs = begin_mixing(plan, program, pipe, latents, apart=apart)
+        except LeansdError:
+            self.abort()
+            raise
+        run.latents = LatentsWatch(plan, pipe.scheduler)
+        self._latents.add(run.latents)
 
     def _make_program(
         self,

@@ -200,9 +200,13 @@ def _change_row(step: int, row: Row, anatomy: Anatomy, addresses: Sequence[str],
 
 
 def _finish(plan: Plan, rows: Sequence[Row], anatomy: Anatomy) -> Plan:
-    """The plan with other rows, checked; what it was tuned for it no longer is."""
+    """The plan with other rows, checked; what it was tuned for it no longer is.
+
+    Mixes go: they are fitted to all that was computed before.
+    """
     name = plan.name if plan.name.endswith(EDITED) else plan.name + EDITED
-    changed = replace(plan, rows=tuple(rows), name=name, tuned=None)
+    plain = (replace(row, correct=row.correction) for row in rows)
+    changed = replace(plan, rows=tuple(plain), name=name, tuned=None)
     compile_plan(changed, anatomy, nets={net: Net(anatomy) for net in changed.nets})
     return changed
 
