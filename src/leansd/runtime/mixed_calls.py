@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from leansd.core.mixing import Guided, OutputHistory, guide, make_precise, solve_rest
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import HEAD, STEM, Anatomy
 from leansd.plans.liveness import Program
@@ -13,7 +14,6 @@ from leansd.plans.plan import Plan
 from leansd.runtime.call import UNetCall
 from leansd.runtime.guidance import find_scale, guides
 from leansd.runtime.hooks import patch_method
-from leansd.core.mixing import Guided, OutputHistory, guide, make_precise, solve_rest
 
 
 def begin_mixing(
