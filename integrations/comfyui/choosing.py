@@ -11,7 +11,6 @@ import torch
 
 from leansd.core import CallSchedule, Prediction, Sample, place_calls, probe_calls
 from leansd.errors import LeansdError
-from leansd.plans.anatomy import WHOLE
 from leansd.plans.plan import Plan
 from leansd.plans.presets import DEFAULT_SAMPLER, Preset
 from leansd.plans.presets.tuned import list_tuned_samplers
@@ -45,22 +44,26 @@ class RunDescription:
     calls: tuple[float, ...]
     """The sigma of every call of the model; none where they are not known beforehand."""
     prediction: Prediction
-    start: float = 1.0
-    """Where in the model's own time, from 1 to 0, the run begins: less than 1 from a picture on."""
-    end: float = 0.0
-    """Where it ends: more than 0 where another sampler goes on."""
+    places: tuple[float, ...] = ()
+    """Where in the model's own time, from 1 to 0, each sigma lies."""
 
-    @property
-    def steps(self) -> int:
-        """Of the whole run that this is a part of."""
-        return max(round((len(self.sigmas) - 1) / max(self.start - self.end, 1e-3)), 1)
+    def place_in_whole(self, wanted: int | None = None) -> tuple[int, int]:
+        """(its first step, all steps) of the whole run that it is a part of.
 
-    @property
-    def first(self) -> int:
-        """The step of the whole run that it begins with."""
-        if self.start == 1:
-            return 0
-        return max(self.steps - (len(self.sigmas) - 1) - round(self.end * self.steps), 0)
+        A run that starts from a picture leaves out the first steps, one that another sampler goes
+        on with the last. How many follows from how far apart its steps lie in the model's time; as
+        schedules differ in whether the last step is at its end, `wanted` decides between two.
+        """
+        count, (start, *_, end) = len(self.sigmas) - 1, self.places
+        if (start == 1 and end == 0) or count < 2:
+            return 0, count
+        noisy = [place for place in self.places if place > 0]
+        apart = max((start - noisy[-1]) / max(len(noisy) - 1, 1), 1e-3)
+        first = round((1 - start) / apart)
+        if end == 0:
+            return first, first + count
+        least = max(round(1 / apart), first + count)
+        return first, least + 1 if wanted == least + 1 else least
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,7 @@ def describe_run(guider: Any, sampler: Any, sigmas: Sequence[float]) -> RunDescr
         tuple(sigmas),
         calls,
         "flow" if FLOW in kinds else "noise",
-        _find_place(noise, sigmas[0]) if sigmas else 1.0,
-        _find_place(noise, sigmas[-1]) if sigmas else 0.0,
+        tuple(_find_place(noise, sigma) for sigma in sigmas),
     )
 
 
@@ -103,19 +105,18 @@ def choose_plan(choice: PlanChoice, run: RunDescription) -> Chosen:
     name = choice.source.name if isinstance(choice.source, Plan) else choice.source
     if not run.calls:
         return Chosen(name, reason=f"how often {run.sampler} calls the model is not known before")
-    schedule = place_calls(run.calls, run.sigmas, run.prediction, first=run.first, steps=run.steps)
-    if schedule is None:
-        return Chosen(name, reason=f"{run.sampler} does not call the model step by step")
     try:
         source = find_source(choice.source)
+        wanted = source.steps if isinstance(source, Plan) else None
+        first, steps = run.place_in_whole(wanted)
         sampler, notes = _name_sampler(source, run.sampler)
-        resolved = resolve_plan(
-            source,
-            PlanContext(run.steps, sampler=sampler, anatomy=WHOLE),
-            fit=choice.mismatch == "stretch",
-        )
+        context = PlanContext(steps, sampler=sampler)
+        resolved = resolve_plan(source, context, fit=choice.mismatch == "stretch")
     except LeansdError as error:
         return Chosen(name, reason=str(error))
+    schedule = place_calls(run.calls, run.sigmas, run.prediction, first=first, steps=steps)
+    if schedule is None:
+        return Chosen(name, reason=f"{run.sampler} does not call the model step by step")
     return Chosen(resolved.plan.name, resolved.plan, schedule, (*notes, *resolved.notes))
 
 

@@ -7,7 +7,6 @@ from it, so that all of this runs against a double.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from leansd.core import Player
+from leansd.core.stopwatch import Stopwatch, start_stopwatch
 
 from .choosing import PlanChoice, choose_plan, describe_run
 
@@ -97,11 +97,12 @@ class Run:
         """Number of the sampler's call that is being answered."""
         self.spares_control = False
         """Whether the ControlNets of this call were left out."""
+        self._times: list[Stopwatch] = []
 
-    def take_call(self, predict: Callable[[], Any]) -> Any:
-        """Count a call of the sampler, and time it on the side of the processor."""
+    def take_call(self, x: torch.Tensor, predict: Callable[[], Any]) -> Any:
+        """Count a call of the sampler, and time it without waiting for the device."""
         self.call += 1
-        started, before = time.perf_counter(), self._count_computed()
+        stop = start_stopwatch(x.device)
         try:
             return predict()
         except BaseException:
@@ -110,10 +111,7 @@ class Run:
                 self.player.clear()
             raise
         finally:
-            seconds = time.perf_counter() - started
-            self.report.seconds += seconds
-            if self.player is None or self._count_computed() > before:
-                self.report.computed_seconds += seconds
+            self._times.append(stop())
 
     def run_model(self, x: Any, options: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
         """The model's output [conds * B, C, ...] for one batch of conditionings."""
@@ -149,14 +147,15 @@ class Run:
         """Keep nothing; gives the report."""
         report, player = self.report, self.player
         report.calls = self.call + 1
-        report.computed = self._count_computed()
+        computed = set(range(report.calls))
         if player is not None:
+            computed = player.stats.computed
             report.forced = dict(player.stats.forced)
             player.clear()
+        seconds = [each() for each in self._times]
+        report.computed, report.seconds = len(computed), sum(seconds)
+        report.computed_seconds = sum(seconds[call] for call in computed)
         return report
-
-    def _count_computed(self) -> int:
-        return self.call + 1 if self.player is None else len(self.player.stats.computed)
 
 
 class PlanOnModel:
@@ -201,7 +200,7 @@ def wrap_call(executor: Any, x: Any, timestep: Any, model_options: Any, *args: A
     """Around a call of the sampler, however many calls of the model it makes."""
     run = _find_run(model_options.get("transformer_options"))
     predict = lambda: executor(x, timestep, model_options, *args)  # noqa: E731
-    return predict() if run is None else run.take_call(predict)
+    return predict() if run is None else run.take_call(x, predict)
 
 
 def wrap_conditionings(

@@ -78,11 +78,12 @@ class Denoiser:
         self.calls += 1
         if self.calls == self.fails_at:
             raise torch.OutOfMemoryError
-        wave = torch.sin(1.3 * x + timesteps.view(-1, 1, 1, 1) / 400 + context.view(-1, 1, 1, 1))
+        share = timesteps.view(-1, 1, 1, 1).to(x) / 1000
+        wave = torch.sin(x + share + context.view(-1, 1, 1, 1).to(x))
         if control is not None:
             self.controlled += 1
             wave = wave + 0.1 * control
-        return x * 0.8 + 0.3 * wave
+        return x * share + 0.1 * wave * (1 - share / 2)
 
 
 @dataclass
