@@ -148,7 +148,7 @@ def polish(trial: Trial, bench: TrialRunner, calibration: Calibration) -> Trial:
         calibration: of the plan's step count.
     """
     rows = trial.plan.rows
-    corrections = {step: row.correct for step, row in enumerate(rows) if any(row.correct)}
+    corrections = {step: row.correction for step, row in enumerate(rows) if any(row.correction)}
     if not corrections or bench.goals is None:
         return trial
     few = replace(bench, calls=bench.calls[:SLOPE_CALLS])
@@ -243,9 +243,9 @@ class _Follower:
         # Some steps before are computed only for what guidance is forecast from.
         output = self._past[run][at] if at < self._since else seen.output
         corrected = output
-        if any(row.correct) and len(self._memory):
+        if any(row.correction) and len(self._memory):
             forecast_errors = self._memory.list_forecast_errors(place, output)
-            corrected = move_on(output, row.correct, forecast_errors)
+            corrected = move_on(output, row.correction, forecast_errors)
         self.outputs[run][at] = output
         self._memory.note(place, output)
         return corrected

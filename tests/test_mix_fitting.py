@@ -1,0 +1,137 @@
+"""Mixes fitted: a plan as a matrix is what a run does, and the fit brings it nearer."""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, HeunDiscreteScheduler
+
+import leansd
+from leansd.errors import LeansdError
+from leansd.evaluation.runs import run_calls
+from leansd.plans.plan import Plan
+from leansd.tuning import mix_fitting
+from leansd.tuning.mix_fitting import FitState, MixConfig, MixFit
+from leansd.tuning.run_starts import record_starts
+from leansd.tuning.sampler_map import PlanMap, explain_unfit, read_sampler
+from test_tuning import SAMPLERS, make_scheduler
+from tiny import shallow_unet, tiny_pipeline, tiny_scheduler
+
+STEPS = 8
+PROMPTS = ("a boat", "a tree", "a cat", "a house")
+PLAN = Plan.between([0, 1, 3, 6], cut="head", steps=STEPS, how="forecast2").correct(
+    {3: (0.3, 0.1), 6: (-0.2, 0.2)}
+)
+
+
+@cache
+def make_pipe(sampler: str = "dpm++2m") -> Any:
+    return tiny_pipeline(unet=shallow_unet(), scheduler=make_scheduler(sampler))
+
+
+def make_fit(sampler: str = "dpm++2m", scale: float = 3.0, **config: Any) -> MixFit:
+    pipe = make_pipe(sampler)
+    starts, _ = record_starts(
+        pipe, PROMPTS, STEPS, seed=0, batch=4, settings={"guidance_scale": scale}
+    )
+    plan = PlanMap.of(PLAN, read_sampler(pipe.scheduler, STEPS), leansd.dissect(pipe.unet))
+    return MixFit(pipe.unet, plan, starts, config=MixConfig(**{"batch": 2, "rate": 0.05} | config))
+
+
+def draw(sampler: str, plan: Plan, scale: float = 3.0) -> torch.Tensor:
+    settings = {"guidance_scale": scale}
+    return run_calls(make_pipe(sampler), PROMPTS, STEPS, plan, settings=settings).latents
+
+
+def take_through(fit: MixFit) -> torch.Tensor:
+    """The last latents by the matrix."""
+    fit.measure_spans()
+    rows = fit._make_rows(torch.zeros(fit.size, dtype=torch.float64))
+    with torch.no_grad():
+        return fit.roll_out(fit._gather(range(len(PROMPTS))), rows)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("scale", [3.0, 1.0])
+def test_a_plan_is_its_matrix_and_its_mixes(sampler: str, scale: float) -> None:
+    """Through the pipeline, as a matrix, and with the matrix's mixes instead of corrections."""
+    expected = draw(sampler, PLAN, scale)
+    fit = make_fit(sampler, scale)
+    near = {"atol": 2e-4 * float(expected.abs().max())}
+    assert torch.allclose(take_through(fit), expected, **near)
+    mixed = fit.build_plan(FitState.begin(fit.size))
+    assert len([row for row in mixed.rows if row.mix is not None]) == len(PLAN.keys)
+    assert torch.allclose(draw(sampler, mixed, scale), expected, **near)
+
+
+@pytest.mark.parametrize("floor", [0.0, 1e-3])
+def test_a_fit_brings_the_last_latents_nearer(floor: float) -> None:
+    """On the pictures that it is fitted on, where the pipeline itself draws them."""
+    full = draw("dpm++2m", Plan.full(STEPS))
+    fit = make_fit(iterations=12, floor=floor)
+    told: list[float] = []
+    mixed = fit.run(watch=lambda state, error: told.append(error))
+    assert len(told) == 12
+
+    def miss(plan: Plan) -> float:
+        errors = (draw("dpm++2m", plan) - full).square().mean(dim=(1, 2, 3))
+        return float(errors.log().mean())
+
+    assert miss(mixed) < miss(PLAN) - 0.5
+
+
+def test_a_stopped_fit_goes_on_to_the_same_end_in_whatever_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A saved state goes on as if never stopped; computing twice gives the same gradients."""
+    whole = make_fit(iterations=4).run()
+    states: list[dict[str, Any]] = []
+    first = make_fit(iterations=4)
+    first.run(watch=lambda state, error: states.append(state.encode()))
+    need = first.plan_memory()
+    monkeypatch.setattr(mix_fitting, "find_free_memory", lambda device: need.bytes * 0.4)
+    rest = make_fit(iterations=4)
+    assert rest.plan_memory().recomputes
+    rest.measure_spans()
+    again = rest.run(FitState.decode(states[1]))
+    for one, other in zip(whole.rows, again.rows, strict=True):
+        assert one.correct.numbers == pytest.approx(other.correct.numbers, rel=1e-3, abs=1e-4)
+    monkeypatch.setattr(mix_fitting, "find_free_memory", lambda device: 10)
+    with pytest.raises(LeansdError, match="memory does not suffice"):
+        make_fit().plan_memory()
+    assert all(each.requires_grad for each in make_pipe().unet.parameters())
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "why"),
+    [
+        (DDIMScheduler.from_config(tiny_scheduler().config, clip_sample=True), "not linear"),
+        (EulerAncestralDiscreteScheduler.from_config(tiny_scheduler().config), "adds noise"),
+        (HeunDiscreteScheduler.from_config(tiny_scheduler().config), "more than once"),
+    ],
+)
+def test_samplers_that_are_no_sum_are_refused(scheduler: Any, why: str) -> None:
+    with pytest.raises(LeansdError, match=why):
+        read_sampler(scheduler, STEPS)
+
+
+def test_plans_that_do_more_than_forecast_whole_steps_are_left_as_they_are() -> None:
+    assert not explain_unfit(PLAN)
+    for plan in (
+        Plan.every(2, cut="up0", steps=STEPS),
+        Plan.every(2, cut="head", steps=STEPS, how="residual"),
+        PLAN.guide("inherit", at=1),
+        PLAN.guard("sample", threshold=0.1),
+        PLAN.switch("light", at=2),
+    ):
+        assert explain_unfit(plan)
+
+
+def test_a_full_run_that_is_no_number_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_pipeline(unet=shallow_unet())
+    with torch.no_grad():
+        pipe.unet.conv_out.bias.fill_(np.nan)
+    with pytest.raises(LeansdError, match="NaN"):
+        record_starts(pipe, PROMPTS[:1], 2, seed=0, batch=1, settings={})
