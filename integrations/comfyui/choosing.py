@@ -16,11 +16,15 @@ from leansd.plans.presets import DEFAULT_SAMPLER, Preset
 from leansd.plans.presets.tuned import list_tuned_samplers
 from leansd.plans.resolve import PlanContext, find_source, resolve_plan
 
+from .library import AUTO, PlanLibrary, Purpose
+
 Mismatch = Literal["stretch", "compute in full"]
 """What to do with a plan that was made for another number of steps."""
 
 NAMES = {"dpmpp_2m": "dpm++2m", "dpmpp_2m_sde": "dpm++sde", "unipc": "unipc"}
 """Samplers of ComfyUI that have another name in plans."""
+FALLBACK = "balanced"
+"""Instead of a tuned plan where there is none."""
 FLOW = "CONST"
 """In the kind of a model's noise: rectified flow."""
 
@@ -30,8 +34,12 @@ class PlanChoice:
     """What a user asked for."""
 
     source: str | Plan
-    """The name of a preset, a plan, or the path of a plan file."""
+    """The name of a preset, a plan, the path of a plan file, or `auto`."""
     mismatch: Mismatch = "stretch"
+    model: str = ""
+    """Digest of the model's weights, for `auto`."""
+    library: PlanLibrary | None = None
+    """Where `auto` looks."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,7 @@ class RunDescription:
     """What is known of a run before its first step."""
 
     sampler: str
+    cfg: float
     sigmas: tuple[float, ...]
     """Of the steps, with that which the last one leads to."""
     calls: tuple[float, ...]
@@ -93,6 +102,7 @@ def describe_run(guider: Any, sampler: Any, sigmas: Sequence[float]) -> RunDescr
     kinds = [kind.__name__ for kind in type(noise).__mro__]
     return RunDescription(
         name.removeprefix("sample_").removesuffix("_function"),
+        float(getattr(guider, "cfg", 1.0)),
         tuple(sigmas),
         calls,
         "flow" if FLOW in kinds else "noise",
@@ -102,11 +112,12 @@ def describe_run(guider: Any, sampler: Any, sigmas: Sequence[float]) -> RunDescr
 
 def choose_plan(choice: PlanChoice, run: RunDescription) -> Chosen:
     """The plan that a choice means for a run; none where everything is computed."""
-    name = choice.source.name if isinstance(choice.source, Plan) else choice.source
+    given, found = _find_tuned(choice, run)
+    name = given.name if isinstance(given, Plan) else given
     if not run.calls:
         return Chosen(name, reason=f"how often {run.sampler} calls the model is not known before")
     try:
-        source = find_source(choice.source)
+        source = find_source(given)
         wanted = source.steps if isinstance(source, Plan) else None
         first, steps = run.place_in_whole(wanted)
         sampler, notes = _name_sampler(source, run.sampler)
@@ -117,7 +128,21 @@ def choose_plan(choice: PlanChoice, run: RunDescription) -> Chosen:
     schedule = place_calls(run.calls, run.sigmas, run.prediction, first=first, steps=steps)
     if schedule is None:
         return Chosen(name, reason=f"{run.sampler} does not call the model step by step")
-    return Chosen(resolved.plan.name, resolved.plan, schedule, (*notes, *resolved.notes))
+    return Chosen(resolved.plan.name, resolved.plan, schedule, (*found, *notes, *resolved.notes))
+
+
+def _find_tuned(choice: PlanChoice, run: RunDescription) -> tuple[str | Plan, tuple[str, ...]]:
+    """What a choice means, where it is `auto`, and what is to be said of that."""
+    if choice.source != AUTO:
+        return choice.source, ()
+    plan = None
+    if choice.library is not None:
+        purpose = Purpose(choice.model, run.sampler, run.sigmas, run.cfg)
+        plan = choice.library.find_tuned(purpose)
+    if plan is not None:
+        return plan, ()
+    note = f"nothing was tuned for this model, sampler, sigmas and cfg: preset {FALLBACK} instead"
+    return FALLBACK, (note,)
 
 
 def _name_sampler(source: Plan | Preset, sampler: str) -> tuple[str, tuple[str, ...]]:

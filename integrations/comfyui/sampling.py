@@ -1,0 +1,64 @@
+"""Runs of ComfyUI that nodes make by themselves, and what compares them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.sample
+import comfy.utils
+import latent_preview
+import torch
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a sampler node is given, less the model."""
+
+    positive: Any
+    negative: Any
+    sampler: Any
+    sigmas: torch.Tensor
+    cfg: float
+    latent: dict[str, Any]
+
+
+def draw(model: Any, request: Request, seed: int, sigmas: torch.Tensor | None = None) -> Any:
+    """Latents [B, C, H, W] of one run, drawn as the node SamplerCustom draws them."""
+    sigmas = request.sigmas if sigmas is None else sigmas
+    latent = comfy.sample.fix_empty_latent_channels(model, request.latent["samples"])
+    noise = comfy.sample.prepare_noise(latent, seed, request.latent.get("batch_index"))
+    callback = latent_preview.prepare_callback(model, len(sigmas) - 1)
+    return comfy.sample.sample_custom(
+        model, noise, request.cfg, request.sampler, sigmas, request.positive, request.negative,
+        latent, noise_mask=request.latent.get("noise_mask"), callback=callback,
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed,
+    )  # fmt: skip
+
+
+def thin_out(sigmas: torch.Tensor, steps: int) -> torch.Tensor:
+    """A schedule of the same kind with fewer steps: read off the curve of its sigmas."""
+    ends_at_zero = bool(sigmas[-1] == 0)
+    noisy = sigmas[:-1] if ends_at_zero else sigmas
+    count = max(steps + (0 if ends_at_zero else 1), 1)
+    places = torch.linspace(0, len(noisy) - 1, count, dtype=torch.float64)
+    low = places.long().clamp(max=max(len(noisy) - 2, 0))
+    logs = noisy.double().cpu().log()
+    high = (low + 1).clamp(max=len(noisy) - 1)
+    picked = (logs[low] + (logs[high] - logs[low]) * (places - low)).exp().to(sigmas.dtype)
+    return torch.cat([picked, sigmas.new_zeros(1).cpu()]) if ends_at_zero else picked
+
+
+def measure_psnr(one: torch.Tensor, other: torch.Tensor) -> float:
+    """dB between pictures [B, H, W, C] from 0 to 1; the mean over them."""
+    errors = (one.double() - other.double()).square().flatten(1).mean(dim=1).tolist()
+    return sum(-10 * math.log10(max(error, 1e-12)) for error in errors) / len(errors)
+
+
+def measure_ssim(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Structural similarity of pictures [B, H, W, C] from 0 to 1 (Wang et al. 2004)."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    given = (one.movedim(-1, 1).float(), other.movedim(-1, 1).float())
+    return float(structural_similarity_index_measure(*given, data_range=1.0))
