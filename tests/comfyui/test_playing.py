@@ -57,7 +57,8 @@ def draw(
     patcher = patcher or Patcher()
     lean = None
     if plan is not None:
-        lean = PlanOnModel(PlanChoice(plan, mismatch))
+        choice = plan if isinstance(plan, PlanChoice) else PlanChoice(plan, mismatch)
+        lean = PlanOnModel(choice)
         patcher = lean.attach(patcher)
     guider = Guider(patcher, positive or [cond(0.4)], negative or [cond(-0.3)], **options)
     sigmas = lay_out(STEPS) if sigmas is None else sigmas
