@@ -27,8 +27,7 @@ from leansd.evaluation.timing import Ratio, Timing
 from leansd.exporting.exporter import Exported
 from leansd.incubation.estimate import Estimate, StageCost
 from leansd.incubation.recipe import load_recipe
-from leansd.incubation.training_log import TrainingLog, read_log, read_run
-from leansd.incubation.validation import paste_grid
+from leansd.incubation.training_log import TrainingLog, paste_grid, read_run
 from leansd.plans.plan import Plan
 from leansd.plans.presets import PRESETS, SPEED_PRESETS, preset
 from leansd.report import Provenance, ReportPage, bulk, measurements, nets, plans, training
@@ -255,27 +254,6 @@ def report_training(folder: Path) -> ReportPage:
 
 def report_training_under_way(folder: Path) -> ReportPage:
     return training.report_training(write_run(folder, ended=False), RECIPE)
-
-
-def report_emoji_training(folder: Path) -> ReportPage:
-    for stage, name in (("vae", "mse"), ("unet", "error")):
-        (folder / stage).mkdir()
-        rows = [
-            {
-                "step": n,
-                "seconds": n / 2,
-                "progress": n / 400,
-                "loss": 1 / n,
-                name: 2 / n,
-                "norm": 1,
-            }
-            for n in range(20, 401, 20)
-        ]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / stage / "losses.jsonl").write_text(text)
-    stages = {"vae": None, "unet": None}
-    log = read_log(folder, stages, name="emoji", subject="emoji", state="finished")
-    return training.report_training(log)
 
 
 def report_estimate(folder: Path) -> ReportPage:

@@ -13,11 +13,17 @@ from torch import Tensor
 
 from leansd.anatomy.inputs import make_inputs
 from leansd.errors import LeansdError
-from leansd.incubation.data.batches import Batch
-from leansd.incubation.data.random_latents import RandomLatents
+from leansd.incubation.data.batches import Batch, Conditioning, RandomLatents
 from leansd.incubation.noise import DiffusionSchedule, NoiseDraw
 from leansd.incubation.recipe import Recipe
-from leansd.incubation.step import StudentUNet, TeacherUNet, run_student, run_teacher, sum_losses
+from leansd.incubation.step import (
+    StudentUNet,
+    TeacherUNet,
+    build_losses,
+    run_student,
+    run_teacher,
+    sum_losses,
+)
 from leansd.incubation.students import StageNet, make_student
 from leansd.incubation.trainer import (
     NonfiniteGuard,
@@ -75,7 +81,7 @@ def make_parts() -> Parts:
 
 def make_source() -> RandomLatents:
     torch.manual_seed(1)
-    return RandomLatents((4, LATENT, LATENT), torch.randn(3, 5, WIDTH))
+    return RandomLatents((4, LATENT, LATENT), Conditioning(torch.randn(3, 5, WIDTH)))
 
 
 def make_run(folder: Path, recipe: Recipe | None = None) -> TrainingRun:
@@ -442,9 +448,8 @@ def test_any_topology_has_blocks_apart(any_unet: Any) -> None:
     last = f"up{len(teacher.up_blocks) - 1}"
     stage = write_recipe({**APART, "train": ["dn0", last]}).stages[0]
     student = make_student(stage, {"teacher": StageNet(teacher)})
-    compares = student.list_comparisons("decoupled")
-    learner = StudentUNet(student, compares, "decoupled")
-    tutor = TeacherUNet(teacher, (*(each.teacher for each in compares), *learner.needs))
+    learner = StudentUNet(student, build_losses(stage, student, None, "cpu"), "decoupled")
+    tutor = TeacherUNet(teacher, learner.needs)
     inputs = make_inputs(teacher, size=(LATENT, LATENT), batch=2)
     added = inputs.get("added_cond_kwargs", {})
     batch = Batch(inputs["sample"], inputs["encoder_hidden_states"], added)
@@ -452,7 +457,7 @@ def test_any_topology_has_blocks_apart(any_unet: Any) -> None:
     schedule = DiffusionSchedule.read(tiny_scheduler())
     outcome = run_student(learner, run_teacher(tutor, batch, draw, schedule), schedule)
     assert torch.equal(outcome.student, outcome.teacher)
-    blocks = {each.student.partition(".")[0] for each in compares}
+    blocks = {each.student.partition(".")[0] for each in student.list_pairs("decoupled")}
     assert blocks == {"dn0", last}
     tutor.release()
     learner.release()

@@ -20,12 +20,11 @@ from leansd.errors import LeansdError
 from leansd.incubation.data.batches import Conditioning
 from leansd.incubation.data.cached_source import CachedSource, Chances, SampleOrder
 from leansd.incubation.data.encoding import PictureEncoder, TextEncoder, read_picture
-from leansd.incubation.data.filling import FillProgress, FillReporter, fill
+from leansd.incubation.data.filling import Dataset, FillProgress, FillReporter
 from leansd.incubation.data.kinds import (
+    CachedData,
     DataContext,
-    Dataset,
     open_source,
-    prepare_dataset,
     read_options,
 )
 from leansd.incubation.data.sample_cache import Cache, Latents
@@ -81,8 +80,12 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cache, list["Made"]
     """A cache of three shards of made-up latents, which needs no networks."""
     cache = Cache(tmp_path_factory.mktemp("cache"), {}, torch.float32, rows=3)
     shards = [Made(f"made-{number}", 5 + number) for number in range(3)]
-    fill(cache, shards, Making(), Wording())  # pyright: ignore[reportArgumentType]
+    fill(cache, shards)
     return cache, shards
+
+
+def fill(cache: Cache, shards: Any, encoder: Any = None, texts: Any = None, **ranks: int) -> None:
+    Dataset(cache, shards, encoder or Making(), texts or Wording()).fill(**ranks)
 
 
 class Made:
@@ -116,7 +119,7 @@ class Making:
 
 
 class Wording:
-    """Conditions that follow from the caption's letters."""
+    """Conditioning that follow from the caption's letters."""
 
     def encode(self, captions: list[str]) -> Conditioning:
         text = torch.tensor([[[float(sum(map(ord, each)))] * 3] * 2 for each in captions])
@@ -202,7 +205,7 @@ def test_latents_are_drawn_anew_each_epoch(shelf: tuple[Cache, list[Made]]) -> N
 
 def test_prompts_are_empty_or_others_as_often_as_asked(shelf: tuple[Cache, list[Made]]) -> None:
     def count(**chances: float) -> tuple[float, float]:
-        batch = next(CachedSource(*shelf, Chances(window=99, **chances)).open(batch=300, seed=0))  # pyright: ignore[reportArgumentType]
+        batch = next(CachedSource(*shelf, Chances(window=99, **chances)).open(batch=300, seed=0))
         empty = batch.text.flatten(1).eq(0).all(1)
         assert torch.equal(empty, batch.added["text_embeds"].eq(0).all(1))
         own = torch.zeros(300, dtype=torch.bool)
@@ -261,7 +264,7 @@ def test_a_stopped_filling_goes_on_to_the_same_files(
 ) -> None:
     shards = [Made("a", 7), Made("b", 4)]
     whole = Cache(tmp_path / "whole", {}, rows=3)
-    fill(whole, shards, Making(), Wording())  # pyright: ignore[reportArgumentType]
+    fill(whole, shards)
     shards = [Made("a", 7), Made("b", 4)]
     stopped = Cache(tmp_path / "stopped", {}, rows=3)
     written: list[Path] = []
@@ -276,7 +279,7 @@ def test_a_stopped_filling_goes_on_to_the_same_files(
 
     monkeypatch.setattr(Path, "write_bytes", run_out)
     with pytest.raises(LeansdError, match=r"No space left.*make room"):
-        fill(stopped, shards, Making(), Wording())  # pyright: ignore[reportArgumentType]
+        fill(stopped, shards)
     kept = read_files(stopped.folder)
     assert stopped.find(shards[0]) is None
     with pytest.raises(LeansdError, match="shard a is not in"):
@@ -285,34 +288,34 @@ def test_a_stopped_filling_goes_on_to_the_same_files(
     draft = stopped.locate_part(shards[0], 1).with_name(".00001.safetensors.1.part")
     draft.write_bytes(b"of a writer that was killed")
     os.utime(draft, (0, 0))
-    fill(stopped, shards, Making(), Wording())  # pyright: ignore[reportArgumentType]
+    fill(stopped, shards)
     assert read_files(stopped.folder) == read_files(whole.folder)
     assert kept.items() <= read_files(whole.folder).items()
     reads = shards[0].reads
-    fill(stopped, shards, Making(), Wording())  # pyright: ignore[reportArgumentType]
+    fill(stopped, shards)
     assert shards[0].reads == reads
 
 
 def test_processes_share_the_work_of_filling(tmp_path: Path) -> None:
     shards = [Made(name, 4) for name in "abc"]
     caches = [Cache(tmp_path / name, {}) for name in ("one", "two")]
-    fill(caches[0], shards, Making(), Wording())  # pyright: ignore[reportArgumentType]
+    fill(caches[0], shards)
     for rank in range(2):
-        fill(caches[1], shards, Making(), Wording(), rank=rank, world=2)  # pyright: ignore[reportArgumentType]
+        fill(caches[1], shards, rank=rank, world=2)
     assert [shard.reads for shard in shards] == [2, 2, 2]
     assert read_files(caches[0].folder) == read_files(caches[1].folder)
 
 
 def test_a_damaged_part_is_made_anew_and_never_read(tmp_path: Path) -> None:
     cache, shards = Cache(tmp_path, {}, rows=3), [Made("a", 7)]
-    fill(cache, shards, Making(), Wording())  # pyright: ignore[reportArgumentType]
+    fill(cache, shards)
     before = read_files(cache.folder)
     path = cache.locate_part(shards[0], 1)
     source = CachedSource(cache, shards)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(LeansdError, match=r"00001\.safetensors.*remove it"):
         next(source.open(batch=7, seed=0))
-    fill(cache, shards, Making(), Wording())  # pyright: ignore[reportArgumentType]
+    fill(cache, shards)
     assert read_files(cache.folder) == before
 
 
@@ -395,7 +398,7 @@ def test_a_range_names_shards_as_webdataset_does(tmp_path: Path) -> None:
 
 def test_a_shard_may_have_as_long_a_name_as_a_file(tmp_path: Path) -> None:
     cache, shard = Cache(tmp_path, {}), Made("é" * 125, 3)
-    fill(cache, [shard], Making(), Wording())  # pyright: ignore[reportArgumentType]
+    fill(cache, [shard])
     assert len(CachedSource(cache, [shard])) == 3
 
 
@@ -492,9 +495,11 @@ def test_transparency_is_white() -> None:
     assert read[0].eq(255).all()
 
 
-def prepare(pipe: Any, folder: Path, **settings: Any) -> Dataset:
+def prepare(pipe: Any, folder: Path, **settings: Any) -> Dataset[Any]:
     settings = {"resolution": SIDE, "batch": 2, **settings}
-    return prepare_dataset(read_options(DataConfig(**settings)), pipe, folder)  # pyright: ignore[reportArgumentType]
+    options = read_options(DataConfig(**settings))
+    assert isinstance(options, CachedData)
+    return options.prepare(pipe, folder)
 
 
 def test_what_is_cached_is_what_the_networks_make(tmp_path: Path, pipe: Any) -> None:
@@ -583,13 +588,13 @@ def test_every_kind_opens_as_a_recipe_names_it(tmp_path: Path, pipe: Any) -> Non
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").write_bytes(make_picture(5))
     (tmp_path / "pictures" / "a.txt").write_text("a thing")
-    setting = DataContext(pipe, tmp_path / "run", torch.device("cpu"))
+    setting = DataContext(pipe, tmp_path / "run")
     for kind, options, count in (
         ("shards", {"path": str(tmp_path / "tars")}, 2),
         ("folder", {"path": str(tmp_path / "pictures")}, 1),
         ("drawn", {"prompts": ["a cat", "a dog"], "steps": 1}, 2),
     ):
-        data = DataConfig(kind=kind, **options)  # pyright: ignore[reportArgumentType]
+        data = DataConfig(kind=kind, **options)
         source = open_source(data, setting)
         batch = next(source.open(batch=3, seed=0))
         assert len(set(batch.keys)) == count

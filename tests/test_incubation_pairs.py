@@ -8,8 +8,13 @@ import torch
 from torch.nn import functional as F
 
 from leansd.errors import LeansdError
-from leansd.incubation.data.batches import Batch, Conditioning, PairedSource, pair_up
-from leansd.incubation.data.random_latents import RandomLatents
+from leansd.incubation.data.batches import (
+    Batch,
+    Conditioning,
+    PairedSource,
+    RandomLatents,
+    pair_up,
+)
 from leansd.incubation.estimate import estimate
 from leansd.incubation.losses import build_loss
 from leansd.incubation.noise import DiffusionSchedule
@@ -24,7 +29,7 @@ from tiny import WIDTH, tiny_scheduler
 def make_source() -> PairedSource:
     torch.manual_seed(1)
     empty = Conditioning(torch.zeros(1, 5, WIDTH))
-    return PairedSource(RandomLatents((4, 8, 8), torch.randn(3, 5, WIDTH), without=empty))
+    return PairedSource(RandomLatents((4, 8, 8), Conditioning(torch.randn(3, 5, WIDTH)), empty))
 
 
 def test_every_sample_comes_with_its_prompt_and_without() -> None:

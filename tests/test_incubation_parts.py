@@ -11,15 +11,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from leansd.errors import LeansdError
-from leansd.incubation.data.batches import Batch
-from leansd.incubation.data.random_latents import RandomLatents
-from leansd.incubation.features import FeatureMatch
+from leansd.incubation.data.batches import Batch, Conditioning, RandomLatents
 from leansd.incubation.losses import LOSSES, LossContext, StepOutputs, build_loss
 from leansd.incubation.noise import DiffusionSchedule, draw_noise
 from leansd.incubation.optimization import Ema, read_peak
 from leansd.incubation.recipe import BUNDLED, load_recipe
 from leansd.incubation.vgg import Vgg, fit_projection, load_vgg, project_latents
 from leansd.surgery.apply import operate
+from leansd.surgery.lineage import Origin, Pair
 from tiny import shallow_unet, tiny_scheduler
 
 SHARED = """
@@ -185,7 +184,7 @@ def test_the_target_means_the_clean_latents(prediction: str) -> None:
 
 
 def test_two_processes_draw_what_one_does() -> None:
-    source = RandomLatents((4, 2, 2), torch.arange(3.0)[:, None, None])
+    source = RandomLatents((4, 2, 2), Conditioning(torch.arange(3.0)[:, None, None]))
     whole = source.open(batch=4, seed=1)
     ranks = [source.open(batch=2, seed=1, rank=rank, world=2) for rank in (0, 1)]
     for _ in range(2):
@@ -220,9 +219,9 @@ def make_outcome(**changes: Any) -> StepOutputs:
 def make_setting(**changes: Any) -> LossContext:
     ends = ("dn0.down", "mid.l1.res")
     lineage: Any = SimpleNamespace(
-        units=("dn0.l0.res", *ends), stands_for=lambda at: SimpleNamespace(at=at)
+        units=("dn0.l0.res", *ends), stands_for=lambda at: Origin("teacher", at)
     )
-    return LossContext(lineage, tuple(FeatureMatch(at, at) for at in ends), **changes)
+    return LossContext(lineage, tuple(Pair(at, Origin("teacher", at)) for at in ends), **changes)
 
 
 def test_losses_are_what_they_say() -> None:

@@ -7,16 +7,15 @@ what autograd keeps is what the step needs in memory. Nothing is estimated but t
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,7 +30,6 @@ from leansd.incubation.step import (
     TeacherUNet,
     build_losses,
     call_unet,
-    list_comparisons,
     run_student,
     run_teacher,
 )
@@ -47,6 +45,8 @@ FULL = 4
 """Bytes of a float32: what trains is kept in it, whatever the precision."""
 MOMENTS = {"adamw": 2 * FULL, "adamw8bit": 2}
 """Bytes of an optimizer's state for each parameter."""
+ENOUGH = 2.0
+"""Seconds of calls after which no more are measured."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,21 @@ class Estimate:
         return "\n".join(lines)
 
 
+def estimate_recipe(recipe: Recipe) -> Estimate:
+    """What a recipe takes on this machine.
+
+    Raises:
+        LeansdError: its model cannot be found.
+    """
+    state = PartialState()
+    device = torch.device(state.device or "cpu")
+    outline = open_outline(recipe.model)
+    macs = count_macs(outline).total
+    rate = measure_rate(fill_outline(outline, device), macs, recipe.trainer.batch)
+    world = state.num_processes
+    return estimate(recipe, outline, macs_per_second=rate, device=str(device), world=world)
+
+
 def estimate(
     recipe: Recipe,
     teacher: UNet2DConditionModel,
@@ -163,22 +178,17 @@ def estimate(
 
 
 def count_stage(
-    recipe: Recipe,
-    stage: Stage,
-    student: Student,
-    teacher: UNet2DConditionModel,
-    world: int,
+    recipe: Recipe, stage: Stage, student: Student, teacher: UNet2DConditionModel, world: int
 ) -> StageCost:
     """Run one step of one sample, or of a pair, on the meta device."""
     settings = recipe.trainer
     samples = PAIR if recipe.data.paired else 1
     count = count_step(stage, student, teacher, samples, settings.gradient_checkpointing)
-    parameters = sum(each.numel() for each in student.unet.parameters())
+    parameters = count_parameters(student.unet)
     trained = sum(each.numel() for each in student.unet.parameters() if each.requires_grad)
-    of_teacher = sum(each.numel() for each in teacher.parameters())
-    average = FULL if settings.ema is not None else 0
-    kept = MOMENTS[settings.optimizer] + average
+    kept = MOMENTS[settings.optimizer] + (0 if settings.ema is None else FULL)
     checkpoint = parameters * FULL + trained * kept
+    frozen = count_parameters(teacher) * BYTES[settings.precision]
     a_step = settings.batch * settings.accumulate * world
     cached = 0 if stage.cached is None else min(stage.cached, stage.steps)
     return StageCost(
@@ -191,116 +201,91 @@ def count_stage(
         teacher_macs=count.teacher,
         student_macs=count.student,
         backward_macs=count.backward,
-        weights=of_teacher * BYTES[settings.precision]
-        + parameters * FULL
-        + trained * (FULL + kept),
+        weights=frozen + parameters * FULL + trained * (FULL + kept),
         activations=count.kept,
         disk=checkpoint * settings.keep + parameters * FULL + cached * a_step * count.example,
         taught=(cached or stage.steps) * a_step,
     )
 
 
-@dataclass
+def count_parameters(net: nn.Module) -> int:
+    return sum(each.numel() for each in net.parameters())
+
+
+@dataclass(frozen=True)
 class StepCount:
     """Multiply-accumulates of one sample's step, and the bytes that autograd kept for it."""
 
-    teacher: int = 0
-    student: int = 0
-    backward: int = 0
-    kept: int = 0
-    example: int = 0
+    teacher: int
+    student: int
+    backward: int
+    kept: int
+    example: int
     """Bytes of one sample with what the teacher makes of it."""
-    seen: set[int] = field(default_factory=set)
 
 
 def count_step(
     stage: Stage,
     student: Student,
     teacher: UNet2DConditionModel,
-    samples: int = 1,
-    gradient_checkpointing: bool = False,
+    samples: int,
+    gradient_checkpointing: bool,
 ) -> StepCount:
     """What a step takes of a student and teacher on the meta device, for each of its samples."""
     unet = student.unet.train()
     if gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    config: Any = unet.config
-    projection = torch.empty(config.in_channels + 1, 3, device="meta")
+    projection = torch.empty(unet.config["in_channels"] + 1, 3, device="meta")
     losses = build_losses(stage, student, projection, "meta")
-    compares = list_comparisons(losses)
-    learner = StudentUNet(student, compares, stage.mode)
-    tutor = TeacherUNet(teacher, (*(each.teacher for each in compares), *learner.needs))
-    batch, draw = _make_samples(teacher, samples)
+    inputs = _make_inputs(teacher, samples, device="meta")
+    batch = Batch(inputs["sample"], inputs["encoder_hidden_states"], inputs["added_cond_kwargs"])
+    draw = NoiseDraw(
+        torch.zeros(samples, dtype=torch.long, device="meta"), torch.empty_like(batch.latents)
+    )
     schedule = DiffusionSchedule(torch.empty(1000, device="meta"), "epsilon")
-    count = StepCount()
-    try:
-        with counting() as counter:
+    with ExitStack() as exits:
+        exits.callback(unet.disable_gradient_checkpointing)
+        exits.callback(unet.zero_grad)
+        learner = StudentUNet(student, losses, stage.mode)
+        exits.callback(learner.release)
+        tutor = TeacherUNet(teacher, learner.needs)
+        exits.callback(tutor.release)
+        counters = [FlopCounterMode(display=False) for _ in range(3)]
+        kept = KeptTensors(unet)
+        with counters[0]:
             taught = run_teacher(tutor, batch, draw, schedule)
-        count.teacher = counter() // samples
-        count.example = sum(tensor.nbytes for tensor in pack_batch(taught).values()) // samples
-        with counting() as counter, keeping(count, unet):
+        with counters[1], saved_tensors_hooks(kept.add, lambda tensor: tensor):
             outputs = run_student(learner, taught, schedule)
             loss = torch.stack([each.loss(outputs) for each in losses]).sum()
-        count.student = counter() // samples
-        count.kept //= samples
-        with counting() as counter:
+        with counters[2]:
             loss.backward()
-        count.backward = counter() // samples
-    finally:
-        unet.zero_grad()
-        unet.disable_gradient_checkpointing()
-        learner.release()
-        tutor.release()
-    return count
+    forth, along, back = (each.get_total_flops() // 2 // samples for each in counters)
+    example = sum(tensor.nbytes for tensor in pack_batch(taught).values()) // samples
+    return StepCount(forth, along, back, kept.bytes // samples, example)
 
 
-@contextmanager
-def counting() -> Iterator[Any]:
-    """A function that says the multiply-accumulates of what ran within."""
-    with FlopCounterMode(display=False) as counter:
-        yield lambda: counter.get_total_flops() // 2
+class KeptTensors:
+    """Adds up what autograd keeps, parameters of a net apart."""
 
+    def __init__(self, net: nn.Module) -> None:
+        self.own = {id(each) for each in net.parameters()}
+        self.alive: dict[int, Tensor] = {}
+        """By id, which is a tensor's own as long as it lives."""
 
-@contextmanager
-def keeping(count: StepCount, unet: UNet2DConditionModel) -> Iterator[None]:
-    """Add up what autograd keeps within, parameters apart."""
-    alive: list[Tensor] = []
-    own = {id(each) for each in unet.parameters()}
-
-    def pack(tensor: Tensor) -> Tensor:
+    def add(self, tensor: Tensor) -> Tensor:
         base = tensor if tensor._base is None else tensor._base
-        if id(base) not in own and id(base) not in count.seen:
-            count.seen.add(id(base))
-            alive.append(base)  # its id is its own as long as it lives
-            count.kept += base.numel() * base.element_size()
+        if id(base) not in self.own:
+            self.alive[id(base)] = base
         return tensor
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield
+    @property
+    def bytes(self) -> int:
+        return sum(each.nbytes for each in self.alive.values())
 
 
-def _make_samples(unet: UNet2DConditionModel, count: int) -> tuple[Batch, NoiseDraw]:
-    inputs = make_inputs(unet, size=pick_size(unet, None), batch=count, device="meta")
-    added: Mapping[str, Tensor] = inputs.get("added_cond_kwargs", {})
-    batch = Batch(inputs["sample"], inputs["encoder_hidden_states"], added)
-    timesteps = torch.zeros(count, dtype=torch.long, device="meta")
-    return batch, NoiseDraw(timesteps, torch.empty_like(inputs["sample"]))
-
-
-def estimate_recipe(recipe: Recipe) -> Estimate:
-    """What a recipe takes on this machine.
-
-    Raises:
-        LeansdError: its model cannot be found.
-    """
-    state = PartialState()
-    device = torch.device(state.device or "cpu")
-    outline = open_outline(recipe.model)
-    macs = count_macs(outline).total
-    rate = measure_rate(fill_outline(outline, device), macs, recipe.trainer.batch)
-    return estimate(
-        recipe, outline, macs_per_second=rate, device=str(device), world=state.num_processes
-    )
+def _make_inputs(unet: UNet2DConditionModel, batch: int, **where: Any) -> dict[str, Any]:
+    inputs = make_inputs(unet, size=pick_size(unet, None), batch=batch, **where)
+    return {"added_cond_kwargs": {}, **inputs}
 
 
 @torch.no_grad()
@@ -310,10 +295,6 @@ def fill_outline(outline: UNet2DConditionModel, device: torch.device) -> UNet2DC
     for parameter in unet.parameters():
         parameter.normal_(std=0.02)
     return unet.half() if device.type == "cuda" else unet
-
-
-ENOUGH = 2.0
-"""Seconds of calls after which no more are measured."""
 
 
 @torch.no_grad()
@@ -337,13 +318,11 @@ def measure_rate(unet: UNet2DConditionModel, macs: int, batch: int = 1, *, most:
 
 def _time_call(unet: UNet2DConditionModel, batch: int) -> float:
     """Seconds of one call."""
-    inputs = make_inputs(
-        unet, size=pick_size(unet, None), batch=batch, device=unet.device, dtype=unet.dtype
-    )
-    added = inputs.get("added_cond_kwargs", {})
-    moments = inputs["timestep"].reshape(-1).expand(batch)
+    inputs = _make_inputs(unet, batch, device=unet.device, dtype=unet.dtype)
+    times = inputs["timestep"].reshape(-1).expand(batch)
+    text, added = inputs["encoder_hidden_states"], inputs["added_cond_kwargs"]
     start = time.perf_counter()
-    call_unet(unet, inputs["sample"], moments, inputs["encoder_hidden_states"], added)
+    call_unet(unet, inputs["sample"], times, text, added)
     if unet.device.type == "cuda":
         torch.cuda.synchronize(unet.device)
     return time.perf_counter() - start

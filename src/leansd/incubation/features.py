@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,22 +23,14 @@ Features = dict[str, Tensor]
 """Outputs [B, C, h, w] of units by address."""
 
 
-@dataclass(frozen=True)
-class FeatureMatch:
-    """A unit of the student and the teacher's unit whose output it is to give."""
-
-    student: str
-    teacher: str
-
-
 class FeatureTaps:
-    """The outputs of some units of a UNet, while it is watched."""
+    """The outputs of some units of a UNet, while it is watched.
+
+    Raises:
+        LeansdError: an address is no unit's.
+    """
 
     def __init__(self, unet: UNet2DConditionModel, addresses: Collection[str]) -> None:
-        """
-        Raises:
-            LeansdError: an address is no unit's.
-        """
         anatomy = read_anatomy(unet)
         modules = {at: unet.get_submodule(anatomy[at].path) for at in addresses}
         self._features: Features | None = None
@@ -60,8 +51,9 @@ class FeatureTaps:
 
     def _keep(self, at: str, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
-        if self._features is not None:
-            self._features[at] = get_tensor(output)
+        if self._features is not None:  # transformers wrap theirs
+            first = output[0] if isinstance(output, tuple) else output
+            self._features[at] = getattr(first, "sample", first)
         return output
 
 
@@ -71,25 +63,28 @@ class TeacherInputs:
     Units that are not trained give the output of the teacher's unit that they stand for, the head
     apart; a unit that reads another block's output is given the teacher's. No gradient then leaves
     a block, but for what the head gives back.
+
+    Args:
+        trained: addresses of units.
+        stands_for: the teacher's unit that each unit of the student stands for.
     """
 
     def __init__(
         self, unet: UNet2DConditionModel, trained: Collection[str], stands_for: Mapping[str, str]
     ) -> None:
-        """
-        Args:
-            trained: addresses of units.
-            stands_for: the teacher's unit that each unit of the student stands for.
-        """
         self.anatomy = read_anatomy(unet)
         self.trained = frozenset(trained)
         self.stands_for = stands_for
+        self.given: Mapping[str, Tensor] | None = None
+        """The teacher's outputs to run on; without them the UNet computes all of itself.
+
+        They must outlive the call: gradient checkpointing reads them again on the way back.
+        """
         modules = {
             unit.at: unet.get_submodule(unit.path)
             for unit in self.anatomy
             if unit.at != HEAD and (unit.at not in self.trained or list_foreign(unit))
         }
-        self._given: Mapping[str, Tensor] | None = None
         self._hooks = ForwardHooks(modules, self._feed)
 
     @property
@@ -99,40 +94,21 @@ class TeacherInputs:
         read = {at for unit in self.anatomy if unit.at in self.trained for at in list_foreign(unit)}
         return tuple(dict.fromkeys(self.stands_for[at] for at in (outside - {HEAD}) | read))
 
-    def feed(self, given: Mapping[str, Tensor]) -> None:
-        """Run on these outputs of the teacher, until others are given.
-
-        They must outlive the call: gradient checkpointing reads them again on the way back.
-        """
-        self._given = given
-
-    def stop(self) -> None:
-        """Let the UNet compute all of itself again."""
-        self._given = None
-
     def release(self) -> None:
         """Leave the UNet as it was."""
         self._hooks.release()
 
     def _feed(self, at: str, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-        given = self._given
+        given = self.given
         if given is None:
             return forward(*args, **kwargs)
         if at not in self.trained:
-            return wrap_tensor(given[self.stands_for[at]], kwargs)
+            features = given[self.stands_for[at]]
+            # In the form that a unit's caller takes: transformers are asked for a tuple.
+            return (features,) if kwargs.get("return_dict") is False else features
         unit = self.anatomy[at]
         others = {each: given[self.stands_for[each]] for each in list_foreign(unit)}
         return forward(replace_inputs(self.anatomy, unit, args[0], others), *args[1:], **kwargs)
-
-
-def get_tensor(output: Any) -> Tensor:
-    """The tensor in what a unit gives: transformers wrap it."""
-    return output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
-
-
-def wrap_tensor(features: Tensor, kwargs: Mapping[str, Any]) -> Any:
-    """Features in the form that a unit's caller takes: transformers are asked for a tuple."""
-    return (features,) if kwargs.get("return_dict") is False else features
 
 
 def list_foreign(unit: Unit) -> tuple[str, ...]:
@@ -150,12 +126,9 @@ def replace_inputs(
     anatomy: Anatomy, unit: Unit, inputs: Tensor, others: Mapping[str, Tensor]
 ) -> Tensor:
     """A unit's input [B, C, h, w], the hidden state and then the skip, with `others` in it."""
-    parts: list[Tensor] = []
-    start = 0
-    hidden = unit.channels[0] - sum(anatomy[at].channels[1] for at in unit.reads[1:])
-    for at in unit.reads:
-        width = hidden if not parts else anatomy[at].channels[1]
-        own = inputs[:, start : start + width]
-        parts.append(others.get(at, own).to(inputs.dtype))
-        start += width
+    skips = [anatomy[at].channels[1] for at in unit.reads[1:]]
+    own = inputs.split([unit.channels[0] - sum(skips), *skips], dim=1)
+    parts = [
+        others.get(at, part).to(inputs.dtype) for at, part in zip(unit.reads, own, strict=True)
+    ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

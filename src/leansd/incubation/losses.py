@@ -9,20 +9,20 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from pydantic import ValidationError, validate_call
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from leansd.errors import LeansdError
 from leansd.incubation.data.batches import PAIR, Batch
-from leansd.incubation.features import FeatureMatch, Features
+from leansd.incubation.features import Features
 from leansd.incubation.noise import DiffusionSchedule
 from leansd.incubation.vgg import STAGES, load_vgg, project_latents
 from leansd.plans.address import get_block, select
-from leansd.surgery.lineage import Lineage
+from leansd.surgery.lineage import Lineage, Pair
 from leansd.text import explain_validation, suggest_name
 
 MID = "mid"
@@ -50,18 +50,29 @@ class StepOutputs:
     teacher_features: Features
     """By the teacher's addresses."""
 
+    def list_features(self, pairs: Sequence[Pair]) -> list[tuple[Tensor, Tensor]]:
+        """What the student and the teacher have at each pair, in single precision."""
+        return [
+            (self.student_features[at].float(), self.teacher_features[teacher.at].float())
+            for at, teacher in pairs
+        ]
 
-class Loss(Protocol):
-    """What it compares, and how much that differs."""
+    def predict(self, output: Tensor, predict: Callable[..., Tensor]) -> Tensor:
+        """The clean latents, or the velocity, that an output [B, C, h, w] means."""
+        return predict(self.schedule, self.noised.float(), output.float(), self.timesteps)
 
-    @property
-    def compares(self) -> tuple[FeatureMatch, ...]:
-        """The outputs of units that it needs; most losses need none."""
-        ...
+
+@dataclass(frozen=True)
+class Loss:
+    """How much something differs, and what of the features that takes."""
+
+    compute: Callable[[StepOutputs], Tensor]
+    """Gives a float32 scalar, the mean over samples of what each differs by."""
+    compares: tuple[Pair, ...] = ()
+    """The outputs of units that it needs; most losses need none."""
 
     def __call__(self, outputs: StepOutputs) -> Tensor:
-        """A float32 scalar, the mean over samples of what each differs by."""
-        ...
+        return self.compute(outputs)
 
 
 @dataclass(frozen=True)
@@ -70,168 +81,89 @@ class LossContext:
 
     lineage: Lineage
     """Of the student, traced back to the teacher."""
-    comparisons: tuple[FeatureMatch, ...]
+    pairs: tuple[Pair, ...]
     """What is to be distilled: block ends, or all that leaves trained blocks."""
     projection: Tensor | None = None
     """From latents to RGB; where a loss needs pictures."""
     device: torch.device | str = "cpu"
 
 
-@dataclass(frozen=True)
-class Denoising:
+def build_denoising(context: LossContext) -> Loss:
     """The diffusion objective itself: squared error to what the schedule wants predicted."""
-
-    compares: tuple[FeatureMatch, ...] = ()
-
-    def __call__(self, outputs: StepOutputs) -> Tensor:
-        return F.mse_loss(outputs.student.float(), outputs.target.float())
+    return Loss(lambda outputs: F.mse_loss(outputs.student.float(), outputs.target.float()))
 
 
-@dataclass(frozen=True)
-class Output:
+def build_output(context: LossContext) -> Loss:
     """Squared error of the student's output to the teacher's."""
-
-    compares: tuple[FeatureMatch, ...] = ()
-
-    def __call__(self, outputs: StepOutputs) -> Tensor:
-        return F.mse_loss(outputs.student.float(), outputs.teacher.float())
+    return Loss(lambda outputs: F.mse_loss(outputs.student.float(), outputs.teacher.float()))
 
 
-@dataclass(frozen=True)
-class FeatureLoss:
-    """The sum over blocks of plain squared errors of what leaves them (BK-SDM, 2305.15798)."""
+def build_features(context: LossContext, at: str | Sequence[str] | None = None) -> Loss:
+    """The sum over blocks of plain squared errors of what leaves them (BK-SDM, 2305.15798).
 
-    compares: tuple[FeatureMatch, ...]
-
-    def __call__(self, outputs: StepOutputs) -> Tensor:
-        errors = [
-            F.mse_loss(
-                outputs.student_features[each.student].float(),
-                outputs.teacher_features[each.teacher].float(),
-            )
-            for each in self.compares
-        ]
-        return torch.stack(errors).sum()
+    Args:
+        at: addresses or globs of the student; all pairs but the middle block's, if none.
+    """
+    return _sum_errors(pick_pairs(context, at))
 
 
-@dataclass(frozen=True)
-class NormalisedFeatureLoss:
+def _sum_errors(pairs: tuple[Pair, ...]) -> Loss:
+    def compute(outputs: StepOutputs) -> Tensor:
+        return torch.stack([F.mse_loss(*each) for each in outputs.list_features(pairs)]).sum()
+
+    return Loss(compute, pairs)
+
+
+def build_normalised(context: LossContext, at: str | Sequence[str] | None = None) -> Loss:
     """The mean over blocks of squared errors over the teacher's mean square.
 
     Blocks differ in scale by orders of magnitude; this way none of them drowns the others
     (LAPTOP-Diff, arXiv 2404.11098).
+
+    Args: see `build_features`.
     """
+    pairs = pick_pairs(context, at)
 
-    compares: tuple[FeatureMatch, ...]
+    def compute(outputs: StepOutputs) -> Tensor:
+        return torch.stack([compare(*each) for each in outputs.list_features(pairs)]).mean()
 
-    def __call__(self, outputs: StepOutputs) -> Tensor:
-        errors = [
-            compare_samples(
-                outputs.student_features[each.student], outputs.teacher_features[each.teacher]
-            )
-            for each in self.compares
-        ]
-        return torch.stack(errors).mean()
+    return Loss(compute, pairs)
 
 
-def compare_samples(student: Tensor, teacher: Tensor) -> Tensor:
+def compare(student: Tensor, teacher: Tensor) -> Tensor:
     """Squared error over mean square of `teacher`, both [B, C, H, W]; [B].
 
     Each sample has a scale of its own, so that how a batch is split makes no difference.
     """
-    student, teacher = student.float().flatten(1), teacher.float().flatten(1)
+    student, teacher = student.flatten(1), teacher.flatten(1)
     error = (student - teacher).square().mean(1)
     return error / teacher.square().mean(1).clamp_min(SMALLEST)
 
 
-@dataclass(frozen=True)
-class Guided:
+def build_guided(context: LossContext, scale: float = 7.5) -> Loss:
     """Squared error of what guidance makes of the outputs, as velocities.
 
     Pipelines step with the guided output: the unconditional one and a multiple of the difference
     that the prompt makes. A student may be near in both and far off in their difference. Errors of
     a velocity count alike at all noise levels; those of predicted noise are smallest where most of
     a picture is decided. Needs pairs (`data: {paired: true}`).
-    """
 
-    scale: float
-    compares: tuple[FeatureMatch, ...] = ()
-
-    def __call__(self, outputs: StepOutputs) -> Tensor:
-        return F.mse_loss(
-            self._guide(outputs, outputs.student), self._guide(outputs, outputs.teacher)
-        )
-
-    def _guide(self, outputs: StepOutputs, output: Tensor) -> Tensor:
-        velocity = outputs.schedule.predict_velocity(
-            outputs.noised.float(), output.float(), outputs.timesteps
-        )
-        with_prompt, without = velocity[::PAIR], velocity[1::PAIR]
-        return without + self.scale * (with_prompt - without)
-
-
-@dataclass(frozen=True)
-class Perception:
-    """Pictures as a VGG sees them: the mean over its stages of errors over the teacher's square.
-
-    The half of A-SDM's semantic-aware supervision (arXiv 2406.00210) that the middle block's loss
-    is not. Outputs become the clean latents that they mean, and these pictures by a fixed linear
-    projection. What noise hides counts less: a sample weighs its share of signal.
-    """
-
-    vgg: nn.Module
-    """Gives the features of its stages for pictures [B, 3, H, W] in [-1, 1]."""
-    projection: Tensor
-    stages: tuple[int, ...]
-    compares: tuple[FeatureMatch, ...] = ()
-
-    def __call__(self, outputs: StepOutputs) -> Tensor:
-        student = self._see(outputs, outputs.student)
-        with torch.no_grad():
-            teacher = self._see(outputs, outputs.teacher)
-        errors = [compare_samples(student[number], teacher[number]) for number in self.stages]
-        weight = outputs.schedule.alphas[outputs.timesteps]
-        return (weight * torch.stack(errors).mean(0)).mean()
-
-    def _see(self, outputs: StepOutputs, output: Tensor) -> list[Tensor]:
-        clean = outputs.schedule.predict_clean(
-            outputs.noised.float(), output.float(), outputs.timesteps
-        )
-        return self.vgg(project_latents(self.projection, clean))
-
-
-def build_denoising(context: LossContext) -> Denoising:
-    return Denoising()
-
-
-def build_output(context: LossContext) -> Output:
-    return Output()
-
-
-def build_features(context: LossContext, at: str | Sequence[str] | None = None) -> FeatureLoss:
-    """
-    Args:
-        at: addresses or globs of the student; all comparisons but the middle block's, if none.
-    """
-    return FeatureLoss(pick_comparisons(context, at))
-
-
-def build_normalised(
-    context: LossContext, at: str | Sequence[str] | None = None
-) -> NormalisedFeatureLoss:
-    """As `build_features`."""
-    return NormalisedFeatureLoss(pick_comparisons(context, at))
-
-
-def build_guided(context: LossContext, scale: float = 7.5) -> Guided:
-    """
     Args:
         scale: of the guidance that pictures will be drawn with.
     """
-    return Guided(scale)
+
+    def guide(outputs: StepOutputs, output: Tensor) -> Tensor:
+        velocity = outputs.predict(output, DiffusionSchedule.predict_velocity)
+        with_prompt, without = velocity[::PAIR], velocity[1::PAIR]
+        return without + scale * (with_prompt - without)
+
+    def compute(outputs: StepOutputs) -> Tensor:
+        return F.mse_loss(guide(outputs, outputs.student), guide(outputs, outputs.teacher))
+
+    return Loss(compute)
 
 
-def build_mid(context: LossContext) -> FeatureLoss:
+def build_mid(context: LossContext) -> Loss:
     """The output of the middle block, where a UNet's features mean most (A-SDM).
 
     Raises:
@@ -242,14 +174,18 @@ def build_mid(context: LossContext) -> FeatureLoss:
         raise LeansdError(
             "loss mid: the student has no middle block; compare the block before it with features"
         )
-    teacher = context.lineage.stands_for(units[-1]).at
-    return FeatureLoss((FeatureMatch(units[-1], teacher),))
+    return _sum_errors((Pair(units[-1], context.lineage.stands_for(units[-1])),))
 
 
 def build_vgg(
     context: LossContext, weights: str = "imagenet", stages: Sequence[int] = (0, 1, 2)
-) -> Perception:
-    """
+) -> Loss:
+    """Pictures as a VGG sees them: the mean over its stages of errors over the teacher's square.
+
+    The half of A-SDM's semantic-aware supervision (arXiv 2406.00210) that the middle block's loss
+    is not. Outputs become the clean latents that they mean, and these pictures by a fixed linear
+    projection. What noise hides counts less: a sample weighs its share of signal.
+
     Args:
         weights: `imagenet` (torchvision's, downloaded or cached), `emoji` (the embedded model's
             own), a safetensors file of a VGG16 of any width, or `random` for smoke tests.
@@ -260,7 +196,21 @@ def build_vgg(
     if not stages or not set(stages) <= set(range(STAGES)):
         raise LeansdError(f"loss vgg: stages are some of 0 to {STAGES - 1}, not {list(stages)}")
     vgg = load_vgg(weights, stages=max(stages) + 1).to(context.device)
-    return Perception(vgg, context.projection.to(context.device), tuple(stages))
+    projection = context.projection.to(context.device)
+
+    def see(outputs: StepOutputs, output: Tensor) -> list[Tensor]:
+        clean = outputs.predict(output, DiffusionSchedule.predict_clean)
+        return vgg(project_latents(projection, clean))
+
+    def compute(outputs: StepOutputs) -> Tensor:
+        student = see(outputs, outputs.student)
+        with torch.no_grad():
+            teacher = see(outputs, outputs.teacher)
+        errors = [compare(student[stage].float(), teacher[stage].float()) for stage in stages]
+        weight = outputs.schedule.alphas[outputs.timesteps]
+        return (weight * torch.stack(errors).mean(0)).mean()
+
+    return Loss(compute)
 
 
 LOSSES: Mapping[str, Callable[..., Loss]] = {
@@ -274,15 +224,13 @@ LOSSES: Mapping[str, Callable[..., Loss]] = {
 }
 
 
-def pick_comparisons(
-    context: LossContext, at: str | Sequence[str] | None
-) -> tuple[FeatureMatch, ...]:
+def pick_pairs(context: LossContext, at: str | Sequence[str] | None) -> tuple[Pair, ...]:
     """Those of a context under addresses or globs of the student.
 
     Raises:
         LeansdError: nothing is compared there.
     """
-    there = {each.student: each for each in context.comparisons}
+    there = {each.student: each for each in context.pairs}
     if at is None:
         picked = tuple(each for each in there.values() if get_block(each.student) != MID)
         if not picked:

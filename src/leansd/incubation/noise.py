@@ -8,23 +8,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
-from typing import Any
+from hashlib import blake2b, sha256
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from leansd.errors import LeansdError
 
-
-def seed_generator(*parts: int | str) -> torch.Generator:
-    """A generator that only `parts` decide: a seed, what it is for, a number."""
-    digest = blake2b(repr(parts).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+Parts = tuple[int | str, ...]
 
 
-@dataclass(frozen=True)
-class NoiseDraw:
+def hash_repr(parts: Parts) -> bytes:
+    """Of noise, and of latents that are random."""
+    return blake2b(repr(parts).encode(), digest_size=8).digest()
+
+
+def hash_words(parts: Parts) -> bytes:
+    """Of data: what a cache holds and a run has seen follows from it."""
+    return sha256(" ".join(map(str, parts)).encode()).digest()[:8]
+
+
+def seed_generator(*parts: int | str, by: Callable[[Parts], bytes] = hash_repr) -> torch.Generator:
+    """A generator that only `parts` decide: a seed, what it is for, a number.
+
+    Args:
+        by: makes eight bytes of them. There are two, since runs and caches that are there are gone
+            on from bit for bit.
+    """
+    return torch.Generator().manual_seed(int.from_bytes(by(parts), "big") >> 1)
+
+
+class NoiseDraw(NamedTuple):
     """What is drawn for a batch."""
 
     timesteps: Tensor

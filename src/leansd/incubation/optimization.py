@@ -20,9 +20,8 @@ def build_optimizer(
     Raises:
         LeansdError: it needs what is not installed.
     """
-    if settings.optimizer == "adamw":
-        kind = torch.optim.AdamW
-    else:
+    kind = torch.optim.AdamW
+    if settings.optimizer == "adamw8bit":
         try:
             from bitsandbytes.optim import AdamW8bit as kind  # type: ignore[import-not-found]
         except ImportError as error:

@@ -18,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from leansd.incubation.data.batches import Batch
-from leansd.incubation.features import FeatureMatch, Features, FeatureTaps, TeacherInputs
+from leansd.incubation.features import Features, FeatureTaps, TeacherInputs
 from leansd.incubation.losses import Loss, LossContext, StepOutputs, build_loss
 from leansd.incubation.noise import DiffusionSchedule, NoiseDraw
 from leansd.incubation.recipe import SCHEDULES, LossSettings, Stage
@@ -39,19 +39,6 @@ class TeacherBatch:
     """The teacher's, by its addresses."""
 
 
-@dataclass(frozen=True)
-class WeightedLoss:
-    """A loss with its weight over the stage."""
-
-    name: str
-    loss: Loss
-    settings: LossSettings
-
-    def weigh(self, progress: float) -> float:
-        """What it counts at this share of the stage."""
-        return self.settings.weight * SCHEDULES[self.settings.schedule](progress)
-
-
 def run_teacher(
     teacher: TeacherUNet, batch: Batch, draw: NoiseDraw, schedule: DiffusionSchedule
 ) -> TeacherBatch:
@@ -69,28 +56,19 @@ def run_student(
     Args:
         student: a `StudentUNet`, or what distributed training wraps it in.
     """
-    batch, timesteps = taught.batch, taught.draw.timesteps
+    batch, (timesteps, noise) = taught.batch, taught.draw
     output, features = student(taught.noised, timesteps, batch.text, batch.added, taught.features)
     return StepOutputs(
         batch=batch,
         schedule=schedule,
         timesteps=timesteps,
         noised=taught.noised,
-        target=schedule.make_target(batch.latents, taught.draw.noise, timesteps),
+        target=schedule.make_target(batch.latents, noise, timesteps),
         student=output,
         teacher=taught.output,
         student_features=features,
         teacher_features=taught.features,
     )
-
-
-def sum_losses(
-    losses: Sequence[WeightedLoss], outputs: StepOutputs, progress: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss, and its parts before they are weighed: float32 scalars, outside autocast."""
-    parts = {each.name: each.loss(outputs) for each in losses}
-    weighed = [each.weigh(progress) * parts[each.name] for each in losses]
-    return torch.stack(weighed).sum(), parts
 
 
 class StudentUNet(nn.Module):
@@ -99,20 +77,19 @@ class StudentUNet(nn.Module):
     Features are part of what it returns, so that the wrappers of distributed training see them.
     """
 
-    def __init__(self, student: Student, compares: Sequence[FeatureMatch], mode: str) -> None:
+    def __init__(self, student: Student, losses: Sequence[WeightedLoss], mode: str) -> None:
         super().__init__()
         self.unet = student.unet
-        self.inputs = (
-            TeacherInputs(student.unet, student.trained, student.stands_for)
-            if mode == "decoupled"
-            else None
-        )
-        self._taps = FeatureTaps(student.unet, dict.fromkeys(each.student for each in compares))
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The teacher's units that it is fed."""
-        return () if self.inputs is None else self.inputs.addresses
+        self.inputs: TeacherInputs | None = None
+        if mode == "decoupled":
+            lineage = student.lineage
+            stands_for = {at: lineage.stands_for(at).at for at in lineage.units}
+            self.inputs = TeacherInputs(student.unet, student.trained, stands_for)
+        pairs = dict.fromkeys(pair for each in losses for pair in each.loss.compares)
+        self._taps = FeatureTaps(student.unet, dict.fromkeys(at for at, _ in pairs))
+        fed = () if self.inputs is None else self.inputs.addresses
+        self.needs = tuple(dict.fromkeys([*(teacher.at for _, teacher in pairs), *fed]))
+        """The teacher's units whose outputs it is compared with or fed."""
 
     def forward(
         self,
@@ -128,7 +105,7 @@ class StudentUNet(nn.Module):
             given: the teacher's features that it is fed, by the teacher's addresses.
         """
         if self.inputs is not None:
-            self.inputs.feed(given)
+            self.inputs.given = given
         with self._taps.watching() as features:
             output = call_unet(self.unet, noised, timesteps, text, added)
         return output, features
@@ -136,7 +113,7 @@ class StudentUNet(nn.Module):
     def rest(self) -> None:
         """Let the UNet run as any other, until the next batch."""
         if self.inputs is not None:
-            self.inputs.stop()
+            self.inputs.given = None
 
     def release(self) -> None:
         """Leave the UNet as it was."""
@@ -146,15 +123,15 @@ class StudentUNet(nn.Module):
 
 
 class TeacherUNet:
-    """The original UNet, frozen and watched until `release`."""
+    """The original UNet, frozen and watched until `release`.
+
+    Raises:
+        LeansdError: an address is no unit's; the UNet is as it was.
+    """
 
     def __init__(self, unet: UNet2DConditionModel, addresses: Sequence[str]) -> None:
-        """
-        Raises:
-            LeansdError: an address is no unit's; the UNet is as it was.
-        """
         self.unet = unet
-        self._taps = FeatureTaps(unet, dict.fromkeys(addresses))
+        self._taps = FeatureTaps(unet, addresses)
         self._exits = ExitStack()
         self._exits.enter_context(frozen(unet))
         self._exits.callback(self._taps.release)
@@ -202,12 +179,20 @@ def call_unet(
     return unet(noised, timesteps, text, return_dict=False, **options)[0]
 
 
+@dataclass(frozen=True)
+class WeightedLoss:
+    """A loss with its weight over the stage."""
+
+    name: str
+    loss: Loss
+    settings: LossSettings
+
+
 def build_losses(
     stage: Stage, student: Student, projection: Tensor | None, device: torch.device | str
 ) -> tuple[WeightedLoss, ...]:
     """The losses of a stage; what weighs nothing is left out."""
-    comparisons = student.list_comparisons(stage.mode)
-    context = LossContext(student.lineage, comparisons, projection, device)
+    context = LossContext(student.lineage, student.list_pairs(stage.mode), projection, device)
     return tuple(
         WeightedLoss(name, build_loss(name, settings.options, context), settings)
         for name, settings in stage.losses.items()
@@ -215,6 +200,14 @@ def build_losses(
     )
 
 
-def list_comparisons(losses: Sequence[WeightedLoss]) -> tuple[FeatureMatch, ...]:
-    """All that some loss compares, once."""
-    return tuple(dict.fromkeys(each for loss in losses for each in loss.loss.compares))
+def sum_losses(
+    losses: Sequence[WeightedLoss], outputs: StepOutputs, progress: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss, and its parts before they are weighed: float32 scalars, outside autocast.
+
+    Args:
+        progress: the share of the stage that is done.
+    """
+    parts = {each.name: each.loss(outputs) for each in losses}
+    weights = {e.name: e.settings.weight * SCHEDULES[e.settings.schedule](progress) for e in losses}
+    return torch.stack([weights[name] * part for name, part in parts.items()]).sum(), parts

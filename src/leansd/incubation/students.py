@@ -18,13 +18,13 @@ from torch import nn
 
 from leansd.anatomy import read_anatomy
 from leansd.errors import LeansdError
-from leansd.incubation.features import FeatureMatch, list_boundary
+from leansd.incubation.features import list_boundary
 from leansd.incubation.recipe import TEACHER, Stage
 from leansd.loading import load_outline, load_unet
 from leansd.plans.address import get_block
 from leansd.plans.anatomy import Anatomy
 from leansd.surgery.apply import operate
-from leansd.surgery.lineage import Lineage
+from leansd.surgery.lineage import Lineage, Pair
 
 FILE = "incubation.json"
 
@@ -53,24 +53,16 @@ class Student:
     frozen: frozenset[str]
     """Units that are the teacher's, and stay so."""
 
-    @property
-    def stands_for(self) -> dict[str, str]:
-        """The teacher's unit that each unit of the student is to be like."""
-        return {at: self.lineage.stands_for(at).at for at in self.lineage.units}
-
-    def list_comparisons(self, mode: str) -> tuple[FeatureMatch, ...]:
+    def list_pairs(self, mode: str) -> tuple[Pair, ...]:
         """What to distil: the end of every block, or all that leaves the blocks that train.
 
         Where blocks are trained apart, the skips that they hand over have no other teacher.
         """
         if mode == "end-to-end":
-            return tuple(
-                FeatureMatch(each.student, each.teacher.at) for each in self.lineage.pairs()
-            )
+            return self.lineage.pairs()
         blocks = dict.fromkeys(get_block(at) for at in self.trained)
         leaving = [at for block in blocks for at in list_boundary(self.anatomy, block)]
-        stands_for = self.stands_for
-        return tuple(FeatureMatch(at, stands_for[at]) for at in leaving)
+        return tuple(Pair(at, self.lineage.stands_for(at)) for at in leaving)
 
 
 def make_student(stage: Stage, nets: Mapping[str, StageNet]) -> Student:
@@ -82,22 +74,36 @@ def make_student(stage: Stage, nets: Mapping[str, StageNet]) -> Student:
     Raises:
         LeansdError: the surgery cannot be done, or nothing would train.
     """
-    unet, made = operate({name: nets[net].unet for name, net in stage.nets.items()}, stage.surgery)
+    own = {name: nets[net] for name, net in stage.nets.items()}
+    unet, made = operate({name: net.unet for name, net in own.items()}, stage.surgery)
     # Nets may be in half precision, what trains may not. `to` is that of `nn.Module`: diffusers'
     # own warns where it has nothing to warn of.
     nn.Module.to(unet, torch.float32)
-    earlier = {
-        name: lineage
-        for name, net in stage.nets.items()
-        if (lineage := nets[net].lineage) is not None
-    }
-    lineage = rename_teacher(made, {n for n, net in stage.nets.items() if net == TEACHER})
-    lineage = lineage.trace(earlier) if earlier else lineage
+    teachers = {name for name, net in stage.nets.items() if net == TEACHER}
+    earlier = {name: net.lineage for name, net in own.items() if net.lineage is not None}
+    lineage = rename_teacher(made, teachers).trace(earlier)
     anatomy = read_anatomy(unet)
-    untouched = frozenset(at for at in made.units if _is_untouched(at, made, stage, nets))
-    trained = pick_trained(stage, anatomy, untouched)
-    freeze(unet, anatomy, trained, whole=stage.train is not None and "*" in stage.train)
-    return Student(unet, lineage, anatomy, trained, untouched - set(trained))
+    # The teacher's still, bit for bit.
+    untouched = {
+        at
+        for at, (net, origin) in ((at, made.origins[at]) for at in made.units)
+        if at not in made.changed and (net in teachers or origin in own[net].frozen)
+    }
+    if stage.train is None:
+        picked = set(anatomy.addresses) - untouched
+    else:
+        picked = {unit.at for each in stage.train for unit in anatomy.select(each)}
+    if not picked:
+        raise LeansdError(
+            f"stage {stage.name} trains nothing, since all of its student is the teacher's "
+            "unchanged; say what trains, train: ['*'] for all of it"
+        )
+    # What lies in no unit, such as the time embedding, trains where all of it does.
+    unet.requires_grad_(stage.train is not None and "*" in stage.train)
+    for at in picked:
+        unet.get_submodule(anatomy[at].path).requires_grad_(True)
+    trained = tuple(at for at in anatomy.addresses if at in picked)
+    return Student(unet, lineage, anatomy, trained, frozenset(untouched - picked))
 
 
 def rename_teacher(lineage: Lineage, names: Collection[str]) -> Lineage:
@@ -109,36 +115,6 @@ def rename_teacher(lineage: Lineage, names: Collection[str]) -> Lineage:
     nets = {TEACHER if name in names else name: units for name, units in lineage.nets.items()}
     base = TEACHER if lineage.base in names else lineage.base
     return lineage.model_copy(update={"origins": origins, "nets": nets, "base": base})
-
-
-def _is_untouched(at: str, made: Lineage, stage: Stage, nets: Mapping[str, StageNet]) -> bool:
-    """Whether a unit is the teacher's still, bit for bit."""
-    origin = made.origins[at]
-    net = stage.nets[origin.net]
-    return at not in made.changed and (net == TEACHER or origin.at in nets[net].frozen)
-
-
-def pick_trained(stage: Stage, anatomy: Anatomy, untouched: Collection[str]) -> tuple[str, ...]:
-    """The units that a stage trains, in running order."""
-    if stage.train is None:
-        picked = set(anatomy.addresses) - set(untouched)
-    else:
-        picked = {unit.at for each in stage.train for unit in anatomy.select(each)}
-    if not picked:
-        raise LeansdError(
-            f"stage {stage.name} trains nothing, since all of its student is the teacher's "
-            "unchanged; say what trains, train: ['*'] for all of it"
-        )
-    return tuple(at for at in anatomy.addresses if at in picked)
-
-
-def freeze(
-    unet: UNet2DConditionModel, anatomy: Anatomy, trained: Collection[str], *, whole: bool
-) -> None:
-    """Let the parameters of some units train, or of all and what lies in no unit."""
-    unet.requires_grad_(whole)
-    for at in trained:
-        unet.get_submodule(anatomy[at].path).requires_grad_(True)
 
 
 def save_net(student: Student, folder: Path, about: Mapping[str, Any]) -> None:
@@ -155,20 +131,15 @@ def open_net(folder: Path) -> StageNet:
     Raises:
         LeansdError: there is none, or none that incubation left.
     """
-    return StageNet(load_unet(folder, device="cpu", dtype=torch.float32), *read_origin(folder))
+    return StageNet(load_unet(folder, device="cpu", dtype=torch.float32), *_read_origin(folder))
 
 
 def outline_net(folder: Path) -> StageNet:
-    """The same on the meta device, for counting.
-
-    Raises:
-        LeansdError: as `open_net`.
-    """
-    return StageNet(load_outline(folder), *read_origin(folder))
+    """The same on the meta device, for counting."""
+    return StageNet(load_outline(folder), *_read_origin(folder))
 
 
-def read_origin(folder: Path) -> tuple[Lineage, frozenset[str]]:
-    """The lineage of a saved net, and what of it is still the teacher's."""
+def _read_origin(folder: Path) -> tuple[Lineage, frozenset[str]]:
     try:
         about = json.loads((folder / FILE).read_text(encoding="utf-8"))
         return Lineage.load(folder), frozenset(about["frozen"])

@@ -20,7 +20,6 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from leansd.anatomy import read_anatomy
 from leansd.errors import LeansdError
 from leansd.incubation.data.batches import Batch, DataSource, Stream
 from leansd.incubation.losses import StepOutputs
@@ -38,7 +37,6 @@ from leansd.incubation.step import (
     TeacherBatch,
     TeacherUNet,
     build_losses,
-    list_comparisons,
     run_student,
     run_teacher,
     sum_losses,
@@ -133,34 +131,29 @@ class StageTrainer:
         teacher: UNet2DConditionModel,
     ) -> None:
         self.accelerator, self.context, self.student = accelerator, context, student
-        stage, settings = context.stage, context.settings
-        self.losses = build_losses(stage, student, context.projection, accelerator.device)
-        compares = list_comparisons(self.losses)
-        student.unet.train()
+        stage, settings, folder = context.stage, context.settings, context.folder
+        self.unet = student.unet.train()
         if settings.gradient_checkpointing:
-            student.unet.enable_gradient_checkpointing()
+            self.unet.enable_gradient_checkpointing()
         if settings.compile:
-            student.unet.compile_repeated_blocks()
-        trained = list_trained(student.unet).values()
-        optimizer = build_optimizer(settings, trained, stage.learning_rate)
-        self.learner = StudentUNet(student, compares, stage.mode)
+            self.unet.compile_repeated_blocks()
+        self.losses = build_losses(stage, student, context.projection, accelerator.device)
+        optimizer = build_optimizer(settings, list_trained(self.unet).values(), stage.learning_rate)
+        self.learner = StudentUNet(student, self.losses, stage.mode)
         self.model, self.optimizer = accelerator.prepare(self.learner, optimizer)
-        self.ema = None if settings.ema is None else Ema(student.unet, settings.ema)
+        self.ema = None if settings.ema is None else Ema(self.unet, settings.ema)
         self.schedule = context.schedule.to(accelerator.device)
-        self.guard = NonfiniteGuard(context.folder / "skipped")
-        self.log = LossLog(context.folder / FILE)
-        self.checkpoints = Checkpoints(context.folder / "checkpoints", settings.keep)
-        rank = accelerator.process_index
-        self.cache = (
-            None
-            if stage.cached is None
-            else TeacherCache(context.folder / "teacher", stage.cached, rank)
-        )
+        self.guard = NonfiniteGuard(folder / "skipped")
+        self.log = LossLog(folder / FILE)
+        self.checkpoints = Checkpoints(folder / "checkpoints", settings.keep)
+        self.cache: TeacherCache | None = None
+        if stage.cached is not None:
+            rank = accelerator.process_index
+            self.cache = TeacherCache(folder / "teacher", stage.cached, rank)
         self.sums = Sums()
         self.step = 0
         # At last, so that nothing goes wrong between hooking the user's UNet and `release`.
-        needed = (*(each.teacher for each in compares), *self.learner.needs)
-        self.teacher = TeacherUNet(teacher, needed)
+        self.teacher = TeacherUNet(teacher, self.learner.needs)
 
     def release(self) -> None:
         """Take the hooks off both UNets."""
@@ -175,7 +168,7 @@ class StageTrainer:
         finally:
             stream.close()
         if self.ema is not None:
-            self.ema.copy_to(self.student.unet)
+            self.ema.copy_to(self.unet)
         if self.cache is not None and self.accelerator.is_main_process:
             self.cache.clear()
 
@@ -195,7 +188,11 @@ class StageTrainer:
                 taken = {"steps_per_second": rate} | read_peak(self.accelerator.device)
                 self._log(self.sums.take_means() | taken, on_log)
             if self.step % settings.checkpoint_every == 0 or is_last:
-                self._save(stream)
+                sums, guard = self.sums, self.guard
+                position = Position(
+                    self.step, stream.state(), guard.skipped, guard.row, sums.values, sums.count
+                )
+                self.checkpoints.save(self.accelerator, self.ema, position)
             if validation is not None and self.step % validation.every == 0:
                 self._show(validation.show)
 
@@ -220,16 +217,15 @@ class StageTrainer:
         assert outputs is not None
         if self.step == 0:
             self._check_gradients()
-        trained = list(list_trained(self.student.unet).values())
-        clipped = accelerator.clip_grad_norm_(trained, settings.clip)
+        clipped = accelerator.clip_grad_norm_(list(list_trained(self.unet).values()), settings.clip)
         assert clipped is not None
         norm = float(clipped)
         # Gradients are summed over all processes, so all of them decide alike.
         if math.isfinite(norm):
             self.optimizer.step()
             if self.ema is not None:
-                self.ema.update(self.student.unet)
-            self.guard.pass_step()
+                self.ema.update(self.unet)
+            self.guard.row = 0
         else:
             self.guard.dump(outputs, self.step, accelerator.process_index)
             self.guard.skip_step(self.step)
@@ -275,11 +271,9 @@ class StageTrainer:
 
     def _check_gradients(self) -> None:
         """Refuse to go on where nothing teaches a unit that is to train."""
-        unet = self.student.unet
-        silent = {name for name, each in list_trained(unet).items() if each.grad is None}
-        anatomy = read_anatomy(unet)
+        silent = [name for name, each in list_trained(self.unet).items() if each.grad is None]
         for at in self.student.trained:
-            path = anatomy[at].path + "."
+            path = self.student.anatomy[at].path + "."
             if any(name.startswith(path) for name in silent):
                 raise LeansdError(
                     f"stage {self.context.stage.name}: no loss teaches {at}; compare features "
@@ -287,36 +281,26 @@ class StageTrainer:
                 )
 
     def _resume(self) -> Stream:
+        context, accelerator = self.context, self.accelerator
         state: Mapping[str, Any] | None = None
         last = self.checkpoints.find_last()
         if last is not None:
-            position = self.checkpoints.load(self.accelerator, self.ema, last)
+            position = self.checkpoints.load(accelerator, self.ema, last)
             self.step, state = position.step, position.stream
             self.guard.skipped, self.guard.row = position.skipped, position.row
             self.sums = Sums(dict(position.sums), position.count)
-        with reporting(f"cannot write into {self.context.folder}"):
-            self.context.folder.mkdir(parents=True, exist_ok=True)
-        if self.accelerator.is_main_process:
+        with reporting(f"cannot write into {context.folder}"):
+            context.folder.mkdir(parents=True, exist_ok=True)
+        if accelerator.is_main_process:
             self.log.cut(self.step)
             self.checkpoints.clean()
-        return self.context.source.open(
-            batch=self.context.settings.batch,
-            seed=self.context.seed,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
+        return context.source.open(
+            batch=context.settings.batch,
+            seed=context.seed,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
             state=state,
         )
-
-    def _save(self, stream: Stream) -> None:
-        position = Position(
-            self.step,
-            stream.state(),
-            self.guard.skipped,
-            self.guard.row,
-            self.sums.values,
-            self.sums.count,
-        )
-        self.checkpoints.save(self.accelerator, self.ema, position)
 
     def _log(self, values: dict[str, float], on_log: OnLog | None) -> None:
         row = {"step": self.step, **values, "skipped": self.guard.skipped}
@@ -335,7 +319,7 @@ class StageTrainer:
         if self.ema is None:
             show(self.step)
             return
-        with self.ema.applied(self.student.unet):
+        with self.ema.applied(self.unet):
             show(self.step)
 
 
@@ -351,12 +335,8 @@ class NonfiniteGuard:
     row: int = 0
     """Since the last good step."""
 
-    def pass_step(self) -> None:
-        """A step was good."""
-        self.row = 0
-
     def skip_step(self, step: int) -> None:
-        """A step was not.
+        """Count a step that was not.
 
         Raises:
             LeansdError: too many in a row were not.
@@ -369,7 +349,7 @@ class NonfiniteGuard:
                 f"batches lie in {self.folder}. Lower the learning rate, or train in bf16"
             )
 
-    def dump(self, outputs: StepOutputs, step: int, rank: int) -> Path:
+    def dump(self, outputs: StepOutputs, step: int, rank: int) -> None:
         """Write the batch that a step failed on.
 
         Raises:
@@ -377,21 +357,14 @@ class NonfiniteGuard:
         """
         path = self.folder / f"step-{step:08d}-rank-{rank}.safetensors"
         tensors = {
-            "latents": outputs.batch.latents,
-            "text": outputs.batch.text,
-            "timesteps": outputs.timesteps,
-            "noised": outputs.noised,
-            "student": outputs.student,
-            "teacher": outputs.teacher,
+            name: getattr(outputs, name).detach().cpu().contiguous()
+            for name in ("timesteps", "noised", "student", "teacher")
         }
+        for name in ("latents", "text"):
+            tensors[name] = getattr(outputs.batch, name).detach().cpu().contiguous()
         with reporting(f"cannot keep the batch of a skipped step in {self.folder}"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(
-                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-                path,
-                {"keys": "\n".join(outputs.batch.keys)},
-            )
-        return path
+            save_file(tensors, path, {"keys": "\n".join(outputs.batch.keys)})
 
 
 def prepare_teacher(

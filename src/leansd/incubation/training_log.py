@@ -1,32 +1,32 @@
-"""What a training logged: one flat JSON line for every so many steps, and how far it came."""
+"""What a training logged: a flat JSON line for every so many steps, and pictures on the way."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from PIL import Image
+
 from leansd.errors import LeansdError
 from leansd.files import write_file
 from leansd.incubation.recipe import Recipe
-from leansd.incubation.validation import list_grids
 from leansd.text import Table, describe_duration
 
 FILE = "losses.jsonl"
 """The log of a stage, in its folder."""
 NET, VALIDATION = "net", "validation"
 """Folders of what a run or a stage made, and of a stage's grids of pictures with their log."""
-NOT_LOSSES = frozenset(
-    {
-        *("step", "norm", "learning_rate", "steps_per_second", "peak_gib", "skipped", "seconds"),
-        "progress",
-    }
-)
+NOT_LOSSES = frozenset(("step", "norm", "learning_rate", "steps_per_second", "peak_gib", "skipped"))
 """What rows of a log hold besides losses."""
+GRID_ROWS = 2
+"""The teacher's pictures above the student's."""
 RunState = Literal["under way", "stopped", "finished"]
 LogRow = Mapping[str, float]
+_GRID = re.compile(r"step-(\d+)\.png")
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,41 @@ class LossLog:
         """All rows; a line that a kill or a full disk cut off is none."""
         if not self.path.exists():
             return []
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-        return [row for line in lines if (row := _read_row(line)) is not None]
+        rows: list[dict[str, float]] = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and "step" in row:
+                rows.append(row)
+        return rows
 
 
-def _read_row(line: str) -> dict[str, float] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and "step" in row else None
+def name_grid(step: int) -> str:
+    """The file of the pictures after so many steps."""
+    return f"step-{step:08d}.png"
+
+
+def paste_grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Rows of pictures of one size as one picture."""
+    width, height = rows[0][0].size
+    grid = Image.new("RGB", (width * len(rows[0]), height * len(rows)))
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            grid.paste(picture, (x * width, y * height))
+    return grid
+
+
+def read_grid(path: Path, columns: int) -> list[list[Image.Image]]:
+    """The rows of pictures that a grid was pasted from."""
+    with Image.open(path) as file:
+        grid: Image.Image = file.convert("RGB")
+    wide, tall = grid.width // columns, grid.height // GRID_ROWS
+    return [
+        [grid.crop((x * wide, y * tall, (x + 1) * wide, (y + 1) * tall)) for x in range(columns)]
+        for y in range(GRID_ROWS)
+    ]
 
 
 @dataclass(frozen=True)
@@ -75,8 +100,8 @@ class StageLog:
     """One stage: its rows, and pictures on the way."""
 
     name: str
-    steps: int | None
-    """That it is to take; None where time decides."""
+    steps: int
+    """That it is to take."""
     rows: tuple[LogRow, ...]
     psnr: Mapping[int, float]
     """Of the student's pictures to the teacher's, in dB, by step."""
@@ -101,7 +126,7 @@ class TrainingLog:
 
     name: str
     subject: str
-    """The model that teaches, or that is trained."""
+    """The model that teaches."""
     state: RunState
     stages: tuple[StageLog, ...]
     prompts: tuple[str, ...] = ()
@@ -141,22 +166,15 @@ class TrainingLog:
         return Table(columns, tuple(_show_stage(stage) for stage in self.stages))
 
 
-def read_log(
-    folder: Path,
-    stages: Mapping[str, int | None],
-    *,
-    name: str,
-    subject: str,
-    state: RunState,
-    prompts: tuple[str, ...] = (),
-) -> TrainingLog:
-    """How far a training in `folder` came.
-
-    Args:
-        stages: the steps that each stage is to take, by its name; None where time decides.
-    """
-    logs = tuple(_read_stage(stage, steps, folder / stage) for stage, steps in stages.items())
-    return TrainingLog(name, subject, state, logs, prompts)
+def _show_stage(stage: StageLog) -> tuple[str, ...]:
+    steps = f"{stage.done} of {stage.steps}"
+    if not stage.rows:
+        return (stage.name, steps, "–", "–", "–", "–")
+    first, last = stage.rows[0], stage.rows[-1]
+    rates = [row["steps_per_second"] for row in stage.rows if "steps_per_second" in row]
+    rate = f"{sum(rates) / len(rates):.3g}" if rates else "–"
+    losses = (f"{row['loss']:.4g}" for row in (first, last))
+    return (stage.name, steps, *losses, rate, f"{last.get('skipped', 0):.0f}")
 
 
 def read_run(recipe: Recipe, folder: Path, *, ended: bool) -> TrainingLog:
@@ -164,33 +182,16 @@ def read_run(recipe: Recipe, folder: Path, *, ended: bool) -> TrainingLog:
     state: RunState = "under way"
     if ended:
         state = "finished" if (folder / NET).exists() else "stopped"
-    return read_log(
-        folder,
-        {stage.name: stage.steps for stage in recipe.stages},
-        name=recipe.name,
-        subject=recipe.model,
-        state=state,
-        prompts=recipe.validation.prompts,
-    )
+    stages = tuple(_read_stage(each.name, each.steps, folder / each.name) for each in recipe.stages)
+    return TrainingLog(recipe.name, recipe.model, state, stages, recipe.validation.prompts)
 
 
-def _read_stage(name: str, steps: int | None, home: Path) -> StageLog:
+def _read_stage(name: str, steps: int, home: Path) -> StageLog:
     seen = home / VALIDATION
     psnr = {int(row["step"]): row["psnr"] for row in LossLog(seen / FILE).load()}
-    return StageLog(name, steps, tuple(LossLog(home / FILE).load()), psnr, list_grids(seen))
-
-
-def _show_stage(stage: StageLog) -> tuple[str, ...]:
-    of = f" of {stage.steps}" if stage.steps is not None else ""
-    if not stage.rows:
-        return (stage.name, f"0{of}", "–", "–", "–", "–")
-    first, last = stage.rows[0], stage.rows[-1]
-    rates = [row["steps_per_second"] for row in stage.rows if "steps_per_second" in row]
-    if not rates and last.get("seconds"):
-        rates = [last["step"] / last["seconds"]]
-    rate = f"{sum(rates) / len(rates):.3g}" if rates else "–"
-    losses = (f"{row['loss']:.4g}" for row in (first, last))
-    return (stage.name, f"{stage.done}{of}", *losses, rate, f"{last.get('skipped', 0):.0f}")
+    found = ((_GRID.fullmatch(path.name), path) for path in sorted(seen.glob("step-*.png")))
+    grids = {int(match[1]): path for match, path in found if match is not None}
+    return StageLog(name, steps, tuple(LossLog(home / FILE).load()), psnr, grids)
 
 
 def describe_row(name: str, steps: int, row: LogRow) -> str:

@@ -19,26 +19,41 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 from diffusers import UNet2DConditionModel
+from PIL import Image
 from torch import Tensor, nn
 
 from leansd.cards import Card, Training, write_card
+from leansd.drawing import Request, paint
 from leansd.errors import LeansdError
+from leansd.evaluation.fidelity import psnr
 from leansd.files import check_folder, write_file, writing
 from leansd.incubation.data.batches import DataSource
 from leansd.incubation.data.kinds import DataContext, open_source
 from leansd.incubation.noise import DiffusionSchedule
-from leansd.incubation.recipe import TEACHER, Recipe, Stage, load_recipe
+from leansd.incubation.recipe import TEACHER, Recipe, Stage, ValidationSettings, load_recipe
 from leansd.incubation.students import StageNet, Student, make_student, open_net, save_net
 from leansd.incubation.trainer import StageContext, ValidationHook, prepare_teacher, train_stage
-from leansd.incubation.training_log import FILE, NET, VALIDATION, LogRow, LossLog
+from leansd.incubation.training_log import (
+    FILE,
+    NET,
+    VALIDATION,
+    LogRow,
+    LossLog,
+    name_grid,
+    paste_grid,
+)
 from leansd.incubation.training_state import reporting
-from leansd.incubation.validation import Validation
 from leansd.incubation.vgg import fit_projection, load_projection, save_projection
 from leansd.loading import load
 
 RECIPE, PROJECTION = "recipe.yaml", "projection.safetensors"
 FITTED_BATCHES = 4
 OnLog = Callable[[Stage, LogRow], None]
+Note = Callable[[str], None]
+
+
+def keep_quiet(message: str) -> None:
+    """Nobody is told."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +65,6 @@ class TrainingRun:
     pipe: Any
     """The teacher's pipeline; it is left as it was."""
     source: DataSource
-
-    def get_home(self, stage: Stage) -> Path:
-        """The folder of a stage."""
-        return self.folder / stage.name
 
 
 MakeValidation = Callable[
@@ -68,7 +79,7 @@ def incubate(
     pipe: Any = None,
     resume: bool = False,
     on_log: OnLog | None = None,
-    note: Callable[[str], None] = lambda message: None,
+    note: Note = keep_quiet,
 ) -> Path:
     """Distil a lighter UNet as a recipe says, and write it to `folder/net`.
 
@@ -98,7 +109,7 @@ def open_run(
     *,
     pipe: Any = None,
     resume: bool = False,
-    note: Callable[[str], None] = lambda message: None,
+    note: Note = keep_quiet,
 ) -> TrainingRun:
     """Load the teacher, claim the folder and prepare the data; nothing is trained yet.
 
@@ -112,97 +123,9 @@ def open_run(
     if state.is_main_process:
         claim_folder(folder, recipe, resume=resume)
     state.wait_for_everyone()
-    context = DataContext(
-        pipe,
-        folder,
-        torch.device(state.device or "cpu"),
-        state.process_index,
-        state.num_processes,
-        state.wait_for_everyone,
-        note,
-    )
+    rank, world, wait = state.process_index, state.num_processes, state.wait_for_everyone
+    context = DataContext(pipe, folder, rank, world, wait, note)
     return TrainingRun(recipe, folder, pipe, open_source(recipe.data, context))
-
-
-def make_validation(
-    run: TrainingRun, stage: Stage, student: Student, teacher: UNet2DConditionModel
-) -> ValidationHook | None:
-    """Grids of the recipe's prompts on the way, and a log of how close the pictures are."""
-    settings = run.recipe.validation
-    if not settings.prompts:
-        return None
-    validation = Validation(run.pipe, teacher, student.unet, settings)
-    home = run.get_home(stage) / VALIDATION
-
-    def show(step: int) -> None:
-        psnr = validation.draw_grid(home / f"step-{step:08d}.png")
-        LossLog(home / FILE).add({"step": step, "psnr": psnr})
-
-    return ValidationHook(settings.every, show)
-
-
-def run_stages(
-    run: TrainingRun,
-    *,
-    on_log: OnLog | None = None,
-    make_validation: MakeValidation = make_validation,
-) -> Path:
-    """Run all stages, each from its last checkpoint; what is done is not done again.
-
-    Returns:
-        the folder of the finished net.
-
-    Raises:
-        LeansdError: what training raises.
-    """
-    recipe = run.recipe
-    accelerator = make_accelerator(recipe, run.folder)
-    if recipe.trainer.trackers:
-        accelerator.init_trackers("leansd", {"recipe": recipe.write()})  # trackers want it flat
-    schedule = DiffusionSchedule.read(run.pipe.scheduler)
-    projection = find_projection(run, accelerator)
-    own_device = run.pipe.unet.device
-    try:
-        teacher = prepare_teacher(accelerator, run.pipe.unet)
-        for number, stage in enumerate(recipe.stages):
-            home = run.get_home(stage)
-            if (home / NET).exists():
-                continue
-            student = make_student(stage, open_nets(run, stage))
-            seed = recipe.seed * 1_000 + number
-            train_stage(
-                accelerator,
-                StageContext(stage, recipe.trainer, seed, run.source, schedule, home, projection),
-                student,
-                teacher,
-                on_log=None if on_log is None else partial(on_log, stage),
-                validation=make_validation(run, stage, student, teacher),
-            )
-            if accelerator.is_main_process:
-                keep_net(run, stage, student, home / NET)
-            accelerator.wait_for_everyone()
-            accelerator.free_memory()
-    finally:
-        nn.Module.to(run.pipe.unet, own_device)
-    if accelerator.is_main_process and not (run.folder / NET).exists():
-        last = run.get_home(recipe.stages[-1]) / NET
-        with writing(run.folder / NET) as draft:
-            shutil.copytree(last, draft)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return run.folder / NET
-
-
-def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
-    """What runs the loop: `accelerate launch` and its config decide where and how."""
-    settings = recipe.trainer
-    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
-    return Accelerator(
-        mixed_precision=settings.precision,
-        gradient_accumulation_steps=settings.accumulate,
-        log_with=list(settings.trackers) or None,
-        project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "logs")),
-    )
 
 
 def claim_folder(folder: Path, recipe: Recipe, *, resume: bool) -> None:
@@ -226,15 +149,113 @@ def claim_folder(folder: Path, recipe: Recipe, *, resume: bool) -> None:
     write_file(file, mark + recipe.write())
 
 
+def make_validation(
+    run: TrainingRun, stage: Stage, student: Student, teacher: UNet2DConditionModel
+) -> ValidationHook | None:
+    """Grids of the recipe's prompts on the way, and a log of how close the pictures are."""
+    settings = run.recipe.validation
+    if not settings.prompts:
+        return None
+    home = run.folder / stage.name / VALIDATION
+
+    def show(step: int) -> None:
+        nets = teacher, student.unet
+        original, trained = (draw_prompts(run.pipe, unet, settings) for unet in nets)
+        path = home / name_grid(step)
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            paste_grid([original, trained]).save(path)
+        except OSError as error:
+            raise LeansdError(f"cannot write {path}: {error.strerror or error}") from error
+        LossLog(home / FILE).add({"step": step, "psnr": float(psnr(trained, original).mean())})
+
+    return ValidationHook(settings.every, show)
+
+
+def draw_prompts(
+    pipe: Any, unet: UNet2DConditionModel, settings: ValidationSettings
+) -> list[Image.Image]:
+    """The prompts' pictures by another UNet on a pipeline, each from a seed of its own."""
+    before, was_training = pipe.unet, unet.training
+    # Text and latents come in the pipeline's precision, which need not be the UNet's.
+    dtype = pipe.vae.dtype if unet.dtype == torch.float32 else unet.dtype
+    requests = [
+        Request(prompt=prompt, seed=seed, steps=settings.steps, guidance=settings.guidance)
+        for seed, prompt in enumerate(settings.prompts, settings.seed)
+    ]
+    pipe.register_modules(unet=unet.eval())
+    try:
+        with torch.autocast(unet.device.type, dtype, enabled=dtype != torch.float32):
+            return [paint(pipe, request).image for request in requests]
+    finally:
+        unet.train(was_training)
+        pipe.register_modules(unet=before)
+
+
+def run_stages(
+    run: TrainingRun,
+    *,
+    on_log: OnLog | None = None,
+    make_validation: MakeValidation = make_validation,
+) -> Path:
+    """Run all stages, each from its last checkpoint; what is done is not done again.
+
+    Returns:
+        the folder of the finished net.
+
+    Raises:
+        LeansdError: what training raises.
+    """
+    recipe, settings, folder = run.recipe, run.recipe.trainer, run.folder
+    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
+    # `accelerate launch` and its config decide where and how.
+    accelerator = Accelerator(
+        mixed_precision=settings.precision,
+        gradient_accumulation_steps=settings.accumulate,
+        log_with=list(settings.trackers) or None,
+        project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "logs")),
+    )
+    if settings.trackers:
+        accelerator.init_trackers("leansd", {"recipe": recipe.write()})  # trackers want it flat
+    schedule = DiffusionSchedule.read(run.pipe.scheduler)
+    projection = find_projection(run, accelerator)
+    own_device = run.pipe.unet.device
+    try:
+        teacher = prepare_teacher(accelerator, run.pipe.unet)
+        for number, stage in enumerate(recipe.stages):
+            home = folder / stage.name
+            if (home / NET).exists():
+                continue
+            student = make_student(stage, open_nets(run, stage))
+            seed = recipe.seed * 1_000 + number
+            train_stage(
+                accelerator,
+                StageContext(stage, settings, seed, run.source, schedule, home, projection),
+                student,
+                teacher,
+                on_log=None if on_log is None else partial(on_log, stage),
+                validation=make_validation(run, stage, student, teacher),
+            )
+            if accelerator.is_main_process:
+                keep_net(run, stage, student, home / NET)
+            accelerator.wait_for_everyone()
+            accelerator.free_memory()
+    finally:
+        nn.Module.to(run.pipe.unet, own_device)
+    if accelerator.is_main_process and not (folder / NET).exists():
+        with writing(folder / NET) as draft:
+            shutil.copytree(folder / recipe.stages[-1].name / NET, draft)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return folder / NET
+
+
 def open_nets(run: TrainingRun, stage: Stage) -> dict[str, StageNet]:
     """The nets that a stage starts from; what was trained is read as it was written."""
     nets: dict[str, StageNet] = {}
     for name in dict.fromkeys(stage.nets.values()):
-        if name == TEACHER:
-            nets[name] = StageNet(run.pipe.unet)
-            continue
         folder = Path(run.recipe.nets.get(name, run.folder / name / NET)).expanduser()
-        nets[name] = open_net(folder)
+        nets[name] = StageNet(run.pipe.unet) if name == TEACHER else open_net(folder)
     return nets
 
 
@@ -253,19 +274,21 @@ def make_card(recipe: Recipe, stage: Stage, student: Student, folder: Path) -> C
     """The card of what a stage of the run in `folder` made."""
     lineage = list_stages(recipe, stage)
     used = {name for each in lineage for name in each.nets.values()}
-    trainings = [
-        Training(
+    trainings: list[Training] = []
+    for each in lineage:
+        nets = ", ".join(each.nets.values())
+        rows = LossLog(folder / each.name / FILE).load()
+        training = Training(
             stage=each.name,
-            surgery=_describe_student(each),
+            surgery=f"{each.surgery.name} of {nets}" if each.surgery.edits else f"a copy of {nets}",
             mode=each.mode,
             steps=each.steps,
             batch=recipe.trainer.batch * recipe.trainer.accumulate,
             learning_rate=each.learning_rate,
             losses={name: loss.weight for name, loss in each.losses.items()},
-            last=_read_last_loss(folder / each.name / FILE),
+            last=next((row["loss"] for row in reversed(rows) if "loss" in row), None),
         )
-        for each in lineage
-    ]
+        trainings.append(training)
     return Card(
         name=f"{recipe.name}, {stage.name}",
         nets={TEACHER: recipe.model, **{n: m for n, m in recipe.nets.items() if n in used}},
@@ -278,28 +301,16 @@ def make_card(recipe: Recipe, stage: Stage, student: Student, folder: Path) -> C
 
 def list_stages(recipe: Recipe, stage: Stage) -> list[Stage]:
     """The stages of a recipe that a stage's net has come through, itself the last."""
-    names = {each.name for each in recipe.stages}
     wanted = {stage.name}
     for each in reversed(recipe.stages):
         if each.name in wanted:
-            wanted.update(name for name in each.nets.values() if name in names)
+            wanted.update(each.nets.values())
     return [each for each in recipe.stages if each.name in wanted]
-
-
-def _describe_student(stage: Stage) -> str:
-    nets = ", ".join(stage.nets.values())
-    return f"{stage.surgery.name} of {nets}" if stage.surgery.edits else f"a copy of {nets}"
-
-
-def _read_last_loss(path: Path) -> float | None:
-    rows: list[dict[str, float]] = LossLog(path).load()
-    return next((row["loss"] for row in reversed(rows) if "loss" in row), None)
 
 
 def find_projection(run: TrainingRun, accelerator: Accelerator) -> Tensor | None:
     """The map from latents to RGB, where a loss wants one; fitted once for a run."""
-    losses = {name for stage in run.recipe.stages for name in stage.losses}
-    if "vgg" not in losses:
+    if not any("vgg" in stage.losses for stage in run.recipe.stages):
         return None
     if run.recipe.projection is not None:
         return load_projection(run.recipe.projection)

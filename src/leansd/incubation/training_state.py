@@ -31,6 +31,7 @@ from leansd.incubation.optimization import Ema
 from leansd.incubation.step import TeacherBatch
 
 _NAME = re.compile(r"step-(\d+)")
+_AVERAGE = "average.safetensors"
 
 
 @contextmanager
@@ -67,8 +68,7 @@ class Checkpoints:
 
     def find_last(self) -> Path | None:
         """The newest whole one."""
-        there = sorted(self._list())
-        return there[-1] if there else None
+        return max(self._list(), default=None)
 
     def clean(self) -> None:
         """Take away what a kill left half-written or half-deleted."""
@@ -76,7 +76,7 @@ class Checkpoints:
             for path in self.folder.glob("*" + ending):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def save(self, accelerator: Accelerator, ema: Ema | None, position: Position) -> Path:
+    def save(self, accelerator: Accelerator, ema: Ema | None, position: Position) -> None:
         """Write one, with the state of all processes.
 
         Raises:
@@ -87,26 +87,26 @@ class Checkpoints:
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
         accelerator.wait_for_everyone()
-        with reporting(f"cannot write a checkpoint into {self.folder}", self.find_last()):
+        said = f"cannot write a checkpoint into {self.folder}", self.find_last()
+        with reporting(*said):
             try:
                 partial.mkdir(parents=True, exist_ok=True)
                 accelerator.save_state(str(partial))
                 rank = accelerator.process_index
                 (partial / f"position-{rank}.json").write_text(json.dumps(vars(position)))
                 if ema is not None and accelerator.is_main_process:
-                    save_file(ema.tensors, partial / "average.safetensors")
+                    save_file(ema.tensors, partial / _AVERAGE)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)  # a full disk has room again
                 raise
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            with reporting(f"cannot write a checkpoint into {self.folder}", self.find_last()):
+            with reporting(*said):
                 discard(whole)
                 os.replace(partial, whole)
-                for old in sorted(self._list())[: -self.keep]:
+                for old in self._list()[: -self.keep]:
                     discard(old)
         accelerator.wait_for_everyone()
-        return whole
 
     def load(self, accelerator: Accelerator, ema: Ema | None, path: Path) -> Position:
         """Go on from one.
@@ -123,18 +123,17 @@ class Checkpoints:
         try:
             accelerator.load_state(str(path))
             position = Position(**json.loads(file.read_text()))
-            if ema is not None:
-                tensors = load_file(path / "average.safetensors")
-                ema.load(tensors, updates=position.step - position.skipped)
-        except LeansdError:
-            raise
+            averages = {} if ema is None else load_file(path / _AVERAGE)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise LeansdError(f"cannot read the checkpoint {path}: {error}") from error
+        if ema is not None:
+            ema.load(averages, updates=position.step - position.skipped)
         return position
 
-    def _list(self) -> Iterator[Path]:
-        if self.folder.is_dir():
-            yield from (path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
+    def _list(self) -> list[Path]:
+        if not self.folder.is_dir():
+            return []
+        return sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
 
 
 @dataclass(frozen=True)
@@ -186,17 +185,13 @@ class TeacherCache:
 
 def pack_batch(taught: TeacherBatch) -> dict[str, Tensor]:
     """Plain tensors by name; `unpack_batch` gives the batch back, bit for bit."""
-    batch, draw = taught.batch, taught.draw
+    batch = taught.batch
     tensors = {
-        "latents": batch.latents,
-        "text": batch.text,
-        "timesteps": draw.timesteps,
-        "noise": draw.noise,
-        "noised": taught.noised,
-        "output": taught.output,
+        **{"latents": batch.latents, "text": batch.text, **taught.draw._asdict()},
+        **{"noised": taught.noised, "output": taught.output},
+        **{f"added.{name}": tensor for name, tensor in batch.added.items()},
+        **{f"features.{at}": tensor for at, tensor in taught.features.items()},
     }
-    tensors |= {f"added.{name}": tensor for name, tensor in batch.added.items()}
-    tensors |= {f"features.{at}": tensor for at, tensor in taught.features.items()}
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 

@@ -6,9 +6,9 @@ projection, fitted once to its decodings, is enough for what a VGG is asked here
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,19 +26,20 @@ MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet's channels in [0, 1], which its VGG was trained with."""
 IMAGENET, EMOJI, RANDOM = "imagenet", "emoji", "random"
 RANDOM_WIDTHS = (8, 16, 32, 32, 32)
+_KERNEL = re.compile(r"features\.(\d+)\.weight")
 
 
 class Vgg(nn.Module):
-    """The convolutional stages of a VGG16, of any width, with torchvision's names of weights."""
+    """The convolutional stages of a VGG16, of any width, with torchvision's names of weights.
+
+    Args:
+        widths: channels of each stage; as many stages as there are widths.
+    """
 
     mean: Tensor
     deviation: Tensor
 
     def __init__(self, widths: Iterable[int]) -> None:
-        """
-        Args:
-            widths: channels of each stage; as many stages as there are widths.
-        """
         try:
             from torchvision.models.vgg import make_layers
         except ImportError as error:
@@ -81,15 +82,15 @@ def load_vgg(weights: str | Path, *, stages: int = STAGES) -> Vgg:
     if weights == RANDOM:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            vgg = Vgg(RANDOM_WIDTHS[:stages])
-        return vgg.eval()
-    state = _load_imagenet() if weights == IMAGENET else _read_weights(_find_file(weights))
-    state = {name: tensor for name, tensor in state.items() if name.startswith("features.")}
-    widths = [tensor.shape[0] for tensor in state.values() if tensor.ndim == 4]
-    places = [sum(CONVOLUTIONS[:stage]) for stage in range(stages)]
-    if len(widths) < sum(CONVOLUTIONS[:stages]):
-        raise LeansdError(f"{weights} holds no VGG16: it has {len(widths)} convolutions")
-    vgg = Vgg([widths[place] for place in places])
+            return Vgg(RANDOM_WIDTHS[:stages]).eval()
+    state = _read_weights(weights)
+    # Files have them by name, not by place: 10 comes before 2.
+    places = {int(match[1]): name for name in state if (match := _KERNEL.fullmatch(name))}
+    kernels = [state[name] for _, name in sorted(places.items()) if state[name].ndim == 4]
+    firsts = [sum(CONVOLUTIONS[:stage]) for stage in range(stages)]
+    if len(kernels) < sum(CONVOLUTIONS[:stages]):
+        raise LeansdError(f"{weights} holds no VGG16: it has {len(kernels)} convolutions")
+    vgg = Vgg([len(kernels[first]) for first in firsts])
     own = vgg.state_dict()
     wrong = [name for name in own if state.get(name, torch.empty(0)).shape != own[name].shape]
     if wrong:
@@ -98,36 +99,22 @@ def load_vgg(weights: str | Path, *, stages: int = STAGES) -> Vgg:
     return vgg.eval()
 
 
-def _find_file(weights: str | Path) -> Path:
-    return model_folder() / "vgg" / "vgg.safetensors" if weights == EMOJI else Path(weights)
+def _read_weights(weights: str | Path) -> Mapping[str, Tensor]:
+    if weights == IMAGENET:
+        from torchvision.models import VGG16_Weights
 
-
-def _load_imagenet() -> dict[str, Tensor]:
-    from torchvision.models import VGG16_Weights
-
+        try:
+            return VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=False)
+        except OSError as error:
+            raise LeansdError(
+                "ImageNet's VGG16 is neither cached nor within reach; give the path of its weights "
+                "as a safetensors file"
+            ) from error
+    path = model_folder() / "vgg" / "vgg.safetensors" if weights == EMOJI else Path(weights)
     try:
-        state: Any = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=False)
-    except OSError as error:
-        raise LeansdError(
-            "ImageNet's VGG16 is neither cached nor within reach; give the path of its weights "
-            "as a safetensors file"
-        ) from error
-    return state
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        state = load_file(path)
+        return load_file(path)
     except (OSError, SafetensorError) as error:
         raise LeansdError(f"cannot read the VGG's weights {path}: {error}") from error
-    # Stored by name, not by place: 10 comes before 2.
-    return dict(sorted(state.items(), key=_find_place))
-
-
-def _find_place(entry: tuple[str, Tensor]) -> tuple[int, str]:
-    name = entry[0]
-    number = name.split(".")[1] if name.count(".") else ""
-    return (int(number) if number.isdecimal() else -1, name)
 
 
 def fit_projection(latents: Tensor, pictures: Tensor) -> Tensor:

@@ -6,8 +6,7 @@ import json
 from functools import partial
 
 from leansd.incubation.estimate import GIB, Estimate, StageCost
-from leansd.incubation.training_log import StageLog, TrainingLog
-from leansd.incubation.validation import read_grid
+from leansd.incubation.training_log import StageLog, TrainingLog, read_grid
 from leansd.report.drawings import Bar, draw_bars
 from leansd.report.plots import Curve, plot_curves
 from leansd.report.sections import (
@@ -77,8 +76,8 @@ def summarise_training(log: TrainingLog) -> str:
     if log.state == "finished":
         return f"The network is trained: {moved}."
     place = f"stage {log.stages.index(stage) + 1} of {len(log.stages)}"
-    planned = f"{stage.done} of {stage.steps}" if stage.steps is not None else str(stage.done)
-    return f"The training is {log.state} after {planned} steps of {place}: {moved}."
+    done = f"{stage.done} of {stage.steps} steps of {place}"
+    return f"The training is {log.state} after {done}: {moved}."
 
 
 def _explain(log: TrainingLog) -> list[str]:

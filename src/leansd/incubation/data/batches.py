@@ -1,24 +1,25 @@
 """What a student learns from: batches of clean latents and conditions, and where they come from.
 
-The order of samples is that of whole steps: a global batch is the batches of all ranks, one after
-the other. It depends on the seed and the size of the global batch only, so two processes with
-batches of b see what one sees with batches of 2b.
+Everything about a sample follows from the seed and its place, so a position is one number. A global
+batch is the batches of all ranks, one after the other: two processes with batches of b see what one
+sees with batches of 2b.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from leansd.errors import LeansdError
+from leansd.incubation.noise import hash_repr, seed_generator
 
-StreamState: TypeAlias = Mapping[str, Any]
-"""A position in a stream, as plain JSON values."""
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 PAIR = 2
 """Rows of a sample that comes with its prompt and without."""
@@ -32,6 +33,10 @@ class Conditioning:
     """[M, T, D]."""
     added: Mapping[str, Tensor] = field(default_factory=lambda: NOTHING)
     """SDXL's `text_embeds`, [M, P]."""
+
+    def float(self) -> Conditioning:
+        """The same in single precision."""
+        return Conditioning(self.text.float(), {k: rows.float() for k, rows in self.added.items()})
 
 
 @dataclass(frozen=True)
@@ -54,47 +59,58 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same on another device."""
-        return Batch(
-            self.latents.to(device),
-            self.text.to(device),
-            {name: tensor.to(device) for name, tensor in self.added.items()},
-            self.keys,
-            self.group,
-        )
+        added = {name: rows.to(device) for name, rows in self.added.items()}
+        return Batch(self.latents.to(device), self.text.to(device), added, self.keys, self.group)
 
 
-class Stream(Protocol):
-    """Batches without end, and the position among them."""
+def join(batches: Sequence[Batch]) -> Batch:
+    """Batches of one kind, one after the other."""
+    return Batch(
+        torch.cat([each.latents for each in batches]),
+        torch.cat([each.text for each in batches]),
+        {name: torch.cat([each.added[name] for each in batches]) for name in batches[0].added},
+        tuple(key for each in batches for key in each.keys),
+        batches[0].group,
+    )
 
-    def __next__(self) -> Batch:
-        """The next batch of this rank.
+
+Read = Callable[[int], Batch]
+"""The sample at a place, as a batch of its own."""
+
+
+class DataSource(ABC):
+    """Samples without end, each at its place."""
+
+    rows = 1
+    """Rows of a sample."""
+
+    @property
+    @abstractmethod
+    def empty(self) -> Conditioning:
+        """One row of the empty prompt.
 
         Raises:
-            LeansdError: the source cannot go on (an unreadable shard, a full disk).
+            LeansdError: there is none.
         """
-        ...
 
-    def state(self) -> dict[str, Any]:
-        """Where the next batch begins: the same on all ranks."""
-        ...
+    @abstractmethod
+    def read(self, seed: int) -> Read:
+        """Opens the order that a seed gives; for one thread.
 
-    def close(self) -> None:
-        """End what reads ahead."""
-        ...
+        Reading a sample raises LeansdError where a file is gone or damaged.
+        """
 
+    @abstractmethod
+    def write_state(self, seed: int, place: int) -> dict[str, Any]:
+        """A position as plain JSON values."""
 
-class DataSource(Protocol):
-    """Where samples come from."""
+    @abstractmethod
+    def find_place(self, state: Mapping[str, Any], seed: int) -> int:
+        """The position that was written.
 
-    @property
-    def fingerprint(self) -> str:
-        """Of everything that samples and their order depend on, the seed apart."""
-        ...
-
-    @property
-    def empty(self) -> Conditioning:
-        """One row of the empty prompt."""
-        ...
+        Raises:
+            LeansdError: it is another source's, or another seed's.
+        """
 
     def open(
         self,
@@ -103,24 +119,63 @@ class DataSource(Protocol):
         seed: int,
         rank: int = 0,
         world: int = 1,
-        state: StreamState | None = None,
+        state: Mapping[str, Any] | None = None,
     ) -> Stream:
         """A stream of this rank's rows of each global batch.
 
         Args:
             batch: rows of one rank; a global batch has `batch * world`, this rank's beginning at
                 `rank * batch`.
-            state: what a stream of the same source, seed, batch and world gave: it goes on from
-                there with the same batches, bit for bit.
+            state: what a stream of the same source and seed gave: the new one goes on from there
+                with the same samples, bit for bit.
 
         Raises:
-            LeansdError: there is nothing to learn from, or the state is another source's.
+            LeansdError: the batch is none, or the state is another source's.
         """
-        ...
+        if batch < 1 or not 0 <= rank < world:
+            raise LeansdError(f"no batch of {batch} for rank {rank} of {world}")
+        if batch % self.rows:
+            raise LeansdError(f"data: with paired samples a batch of {batch} is odd; make it even")
+        place = 0 if state is None else self.find_place(state, seed)
+        return Stream(self, batch // self.rows, seed, rank, world, place)
+
+
+class Stream:
+    """One rank's batches without end; the next one is read while the last is trained on."""
+
+    def __init__(
+        self, source: DataSource, samples: int, seed: int, rank: int, world: int, place: int
+    ) -> None:
+        self.source, self.samples, self.seed = source, samples, seed
+        self.rank, self.world = rank, world
+        self.place = place
+        """Of the first sample of the next global batch."""
+        self._read = source.read(seed)
+        self._reader = ThreadPoolExecutor(1, "incubation-data")
+        self._ahead: Future[Batch] | None = None
+
+    def __next__(self) -> Batch:
+        batch = (self._ahead or self._read_ahead()).result()
+        self.place += self.samples * self.world
+        self._ahead = self._read_ahead()
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """Where the next batch begins: the same on all ranks."""
+        return self.source.write_state(self.seed, self.place)
+
+    def close(self) -> None:
+        """End the thread that reads ahead."""
+        self._reader.shutdown(cancel_futures=True)
+
+    def _read_ahead(self) -> Future[Batch]:
+        first = self.place + self.rank * self.samples
+        places = range(first, first + self.samples)
+        return self._reader.submit(lambda: join([self._read(place) for place in places]))
 
 
 @dataclass(frozen=True)
-class PairedSource:
+class PairedSource(DataSource):
     """Every sample twice, one right after the other: with its prompt and without.
 
     Pipelines draw with classifier-free guidance, which multiplies the difference of two
@@ -129,53 +184,21 @@ class PairedSource:
     """
 
     source: DataSource
-    """Is asked for half as many samples."""
-
-    @property
-    def fingerprint(self) -> str:
-        return f"{self.source.fingerprint}-paired"
+    rows = PAIR
 
     @property
     def empty(self) -> Conditioning:
         return self.source.empty
 
-    def open(
-        self,
-        *,
-        batch: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        state: StreamState | None = None,
-    ) -> PairedStream:
-        """As `DataSource.open`.
+    def read(self, seed: int) -> Read:
+        read, empty = self.source.read(seed), self.empty
+        return lambda place: pair_up(read(place), empty)
 
-        Raises:
-            LeansdError: the batch is odd.
-        """
-        if batch % PAIR:
-            raise LeansdError(f"data: with paired samples a batch of {batch} is odd; make it even")
-        stream = self.source.open(
-            batch=batch // PAIR, seed=seed, rank=rank, world=world, state=state
-        )
-        return PairedStream(stream, self.empty)
+    def write_state(self, seed: int, place: int) -> dict[str, Any]:
+        return self.source.write_state(seed, place)
 
-
-@dataclass(frozen=True)
-class PairedStream:
-    """A stream whose rows come with and without their prompts, in turns."""
-
-    stream: Stream
-    empty: Conditioning
-
-    def __next__(self) -> Batch:
-        return pair_up(next(self.stream), self.empty)
-
-    def state(self) -> dict[str, Any]:
-        return self.stream.state()
-
-    def close(self) -> None:
-        self.stream.close()
+    def find_place(self, state: Mapping[str, Any], seed: int) -> int:
+        return self.source.find_place(state, seed)
 
 
 def pair_up(batch: Batch, empty: Conditioning) -> Batch:
@@ -196,3 +219,42 @@ def pair_up(batch: Batch, empty: Conditioning) -> Batch:
         tuple(key for key in batch.keys for _ in range(PAIR)),
         group=PAIR,
     )
+
+
+@dataclass(frozen=True)
+class RandomLatents(DataSource):
+    """Normal latents, each with one of a few conditions: for dry runs and tests.
+
+    Nothing is learned from them but what a net does everywhere.
+    """
+
+    shape: tuple[int, int, int]
+    """Of one sample, (C, h, w)."""
+    conditions: Conditioning
+    """Of N prompts."""
+    without: Conditioning | None = None
+    """The empty prompt, where it may be asked for."""
+
+    @property
+    def empty(self) -> Conditioning:
+        if self.without is None:
+            raise LeansdError("these random latents come without the empty prompt")
+        return self.without
+
+    def read(self, seed: int) -> Read:
+        text, added = self.conditions.text, self.conditions.added
+
+        def read(place: int) -> Batch:
+            generator = seed_generator(seed, "latents", place, by=hash_repr)
+            row = int(torch.randint(len(text), (), generator=generator))
+            latents = torch.randn(1, *self.shape, generator=generator)
+            own = {name: rows[row : row + 1] for name, rows in added.items()}
+            return Batch(latents, text[row : row + 1], own, (str(place),))
+
+        return read
+
+    def write_state(self, seed: int, place: int) -> dict[str, Any]:
+        return {"drawn": place}
+
+    def find_place(self, state: Mapping[str, Any], seed: int) -> int:
+        return int(state["drawn"])

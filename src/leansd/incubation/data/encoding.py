@@ -1,10 +1,13 @@
-"""From pictures and captions to latents and conditions, by a pipeline's own networks."""
+"""From samples to latents and conditions, by a pipeline's own networks.
+
+Pictures are encoded; latents of prompts are drawn by the teacher, once for each prompt and seed.
+"""
 
 from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import sha256
@@ -22,10 +25,13 @@ from leansd.anatomy.fingerprint import fingerprint_module
 from leansd.errors import LeansdError
 from leansd.incubation.data.batches import Conditioning
 from leansd.incubation.data.sample_cache import Latents
-from leansd.incubation.data.samples import Flaw, Sample
+from leansd.incubation.data.samples import Flaw, Sample, cut, digest
+from leansd.incubation.noise import hash_words, seed_generator
+from leansd.runtime.samplers import make_scheduler
 
+CAPTIONS = 64
+"""That are encoded at once."""
 T = TypeVar("T", contravariant=True)
-_TEXT_PARTS = ("text_encoder", "text_encoder_2")
 # What Pillow raises for files that are no pictures, cut off or absurdly large.
 _UNREADABLE = (
     *(OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError),
@@ -62,20 +68,23 @@ class PictureEncoder:
     def __init__(
         self, pipe: DiffusionPipeline, resolution: int, *, flip: bool = False, batch: int = 8
     ) -> None:
-        step = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+        self.vae: Any = pipe.vae
+        step = 2 ** (len(self.vae.config.block_out_channels) - 1)
         if resolution < step or resolution % step:
             raise LeansdError(
                 f"a resolution of {resolution} px does not come out even in the latents: give a "
                 f"multiple of {step}"
             )
+        config = self.vae.config
+        self.shift = config.get("shift_factor") or 0.0
+        self.scale = config.get("scaling_factor") or 1.0
         self.pipe, self.resolution, self.flip, self.batch = pipe, resolution, flip, batch
 
     def describe(self) -> dict[str, Any]:
-        vae = fingerprint_module(self.pipe.vae)
         return {
             "latents": "encoded",
-            "vae": vae,
-            "scale": [*_find_scale(self.pipe.vae)],
+            "vae": fingerprint_module(self.vae),
+            "scale": [self.shift, self.scale],
             "resolution": self.resolution,
             "flip": self.flip,
         }
@@ -83,52 +92,113 @@ class PictureEncoder:
     def encode(self, samples: Sequence[Sample[bytes]]) -> list[Latents | Flaw]:
         with ThreadPoolExecutor(os.cpu_count()) as readers:  # Pillow decodes without the lock
             read = list(readers.map(lambda each: read_picture(each, self.resolution), samples))
-        good = [each for each in read if not isinstance(each, Flaw)]
-        encoded = iter(self._encode([pixels for pixels, _ in good]) if good else [])
+        good = [each[0] for each in read if not isinstance(each, Flaw)]
+        encoded = iter(self._encode(torch.stack(good)) if good else [])
         sized = has_sizes(self.pipe)
-        made: list[Latents | Flaw] = []
-        for sample, each in zip(samples, read, strict=True):
-            if isinstance(each, Flaw):
-                made.append(each)
-                continue
-            mean, std = next(encoded)
-            if not mean.isfinite().all() or (std is not None and not std.isfinite().all()):
-                made.append(Flaw(sample.key, "its latents are not finite"))
-                continue
-            made.append(Latents(mean, std, {"time_ids": each[1]} if sized else {}))
-        return made
+        return [
+            each
+            if isinstance(each, Flaw)
+            else check_latents(sample, *next(encoded), each[1] if sized else None)
+            for sample, each in zip(samples, read, strict=True)
+        ]
 
     @torch.no_grad()
-    def _encode(self, pictures: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
-        vae = self.pipe.vae
-        shift, scale = _find_scale(vae)
+    def _encode(self, pictures: Tensor) -> list[tuple[Tensor, Tensor | None]]:
+        """Mean and standard deviation of each of some pictures [B, 3, H, W] of 8 bits."""
+        vae = self.vae
         with _in_safe_precision(vae):
-            pixels = torch.stack(list(pictures)).to(vae.device).float() / 127.5 - 1
+            pixels = pictures.to(vae.device).float() / 127.5 - 1
             means, stds = [], []
             for view in (pixels, pixels.flip(-1)) if self.flip else (pixels,):
                 encoded = vae.encode(view.to(vae.dtype))
                 spread = getattr(encoded, "latent_dist", None)
                 mean = encoded.latents if spread is None else spread.mean
-                means.append((mean.float() - shift) * scale)
-                stds.append(None if spread is None else spread.std.float() * scale)
+                means.append((mean.float() - self.shift) * self.scale)
+                stds.append(None if spread is None else spread.std.float() * self.scale)
         mean = torch.stack(means, 1).cpu()
         if stds[0] is None:
             return [(each, None) for each in mean]
         return list(zip(mean, torch.stack(stds, 1).cpu(), strict=True))
 
 
-class TextEncoder:
-    """Encodes captions as the pipeline does.
+class TeacherSampler:
+    """Draws latents with the teacher, each from noise of its own prompt and seed.
+
+    But for rounding, it does not matter what is drawn beside it.
 
     Args:
-        batch: captions that are encoded at once.
+        resolution: the side of the picture, in pixels.
+        sampler: a name of `leansd.runtime.samplers`.
+        batch: drawings at once.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, batch: int = 64) -> None:
-        self.pipe, self.batch = pipe, batch
+    def __init__(
+        self,
+        pipe: Any,
+        resolution: int,
+        *,
+        steps: int = 25,
+        guidance: float = 7.5,
+        sampler: str = "dpm++2m",
+        batch: int = 8,
+    ) -> None:
+        self.pipe, self.resolution, self.batch = pipe, resolution, batch
+        self.facts = {"steps": steps, "guidance": guidance, "sampler": sampler}
+        self.scheduler = make_scheduler(pipe, sampler)
 
     def describe(self) -> dict[str, Any]:
-        modules = [getattr(self.pipe, name, None) for name in _TEXT_PARTS]
+        # Not diffusers' own notes: the order of one is another in every process.
+        config = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")}
+        return {
+            "latents": "drawn",
+            "unet": fingerprint_module(self.pipe.unet),
+            "schedule": digest({"config": str(sorted(config.items()))}),
+            "resolution": self.resolution,
+            **self.facts,
+        }
+
+    def encode(self, samples: Sequence[Sample[int]]) -> list[Latents | Flaw]:
+        side, own = self.resolution, self.pipe.scheduler
+        self.pipe.scheduler = self.scheduler
+        try:
+            drawn = self.pipe(
+                prompt=[each.captions[0] for each in samples],
+                generator=[
+                    seed_generator("draw", each.content, each.captions[0], by=hash_words)
+                    for each in samples
+                ],
+                num_inference_steps=self.facts["steps"],
+                guidance_scale=self.facts["guidance"],
+                height=side,
+                width=side,
+                output_type="latent",
+            ).images
+        finally:
+            self.pipe.scheduler = own
+        time_ids = make_time_ids((side, side), (0, 0), side) if has_sizes(self.pipe) else None
+        return [
+            check_latents(sample, latents[None], None, time_ids)
+            for sample, latents in zip(samples, drawn.float().cpu(), strict=True)
+        ]
+
+
+def check_latents(
+    sample: Sample[Any], mean: Tensor, std: Tensor | None, time_ids: Tensor | None
+) -> Latents | Flaw:
+    """Latents [F, C, h, w] of a sample, unless they are not finite."""
+    if not mean.isfinite().all() or (std is not None and not std.isfinite().all()):
+        return Flaw(sample.key, "its latents are not finite")
+    return Latents(mean, std, {} if time_ids is None else {"time_ids": time_ids})
+
+
+class TextEncoder:
+    """Encodes captions as the pipeline does."""
+
+    def __init__(self, pipe: DiffusionPipeline) -> None:
+        self.pipe = pipe
+
+    def describe(self) -> dict[str, Any]:
+        modules = [getattr(self.pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
         words = str(sorted(self.pipe.tokenizer.get_vocab().items()))
         return {
             "text": [fingerprint_module(module) for module in modules if module is not None],
@@ -138,10 +208,7 @@ class TextEncoder:
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> Conditioning:
         """A row each caption, on the CPU."""
-        rows = [
-            embed(self.pipe, list(captions[begin : begin + self.batch]))
-            for begin in range(0, len(captions), self.batch)
-        ]
+        rows = [embed(self.pipe, list(some)) for some in cut(captions, CAPTIONS)]
         added = {name: torch.cat([each.added[name] for each in rows]) for name in rows[0].added}
         return Conditioning(torch.cat([each.text for each in rows]), added)
 
@@ -189,7 +256,8 @@ def read_picture(sample: Sample[bytes], resolution: int) -> tuple[Tensor, Tensor
         with Image.open(BytesIO(sample.content)) as opened:
             image = _flatten(ImageOps.exif_transpose(opened))
     except _UNREADABLE as error:
-        return Flaw(sample.key, f"unreadable picture: {error}")
+        said = str(error).partition(" <")[0]  # an object's address is another in every process
+        return Flaw(sample.key, f"unreadable picture: {said}")
     scale = resolution / min(image.size)
     width, height = (max(resolution, round(side * scale)) for side in image.size)
     left, top = (width - resolution) // 2, (height - resolution) // 2
@@ -206,12 +274,6 @@ def _flatten(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     rgba = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-
-
-def _find_scale(vae: Any) -> tuple[float, float]:
-    """To the UNet's scale: what is taken from latents, and what they are then multiplied by."""
-    config: Mapping[str, Any] = vae.config
-    return config.get("shift_factor") or 0.0, config.get("scaling_factor") or 1.0
 
 
 @contextmanager

@@ -5,34 +5,41 @@ A new kind is a class here, and an entry of `KINDS`.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
-from diffusers import DiffusionPipeline
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from leansd.errors import LeansdError
-from leansd.incubation.data.batches import DataSource, PairedSource
+from leansd.incubation.data.batches import Conditioning, DataSource, PairedSource, RandomLatents
 from leansd.incubation.data.cached_source import CachedSource, Chances
-from leansd.incubation.data.encoding import Encoder, PictureEncoder, TextEncoder
-from leansd.incubation.data.filling import FillReporter, OnFillProgress, fill
-from leansd.incubation.data.random_latents import RandomLatents, make_random_latents
-from leansd.incubation.data.sample_cache import Cache
-from leansd.incubation.data.samples import Shard, list_folder, list_tars
-from leansd.incubation.data.teacher_samples import (
-    DrawingConfig,
+from leansd.incubation.data.encoding import (
+    Encoder,
+    PictureEncoder,
     TeacherSampler,
+    TextEncoder,
+    embed,
+    has_sizes,
+    make_time_ids,
+)
+from leansd.incubation.data.filling import Dataset, FillReporter
+from leansd.incubation.data.sample_cache import Cache
+from leansd.incubation.data.samples import (
+    Shard,
+    list_folder,
     list_prompts,
+    list_tars,
     read_prompts,
 )
 from leansd.incubation.recipe import DataConfig
 from leansd.text import explain_validation, suggest_name
 
 CACHE = "cache"
-Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
+Found: TypeAlias = tuple[Sequence[Shard[Any]], Encoder[Any]]
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,6 @@ class DataContext:
     """The teacher's pipeline: its VAE, text encoders and sampler."""
     folder: Path
     """The run's, for what has no other place."""
-    device: torch.device
     rank: int = 0
     world: int = 1
     wait: Callable[[], None] = lambda: None
@@ -51,22 +57,29 @@ class DataContext:
     note: Callable[[str], None] = lambda message: None
 
 
-class _Options(BaseModel):
+class RandomData(BaseModel):
+    """Normal latents of the UNet's size under the pipeline's own conditions for some prompts."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class RandomData(_Options):
-    """Normal latents under some prompts."""
-
     kind: Literal["random"]
     prompts: Annotated[tuple[str, ...], Field(min_length=1)]
 
+    @torch.no_grad()
     def open(self, context: DataContext) -> RandomLatents:
         """The source itself: there is nothing to keep."""
-        return make_random_latents(context.pipe, self.prompts)
+        pipe, config = context.pipe, context.pipe.unet.config
+        texts, empty = (embed(pipe, list(each)).float() for each in (self.prompts, [""]))
+        side = config.sample_size
+        added = dict(texts.added)
+        if has_sizes(pipe):
+            pixels = side * pipe.vae_scale_factor
+            sizes = make_time_ids((pixels, pixels), (0, 0), pixels)
+            added["time_ids"] = sizes.repeat(len(self.prompts), 1)
+        shape = (config.in_channels, side, side)
+        return RandomLatents(shape, Conditioning(texts.text, added), empty)
 
 
-class _CachedData(_Options):
+class CachedData(Chances):
     """What data that are encoded once share."""
 
     resolution: PositiveInt | None = None
@@ -77,29 +90,40 @@ class _CachedData(_Options):
     """Where encoded samples are kept, for runs to share; by default in the run's folder."""
     precision: Literal["float16", "float32"] = "float16"
     """Of what is kept."""
-    empty: Share = 0.1
-    other: Share = 0.0
-    window: PositiveInt = 8192
-    """See `Chances`, as the two before it."""
 
-    def find_resolution(self, pipe: DiffusionPipeline) -> int:
-        """The side of the pictures, in pixels."""
-        return self.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
-
-    def find_shards(self, pipe: DiffusionPipeline) -> tuple[Sequence[Shard[Any]], Encoder[Any]]:
+    @abstractmethod
+    def find(self, pipe: Any, resolution: int) -> Found:
         """The shards that are named, and what encodes them."""
-        raise NotImplementedError
+
+    def prepare(self, pipe: Any, folder: Path) -> Dataset[Any]:
+        """Find the data and their cache; nothing is encoded yet.
+
+        Args:
+            pipe: its autoencoder and text encoder make latents and conditions; with drawn data
+                it draws them too.
+            folder: where caches are kept, unless the options say.
+
+        Raises:
+            LeansdError: there are no data, or the cache is another's.
+        """
+        config = pipe.unet.config
+        side = self.resolution or config.sample_size * pipe.vae_scale_factor
+        shards, encoder = self.find(pipe, side)
+        texts = TextEncoder(pipe)
+        facts = encoder.describe() | texts.describe()
+        cache = Cache(self.cache or folder, facts, getattr(torch, self.precision))
+        return Dataset(cache, shards, encoder, texts, self)
 
     def open(self, context: DataContext) -> CachedSource:
         """Encode what is not in the cache yet, each process its share, and open it."""
-        dataset = prepare_dataset(self, context.pipe, context.folder / CACHE)
+        dataset = self.prepare(context.pipe, context.folder / CACHE)
         report = FillReporter(context.note)
         dataset.fill(rank=context.rank, world=context.world, on_progress=report)
         context.wait()
         return dataset.open()
 
 
-class _PictureData(_CachedData):
+class PictureData(CachedData):
     """What data with pictures share."""
 
     path: str
@@ -107,32 +131,36 @@ class _PictureData(_CachedData):
     flip: bool = False
     """Keep the mirrored pictures too, and draw one of the two each time."""
 
-    def make_encoder(self, pipe: DiffusionPipeline) -> PictureEncoder:
-        """What encodes the pictures."""
-        return PictureEncoder(pipe, self.find_resolution(pipe), flip=self.flip, batch=self.batch)
+    def find(self, pipe: Any, resolution: int) -> Found:
+        encoder = PictureEncoder(pipe, resolution, flip=self.flip, batch=self.batch)
+        return self.list_shards(), encoder
+
+    @abstractmethod
+    def list_shards(self) -> Sequence[Shard[bytes]]:
+        """The shards of the pictures."""
 
 
-class ShardData(_PictureData):
+class ShardData(PictureData):
     """Tar shards; `caption` is an ending of their files, or an entry of their JSON."""
 
     kind: Literal["shards"]
     caption: str = "txt"
 
-    def find_shards(self, pipe: DiffusionPipeline) -> tuple[Sequence[Shard[Any]], Encoder[Any]]:
-        return list_tars(self.path, self.caption), self.make_encoder(pipe)
+    def list_shards(self) -> Sequence[Shard[bytes]]:
+        return list_tars(self.path, self.caption)
 
 
-class FolderData(_PictureData):
+class FolderData(PictureData):
     """An imagefolder; `caption` is the entry of its metadata."""
 
     kind: Literal["folder"]
     caption: str = "text"
 
-    def find_shards(self, pipe: DiffusionPipeline) -> tuple[Sequence[Shard[Any]], Encoder[Any]]:
-        return list_folder(self.path, self.caption), self.make_encoder(pipe)
+    def list_shards(self) -> Sequence[Shard[bytes]]:
+        return list_folder(self.path, self.caption)
 
 
-class DrawnData(_CachedData):
+class DrawnData(CachedData):
     """No pictures: latents drawn from prompts, a list or a file with one a line."""
 
     kind: Literal["drawn"]
@@ -143,16 +171,15 @@ class DrawnData(_CachedData):
     guidance: float = 7.5
     sampler: str = "dpm++2m"
 
-    def find_shards(self, pipe: DiffusionPipeline) -> tuple[Sequence[Shard[Any]], Encoder[Any]]:
-        side = self.find_resolution(pipe)
-        config = DrawingConfig(side, self.steps, self.guidance, self.sampler)
+    def find(self, pipe: Any, resolution: int) -> Found:
         wanted = self.prompts
         prompts = read_prompts(wanted) if isinstance(wanted, Path) else wanted
-        shards = list_prompts(prompts, each=self.each, seed=self.seed)
-        return shards, TeacherSampler(pipe, config, self.batch)
+        drawing = {"steps": self.steps, "guidance": self.guidance, "sampler": self.sampler}
+        sampler = TeacherSampler(pipe, resolution, **drawing, batch=self.batch)
+        return list_prompts(prompts, each=self.each, seed=self.seed), sampler
 
 
-KINDS: Mapping[str, type[RandomData] | type[_CachedData]] = {
+KINDS: Mapping[str, type[RandomData] | type[CachedData]] = {
     "random": RandomData,
     "drawn": DrawnData,
     "folder": FolderData,
@@ -160,7 +187,7 @@ KINDS: Mapping[str, type[RandomData] | type[_CachedData]] = {
 }
 
 
-def read_options(config: DataConfig) -> RandomData | _CachedData:
+def read_options(config: DataConfig) -> RandomData | CachedData:
     """The options of a recipe's data.
 
     Raises:
@@ -182,58 +209,10 @@ def read_options(config: DataConfig) -> RandomData | _CachedData:
 
 
 def open_source(config: DataConfig, context: DataContext) -> DataSource:
-    """The source that a recipe names.
+    """The source that a recipe names, filled where it is cached.
 
     Raises:
         LeansdError: there are no data, or an option is none; the message names it.
     """
     source = read_options(config).open(context)
     return PairedSource(source) if config.paired else source
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Samples, where they are kept, and what encodes those that are not yet."""
-
-    shards: Sequence[Shard[Any]]
-    encoder: Encoder[Any]
-    texts: TextEncoder
-    cache: Cache
-    chances: Chances
-
-    def fill(
-        self, *, rank: int = 0, world: int = 1, on_progress: OnFillProgress | None = None
-    ) -> None:
-        """Encode this rank's share of what is not in the cache; see `fill`."""
-        fill(
-            self.cache,
-            self.shards,
-            self.encoder,
-            self.texts,
-            rank=rank,
-            world=world,
-            on_progress=on_progress,
-        )
-
-    def open(self) -> CachedSource:
-        """The samples to train on, once every rank has filled its share."""
-        return CachedSource(self.cache, self.shards, self.chances)
-
-
-def prepare_dataset(options: _CachedData, pipe: DiffusionPipeline, folder: str | Path) -> Dataset:
-    """Find the data and their cache; nothing is encoded yet.
-
-    Args:
-        pipe: the teacher's pipeline, whose autoencoder and text encoder make latents and
-            conditions; with drawn data it draws them too.
-        folder: where caches are kept, unless the options say.
-
-    Raises:
-        LeansdError: there are no data, or the cache is another's.
-    """
-    shards, encoder = options.find_shards(pipe)
-    texts = TextEncoder(pipe)
-    dtype = getattr(torch, options.precision)
-    cache = Cache(options.cache or folder, encoder.describe() | texts.describe(), dtype)
-    chances = Chances(options.empty, options.other, options.window)
-    return Dataset(shards, encoder, texts, cache, chances)

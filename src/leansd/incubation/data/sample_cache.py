@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from torch import Tensor
 from leansd.errors import LeansdError
 from leansd.files import write_file
 from leansd.incubation.data.batches import Conditioning
-from leansd.incubation.data.samples import Flaw, Shard, digest
+from leansd.incubation.data.samples import Flaw, Sample, Shard, digest
 
 FORMAT = 1
 ROWS = 512
@@ -49,45 +49,44 @@ class Latents:
     std: Tensor | None = None
     """Of the same shape; None where an encoder gives one value."""
     added: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """Conditioning that goes with the picture, not the caption: SDXL's `time_ids`, [6]."""
+    """Conditioning that go with the picture, not the caption: SDXL's `time_ids`, [6]."""
 
 
-@dataclass(frozen=True)
-class CachePart:
-    """Neighbouring samples of a shard, encoded."""
+def pack_part(
+    good: Sequence[tuple[Sample[Any], Latents]],
+    conditions: Mapping[str, int],
+    encoded: Conditioning,
+    flaws: Sequence[Flaw],
+    dtype: torch.dtype,
+) -> bytes:
+    """Neighbouring samples of a shard as the content of a part's file.
 
-    keys: tuple[str, ...]
-    """Of those that could be used."""
-    latents: tuple[Latents, ...]
-    captions: tuple[tuple[int, ...], ...]
-    """The captions of each sample, as rows of `conditions`."""
-    conditions: Conditioning
-    flaws: tuple[Flaw, ...] = ()
-
-
-def pack_part(part: CachePart, dtype: torch.dtype) -> bytes:
-    """A part as the content of its file."""
-    captions = [torch.tensor(each) for each in part.captions]
+    Args:
+        conditions: the row of `encoded` that each caption has.
+    """
+    captions = [torch.tensor([conditions[c] for c in each.captions]) for each, _ in good]
     tensors = {
-        "text": part.conditions.text.to(dtype),
+        "text": encoded.text.to(dtype),
         "caption": torch.cat(captions) if captions else torch.zeros(0, dtype=torch.int64),
         "first": torch.tensor([0, *map(len, captions)]).cumsum(0),
     }
-    tensors |= {f"text.{name}": rows.to(dtype) for name, rows in part.conditions.added.items()}
-    if part.latents:
-        tensors["mean"] = torch.stack([each.mean for each in part.latents]).to(dtype)
-        stds = [each.std for each in part.latents if each.std is not None]
+    tensors |= {f"text.{name}": rows.to(dtype) for name, rows in encoded.added.items()}
+    if good:
+        latents = [each for _, each in good]
+        tensors["mean"] = torch.stack([each.mean for each in latents]).to(dtype)
+        stds = [each.std for each in latents if each.std is not None]
         if stds:
             tensors["std"] = torch.stack(stds).to(dtype)
-        for name in part.latents[0].added:
+        for name in latents[0].added:
             # As they are: sizes in pixels are more than half a precision can count.
-            tensors[f"row.{name}"] = torch.stack([each.added[name] for each in part.latents])
+            tensors[f"row.{name}"] = torch.stack([each.added[name] for each in latents])
     # One entry: safetensors writes several in an order of chance.
-    notes = json.dumps({"keys": part.keys, "flaws": [vars(flaw) for flaw in part.flaws]})
+    keys = [each.key for each, _ in good]
+    notes = json.dumps({"keys": keys, "flaws": [vars(flaw) for flaw in flaws]})
     return save({name: rows.contiguous() for name, rows in tensors.items()}, {"part": notes})
 
 
-class OpenPart:
+class CachePart:
     """A part on disk, of which rows are read one by one.
 
     Raises:
@@ -123,9 +122,8 @@ class OpenPart:
         captions = self._caption[self._first[row] : self._first[row + 1]]
         at = captions[int(chance * len(captions))]
         with self._reading():
-            text = self._rows["text"][at : at + 1].float()
-            added = {k: v[None].float() for k, v in self._select("text.", at).items()}
-            return Conditioning(text, added)
+            added = {name: value[None] for name, value in self._select("text.", at).items()}
+            return Conditioning(self._rows["text"][at : at + 1], added).float()
 
     def _select(self, prefix: str, row: int) -> dict[str, Tensor]:
         return {
@@ -154,13 +152,15 @@ class ShardCount:
     size: int
     """In bytes."""
 
-    @property
-    def samples(self) -> int:
-        return sum(self.counts)
-
 
 class Cache:
     """The encoded samples of one key.
+
+    Args:
+        root: where caches are kept, a folder for each key.
+        facts: what the key stands for, as JSON values.
+        dtype: of all that is kept.
+        rows: samples of a part, the flawed ones included; about 100 MB at 512 px.
 
     Raises:
         LeansdError: the folder of the key was written by something else, or cannot be.
@@ -173,32 +173,22 @@ class Cache:
         dtype: torch.dtype = torch.float16,
         rows: int = ROWS,
     ) -> None:
-        """
-        Args:
-            root: where caches are kept, a folder for each key.
-            facts: what the key stands for, as JSON values.
-            dtype: of all that is kept.
-            rows: samples of a part, the flawed ones included; about 100 MB at 512 px.
-        """
         self.facts = {"format": FORMAT, "dtype": str(dtype), "rows": rows, **facts}
         self.dtype, self.rows = dtype, rows
         self.key = digest(self.facts)
         self.folder = Path(root).expanduser() / self.key
         card = self.folder / "cache.json"
         if card.exists():
-            self._check(card)
+            try:
+                theirs = json.loads(card.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise self._refuse("its cache.json cannot be read") from error
+            if theirs != json.loads(json.dumps(self.facts)):
+                raise self._refuse("its cache.json tells of other networks or another resolution")
         elif self.folder.exists() and any(self.folder.glob("*/*.safetensors")):
             raise self._refuse("it has no cache.json")
         else:
             _write(card, json.dumps(self.facts, indent=2, sort_keys=True).encode())
-
-    def _check(self, card: Path) -> None:
-        try:
-            theirs = json.loads(card.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise self._refuse("its cache.json cannot be read") from error
-        if theirs != json.loads(json.dumps(self.facts)):
-            raise self._refuse("its cache.json tells of other networks or another resolution")
 
     def _refuse(self, why: str) -> LeansdError:
         return LeansdError(
@@ -213,31 +203,25 @@ class Cache:
     def locate_part(self, shard: Shard[Any], number: int) -> Path:
         return self.locate(shard) / f"{number:05d}.safetensors"
 
-    def write_part(self, shard: Shard[Any], number: int, part: CachePart) -> None:
+    def write_part(self, shard: Shard[Any], number: int, content: bytes) -> None:
         """Keep a part, whole or not at all.
 
         Raises:
             LeansdError: there is no room, or no permission; what was kept before stays.
         """
-        _write(self.locate_part(shard, number), pack_part(part, self.dtype))
+        _write(self.locate_part(shard, number), content)
 
-    def open_part(self, shard: Shard[Any], number: int) -> OpenPart:
-        """A part to read from.
-
-        Raises:
-            LeansdError: it is not there, or damaged.
-        """
-        return OpenPart(self.locate_part(shard, number))
+    def open_part(self, shard: Shard[Any], number: int) -> CachePart:
+        """A part to read from; see there for what is raised."""
+        return CachePart(self.locate_part(shard, number))
 
     def has_part(self, shard: Shard[Any], number: int) -> bool:
         """Whether a part is there and can be read; a damaged one is made anew."""
-        path = self.locate_part(shard, number)
-        if not path.exists():
-            return False
         try:
-            OpenPart(path)
+            self.open_part(shard, number)
         except LeansdError as error:
-            log.warning("%s; it is made anew", error)
+            if self.locate_part(shard, number).exists():
+                log.warning("%s; it is made anew", error)
             return False
         return True
 
@@ -247,14 +231,13 @@ class Cache:
             if time.time() - draft.stat().st_mtime > ABANDONED:
                 draft.unlink(missing_ok=True)
 
-    def finish(self, shard: Shard[Any], parts: int) -> ShardCount:
+    def finish(self, shard: Shard[Any], parts: int) -> None:
         """Note that a shard has no more parts."""
         opened = [self.open_part(shard, number) for number in range(parts)]
         size = sum(each.path.stat().st_size for each in opened)
         flaws = sum(len(each.flaws) for each in opened)
         count = ShardCount(tuple(map(len, opened)), flaws, size)
         _write(self.locate(shard) / "done.json", json.dumps(vars(count)).encode())
-        return count
 
     def find(self, shard: Shard[Any]) -> ShardCount | None:
         """What a shard has come to; None where it is not finished, or parts are missing."""
@@ -276,11 +259,10 @@ class Cache:
         """The empty prompt; None where it is not kept."""
         try:
             found = load_file(self.folder / "empty.safetensors")
-            return Conditioning(
-                found.pop("text"), {k.removeprefix("text."): v for k, v in found.items()}
-            )
+            text = found.pop("text")
         except (OSError, SafetensorError, KeyError):
             return None
+        return Conditioning(text, {k.removeprefix("text."): v for k, v in found.items()})
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Samples before they are encoded: what tar shards and folders of pictures give, in one order.
+"""Samples before they are encoded: what tars, folders and lists of prompts give, in one order.
 
 Tars are in webdataset's form, as img2dataset writes them; folders have the `metadata.jsonl` of
 Hugging Face's imagefolder, or texts beside the pictures. Both are read by the standard library:
@@ -11,21 +11,21 @@ from __future__ import annotations
 import json
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import groupby
+from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from leansd.errors import LeansdError
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 """The endings of picture files."""
 METADATA = "metadata.jsonl"
-ROWS = 1024
-"""Pictures that are one shard of a folder."""
+PICTURES_A_SHARD, DRAWINGS_A_SHARD = 1024, 256
+S = TypeVar("S")
 T = TypeVar("T", covariant=True)
 
 
@@ -77,6 +77,13 @@ def digest(facts: Mapping[str, Any]) -> str:
     return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def cut(items: Iterable[S], size: int) -> Iterator[tuple[S, ...]]:
+    """Neighbours, `size` at a time."""
+    rest = iter(items)
+    while some := tuple(islice(rest, size)):
+        yield some
+
+
 def clean_captions(found: Any) -> tuple[str, ...]:
     """Captions as they stand in a file: a text or a list of them; empty ones do not count."""
     texts = found if isinstance(found, list) else [found]
@@ -109,11 +116,6 @@ class TarShard:
         return digest({"tar": self.place, "size": self.size, "caption": self.caption})
 
     def read(self) -> Iterator[Sample[bytes] | Flaw]:
-        """Every sample of the tar, in its order.
-
-        Raises:
-            LeansdError: the tar is damaged or was cut off.
-        """
         try:
             for key, group in groupby(self._read_files(), key=itemgetter(0)):
                 files = {ending: content for _, ending, content in group}
@@ -132,17 +134,14 @@ class TarShard:
                 file = tar.extractfile(member)
                 assert file is not None
                 yield str(path.with_name(stem)), ending.lower(), file.read()
-            self._check_end(tar)
-
-    def _check_end(self, tar: tarfile.TarFile) -> None:
-        """`tarfile` takes a cut between two files, or rubbish there, for the end."""
-        assert tar.fileobj is not None
-        tar.fileobj.seek(tar.offset)
-        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise LeansdError(
-                f"cannot read shard {self.path}: it has no end, so it was cut off or is damaged "
-                f"at byte {tar.offset}; {_REMEDY}"
-            )
+            # `tarfile` takes a cut between two files, or rubbish there, for the end.
+            assert tar.fileobj is not None
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise LeansdError(
+                    f"cannot read shard {self.path}: it has no end, so it was cut off or is "
+                    f"damaged at byte {tar.offset}; {_REMEDY}"
+                )
 
     def _make_sample(self, key: str, files: Mapping[str, bytes]) -> Sample[bytes] | Flaw:
         picture = next((files[ending] for ending in PICTURES if ending in files), None)
@@ -221,8 +220,7 @@ def expand_range(pattern: str) -> list[str]:
 # Folders of pictures
 
 
-@dataclass(frozen=True)
-class FolderEntry:
+class FolderEntry(NamedTuple):
     """A picture of a folder by its place in it."""
 
     key: str
@@ -242,14 +240,9 @@ class FolderShard:
 
     @property
     def identity(self) -> str:
-        return digest({"folder": [[e.key, e.captions, e.size, e.flaw] for e in self.entries]})
+        return digest({"folder": self.entries})
 
     def read(self) -> Iterator[Sample[bytes] | Flaw]:
-        """Every picture, in the folder's order.
-
-        Raises:
-            LeansdError: a picture is there and cannot be read.
-        """
         for entry in self.entries:
             if entry.flaw:
                 yield Flaw(entry.key, entry.flaw)
@@ -264,7 +257,9 @@ class FolderShard:
             yield Sample(entry.key, entry.captions, content)
 
 
-def list_folder(where: str | Path, caption: str = "text", rows: int = ROWS) -> list[FolderShard]:
+def list_folder(
+    where: str | Path, caption: str = "text", rows: int = PICTURES_A_SHARD
+) -> list[FolderShard]:
     """The pictures of a folder, cut into shards.
 
     Args:
@@ -289,8 +284,8 @@ def list_folder(where: str | Path, caption: str = "text", rows: int = ROWS) -> l
             f"and {caption}), or with a .txt beside each picture"
         )
     return [
-        FolderShard(home, f"pictures-{begin // rows:05d}", tuple(found[begin : begin + rows]))
-        for begin in range(0, len(found), rows)
+        FolderShard(home, f"pictures-{number:05d}", some)
+        for number, some in enumerate(cut(found, rows))
     ]
 
 
@@ -312,14 +307,14 @@ def _walk(home: Path) -> Iterator[FolderEntry]:
     for path in sorted(home.rglob("*")):
         if path.suffix[1:].lower() not in PICTURES:
             continue
-        key, beside = path.relative_to(home).as_posix(), path.with_suffix(".txt")
+        texts, flaw = (), "no caption"
         try:
-            texts = clean_captions(beside.read_text(encoding="utf-8"))
-            yield _enter(home, key, texts, "" if texts else "no caption")
+            texts = clean_captions(path.with_suffix(".txt").read_text(encoding="utf-8"))
         except FileNotFoundError:
-            yield _enter(home, key, (), "no caption")
+            pass
         except UnicodeDecodeError:
-            yield _enter(home, key, (), "unreadable caption: it is not UTF-8")
+            flaw = "unreadable caption: it is not UTF-8"
+        yield _enter(home, path.relative_to(home).as_posix(), texts, "" if texts else flaw)
 
 
 def _enter(home: Path, key: str, captions: tuple[str, ...], flaw: str) -> FolderEntry:
@@ -327,3 +322,58 @@ def _enter(home: Path, key: str, captions: tuple[str, ...], flaw: str) -> Folder
     if not path.is_file():
         return FolderEntry(key, captions, -1, "no such file")
     return FolderEntry(key, captions, path.stat().st_size, flaw)
+
+
+# Prompts that the teacher draws
+
+
+@dataclass(frozen=True)
+class PromptShard:
+    """Some prompts, each with the seed that it is drawn from."""
+
+    name: str
+    wishes: tuple[tuple[str, int], ...]
+
+    @property
+    def identity(self) -> str:
+        return digest({"drawn": self.wishes})
+
+    def read(self) -> Iterator[Sample[int] | Flaw]:
+        for number, (prompt, seed) in enumerate(self.wishes):
+            yield Sample(f"{self.name}-{number:05d}", (prompt,), seed)
+
+
+def list_prompts(prompts: Sequence[str], *, each: int = 1, seed: int = 0) -> list[PromptShard]:
+    """The drawings of all prompts, cut into shards.
+
+    Args:
+        each: drawings of a prompt, from seeds `seed` on. More of them leave what there is: all
+            prompts are drawn from one seed before the next.
+
+    Raises:
+        LeansdError: there are no prompts.
+    """
+    if not prompts:
+        raise LeansdError("nothing to draw: give prompts, and 1 or more drawings of each")
+    return [
+        PromptShard(f"drawn-{turn}-{number:05d}", tuple((prompt, turn) for prompt in some))
+        for turn in range(seed, seed + each)
+        for number, some in enumerate(cut(prompts, DRAWINGS_A_SHARD))
+    ]
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a file, one a line; each once.
+
+    Raises:
+        LeansdError: it cannot be read, or has none.
+    """
+    try:
+        # utf-8-sig: editors on Windows begin a file with a mark that is no part of the prompt.
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LeansdError(f"cannot read prompts from {path}: {error}") from error
+    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not prompts:
+        raise LeansdError(f"no prompts in {path}: write one a line")
+    return prompts
