@@ -119,7 +119,7 @@ class Making:
 
 
 class Wording:
-    """Conditioning that follow from the caption's letters."""
+    """Conditioning that follows from the caption's letters."""
 
     def encode(self, captions: list[str]) -> Conditioning:
         text = torch.tensor([[[float(sum(map(ord, each)))] * 3] * 2 for each in captions])

@@ -49,7 +49,7 @@ class Latents:
     std: Tensor | None = None
     """Of the same shape; None where an encoder gives one value."""
     added: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """Conditioning that go with the picture, not the caption: SDXL's `time_ids`, [6]."""
+    """Conditioning that goes with the picture, not the caption: SDXL's `time_ids`, [6]."""
 
 
 def pack_part(
