@@ -1,0 +1,170 @@
+"""The panel for Forge, against a double of what Forge calls; nothing of Forge is needed."""
+
+import importlib.util
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import leansd
+
+SCRIPT = Path(__file__).parent.parent / "integrations/forge/scripts/lean_plan.py"
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def forge() -> Iterator[Any]:
+    """The script, opened as Forge opens it."""
+    modules, scripts = types.ModuleType("modules"), types.ModuleType("modules.scripts")
+    scripts.Script = type("Script", (), {})  # pyright: ignore[reportAttributeAccessIssue]
+    scripts.AlwaysVisible = object()  # pyright: ignore[reportAttributeAccessIssue]
+    modules.scripts = scripts  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "modules", modules)
+        patch.setitem(sys.modules, "modules.scripts", scripts)
+        spec = importlib.util.spec_from_file_location("lean_plan", SCRIPT)
+        assert spec is not None
+        assert spec.loader is not None
+        found = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(found)
+        yield found
+
+
+def call_plainly(apply_model: Any, args: Any) -> torch.Tensor:
+    return apply_model(args["input"], args["timestep"], **args["c"])
+
+
+class Unet:
+    """Forge's model patcher, as far as it is used."""
+
+    def __init__(self, **options: Any) -> None:
+        self.model_options = options
+
+    def clone(self) -> "Unet":
+        return Unet(**self.model_options)
+
+    def set_model_unet_function_wrapper(self, wrapper: Any) -> None:
+        self.model_options["model_function_wrapper"] = wrapper
+
+    def set_model_sampler_post_cfg_function(self, function: Any) -> None:
+        self.model_options["sampler_post_cfg_function"] = function
+
+
+class Processing:
+    """Forge's `p`: an Euler sampler on a smooth stand-in for a model."""
+
+    def __init__(
+        self,
+        batches: Sequence[Sequence[int]] = ((0, 1),),
+        sampler: str = "Euler",
+        steps: int = STEPS,
+    ) -> None:
+        self.batches, self.sampler_name, self.steps = batches, sampler, steps
+        self.sampler = types.SimpleNamespace(get_sigmas=self.get_sigmas)
+        self.sd_model = types.SimpleNamespace(forge_objects=types.SimpleNamespace(unet=Unet()))
+        self.extra_generation_params: dict[str, str] = {}
+        self.calls = 0
+
+    def get_sigmas(self, p: Any, steps: int) -> torch.Tensor:
+        return torch.cat([torch.linspace(14**0.2, 0.03**0.2, steps) ** 5, torch.zeros(1)])
+
+    def apply_model(self, x: torch.Tensor, sigma: torch.Tensor, *, shift: torch.Tensor) -> Any:
+        self.calls += 1
+        level = sigma.reshape(-1, 1, 1, 1)
+        return x / (1 + level**2) + torch.tanh(x / (1 + level)) / 4 + shift.reshape(-1, 1, 1, 1)
+
+    def sample(self, first: int = 0) -> torch.Tensor:
+        """The last latents [2, 4, 4, 4] of a run from step `first` on."""
+        options = self.sd_model.forge_objects.unet.model_options
+        wrap = options.get(
+            "model_function_wrapper", lambda f, a: f(a["input"], a["timestep"], **a["c"])
+        )
+        sigmas = self.get_sigmas(self, self.steps)
+        x = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0)) * sigmas[first]
+        for now, then in zip(sigmas[first:-1], sigmas[first + 1 :], strict=True):
+            sums, counts = torch.zeros(2, *x.shape), torch.zeros(2)
+            for places in self.batches:
+                count = len(places) * len(x)
+                shift = torch.tensor(places).repeat_interleave(len(x)) * 0.3
+                arguments = {"input": torch.cat([x] * len(places)), "timestep": now.expand(count)}
+                arguments |= {"c": {"shift": shift}, "cond_or_uncond": list(places)}
+                for place, part in zip(
+                    places, wrap(self.apply_model, arguments).chunk(len(places)), strict=True
+                ):
+                    sums[place], counts[place] = sums[place] + part, counts[place] + 1
+            cond, rest = sums / counts.reshape(-1, 1, 1, 1, 1)
+            denoised = rest + 4 * (cond - rest)
+            after = options.get("sampler_post_cfg_function")
+            denoised = after({"denoised": denoised}) if after else denoised
+            x = x + (x - denoised) / now * (then - now)
+        return x
+
+
+def draw(forge: Any, p: Processing, plan: str, *, first: int = 0, file: str = "") -> torch.Tensor:
+    """One picture by the panel."""
+    script = forge.LeanPlanScript()
+    script.process_before_every_sampling(p, plan, file, x=None)
+    try:
+        return p.sample(first)
+    finally:
+        script.postprocess(p, None)
+        assert script.run is None
+
+
+BATCHES = {"together": ((0, 1),), "turned": ((1, 0),), "apart": ((0,), (1,))}
+
+
+@pytest.mark.parametrize("batches", BATCHES.values(), ids=BATCHES)
+def test_a_plan_is_followed_however_conditionings_are_batched(forge: Any, batches: Any) -> None:
+    full, lean = Processing(batches), Processing(batches)
+    expected = full.sample()
+    made = draw(forge, lean, "balanced")
+    plan = leansd.preset("balanced", steps=STEPS, sampler="euler")
+    keys = sum(not row.inherit for row in plan.rows)
+    assert lean.calls == keys * len(batches) < full.calls
+    fewer = Processing(batches, steps=keys).sample()
+    assert (made - expected).abs().mean() < (fewer - expected).abs().mean() / 2
+    assert lean.extra_generation_params == {"Lean Plan": plan.name}
+    assert torch.allclose(made, draw(forge, Processing(), "balanced"), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("p", "plan"),
+    [
+        pytest.param(Processing(), "full", id="a full plan"),
+        pytest.param(Processing(((0, 0, 1),)), "balanced", id="joined prompts"),
+        pytest.param(Processing(sampler="DPM++ SDE"), "balanced", id="two calls a step"),
+        pytest.param(Processing(), "off", id="off"),
+    ],
+)
+def test_what_is_not_known_is_computed_to_the_bit(
+    forge: Any, tmp_path: Path, p: Processing, plan: str
+) -> None:
+    expected = p.sample()
+    calls, p.calls = p.calls, 0
+    file = ""
+    if plan == "full":
+        leansd.Plan.full(STEPS).save(tmp_path / "full.json")
+        file = str(tmp_path / "full.json")
+    assert torch.equal(draw(forge, p, plan, file=file), expected)
+    assert p.calls == calls
+
+
+def test_a_run_from_a_picture_takes_the_plans_tail(forge: Any) -> None:
+    p = Processing()
+    made = draw(forge, p, "balanced", first=12)
+    rows = leansd.preset("balanced", steps=STEPS, sampler="euler").rows[12:]
+    # Its first step is computed, whatever the plan says there.
+    assert p.calls <= 1 + sum(not row.inherit for row in rows)
+    assert torch.isfinite(made).all()
+
+
+def test_a_wrong_plan_is_told_and_computed_in_full(forge: Any, caplog: Any) -> None:
+    p = Processing()
+    expected = p.sample()
+    assert torch.equal(draw(forge, p, "", file="no/such.json"), expected)
+    assert "computed in full" in caplog.text
