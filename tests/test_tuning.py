@@ -7,6 +7,7 @@ import random
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,10 +35,11 @@ from leansd.plans.row import NO_CORRECTION, Correction
 from leansd.runtime.clock import read_schedule
 from leansd.runtime.nets import match_nets
 from leansd.tuning import Front, Point, calibration, tuner
-from leansd.tuning.calibration import Calibration, calibrate, measure_response
+from leansd.tuning.calibration import Calibration, calibrate
 from leansd.tuning.error_model import HEAD_ACTIONS, Action, ErrorModel, Key
 from leansd.tuning.fitting import polish, replay, try_plan
 from leansd.tuning.key_step_dp import Keys, find_best
+from leansd.tuning.pipeline_host import PipelineHost, measure_response
 from leansd.tuning.space import (
     FULL,
     TICKS,
@@ -323,9 +325,9 @@ def test_samplers_that_cannot_be_tuned_for_are_refused_before_anything_runs(
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_trial_is_a_run_of_the_plan_that_it_fits(pipe, name: str) -> None:
     other = tiny_pipeline(**{**pipe.components, "scheduler": make_scheduler(name)})
-    options = {"seed": 0, "batch": 8, "settings": SETTINGS}
-    seen_full = calibrate(other, PROMPTS[:2], STEPS, **options)
-    bench = TrialRunner(other, PROMPTS[:2], **options, goals=seen_full.finals)
+    host = PipelineHost(other, settings=SETTINGS)
+    seen_full = calibrate(host, PROMPTS[:2], STEPS, seed=0)
+    bench = TrialRunner(host, PROMPTS[:2], 0, goals=seen_full.finals)
     plan = Plan.between([0, 1, 2, 5], cut="head", steps=STEPS, how="forecast")
     seen = []
     run, score = bench.run, bench.score
@@ -342,9 +344,9 @@ def test_a_trial_is_a_run_of_the_plan_that_it_fits(pipe, name: str) -> None:
 
 @pytest.mark.parametrize("how", ["forecast", "forecast2"])
 def test_a_replay_ends_where_the_plan_does_and_computes_only_its_end(pipe, how) -> None:
-    options = {"seed": 0, "batch": 8, "settings": SETTINGS}
-    seen = calibrate(pipe, PROMPTS[:2], STEPS, **options)
-    bench = TrialRunner(pipe, PROMPTS[:2], **options, goals=seen.finals)
+    host = PipelineHost(pipe, settings=SETTINGS)
+    seen = calibrate(host, PROMPTS[:2], STEPS, seed=0)
+    bench = TrialRunner(host, PROMPTS[:2], 0, goals=seen.finals)
     plan = Plan.between([0, 1, 3, 5, 7], cut="head", steps=STEPS, how=how)
     plan = plan.correct({3: (0.3, 0.1), 5: (-0.2, 0.2)})
     whole, past = replay(plan, bench, seen)
@@ -362,9 +364,9 @@ def test_a_replay_ends_where_the_plan_does_and_computes_only_its_end(pipe, how) 
 
 
 def test_polishing_leads_nearer_to_the_full_run(pipe) -> None:
-    options = {"seed": 0, "batch": 8, "settings": SETTINGS}
-    seen = calibrate(pipe, PROMPTS[:2], STEPS, **options)
-    bench = TrialRunner(pipe, PROMPTS[:2], **options, goals=seen.finals)
+    host = PipelineHost(pipe, settings=SETTINGS)
+    seen = calibrate(host, PROMPTS[:2], STEPS, seed=0)
+    bench = TrialRunner(host, PROMPTS[:2], 0, goals=seen.finals)
     plan = Plan.between([0, 1, 3, 6], cut="head", steps=STEPS, how="forecast")
     plan = plan.correct({3: 0.9, 6: -0.9})
     trial = Trial(plan, bench.score(bench.run(STEPS, plan)))
@@ -417,13 +419,13 @@ def test_variants_are_those_that_save_time_here(pipe, cost) -> None:
 
 
 def test_a_deviation_is_what_a_variant_gives_on_the_full_runs_latents(pipe) -> None:
-    options = {"seed": 0, "batch": 8, "settings": SETTINGS}
-    seen = calibrate(pipe, PROMPTS[:2], STEPS, **options)
+    seen = calibrate(PipelineHost(pipe, settings=SETTINGS), PROMPTS[:2], STEPS, seed=0)
     twin, other = copy.deepcopy(pipe.unet), copy.deepcopy(pipe.unet)
     with torch.no_grad():
         other.conv_out.weight.mul_(1.5)
         other.conv_out.bias.mul_(1.5)
-    bench = TrialRunner(pipe, PROMPTS[:2], **options, nets={"twin": twin, "other": other})
+    host = PipelineHost(pipe, settings=SETTINGS, unets={"twin": twin, "other": other})
+    bench = TrialRunner(host, PROMPTS[:2], 0)
     assert not measure_deviation(Variant(net="twin"), bench, seen).any()
     wrong = measure_deviation(Variant(net="other"), bench, seen)
     assert np.allclose(wrong, 0.5 * seen.outputs, rtol=1e-3, atol=1e-5)
@@ -513,10 +515,10 @@ def count_runs(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
     ran: list[Plan] = []
     own = TrialRunner.run
 
-    def run(self: TrialRunner, steps: int, plan: Plan | None = None):
+    def run(self: TrialRunner, steps: int, plan: Plan | None = None, steer: Any = None):
         if plan is not None and len(plan.keys) < steps:
             ran.append(plan)
-        return own(self, steps, plan)
+        return own(self, steps, plan, steer)
 
     monkeypatch.setattr(TrialRunner, "run", run)
     return ran

@@ -11,18 +11,19 @@ at some step still matters at the end is therefore measured (`error_gain`).
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
-from leansd.errors import LeansdError
-from leansd.evaluation.runs import PipelineCall, RunOutputs, run_calls
-from leansd.runtime.clock import read_schedule
-from leansd.tuning.scheduler_hook import SchedulerRun, Seen, Step, tap
+from leansd.evaluation.runs import PipelineCall, RunOutputs
+from leansd.tuning.host import Host
+from leansd.tuning.scheduler_hook import SchedulerRun, Seen, Steer, Step
+
+Draw: TypeAlias = Callable[[Steer | None], tuple[RunOutputs, list[SchedulerRun]]]
+"""Draws the calls, steered or not."""
 
 PROBES = (0.1, 0.35, 0.6, 0.85)
 """Where in a run disturbances are tried, as shares of its steps."""
@@ -60,13 +61,11 @@ class Calibration:
 
 
 def calibrate(
-    pipe: Any,
+    host: Host,
     calls: Sequence[PipelineCall],
     steps: int,
     *,
     seed: int,
-    batch: int,
-    settings: Mapping[str, Any],
     like: Calibration | None = None,
 ) -> Calibration:
     """Run the calls in full, and see.
@@ -77,28 +76,25 @@ def calibrate(
     Raises:
         LeansdError: the sampler calls the UNet more than once a step, or adds noise of its own.
     """
-    require_one_call_a_step(pipe.scheduler, steps)
+    host.respond(steps)
 
-    def run() -> RunOutputs:
-        return run_calls(pipe, calls, steps, seed=seed, batch=batch, settings=settings)
+    def draw(steer: Steer | None = None) -> tuple[RunOutputs, list[SchedulerRun]]:
+        return host.draw(calls, steps, seed=seed, steer=steer)
 
-    with tap(pipe.scheduler) as runs:
-        finals = run()
-    course = read_schedule(pipe.scheduler)
-    count = len(runs[0])
-    start = course.steps - count
-    response = measure_response(pipe.scheduler, course.steps, start)
-    log_snr = np.array(course.log_snr[start:])
+    finals, runs = draw()
+    course = host.respond(steps, len(runs[0]))
     error_gain = (
-        _measure_error_gain(pipe, runs, run) if like is None else _borrow_error_gain(like, log_snr)
+        _measure_error_gain(runs, draw)
+        if like is None
+        else _borrow_error_gain(like, course.log_snr)
     )
     outputs = stack_outputs(runs)
     products = outputs @ outputs.T / outputs.shape[1]
     return Calibration(
         steps=course.steps,
-        log_snr=log_snr,
+        log_snr=course.log_snr,
         products=products,
-        response=response,
+        response=course.response,
         error_gain=error_gain,
         runs=tuple(runs),
         finals=finals,
@@ -113,63 +109,13 @@ def stack_outputs(runs: Sequence[SchedulerRun]) -> np.ndarray:
     return torch.stack(outputs).double().cpu().numpy()
 
 
-def require_tunable(scheduler: Any, steps: int) -> None:
-    """Refuse samplers that call the UNet several times a step or add noise; nothing runs."""
-    require_one_call_a_step(scheduler, steps)
-    measure_response(scheduler, steps)
-
-
-def require_one_call_a_step(scheduler: Any, steps: int) -> None:
-    """Refuse samplers of higher order."""
-    double = copy.deepcopy(scheduler)
-    double.set_timesteps(steps)
-    course = read_schedule(double)
-    if len(course.rows) != course.steps or len(set(course.moments)) != course.steps:
-        raise LeansdError(
-            f"{type(scheduler).__name__} calls the UNet more than once in some steps; tuning is "
-            "for samplers with one call a step, such as ddim, euler or dpm++2m"
-        )
-
-
-def measure_response(scheduler: Any, steps: int, start: int = 0) -> np.ndarray:
-    """[n + 1, n]: the sample before call k for an output of one at call j and zero elsewhere.
-
-    All n impulses go through the scheduler at once, as a batch of single pixels.
-
-    Raises:
-        LeansdError: the scheduler adds noise.
-    """
-    double = copy.deepcopy(scheduler)
-    double.set_timesteps(steps)
-    timesteps = double.timesteps[start:]
-    if start and hasattr(double, "set_begin_index"):
-        double.set_begin_index(start)
-    count = len(timesteps)
-    sample = torch.zeros(count + 1, 1, 1, 1, dtype=torch.float64)
-    rows = [sample]
-    for index, timestep in enumerate(timesteps):
-        impulse = torch.zeros_like(sample)
-        impulse[index] = 1
-        sample = double.step(impulse, timestep, sample, return_dict=False)[0]
-        rows.append(sample)
-    response = torch.stack(rows)[:, :, 0, 0, 0].numpy()
-    if np.abs(response[:, count]).max() > 0:  # the one without any impulse
-        raise LeansdError(
-            f"{type(scheduler).__name__} adds noise at every step, so runs cannot be compared step "
-            "by step; tune with ddim, euler, dpm++2m or another sampler without noise"
-        )
-    return response[:, :count]
-
-
 def _borrow_error_gain(like: Calibration, log_snr: np.ndarray) -> np.ndarray:
     """Another calibration's error_gain at these places in log-SNR, [n + 1]."""
     inside = np.interp(log_snr, like.log_snr, like.error_gain[:-1])
     return np.append(inside, 1.0)
 
 
-def _measure_error_gain(
-    pipe: Any, runs: Sequence[SchedulerRun], run: Callable[[], RunOutputs]
-) -> np.ndarray:
+def _measure_error_gain(runs: Sequence[SchedulerRun], draw: Draw) -> np.ndarray:
     """How squared errors in the sample before each call grow or shrink till the end, [n + 1].
 
     At a few steps the run's output is replaced by the one before, which is the kind of error that
@@ -181,7 +127,7 @@ def _measure_error_gain(
     for place in places:
         disturbed: list[float] = []
         arrived: list[float] = []
-        for mine, reference in zip(_disturb(pipe, place, run), runs, strict=True):
+        for mine, reference in zip(_disturb(place, draw), runs, strict=True):
             at = min(place + 1, count - 1)
             disturbed.append(_square(mine[at].sample - reference[at].sample))
             arrived.append(_square(mine[-1].previous - reference[-1].previous))
@@ -190,7 +136,7 @@ def _measure_error_gain(
     return np.exp(logs)
 
 
-def _disturb(pipe: Any, place: int, draw: Callable[[], RunOutputs]) -> list[SchedulerRun]:
+def _disturb(place: int, draw: Draw) -> list[SchedulerRun]:
     """Runs whose output at one step is that of the step before."""
     before: list[torch.Tensor] = []
 
@@ -200,9 +146,7 @@ def _disturb(pipe: Any, place: int, draw: Callable[[], RunOutputs]) -> list[Sche
         before[:] = [seen.output]
         return seen.output
 
-    with tap(pipe.scheduler, steer) as runs:
-        draw()
-    return runs
+    return draw(steer)[1]
 
 
 def _square(difference: torch.Tensor) -> float:

@@ -25,7 +25,7 @@ from leansd.plans.plan import Plan
 from leansd.plans.row import How
 from leansd.tuning.calibration import Calibration
 from leansd.tuning.error_model import CORRECTION_HOWS
-from leansd.tuning.scheduler_hook import Seen, Step, tap
+from leansd.tuning.scheduler_hook import Seen, Step
 from leansd.tuning.trials import Trial, TrialRunner
 
 
@@ -69,8 +69,7 @@ DAMPING = 1e-4
 def try_plan(plan: Plan, bench: TrialRunner, calibration: Calibration) -> Trial:
     """Run a plan, fitting its corrections to the full run of the same step count on the way."""
     fitting = _Fitting(plan, calibration)
-    with tap(bench.pipe.scheduler, fitting.steer):
-        finals = bench.run(plan.steps, plan)
+    finals = bench.run(plan.steps, plan, fitting.steer)
     fitted = plan.correct(fitting.weights)
     return Trial(fitted, bench.score(finals))
 
@@ -195,8 +194,7 @@ def replay(
     keys = {0, *(key for key in plan.keys if key >= since)}
     keys.update(*(_list_sources(plan, key) for key in keys))
     follower = _Follower(plan, calibration, since, past)
-    with tap(bench.pipe.scheduler, follower.steer):
-        finals = bench.run(plan.steps, _keep_keys(plan, keys))
+    finals = bench.run(plan.steps, _keep_keys(plan, keys), follower.steer)
     return finals.latents.double().flatten(), list(follower.outputs)
 
 

@@ -24,7 +24,7 @@ from leansd.plans.row import OWN, Attend, Gates, Guidance
 from leansd.tuning.calibration import Calibration
 from leansd.tuning.error_model import HEAD_ACTIONS, Action, ErrorModel, Key
 from leansd.tuning.key_step_dp import MEMORY, Keys, Proposal, Segment, find_best
-from leansd.tuning.scheduler_hook import Seen, Step, tap
+from leansd.tuning.scheduler_hook import Seen, Step
 from leansd.tuning.trials import TrialRunner
 
 TICKS = 16
@@ -122,8 +122,7 @@ def measure_deviation(variant: Variant, bench: TrialRunner, calibration: Calibra
         wrong[run][index] = seen.output - full
         return full
 
-    with tap(bench.pipe.scheduler, steer):
-        bench.run(calibration.steps, plan)
+    bench.run(calibration.steps, plan, steer)
     for run in wrong if variant.forecasts else ():
         run[0] = run[min(1, len(run) - 1)]
     joined = torch.cat([torch.stack(each).flatten(1) for each in wrong], dim=1)
@@ -168,6 +167,8 @@ def list_regimes(
     regimes = [Regime(heads)]
     if len(variants) > 1:
         regimes.append(Regime(heads, tuple(variants)))
+    if not anatomy.up_blocks:
+        return regimes
     cut = Action(f"up{anatomy.up_blocks - 1}.l1", "forecast")
     above = share(Plan.full(4).inherit(cut.cut, at=3, how=cut.how), 3)
     if above < WORTH:

@@ -12,15 +12,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from diffusers import UNet2DConditionModel
-
 from leansd.evaluation.cost import CostModel
 from leansd.evaluation.fidelity import psnr
 from leansd.evaluation.fingerprints import fingerprint_case
 from leansd.evaluation.records import Record, stamp
-from leansd.evaluation.runs import PipelineCall, RunOutputs, run_calls
+from leansd.evaluation.runs import PipelineCall, RunOutputs
 from leansd.plans.plan import Plan
 from leansd.plans.row import OWN
+from leansd.tuning.host import Host
+from leansd.tuning.scheduler_hook import Steer
 
 
 @dataclass(frozen=True)
@@ -34,23 +34,17 @@ class Trial:
 
 @dataclass(frozen=True)
 class TrialRunner:
-    """Where plans are tried: a pipeline, its calls and what their pictures should be."""
+    """Where plans are tried: a host, its calls and what their pictures should be."""
 
-    pipe: Any
+    host: Host
     calls: Sequence[PipelineCall]
     seed: int
-    batch: int
-    settings: Mapping[str, Any]
     goals: RunOutputs | None = None
     """What the full run ends with."""
-    nets: Mapping[str, UNet2DConditionModel] = field(default_factory=dict)
-    """UNets that plans may switch to."""
 
-    def run(self, steps: int, plan: Plan | None = None) -> RunOutputs:
-        return run_calls(
-            self.pipe, self.calls, steps, plan,
-            seed=self.seed, batch=self.batch, settings=self.settings, nets=self.nets,
-        )  # fmt: skip
+    def run(self, steps: int, plan: Plan | None = None, steer: Steer | None = None) -> RunOutputs:
+        """Run the calls, with the plan or without, steered or not."""
+        return self.host.draw(self.calls, steps, plan, seed=self.seed, steer=steer)[0]
 
     def score(self, finals: RunOutputs) -> float:
         """Mean over the calls, in dB."""

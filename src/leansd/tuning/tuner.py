@@ -12,31 +12,26 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from diffusers import UNet2DConditionModel
 
-from leansd.anatomy.fingerprint import fingerprint_module
-from leansd.anatomy.reading import read_anatomy
 from leansd.errors import LeansdError
 from leansd.evaluation.cost import CostModel
 from leansd.evaluation.profile import profile
-from leansd.evaluation.records import name_device
 from leansd.evaluation.runs import PipelineCall, expand_calls
-from leansd.plans.anatomy import Anatomy
 from leansd.plans.compile import compile_plan
-from leansd.plans.liveness import Net
-from leansd.plans.plan import Plan, Tuned
+from leansd.plans.plan import Plan
 from leansd.runtime.attachment import NO_NETS
-from leansd.runtime.nets import match_nets
-from leansd.tuning.calibration import PROBES, Calibration, calibrate, require_tunable
+from leansd.tuning.calibration import PROBES, Calibration, calibrate
 from leansd.tuning.error_model import ErrorModel
 from leansd.tuning.fitting import polish, try_plan
 from leansd.tuning.front import Front, Point
+from leansd.tuning.host import Host
+from leansd.tuning.pipeline_host import PipelineHost, require_tunable
 from leansd.tuning.space import (
     FEWER,
     FINALISTS,
@@ -191,46 +186,52 @@ def tune(
     config = TuneConfig(
         steps, dict(settings or {}), speeds, grids, speedup, ms, tries, seed, batch, nets, attend
     )
+    host = PipelineHost(pipe, batch, config.settings, nets, sampler)
     require_tunable(pipe.scheduler, steps)
-    tuned = Tuned(
-        sampler or type(pipe.scheduler).__name__,
-        fingerprint_module(pipe.unet),
-        config.settings.get("guidance_scale"),
-    )
     progress = Progress(tell, tries, config.wanted_speeds, len(grids))
     fitted, checked = split_calls(calls, held_out)
-    known = Journal.open(journal, _describe_case(pipe, config, tuned, fitted, checked))
+    known = Journal.open(journal, _describe_case(host, config, fitted, checked))
     cost = _measure_costs(pipe, config, fitted, cost or known.cost, known, progress)
-    tuner = _Tuner.prepare(pipe, config, fitted, checked, cost, known, tuned, progress)
-    goals = tuner.list_goals(speedup, ms)
+    return tune_host(host, config, fitted, checked, cost, known, progress)
+
+
+def tune_host(
+    host: Host,
+    config: TuneConfig,
+    fitted: Sequence[PipelineCall],
+    checked: Sequence[PipelineCall],
+    cost: CostModel,
+    journal: Journal,
+    progress: Progress,
+) -> Front:
+    """Find plans for whatever draws; what a call costs there is known.
+
+    Args:
+        fitted: the calls that plans are tuned on.
+        checked: those that decide.
+    """
+    tuner = _Tuner.prepare(host, config, fitted, checked, cost, journal, progress)
     points: list[Point] = []
-    every = sorted({*speeds, *goals})
+    every = sorted({*config.speeds, *tuner.list_goals(config.speedup, config.ms)})
     for place, candidates in enumerate(tuner.propose(every)):
-        points += tuner.seek(every[place], candidates, tries)
+        points += tuner.seek(every[place], candidates, config.tries)
         progress.end_speed(place)
-    return Front.of(tuned.unet, tuned.sampler, steps, points)
+    return Front.of(host.tuned.unet, host.tuned.sampler, config.steps, points)
 
 
 def _describe_case(
-    pipe: Any,
+    host: Host,
     config: TuneConfig,
-    tuned: Tuned,
     fitted: Sequence[PipelineCall],
     checked: Sequence[PipelineCall],
 ) -> dict[str, Any]:
     """What tells one tuning from another in a journal."""
     return {
-        "tuned": astuple(tuned),
-        "device": name_device(str(pipe.device)),
-        "scheduler": type(pipe.scheduler).__name__
-        + json.dumps({key: str(value) for key, value in pipe.scheduler.config.items()}),
+        **host.describe(),
         "steps": config.steps,
         "seed": config.seed,
-        "batch": config.batch,
         "calls": expand_calls(fitted),
         "held out": expand_calls(checked),
-        "settings": config.settings,
-        "nets": {name: fingerprint_module(net) for name, net in config.nets.items()},
         "attend": list(config.attend),
     }
 
@@ -299,8 +300,7 @@ def split_calls(
 
 @dataclass
 class _Tuner:
-    anatomy: Anatomy
-    nets: Mapping[str, Net]
+    host: Host
     variants: tuple[Variant, ...]
     cost: CostModel
     fit: TrialRunner
@@ -308,46 +308,37 @@ class _Tuner:
     calibrations: list[Calibration]
     """The full run of every step count, that of all steps first."""
     journal: Journal
-    tuned: Tuned
     progress: Progress
 
     @classmethod
     def prepare(
         cls,
-        pipe: Any,
+        host: Host,
         config: TuneConfig,
         fitted: Sequence[PipelineCall],
         checked: Sequence[PipelineCall],
         cost: CostModel,
         journal: Journal,
-        tuned: Tuned,
         progress: Progress,
     ) -> _Tuner:
         """Calibrate on the full run of every step count."""
-        anatomy = read_anatomy(pipe.unet)
-        others = match_nets(pipe.unet, config.nets).nets
-        variants = list_variants(cost, anatomy, others, config.attend)
-        seed, batch, settings = config.seed, config.batch, config.settings
-        fit = TrialRunner(pipe, fitted, seed, batch, settings, nets=config.nets)
-        check = TrialRunner(pipe, checked, seed + 10_000, batch, settings, nets=config.nets)
+        variants = list_variants(cost, host.anatomy, host.nets, config.attend)
+        fit = TrialRunner(host, fitted, config.seed)
+        check = TrialRunner(host, checked, config.seed + 10_000)
         calibrations: list[Calibration] = []
         for count in config.counts:
             main = calibrations[0] if calibrations else None
-            found = calibrate(
-                pipe, fitted, count, seed=seed, batch=batch, settings=settings, like=main
-            )
+            found = calibrate(host, fitted, count, seed=config.seed, like=main)
             calibrations.append(found)
             progress.add(f"ran {count} steps in full", 1 if main else 1 + len(PROBES))
         fit = replace(fit, goals=calibrations[0].finals)
         check = replace(check, goals=check.run(config.steps))
         progress.add("ran the held-out calls in full")
-        return cls(
-            anatomy, others, variants, cost, fit, check, calibrations, journal, tuned, progress
-        )
+        return cls(host, variants, cost, fit, check, calibrations, journal, progress)
 
     def propose(self, speeds: Sequence[float]) -> list[list[Candidate]]:
         """What to try for each speed."""
-        regimes = list_regimes(self.cost, self.anatomy, self.variants)
+        regimes = list_regimes(self.cost, self.host.anatomy, self.variants)
         whole = self.cost.predict_full_run(self.calibrations[0].count)
 
         def tell(text: str) -> None:
@@ -401,7 +392,7 @@ class _Tuner:
         for place, (trial, candidate) in enumerate(_pick_finalists(tried)):
             trial = trial if place else self._improve(trial, candidate, tries=tries)
             trial = self._polish(trial)
-            plan = replace(trial.plan, name=f"tuned {speed:.3g}x", tuned=self.tuned)
+            plan = replace(trial.plan, name=f"tuned {speed:.3g}x", tuned=self.host.tuned)
             point = self._check(plan)
             finals.append((self._average(trial.psnr, point.psnr), point))
         if finals:
@@ -480,7 +471,7 @@ class _Tuner:
             self.journal.note(plan, known, "held out")
         self.progress.add(f"held out: {plan.name} {known.psnr:.2f} dB")
         start = plan.steps - self._count_calls(plan.steps)
-        program = compile_plan(plan, self.anatomy, nets=self.nets, start=start)
+        program = compile_plan(plan, self.host.anatomy, nets=self.host.nets, start=start)
         seconds = self.cost.predict_run(program)
         whole = self.cost.predict_full_run(self.calibrations[0].count)
         return Point(plan, whole / seconds, seconds * 1000, known.psnr)

@@ -1,0 +1,142 @@
+"""Pipelines of diffusers as a host of tunings."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+
+from leansd.anatomy.fingerprint import fingerprint_module
+from leansd.anatomy.reading import read_anatomy
+from leansd.errors import LeansdError
+from leansd.evaluation.records import name_device
+from leansd.evaluation.runs import PipelineCall, RunOutputs, run_calls
+from leansd.plans.anatomy import Anatomy
+from leansd.plans.liveness import Net
+from leansd.plans.plan import Plan, Tuned
+from leansd.runtime.attachment import NO_NETS
+from leansd.runtime.clock import read_schedule
+from leansd.runtime.nets import match_nets
+from leansd.tuning.host import Course
+from leansd.tuning.scheduler_hook import SchedulerRun, Steer, tap
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class PipelineHost:
+    """A pipeline with its present scheduler."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        batch: int = 8,
+        settings: Mapping[str, Any] = NOTHING,
+        unets: Mapping[str, UNet2DConditionModel] = NO_NETS,
+        sampler: str = "",
+    ) -> None:
+        """Args:
+        batch: pictures drawn at once.
+        settings: arguments that all calls share.
+        unets: that plans may switch to.
+        sampler: its name in plans; the scheduler's class by default.
+        """
+        self.pipe, self.batch, self.settings, self.unets = pipe, batch, settings, unets
+        self.anatomy: Anatomy = read_anatomy(pipe.unet)
+        self.nets: Mapping[str, Net] = match_nets(pipe.unet, unets).nets
+        self.tuned = Tuned(
+            sampler or type(pipe.scheduler).__name__,
+            fingerprint_module(pipe.unet),
+            settings.get("guidance_scale"),
+        )
+
+    def draw(
+        self,
+        calls: Sequence[PipelineCall],
+        steps: int,
+        plan: Plan | None = None,
+        *,
+        seed: int,
+        steer: Steer | None = None,
+    ) -> tuple[RunOutputs, list[SchedulerRun]]:
+        with tap(self.pipe.scheduler, steer) as runs:
+            finals = run_calls(
+                self.pipe, calls, steps, plan,
+                seed=seed, batch=self.batch, settings=self.settings, nets=self.unets,
+            )  # fmt: skip
+        return finals, runs
+
+    def respond(self, steps: int, calls: int | None = None) -> Course:
+        require_one_call_a_step(self.pipe.scheduler, steps)
+        double = copy.deepcopy(self.pipe.scheduler)
+        double.set_timesteps(steps)
+        course = read_schedule(double)
+        start = course.steps - (calls or course.steps)
+        response = measure_response(self.pipe.scheduler, course.steps, start)
+        return Course(course.steps, np.array(course.log_snr[start:]), response)
+
+    def describe(self) -> Mapping[str, Any]:
+        scheduler = self.pipe.scheduler
+        return {
+            "tuned": astuple(self.tuned),
+            "device": name_device(str(self.pipe.device)),
+            "scheduler": type(scheduler).__name__
+            + json.dumps({key: str(value) for key, value in scheduler.config.items()}),
+            "batch": self.batch,
+            "settings": dict(self.settings),
+            "nets": {name: fingerprint_module(net) for name, net in self.unets.items()},
+        }
+
+
+def require_tunable(scheduler: Any, steps: int) -> None:
+    """Refuse samplers that call the UNet several times a step or add noise; nothing runs."""
+    require_one_call_a_step(scheduler, steps)
+    measure_response(scheduler, steps)
+
+
+def require_one_call_a_step(scheduler: Any, steps: int) -> None:
+    """Refuse samplers of higher order."""
+    double = copy.deepcopy(scheduler)
+    double.set_timesteps(steps)
+    course = read_schedule(double)
+    if len(course.rows) != course.steps or len(set(course.moments)) != course.steps:
+        raise LeansdError(
+            f"{type(scheduler).__name__} calls the UNet more than once in some steps; tuning is "
+            "for samplers with one call a step, such as ddim, euler or dpm++2m"
+        )
+
+
+def measure_response(scheduler: Any, steps: int, start: int = 0) -> np.ndarray:
+    """[n + 1, n]: the sample before call k for an output of one at call j and zero elsewhere.
+
+    All n impulses go through the scheduler at once, as a batch of single pixels.
+
+    Raises:
+        LeansdError: the scheduler adds noise.
+    """
+    double = copy.deepcopy(scheduler)
+    double.set_timesteps(steps)
+    timesteps = double.timesteps[start:]
+    if start and hasattr(double, "set_begin_index"):
+        double.set_begin_index(start)
+    count = len(timesteps)
+    sample = torch.zeros(count + 1, 1, 1, 1, dtype=torch.float64)
+    rows = [sample]
+    for index, timestep in enumerate(timesteps):
+        impulse = torch.zeros_like(sample)
+        impulse[index] = 1
+        sample = double.step(impulse, timestep, sample, return_dict=False)[0]
+        rows.append(sample)
+    response = torch.stack(rows)[:, :, 0, 0, 0].numpy()
+    if np.abs(response[:, count]).max() > 0:  # the one without any impulse
+        raise LeansdError(
+            f"{type(scheduler).__name__} adds noise at every step, so runs cannot be compared step "
+            "by step; tune with ddim, euler, dpm++2m or another sampler without noise"
+        )
+    return response[:, :count]
