@@ -1,6 +1,7 @@
 # make demo   see it work: sets up .venv on the first call, then runs the demo
 # make test   the tests (make check adds lint and types)
 # make emoji  train the embedded model's successor in runs/emoji; stop and call again at any time
+# make gpu   check and measure on your GPU, in ten minutes: MODEL=PATH takes a model of yours along
 # make docs   the documentation as a site: build/site/index.html
 
 PYTHON ?= python3
@@ -10,10 +11,10 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test check lint types format bench tables emoji docs manual notebooks clean
+.PHONY: demo test check lint types format bench gpu tables emoji docs manual notebooks clean
 
 demo: $(VENV)/.user
-	$(BIN)/leansd demo
+	$(BIN)/leansd demo --overwrite
 
 test: $(VENV)/.developer
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
@@ -34,6 +35,9 @@ format: $(VENV)/.developer
 bench: $(VENV)/.developer
 	$(BIN)/python benchmarks/presets.py
 	$(BIN)/python benchmarks/tables.py
+
+gpu: $(VENV)/.developer
+	$(BIN)/python benchmarks/gpu.py $(if $(MODEL),--model $(MODEL))
 
 tables: $(VENV)/.developer
 	$(BIN)/python benchmarks/tables.py

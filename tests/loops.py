@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch.overrides import TorchFunctionMode
 
 from leansd.anatomy.inputs import make_inputs
 from leansd.plans import Anatomy
@@ -47,10 +48,10 @@ def sample(
 
 def load_script(path: Path) -> Any:
     """A script as a module, without a process of its own, which would import torch again."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # as dataclasses want
     sys.path.insert(0, str(path.parent))  # as Python does for a script
     try:
         spec.loader.exec_module(module)
@@ -96,3 +97,29 @@ def _count_convolution(module: Any, hook: Callable[..., None]) -> Callable[[], N
 
     module._conv_forward = convolve
     return lambda: delattr(module, "_conv_forward")
+
+
+class Reads(TorchFunctionMode):
+    """Counts where values of tensors are asked for meanwhile: each time a GPU is waited for.
+
+    Reads by torch itself and by diffusers, which plain runs have as well, do not count.
+    """
+
+    NAMES = frozenset({
+        "item", "tolist", "numpy", "cpu", "equal", "allclose", "nonzero", "is_nonzero",
+        "__bool__", "__float__", "__int__", "__index__", "__array__", "__contains__",
+    })  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: Counter[str] = Counter()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in self.NAMES:
+            frame = sys._getframe(1)
+            code = frame.f_code
+            if "/leansd/" in code.co_filename:
+                self.places[f"{Path(code.co_filename).stem}.{code.co_name}"] += 1
+        return func(*args, **(kwargs or {}))

@@ -13,6 +13,7 @@ from PIL import Image
 import leansd
 from leansd import drawing, loading
 from leansd.cli import COMMANDS, main
+from leansd.cli.options import keep_default
 from pages import read_page
 from tiny import shallow_unet, tiny_pipeline
 
@@ -302,6 +303,28 @@ def test_no_picture_is_written_over(run, model, tmp_path):
     assert path == str(tmp_path / "猫.full.seed0-3.png")
     run("generate", "猫", *shared, "--guidance", 2, "--overwrite")
     assert len(read_files(tmp_path)) == len(before) + 1
+
+
+def test_what_an_earlier_run_has_measured_stays(run, model, tmp_path, monkeypatch):
+    """Two runs into one folder, as with the defaults; only who is told to writes over."""
+    command = ["anatomy", model, "--out", tmp_path, "--json"]
+    _, out, _ = run(*command)
+    before = read_files(tmp_path)
+    assert sorted(json.loads(out.splitlines()[-1])["files"])[-1] == str(tmp_path / "report.html")
+    _, out, _ = run(*command, "--tokens", 5)
+    files = json.loads(out.splitlines()[-1])["files"]
+    assert sorted(files) == [str(tmp_path / name) for name in ("records-2.jsonl", "report-2.html")]
+    assert read_files(tmp_path).items() > before.items()
+    run(*command, "--overwrite")
+    assert len(read_files(tmp_path)) == 2 * len(before)
+    for name in ("demo", "evaluate", "profile", "bench", "generate"):
+        assert "--overwrite" in run(name, "--help")[1]
+    monkeypatch.chdir(tmp_path)
+    plan = Path("plan.json")
+    assert keep_default(plan, plan) == plan
+    plan.write_text("{}")
+    assert keep_default(plan, plan) == Path("plan-2.json")
+    assert keep_default(tmp_path / plan, plan) == tmp_path / plan
 
 
 def list_files(folder):

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from leansd.errors import OutputError
-from leansd.files import find_free, name_file, name_files, stand_beside, write_file, write_new
+from leansd.files import (
+    find_free,
+    name_file,
+    name_files,
+    number_files,
+    stand_beside,
+    write_file,
+    write_new,
+)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +64,17 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
     assert write_new(path, b"two") == tmp_path / "a-3.png"
     contents = {each.name: each.read_bytes() for each in tmp_path.iterdir()}
     assert contents == {"A.PNG": b"theirs", "a-2.png": b"one", "a-3.png": b"two"}
+
+
+def test_files_that_belong_together_have_one_number(tmp_path: Path) -> None:
+    paths = [tmp_path / "report.html", tmp_path / "records.jsonl"]
+    assert number_files(paths) == dict(zip(paths, paths, strict=True))
+    (tmp_path / "Report.html").write_bytes(b"")
+    (tmp_path / "records-2.jsonl").write_bytes(b"")
+    assert list(number_files(paths).values()) == [
+        tmp_path / "report-3.html",
+        tmp_path / "records-3.jsonl",
+    ]
 
 
 def test_what_lies_beside_a_file_belongs_to_it_alone() -> None:

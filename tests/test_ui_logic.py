@@ -350,6 +350,7 @@ def test_a_run_in_half_precision(shelf, tmp_path, monkeypatch, dtype):
     [(0, "in the full run as well"), (STEPS, "with the plan")],
     ids=["both", "plan"],
 )
+@pytest.mark.filterwarnings("ignore:the UNet's outputs")
 def test_pictures_of_no_numbers_are_told(studio, first, told):
     settings = make_settings()
     plan = studio.resolve("deepcache", settings).plan

@@ -135,17 +135,23 @@ def tabulate_gpu() -> str:
     if not path.exists():
         return "\n".join([*parts, "| any" + " | not measured" * len(modes) + " |", ""])
     records = load_records(path)
-    first = records[0]
-    cells = {(each.plan, get(each, "mode")): each for each in records if each.metric == "speedup"}
-    for plan in dict.fromkeys(plan for plan, _ in cells):
-        row = (f"{cells[plan, mode].value:.2f}x" for mode in modes)
-        parts.append(f"| {plan} | " + " | ".join(row) + " |")
-    setting = (
-        f"{first.subject}, {get(first, 'dtype')}, {get(first, 'width')} px, batch "
-        f"{get(first, 'batch')}, {get(first, 'steps')} steps ({first.value:.2f} s in full, eager; "
-        f"{first.device}; torch {first.torch}):\n"
-    )
-    return "\n".join([setting, *parts, ""])
+    checks = [each.value for each in records if each.metric == "check"]
+    told = [f"{sum(checks):.0f} of {len(checks)} checks hold.\n"] if checks else []
+    for subject in dict.fromkeys(each.subject for each in records if each.metric == "speedup"):
+        own = [each for each in records if each.subject == subject and each.metric != "check"]
+        first = own[0]
+        cells = {(each.plan, get(each, "mode")): each for each in own if each.metric == "speedup"}
+        told += [
+            f"{subject}, {get(first, 'dtype')}, {get(first, 'width')} px, batch "
+            f"{get(first, 'batch')}, {get(first, 'steps')} steps ({first.value:.2f} s in full, "
+            f"eager; {first.device}; torch {first.torch}):\n",
+            *parts,
+        ]
+        for plan in dict.fromkeys(plan for plan, _ in cells):
+            row = (f"{cells[plan, mode].value:.2f}x" for mode in modes)
+            told.append(f"| {plan} | " + " | ".join(row) + " |")
+        told.append("")
+    return "\n".join(told)
 
 
 def tabulate_joint() -> str:

@@ -22,9 +22,9 @@ from leansd.errors import LeansdError
 from leansd.plans.plan import Plan
 from leansd.runtime import Attachment, Report, inherit
 from leansd.runtime.attachment import NO_NETS
+from leansd.runtime.finite import NOT_FINITE, FiniteWatch
 
 OnStep = Callable[[int, int], None]
-NOT_FINITE = "are not finite numbers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,33 +135,29 @@ def paint_together(
 
 
 class _Watch:
-    """Follows a call step by step, and remembers whose latents are finite.
-
-    The answers stay on the device until the run is over: reading them would wait for every step.
-    """
+    """Follows a call step by step, and remembers whose latents are finite."""
 
     def __init__(self, on_step: OnStep | None) -> None:
         self.on_step = on_step
         self.total = 0
-        self._finite: list[torch.Tensor] = []
+        self._finite = FiniteWatch()
 
     def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
         self.total = pipe.num_timesteps
         latents = tensors.get("latents")
         if isinstance(latents, torch.Tensor):
-            self._finite.append(torch.isfinite(latents).flatten(1).all(1))
+            self._finite.note(latents)
         if self.on_step is not None:
             self.on_step(step + 1, self.total)
         return tensors
 
     def find_bad(self, pictures: int) -> list[int]:
         """The first step, from 1, after which each picture's latents are not finite; 0 for none."""
-        if not self._finite:
-            return [0] * pictures
-        bad = ~torch.stack(self._finite).cpu()
-        if bad.shape[1] != pictures:  # latents that are not one a picture
-            bad = bad.any(1, keepdim=True).expand(-1, pictures)
-        first = [int(column.int().argmax()) + 1 if column.any() else 0 for column in bad.unbind(1)]
+        first = [0] * pictures
+        for step, finite in enumerate(self._finite.read(), start=1):
+            # Latents that are not one a picture are those of all.
+            rows = finite if len(finite) == pictures else [all(finite)] * pictures
+            first = [at or step * (not row) for at, row in zip(first, rows, strict=True)]
         return first
 
 

@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from itertools import count
@@ -166,6 +166,18 @@ def find_free(path: str | Path) -> Path:
         for name in _list_names(path.stem, path.suffix)
         if _fold(name) not in taken
     )
+
+
+def number_files(paths: Sequence[Path]) -> dict[Path, Path]:
+    """Returns the next free names of files that belong together: all of one number, or of none."""
+    for number in count(1):
+        free = {
+            path: path.with_stem(f"{path.stem}-{number}" if number > 1 else path.stem)
+            for path in paths
+        }
+        if all(find_free(path) == path for path in free.values()):
+            return free
+    raise AssertionError
 
 
 def write_new(path: str | Path, content: str | bytes) -> Path:

@@ -79,8 +79,7 @@ def load(
             safetensors, or has no `UNet2DConditionModel`.
     """
     device = find_device(device)
-    if dtype is None:
-        dtype = torch.float16 if device.type == "cuda" else torch.float32
+    dtype = dtype or find_dtype(device)
     where = locate(model)
     if isinstance(where, str):
         pipe = _load_from_hub(where, dtype)
@@ -181,8 +180,7 @@ def load_unet(
         share_weights(unet, beside)
         return unet
     device = find_device(device)
-    if dtype is None:
-        dtype = torch.float16 if device.type == "cuda" else torch.float32
+    dtype = dtype or find_dtype(device)
     if str(folder) in (EMBEDDED, *NETS):
         own: Any = _open_embedded(str(folder), dtype)
         return own.to(device)
@@ -323,6 +321,11 @@ def find_device(device: str | torch.device | None = None) -> torch.device:
         count = torch.cuda.device_count()
         raise LeansdError(f"no device {str(device)!r} here: this machine has {count} GPU(s)")
     return found
+
+
+def find_dtype(device: torch.device) -> torch.dtype:
+    """The precision that models are opened in where none is asked for."""
+    return torch.float16 if device.type == "cuda" else torch.float32
 
 
 def locate(model: str | Path) -> Path | str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -63,6 +65,19 @@ def describe_duration(seconds: float) -> str:
         if left >= size:
             return f"{left // size} {unit} {left % size // least} {part}"
     return f"{left} s"
+
+
+def encode_json(value: Any, **options: Any) -> str:
+    """JSON text in which NaN and Inf are null: JSON has no word for them."""
+    return json.dumps(_drop_infinite(value), allow_nan=False, **options)
+
+
+def _drop_infinite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _drop_infinite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_drop_infinite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def suggest_name(name: str, known: Iterable[str]) -> str:

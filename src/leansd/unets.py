@@ -18,6 +18,7 @@ from leansd.loading import (
     FORMS,
     NETS,
     find_device,
+    find_dtype,
     is_unet_folder,
     load,
     load_outline,
@@ -59,7 +60,7 @@ def open_unet(
         return pipe.unet
     where = find_device(device)
     unet: Any = UNet2DConditionModel(**BUILTIN[str(model)]).eval()
-    return unet.to(where, dtype or (torch.float16 if where.type == "cuda" else torch.float32))
+    return unet.to(where, dtype or find_dtype(where))
 
 
 def outline_runs(

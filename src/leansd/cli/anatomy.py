@@ -22,6 +22,7 @@ app = typer.Typer(add_completion=False)
     "leansd anatomy",
     "leansd anatomy sd15 --latent 64",
     "leansd anatomy emoji --time --out anatomy --json",
+    keeps=True,
 )
 def show_anatomy(
     model: str = argument(

@@ -78,6 +78,7 @@ class Field:
     "bench",
     "leansd bench --quick --rivals fewer,deepcache --out quick.jsonl",
     "leansd bench --sampler ddim --steps 30 --count 16 --report ddim",
+    keeps=True,
 )
 def bench(
     *,

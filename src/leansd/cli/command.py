@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -70,11 +70,19 @@ Quiet = Annotated[
         help="No progress, no notes: only results, warnings and errors.",
     ),
 ]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Write over what an earlier run left in the folder.")
+]
 Command = Callable[..., "Result | None"]
 
 
 def command(
-    app: typer.Typer, name: str, *examples: str, json: Any = Json, **settings: Any
+    app: typer.Typer,
+    name: str,
+    *examples: str,
+    json: Any = Json,
+    keeps: bool = False,
+    **settings: Any,
 ) -> Callable[[Command], Command]:
     """Makes a command of a function that returns what it found.
 
@@ -85,22 +93,31 @@ def command(
         name: as it is typed behind `leansd`.
         examples: commands that run as they stand.
         json: the option for JSON: `Json`, `OnlyJson`, or None for a command without facts.
+        keeps: whether pages and records have names of ours in a folder of the user's: they go
+            beside what an earlier run left there, `report-2.html`, unless `--overwrite` is given.
     """
 
     def declare(function: Command) -> Command:
         given, groups = _expand(function)
         if json is not None:
             given.append(_make_option("as_json", json, False))
+        if keeps:
+            given.append(_make_option("overwrite", Overwrite, False))
         given.append(_make_option("quiet", Quiet, False))
 
         @wraps(function)
         def run(**values: Any) -> int:
             as_json = values.pop("as_json", False)
             values.pop("quiet", None)
+            beside = keeps and not values.pop("overwrite")
             for at, kind in groups.items():
                 values[at] = kind(**{each.name: values.pop(each.name) for each in fields(kind)})
             result = function(**values)
-            return DONE if result is None else _present(name, result, as_json, json is OnlyJson)
+            if result is None:
+                return DONE
+            if beside:
+                result = _put_beside(result)
+            return _present(name, result, as_json, json is OnlyJson)
 
         run.__signature__ = inspect.Signature(given)  # type: ignore[attr-defined]
         run.__annotations__ = {each.name: each.annotation for each in given}
@@ -166,6 +183,15 @@ def _present(name: str, result: Result, as_json: bool, always_json: bool) -> int
         written = {} if "files" in result.facts else {"files": [str(path) for path in files]}
         show_json({"command": name, **result.facts, **written})
     return complain(result.failure, FAILED) if result.failure else DONE
+
+
+def _put_beside(result: Result) -> Result:
+    """The same with the next names that are free for all pages and records."""
+    from leansd.files import number_files
+
+    free = number_files([*result.pages, *result.records])
+    pages = {free[path]: page for path, page in result.pages.items()}
+    return replace(result, pages=pages, records={free[at]: r for at, r in result.records.items()})
 
 
 def _write(result: Result) -> list[Path]:

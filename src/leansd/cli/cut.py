@@ -67,11 +67,13 @@ def cut_unet(
 
     What goes is a surgery: leansd operate builds the lighter UNet from it, to be trained.
     """
+    from leansd.cli.options import keep_default
     from leansd.cli.terminal import follow, note
     from leansd.files import check_file, stand_beside
     from leansd.tuning.cutting import CALLS, cut
 
     # Everything that can be wrong is found before a weight is read.
+    out = keep_default(out, Path("surgery.yaml"))
     page = check_file(stand_beside(out, ".html"))
     check_file(out)
     limits = budget.read()

@@ -20,6 +20,7 @@ app = typer.Typer(add_completion=False)
     "leansd demo",
     "leansd demo --prompts 'a pizza' --prompts 'a panda face' --out pets",
     json=OnlyJson,
+    keeps=True,
 )
 def show_demo(
     *,
@@ -72,13 +73,14 @@ def show_demo(
             on_progress=lambda far: bar.count(far.done, far.total, far.case),
         )
     facts = {"model": model, "steps": steps, "seed": seed, **_list_facts(demo)}
+    facts["left_out"] = dict(demo.left_out)
     return _give_demo(demo, facts, out, pipe.device)
 
 
 def _give_demo(demo: "Demo", facts: dict[str, Any], out: Path, device: Any) -> Result:
     from leansd.drawing import encode_png
     from leansd.evaluation.demo import list_records, tabulate_demo
-    from leansd.files import write_file
+    from leansd.files import write_new
     from leansd.report.plans import draw_sheet, report_comparison
 
     last = demo.entries[-1].case
@@ -89,7 +91,8 @@ def _give_demo(demo: "Demo", facts: dict[str, Any], out: Path, device: Any) -> R
             f"{last.name}: {last.summary}",
             "PSNR (dB) and SSIM compare with the full run's pictures from the same seeds",
         ],
-        files=[write_file(out / "grid.png", encode_png(draw_sheet(demo)))],
+        failure="; ".join(f"left out: {why}" for why in demo.left_out.values()),
+        files=[write_new(out / "grid.png", encode_png(draw_sheet(demo)))],
         pages={out / "report.html": report_comparison(demo)},
         records={out / "records.jsonl": list_records(demo)},
         device=device,

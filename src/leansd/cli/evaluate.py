@@ -160,6 +160,7 @@ class Scores:
     "leansd evaluate --plan balanced --count 16 --out balanced",
     "leansd evaluate --plan fast --plan turbo --rival unipc:15 --json",
     "leansd evaluate --pictures shards --reference coco --ray local",
+    keeps=True,
 )
 def evaluate_plans(
     model: ModelArgument = "emoji",
@@ -309,6 +310,7 @@ def _give_evaluation(
             "results": [
                 record.model_dump(include=SHOWN, exclude_none=True) for record in evaluation.records
             ],
+            "left_out": dict(evaluation.left_out),
         },
         shown=[
             *(tabulate_fidelity(evaluation.records, name) for name in named),
@@ -321,6 +323,7 @@ def _give_evaluation(
             out / "values.jsonl": evaluation.values,
         },
         device=device,
+        failure="; ".join(f"left out: {why}" for why in evaluation.left_out.values()),
     )
 
 

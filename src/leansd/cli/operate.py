@@ -60,14 +60,15 @@ def operate_on_unet(
         raise LeansdError("give --out a folder for the new UNet, or only look with --preview")
     chosen = find_surgery(surgery)
     from leansd.cli.terminal import hush_libraries
-    from leansd.files import check_file, check_folder
+    from leansd.exporting.folder import check_out
+    from leansd.files import check_file
     from leansd.report.nets import report_surgery
     from leansd.surgery.preview import preview
     from leansd.unets import open_outline
 
     hush_libraries()
     if out is not None:
-        check_folder(out)
+        check_out(out)
     if report is not None:
         check_file(report)
     models = list_nets(model, nets or [])
@@ -118,6 +119,7 @@ def operate_into(
     """Operates, and writes the UNet with lineage, surgery and card; gives what was written."""
     from leansd.cards import Card, write_card
     from leansd.errors import LeansdError
+    from leansd.files import writing
     from leansd.loading import is_unet_folder, load
     from leansd.surgery.apply import BASE, operate
     from leansd.unets import open_unet
@@ -132,15 +134,6 @@ def operate_into(
         for name, each in models.items()
     }
     student, lineage = operate(unets, surgery)
-    home = folder / "unet" if whole else folder
-    home.mkdir(parents=True, exist_ok=True)
-    if pipe is not None:
-        pipe.register_modules(unet=student)
-        pipe.save_pretrained(folder)
-    else:
-        student.save_pretrained(home)
-    lineage.save(home)
-    surgery.save(home / "surgery.yaml")
     card = Card(
         name=surgery.name,
         nets=models,
@@ -148,5 +141,15 @@ def operate_into(
         edits=[str(edit) for edit in surgery.edits],
         lineage=lineage,
     )
-    written = write_card(folder, card, student, before=unets[BASE])
-    return [folder, home / "lineage.json", home / "surgery.yaml", written]
+    with writing(folder) as draft:
+        home = draft / "unet" if whole else draft
+        if pipe is not None:
+            pipe.register_modules(unet=student)
+            pipe.save_pretrained(draft)
+        else:
+            student.save_pretrained(home)
+        lineage.save(home)
+        surgery.save(home / "surgery.yaml")
+        page = write_card(draft, card, student, before=unets[BASE])
+    written = [home / "lineage.json", home / "surgery.yaml", page]
+    return [folder, *(folder / path.relative_to(draft) for path in written)]

@@ -282,6 +282,13 @@ class Calls:
         return find_guidance(pipe, model) if self.guidance is None else self.guidance
 
 
+def keep_default(path: Path, default: Path) -> Path:
+    """The path; where it is only the default and something lies there, the next free name."""
+    from leansd.files import find_free
+
+    return find_free(path) if path == default else path
+
+
 def open_nets(pipe: Any, folders: Mapping[str, str]) -> dict[str, Any]:
     """The UNets in folders, opened beside a pipeline's own."""
     from leansd.loading import load_unet

@@ -42,6 +42,7 @@ class Runs:
     "leansd profile emoji --repeats 10 --out profile",
     "leansd profile sd15 --size 512 --repeats 1 --check 0 --json",
     json=OnlyJson,
+    keeps=True,
 )
 def profile_model(
     model: str = argument(

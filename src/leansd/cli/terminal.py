@@ -1,6 +1,5 @@
 """The terminal: text that fits it, tables, progress, the JSON line, quiet libraries."""
 
-import json
 import re
 import sys
 import warnings
@@ -26,7 +25,7 @@ from rich.progress import (
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from leansd.text import Table
+from leansd.text import Table, encode_json
 
 _silent = False
 
@@ -93,7 +92,7 @@ def show_grid(result: PlanText) -> None:
 
 def show_json(fields: Mapping[str, Any]) -> None:
     """Prints one JSON object on one line: the last that a command prints."""
-    print(json.dumps(fields, ensure_ascii=False, allow_nan=False), flush=True)
+    print(encode_json(fields, ensure_ascii=False), flush=True)
 
 
 # -- what is being done, on standard error -----------------------------------------------------

@@ -79,17 +79,19 @@ class Files:
     )
     drift: Path | None = option(None, "File of records of what changes from step to step.")
 
-    def check(self) -> tuple[Path, Path, Path]:
-        """Front, journal and page; raises LeansdError where a file cannot be written."""
+    def check(self) -> tuple[Path, Path, Path, Path]:
+        """Plan, front, journal and page; raises LeansdError where a file cannot be written."""
+        from leansd.cli.options import keep_default
         from leansd.files import check_file, stand_beside
 
-        front = self.front or stand_beside(self.out, ".front.json")
         journal = self.journal or stand_beside(self.out, ".journal.jsonl")
-        page = stand_beside(self.out, ".html")
-        for path in (self.out, front, journal, page, self.drift):
+        out = keep_default(self.out, Path("plan.json"))
+        front = self.front or stand_beside(out, ".front.json")
+        page = stand_beside(out, ".html")
+        for path in (out, front, journal, page, self.drift):
             if path is not None:
                 check_file(path)
-        return front, journal, page
+        return out, front, journal, page
 
     def measure_drift(self, *calls: Any, **settings: Any) -> "list[Record]":
         """What changes from step to step, where a file for it is given."""
@@ -173,7 +175,7 @@ def tune_plans(
     from leansd.tuning.tuner import tune
 
     # Everything that can be wrong is found before a weight is read.
-    front, journal, page = files.check()
+    out, front, journal, page = files.check()
     wanted = goal.check()
     sought, folders = search.read(wanted)
     check_convergence(opening.sampler)
@@ -203,11 +205,11 @@ def tune_plans(
         drifts = files.measure_drift(pipe, asked[:4], steps, **drawn, subject=model)
     own = {"model": model, "seed": calls.seed, "guidance": scale, "goal": wanted}
     chosen = found.find(**wanted)
-    chosen.plan.save(files.out)
+    chosen.plan.save(out)
     return Result(
         facts={**own, **_list_facts(found, chosen)},
         shown=_show(found, chosen),
-        files=[files.out, front],
+        files=[out, front],
         pages={page: _report(found, chosen, pipe.unet, model, drifts)},
         records={files.drift: drifts} if files.drift is not None else {},
         device=pipe.device,

@@ -422,7 +422,7 @@ def compare_contest(
         warm_up="round",
         known={CONVERGED: limit} if limit is not None else {},
         on_progress=on_progress,
-    )
+    ).require_finite()
 
 
 def list_records(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from time import monotonic
@@ -38,6 +38,7 @@ from leansd.evaluation.runs import (
     Seeds,
     expand_calls,
     expand_seeds,
+    explain_no_numbers,
     run_calls,
     sampled_by,
     split_calls,
@@ -46,6 +47,7 @@ from leansd.evaluation.timing import Ratio, Timing, compare_timings, rotate
 from leansd.files import write_file
 from leansd.plans.plan import Plan
 from leansd.runtime import Attachment, Report
+from leansd.runtime.finite import NOT_FINITE
 
 CONVERGED = "converged"
 CONVERGED_STEPS = 150
@@ -95,6 +97,15 @@ class Drawings:
 
     latents: Tensor
     pictures: Tensor
+
+    def find_fault(self, case: str) -> str:
+        """Why there is nothing to compare in them; empty where there is."""
+        bad = int((~self.latents.isfinite().flatten(1).all(1)).sum())
+        if not bad:
+            return ""
+        if case == FULL:
+            return explain_no_numbers(self.latents)
+        return f"{bad} of {len(self.latents)} latents of {case} {NOT_FINITE} (NaN or Inf)"
 
 
 @dataclass(frozen=True)
@@ -171,11 +182,25 @@ class Comparison:
     Attributes:
         references: what the references drew, for a further comparison with the same.
         left_out: cases that failed, and why.
+        faults: cases whose latents or pictures are no numbers; those are seen black.
     """
 
     cases: Mapping[str, Compared]
     references: Mapping[str, Drawings]
     left_out: Mapping[str, str] = field(default_factory=dict)
+    faults: Mapping[str, str] = field(default_factory=dict)
+
+    def require_finite(self) -> Comparison:
+        """Itself without the cases that gave no numbers, which are left out.
+
+        Raises:
+            LeansdError: a reference is one of them.
+        """
+        for name in self.faults:
+            if name in self.references or name == FULL:
+                raise LeansdError(self.faults[name])
+        cases = {name: each for name, each in self.cases.items() if name not in self.faults}
+        return replace(self, cases=cases, left_out={**self.left_out, **self.faults})
 
     def __getitem__(self, name: str) -> Compared:
         return self.cases[name]
@@ -247,6 +272,7 @@ def compare_runs(
         drawn[FULL] = drawer.draw(full)
     # Untimed, only the references' pictures and those of the case at hand are in memory.
     drawn |= {each.name: drawer.draw(each) for each in held if each.name not in drawn}
+    faults = {name: why for name, each in drawn.items() if (why := each.find_fault(name))}
     judge = None
     if embedder is not None and full is not None:
         judge = QualityJudge(
@@ -260,6 +286,8 @@ def compare_runs(
         if case.name in left_out:
             continue
         own = drawn[case.name] if case.name in drawn else drawer.draw(case)
+        if case.name not in faults and (why := own.find_fault(case.name)):
+            faults[case.name] = why
         measures = [
             measure
             for each in held
@@ -279,7 +307,7 @@ def compare_runs(
             drawer.attachments.get(case.name),
         )
     references_drawn = {each.name: drawn[each.name] for each in held}
-    return Comparison(compared, references_drawn, left_out)
+    return Comparison(compared, references_drawn, left_out, faults)
 
 
 def compare_drawings(
@@ -458,7 +486,7 @@ class _Drawer:
             self.attachments[case.name] = outputs.attachment
         tell(case.steps, case.steps)
         # 8 bits, as a picture file has them: what is compared is what is seen.
-        pictures = outputs.pictures.mul(255).round().byte()
+        pictures = outputs.pictures.nan_to_num().mul(255).round().byte()
         return Drawings(outputs.latents, pictures), sum(outputs.seconds)
 
     def _run_calls(

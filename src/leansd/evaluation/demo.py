@@ -7,7 +7,8 @@ the cases.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -66,6 +67,8 @@ class Demo:
     anatomy: Anatomy
     entries: tuple[DemoEntry, ...]
     rounds: int = 1
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Cases without numbers, and why."""
 
 
 def list_cases(anatomy: Anatomy, steps: int, plans: Mapping[str, Plan]) -> list[Case]:
@@ -78,7 +81,7 @@ def list_cases(anatomy: Anatomy, steps: int, plans: Mapping[str, Plan]) -> list[
     gain = 2.0
     if "balanced" in plans:
         gain = predict_speedup(compile_plan(plans["balanced"], anatomy).calls, anatomy)
-    fewer = max(1, round(steps / gain))
+    fewer = max(1, round(steps / (gain if isfinite(gain) else 2.0)))
     return [
         Case(FULL, steps, summary=f"the whole UNet at each of {steps} steps"),
         *(Case(name, steps, plan, summary=PRESETS[name].summary) for name, plan in plans.items()),
@@ -115,7 +118,7 @@ def run_demo(
         rounds=rounds,
         budget=budget,
         on_progress=on_progress,
-    )
+    ).require_finite()
     entries = tuple(_make_entry(each, cases[0].steps) for each in comparison)
     return Demo(
         subject=subject,
@@ -129,6 +132,7 @@ def run_demo(
         anatomy=anatomy,
         entries=entries,
         rounds=entries[0].timing.rounds,
+        left_out=comparison.left_out,
     )
 
 
@@ -181,7 +185,7 @@ def list_records(demo: Demo) -> list[Record]:
         records += [
             Record(**case, **fields, metric=metric, value=value, unit=unit)
             for metric, value, unit, fields in rows
-            if value is not None
+            if value is not None and isfinite(value)
         ]
     return records
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,13 @@ class Evaluation:
             a `seed_spread`, the deviation between sets of the full run from different seeds.
         values: what the means are of, a record a picture, so that statistics can be paired.
         pictures: by the name of the case, 8 bits, [n, 3, H, W].
+        left_out: cases without numbers, and why.
     """
 
     records: list[Record]
     values: list[Record]
     pictures: dict[str, Tensor]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 def evaluate(
@@ -89,7 +92,8 @@ def evaluate(
         A record a picture (those have a field `picture`), then the means.
 
     Raises:
-        LeansdError: a plan or reference is unknown or does not suit, or there are under 2 calls.
+        LeansdError: a plan or reference is unknown or does not suit, there are under 2 calls, or
+            the full run gives NaN or Inf.
     """
     evaluation = evaluate_cases(
         pipe,
@@ -105,6 +109,8 @@ def evaluate(
         lpips=lpips,
         spread_sets=spread_sets,
     )
+    for why in evaluation.left_out.values():
+        warnings.warn(f"left out: {why}", stacklevel=2)
     return [*evaluation.values, *evaluation.records]
 
 
@@ -179,7 +185,7 @@ def evaluate_cases(
         keep=keep,
         shown=SHOWN,
         on_progress=on_progress,
-    )
+    ).require_finite()
     full = cases[0]
     common = _Common(pipe, subject, seed, len(calls), settings)
     records: list[Record] = []
@@ -187,13 +193,15 @@ def evaluate_cases(
     for each in comparison:
         base = common.describe(each.case, full)
         gain = common.predict(each.case, full)
-        records.append(Record(**base, metric="predicted_speedup", value=gain, unit="x"))
+        if isfinite(gain):
+            records.append(Record(**base, metric="predicted_speedup", value=gain, unit="x"))
         for measure in each.measures:
             values += measure.list_values(base)
             records.append(measure.summarise(base))
     drawn = {name: drawn.pictures[:SHOWN] for name, drawn in comparison.references.items()}
     own = {each.case.name: each.pictures for each in comparison}
-    return Evaluation(records, values, {FULL: own[FULL]} | drawn | own)
+    pictures = {FULL: own[FULL]} | drawn | own
+    return Evaluation(records, values, pictures, comparison.left_out)
 
 
 class _Common:

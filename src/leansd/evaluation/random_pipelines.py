@@ -24,7 +24,7 @@ from leansd.anatomy.builtin import BUILTIN
 from leansd.anatomy.inputs import TOKENS
 from leansd.emoji.location import model_folder
 from leansd.errors import LeansdError
-from leansd.loading import check_vae, find_device
+from leansd.loading import check_vae, find_device, find_dtype
 
 TEXT: Mapping[str, Mapping[str, Any]] = {
     "sd15": {
@@ -86,7 +86,7 @@ def build_stand_in(
     }
     pipe: Any = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     where = find_device(device)
-    return pipe.to(where, torch.float16 if where.type == "cuda" else torch.float32)
+    return pipe.to(where, find_dtype(where))
 
 
 def check_stand_in(name: str) -> str:

@@ -21,6 +21,7 @@ from leansd.evaluation.timing import wait_for
 from leansd.plans.plan import Plan
 from leansd.runtime import Attachment, inherit
 from leansd.runtime.attachment import NO_NETS
+from leansd.runtime.finite import NOT_FINITE
 
 FULL = "full"
 """The name of the run that computes everything at every step."""
@@ -63,6 +64,26 @@ class RunOutputs:
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    def require_finite(self) -> RunOutputs:
+        """Itself, where something can be measured against it: as the outputs of full runs.
+
+        Raises:
+            LeansdError: latents or pictures are NaN or Inf.
+        """
+        if self.latents.isfinite().all() and self.pictures.isfinite().all():
+            return self
+        raise LeansdError(explain_no_numbers(self.latents))
+
+
+def explain_no_numbers(latents: Tensor) -> str:
+    """What to say of a full run whose latents, or the pictures of them, are NaN or Inf."""
+    precision = str(latents.dtype).removeprefix("torch.")
+    where = "pictures" if latents.isfinite().all() else "latents"
+    return (
+        f"the {where} of the full run {NOT_FINITE} (NaN or Inf), so nothing can be held against "
+        f"it: the model itself fails in {precision}; use whole weights, in float32"
+    )
 
 
 def run_calls(

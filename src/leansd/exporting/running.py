@@ -87,7 +87,7 @@ class OnnxUNet:
         except BaseException:
             follower.abort()
             raise
-        follower.end_call(step, stop())
+        follower.end_call(step, output[0], stop())
         return output
 
     def report(self) -> Report:
@@ -103,7 +103,7 @@ class OnnxUNet:
     def _reset_stateful_cache(self) -> None:
         """What pipelines call at the end of a call: keep nothing."""
         if self._follower is not None and self._follower.pipe is not None:
-            self._follower.abort()
+            self._follower.end_run()
 
     def _run_whole(self, arguments: UNetArguments) -> Any:
         (noise,) = self._sessions[()].run(_flatten(arguments.named), [NOISE])

@@ -35,6 +35,7 @@ from leansd.incubation.step import (
 )
 from leansd.incubation.students import StageNet, Student, make_student, outline_net
 from leansd.incubation.training_state import pack_batch
+from leansd.loading import find_dtype
 from leansd.text import describe_duration
 from leansd.unets import open_outline
 
@@ -291,10 +292,10 @@ def _make_inputs(unet: UNet2DConditionModel, batch: int, **where: Any) -> dict[s
 @torch.no_grad()
 def fill_outline(outline: UNet2DConditionModel, device: torch.device) -> UNet2DConditionModel:
     """A UNet of this shape with random weights: it takes as long as any."""
-    unet: UNet2DConditionModel = copy_skeleton(outline).to_empty(device=device).eval()
+    unet: Any = copy_skeleton(outline).to_empty(device=device).eval()
     for parameter in unet.parameters():
         parameter.normal_(std=0.02)
-    return unet.half() if device.type == "cuda" else unet
+    return unet.to(find_dtype(device))
 
 
 @torch.no_grad()

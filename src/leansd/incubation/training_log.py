@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from PIL import Image
 from leansd.errors import LeansdError
 from leansd.files import write_file
 from leansd.incubation.recipe import Recipe
-from leansd.text import Table, describe_duration
+from leansd.text import Table, describe_duration, encode_json
 
 FILE = "losses.jsonl"
 """The log of a stage, in its folder."""
@@ -43,14 +44,14 @@ class LossLog:
         """
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(dict(row)) + "\n")
+                file.write(encode_json(row) + "\n")
         except OSError as error:
             raise LeansdError(f"cannot write {self.path}: {error.strerror or error}") from error
 
     def cut(self, step: int) -> None:
         """Take out the rows after a checkpoint's step: those steps are taken again."""
         rows = self.load()
-        kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
+        kept = "".join(encode_json(row) + "\n" for row in rows if row["step"] <= step)
         if self.path.exists() and kept != self.path.read_text(encoding="utf-8"):
             write_file(self.path, kept)
 
@@ -65,7 +66,7 @@ class LossLog:
             except ValueError:
                 continue
             if isinstance(row, dict) and "step" in row:
-                rows.append(row)
+                rows.append({name: math.nan if v is None else v for name, v in row.items()})
         return rows
 
 
@@ -155,7 +156,7 @@ class TrainingLog:
     def write_rows(self) -> str:
         """All rows, a line of JSON each."""
         return "".join(
-            json.dumps({"stage": stage.name, **row}) + "\n"
+            encode_json({"stage": stage.name, **row}) + "\n"
             for stage in self.stages
             for row in stage.rows
         )

@@ -246,7 +246,7 @@ def _make_tensor(timestep: Any, device: torch.device) -> torch.Tensor:
     if isinstance(timestep, torch.Tensor):
         return timestep
     dtype = torch.float64 if isinstance(timestep, float) else torch.int64
-    return torch.tensor(timestep, dtype=dtype, device=device)
+    return torch.tensor(timestep, dtype=dtype).to(device, non_blocking=True)
 
 
 def _gather(cache: FeatureCache, sources: Sequence[Sequence[Kept]]) -> list[torch.Tensor]:
@@ -297,7 +297,9 @@ def _weigh(
         elif len(each) > 1 or not method.is_exact:
             weights += [*list_weights(method, real, step.call.index, step.schedule), *rest]
     dtype = torch.promote_types(sample.dtype, torch.float32)
-    return torch.tensor(weights, dtype=dtype, device=sample.device) if weights else None
+    # Made on the GPU, the copy would wait for all that it has to do.
+    made = torch.tensor(weights, dtype=dtype).to(sample.device, non_blocking=True)
+    return made if weights else None
 
 
 def _name_cause(error: Exception) -> str:

@@ -182,7 +182,7 @@ class Engine:
         except BaseException:
             follower.abort()
             raise
-        follower.end_call(step, stop())
+        follower.end_call(step, output[0], stop())
         return output
 
     def _note_outside(
@@ -283,7 +283,7 @@ class Engine:
         for follower in self.followers:
             ended = follower is last if caller is None else follower.pipe is caller
             if ended and follower.pipe is not None:
-                follower.abort()
+                follower.end_run()
 
 
 def pause_compiled(unet: nn.Module) -> dict[Any, Any]:

@@ -18,6 +18,7 @@ from leansd.plans.liveness import Call, Net
 from leansd.plans.macs import predict_speedup
 from leansd.plans.plan import Plan
 from leansd.plans.row import OWN
+from leansd.runtime.finite import NOT_FINITE, FiniteWatch, is_real
 
 NO_UNETS: Mapping[str, UNet2DConditionModel] = MappingProxyType({})
 
@@ -63,6 +64,8 @@ class Report:
     """How many calls were computed in full although the plan goes on, by why."""
     uncounted: str = ""
     """Why nothing is predicted, "not counted, because ..."; empty where it is."""
+    fault: str = ""
+    """From which step on the UNet gave NaN or Inf, and whether the plan had a part in it."""
 
     def __str__(self) -> str:
         control = ""
@@ -77,8 +80,10 @@ class Report:
             f"{count} computed in full because {why}; " for why, count in self.forced.items()
         )
         units = self.computed + self.inherited + self.idle
+        fault = f"{self.fault}; " if self.fault else ""
         return (
-            f"plan {self.plan.name}: {self.calls} UNet calls, {self.full_calls} in full{nets}; "
+            f"plan {self.plan.name}: {fault}{self.calls} UNet calls, "
+            f"{self.full_calls} in full{nets}; "
             f"of {units} unit runs {self.computed} computed, {self.inherited} inherited, "
             f"{self.idle} idle; {self.bytes_kept / 2**20:.2f} MiB kept; {forced}{control}{drift}"
             f"{gates}UNet {self.seconds:.2f} s, speed-up {self._describe_speedup()}"
@@ -107,6 +112,10 @@ class RunStats:
         self.calls: list[tuple[Call, ...]] = []
         self.times: list[Stopwatch] = []
         self.forced: Counter[str] = Counter()
+        self.outputs = FiniteWatch()
+        self.places: list[tuple[int, int]] = []
+        """Of every output that was looked at: how many calls there were, and the step."""
+        self.dtype = torch.float32
         self.bytes_kept = 0
         self.size = (0, 0)
         self.tokens = 0
@@ -116,6 +125,29 @@ class RunStats:
         self.calls.append(calls)
         self.times.append(seconds)
         self.bytes_kept = max(self.bytes_kept, bytes_kept)
+
+    def note_output(self, noise: torch.Tensor, step: int) -> None:
+        """Look at what the UNet gave [B, C, H, W] at a step of the sampler, from 0."""
+        if is_real(noise):
+            self.outputs.note(noise)
+            self.places.append((len(self.calls), step))
+            self.dtype = noise.dtype
+
+    def find_fault(self) -> str:
+        """From which step on an output is not finite, in words; waits for the device."""
+        rows = zip(self.places, self.outputs.read(), strict=True)
+        place = next((place for place, finite in rows if not all(finite)), None)
+        if place is None:
+            return ""
+        calls, step = place
+        what = f"the UNet's outputs {NOT_FINITE} (NaN or Inf) from step {step + 1} "
+        what += f"of {self.plan.steps} on"
+        if all(call.is_full for each in self.calls[:calls] for call in each):
+            precision = str(self.dtype).removeprefix("torch.")
+            return (
+                f"{what}, and nothing was inherited before: the model itself fails in {precision}"
+            )
+        return f"{what}; a run without the plan tells whether the model itself fails"
 
     def note_size(self, sample: torch.Tensor, text: torch.Tensor | None) -> None:
         """Remember what the cost of this run is to be counted at."""
@@ -156,6 +188,7 @@ class RunStats:
             switched=sum(calls[0].net != OWN for calls in self.calls),
             forced=dict(self.forced),
             uncounted=next((each.uncounted for each in there if each.uncounted), ""),
+            fault=self.find_fault(),
         )
 
     def _find_full_seconds(self, seconds: Sequence[float]) -> float:

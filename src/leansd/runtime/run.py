@@ -255,20 +255,28 @@ class Follower:
         self._outside.add(compile_plan(Plan.full(1), self.anatomy).calls, seconds, 0)
         self._outside.forced["its time step is of no run of the pipeline's scheduler"] += 1
 
-    def end_call(self, step: UNetStep, seconds: Stopwatch) -> None:
+    def end_call(self, step: UNetStep, noise: torch.Tensor, seconds: Stopwatch) -> None:
+        """Count a call that gave `noise` [B, C, H, W]."""
         run = self._state.run
         if run is not None:
             run.stats.add(step.calls, seconds, run.bytes)
+            run.stats.note_output(noise, run.schedule.rows[step.call.index])
         step.release()
 
+    def end_run(self) -> None:
+        """This thread's run is over: tell what is wrong with it, and keep nothing."""
+        self._tell_fault()
+        self.abort()
+
     def abort(self) -> None:
-        """Forget this thread's run: its call failed midway, or has ended."""
+        """Forget this thread's run, as where its call failed midway."""
         if self._state.run is not None:
             self._state.run.clear()
         self._state.run = self._state.clock = None
 
     def forget(self) -> None:
         """Forget the runs of all threads."""
+        self._tell_fault()
         for watch in self._latents:
             watch.release()
         self._state = _ThreadState()
@@ -312,10 +320,17 @@ class Follower:
             position.index, program, residuals, nets, is_full=True, keeps_all=plan.guides
         )
 
-    def warn_once(self, text: str) -> None:
-        if text not in self._warned:
-            self._warned.add(text)
+    def warn_once(self, text: str, about: str = "") -> None:
+        """Warn, unless the same or the like has been said."""
+        if (about or text) not in self._warned:
+            self._warned.add(about or text)
             warnings.warn(text, stacklevel=2)
+
+    def _tell_fault(self) -> None:
+        run = self._state.run
+        fault = run.stats.find_fault() if run is not None else ""
+        if fault:
+            self.warn_once(f"{fault}; the pictures show nothing", "fault")
 
     def compiles(self) -> bool:
         """Whether the calls of this thread's run are to be compiled."""
@@ -330,6 +345,7 @@ class Follower:
         ended = run is None or run.schedule is not position.schedule
         if run is None or ended or (position.starts and run.begun):
             if run is not None:
+                self._tell_fault()
                 run.clear()
             plan = self._build_plan(position.schedule.steps)
             stats = RunStats(plan)

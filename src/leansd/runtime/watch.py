@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.liveness import Pattern
 from leansd.runtime.call import UNetArguments
+from leansd.runtime.finite import is_real
 from leansd.surgery.parts.gri import FULL, GRIAttnProcessor
 
 STEPWISE = frozenset({
@@ -72,9 +73,7 @@ def _are_same(one: Any, one_version: int, other: Any, other_version: int) -> boo
     if _locate(one) == _locate(other):
         return one_version == other_version
     # On the processor there is no device to wait for, so that equal copies count as the same.
-    return (
-        one.device.type == "cpu" and _is_real(one) and _is_real(other) and torch.equal(one, other)
-    )
+    return one.device.type == "cpu" and is_real(one) and is_real(other) and torch.equal(one, other)
 
 
 def _locate(tensor: torch.Tensor) -> tuple[object, ...]:
@@ -82,11 +81,6 @@ def _locate(tensor: torch.Tensor) -> tuple[object, ...]:
     if tensor.layout != torch.strided:
         return (id(tensor),)
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.stride()
-
-
-def _is_real(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds numbers; those of a simulation do not."""
-    return type(tensor) in (torch.Tensor, nn.Parameter)
 
 
 class UNetState:

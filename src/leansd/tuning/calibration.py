@@ -82,6 +82,7 @@ def calibrate(
         return host.draw(calls, steps, seed=seed, steer=steer)
 
     finals, runs = draw()
+    finals.require_finite()
     course = host.respond(steps, len(runs[0]))
     error_gain = (
         _measure_error_gain(runs, draw)

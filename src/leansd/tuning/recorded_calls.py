@@ -51,7 +51,7 @@ def keep_calls(
     """Run a pipeline in full and keep its UNet calls at `moments` steps, evenly spread.
 
     Raises:
-        LeansdError: the pipeline follows a plan.
+        LeansdError: the pipeline follows a plan, or gives NaN or Inf.
     """
     if list_followers(pipe.unet):
         raise LeansdError(
@@ -79,7 +79,9 @@ def keep_calls(
         return output
 
     with ForwardHooks({"unet": pipe.unet}, around):
-        run_calls(pipe, calls, steps, seed=seed, batch=batch, settings=settings, on_step=on_step)
+        run_calls(
+            pipe, calls, steps, seed=seed, batch=batch, settings=settings, on_step=on_step
+        ).require_finite()
     if not kept:
         raise LeansdError(
             "no UNet call belonged to a step of the scheduler: cuts are measured on pipelines that "

@@ -10,10 +10,12 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from leansd.runtime.clock import SchedulerClock
 from leansd.runtime.hooks import patch_method
 
 
@@ -44,11 +46,14 @@ def tap(scheduler: Any, steer: Steer | None = None) -> Iterator[list[SchedulerRu
     The scheduler's own `step` is put back in the end; taps nest.
     """
     runs: list[SchedulerRun] = []
+    clock = SchedulerClock(SimpleNamespace(scheduler=scheduler))
 
     def around(
         _: str, own: Any, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        moment = float(timestep)
+        # By its place in the scheduler's tensor, which is read once a run: no wait for each step.
+        place = clock.locate(timestep)
+        moment = float(timestep) if place is None else place.schedule.moments[place.index]
         if not runs or moment >= runs[-1][-1].timestep:
             runs.append([])
         run = runs[-1]

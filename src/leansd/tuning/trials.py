@@ -19,6 +19,7 @@ from leansd.evaluation.records import Record, stamp
 from leansd.evaluation.runs import PipelineCall, RunOutputs
 from leansd.plans.plan import Plan
 from leansd.plans.row import OWN
+from leansd.text import encode_json
 from leansd.tuning.host import Host
 from leansd.tuning.scheduler_hook import Steer
 
@@ -47,9 +48,9 @@ class TrialRunner:
         return self.host.draw(self.calls, steps, plan, seed=self.seed, steer=steer)[0]
 
     def score(self, finals: RunOutputs) -> float:
-        """Mean over the calls, in dB."""
+        """Mean over the calls, in dB; a picture that is no numbers (NaN) is seen black."""
         assert self.goals is not None
-        return float(psnr(finals.pictures, self.goals.pictures).mean())
+        return float(psnr(finals.pictures.nan_to_num(), self.goals.pictures).mean())
 
 
 @dataclass
@@ -112,7 +113,7 @@ class Journal:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"case": self.case, **row}) + "\n")
+            file.write(encode_json({"case": self.case, **row}) + "\n")
 
     def _end_line(self) -> None:
         """What is written next must not stick to a line that a killed tuning has begun."""

@@ -332,7 +332,7 @@ class _Tuner:
             calibrations.append(found)
             progress.add(f"ran {count} steps in full", 1 if main else 1 + len(PROBES))
         fit = replace(fit, goals=calibrations[0].finals)
-        check = replace(check, goals=check.run(config.steps))
+        check = replace(check, goals=check.run(config.steps).require_finite())
         progress.add("ran the held-out calls in full")
         return cls(host, variants, cost, fit, check, calibrations, journal, progress)
 

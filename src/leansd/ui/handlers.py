@@ -305,7 +305,9 @@ class Handlers:
         if plan is None:
             raise LeansdError("there is no plan to save yet")
         wanted = (given[parts.save_name] or "").strip() or plan.name.removesuffix(EDITED)
+        before = self.studio.folders.list_plans()
         path = self.studio.folders.save_plan(plan, wanted)
+        replaced = ", in the place of the one before" if path.stem in before else ""
         settings, saved = self.read_settings(given), plan.rename(path.stem)
         return {
             parts.plan: saved,
@@ -313,7 +315,7 @@ class Handlers:
             parts.save_name: path.stem,
             parts.plan_name: gr.update(choices=self.studio.list_plans(), value=SAVED + path.stem),
             parts.download: gr.update(value=str(path), interactive=True),
-            parts.cell: fragments.show_note(f"saved as {path.name}"),
+            parts.cell: fragments.show_note(f"saved as {path.name}{replaced}"),
         }
 
     @explain

@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import isfinite
-
 from leansd.anatomy.counting import dissect
 from leansd.drawing import NOT_FINITE, default_size
 from leansd.errors import LeansdError
@@ -241,7 +239,6 @@ class Studio:
                 [Case(FULL, settings.steps), Case(LEAN, settings.steps, plan)],
                 [call] * rounds,  # the same one in every turn: as many pairs of times
                 seed=[settings.seed] * rounds,
-                references=(FULL, LEAN),
                 warm_up="none" if opened.is_warm else "short",
                 on_progress=on_progress,
             )
@@ -358,13 +355,12 @@ def read_numbers(comparison: Comparison) -> Numbers:
 
 def list_faults(comparison: Comparison) -> list[str]:
     """Which of the two runs gave no picture, and what to do; empty where both did."""
-    bad = [not isfinite(comparison.references[name].latents).all() for name in (FULL, LEAN)]
-    if bad[0]:
+    if FULL in comparison.faults:
         return [
             f"no picture: the latents {NOT_FINITE} (NaN or Inf), in the full run as well, so the "
             "model itself fails here: use whole weights, in float32"
         ]
-    if bad[1]:
+    if LEAN in comparison.faults:
         return [
             f"no picture with the plan: its latents {NOT_FINITE} (NaN or Inf), the full run is "
             "sound: choose a slower plan"

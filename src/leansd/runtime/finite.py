@@ -1,0 +1,38 @@
+"""Whether what a run gives are numbers, found out without a wait on the way."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+NOT_FINITE = "are not finite numbers"
+
+
+class FiniteWatch:
+    """Remembers which rows of some tensors are finite.
+
+    The answers stay on the device until the run is over: reading them would wait for every step.
+    """
+
+    def __init__(self) -> None:
+        self._sums: list[torch.Tensor] = []
+
+    def note(self, tensor: torch.Tensor) -> None:
+        """Look at a tensor [B, C, H, W]."""
+        # One kernel that sees every number: a sum is finite only where all of them are.
+        precise = torch.promote_types(tensor.dtype, torch.float32)
+        self._sums.append(tensor.detach().sum((1, 2, 3), dtype=precise))
+
+    def read(self) -> list[list[bool]]:
+        """Of every tensor, which of its rows are finite; waits for the device, once."""
+        if not self._sums:
+            return []
+        home = self._sums[0].device
+        flags = torch.isfinite(torch.cat([each.to(home) for each in self._sums])).tolist()
+        left = iter(flags)
+        return [[next(left) for _ in each] for each in self._sums]
+
+
+def is_real(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds numbers; those of a simulation do not."""
+    return type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_meta
