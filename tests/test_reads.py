@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from leansd.incubation.run import incubate
 
 import leansd
 from leansd.evaluation.inner_timing import time_run
 from leansd.evaluation.runs import run_calls
 from leansd.incubation.recipe import Recipe
+from leansd.incubation.training_run import incubate
 from leansd.plans import Plan
 from leansd.tuning.scheduler_hook import tap
 from loops import Reads
