@@ -1,6 +1,7 @@
 """Mixes fitted: a plan as a matrix is what a run does, and the fit brings it nearer."""
 
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,14 @@ from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, HeunDiscre
 
 import leansd
 from leansd.errors import LeansdError
+from leansd.evaluation.cost import CostModel
 from leansd.evaluation.runs import run_calls
 from leansd.plans.plan import Plan
-from leansd.tuning import mix_fitting
+from leansd.tuning import Front, mix_fitting, tuner
 from leansd.tuning.mix_fitting import FitState, MixConfig, MixFit
 from leansd.tuning.run_starts import record_starts
 from leansd.tuning.sampler_map import PlanMap, explain_unfit, read_sampler
-from test_tuning import SAMPLERS, make_scheduler
+from test_tuning import SAMPLERS, make_cost, make_scheduler
 from tiny import shallow_unet, tiny_pipeline, tiny_scheduler
 
 STEPS = 8
@@ -24,6 +26,13 @@ PROMPTS = ("a boat", "a tree", "a cat", "a house")
 PLAN = Plan.between([0, 1, 3, 6], cut="head", steps=STEPS, how="forecast2").correct(
     {3: (0.3, 0.1), 6: (-0.2, 0.2)}
 )
+
+
+@pytest.fixture(scope="module")
+def cost() -> CostModel:
+    """Made-up seconds: a loaded machine must not decide what can be reached."""
+    anatomy = leansd.dissect(make_pipe().unet)
+    return make_cost(anatomy)
 
 
 @cache
@@ -135,3 +144,62 @@ def test_a_full_run_that_is_no_number_is_told(monkeypatch: pytest.MonkeyPatch) -
         pipe.unet.conv_out.bias.fill_(np.nan)
     with pytest.raises(LeansdError, match="NaN"):
         record_starts(pipe, PROMPTS[:1], 2, seed=0, batch=1, settings={})
+
+
+# -- as part of tuning -----------------------------------------------------------------------------
+
+MANY = tuple(
+    f"a {thing}" for thing in ["boat", "tree", "cat", "house", "key", "cup", "moon", "road"]
+)
+
+
+def tune_with_mixes(cost: CostModel, **options: Any) -> Front:
+    arguments: dict[str, Any] = {
+        "steps": STEPS,
+        "settings": {"guidance_scale": 3.0},
+        "speeds": [2.0],
+        "tries": 0,
+        "grids": (1.0,),
+        "batch": 4,
+        "mixes": MANY * 3,
+    }
+    return leansd.tune(make_pipe(), MANY[:4], cost=cost, **(arguments | options))
+
+
+def test_tuning_fits_mixes_and_goes_on_where_it_was_stopped(
+    cost: CostModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What helps on calls that had no part in it is a point of its own; it says how long it is."""
+    quick = partial(MixConfig, iterations=10, rate=0.05, batch=4)
+    monkeypatch.setattr(tuner, "MixConfig", quick)
+    journal = tmp_path / "journal.jsonl"
+    told: list[str] = []
+
+    def stop(text: str, share: float) -> None:
+        told.append(text)
+        if ": 7 of 10" in text:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune_with_mixes(cost, tell=stop, journal=journal)
+    before = len(told)
+    front = tune_with_mixes(cost, tell=lambda text, share: told.append(text), journal=journal)
+    after = [text for text in told[before:] if "min left" in text]
+    assert after[0].startswith("mixes of tuned 2x: 6 of 10")
+    assert any("GiB" in text for text in told)
+    mixed = [point for point in (*front.points, *front.dominated) if point.plan.mixes]
+    helped = "mixes of tuned 2x help" in told
+    assert len(mixed) == helped
+    assert all(point.plan.tuned is not None for point in mixed)
+    again: list[str] = []
+    tune_with_mixes(cost, tell=lambda text, share: again.append(text), journal=journal)
+    assert not any("min left" in text for text in again)
+
+
+@pytest.mark.parametrize(
+    ("mixes", "why"),
+    [(5, "5 calls are too few"), (40, "repeat 3 prompts"), (MANY[:7] * 4, "repeat 7 prompts")],
+)
+def test_too_few_calls_are_told_before_anything_runs(cost: CostModel, mixes: Any, why: str) -> None:
+    with pytest.raises(LeansdError, match=why):
+        tune_with_mixes(cost, mixes=mixes)

@@ -78,7 +78,10 @@ def test_tune_tells_what_is_wrong_before_it_runs(fails, model, prompts, tmp_path
     few.write_text("a boat\na tree\n")
     shared = ["tune", model, "-o", tmp_path / "plan.json"]
     given = [*shared, "--prompts", prompts]
-    assert "give --prompts" in fails(*shared)
+    assert "2 prompts: give at least 8" in fails(
+        *shared, "--prompts", few, "--count", 4, "--calls", 30
+    )
+    assert "5 calls are too few to fit" in fails(*given, "--calls", 5)
     assert "2 calls are too few" in fails(*shared, "--prompts", few)
     assert "one goal" in fails(*given, "--speedup", 2, "--ms", 100)
     assert "positive" in fails(*given, "--ms", -1)

@@ -29,6 +29,7 @@ from leansd.evaluation.cost import CostModel
 from leansd.evaluation.fidelity import psnr
 from leansd.evaluation.runs import run_calls
 from leansd.loading import as_image_to_image
+from leansd.plans.anatomy import Anatomy
 from leansd.plans.methods import weigh
 from leansd.plans.plan import Plan, Tuned
 from leansd.plans.row import NO_CORRECTION, Correction
@@ -74,8 +75,11 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def cost(pipe) -> CostModel:
+    return make_cost(leansd.dissect(pipe.unet))
+
+
+def make_cost(anatomy: Anatomy) -> CostModel:
     """Made-up seconds: a loaded machine must not decide what can be reached."""
-    anatomy = leansd.dissect(pipe.unet)
     return CostModel(
         subject="tiny",
         pictures=1,

@@ -54,6 +54,29 @@ class Search:
         None, "Self-attentions that may go by GRI, as in dn0.*.attn; repeat it."
     )
     net: NetsOption = None
+    mixes: int = option(
+        0,
+        "Fit mixes of plans with few UNet calls on so many more full runs; 200 to 320 make good "
+        "ones, 0 fits none.",
+        "--calls",
+        min=0,
+    )
+
+    def list_mix_calls(self, calls: Calls, model: str) -> list[str]:
+        """The prompts that mixes are fitted on: the user's in turns, or such as are built in.
+
+        Raises:
+            LeansdError: there are too few.
+        """
+        from leansd.evaluation.prompt_sets import choose_prompts, read_generic, read_prompts
+        from leansd.loading import EMBEDDED
+        from leansd.tuning.mixed_plans import choose_mix_calls
+
+        given = None if calls.prompts is None else read_prompts(calls.prompts)
+        own = given or (None if model == EMBEDDED else read_generic())
+        prompts = choose_prompts(model, self.mixes, own)
+        choose_mix_calls(prompts, prompts)
+        return prompts
 
     def read(self, goal: Mapping[str, float]) -> tuple[dict[str, Any], dict[str, str]]:
         """Arguments of `leansd.tune`, checked, and the folders of nets by name."""
@@ -171,6 +194,7 @@ def tune_plans(
     """
     from leansd.cli.options import open_nets
     from leansd.cli.terminal import follow, note
+    from leansd.errors import LeansdError
     from leansd.runtime.samplers import name_sampler
     from leansd.tuning.tuner import tune
 
@@ -181,7 +205,10 @@ def tune_plans(
     check_convergence(opening.sampler)
     opening.check_model(model)
     prompts = _list_prompts(calls, model)
+    further = search.list_mix_calls(calls, model)
     pictures = start.open(steps)
+    if pictures and further:
+        raise LeansdError("--calls fits mixes of runs from noise; leave it out with --init")
 
     pipe = opening.open(model)
     pipe, asked, settings = start.place(pipe, prompts, pictures)
@@ -195,6 +222,7 @@ def tune_plans(
             steps=steps,
             **drawn,
             **sought,
+            mixes=further,
             nets=open_nets(pipe, folders),
             sampler=name_sampler(pipe),
             journal=journal,
@@ -244,13 +272,14 @@ def check_convergence(sampler: str | None) -> None:
 
 
 def _list_prompts(calls: Calls, model: str) -> list[str]:
-    """All of a file's prompts, or 24 of the embedded model's; enough to tune on some of them."""
+    """All of a file's prompts, or 24 that are built in; enough to tune on some of them."""
     from leansd.emoji.prompts import GRID_PROMPTS
+    from leansd.evaluation.prompt_sets import read_generic
     from leansd.loading import EMBEDDED
     from leansd.tuning.tuner import split_calls
 
     count = calls.count or (24 if calls.prompts is None else None)
-    own = GRID_PROMPTS if model == EMBEDDED else ()
+    own = GRID_PROMPTS if model == EMBEDDED else read_generic()
     prompts = replace(calls, count=count).list_prompts(model, own)
     split_calls(prompts, None)
     return prompts

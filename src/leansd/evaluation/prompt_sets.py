@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,12 @@ def find_guidance(pipe: Any, model: str) -> float:
         return GUIDANCE
     default = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
     return float(default)
+
+
+@cache
+def read_generic() -> tuple[str, ...]:
+    """A thousand prompts of everything under the sun, for tuning where a user has none."""
+    return tuple(read_prompts(Path(__file__).parent / "prompts.txt"))
 
 
 def choose_prompts(model: str, count: int, given: Sequence[str] | None = None) -> list[str]:

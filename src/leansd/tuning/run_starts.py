@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from leansd.core.mixing import Guided
 from leansd.errors import LeansdError
@@ -186,13 +187,15 @@ def keep_weights(unet: nn.Module) -> Iterator[None]:
 class _Counter:
     """Counts what autograd would keep, and keeps nothing."""
 
-    known: set[int] = field(default_factory=set[int])
+    known: dict[int, StorageWeakRef] = field(default_factory=dict[int, StorageWeakRef])
     bytes: int = 0
 
     def pack(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self.known:
-            self.known.add(storage._cdata)
+        before = self.known.get(storage._cdata)
+        # Where one is gone, for nobody keeps it here, another may have its place.
+        if before is None or before.expired():
+            self.known[storage._cdata] = StorageWeakRef(storage)
             self.bytes += storage.nbytes()
 
     def unpack(self, _: None) -> Tensor:
@@ -201,7 +204,8 @@ class _Counter:
 
 def count_saved(unet: nn.Module, call: Callable[[], Iterable[Tensor]]) -> int:
     """Bytes that the gradient of a call keeps besides the weights; the call itself keeps none."""
-    counter = _Counter({each.untyped_storage()._cdata for each in unet.parameters()})
+    weights = [each.untyped_storage() for each in unet.parameters()]
+    counter = _Counter({each._cdata: StorageWeakRef(each) for each in weights})
     with torch.enable_grad(), saved_tensors_hooks(counter.pack, counter.unpack):
         list(call())
     return counter.bytes

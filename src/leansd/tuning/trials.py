@@ -61,6 +61,8 @@ class Journal:
     case: str
     known: dict[str, Trial] = field(default_factory=dict[str, Trial])
     cost: CostModel | None = None
+    values: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    """Whatever else was noted, the latest of each."""
 
     @classmethod
     def open(cls, path: str | Path | None, facts: Mapping[str, Any]) -> Journal:
@@ -80,7 +82,9 @@ class Journal:
             row = json.loads(line)
             if row["case"] != self.case:
                 return
-            if "cost" in row:
+            if "value" in row:
+                self.values[row["key"]] = row["value"]
+            elif "cost" in row:
                 cost = CostModel.from_records(map(Record.model_validate, row["cost"]))
                 self._take_cost(cost, row.get("net", OWN))
             else:
@@ -94,6 +98,14 @@ class Journal:
         key = f"{plan.fingerprint} {stage}"
         self.known[key] = trial
         self._write({"key": key, "psnr": trial.psnr, "plan": trial.plan.to_dict()})
+
+    def find_value(self, key: str) -> dict[str, Any] | None:
+        return self.values.get(key)
+
+    def note_value(self, key: str, value: dict[str, Any]) -> None:
+        """Note plain values, in the place of those of the same key."""
+        self.values[key] = value
+        self._write({"key": key, "value": value})
 
     def note_cost(self, cost: CostModel, device: Any, net: str = OWN) -> None:
         """Note what a UNet costs: the pipeline's own first, then the others."""

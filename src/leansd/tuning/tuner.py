@@ -31,7 +31,10 @@ from leansd.tuning.error_model import ErrorModel
 from leansd.tuning.fitting import polish, try_plan
 from leansd.tuning.front import Front, Point
 from leansd.tuning.host import Host
+from leansd.tuning.mix_fitting import MixConfig
+from leansd.tuning.mixed_plans import FRESH, PlanMixer, choose_mix_calls
 from leansd.tuning.pipeline_host import PipelineHost, require_tunable
+from leansd.tuning.sampler_map import read_sampler
 from leansd.tuning.space import (
     FEWER,
     FINALISTS,
@@ -53,6 +56,8 @@ GRIDS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3)
 
 REGIMES = 3
 """About how many there are."""
+MIXING = 60
+"""About how many runs of the calls the mixes of a plan take."""
 POLISHING = 8
 """About how many runs it takes to fit all corrections of a plan together."""
 
@@ -68,6 +73,7 @@ class Progress:
     tries: int
     speeds: int
     grids: int
+    mixes: bool = False
     done: float = 0.0
 
     @property
@@ -78,9 +84,9 @@ class Progress:
     @property
     def _each(self) -> int:
         tried = self.grids + (REGIMES - 1) * FEWER + self.tries
-        return tried + FINALISTS * (POLISHING + 1) + 1
+        return tried + FINALISTS * (POLISHING + 1) + 1 + (MIXING if self.mixes else 0)
 
-    def add(self, text: str, runs: int = 1) -> None:
+    def add(self, text: str, runs: float = 1) -> None:
         self.done += runs
         self._say(text)
 
@@ -149,6 +155,7 @@ def tune(
     batch: int = 8,
     nets: Mapping[str, UNet2DConditionModel] = NO_NETS,
     attend: Sequence[str] = (),
+    mixes: int | Sequence[PipelineCall] = 0,
     cost: CostModel | None = None,
     sampler: str = "",
     journal: str | Path | None = None,
@@ -173,6 +180,9 @@ def tune(
         batch: pictures drawn at once.
         nets: UNets by name that plans may switch to.
         attend: self-attentions, addresses or globs, that plans may compute by GRI.
+        mixes: further calls, each with a fresh noise, on which mixes of plans with few UNet calls
+            are fitted (`leansd.tuning.mix_fitting`); a number takes the calls tuned on in turns.
+            200 to 320 make good ones; 0 fits none.
         cost: of `leansd.profile`, with `attend` and with the nets' own in `nets`; measured here by
             default.
         sampler: its name in the front; the scheduler's class by default.
@@ -183,16 +193,22 @@ def tune(
         LeansdError: there are too few calls, the sampler cannot be tuned for, or what is wanted
             cannot be reached by any plan.
     """
+    fitted, checked = split_calls(calls, held_out)
+    further = choose_mix_calls(mixes, fitted)
     config = TuneConfig(
         steps, dict(settings or {}), speeds, grids, speedup, ms, tries, seed, batch, nets, attend
     )
     host = PipelineHost(pipe, batch, config.settings, nets, sampler)
     require_tunable(pipe.scheduler, steps)
-    progress = Progress(tell, tries, config.wanted_speeds, len(grids))
-    fitted, checked = split_calls(calls, held_out)
+    progress = Progress(tell, tries, config.wanted_speeds, len(grids), bool(further))
     known = Journal.open(journal, _describe_case(host, config, fitted, checked))
+    mixer = None
+    if further:
+        read_sampler(pipe.scheduler, steps)
+        own = Journal.open(journal, {"case": known.case, "mixes": expand_calls(further)})
+        mixer = PlanMixer(host, further, seed + FRESH, steps, own, MixConfig(seed=seed))
     cost = _measure_costs(pipe, config, fitted, cost or known.cost, known, progress)
-    return tune_host(host, config, fitted, checked, cost, known, progress)
+    return tune_host(host, config, fitted, checked, cost, known, progress, mixer)
 
 
 def tune_host(
@@ -203,14 +219,16 @@ def tune_host(
     cost: CostModel,
     journal: Journal,
     progress: Progress,
+    mixer: PlanMixer | None = None,
 ) -> Front:
     """Find plans for whatever draws; what a call costs there is known.
 
     Args:
         fitted: the calls that plans are tuned on.
         checked: those that decide.
+        mixer: fits mixes to plans with few calls.
     """
-    tuner = _Tuner.prepare(host, config, fitted, checked, cost, journal, progress)
+    tuner = _Tuner.prepare(host, config, fitted, checked, cost, journal, progress, mixer)
     points: list[Point] = []
     every = sorted({*config.speeds, *tuner.list_goals(config.speedup, config.ms)})
     for place, candidates in enumerate(tuner.propose(every)):
@@ -309,6 +327,7 @@ class _Tuner:
     """The full run of every step count, that of all steps first."""
     journal: Journal
     progress: Progress
+    mixer: PlanMixer | None = None
 
     @classmethod
     def prepare(
@@ -320,6 +339,7 @@ class _Tuner:
         cost: CostModel,
         journal: Journal,
         progress: Progress,
+        mixer: PlanMixer | None,
     ) -> _Tuner:
         """Calibrate on the full run of every step count."""
         variants = list_variants(cost, host.anatomy, host.nets, config.attend)
@@ -334,7 +354,7 @@ class _Tuner:
         fit = replace(fit, goals=calibrations[0].finals)
         check = replace(check, goals=check.run(config.steps).require_finite())
         progress.add("ran the held-out calls in full")
-        return cls(host, variants, cost, fit, check, calibrations, journal, progress)
+        return cls(host, variants, cost, fit, check, calibrations, journal, progress, mixer)
 
     def propose(self, speeds: Sequence[float]) -> list[list[Candidate]]:
         """What to try for each speed."""
@@ -396,8 +416,17 @@ class _Tuner:
             point = self._check(plan)
             finals.append((self._average(trial.psnr, point.psnr), point))
         if finals:
-            points.append(max(finals, key=lambda each: each[0])[1])
+            best = max(finals, key=lambda each: each[0])[1]
+            points += [best, *self._mix(best.plan)]
         return points
+
+    def _mix(self, plan: Plan) -> list[Point]:
+        """The plan with mixes, where they were asked for and help."""
+        if self.mixer is None:
+            return []
+        share = MIXING / (self.mixer.config.iterations + 3)
+        mixed = self.mixer.improve(plan, lambda text: self.progress.add(text, share))
+        return [] if mixed is None else [self._check(mixed)]
 
     def _average(self, fitted: float, checked: float) -> float:
         """Over all calls: the held-out ones alone are too few to tell near plans apart."""

@@ -1,0 +1,148 @@
+"""Few UNet calls held to the full run: tuned plans, and the same with their mixes fitted.
+
+    python benchmarks/few_calls.py [--plans turbo,fast] [--calls 96] [--iterations 50]
+
+Mixes are fitted on two thirds of the calls, prompts in turns with a noise each, and all is measured
+on the last third, against the full run: the mean of the pictures' PSNR and the PSNR of their mean
+error. Beside them, as many steps of the sampler and of UniPC. Records go to
+`benchmarks/results/few-calls.jsonl`; a stopped fit goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from leansd.anatomy.reading import read_anatomy
+from leansd.cli.terminal import hush_libraries
+from leansd.evaluation.fidelity import psnr
+from leansd.evaluation.prompt_sets import GUIDANCE, THINGS
+from leansd.evaluation.records import Record, get_field, put_records, stamp
+from leansd.evaluation.runs import run_calls
+from leansd.loading import load
+from leansd.plans.plan import Plan
+from leansd.plans.presets import preset
+from leansd.runtime.samplers import make_scheduler
+from leansd.tuning.mix_fitting import FitState, MixConfig, MixFit
+from leansd.tuning.run_starts import RunStart, record_starts
+from leansd.tuning.sampler_map import PlanMap, read_sampler
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "few-calls.jsonl"
+RUNS = ROOT / "runs" / "few-calls"
+SEED = 7_000_000
+RIVAL = "unipc"
+
+
+def average(pictures: torch.Tensor, goals: torch.Tensor) -> dict[str, float]:
+    """Both means, in dB."""
+    each = psnr(pictures, goals).double()
+    return {
+        "psnr": float(each.mean()),
+        "psnr_of_mean_error": float(-10 * (10 ** (-each / 10)).mean().log10()),
+    }
+
+
+def fit(pipe: Any, plan: Plan, starts: Sequence[RunStart], config: MixConfig) -> tuple[Plan, float]:
+    """The plan with its mixes, and the seconds that it took."""
+    sampler = read_sampler(pipe.scheduler, plan.steps)
+    fitting = MixFit(
+        pipe.unet, PlanMap.of(plan, sampler, read_anatomy(pipe.unet)), starts, config=config
+    )
+    case = f"{plan.fingerprint}-{len(starts)}-{config.iterations}-{config.floor:g}"
+    path, state = RUNS / f"{case}.json", None
+    if path.exists():
+        state = FitState.decode(json.loads(path.read_text()))
+        fitting.measure_spans()
+    fitting.spending = fitting.plan_memory()
+    print(f"{plan.name}: {fitting.spending}", flush=True)
+
+    def watch(state: FitState, error: float) -> None:
+        path.write_text(json.dumps(state.encode()))
+        if state.iteration % 5 == 0:
+            print(
+                f"{plan.name}: {state.iteration} of {config.iterations}, {error:.2f} dB", flush=True
+            )
+
+    started = time.perf_counter()
+    mixed = fitting.run(state, watch)
+    return mixed, time.perf_counter() - started
+
+
+def main(
+    plans: Annotated[str, typer.Option(help="Presets to start from.")] = "turbo,fast",
+    sampler: str = "dpm++2m",
+    steps: int = 30,
+    calls: Annotated[int, typer.Option(min=12)] = 96,
+    iterations: int = 50,
+    floor: Annotated[float, typer.Option(help="Added to errors before the logarithm.")] = 0.0,
+) -> None:
+    hush_libraries()
+    RUNS.mkdir(parents=True, exist_ok=True)
+    pipe: Any = load("emoji")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = make_scheduler(pipe, sampler)
+    settings = {"guidance_scale": GUIDANCE}
+    asked = [THINGS[place % len(THINGS)] for place in range(calls)]
+    count = calls * 2 // 3
+    kept = RUNS / f"starts-{sampler}-{steps}-{calls}.pt"
+    if kept.exists():
+        raw, goals = torch.load(kept, weights_only=True)
+        starts = [RunStart(**each) for each in raw]
+    else:
+        starts, pictures = record_starts(pipe, asked, steps, seed=SEED, batch=8, settings=settings)
+        goals = pictures[count:]
+        torch.save(([vars(each) for each in starts[:count]], goals), kept)
+    held = asked[count:]
+    shared: dict[str, Any] = {
+        **stamp(pipe.device),
+        "subject": "emoji", "unit": "dB", "seed": SEED, "steps": steps, "sampler": sampler,
+        "guidance": GUIDANCE, "calls": calls, "held_out": len(held),
+    }  # fmt: skip
+
+    def measure(name: str, plan: Plan | None, run: int, own: Any = None, **facts: Any) -> None:
+        drawn = run_calls(
+            pipe, held, run, plan, seed=SEED + count, batch=8, scheduler=own, settings=settings
+        ).pictures
+        found = average(drawn, goals)
+        print(name, found, flush=True)
+        records = [
+            Record(
+                **shared, plan=name, fingerprint="" if plan is None else plan.fingerprint,
+                metric=metric, value=value, **facts,
+            )
+            for metric, value in found.items()
+        ]  # fmt: skip
+        put_records(
+            RESULTS,
+            records,
+            lambda each: (
+                each.plan, each.metric,
+                *(get_field(each, name) for name in ("sampler", "steps", "calls", "unet_calls")),
+            ),
+        )  # fmt: skip
+
+    for name in plans.split(","):
+        plan = preset(name, steps, sampler=sampler)
+        keys = len(plan.keys)
+        measure(f"{keys} steps", None, keys, unet_calls=keys)
+        measure(
+            f"{keys} steps of {RIVAL}", None, keys, make_scheduler(pipe, RIVAL), unet_calls=keys
+        )
+        measure(name, plan, steps, unet_calls=keys)
+        config = MixConfig(iterations=iterations, floor=floor)
+        mixed, seconds = fit(pipe, plan, starts[:count], config)
+        mixed.save(RUNS / f"{name}-{floor:g}.json")
+        label = f"{name}, mixed" + (f", floor {floor:g}" if floor else "")
+        facts = {"unet_calls": keys, "iterations": iterations, "seconds": round(seconds, 1)}
+        measure(label, mixed, steps, **facts)
+
+
+if __name__ == "__main__":
+    typer.run(main)
