@@ -10,6 +10,7 @@ import argparse
 import importlib
 import itertools
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -217,6 +218,33 @@ def check_interruption(here: Checkout) -> str:
     return "nothing is left"
 
 
+def check_tuning(here: Checkout) -> str:
+    """Lean Tune finds a plan that is nearer than the preset of as many calls, and auto finds it."""
+    nodes, request, told = here.nodes, here.ask("dpmpp_2m"), []
+    with tempfile.TemporaryDirectory() as folder:
+        library = nodes.PlanLibrary(Path(folder))
+        original, nodes.open_library = nodes.open_library, lambda: library
+        try:
+            plan, picture, text = nodes.LeanTune.execute(
+                here.model, here.positive, here.negative, request.sampler, request.sigmas,
+                request.latent, request.cfg, 2.0, 0.0, 6, 0, 2, here.vae,
+            ).args  # fmt: skip
+            assert picture.ndim == 4, picture.shape
+            model = nodes.LeanPlan.execute(here.model, "auto", "stretch").args[0]
+        finally:
+            nodes.open_library = original
+        full, _ = here.draw(request, seed=77)
+        tuned = here.sampling.draw(model, request, 77)
+        report = nodes.find_report(model)
+        assert not report.notes, report.notes
+        few = here.sampling.draw(
+            here.model, request, 77, here.sampling.thin_out(request.sigmas, report.computed)
+        )
+        for name, each in (("tuned", tuned), (f"{report.computed} steps", few)):
+            told.append(f"{name} {here.measure(each, full):.1f} dB")
+    return f"{plan.name}, {report.computed} of {report.calls} calls: {', '.join(told)}\n{text}"
+
+
 def check_nodes(here: Checkout) -> str:
     """The nodes, as ComfyUI executes them."""
     nodes = here.nodes
@@ -248,6 +276,7 @@ CHECKS: tuple[Check, ...] = (
     check_conditionings,
     check_interruption,
     check_nodes,
+    check_tuning,
     check_schedulers,
     check_samplers,
 )

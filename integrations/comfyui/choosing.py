@@ -90,24 +90,33 @@ class Chosen:
 def describe_run(guider: Any, sampler: Any, sigmas: Sequence[float]) -> RunDescription:
     """What a guider and a sampler of ComfyUI say of a run with these sigmas."""
     noise = guider.model_patcher.get_model_object("model_sampling")
-    function = getattr(sampler, "sampler_function", None)
-    name = getattr(function, "__name__", type(sampler).__name__)
-    sampled = _bind_sampler(guider, sampler, noise)
+    sampled = bind_sampler(guider.model_patcher, sampler)
     calls: tuple[float, ...] = ()
     if sampled is not None and len(sigmas) > 1:
         try:
             calls = probe_calls(sampled, sigmas)
         except Exception:  # a sampler that a stand-in does not suit: it runs in full
             calls = ()
-    kinds = [kind.__name__ for kind in type(noise).__mro__]
     return RunDescription(
-        name.removeprefix("sample_").removesuffix("_function"),
+        name_sampler(sampler),
         float(getattr(guider, "cfg", 1.0)),
         tuple(sigmas),
         calls,
-        "flow" if FLOW in kinds else "noise",
+        find_prediction(noise),
         tuple(_find_place(noise, sigma) for sigma in sigmas),
     )
+
+
+def name_sampler(sampler: Any) -> str:
+    """A sampler's name in ComfyUI's menus."""
+    function = getattr(sampler, "sampler_function", None)
+    name = getattr(function, "__name__", type(sampler).__name__)
+    return name.removeprefix("sample_").removesuffix("_function")
+
+
+def find_prediction(noise: Any) -> Prediction:
+    """What sigma means to a model: of its `model_sampling`."""
+    return "flow" if FLOW in [kind.__name__ for kind in type(noise).__mro__] else "noise"
 
 
 def choose_plan(choice: PlanChoice, run: RunDescription) -> Chosen:
@@ -147,9 +156,9 @@ def _find_tuned(choice: PlanChoice, run: RunDescription) -> tuple[str | Plan, tu
 
 def _name_sampler(source: Plan | Preset, sampler: str) -> tuple[str, tuple[str, ...]]:
     """The sampler as plans name it; for a preset, one that it was tuned for."""
-    own = NAMES.get(sampler, sampler)
     if not isinstance(source, Preset) or not source.by_sampler:
-        return own, ()
+        return sampler, ()
+    own = NAMES.get(sampler, sampler)
     tuned = list_tuned_samplers(source.name)
     if own in tuned:
         return own, ()
@@ -177,14 +186,26 @@ def _find_place(noise: Any, sigma: float) -> float:
 class _StandIn:
     """What a sampler takes for the guided model, as far as it looks at more than its answers."""
 
-    def __init__(self, denoise: Any, guider: Any, noise: Any) -> None:
+    def __init__(self, denoise: Any, patcher: Any) -> None:
         self._denoise = denoise
-        self.inner_model = _Holder(
-            inner_model=_Holder(model_sampling=noise), model_patcher=guider.model_patcher
-        )
+        noise = patcher.get_model_object("model_sampling")
+        inner = _Holder(model_sampling=noise)
+        self.inner_model = _Holder(inner_model=inner, model_patcher=patcher)
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **options: Any) -> torch.Tensor:
-        return self._denoise(x, sigma)
+        given = options.get("model_options") or {}
+        asked = given.get("sampler_post_cfg_function", ())
+        denoised = self._denoise(x, sigma, asked=asked)
+        for told in asked:
+            # Samplers that want the unconditional part beside the guided one ask for it so.
+            denoised = told(
+                {
+                    "denoised": denoised, "cond_denoised": denoised, "uncond_denoised": denoised,
+                    "input": x, "sigma": sigma, "cond_scale": 1.0, "model_options": given,
+                    "cond": None, "uncond": None, "model": None,
+                }
+            )  # fmt: skip
+        return denoised
 
 
 class _Holder:
@@ -192,8 +213,12 @@ class _Holder:
         vars(self).update(values)
 
 
-def _bind_sampler(guider: Any, sampler: Any, noise: Any) -> Sample | None:
-    """A sampler object of ComfyUI as a function of denoiser, noise and sigmas."""
+def bind_sampler(patcher: Any, sampler: Any) -> Sample | None:
+    """A sampler object of ComfyUI as a function of denoiser, noise and sigmas.
+
+    Args:
+        patcher: the model that it will be for; samplers ask it what kind of noise it has.
+    """
     function = getattr(sampler, "sampler_function", None)
     if function is None:
         return None
@@ -202,7 +227,7 @@ def _bind_sampler(guider: Any, sampler: Any, noise: Any) -> Sample | None:
     def sample(denoise: Any, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
         given: dict[str, Any] = {"model_options": {"transformer_options": {}}, "seed": 0}
         return function(
-            _StandIn(denoise, guider, noise), x, sigmas,
+            _StandIn(denoise, patcher), x, sigmas,
             extra_args=given, callback=None, disable=True, **options,
         )  # fmt: skip
 

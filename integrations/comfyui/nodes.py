@@ -14,10 +14,21 @@ from leansd.errors import LeansdError
 from leansd.plans.plan import Plan
 from leansd.plans.presets import SPEED_PRESETS
 
-from .choosing import Mismatch, PlanChoice
-from .library import AUTO, PlanLibrary, list_choices
+from .choosing import Mismatch, PlanChoice, name_sampler
+from .hosting import SamplerHost, TuneWish, show_latents, tune_sampler
+from .library import AUTO, TUNED, PlanLibrary, Purpose, list_choices
 from .playing import KEY, PlanOnModel, RunReport
-from .sampling import Request, draw, measure_psnr, measure_ssim, thin_out
+from .sampling import (
+    Request,
+    draw,
+    draw_front,
+    measure_psnr,
+    measure_ssim,
+    open_progress,
+    show_pictures,
+    take_one,
+    thin_out,
+)
 
 CATEGORY = "model_patches/lean"
 PlanType = io.Custom("LEAN_PLAN")
@@ -217,6 +228,69 @@ class LeanCompare(io.ComfyNode):
         return io.NodeOutput(torch.cat([full, lean, few]), beside, text, ui={"text": (text,)})
 
 
+class LeanTune(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LeanTune",
+            display_name="Lean Tune",
+            category=CATEGORY,
+            description="Finds a plan for this model, sampler, sigmas and cfg, by running it: full "
+            "runs first, then plans fitted to them. It takes as long as 30 to 80 pictures, can be "
+            "stopped and goes on where it was. Lean Plan set to auto finds the plan again.",
+            is_output_node=True,
+            inputs=[
+                *list_sampling_inputs(),
+                io.Float.Input(
+                    "speed", default=2.0, min=1.1, max=6.0, step=0.1,
+                    tooltip="How many times faster sampling is to be.",
+                ),
+                io.Float.Input(
+                    "least_db", default=0.0, min=0.0, max=80.0, step=0.5,
+                    tooltip="Above 0: the fastest plan that stays as near to the full run, in dB.",
+                ),
+                io.Int.Input(
+                    "seeds", default=6, min=4, max=64,
+                    tooltip="Runs that plans are fitted to, two thirds, and judged on, one third.",
+                ),
+                io.Int.Input("seed", default=0, min=0, max=2**31, tooltip="The first of them."),
+                io.Int.Input(
+                    "tries", default=4, min=0, max=32,
+                    tooltip="Other places of computed steps to try; more is slower and better.",
+                ),
+                io.Vae.Input("vae", optional=True, tooltip="With it dB are of pictures."),
+            ],
+            outputs=[
+                PlanType.Output(display_name="plan"),
+                io.Image.Output(display_name="front"),
+                io.String.Output(display_name="report"),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model: Any, positive: Any, negative: Any, sampler: Any, sigmas: torch.Tensor,
+        latent_image: Any, cfg: float, speed: float, least_db: float, seeds: int, seed: int,
+        tries: int, vae: Any = None,
+    ) -> io.NodeOutput:  # fmt: skip
+        library, digest = open_library(), fingerprint_module(model.model.diffusion_model)
+        request = Request(positive, negative, sampler, sigmas, cfg, take_one(latent_image))
+        host = SamplerHost(
+            model, sampler, sigmas, cfg,
+            lambda tapped, own, laid_out: draw(tapped, request, own, laid_out),
+            digest=digest, thin_out=thin_out,
+            decode=show_latents if vae is None else lambda each: show_pictures(vae, each),
+        )  # fmt: skip
+        name = name_sampler(sampler)
+        purpose = Purpose(digest, name, tuple(float(each) for each in sigmas.tolist()), cfg)
+        journal = (library.folder / TUNED / purpose.file_name).with_suffix(".jsonl")
+        wish = TuneWish(speed, least_db, seeds, tries, seed)
+        plan, front = tune_sampler(host, wish, journal, open_progress())
+        path = library.save_tuned(purpose, plan)
+        text = f"{front.tabulate()}\nsaved for auto: {path.name}\n{plan}"
+        return io.NodeOutput(plan, draw_front(front), text, ui=ui.PreviewText(text))
+
+
 class LeanEmbeddedModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -241,5 +315,6 @@ class LeanEmbeddedModel(io.ComfyNode):
 class LeanExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
-            LeanPlan, LoadLeanPlan, SaveLeanPlan, LeanReport, LeanCompare, LeanEmbeddedModel,
+            LeanPlan, LeanTune, LoadLeanPlan, SaveLeanPlan, LeanReport, LeanCompare,
+            LeanEmbeddedModel,
         ]  # fmt: skip

@@ -107,11 +107,15 @@ class Run:
             return predict()
         except BaseException:
             # Half of it may be known: whatever comes next starts over.
-            if self.player is not None:
-                self.player.clear()
+            self.start_over()
             raise
         finally:
             self._times.append(stop())
+
+    def start_over(self) -> None:
+        """Forget what was kept: the next call is computed."""
+        if self.player is not None:
+            self.player.clear()
 
     def run_model(self, x: Any, options: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
         """The model's output [conds * B, C, ...] for one batch of conditionings."""
@@ -214,7 +218,7 @@ def wrap_conditionings(
         try:
             return executor(model, bare, x, timestep, model_options)
         except ControlMissing:
-            run.player.clear()
+            run.start_over()
         finally:
             run.spares_control = False
     return executor(model, conds, x, timestep, model_options)

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.model_management
 import comfy.sample
 import comfy.utils
 import latent_preview
+import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from leansd.tuning.front import Front
+
+LOG = logging.getLogger("leansd")
 
 
 @dataclass(frozen=True)
@@ -62,3 +72,39 @@ def measure_ssim(one: torch.Tensor, other: torch.Tensor) -> float:
 
     given = (one.movedim(-1, 1).float(), other.movedim(-1, 1).float())
     return float(structural_similarity_index_measure(*given, data_range=1.0))
+
+
+def take_one(latent: dict[str, Any]) -> dict[str, Any]:
+    """A latent node's first picture alone."""
+    kept = {"samples": latent["samples"][:1]}
+    return kept | ({"noise_mask": latent["noise_mask"][:1]} if "noise_mask" in latent else {})
+
+
+def show_pictures(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Pictures [B, 3, H, W] from 0 to 1 of latents [B, C, h, w]."""
+    return vae.decode(latents)[..., :3].movedim(-1, 1)
+
+
+def open_progress() -> Callable[[str, float], None]:
+    """Tells ComfyUI's progress bar, and stops where its user has pressed stop."""
+    bar = comfy.utils.ProgressBar(1000)
+
+    def tell(text: str, share: float) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(round(share * 1000))
+        LOG.info("Lean Tune: %s", text)
+
+    return tell
+
+
+def draw_front(front: Front) -> torch.Tensor:
+    """Speed-up against dB as a picture [1, H, W, 3]: tuned plans, and plain runs of fewer steps."""
+    figure = Figure(figsize=(6, 4), dpi=120)
+    canvas, axes = FigureCanvasAgg(figure), figure.subplots()
+    for name, mark, plain in (("tuned plans", "o", False), ("fewer steps", "x", True)):
+        points = [each for each in (*front.points, *front.dominated) if each.is_plain == plain]
+        axes.plot([p.speedup for p in points], [p.psnr for p in points], mark, label=name)
+    axes.set(xlabel="speed-up of sampling", ylabel="dB to the full run")
+    axes.legend()
+    canvas.draw()
+    return torch.tensor(np.asarray(canvas.buffer_rgba())[None, ..., :3] / 255).float()

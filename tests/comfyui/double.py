@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-OUTER, PREDICT, CONDS, MODEL = "outer_sample", "predict_noise", "calc_cond_batch", "diffusion_model"
+OUTER, RUN, PREDICT = "outer_sample", "sampler_sample", "predict_noise"
+CONDS, MODEL = "calc_cond_batch", "diffusion_model"
 
 
 class Executor:
@@ -145,6 +146,15 @@ class Sampler:
     sampler_function: Any
     extra_options: dict[str, Any] = field(default_factory=dict[str, Any])
 
+    def sample(
+        self, model: Any, sigmas: torch.Tensor, extra_args: Any, callback: Any, noise: torch.Tensor,
+        latent: torch.Tensor, mask: Any, disable: bool,
+    ) -> torch.Tensor:  # fmt: skip
+        return self.sampler_function(
+            model, latent + noise * sigmas[0], sigmas, extra_args=extra_args, callback=callback,
+            disable=disable, **self.extra_options,
+        )  # fmt: skip
+
 
 @dataclass
 class Guider:
@@ -179,11 +189,8 @@ class Guider:
         disable: bool, seed: int,
     ) -> torch.Tensor:  # fmt: skip
         options = {"model_options": _copy(self.model_options), "seed": seed}
-        x = latent + noise * sigmas[0]
-        return sampler.sampler_function(
-            self, x, sigmas, extra_args=options, callback=callback, disable=disable,
-            **sampler.extra_options,
-        )  # fmt: skip
+        run = Executor(sampler.sample, sampler, self.model_patcher.list_wrappers(RUN))
+        return run(self, sigmas, options, callback, noise, latent, mask, disable)
 
     @property
     def inner_model(self) -> Any:
@@ -201,7 +208,10 @@ class Guider:
         self.calls += 1
         conds = [self.conds["positive"], self.conds["negative"] if self.cfg != 1 else None]
         cond, rest = self.calculate(conds, x, sigma, model_options)
-        return rest + (cond - rest) * self.cfg
+        denoised = rest + (cond - rest) * self.cfg
+        for told in model_options.get("sampler_post_cfg_function", ()):
+            denoised = told({"denoised": denoised, "uncond_denoised": rest})
+        return denoised
 
     def calculate(self, conds: Any, x: Any, sigma: Any, model_options: Any) -> list[torch.Tensor]:
         run = Executor(self._calculate, None, self.model_patcher.list_wrappers(CONDS))
@@ -350,3 +360,41 @@ def sample_stubborn(model: Any, x: torch.Tensor, sigmas: torch.Tensor, **options
     """Looks at more of the model than a stand-in has."""
     model.inner_model.inner_model.diffusion_model  # noqa: B018
     return sample_euler(model, x, sigmas, **options)
+
+
+def sample_ancestral(
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: Any = None, callback: Any = None,
+    disable: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """Noise of its own, from the run's seed."""
+    generator, ones = torch.Generator().manual_seed(extra_args["seed"]), x.new_ones(len(x))
+    for now, then in itertools.pairwise(sigmas):
+        down = then * 0.8
+        x = x + (x - model(x, now * ones, **extra_args)) / now * (down - now)
+        x = x + torch.randn(x.shape, generator=generator).to(x) * (then**2 - down**2).sqrt()
+    return x
+
+
+def sample_pp(
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: Any = None, callback: Any = None,
+    disable: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """Asks for the unconditional part beside the guided one, and steps along that."""
+    kept: list[torch.Tensor] = []
+
+    def keep(told: Any) -> torch.Tensor:
+        kept[:] = [told["uncond_denoised"]]
+        return told["denoised"]
+
+    options = {**extra_args["model_options"], "sampler_post_cfg_function": [keep]}
+    extra_args, ones = {**extra_args, "model_options": options}, x.new_ones(len(x))
+    for now, then in itertools.pairwise(sigmas):
+        denoised = model(x, now * ones, **extra_args)
+        x = denoised + (x - kept[0]) / now * then
+    return x
+
+
+def sample_crooked(model: Any, x: torch.Tensor, sigmas: torch.Tensor, **options: Any) -> Any:
+    """Not linear in what the model gives."""
+    x = sample_euler(model, x, sigmas, **options)
+    return x + 0.1 * x**2

@@ -24,8 +24,10 @@ from comfyui.double import (
     lay_out,
     run_all,
     sample_adaptive,
+    sample_ancestral,
     sample_euler,
     sample_heun,
+    sample_pp,
     sample_stubborn,
     sample_thirds,
 )
@@ -86,7 +88,7 @@ def test_a_plan_spares_the_model_and_stays_near() -> None:
 
 @pytest.mark.parametrize(
     ("sampler", "keys"),
-    [(sample_heun, 2 * 7 - 1), (sample_thirds, 3 * 7 - 2)],
+    [(sample_heun, 2 * 7 - 1), (sample_thirds, 3 * 7 - 2), (sample_pp, 7), (sample_ancestral, 7)],
 )
 def test_samplers_of_several_calls_go_by_the_ordinal(sampler: Any, keys: int) -> None:
     patcher = Patcher()

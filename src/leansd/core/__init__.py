@@ -9,7 +9,7 @@ The runtime for diffusers makes inherited and corrected outputs by the same func
 """
 
 from leansd.core.player import Player, PlayerStats, explain_unplayable
-from leansd.core.sampling import Sample, place_calls, probe_calls
+from leansd.core.sampling import Sample, measure_response, place_calls, probe_calls
 from leansd.core.schedule import CallSchedule, Prediction, lay_out_calls, list_log_snr
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "explain_unplayable",
     "lay_out_calls",
     "list_log_snr",
+    "measure_response",
     "place_calls",
     "probe_calls",
 ]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from leansd.core.schedule import CallSchedule, Prediction, lay_out_calls
+from leansd.errors import LeansdError
 
 Denoise = Callable[..., torch.Tensor]
 """`denoise(latents, sigma, ...)`, as samplers of k-diffusion call it."""
@@ -75,3 +76,45 @@ def place_calls(
             placed = [first + row for row in rows]
             return lay_out_calls(calls, prediction, rows=placed, steps=total)
     return None
+
+
+def measure_response(sample: Sample, sigmas: Sequence[float]) -> torch.Tensor:
+    """[n + 1, n]: how much of the output of call j is in the latents before call k, and at the end.
+
+    Outputs e are as models of noise or of flow give them: the sampler is told x - sigma * e. It
+    runs on one number, once for each call, with the same noise of its own every time.
+
+    Raises:
+        LeansdError: the sampler is not linear in the outputs, or draws other noise every time.
+    """
+    calls = len(probe_calls(sample, sigmas))
+    nothing = torch.zeros(calls, dtype=torch.float64)
+    rest = _record_latents(sample, sigmas, nothing)
+    columns = [_record_latents(sample, sigmas, each) - rest for each in torch.eye(calls).double()]
+    if not calls or any(len(column) != calls + 1 for column in columns):
+        raise LeansdError("how often the sampler calls its model depends on what it gives")
+    response = torch.stack(columns, dim=1)
+    outputs = torch.cos(torch.arange(calls).double() * 2.3)
+    missed = (_record_latents(sample, sigmas, outputs) - rest - response @ outputs).abs().max()
+    if not missed <= 1e-4 * response.abs().max():
+        raise LeansdError(
+            "the sampler is not linear in the model's outputs, or its noise is another every time, "
+            "so what forecasts do to its pictures cannot be told beforehand"
+        )
+    return response
+
+
+def _record_latents(sample: Sample, sigmas: Sequence[float], outputs: torch.Tensor) -> torch.Tensor:
+    """[n + 1]: the latents before every call and at the end, from 0 on, for given outputs."""
+    seen: list[torch.Tensor] = []
+
+    def denoise(latents: torch.Tensor, sigma: torch.Tensor, **_: object) -> torch.Tensor:
+        output = outputs[min(len(seen), len(outputs) - 1)]
+        seen.append(latents.reshape(-1)[0].clone())
+        return latents - sigma.reshape(-1)[0] * output
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        start = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+        last = sample(denoise, start, torch.tensor(list(sigmas), dtype=torch.float64))
+    return torch.stack([*seen, last.reshape(-1)[0]]).double()
