@@ -94,7 +94,7 @@ class Made:
     def __init__(self, name: str, count: int) -> None:
         self.name, self.count, self.identity, self.reads = name, count, digest({"n": count}), 0
 
-    def read(self) -> Iterator[Sample[int] | Flaw]:
+    def read(self) -> Iterator[Sample | Flaw]:
         self.reads += 1
         for row in range(self.count):
             yield Sample(f"{self.name}-{row}", (f"{self.name} {row}", f"{row}"), row)
@@ -108,7 +108,7 @@ class Making:
     def describe(self) -> dict[str, Any]:
         return {}
 
-    def encode(self, samples: list[Sample[int]]) -> list[Latents | Flaw]:
+    def encode(self, samples: list[Sample]) -> list[Latents | Flaw]:
         made: list[Latents | Flaw] = []
         for sample in samples:
             mean = torch.full((1, 4, 2, 2), 1.0 + sample.content)
@@ -390,7 +390,7 @@ def test_rows_whose_names_have_dots_are_samples_of_their_own(tmp_path: Path) -> 
 
 def test_a_range_names_shards_as_webdataset_does(tmp_path: Path) -> None:
     data = write_shards(tmp_path, shards=3, samples=1)
-    names = [each.place for each in list_tars(data / "{00000..00001}.tar")]
+    names = [each.facts["tar"] for each in list_tars(data / "{00000..00001}.tar")]
     assert names == ["00000.tar", "00001.tar"]
     with pytest.raises(LeansdError, match=r"no tar shard .*00003\.tar"):
         list_tars(data / "{00000..00003}.tar")
@@ -495,7 +495,7 @@ def test_transparency_is_white() -> None:
     assert read[0].eq(255).all()
 
 
-def prepare(pipe: Any, folder: Path, **settings: Any) -> Dataset[Any]:
+def prepare(pipe: Any, folder: Path, **settings: Any) -> Dataset:
     settings = {"resolution": SIDE, "batch": 2, **settings}
     options = read_options(DataConfig(**settings))
     assert isinstance(options, CachedData)

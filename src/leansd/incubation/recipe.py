@@ -51,11 +51,6 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _read_surgery(value: Any) -> Any:
-    """A surgery by its preset's name or file, or written out."""
-    return find_surgery(value) if isinstance(value, str) else value
-
-
 Addresses = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 
 
@@ -75,8 +70,11 @@ class Stage(_Frozen):
     """One distillation."""
 
     name: str = Field(pattern=r"^[\w-]+$")
-    surgery: Annotated[Surgery, BeforeValidator(_read_surgery)] = Surgery("same")
-    """What makes the student; without edits it is a copy of the net operated on."""
+    surgery: Annotated[
+        Surgery, BeforeValidator(lambda each: find_surgery(each) if isinstance(each, str) else each)
+    ] = Surgery("same")
+    """What makes the student: a preset's name, a file or written out; without edits it is a copy
+    of the net operated on."""
     nets: dict[str, str] = {BASE: TEACHER}
     """What the surgery's nets are: the teacher, or what an earlier stage made. The first is
     operated on."""
@@ -289,20 +287,17 @@ def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(before, Mapping) and isinstance(value, Mapping):
             merged[key] = merge(before, value)
         elif isinstance(before, list) and isinstance(value, Mapping):
-            merged[key] = _merge_entries(before, value, key)
+            merged[key] = list(before)
+            places = _name_places(before)
+            for name, entry in value.items():
+                if name not in places:
+                    known = ", ".join(map(str, places)) or "none by name"
+                    said = f"the base has no {name} to change; it has {known}"
+                    raise LeansdError(f"{key}: {said}")
+                merged[key][places[name]] = merge(before[places[name]], entry)
         else:
             merged[key] = value
     return merged
-
-
-def _merge_entries(listed: list[Any], change: Mapping[str, Any], key: str) -> list[Any]:
-    named = _name_entries(listed)
-    for name in change:
-        if name not in named:
-            known = ", ".join(map(str, named)) or "none by name"
-            raise LeansdError(f"{key}: the base has no {name} to change; it has {known}")
-    merged = {id(named[name]): merge(named[name], each) for name, each in change.items()}
-    return [merged.get(id(each), each) for each in listed]
 
 
 def _change(document: dict[str, Any], change: str) -> None:
@@ -319,29 +314,29 @@ def _change(document: dict[str, Any], change: str) -> None:
     except (yaml.YAMLError, ValueError):
         raise LeansdError(f"{change!r} changes nothing: {text!r} is no YAML value") from None
     *path, last = key.split(".")
-    place: Any = document
+    holder: Any = document
     for part in path:
-        place = place.setdefault(part, {}) if isinstance(place, dict) else _pick(place, part, key)
-    if isinstance(place, dict):
-        place[last] = value
-    else:
-        entry = _pick(place, last, key)
-        place[next(n for n, each in enumerate(place) if each is entry)] = value
+        if isinstance(holder, dict):
+            holder = holder.setdefault(part, {})
+        else:
+            holder = holder[_find_place(holder, part, key)]
+    holder[last if isinstance(holder, dict) else _find_place(holder, last, key)] = value
 
 
-def _pick(listed: Any, part: str, key: str) -> Any:
-    """An entry of a list, by number or by name."""
+def _find_place(listed: Any, part: str, key: str) -> int:
+    """Where an entry of a list is that is given by its number or its name."""
     if not isinstance(listed, list):
         raise LeansdError(f"{key} is no place in the recipe: what holds {part} is {listed!r}")
-    named = _name_entries(listed)
-    if part in named:
-        return named[part]
-    if part.isdecimal() and int(part) < len(listed):
-        return listed[int(part)]
-    known = ", ".join([*map(str, named), *map(str, range(len(listed)))])
-    raise LeansdError(f"{key} is no place in the recipe: there is no {part}, but {known}")
+    places = _name_places(listed)
+    for number in range(len(listed)):
+        places.setdefault(str(number), number)
+    if part not in places:
+        known = ", ".join(map(str, places))
+        raise LeansdError(f"{key} is no place in the recipe: there is no {part}, but {known}")
+    return places[part]
 
 
-def _name_entries(listed: list[Any]) -> dict[str, dict[str, Any]]:
-    """The entries that have names, by them."""
-    return {each["name"]: each for each in listed if isinstance(each, dict) and "name" in each}
+def _name_places(listed: list[Any]) -> dict[Any, int]:
+    """The places of the entries that have names, by them."""
+    named = (each.get("name") if isinstance(each, dict) else None for each in listed)
+    return {name: place for place, name in enumerate(named) if name is not None}

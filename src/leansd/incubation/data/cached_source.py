@@ -99,10 +99,10 @@ class CachedSource(DataSource):
     """
 
     def __init__(
-        self, cache: Cache, shards: Sequence[Shard[Any]], chances: Chances | None = None
+        self, cache: Cache, shards: Sequence[Shard], chances: Chances | None = None
     ) -> None:
         self.cache, self.chances = cache, chances or Chances()
-        self.parts: list[tuple[Shard[Any], int]] = []
+        self.parts: list[tuple[Shard, int]] = []
         self.counts: list[int] = []
         self.flaws = 0
         for shard in shards:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from hashlib import sha256
 from io import BytesIO
 from struct import error as StructError
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +31,6 @@ from leansd.runtime.samplers import make_scheduler
 
 CAPTIONS = 64
 """That are encoded at once."""
-T = TypeVar("T", contravariant=True)
 # What Pillow raises for files that are no pictures, cut off or absurdly large.
 _UNREADABLE = (
     *(OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError),
@@ -39,25 +38,11 @@ _UNREADABLE = (
 )
 
 
-class Encoder(Protocol[T]):
-    """Makes latents of samples."""
-
-    @property
-    def batch(self) -> int:
-        """Samples that are encoded at once."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """What the latents follow from besides the samples, as JSON values."""
-        ...
-
-    def encode(self, samples: Sequence[Sample[T]]) -> list[Latents | Flaw]:
-        """The latents of each sample, on the CPU, or why there are none."""
-        ...
-
-
 class PictureEncoder:
     """Encodes pictures: the shorter side scaled to the resolution, the middle cut out.
+
+    An encoder describes as JSON values what latents follow from besides the samples, and gives the
+    latents of each sample, on the CPU, or why there are none.
 
     Args:
         resolution: the side, in pixels.
@@ -89,7 +74,7 @@ class PictureEncoder:
             "flip": self.flip,
         }
 
-    def encode(self, samples: Sequence[Sample[bytes]]) -> list[Latents | Flaw]:
+    def encode(self, samples: Sequence[Sample]) -> list[Latents | Flaw]:
         with ThreadPoolExecutor(os.cpu_count()) as readers:  # Pillow decodes without the lock
             read = list(readers.map(lambda each: read_picture(each, self.resolution), samples))
         good = [each[0] for each in read if not isinstance(each, Flaw)]
@@ -157,7 +142,7 @@ class TeacherSampler:
             **self.facts,
         }
 
-    def encode(self, samples: Sequence[Sample[int]]) -> list[Latents | Flaw]:
+    def encode(self, samples: Sequence[Sample]) -> list[Latents | Flaw]:
         side, own = self.resolution, self.pipe.scheduler
         self.pipe.scheduler = self.scheduler
         try:
@@ -183,7 +168,7 @@ class TeacherSampler:
 
 
 def check_latents(
-    sample: Sample[Any], mean: Tensor, std: Tensor | None, time_ids: Tensor | None
+    sample: Sample, mean: Tensor, std: Tensor | None, time_ids: Tensor | None
 ) -> Latents | Flaw:
     """Latents [F, C, h, w] of a sample, unless they are not finite."""
     if not mean.isfinite().all() or (std is not None and not std.isfinite().all()):
@@ -250,7 +235,7 @@ def make_time_ids(size: tuple[int, int], corner: tuple[int, int], resolution: in
     return torch.tensor([*size, *corner, resolution, resolution], dtype=torch.float32)
 
 
-def read_picture(sample: Sample[bytes], resolution: int) -> tuple[Tensor, Tensor] | Flaw:
+def read_picture(sample: Sample, resolution: int) -> tuple[Tensor, Tensor] | Flaw:
     """Pixels of 8 bits, [3, H, W], with transparency on white; and the time ids."""
     try:
         with Image.open(BytesIO(sample.content)) as opened:

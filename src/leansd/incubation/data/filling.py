@@ -6,20 +6,19 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 
 from leansd.incubation.data.batches import Conditioning
 from leansd.incubation.data.cached_source import CachedSource, Chances
-from leansd.incubation.data.encoding import Encoder, TextEncoder
+from leansd.incubation.data.encoding import PictureEncoder, TeacherSampler, TextEncoder
 from leansd.incubation.data.sample_cache import Cache, Latents, pack_part
 from leansd.incubation.data.samples import Flaw, Sample, Shard, cut
 from leansd.text import describe_duration
 
 SECONDS = 30.0
 """Between two lines of progress."""
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -66,12 +65,12 @@ class FillReporter:
 
 
 @dataclass(frozen=True)
-class Dataset(Generic[T]):
+class Dataset:
     """Samples, where they are kept, and what encodes those that are not yet."""
 
     cache: Cache
-    shards: Sequence[Shard[T]]
-    encoder: Encoder[T]
+    shards: Sequence[Shard]
+    encoder: PictureEncoder | TeacherSampler
     texts: TextEncoder
     chances: Chances = Chances()  # noqa: RUF009
 
@@ -107,7 +106,7 @@ class Dataset(Generic[T]):
         """The samples to train on, once every rank has filled its share."""
         return CachedSource(self.cache, self.shards, self.chances)
 
-    def _fill_shard(self, shard: Shard[T]) -> Iterator[tuple[int, int]]:
+    def _fill_shard(self, shard: Shard) -> Iterator[tuple[int, int]]:
         """Samples and flaws of each part, as it is done."""
         cache, count = self.cache, self.cache.find(shard)
         if count is not None:
@@ -125,7 +124,7 @@ class Dataset(Generic[T]):
             yield len(part), len(part.flaws)
         cache.finish(shard, parts)
 
-    def _encode(self, found: Sequence[Sample[T] | Flaw]) -> bytes:
+    def _encode(self, found: Sequence[Sample | Flaw]) -> bytes:
         """The content of a part."""
         readable = [each for each in found if isinstance(each, Sample)]
         latents: list[Latents | Flaw] = []

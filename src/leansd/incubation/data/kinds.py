@@ -18,7 +18,6 @@ from leansd.errors import LeansdError
 from leansd.incubation.data.batches import Conditioning, DataSource, PairedSource, RandomLatents
 from leansd.incubation.data.cached_source import CachedSource, Chances
 from leansd.incubation.data.encoding import (
-    Encoder,
     PictureEncoder,
     TeacherSampler,
     TextEncoder,
@@ -39,7 +38,7 @@ from leansd.incubation.recipe import DataConfig
 from leansd.text import explain_validation, suggest_name
 
 CACHE = "cache"
-Found: TypeAlias = tuple[Sequence[Shard[Any]], Encoder[Any]]
+Found: TypeAlias = tuple[Sequence[Shard], PictureEncoder | TeacherSampler]
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class CachedData(Chances):
     def find(self, pipe: Any, resolution: int) -> Found:
         """The shards that are named, and what encodes them."""
 
-    def prepare(self, pipe: Any, folder: Path) -> Dataset[Any]:
+    def prepare(self, pipe: Any, folder: Path) -> Dataset:
         """Find the data and their cache; nothing is encoded yet.
 
         Args:
@@ -124,40 +123,21 @@ class CachedData(Chances):
 
 
 class PictureData(CachedData):
-    """What data with pictures share."""
+    """Pictures with captions, in tar shards or in an imagefolder."""
 
+    kind: Literal["shards", "folder"]
     path: str
     """Where they are."""
+    caption: str | None = None
+    """Where a sample's captions are, see `list_tars` and `list_folder`."""
     flip: bool = False
     """Keep the mirrored pictures too, and draw one of the two each time."""
 
     def find(self, pipe: Any, resolution: int) -> Found:
+        list_shards = {"shards": list_tars, "folder": list_folder}[self.kind]
+        places = (self.path,) if self.caption is None else (self.path, self.caption)
         encoder = PictureEncoder(pipe, resolution, flip=self.flip, batch=self.batch)
-        return self.list_shards(), encoder
-
-    @abstractmethod
-    def list_shards(self) -> Sequence[Shard[bytes]]:
-        """The shards of the pictures."""
-
-
-class ShardData(PictureData):
-    """Tar shards; `caption` is an ending of their files, or an entry of their JSON."""
-
-    kind: Literal["shards"]
-    caption: str = "txt"
-
-    def list_shards(self) -> Sequence[Shard[bytes]]:
-        return list_tars(self.path, self.caption)
-
-
-class FolderData(PictureData):
-    """An imagefolder; `caption` is the entry of its metadata."""
-
-    kind: Literal["folder"]
-    caption: str = "text"
-
-    def list_shards(self) -> Sequence[Shard[bytes]]:
-        return list_folder(self.path, self.caption)
+        return list_shards(*places), encoder
 
 
 class DrawnData(CachedData):
@@ -182,8 +162,8 @@ class DrawnData(CachedData):
 KINDS: Mapping[str, type[RandomData] | type[CachedData]] = {
     "random": RandomData,
     "drawn": DrawnData,
-    "folder": FolderData,
-    "shards": ShardData,
+    "folder": PictureData,
+    "shards": PictureData,
 }
 
 

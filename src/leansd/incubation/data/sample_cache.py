@@ -53,7 +53,7 @@ class Latents:
 
 
 def pack_part(
-    good: Sequence[tuple[Sample[Any], Latents]],
+    good: Sequence[tuple[Sample, Latents]],
     conditions: Mapping[str, int],
     encoded: Conditioning,
     flaws: Sequence[Flaw],
@@ -195,15 +195,15 @@ class Cache:
             f"{self.folder} is not this run's cache: {why}; remove it, or choose another folder"
         )
 
-    def locate(self, shard: Shard[Any]) -> Path:
+    def locate(self, shard: Shard) -> Path:
         """The folder of a shard's samples."""
         name = shard.name.encode()[:LONGEST].decode(errors="ignore")
         return self.folder / f"{name}-{shard.identity}"
 
-    def locate_part(self, shard: Shard[Any], number: int) -> Path:
+    def locate_part(self, shard: Shard, number: int) -> Path:
         return self.locate(shard) / f"{number:05d}.safetensors"
 
-    def write_part(self, shard: Shard[Any], number: int, content: bytes) -> None:
+    def write_part(self, shard: Shard, number: int, content: bytes) -> None:
         """Keep a part, whole or not at all.
 
         Raises:
@@ -211,11 +211,11 @@ class Cache:
         """
         _write(self.locate_part(shard, number), content)
 
-    def open_part(self, shard: Shard[Any], number: int) -> CachePart:
+    def open_part(self, shard: Shard, number: int) -> CachePart:
         """A part to read from; see there for what is raised."""
         return CachePart(self.locate_part(shard, number))
 
-    def has_part(self, shard: Shard[Any], number: int) -> bool:
+    def has_part(self, shard: Shard, number: int) -> bool:
         """Whether a part is there and can be read; a damaged one is made anew."""
         try:
             self.open_part(shard, number)
@@ -225,13 +225,13 @@ class Cache:
             return False
         return True
 
-    def sweep(self, shard: Shard[Any]) -> None:
+    def sweep(self, shard: Shard) -> None:
         """Remove what writers that were killed have left half-written."""
         for draft in self.locate(shard).glob(".*.part"):
             if time.time() - draft.stat().st_mtime > ABANDONED:
                 draft.unlink(missing_ok=True)
 
-    def finish(self, shard: Shard[Any], parts: int) -> None:
+    def finish(self, shard: Shard, parts: int) -> None:
         """Note that a shard has no more parts."""
         opened = [self.open_part(shard, number) for number in range(parts)]
         size = sum(each.path.stat().st_size for each in opened)
@@ -239,7 +239,7 @@ class Cache:
         count = ShardCount(tuple(map(len, opened)), flaws, size)
         _write(self.locate(shard) / "done.json", json.dumps(vars(count)).encode())
 
-    def find(self, shard: Shard[Any]) -> ShardCount | None:
+    def find(self, shard: Shard) -> ShardCount | None:
         """What a shard has come to; None where it is not finished, or parts are missing."""
         try:
             noted = json.loads((self.locate(shard) / "done.json").read_text())

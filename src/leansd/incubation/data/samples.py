@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from leansd.errors import LeansdError
 
@@ -25,18 +26,17 @@ PICTURES = ("jpg", "jpeg", "png", "webp")
 """The endings of picture files."""
 METADATA = "metadata.jsonl"
 PICTURES_A_SHARD, DRAWINGS_A_SHARD = 1024, 256
-S = TypeVar("S")
-T = TypeVar("T", covariant=True)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Sample(Generic[T]):
+class Sample:
     """What latents and conditions are made of."""
 
     key: str
     captions: tuple[str, ...]
     """Every one describes the sample; each time it comes, one of them is drawn."""
-    content: T
+    content: Any
     """A picture file's bytes, or the seed that a picture is drawn from."""
     size: tuple[int, int] | None = None
     """Height and width before the data set was scaled, where it tells."""
@@ -50,26 +50,23 @@ class Flaw:
     reason: str
 
 
-class Shard(Protocol[T]):
+@dataclass(frozen=True)
+class Shard:
     """A part of a data set that is read from its beginning to its end, always in one order."""
 
-    @property
-    def name(self) -> str:
-        """A file name's worth, for people."""
-        ...
+    name: str
+    """A file name's worth, for people."""
+    facts: Mapping[str, Any]
+    """The content, or what changes with it, as JSON values."""
+    read: Callable[[], Iterator[Sample | Flaw]]
+    """Gives every sample, also those that cannot be used.
+
+    Raises LeansdError where the shard itself cannot be read.
+    """
 
     @property
     def identity(self) -> str:
-        """A digest of the content, or of what changes with it."""
-        ...
-
-    def read(self) -> Iterator[Sample[T] | Flaw]:
-        """Every sample, also those that cannot be used.
-
-        Raises:
-            LeansdError: the shard itself cannot be read.
-        """
-        ...
+        return digest(self.facts)
 
 
 def digest(facts: Mapping[str, Any]) -> str:
@@ -77,7 +74,7 @@ def digest(facts: Mapping[str, Any]) -> str:
     return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def cut(items: Iterable[S], size: int) -> Iterator[tuple[S, ...]]:
+def cut(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
     """Neighbours, `size` at a time."""
     rest = iter(items)
     while some := tuple(islice(rest, size)):
@@ -96,69 +93,58 @@ def clean_captions(found: Any) -> tuple[str, ...]:
 _REMEDY = "download it anew, or take it out of the data set"
 
 
-@dataclass(frozen=True)
-class TarShard:
-    """One tar: neighbours whose names are the same up to the first dot are one sample."""
+def read_tar(path: Path, caption: str) -> Iterator[Sample | Flaw]:
+    """The samples of a tar: neighbours whose names are the same up to the first dot are one.
 
-    path: Path
-    place: str
-    """Its path within the data set."""
-    size: int
-    caption: str
-    """The file's ending that holds captions, or else the entry of the sample's JSON."""
+    Args:
+        caption: the files' ending that holds captions, or else the entry of a sample's JSON.
+    """
+    try:
+        for key, group in groupby(_read_files(path), key=itemgetter(0)):
+            files = {ending: content for _, ending, content in group}
+            for name, own in split_dotted(key, files).items():
+                yield _make_sample(name, own, caption)
+    except (OSError, tarfile.TarError, EOFError) as error:
+        raise LeansdError(f"cannot read shard {path}: {error}; {_REMEDY}") from error
 
-    @property
-    def name(self) -> str:
-        return self.path.stem
 
-    @property
-    def identity(self) -> str:
-        return digest({"tar": self.place, "size": self.size, "caption": self.caption})
-
-    def read(self) -> Iterator[Sample[bytes] | Flaw]:
-        try:
-            for key, group in groupby(self._read_files(), key=itemgetter(0)):
-                files = {ending: content for _, ending, content in group}
-                for name, own in split_dotted(key, files).items():
-                    yield self._make_sample(name, own)
-        except (OSError, tarfile.TarError, EOFError) as error:
-            raise LeansdError(f"cannot read shard {self.path}: {error}; {_REMEDY}") from error
-
-    def _read_files(self) -> Iterator[tuple[str, str, bytes]]:
-        with tarfile.open(self.path, "r:") as tar:
-            for member in tar:
-                path = PurePosixPath(member.name)
-                stem, _, ending = path.name.partition(".")
-                if not member.isfile() or not stem or path.name.startswith("__"):
-                    continue
+def _read_files(path: Path) -> Iterator[tuple[str, str, bytes]]:
+    """Place without ending, ending, content."""
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            name = PurePosixPath(member.name)
+            stem, _, ending = name.name.partition(".")
+            if member.isfile() and stem and not name.name.startswith("__"):
                 file = tar.extractfile(member)
                 assert file is not None
-                yield str(path.with_name(stem)), ending.lower(), file.read()
-            # `tarfile` takes a cut between two files, or rubbish there, for the end.
-            assert tar.fileobj is not None
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise LeansdError(
-                    f"cannot read shard {self.path}: it has no end, so it was cut off or is "
-                    f"damaged at byte {tar.offset}; {_REMEDY}"
-                )
+                yield str(name.with_name(stem)), ending.lower(), file.read()
+        # `tarfile` takes a cut between two files, or rubbish there, for the end.
+        assert tar.fileobj is not None
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise LeansdError(
+                f"cannot read shard {path}: it has no end, so it was cut off or is damaged at "
+                f"byte {tar.offset}; {_REMEDY}"
+            )
 
-    def _make_sample(self, key: str, files: Mapping[str, bytes]) -> Sample[bytes] | Flaw:
-        picture = next((files[ending] for ending in PICTURES if ending in files), None)
-        if picture is None:
-            return Flaw(key, "no picture")
-        try:
-            facts = json.loads(files.get("json", b"{}"))
-            text = files.get(self.caption)
-            found = text.decode() if text is not None else facts.get(self.caption)
-            captions = clean_captions(facts.get("caption") if found is None else found)
-            height, width = facts.get("original_height"), facts.get("original_width")
-        except (ValueError, AttributeError) as error:
-            return Flaw(key, f"unreadable caption: {error}")
-        if not captions:
-            return Flaw(key, "no caption")
-        is_known = isinstance(height, int) and isinstance(width, int)
-        return Sample(key, captions, picture, (height, width) if is_known else None)
+
+def _make_sample(key: str, files: Mapping[str, bytes], caption: str) -> Sample | Flaw:
+    picture = next((files[ending] for ending in PICTURES if ending in files), None)
+    if picture is None:
+        return Flaw(key, "no picture")
+    try:
+        facts = json.loads(files.get("json", b"{}"))
+        text = files.get(caption)
+        found = text.decode() if text is not None else facts.get(caption)
+        captions = clean_captions(facts.get("caption") if found is None else found)
+        size = facts.get("original_height"), facts.get("original_width")
+    except (ValueError, AttributeError) as error:
+        return Flaw(key, f"unreadable caption: {error}")
+    if not captions:
+        return Flaw(key, "no caption")
+    height, width = size
+    is_known = isinstance(height, int) and isinstance(width, int)
+    return Sample(key, captions, picture, (height, width) if is_known else None)
 
 
 def split_dotted(key: str, files: Mapping[str, bytes]) -> dict[str, dict[str, bytes]]:
@@ -176,7 +162,7 @@ def split_dotted(key: str, files: Mapping[str, bytes]) -> dict[str, dict[str, by
     return samples
 
 
-def list_tars(where: str | Path, caption: str = "txt") -> list[TarShard]:
+def list_tars(where: str | Path, caption: str = "txt") -> list[Shard]:
     """The tars of a folder, or those that a pattern such as `laion/0*.tar` names.
 
     Args:
@@ -202,7 +188,15 @@ def list_tars(where: str | Path, caption: str = "txt") -> list[TarShard]:
             "'laion/0*.tar'"
         )
     return [
-        TarShard(each, each.relative_to(home).as_posix(), each.stat().st_size, caption)
+        Shard(
+            each.stem,
+            {
+                "tar": each.relative_to(home).as_posix(),
+                "size": each.stat().st_size,
+                "caption": caption,
+            },
+            partial(read_tar, each, caption),
+        )
         for each in found
     ]
 
@@ -230,36 +224,25 @@ class FolderEntry(NamedTuple):
     flaw: str = ""
 
 
-@dataclass(frozen=True)
-class FolderShard:
-    """Neighbouring pictures of a folder, none of which is opened before its turn."""
-
-    home: Path
-    name: str
-    entries: tuple[FolderEntry, ...]
-
-    @property
-    def identity(self) -> str:
-        return digest({"folder": self.entries})
-
-    def read(self) -> Iterator[Sample[bytes] | Flaw]:
-        for entry in self.entries:
-            if entry.flaw:
-                yield Flaw(entry.key, entry.flaw)
-                continue
-            path = self.home / entry.key
-            try:
-                content = path.read_bytes()
-            except OSError as error:
-                raise LeansdError(
-                    f"cannot read {path}: {error.strerror or error}; mend or remove it"
-                ) from error
-            yield Sample(entry.key, entry.captions, content)
+def read_folder(home: Path, entries: Iterable[FolderEntry]) -> Iterator[Sample | Flaw]:
+    """Pictures of a folder, none of which is opened before its turn."""
+    for entry in entries:
+        if entry.flaw:
+            yield Flaw(entry.key, entry.flaw)
+            continue
+        path = home / entry.key
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise LeansdError(
+                f"cannot read {path}: {error.strerror or error}; mend or remove it"
+            ) from error
+        yield Sample(entry.key, entry.captions, content)
 
 
 def list_folder(
     where: str | Path, caption: str = "text", rows: int = PICTURES_A_SHARD
-) -> list[FolderShard]:
+) -> list[Shard]:
     """The pictures of a folder, cut into shards.
 
     Args:
@@ -284,7 +267,7 @@ def list_folder(
             f"and {caption}), or with a .txt beside each picture"
         )
     return [
-        FolderShard(home, f"pictures-{number:05d}", some)
+        Shard(f"pictures-{number:05d}", {"folder": some}, partial(read_folder, home, some))
         for number, some in enumerate(cut(found, rows))
     ]
 
@@ -327,23 +310,7 @@ def _enter(home: Path, key: str, captions: tuple[str, ...], flaw: str) -> Folder
 # Prompts that the teacher draws
 
 
-@dataclass(frozen=True)
-class PromptShard:
-    """Some prompts, each with the seed that it is drawn from."""
-
-    name: str
-    wishes: tuple[tuple[str, int], ...]
-
-    @property
-    def identity(self) -> str:
-        return digest({"drawn": self.wishes})
-
-    def read(self) -> Iterator[Sample[int] | Flaw]:
-        for number, (prompt, seed) in enumerate(self.wishes):
-            yield Sample(f"{self.name}-{number:05d}", (prompt,), seed)
-
-
-def list_prompts(prompts: Sequence[str], *, each: int = 1, seed: int = 0) -> list[PromptShard]:
+def list_prompts(prompts: Sequence[str], *, each: int = 1, seed: int = 0) -> list[Shard]:
     """The drawings of all prompts, cut into shards.
 
     Args:
@@ -355,11 +322,14 @@ def list_prompts(prompts: Sequence[str], *, each: int = 1, seed: int = 0) -> lis
     """
     if not prompts:
         raise LeansdError("nothing to draw: give prompts, and 1 or more drawings of each")
-    return [
-        PromptShard(f"drawn-{turn}-{number:05d}", tuple((prompt, turn) for prompt in some))
-        for turn in range(seed, seed + each)
-        for number, some in enumerate(cut(prompts, DRAWINGS_A_SHARD))
-    ]
+    shards: list[Shard] = []
+    for turn in range(seed, seed + each):
+        for number, some in enumerate(cut(prompts, DRAWINGS_A_SHARD)):
+            name = f"drawn-{turn}-{number:05d}"
+            samples = [Sample(f"{name}-{n:05d}", (p,), turn) for n, p in enumerate(some)]
+            facts = {"drawn": [(prompt, turn) for prompt in some]}
+            shards.append(Shard(name, facts, partial(iter, samples)))
+    return shards
 
 
 def read_prompts(path: str | Path) -> list[str]:
