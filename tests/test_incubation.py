@@ -177,17 +177,15 @@ def test_a_dry_run_counts_what_a_stage_computes() -> None:
 
     parts = make_parts()
     decoupled = {**ASSEMBLED, "name": "apart", "mode": "decoupled"}
-    recipe = write_recipe(LIGHT, ASSEMBLED, decoupled)
+    cached = {**LIGHT, "name": "kept", "cached": 1}
+    recipe = write_recipe(LIGHT, ASSEMBLED, decoupled, cached)
     seen = estimate(recipe, parts.unet, macs_per_second=1e9, device="cpu")
-    whole, together, apart = seen.stages
+    whole, together, apart, kept = seen.stages
     assert whole.teacher_macs == count_macs(parts.unet).total
     assert apart.student_macs < together.student_macs < whole.teacher_macs
     assert apart.activations < together.activations
     assert apart.backward_macs < together.backward_macs < whole.backward_macs
     assert "decoupled" in str(seen)
-    (kept,) = estimate(
-        write_recipe({**LIGHT, "cached": 1}), parts.unet, macs_per_second=1e9, device="cpu"
-    ).stages
     assert kept.disk > whole.disk
     assert whole.all_macs - kept.all_macs == 2 * 2 * whole.teacher_macs
 
@@ -195,7 +193,7 @@ def test_a_dry_run_counts_what_a_stage_computes() -> None:
 # -- resuming ----------------------------------------------------------------------------------
 
 
-def work_until_dead(folder: Path, moves: int, looks: int) -> None:
+def work_until_dead(folder: Path, recipe: Recipe, moves: int, looks: int) -> None:
     """Run until so many files are about to be moved, or so many steps are taken."""
     left = [looks]
 
@@ -205,35 +203,19 @@ def work_until_dead(folder: Path, moves: int, looks: int) -> None:
             die()
 
     die_before_moving(moves)
-    run_stages(make_run(folder), make_validation=lambda *_: ValidationHook(1, look))
+    run_stages(make_run(folder, recipe), make_validation=lambda *_: ValidationHook(1, look))
 
 
-@pytest.mark.parametrize(("moves", "looks"), [(1, 0), (0, 3), (4, 0), (0, 5)])
-def test_a_killed_run_ends_as_if_it_had_not_been(
-    finished: TrainingRun, tmp_path: Path, moves: int, looks: int
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
+    finished: TrainingRun, tmp_path: Path
 ) -> None:
-    run_until_dead(work_until_dead, tmp_path, moves, looks)
-    assert not (tmp_path / NET).exists()
+    for moves, looks in ((1, 0), (0, 3), (2, 0), (0, 2)):
+        run_until_dead(work_until_dead, tmp_path, finished.recipe, moves, looks)
+        assert not (tmp_path / NET).exists()
     run_stages(make_run(tmp_path))
     assert read_net(tmp_path) == read_net(finished.folder)
     for stage in ("light", "assembled"):
         assert read_curves(tmp_path / stage) == read_curves(finished.folder / stage)
-
-
-CACHED = {**LIGHT, "steps": 5, "cached": 2}
-
-
-def work_on_kept_until_dead(folder: Path, looks: int) -> None:
-    left = [looks]
-
-    def look(step: int) -> None:
-        left[0] -= 1
-        if left[0] == 0:
-            die()
-
-    run_stages(
-        make_run(folder, write_recipe(CACHED)), make_validation=lambda *_: ValidationHook(1, look)
-    )
 
 
 def test_the_teacher_is_asked_once_where_its_tensors_are_kept(
@@ -246,15 +228,16 @@ def test_the_teacher_is_asked_once_where_its_tensors_are_kept(
         asked.append(noised)
         return ask(self, noised, *rest)
 
+    recipe = write_recipe({**LIGHT, "steps": 5, "cached": 2})
     monkeypatch.setattr(TeacherUNet, "__call__", count)
-    run_stages(make_run(tmp_path / "whole", write_recipe(CACHED)))
+    run_stages(make_run(tmp_path / "whole", recipe))
     assert len(asked) == 2
     assert not (tmp_path / "whole/light/teacher").exists()
-    for looks in (1, 4):  # killed before and after the teacher is needed no more
-        folder = tmp_path / str(looks)
-        run_until_dead(work_on_kept_until_dead, folder, looks)
-        run_stages(make_run(folder, write_recipe(CACHED)))
-        assert read_net(folder) == read_net(tmp_path / "whole")
+    killed = tmp_path / "killed"
+    for looks in (1, 4):  # before and after the teacher is needed no more
+        run_until_dead(work_until_dead, killed, recipe, 0, looks)
+    run_stages(make_run(killed, recipe))
+    assert read_net(killed) == read_net(tmp_path / "whole")
 
 
 def test_only_as_many_checkpoints_stay_as_are_asked_for(finished: TrainingRun) -> None:
@@ -434,8 +417,8 @@ def test_losses_and_what_trains_are_float32_in_bf16(tmp_path: Path, mode: str) -
 
 def test_what_is_frozen_is_not_rounded_in_bf16(tmp_path: Path) -> None:
     AcceleratorState._reset_state()
-    stages = ({**LIGHT, "steps": 1}, {**ASSEMBLED, "steps": 1})
-    run = make_run(tmp_path, write_recipe(*stages, precision="bf16"))
+    stage = {**LIGHT, "steps": 1, "train": ["dn0", "up0"]}
+    run = make_run(tmp_path, write_recipe(stage, precision="bf16"))
     teacher = {name: each.clone() for name, each in run.pipe.unet.state_dict().items()}
     net = load_unet(run_stages(run), device="cpu", dtype=torch.float32).state_dict()
     frozen = [name for name in net if name.startswith("mid_block")]
