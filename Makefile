@@ -1,5 +1,6 @@
 # make demo   see it work: sets up .venv on the first call, then runs the demo
-# make test   the tests (make check adds lint and types)
+# make test   the tests, but for those that take long
+# make check  all tests, lint and types: what a change must pass
 # make emoji  train the embedded model's successor in runs/emoji; stop and call again at any time
 # make gpu   check and measure on your GPU, in ten minutes: MODEL=PATH takes a model of yours along
 # make docs   the documentation as a site: build/site/index.html
@@ -11,15 +12,18 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test check lint types format bench gpu tables emoji docs manual notebooks clean
+.PHONY: demo test all-tests check lint types format bench gpu tables emoji docs manual notebooks clean
 
 demo: $(VENV)/.user
 	$(BIN)/leansd demo --overwrite
 
 test: $(VENV)/.developer
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow"
+
+all-tests: $(VENV)/.developer
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-check: lint types test
+check: lint types all-tests
 
 lint: $(VENV)/.developer
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import leansd
-from leansd.anatomy import count_macs, make_inputs
+from leansd.anatomy import count_macs, counting, make_inputs
 from leansd.errors import LeansdError
 from leansd.report.nets import report_surgery
 from tiny import LATENT, WIDTH, shallow_unet, tiny_pipeline, tiny_unet, tiny_xl_unet
@@ -187,13 +187,13 @@ def give_images(unet: UNet2DConditionModel, *kinds: str) -> UNet2DConditionModel
         (("plain",), {**TEXT_TIME, "encoder_hid_dim": 48}),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_image_adapters_are_counted_as_they_run(
-    kinds: tuple[str, ...], changes: dict[str, Any], dtype: torch.dtype
+    kinds: tuple[str, ...], changes: dict[str, Any]
 ) -> None:
     unet = give_images(shallow_unet(**changes), *kinds)
     really = count_really(unet, make_inputs(unet, size=(LATENT, LATENT), tokens=5))
-    assert count_macs(unet.to(dtype), latent=LATENT, tokens=5).total == really
+    assert count_macs(unet, latent=LATENT, tokens=5).total == really
+    assert count_macs(unet.half(), latent=LATENT, tokens=5).total == really
     assert really > count_macs(shallow_unet(**changes), latent=LATENT, tokens=5).total
 
 
@@ -311,6 +311,34 @@ def test_state_of_a_unet_changes_no_count(state: str) -> None:
     unet = STATES[state](shallow_unet())
     assert leansd.dissect(unet, latent=LATENT).macs == expected
     assert count_macs(unet, latent=LATENT).total == expected
+
+
+def test_a_structure_is_counted_once_and_a_change_of_it_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counted: list[int] = []
+    count = counting._count
+
+    def see(*given: Any) -> dict[str, int]:
+        counts = count(*given)
+        counted.append(counts[""])
+        return counts
+
+    monkeypatch.setattr(counting, "_count", see)
+    monkeypatch.setattr(counting, "_KNOWN", {})
+    unet: Any = shallow_unet()
+    first = count_macs(unet, latent=LATENT)
+    assert count_macs(shallow_unet(seed=1).half(), latent=LATENT) == first
+    assert counted == [first.total]
+    assert count_macs(unet, latent=2 * LATENT).total == counted[1] > first.total
+    unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_out.append(nn.Linear(32, 32))
+    assert count_macs(unet, latent=LATENT).total == counted[2]
+    unet.mid_block.resnets[0].skip_time_act = True
+    count_macs(unet, latent=LATENT)
+    unet.mid_block.resnets[0].nonlinearity.own = lambda: None  # cannot be compared
+    for _ in range(2):
+        count_macs(unet, latent=LATENT)
+    assert len(counted) == 6
 
 
 class Uncountable(nn.SiLU):

@@ -67,8 +67,18 @@ def make_unet(dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float16) for name in PLANS),
+        # Weights of sums and what GRI makes are all that a precision of the run has a part in.
+        *(
+            (name, dtype)
+            for name in ("corrected", "gri")
+            for dtype in (torch.float32, torch.bfloat16)
+        ),
+    ],
+)
 def test_no_step_of_a_run_waits_for_the_device(
     name: str, dtype: torch.dtype, simulated: FakeTensorMode, events: list[str]
 ) -> None:
