@@ -25,6 +25,7 @@ from leansd.anatomy.inputs import make_inputs
 from leansd.cli.terminal import hush_libraries
 from leansd.evaluation.records import Record, put_records, stamp
 from leansd.evaluation.timing import compare_timings, time_cases
+from leansd.surgery.checkpoints import share_weights
 from leansd.surgery.edits import Surgery
 from leansd.surgery.presets import find_surgery
 
@@ -54,21 +55,6 @@ def list_surgeries() -> dict[str, Surgery]:
         surgeries |= cheapened
     del surgeries[FULL]
     return surgeries
-
-
-def share_weights(student: UNet2DConditionModel, teacher: UNet2DConditionModel) -> None:
-    """Give `student` the teacher's own tensors for its copies of them: all nets fit in memory."""
-    owned = {_sign(tensor): tensor for tensor in teacher.parameters()}
-    for module in student.modules():
-        for name, tensor in list(module.named_parameters(recurse=False)):
-            other = owned.get(_sign(tensor))
-            if other is not None and torch.equal(other, tensor):
-                setattr(module, name, other)
-
-
-def _sign(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """What copies have in common and others, as good as always, have not."""
-    return (*tensor.shape, *tensor.flatten()[:4].tolist())
 
 
 def main(

@@ -329,6 +329,7 @@ def test_a_front_for_what_a_contest_draws_comes_before_one_for_anything(tmp_path
 # -- the command -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bench_of_the_embedded_model_and_its_resumption(tmp_path, capsys):
     out, report = tmp_path / "bench.jsonl", tmp_path / "report"
     command = [

@@ -21,6 +21,7 @@ def demo(tmp_path_factory):
     return home
 
 
+@pytest.mark.slow
 def test_the_demo_compares_every_preset(demo, capsys, monkeypatch):
     monkeypatch.setattr("leansd.cli.terminal.hush_libraries", lambda: None)
     threads = torch.get_num_threads()

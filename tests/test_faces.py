@@ -120,6 +120,7 @@ def test_plan_command_shows_the_plan_that_names_mean(
     assert all(note in told for note in expected.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sampler", "steps"),
     [("balanced", "dpm++2m", 9), ("turbo", "euler", 8), ("fast", "unipc", 9)],
@@ -160,6 +161,7 @@ def test_drawing_commands_carry_the_plan_that_names_mean(
     assert all(told.count(note) == 1 for note in expected.notes)
 
 
+@pytest.mark.slow
 def test_demo_compares_the_plans_that_names_mean(pipe, model, run, tmp_path) -> None:
     expected = {name: expect(pipe, name, "euler", 9) for name in SPEED_PRESETS}
     shown, _ = run(

@@ -123,7 +123,8 @@ BUILDERS: dict[str, Callable[[Chapter], Any]] = {
 
 
 def mark(chapter: Chapter) -> Any:
-    marks = pytest.mark.slow if chapter.uses("emoji") else ()
+    is_slow = any(map(chapter.uses, ("emoji", "compile", "onnx", "tune", "profile")))
+    marks = pytest.mark.slow if is_slow else ()
     return pytest.param(chapter, marks=marks, id=chapter.name)
 
 
