@@ -62,12 +62,13 @@ class Search:
         min=0,
     )
 
-    def list_mix_calls(self, calls: Calls, model: str) -> list[str]:
+    def list_mix_calls(self, calls: Calls, model: str, init: Path | None) -> list[str]:
         """The prompts that mixes are fitted on: the user's in turns, or such as are built in.
 
         Raises:
-            LeansdError: there are too few.
+            LeansdError: there are too few, or the runs start from pictures.
         """
+        from leansd.errors import LeansdError
         from leansd.evaluation.prompt_sets import choose_prompts, read_generic, read_prompts
         from leansd.loading import EMBEDDED
         from leansd.tuning.mixed_plans import choose_mix_calls
@@ -76,6 +77,8 @@ class Search:
         own = given or (None if model == EMBEDDED else read_generic())
         prompts = choose_prompts(model, self.mixes, own)
         choose_mix_calls(prompts, prompts)
+        if prompts and init is not None:
+            raise LeansdError("--calls fits mixes of runs from noise; leave it out with --init")
         return prompts
 
     def read(self, goal: Mapping[str, float]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -194,7 +197,6 @@ def tune_plans(
     """
     from leansd.cli.options import open_nets
     from leansd.cli.terminal import follow, note
-    from leansd.errors import LeansdError
     from leansd.runtime.samplers import name_sampler
     from leansd.tuning.tuner import tune
 
@@ -205,13 +207,10 @@ def tune_plans(
     check_convergence(opening.sampler)
     opening.check_model(model)
     prompts = _list_prompts(calls, model)
-    further = search.list_mix_calls(calls, model)
+    further = search.list_mix_calls(calls, model, start.init)
     pictures = start.open(steps)
-    if pictures and further:
-        raise LeansdError("--calls fits mixes of runs from noise; leave it out with --init")
 
-    pipe = opening.open(model)
-    pipe, asked, settings = start.place(pipe, prompts, pictures)
+    pipe, asked, settings = start.place(opening.open(model), prompts, pictures)
     settings["guidance_scale"] = scale = calls.find_guidance(pipe, model)
     drawn = {"settings": settings, "seed": calls.seed, "batch": calls.batch}
     note(f"tuning on {len(asked)} pictures on {pipe.device}; every third decides, the rest tune")
