@@ -41,7 +41,7 @@ NO_NETS: Mapping[str, Anatomy] = MappingProxyType({})
 VERSION = 2
 """Of the file format; a change that an older reader would not understand raises it."""
 PLAIN_VERSION = 1
-"""Of the files of plans that mix no outputs: every reader understands them."""
+"""Of the files of plans without mixes and noise levels: every reader understands them."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class Tuned:
     """Fingerprint of the UNet's weights."""
     guidance: float | None = None
     """Guidance scale; None for the pipeline's own."""
+    log_snr: tuple[float, ...] = ()
+    """At every step of the sampler's run; nothing where it was not noted."""
 
 
 @dataclass(frozen=True)
@@ -390,7 +392,8 @@ class Plan:
 
     def encode(self) -> str:
         """The text of the plan's file."""
-        version = VERSION if self.mixes else PLAIN_VERSION
+        newer = self.mixes or (self.tuned is not None and self.tuned.log_snr)
+        version = VERSION if newer else PLAIN_VERSION
         head: dict[str, Any] = {"format": "leansd-plan", "version": version, "name": self.name}
         values = self.to_dict()
         head |= {key: value for key, value in values.items() if key != "rows"}
@@ -408,7 +411,7 @@ class Plan:
             other = {} if self.drift.measure == "change" else {"measure": self.drift.measure}
             values["drift"] = {**drift, **other}
         if self.tuned is not None:
-            told = vars(self.tuned)
+            told = vars(self.tuned) | {"log_snr": list(self.tuned.log_snr) or None}
             values["tuned"] = {key: value for key, value in told.items() if value is not None}
         return {**values, "rows": [_describe_row(row) for row in self.rows]}
 
@@ -506,13 +509,14 @@ def _read_drift(values: object) -> Drift:
 
 
 def _read_tuned(values: object) -> Tuned:
-    known = ("sampler", "unet", "guidance")
+    known = ("sampler", "unet", "guidance", "log_snr")
     tuned = _read_keys(values, "tuned", known, needed=("sampler", "unet"))
     guidance = tuned.get("guidance")
     return Tuned(
         _read_text(tuned["sampler"], "tuned.sampler"),
         _read_text(tuned["unet"], "tuned.unet"),
         None if guidance is None else _read_number(guidance, "tuned.guidance"),
+        _read_numbers(tuned.get("log_snr", ()), "tuned.log_snr"),
     )
 
 

@@ -6,12 +6,13 @@ mean the same plan everywhere, and what must be said of it is said in the same s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import Anatomy
+from leansd.plans.noise_levels import carry_over, differ
 from leansd.plans.plan import Plan
 from leansd.plans.presets import DEFAULT_SAMPLER, PRESETS, Preset
 from leansd.plans.presets.tuned import list_tuned_samplers
@@ -44,6 +45,8 @@ class PlanContext:
     """Of the other UNets that a plan may run, by name."""
     guidance: float | None = None
     """Guidance scale."""
+    log_snr: Sequence[float] = ()
+    """Of the run that is to follow the plan, at every step; nothing where it is not known yet."""
     find_unet: Callable[[], str | None] | None = None
     """Gives the fingerprint of the UNet's weights; asked only of a plan tuned for certain ones."""
 
@@ -103,7 +106,8 @@ def resolve_plan(
     """The plan that `source` means for the runs of `context`, and what must be said of it.
 
     A preset fits itself to the runs: to their steps, their sampler and their UNet. Where the steps
-    are few, it means the full run. A plan is taken as it is.
+    are few, it means the full run. A plan is taken as it is, but that its key steps keep to the
+    noise levels that it was tuned for.
 
     Args:
         fit: stretch a plan that is for another number of steps.
@@ -123,7 +127,11 @@ def resolve_plan(
     else:
         plan = _stretch(found, context.steps or found.steps, fit=fit)
         elsewhere = _list_elsewhere(plan, context)
+        if elsewhere and plan.mixes:
+            _require_sampler(plan, context)
         notes = [f"{each}: nothing says that it is any good here" for each in elsewhere]
+        plan, moved = _carry(plan, context)
+        notes += moved
         if plan.tuned is not None and not plan.tuned.unet:  # a preset's, for whatever UNet
             elsewhere = []
         notes += _describe_guidance(plan, context.guidance)
@@ -166,6 +174,30 @@ def _stretch(plan: Plan, steps: int, *, fit: bool) -> Plan:
             f"--fit or plan.fit({steps}), or run {plan.steps} steps"
         )
     return plan.fit(steps)
+
+
+def _carry(plan: Plan, context: PlanContext) -> tuple[Plan, list[str]]:
+    """The plan at the noise levels of the run, and what to say of it."""
+    then = plan.tuned.log_snr if plan.tuned is not None else ()
+    if len(then) != plan.steps or len(context.log_snr) != plan.steps:
+        return plan, []
+    if not differ(then, context.log_snr):
+        return plan, []
+    moved = carry_over(plan, then, context.log_snr)
+    return moved, [
+        f"plan {plan.name} was tuned for other noise levels, so its key steps have moved to the "
+        "nearest"
+    ]
+
+
+def _require_sampler(plan: Plan, context: PlanContext) -> None:
+    """Refuse a plan whose weights are another sampler's."""
+    names = {context.sampler, context.scheduler} - {""}
+    if plan.tuned is not None and names and plan.tuned.sampler not in names:
+        raise LeansdError(
+            f"plan {plan.name} mixes outputs as fitted to sampler {plan.tuned.sampler}: use that "
+            f"one, or tune a plan for {context.sampler or context.scheduler}"
+        )
 
 
 def _list_elsewhere(plan: Plan, context: PlanContext) -> list[str]:

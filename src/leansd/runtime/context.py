@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -21,6 +21,7 @@ def describe_runs(
     anatomy: Anatomy | None = None,
     nets: Mapping[str, Anatomy] = NO_NETS,
     guidance: float | None = None,
+    log_snr: Sequence[float] = (),
 ) -> PlanContext:
     """The context of a pipeline's runs, for `leansd.plans.resolve.resolve_plan`.
 
@@ -29,6 +30,7 @@ def describe_runs(
         anatomy: of its UNet, where it was read already.
         nets: anatomies of the other UNets that a plan may run, by name.
         guidance: the guidance scale, where it is known.
+        log_snr: at every step, where the scheduler has laid them out.
     """
 
     @cache
@@ -44,5 +46,6 @@ def describe_runs(
         anatomy=read_anatomy(pipe.unet) if anatomy is None else anatomy,
         nets=nets,
         guidance=guidance,
+        log_snr=log_snr,
         find_unet=find_unet,
     )

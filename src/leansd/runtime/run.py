@@ -347,19 +347,25 @@ class Follower:
             if run is not None:
                 self._tell_fault()
                 run.clear()
-            plan = self._build_plan(position.schedule.steps)
+            plan = self._build_plan(position.schedule)
             stats = RunStats(plan)
             run = Run(position.schedule, plan, stats, ControlResiduals(stats.control))
             self._state.run = run
         return run
 
-    def _build_plan(self, steps: int) -> Plan:
+    def _build_plan(self, schedule: CallSchedule) -> Plan:
+        steps = schedule.steps
         nets = {name: net.anatomy for name, net in self.nets.nets.items()}
         context = PlanContext(steps, anatomy=self.anatomy, nets=nets)
         if self.pipe is not None:
             guidance = find_scale(self.pipe) if guides(self.pipe) else None
             context = describe_runs(
-                self.pipe, steps, anatomy=self.anatomy, nets=nets, guidance=guidance
+                self.pipe,
+                steps,
+                anatomy=self.anatomy,
+                nets=nets,
+                guidance=guidance,
+                log_snr=schedule.log_snr if len(schedule.log_snr) == steps else (),
             )
         try:
             resolved = resolve_plan(self.source, context)

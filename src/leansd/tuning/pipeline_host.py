@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
 from types import MappingProxyType
 from typing import Any
 
@@ -84,7 +83,7 @@ class PipelineHost:
     def describe(self) -> Mapping[str, Any]:
         scheduler = self.pipe.scheduler
         return {
-            "tuned": astuple(self.tuned),
+            "tuned": (self.tuned.sampler, self.tuned.unet, self.tuned.guidance),
             "device": name_device(str(self.pipe.device)),
             "scheduler": type(scheduler).__name__
             + json.dumps({key: str(value) for key, value in scheduler.config.items()}),

@@ -24,7 +24,7 @@ from leansd.evaluation.cost import CostModel
 from leansd.evaluation.profile import profile
 from leansd.evaluation.runs import PipelineCall, expand_calls
 from leansd.plans.compile import compile_plan
-from leansd.plans.plan import Plan
+from leansd.plans.plan import Plan, Tuned
 from leansd.runtime.attachment import NO_NETS
 from leansd.tuning.calibration import PROBES, Calibration, calibrate
 from leansd.tuning.error_model import ErrorModel
@@ -412,13 +412,22 @@ class _Tuner:
         for place, (trial, candidate) in enumerate(_pick_finalists(tried)):
             trial = trial if place else self._improve(trial, candidate, tries=tries)
             trial = self._polish(trial)
-            plan = replace(trial.plan, name=f"tuned {speed:.3g}x", tuned=self.host.tuned)
+            plan = replace(
+                trial.plan, name=f"tuned {speed:.3g}x", tuned=self._describe(trial.plan.steps)
+            )
             point = self._check(plan)
             finals.append((self._average(trial.psnr, point.psnr), point))
         if finals:
             best = max(finals, key=lambda each: each[0])[1]
             points += [best, *self._mix(best.plan)]
         return points
+
+    def _describe(self, steps: int) -> Tuned:
+        """What a plan of so many steps is tuned for; runs that start late leave some levels out."""
+        found = next(each for each in self.calibrations if each.steps == steps)
+        whole = found.count == steps
+        levels = tuple(round(float(each), 4) for each in found.log_snr) if whole else ()
+        return replace(self.host.tuned, log_snr=levels)
 
     def _mix(self, plan: Plan) -> list[Point]:
         """The plan with mixes, where they were asked for and help."""
