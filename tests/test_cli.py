@@ -407,6 +407,15 @@ COMMANDS_TO_RUN = {
         "MODEL", "--of", "macs", "--budget", 0.9, "--count", 1, "--steps", 2, "--moments", 1,
         "--tries", 0, "--prompts", "PROMPTS",
     ],
+    "tune": [
+        "MODEL", "--prompts", "PROMPTS", "--count", 4, "--steps", 4, "--speeds", "1.5",
+        "--tries", 0, "--sampler", "ddim",
+    ],
+    "bench": [
+        "--model", "MODEL", "--quick", "--rivals", "fewer", "--sampler", "ddim", "--steps", 4,
+        "--converged-steps", 6, "--count", 2, "--prompts", "PROMPTS", "--seeds-for-spread", 0,
+        "--out", "bench.jsonl",
+    ],
 }  # fmt: skip
 
 
