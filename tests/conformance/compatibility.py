@@ -1,14 +1,17 @@
 """Which pipelines follow which kinds of plans: tried on tiny nets, written to a page.
 
-    PYTHONPATH=src:tests python -m conformance.compatibility     writes docs/compatibility.md
+    make compatibility      tries all of them, minutes, and writes docs/compatibility.md
 
 A pipeline is made of whatever parts its class asks for, and called with whatever it takes. What it
 draws under a plan is one of `OUTCOMES`.
 """
 
+from __future__ import annotations
+
+import ast
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,9 +20,10 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.pipelines import pag
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import leansd
+from conformance.cases import CASES
 from conformance.models import (
     SIDE,
     draw_mask,
@@ -30,6 +34,7 @@ from conformance.models import (
     tiny_projecting_text_encoder,
     xl_unet,
 )
+from conformance.reference import PLANS as EXACT_PLANS
 from conformance.samplers import SAMPLERS
 from leansd.errors import LeansdError
 from leansd.plans import Plan
@@ -100,6 +105,14 @@ def tiny_vision(unet: Any) -> CLIPVisionModelWithProjection:
     return CLIPVisionModelWithProjection(config).eval()
 
 
+def xl_adapter(unet: Any) -> diffusers.T2IAdapter:
+    torch.manual_seed(0)
+    channels = list(unet.config.block_out_channels)
+    return diffusers.T2IAdapter(
+        channels=channels, num_res_blocks=1, downscale_factor=8, adapter_type="full_adapter_xl"
+    ).eval()
+
+
 PARTS: Mapping[str, Callable[[Any], Any]] = {
     "vae": lambda unet: tiny_vae(),
     "text_encoder": lambda unet: tiny_text_encoder(),
@@ -143,7 +156,9 @@ KINDS = {
              {"depth_map": torch.rand(1, SIDE, SIDE)}, {"depth_estimator": lambda unet: None}),
         Kind("StableDiffusionUpscalePipeline",
              partial(small_unet, in_channels=7, num_class_embeds=1000)),
-        Kind("StableDiffusionImageVariationPipeline"),
+        Kind("StableDiffusionImageVariationPipeline",
+             parts={"feature_extractor": lambda unet: CLIPImageProcessor(crop_size=SIDE, size=SIDE)}
+             ),
         Kind("StableDiffusionControlNetPipeline"),
         Kind("StableDiffusionControlNetImg2ImgPipeline"),
         Kind("StableDiffusionControlNetInpaintPipeline"),
@@ -155,7 +170,6 @@ KINDS = {
         Kind("StableDiffusionControlNetPAGInpaintPipeline"),
         Kind("StableDiffusionPanoramaPipeline", call={"width": 2 * SIDE}),
         Kind("StableDiffusionSAGPipeline"),
-        Kind("StableDiffusionLDM3DPipeline"),
         Kind("StableDiffusionPipelineSafe"),
         Kind("StableDiffusionGLIGENPipeline", partial(small_unet, attention_type="gated"),
              {"gligen_phrases": ["a cat"], "gligen_boxes": [[0.1, 0.1, 0.6, 0.6]]}),
@@ -172,7 +186,7 @@ KINDS = {
         Kind("StableDiffusionXLControlNetPipeline", xl),
         Kind("StableDiffusionXLControlNetImg2ImgPipeline", xl),
         Kind("StableDiffusionXLControlNetInpaintPipeline", xl, LATE),
-        Kind("StableDiffusionXLAdapterPipeline", xl),
+        Kind("StableDiffusionXLAdapterPipeline", xl, parts={"adapter": xl_adapter}),
         Kind("StableDiffusionXLPAGPipeline", xl),
         Kind("StableDiffusionXLPAGImg2ImgPipeline", xl),
         Kind("StableDiffusionXLPAGInpaintPipeline", xl, LATE),
@@ -210,3 +224,120 @@ def _try_plan(kind: Kind, pipe: Any, plain: torch.Tensor, plan: Plan, compile: A
         return RUNS
     assert torch.equal(drawn, plain), f"{kind.name}: {plan.name} is in full, and not the plain run"
     return FULL
+
+
+# -- the page ----------------------------------------------------------------------------------
+
+UNETS = ("UNet2DConditionModel", "DreamLiteUNetModel")
+"""The class that plans are for, and one that is derived from it."""
+ELSEWHERE = {"StableDiffusionAttendAndExcitePipeline"}
+"""Tried by `test_neighbours`: it takes long."""
+OTHER_BLOCKS = {"StableDiffusionLatentUpscalePipeline": "a UNet of K-blocks"}
+"""Pipelines whose own UNet has blocks that are not read, and what those are."""
+
+
+def list_pipelines() -> dict[str, str]:
+    """Every class in diffusers' pipelines that is made with a `unet`, and what that may be."""
+    home = Path(diffusers.__file__).parent / "pipelines"
+    found: dict[str, str] = {}
+    for path in sorted(home.rglob("pipeline_*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for kind in (each for each in tree.body if isinstance(each, ast.ClassDef)):
+            for method in (each for each in kind.body if isinstance(each, ast.FunctionDef)):
+                for given in method.args.args if method.name == "__init__" else ():
+                    if given.arg == "unet" and given.annotation is not None:
+                        found[kind.name] = ast.unparse(given.annotation)
+    return found
+
+
+def write_page(outcomes: Mapping[str, Mapping[str, str]]) -> str:
+    """The page, of the outcomes of all that was tried."""
+    every = list_pipelines()
+    others = {name: unet for name, unet in every.items() if not is_readable(name, unet)}
+    left = sorted(every.keys() - others.keys() - outcomes.keys() - ELSEWHERE)
+    kinds = sorted({OTHER_BLOCKS.get(name, unet) for name, unet in others.items()})
+    lines = [
+        "# What works with what",
+        "Here you see, before you try, what a pipeline of diffusers does under each kind of plan. "
+        "The page is made by the",
+        "tests (`make compatibility`): every pipeline was built with tiny nets, run plainly, under "
+        "the plan, twice, and once more",
+        "after leaving it. What is not listed as refused also loads LoRAs, IP-Adapters, other "
+        "samplers and half precision as below.",
+        "",
+        f"{len(outcomes)} pipelines of diffusers {diffusers.__version__}:",
+        "",
+        *tabulate(["pipeline", *PLANS], [[name, *row.values()] for name, row in outcomes.items()]),
+        "",
+        *(f"- **{name}**: {meaning}." for name, meaning in OUTCOMES.items()),
+        "",
+        "Guidance is computed in full wherever a batch is not an unconditional and a conditional "
+        "half: three-way batches",
+        "(InstructPix2Pix, perturbed attention), several calls a step (panoramas), pipelines that "
+        "do not say that they guide. What looks",
+        "into the UNet or differentiates it (SAG, Attend-and-Excite) runs in full. `compiled` is "
+        "`compile=True` with the cut plan.",
+        "",
+        "## Held to brute force, bit for bit",
+        "They are drawn as if every unit were computed and overwritten afterwards; forecasts agree "
+        "to rounding.",
+        "",
+        *tabulate(
+            ["what", "samplers", *EXACT_PLANS],
+            [
+                [
+                    each.name,
+                    ", ".join(each.samplers),
+                    *("yes" if plan in each.plans else "–" for plan in EXACT_PLANS),
+                ]
+                for each in CASES.values()
+            ],
+        ),
+        "",
+        f"All {len(SAMPLERS)} samplers run the full, reuse, forecast and gate plans: "
+        f"{', '.join(SAMPLERS)}.",
+        "",
+        "## Refused by name",
+        "An attachment says which UNet it has found; nothing is changed.",
+        "",
+        *(
+            f"- {kind.replace(' | ', ' or ')}: "
+            + ", ".join(n for n, u in others.items() if OTHER_BLOCKS.get(n, u) == kind)
+            for kind in kinds
+        ),
+        "",
+        "## Not tried here",
+        "They have a UNet of the same class, so a full plan and whole steps should work; what "
+        "cannot be told apart is computed in full.",
+        "",
+        ", ".join(left) + ".",
+        "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def is_readable(name: str, unet: str) -> bool:
+    """Whether a pipeline's own UNet is one that plans are for."""
+    return unet in UNETS and name not in OTHER_BLOCKS
+
+
+def tabulate(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table in Markdown."""
+    lines = [list(heads), ["---"] * len(heads), *map(list, rows)]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def read_page(text: str) -> dict[str, dict[str, str]]:
+    """The outcomes that a page tells."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {
+        name: dict(zip(PLANS, outcomes, strict=True))
+        for name, *outcomes in rows
+        if name in KINDS and len(outcomes) == len(PLANS)
+    }
+
+
+if __name__ == "__main__":
+    PAGE.write_text(
+        write_page({name: try_pipeline(kind) for name, kind in KINDS.items()}), encoding="utf-8"
+    )
