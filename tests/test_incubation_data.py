@@ -17,7 +17,7 @@ from PIL import Image
 
 from conformance.models import make_pipeline, xl_unet
 from leansd.errors import LeansdError
-from leansd.incubation.data.batches import Conditioning
+from leansd.incubation.data.batches import Conditioning, PairedSource, RandomLatents, join
 from leansd.incubation.data.cached_source import CachedSource, Chances, SampleOrder
 from leansd.incubation.data.encoding import PictureEncoder, TextEncoder, read_picture
 from leansd.incubation.data.filling import Dataset, FillProgress, FillReporter
@@ -153,19 +153,23 @@ def test_a_stream_goes_on_from_its_state_bit_for_bit(shelf: tuple[Cache, list[Ma
     assert len(json.dumps(state)) < 200
 
 
+def make_random() -> RandomLatents:
+    text = Conditioning(torch.arange(3.0)[:, None, None])
+    return RandomLatents((4, 2, 2), text, Conditioning(torch.full((1, 1, 1), -1.0)))
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_the_global_order_does_not_depend_on_the_world(
     shelf: tuple[Cache, list[Made]], world: int
 ) -> None:
-    source = CachedSource(*shelf, MIXED)
-    one = source.open(batch=2 * world, seed=1)
-    ranks = [source.open(batch=2, seed=1, rank=rank, world=world) for rank in range(world)]
-    for _ in range(5):
-        whole, rows = next(one), [next(rank) for rank in ranks]
-        assert whole.keys == tuple(key for each in rows for key in each.keys)
-        assert torch.equal(whole.latents, torch.cat([each.latents for each in rows]))
-        assert torch.equal(whole.text, torch.cat([each.text for each in rows]))
-    assert [rank.state() for rank in ranks] == [one.state()] * world
+    cached = CachedSource(*shelf, MIXED)
+    for source in (cached, make_random(), PairedSource(cached)):
+        one = source.open(batch=2 * world, seed=1)
+        ranks = [source.open(batch=2, seed=1, rank=rank, world=world) for rank in range(world)]
+        for _ in range(3):
+            assert equal(next(one), join([next(rank) for rank in ranks]))
+        assert [rank.state() for rank in ranks] == [one.state()] * world
+        assert equal(next(one), next(source.open(batch=2 * world, seed=1, state=ranks[0].state())))
 
 
 def test_an_epoch_has_every_sample_once_and_the_next_another_order(

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from leansd.errors import LeansdError
-from leansd.incubation.data.batches import Batch, Conditioning, RandomLatents
+from leansd.incubation.data.batches import Batch
 from leansd.incubation.losses import LOSSES, LossContext, StepOutputs, build_loss
 from leansd.incubation.noise import DiffusionSchedule, draw_noise
 from leansd.incubation.optimization import Ema, read_peak
@@ -26,8 +26,6 @@ data: {kind: random, prompts: [a]}
 trainer: {batch: 4, ema: 0.9}
 stages: [{name: light, surgery: bk-base, train: '*', steps: 10}]
 """
-RECIPES = sorted(BUNDLED.glob("*.yaml"))
-WHOLE = [path for path in RECIPES if not path.stem.endswith("base")]
 
 
 # -- recipes -----------------------------------------------------------------------------------
@@ -126,8 +124,13 @@ FINGERPRINTS = {
 """A run whose recipe has another is another run: resuming refuses it."""
 
 
-def test_the_fingerprints_of_recipes_stay() -> None:
-    assert {path.stem: load_recipe(path).fingerprint for path in WHOLE} == FINGERPRINTS
+def test_the_recipes_that_come_along_are_valid_and_their_fingerprints_stay() -> None:
+    recipes = [load_recipe(path) for path in sorted(BUNDLED.glob("*.yaml")) if not is_base(path)]
+    assert {recipe.name: recipe.fingerprint for recipe in recipes} == FINGERPRINTS
+
+
+def is_base(path: Path) -> bool:
+    return path.stem.endswith("base")
 
 
 def test_a_base_that_leads_back_is_refused(write: Any) -> None:
@@ -140,11 +143,6 @@ def test_only_what_decides_the_result_is_in_the_fingerprint(write: Any) -> None:
     plain = load_recipe(path).fingerprint
     assert load_recipe(path, ["trainer.checkpoint_every=7"]).fingerprint == plain
     assert load_recipe(path, ["trainer.batch=7"]).fingerprint != plain
-
-
-@pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.stem)
-def test_the_recipes_that_come_along_are_valid(path: Path) -> None:
-    assert load_recipe(path).name == path.stem
 
 
 def test_a_recipe_as_it_is_written_is_the_same(write: Any) -> None:
@@ -181,18 +179,6 @@ def test_the_target_means_the_clean_latents(prediction: str) -> None:
     if prediction == "v_prediction":
         assert torch.allclose(target, scheduler.get_velocity(clean, noise, timesteps), atol=1e-6)
     assert torch.allclose(schedule.predict_clean(noised, target, timesteps), clean, atol=1e-4)
-
-
-def test_two_processes_draw_what_one_does() -> None:
-    source = RandomLatents((4, 2, 2), Conditioning(torch.arange(3.0)[:, None, None]))
-    whole = source.open(batch=4, seed=1)
-    ranks = [source.open(batch=2, seed=1, rank=rank, world=2) for rank in (0, 1)]
-    for _ in range(2):
-        batch, halves = next(whole), [next(rank) for rank in ranks]
-        assert batch.keys == halves[0].keys + halves[1].keys
-        assert torch.equal(batch.latents, torch.cat([half.latents for half in halves]))
-    again = source.open(batch=4, seed=1, state=whole.state())
-    assert torch.equal(next(whole).latents, next(again).latents)
 
 
 # -- losses ------------------------------------------------------------------------------------

@@ -350,11 +350,7 @@ class NonfiniteGuard:
             )
 
     def dump(self, outputs: StepOutputs, step: int, rank: int) -> None:
-        """Write the batch that a step failed on.
-
-        Raises:
-            LeansdError: it cannot be written.
-        """
+        """Write the batch that a step failed on."""
         path = self.folder / f"step-{step:08d}-rank-{rank}.safetensors"
         tensors = {
             name: getattr(outputs, name).detach().cpu().contiguous()

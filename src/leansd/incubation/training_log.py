@@ -37,11 +37,7 @@ class LossLog:
     path: Path
 
     def add(self, row: LogRow) -> None:
-        """Write one line more.
-
-        Raises:
-            LeansdError: it cannot be written.
-        """
+        """Write one line more, or raise LeansdError where it cannot be written."""
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(encode_json(row) + "\n")

@@ -2,7 +2,7 @@
 
 A checkpoint is whole or not there: a folder that is written beside its place and moved there in one
 go. All processes take part, since with sharded states each holds a part of it. A kill leaves the
-one before as it was.
+one before as it was. What cannot be read or written is a LeansdError that says so.
 """
 
 from __future__ import annotations
@@ -77,11 +77,7 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
 
     def save(self, accelerator: Accelerator, ema: Ema | None, position: Position) -> None:
-        """Write one, with the state of all processes.
-
-        Raises:
-            LeansdError: it cannot be written; those before are untouched.
-        """
+        """Write one, with the state of all processes; those before stay if that fails."""
         whole = self.folder / f"step-{position.step:08d}"
         partial = whole.with_name(whole.name + PARTIAL)
         if accelerator.is_main_process:
@@ -109,11 +105,7 @@ class Checkpoints:
         accelerator.wait_for_everyone()
 
     def load(self, accelerator: Accelerator, ema: Ema | None, path: Path) -> Position:
-        """Go on from one.
-
-        Raises:
-            LeansdError: it cannot be read, or is of another number of processes.
-        """
+        """Go on from one of as many processes."""
         file = path / f"position-{accelerator.process_index}.json"
         if len(list(path.glob("position-*.json"))) != accelerator.num_processes:
             raise LeansdError(
@@ -149,11 +141,7 @@ class TeacherCache:
     rank: int = 0
 
     def load(self, step: int, part: int, device: torch.device) -> TeacherBatch:
-        """The batch that a step after the first ones learns from again.
-
-        Raises:
-            LeansdError: it cannot be read.
-        """
+        """The batch that a step after the first ones learns from again."""
         path = self._name(step, part)
         try:
             return unpack_batch(load_file(path, str(device)))
@@ -164,11 +152,7 @@ class TeacherCache:
             ) from error
 
     def keep(self, step: int, part: int, taught: TeacherBatch) -> None:
-        """Write one; whole, or not at all.
-
-        Raises:
-            LeansdError: it cannot be written.
-        """
+        """Write one; whole, or not at all."""
         with (
             reporting(f"cannot keep the teacher's tensors in {self.folder}"),
             writing(self._name(step, part)) as partial,
@@ -186,12 +170,10 @@ class TeacherCache:
 def pack_batch(taught: TeacherBatch) -> dict[str, Tensor]:
     """Plain tensors by name; `unpack_batch` gives the batch back, bit for bit."""
     batch = taught.batch
-    tensors = {
-        **{"latents": batch.latents, "text": batch.text, **taught.draw._asdict()},
-        **{"noised": taught.noised, "output": taught.output},
-        **{f"added.{name}": tensor for name, tensor in batch.added.items()},
-        **{f"features.{at}": tensor for at, tensor in taught.features.items()},
-    }
+    tensors = {"latents": batch.latents, "text": batch.text, **taught.draw._asdict()}
+    tensors |= {"noised": taught.noised, "output": taught.output}
+    tensors |= {f"added.{name}": tensor for name, tensor in batch.added.items()}
+    tensors |= {f"features.{at}": tensor for at, tensor in taught.features.items()}
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 

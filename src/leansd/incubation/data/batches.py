@@ -102,15 +102,7 @@ class DataSource(ABC):
 
     @abstractmethod
     def write_state(self, seed: int, place: int) -> dict[str, Any]:
-        """A position as plain JSON values."""
-
-    @abstractmethod
-    def find_place(self, state: Mapping[str, Any], seed: int) -> int:
-        """The position that was written.
-
-        Raises:
-            LeansdError: it is another source's, or another seed's.
-        """
+        """What tells these samples from others, and last the position: plain JSON values."""
 
     def open(
         self,
@@ -136,8 +128,16 @@ class DataSource(ABC):
             raise LeansdError(f"no batch of {batch} for rank {rank} of {world}")
         if batch % self.rows:
             raise LeansdError(f"data: with paired samples a batch of {batch} is odd; make it even")
-        place = 0 if state is None else self.find_place(state, seed)
-        return Stream(self, batch // self.rows, seed, rank, world, place)
+        own = self.write_state(seed, 0)
+        given = own if state is None else state
+        *facts, position = own
+        for name in facts:
+            if given.get(name) != own[name]:
+                raise LeansdError(
+                    f"these data cannot be gone on from: the {name} was {given.get(name)} and is "
+                    f"{own[name]}; give the same data, shares and seed, or begin anew"
+                )
+        return Stream(self, batch // self.rows, seed, rank, world, int(given[position]))
 
 
 class Stream:
@@ -197,9 +197,6 @@ class PairedSource(DataSource):
     def write_state(self, seed: int, place: int) -> dict[str, Any]:
         return self.source.write_state(seed, place)
 
-    def find_place(self, state: Mapping[str, Any], seed: int) -> int:
-        return self.source.find_place(state, seed)
-
 
 def pair_up(batch: Batch, empty: Conditioning) -> Batch:
     """`batch` with twice the rows: after each the same latents under the empty prompt."""
@@ -255,6 +252,3 @@ class RandomLatents(DataSource):
 
     def write_state(self, seed: int, place: int) -> dict[str, Any]:
         return {"drawn": place}
-
-    def find_place(self, state: Mapping[str, Any], seed: int) -> int:
-        return int(state["drawn"])

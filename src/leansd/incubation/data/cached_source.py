@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
 from typing import Annotated, Any
@@ -139,15 +139,6 @@ class CachedSource(DataSource):
 
     def write_state(self, seed: int, place: int) -> dict[str, Any]:
         return {"source": self.fingerprint, "seed": seed, "place": place}
-
-    def find_place(self, state: Mapping[str, Any], seed: int) -> int:
-        for name, value in {"source": self.fingerprint, "seed": seed}.items():
-            if state.get(name) != value:
-                raise LeansdError(
-                    f"these data cannot be gone on from: the {name} was {state.get(name)} and is "
-                    f"{value}; give the same data, shares and seed, or begin anew"
-                )
-        return int(state["place"])
 
     def read(self, seed: int) -> Read:
         order = SampleOrder(self.counts, seed, self.chances.window)

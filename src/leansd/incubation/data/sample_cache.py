@@ -204,15 +204,11 @@ class Cache:
         return self.locate(shard) / f"{number:05d}.safetensors"
 
     def write_part(self, shard: Shard, number: int, content: bytes) -> None:
-        """Keep a part, whole or not at all.
-
-        Raises:
-            LeansdError: there is no room, or no permission; what was kept before stays.
-        """
+        """Keep a part, whole or not at all; without room, what was kept before stays."""
         _write(self.locate_part(shard, number), content)
 
     def open_part(self, shard: Shard, number: int) -> CachePart:
-        """A part to read from; see there for what is raised."""
+        """A part to read from."""
         return CachePart(self.locate_part(shard, number))
 
     def has_part(self, shard: Shard, number: int) -> bool:
