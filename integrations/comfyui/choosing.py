@@ -11,9 +11,9 @@ import torch
 
 from leansd.core import CallSchedule, Prediction, Sample, place_calls, probe_calls
 from leansd.errors import LeansdError
+from leansd.plans.anatomy import WHOLE
 from leansd.plans.plan import Plan
-from leansd.plans.presets import DEFAULT_SAMPLER, Preset
-from leansd.plans.presets.tuned import list_tuned_samplers
+from leansd.plans.presets import Preset
 from leansd.plans.resolve import PlanContext, find_source, resolve_plan
 
 from .library import AUTO, PlanLibrary, Purpose
@@ -129,15 +129,15 @@ def choose_plan(choice: PlanChoice, run: RunDescription) -> Chosen:
         source = find_source(given)
         wanted = source.steps if isinstance(source, Plan) else None
         first, steps = run.place_in_whole(wanted)
-        sampler, notes = _name_sampler(source, run.sampler)
-        context = PlanContext(steps, sampler=sampler)
+        own = NAMES.get(run.sampler, run.sampler) if isinstance(source, Preset) else run.sampler
+        context = PlanContext(steps, sampler=own, anatomy=WHOLE)
         resolved = resolve_plan(source, context, fit=choice.mismatch == "stretch")
     except LeansdError as error:
         return Chosen(name, reason=str(error))
     schedule = place_calls(run.calls, run.sigmas, run.prediction, first=first, steps=steps)
     if schedule is None:
         return Chosen(name, reason=f"{run.sampler} does not call the model step by step")
-    return Chosen(resolved.plan.name, resolved.plan, schedule, (*found, *notes, *resolved.notes))
+    return Chosen(resolved.plan.name, resolved.plan, schedule, (*found, *resolved.notes))
 
 
 def _find_tuned(choice: PlanChoice, run: RunDescription) -> tuple[str | Plan, tuple[str, ...]]:
@@ -152,19 +152,6 @@ def _find_tuned(choice: PlanChoice, run: RunDescription) -> tuple[str | Plan, tu
         return plan, ()
     note = f"nothing was tuned for this model, sampler, sigmas and cfg: preset {FALLBACK} instead"
     return FALLBACK, (note,)
-
-
-def _name_sampler(source: Plan | Preset, sampler: str) -> tuple[str, tuple[str, ...]]:
-    """The sampler as plans name it; for a preset, one that it was tuned for."""
-    if not isinstance(source, Preset) or not source.by_sampler:
-        return sampler, ()
-    own = NAMES.get(sampler, sampler)
-    tuned = list_tuned_samplers(source.name)
-    if own in tuned:
-        return own, ()
-    nearest = "euler" if "euler" in tuned else DEFAULT_SAMPLER
-    note = f"preset {source.name} is not tuned for {sampler}: it is as for {nearest}"
-    return nearest, (f"{note}; Lean Tune makes a plan for your model and sampler",)
 
 
 def _find_place(noise: Any, sigma: float) -> float:

@@ -268,20 +268,44 @@ def tune_sampler(
     Raises:
         LeansdError: the sampler cannot be tuned for, or no plan meets the wish.
     """
+    front = find_front(host, wish, wish.speeds, journal, tell)
+    if wish.least_psnr:
+        return front.at(psnr=wish.least_psnr), front
+    return find_fastest(front, wish.speed), front
+
+
+def find_front(
+    host: SamplerHost,
+    wish: TuneWish,
+    speeds: Sequence[float],
+    journal: str | Path | None,
+    tell: Tell,
+) -> Front:
+    """The best plans for some speeds.
+
+    Raises:
+        LeansdError: the sampler cannot be tuned for.
+    """
     host.respond(host.steps)
     config = TuneConfig(
-        steps=host.steps, speeds=wish.speeds, grids=(1.0,), tries=wish.tries, seed=wish.seed
+        steps=host.steps, speeds=speeds, grids=(1.0,), tries=wish.tries, seed=wish.seed
     )
     fitted, checked = split_calls([f"seed {place}" for place in range(wish.seeds)], None)
     facts = {**host.describe(), "seeds": wish.seeds, "seed": wish.seed}
-    progress = Progress(tell, wish.tries, len(wish.speeds), 1)
-    front = tune_host(
-        host, config, fitted, checked, host.measure_cost(wish.seed), Journal.open(journal, facts),
-        progress,
-    )  # fmt: skip
-    if wish.least_psnr:
-        return front.at(psnr=wish.least_psnr), front
+    progress = Progress(tell, wish.tries, len(speeds), 1)
+    known = Journal.open(journal, facts)
+    cost = host.measure_cost(wish.seed)
+    return tune_host(host, config, fitted, checked, cost, known, progress)
+
+
+def find_fastest(front: Front, speed: float) -> Plan:
+    """The plan of a front for a speed that was sought, also where fewer steps are as near.
+
+    Raises:
+        LeansdError: there is none.
+    """
     lean = [each for each in (*front.points, *front.dominated) if not each.is_plain]
-    if not lean:
-        raise LeansdError(f"no plan of {host.steps} steps is {wish.speed:g} times as fast")
-    return lean[-1].plan, front
+    named = [each.plan for each in lean if each.plan.name == f"tuned {speed:.3g}x"]
+    if not named:
+        raise LeansdError(f"no plan is {speed:g} times as fast: the model's own calls are too few")
+    return named[0]

@@ -103,7 +103,7 @@ def test_samplers_of_several_calls_go_by_the_ordinal(sampler: Any, keys: int) ->
         ({"sampler": Sampler(sample_adaptive)}, "how often adaptive calls the model"),
         ({"sampler": Sampler(sample_stubborn)}, "how often stubborn calls the model"),
         ({"sigmas": lay_out(9), "mismatch": "compute in full"}, "is for 12 steps, this run has 9"),
-        ({"plan": Plan.every(2, cut="up1", steps=STEPS)}, "inherits inside the UNet"),
+        ({"plan": Plan.every(2, cut="up1", steps=STEPS)}, "is for UNets"),
         ({"plan": "no such preset"}, "no preset 'no such preset'"),
         ({"plan": "/nowhere/plan.json"}, "no plan file"),
         ({"positive": [cond(0.4, hooks=object())]}, "changes the model's weights"),

@@ -101,11 +101,12 @@ class Player:
             self.forget(latents.device, keys)
             raise
         rows = outputs = list[torch.Tensor]()
-        if turns is not None and output.shape[0] == latents.shape[0]:
+        if turns is not None and _fits(output, latents, given):
             rows = list(output.chunk(len(turns)))
             each = zip(turns, rows, given, strict=True)
             outputs = [turn.settle(own, before) for turn, own, before in each]
         elif turns is not None:
+            self._force("the output has another shape than the latents")
             self.forget(latents.device, keys)
         self._count(call, computed=True)
         return output if all(map(is_, outputs, rows)) else _join(outputs)
@@ -266,6 +267,16 @@ def explain_unplayable(plan: Plan, steps: int) -> str:
     except LeansdError:
         return f"plan {plan.name} inherits inside the UNet, not whole steps ({HEAD}) alone"
     return ""
+
+
+def _fits(
+    output: torch.Tensor, latents: torch.Tensor, given: Sequence[torch.Tensor | None]
+) -> bool:
+    """Whether an output has the latents' rows, and where its change is kept also their channels."""
+    if output.shape[0] != latents.shape[0]:
+        return False
+    changes = any(before is not None for before in given)
+    return not changes or latents[:, : output.shape[1]].shape == output.shape
 
 
 def _join(parts: Sequence[torch.Tensor]) -> torch.Tensor:

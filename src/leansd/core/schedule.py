@@ -19,6 +19,8 @@ Prediction = Literal["noise", "flow"]
 """
 LEAST = 1e-6
 """Noise below this share counts as this, so that the log-SNR of a last step is finite."""
+MOST = 1 - 1e-3
+"""As does a flow's noise above this share, where it begins with nothing else."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +71,7 @@ def list_log_snr(sigmas: Sequence[float], prediction: Prediction = "noise") -> t
     """log(signal power / noise power) at each sigma."""
     if prediction == "noise":
         return tuple(-2 * math.log(max(sigma, LEAST)) for sigma in sigmas)
-    shares = (min(max(sigma, LEAST), 1 - LEAST) for sigma in sigmas)
+    shares = (min(max(sigma, LEAST), MOST) for sigma in sigmas)
     return tuple(2 * math.log((1 - share) / share) for share in shares)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from leansd.errors import LeansdError
-from leansd.plans.anatomy import Anatomy
+from leansd.plans.anatomy import HEAD, WHOLE, Anatomy
 from leansd.plans.noise_levels import carry_over, differ
 from leansd.plans.plan import Plan
 from leansd.plans.presets import DEFAULT_SAMPLER, PRESETS, Preset
@@ -20,6 +20,8 @@ from leansd.text import suggest_name
 
 STEPS = 30
 """Steps of a run where the user names none and no plan file says."""
+NEAREST = "euler"
+"""The sampler whose plans serve others, where a denoiser is known as a whole only."""
 FEW_STEPS = 8
 """Runs of few-step models (LCM, Turbo, Lightning) have no more than these."""
 
@@ -52,7 +54,8 @@ class PlanContext:
 
     @property
     def up_blocks(self) -> int:
-        return self.blocks if self.anatomy is None else self.anatomy.up_blocks
+        known = 0 if self.anatomy is None else self.anatomy.up_blocks
+        return known or self.blocks
 
 
 @dataclass(frozen=True)
@@ -120,9 +123,8 @@ def resolve_plan(
     found = find_source(source)
     if isinstance(found, Preset):
         steps = context.steps or STEPS
-        sampler = context.sampler or DEFAULT_SAMPLER
+        sampler, notes = _pick_sampler(found, context)
         plan = found.build_for(steps, context.up_blocks, sampler)
-        notes = _describe_sampler(found, context.sampler)
         elsewhere: list[str] = []
     else:
         plan = _stretch(found, context.steps or found.steps, fit=fit)
@@ -135,7 +137,9 @@ def resolve_plan(
         if plan.tuned is not None and not plan.tuned.unet:  # a preset's, for whatever UNet
             elsewhere = []
         notes += _describe_guidance(plan, context.guidance)
-    if context.anatomy is not None:
+    if context.anatomy is WHOLE:
+        _require_whole_steps(plan)
+    elif context.anatomy is not None:
         plan.resolve(context.anatomy, context.nets)
         plan.resolve_gates(context.anatomy, context.nets)
     if isinstance(found, Preset) and found.name != "full" and plan.steps <= FEW_STEPS and not force:
@@ -149,6 +153,36 @@ def _explain_few(name: str, steps: int) -> str:
         f"full; to follow {name} all the same give --force, or in Python the plan itself, "
         f"leansd.preset({name!r}, steps={steps})"
     )
+
+
+def _require_whole_steps(plan: Plan) -> None:
+    """Refuse what needs to know the inside of a denoiser.
+
+    Raises:
+        LeansdError: the plan does.
+    """
+    for step, row in enumerate(plan.rows):
+        inside = [*(at for at in row.inherit if at != HEAD), *row.attend, *filter(None, [row.net])]
+        if inside:
+            raise LeansdError(
+                f"plan {plan.name} is for UNets (step {step}: {inside[0]}); of this denoiser only "
+                f"whole steps, {HEAD}, are inherited"
+            )
+    if plan.drift is not None:
+        raise LeansdError(f"plan {plan.name} decides as it runs: that is for UNets")
+
+
+def _pick_sampler(preset: Preset, context: PlanContext) -> tuple[str, list[str]]:
+    """The sampler that a preset is built for, and what to say of that."""
+    tuned = list_tuned_samplers(preset.name) if preset.by_sampler else []
+    if context.anatomy is not WHOLE or not tuned or context.sampler in tuned:
+        return context.sampler or DEFAULT_SAMPLER, _describe_sampler(preset, context.sampler)
+    # A plain schedule inherits inside the UNet; tuned ones are of whole steps.
+    nearest = NEAREST if NEAREST in tuned else tuned[0]
+    own = context.sampler or "this sampler"
+    return nearest, [
+        f"{preset.name} is not tuned for {own}: it is as for {nearest}; tune a plan of your own"
+    ]
 
 
 def _describe_sampler(preset: Preset, sampler: str) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +21,11 @@ from leansd.runtime.engine import attach, detach, find_followers
 from leansd.runtime.nets import match_nets
 from leansd.runtime.report import Report
 from leansd.runtime.run import Follower
+from leansd.runtime.whole_steps import (
+    WholeStepFollower,
+    find_transformer,
+    find_whole_follower,
+)
 
 NO_NETS: Mapping[str, UNet2DConditionModel] = MappingProxyType({})
 
@@ -28,8 +33,13 @@ NO_NETS: Mapping[str, UNet2DConditionModel] = MappingProxyType({})
 class Attachment:
     """A pipeline, or a bare UNet, that follows a plan: `with leansd.inherit(pipe, plan) as run`."""
 
-    def __init__(self, follower: Follower) -> None:
-        self._follower = follower
+    def __init__(
+        self,
+        follower: Follower | WholeStepFollower,
+        hook: Callable[[Any], None] = attach,
+        unhook: Callable[[Any], None] = detach,
+    ) -> None:
+        self._follower, self._hook, self._unhook = follower, hook, unhook
 
     def __enter__(self) -> Attachment:
         self._follower.thread = threading.get_ident()
@@ -40,12 +50,12 @@ class Attachment:
 
     def attach(self) -> Attachment:
         """Follow the plan from now on."""
-        attach(self._follower)
+        self._hook(self._follower)
         return self
 
     def release(self) -> None:
         """Stop following the plan; the UNet is as it was, nothing is kept."""
-        detach(self._follower)
+        self._unhook(self._follower)
 
     def report(self) -> Report:
         """What the last run did, kept and gained.
@@ -72,7 +82,8 @@ def inherit(
     calls, one of a bare UNet for all of its calls.
 
     Args:
-        target: a diffusers pipeline with a `unet`, or a `UNet2DConditionModel`.
+        target: a diffusers pipeline with a `unet`, or a `UNet2DConditionModel`; or a pipeline with
+            a `transformer` (SD3, FLUX, PixArt, Sana), for plans of whole steps.
         plan: a `Plan`, the name of a preset (which fits itself to every run's step count) or the
             path of a plan file.
         nets: UNets by the names that the plan calls them by (`Plan.switch`). They run in the place
@@ -86,6 +97,11 @@ def inherit(
             the target is attached already. A run with another step count than the plan's is refused
             before its first step.
     """
+    transformer = find_transformer(target)
+    if transformer is not None:
+        _refuse_insides(target, nets, compile)
+        whole = WholeStepFollower(target, transformer, find_source(plan))
+        return Attachment(whole, WholeStepFollower.attach, WholeStepFollower.release)
     pipe, unet, wrapper = _split_target(target)
     follower = Follower(
         unet,
@@ -123,10 +139,26 @@ def release_(target: Any) -> None:
 
     Releasing what is not attached does nothing.
     """
+    whole = find_whole_follower(target)
+    if whole is not None:
+        whole.release()
     is_module = isinstance(target, nn.Module)
     unet, _ = _unwrap(target) if is_module else (None, None)
     for follower in find_followers(None if is_module else target, unet):
         detach(follower)
+
+
+def _refuse_insides(
+    pipe: Any, nets: Mapping[str, UNet2DConditionModel], compile: bool | Mapping[str, Any]
+) -> None:
+    kind = f"a {type(pipe).__name__}, of whose transformer only whole steps are inherited,"
+    if nets:
+        raise LeansdError(f"{kind} cannot switch to other nets")
+    if compile:
+        raise LeansdError(
+            f"{kind} needs no graph of the plan's: compile it by itself, as in "
+            "pipe.transformer.compile()"
+        )
 
 
 def is_compiled(unet: nn.Module) -> bool:

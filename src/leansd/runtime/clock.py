@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from leansd.core.schedule import CallSchedule, assign_rows
+from leansd.core.schedule import CallSchedule, assign_rows, list_log_snr
 
 
 @dataclass(frozen=True)
@@ -193,8 +193,16 @@ def _read_value(timestep: Any) -> float:
     return float(timestep)
 
 
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler's sigmas are those of rectified flow, from 1 to 0."""
+    flow = type(scheduler).__name__.startswith("FlowMatch")
+    return flow or bool(scheduler.config.get("use_flow_sigmas", False))
+
+
 def _log_snr(scheduler: Any, moments: Sequence[float]) -> tuple[float, ...]:
     """log-SNR at (possibly fractional) time steps; minus the time step without a noise table."""
+    if is_flow(scheduler):
+        return list_log_snr(scheduler.sigmas.tolist()[: len(moments)], "flow")
     table = getattr(scheduler, "alphas_cumprod", None)
     if table is None:
         return tuple(-moment for moment in moments)

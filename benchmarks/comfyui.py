@@ -1,0 +1,173 @@
+"""Plans tuned in ComfyUI's own samplers, and what they and their rivals give there.
+
+    python benchmarks/comfyui.py tune --comfyui PATH       writes integrations/comfyui/presets.json
+    python benchmarks/comfyui.py measure --comfyui PATH    writes results/comfyui.jsonl
+
+With the embedded model in ComfyUI's UNet; dB are of pictures to the full run of the same seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PACK = ROOT / "integrations" / "comfyui"
+RESULTS = ROOT / "benchmarks" / "results" / "comfyui.jsonl"
+SAMPLERS = ("euler", "dpmpp_2m", "dpmpp_2m_sde")
+SCHEDULERS = ("normal", "karras")
+STEPS = 20
+CFG = 4.0
+SPEEDS = {"quality": 1.5, "balanced": 2.0, "fast": 2.5}
+SEEDS = 6
+PICTURES = 4
+SHIFT = 700
+"""Seeds that are measured on lie so far from those that were tuned on."""
+EASY = (0.05, 0.1, 0.2, 0.3, 0.4)
+LAZY = (0.05, 0.1, 0.2)
+
+
+class Bench:
+    def __init__(self, path: Path) -> None:
+        sys.path.insert(0, str(PACK))
+        import check
+
+        self.here = check.Checkout(path)
+        from leansd.emoji.prompts import GRID_PROMPTS
+
+        encode = self.here.clip.encode_from_tokens_scheduled
+        self.prompts = [encode(self.here.clip.tokenize(each)) for each in GRID_PROMPTS]
+        self.hosting = importlib.import_module("comfyui.hosting")
+
+    def draw(self, model: Any, sampler: str, seed: int, sigmas: Any) -> Any:
+        """One picture; what it is of goes by the seed."""
+        request = self.here.ask(
+            sampler, sigmas,
+            positive=self.prompts[seed % len(self.prompts)], cfg=CFG,
+            latent={"samples": self.here.torch.zeros(1, 4, 16, 16)},
+        )  # fmt: skip
+        return self.here.sampling.draw(model, request, seed)
+
+    def tune(self, sampler: str, scheduler: str) -> dict[str, Any]:
+        sigmas = self.here.lay_out(scheduler, STEPS)
+        host = self.hosting.SamplerHost(
+            self.here.model, self.here.samplers.sampler_object(sampler), sigmas, CFG,
+            lambda model, seed, sigmas: self.draw(model, sampler, seed, sigmas),
+            digest="", thin_out=self.here.sampling.thin_out,
+            decode=lambda each: self.here.sampling.show_pictures(self.here.vae, each),
+        )  # fmt: skip
+        wish = self.hosting.TuneWish(seeds=SEEDS, tries=0)
+        front = self.hosting.find_front(
+            host, wish, tuple(SPEEDS.values()), None,
+            lambda text, share: print(f"{sampler} {scheduler} {share:4.0%} {text}", flush=True),
+        )  # fmt: skip
+        plans = {
+            name: self.hosting.find_fastest(front, speed).rename(name).to_dict()
+            for name, speed in SPEEDS.items()
+        }
+        for plan in plans.values():
+            plan.pop("tuned")  # the table says so, and it is for any weights
+        told = [round(float(each), 5) for each in sigmas.tolist()]
+        return {"sampler": sampler, "scheduler": scheduler, "sigmas": told, "plans": plans}
+
+    # -- measuring ---------------------------------------------------------------------------
+
+    def list_rivals(self, sampler: str, scheduler: str) -> Iterator[tuple[str, Any, Any]]:
+        """(name, model, sigmas) of everything that is measured."""
+        from leansd.plans.presets import preset
+
+        here, full = self.here, self.here.lay_out(scheduler, STEPS)
+        attach = lambda plan: here.playing.PlanOnModel(here.choosing.PlanChoice(plan)).attach(  # noqa: E731
+            here.model
+        )
+        for name in SPEEDS:
+            yield name, attach(name), full
+        for steps in (7, 8, 9, 10, 11, 13, 14):
+            yield f"{steps} steps", attach("full"), here.lay_out(scheduler, steps)
+        for window in (2, 3):
+            yield f"Spectrum {window}", attach(preset("spectrum", STEPS, window=window)), full
+        caches = importlib.import_module("comfy_extras.nodes_easycache")
+        for threshold in EASY:
+            node = caches.EasyCacheNode.execute(here.model, threshold, 0.15, 0.95, False)
+            yield f"EasyCache {threshold:g}", node.args[0], full
+        for threshold in LAZY:
+            node = caches.LazyCacheNode.execute(here.model, threshold, 0.15, 0.95, False)
+            yield f"LazyCache {threshold:g}", node.args[0], full
+
+    def measure(self, sampler: str, scheduler: str) -> list[Any]:
+        from leansd.evaluation.records import Record, stamp
+
+        here, records = self.here, []
+        sigmas, circumstances = here.lay_out(scheduler, STEPS), stamp()
+        seeds = range(SHIFT, SHIFT + PICTURES)
+        full = [self.draw(here.model, sampler, seed, sigmas) for seed in seeds]
+        for name, model, own in self.list_rivals(sampler, scheduler):
+            counted, values = [], []
+            for seed, picture in zip(seeds, full, strict=True):
+                calls = CallCounter(model)
+                drawn = self.draw(calls.model, sampler, seed, own)
+                values.append(here.measure(drawn, picture))
+                counted.append(calls.count)
+            for metric, numbers, unit in (("psnr", values, "dB"), ("model_calls", counted, "")):
+                records.append(
+                    Record(
+                        **circumstances, subject="emoji in ComfyUI", plan=name, metric=metric,
+                        value=sum(numbers) / len(numbers), unit=unit, sampler=sampler,
+                        scheduler=scheduler, steps=STEPS, guidance=CFG, pictures=PICTURES,
+                        low=min(numbers),
+                    )
+                )  # fmt: skip
+            print(f"{sampler} {scheduler} {name}: {records[-1].value:g} calls, "
+                  f"{records[-2].value:.1f} dB", flush=True)  # fmt: skip
+        return records
+
+
+class CallCounter:
+    """A model whose calls are counted where they run: inside of every wrapper."""
+
+    def __init__(self, model: Any) -> None:
+        self.count = 0
+        self.model = model.clone()
+        self.model.add_wrapper_with_key("diffusion_model", "count", self._run)
+
+    def _run(self, executor: Any, *args: Any, **options: Any) -> Any:
+        self.count += 1
+        return executor(*args, **options)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("tune", "measure"))
+    parser.add_argument("--comfyui", type=Path, required=True)
+    parser.add_argument("--samplers", nargs="*", default=SAMPLERS)
+    parser.add_argument("--schedulers", nargs="*", default=SCHEDULERS)
+    options = parser.parse_args()
+    bench = Bench(options.comfyui.resolve())
+    from leansd.evaluation.records import put_records
+
+    with bench.here.torch.inference_mode():
+        for sampler in options.samplers:
+            for scheduler in options.schedulers:
+                if options.what == "measure":
+                    place = lambda each: (each.sampler, each.scheduler, each.plan, each.metric)  # noqa: E731
+                    put_records(RESULTS, bench.measure(sampler, scheduler), place)
+                else:
+                    put_row(bench.tune(sampler, scheduler))
+
+
+def put_row(row: dict[str, Any]) -> None:
+    path = PACK / "presets.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    key = lambda each: (each["sampler"], each["scheduler"], len(each["sigmas"]))  # noqa: E731
+    rows = sorted([*(each for each in rows if key(each) != key(row)), row], key=key)
+    lines = ",\n".join(json.dumps(each) for each in rows)
+    path.write_text(f"[\n{lines}\n]\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""Plans of whole steps for pipelines whose denoiser is a transformer: SD3, FLUX, PixArt, Sana.
+
+Of such a denoiser nothing is known but its output, so a plan may inherit the head alone. The clock
+is the scheduler's own step index; what is played lies in `leansd.core`.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import nn
+
+from leansd.anatomy.fingerprint import fingerprint_module
+from leansd.core.player import Player
+from leansd.core.schedule import CallSchedule
+from leansd.core.stopwatch import Stopwatch, start_stopwatch
+from leansd.errors import LeansdError
+from leansd.plans.anatomy import WHOLE
+from leansd.plans.plan import Plan
+from leansd.plans.presets import Preset
+from leansd.plans.resolve import PlanContext, resolve_plan
+from leansd.runtime.clock import read_schedule
+from leansd.runtime.hooks import ForwardHooks, PipelineEndHook
+from leansd.runtime.report import Report
+from leansd.runtime.run import find_calling_pipeline
+from leansd.runtime.samplers import name_sampler
+
+CONDITIONS = ("encoder_hidden_states", "pooled_projections", "skip_layers")
+"""Arguments by which calls of one step are told apart and changes in the midst of a run noticed."""
+
+HELD = 16
+"""Conditions that are held: those of the step before and of this one."""
+
+
+def find_transformer(target: Any) -> nn.Module | None:
+    """The transformer that denoises for a pipeline; None where it has none, or a UNet."""
+    if isinstance(target, nn.Module) or getattr(target, "unet", None) is not None:
+        return None
+    found = getattr(target, "transformer", None)
+    return found if isinstance(found, nn.Module) and hasattr(target, "scheduler") else None
+
+
+class WholeRun:
+    """One run of a pipeline."""
+
+    def __init__(self, plan: Plan, schedule: CallSchedule) -> None:
+        self.schedule = schedule
+        self.player = Player(plan, schedule)
+        self.times: list[tuple[int, Stopwatch]] = []
+        self.wrap: Callable[[torch.Tensor], Any] = Transformer2DModelOutput
+        """How the transformer gives an output where not in a tuple."""
+        self._index, self._ordinal = -1, 0
+        self._conditions: list[Any] = []
+        """Held, so that no other tensor gets the identity of one of them."""
+
+    def make_key(self, index: int, named: Mapping[str, Any]) -> Hashable:
+        """Which of the calls of a step it is, and with what conditions."""
+        self._ordinal = self._ordinal + 1 if index == self._index else 0
+        self._index = index
+        given = [named[name] for name in CONDITIONS if named.get(name) is not None]
+        self._conditions = [*self._conditions[-HELD:], *given]
+        told = (
+            (id(each), each._version) if isinstance(each, torch.Tensor) else repr(each)
+            for each in given
+        )
+        return self._ordinal, *told
+
+
+class WholeStepFollower:
+    """Follows a plan with the calls of a pipeline's transformer."""
+
+    def __init__(self, pipe: Any, transformer: nn.Module, source: Plan | Preset) -> None:
+        self.pipe, self.source, self.transformer = pipe, source, transformer
+        self.thread: int | None = None
+        """Of the `with` block; a pipeline is one thread's at a time."""
+        self.last: WholeRun | None = None
+        self._runs: dict[int, WholeRun] = {}
+        """By thread."""
+        self._hooks: ForwardHooks | None = None
+        self._end: PipelineEndHook | None = None
+        if isinstance(source, Plan):
+            self._resolve(source.steps)
+
+    def attach(self) -> None:
+        with _LOCK:
+            if id(self.pipe) in _ATTACHED:
+                raise LeansdError(
+                    f"already attached: it follows plan {_ATTACHED[id(self.pipe)].source.name}; "
+                    "leave that `with` block first, or call leansd.release_"
+                )
+            _ATTACHED[id(self.pipe)] = self
+            self._hooks = ForwardHooks({"transformer": self.transformer}, self._around)
+            self._end = PipelineEndHook(self.transformer, self._forget)
+
+    def release(self) -> None:
+        with _LOCK:
+            if _ATTACHED.get(id(self.pipe)) is self:
+                del _ATTACHED[id(self.pipe)]
+        if self._end is not None and self._hooks is not None:
+            self._end.release()
+            self._hooks.release()
+        for run in self._runs.values():
+            run.player.clear()
+        self._runs.clear()
+
+    def report(self) -> Report:
+        """What the last run did, kept and gained.
+
+        Raises:
+            LeansdError: nothing has run yet.
+        """
+        run = self.last
+        if run is None or not run.player.stats.calls:
+            raise LeansdError(
+                "nothing has run yet: call the pipeline first, then ask for the report"
+            )
+        stats, seconds = run.player.stats, dict[int, float]()
+        for index, stopwatch in run.times:
+            seconds[index] = seconds.get(index, 0.0) + stopwatch()
+        calls, computed, total = len(stats.calls), len(stats.computed), sum(seconds.values())
+        each = sum(seconds[index] for index in stats.computed) / computed
+        forced = dict(stats.forced)
+        if run.player.reason:
+            forced[run.player.reason] = calls
+        return Report(
+            plan=run.player.plan,
+            calls=calls,
+            full_calls=computed,
+            computed=computed,
+            inherited=calls - computed,
+            idle=0,
+            bytes_kept=stats.bytes_kept,
+            predicted_speedup=calls / computed,
+            measured_speedup=each * calls / total,
+            seconds=total,
+            forced=forced,
+        )
+
+    # -- a call of the transformer -----------------------------------------------------------------
+
+    def _around(self, _: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        latents = args[0] if args else kwargs.get("hidden_states")
+        if not isinstance(latents, torch.Tensor) or find_calling_pipeline() is not self.pipe:
+            return forward(*args, **kwargs)
+        run, index = self._find_run()
+        stop = start_stopwatch(latents.device)
+        in_tuple = not kwargs.get("return_dict", True)
+        odd: list[Any] = []
+
+        def compute() -> torch.Tensor:
+            output = forward(*args, **kwargs)
+            found = output if isinstance(output, tuple) else tuple(output.values())
+            if len(found) != 1 or not isinstance(found[0], torch.Tensor):
+                odd.append(output)
+                raise _OddOutput
+            if not isinstance(output, tuple):
+                run.wrap = type(output)
+            return found[0]
+
+        try:
+            key = run.make_key(index, kwargs)
+            made = run.player.play(index, latents, compute, (key,))
+        except _OddOutput:
+            return odd[0]
+        run.times.append((index, stop()))
+        return (made,) if in_tuple else run.wrap(made)
+
+    def _find_run(self) -> tuple[WholeRun, int]:
+        """This thread's run, and which of its calls comes now."""
+        scheduler, thread = self.pipe.scheduler, threading.get_ident()
+        run = self._runs.get(thread)
+        if run is None or run.schedule.timesteps is not scheduler.timesteps:
+            if run is not None:
+                run.player.clear()
+            schedule = read_schedule(scheduler)
+            run = WholeRun(self._resolve(schedule.steps), schedule)
+            self.last = self._runs[thread] = run
+        index = getattr(scheduler, "step_index", None)
+        if index is None:
+            index = getattr(scheduler, "begin_index", None) or 0
+        return run, index
+
+    def _resolve(self, steps: int) -> Plan:
+        resolved = resolve_plan(self.source, describe_whole_runs(self.pipe, steps))
+        for note in resolved.notes:
+            warnings.warn(note, stacklevel=2)
+        return resolved.plan
+
+    def _forget(self) -> None:
+        """A pipeline call is over in this thread, also one that was interrupted: keep nothing."""
+        if find_calling_pipeline() in (None, self.pipe):
+            run = self._runs.pop(threading.get_ident(), None)
+            if run is not None:
+                run.player.clear()
+
+
+class _OddOutput(Exception):
+    """The transformer gives something else than one tensor."""
+
+
+_LOCK = threading.Lock()
+_ATTACHED: dict[int, WholeStepFollower] = {}
+"""By the id of the pipeline, which its follower keeps alive."""
+
+
+def describe_whole_runs(pipe: Any, steps: int | None = None) -> PlanContext:
+    """The context of the runs of a pipeline with a transformer."""
+    transformer = find_transformer(pipe)
+    assert transformer is not None
+    return PlanContext(
+        steps=steps,
+        sampler=name_sampler(pipe),
+        scheduler=type(pipe.scheduler).__name__,
+        anatomy=WHOLE,
+        find_unet=lambda: fingerprint_module(transformer),
+    )
+
+
+def find_whole_follower(pipe: Any) -> WholeStepFollower | None:
+    """Who follows a plan with a pipeline's transformer."""
+    return _ATTACHED.get(id(pipe))

@@ -1,0 +1,209 @@
+"""Plans of whole steps for pipelines with a transformer: SD3, FLUX, PixArt, Sana, all tiny."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler
+from PIL import Image
+
+import leansd
+from leansd.errors import LeansdError
+from leansd.plans import Plan
+from leansd.runtime.clock import read_schedule
+from tiny_transformers import FLUX, PIPELINES, SD3, draw, make_flux, make_sd3, make_sd3_img2img
+
+STEPS = 10
+KEYS = (0, 1, 2, 4, 6, 9)
+PLAN = Plan.between(KEYS, cut="head", steps=STEPS, how="forecast").correct({4: 0.2, 6: (0.1, 0.1)})
+
+
+class Counter:
+    """How often a pipeline's transformer really runs."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.calls = 0
+        first = next(each for each in pipe.transformer.modules() if type(each) is torch.nn.Linear)
+        first.register_forward_pre_hook(self._count)
+
+    def _count(self, *_: Any) -> None:
+        self.calls += 1
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_calls_are_as_predicted_and_a_full_plan_changes_no_bit(name: str) -> None:
+    make, arguments = PIPELINES[name]
+    pipe = make()
+    expected = draw(pipe, arguments, STEPS)
+    with leansd.inherit(pipe, Plan.full(STEPS)) as run:
+        assert torch.equal(draw(pipe, arguments, STEPS), expected)
+    assert run.report().full_calls == STEPS
+    counter = Counter(pipe)
+    with leansd.inherit(pipe, PLAN) as run:
+        first = draw(pipe, arguments, STEPS)
+        once = counter.calls
+        assert torch.equal(draw(pipe, arguments, STEPS), first)
+    report = run.report()
+    assert (report.calls, report.full_calls, report.inherited) == (STEPS, len(KEYS), 4)
+    assert not report.forced
+    assert counter.calls == 2 * once
+    assert torch.isfinite(first).all()
+    assert not torch.equal(first, expected)
+    assert (first - expected).norm() < 0.3 * expected.norm()
+    assert torch.equal(draw(pipe, arguments, STEPS), expected)
+    assert "forward" not in vars(pipe.transformer)
+
+
+def test_a_forecast_is_what_it_says() -> None:
+    """Written out for one step of Euler: the line through the last two outputs over log-SNR."""
+    pipe, plan = make_sd3(), Plan.full(4).inherit("head", at=3, how="forecast")
+    outputs: list[torch.Tensor] = []
+    pipe.transformer.register_forward_hook(lambda _, given, output: outputs.append(output[0]))
+    counter = Counter(pipe)
+    with leansd.inherit(pipe, plan):
+        draw(pipe, SD3, 4, guidance_scale=1.0)
+    assert (len(outputs), counter.calls) == (4, 3)
+    sigmas, over = pipe.scheduler.sigmas.tolist(), read_schedule(pipe.scheduler).log_snr
+    expected = [2 * math.log((1 - sigma) / sigma) for sigma in sigmas[1:4]]
+    assert over[1:] == pytest.approx(expected)
+    weight = (over[3] - over[1]) / (over[2] - over[1])
+    assert torch.equal(outputs[3], torch.lerp(outputs[1], outputs[2], weight))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "calls", "computed"),
+    [
+        (FlowMatchHeunDiscreteScheduler(shift=3.0), 2 * STEPS - 1, 2 * 6 - 1),
+        (
+            UniPCMultistepScheduler(
+                use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"
+            ),
+            STEPS, 6,
+        ),
+    ],
+    ids=["heun", "unipc"],
+)  # fmt: skip
+def test_other_samplers_of_flow(scheduler: Any, calls: int, computed: int) -> None:
+    pipe = make_sd3(scheduler=scheduler)
+    expected = draw(pipe, SD3, STEPS)
+    with leansd.inherit(pipe, Plan.full(STEPS)):
+        assert torch.equal(draw(pipe, SD3, STEPS), expected)
+    with leansd.inherit(pipe, PLAN) as run:
+        drawn = draw(pipe, SD3, STEPS)
+    assert (run.report().calls, run.report().full_calls) == (calls, computed)
+    assert torch.isfinite(drawn).all()
+
+
+def test_from_a_picture_on() -> None:
+    pipe = make_sd3_img2img()
+    given = {**SD3, "image": Image.new("RGB", (64, 64), "red"), "strength": 0.6}
+    expected = draw(pipe, given, STEPS)
+    with leansd.inherit(pipe, Plan.full(STEPS)):
+        assert torch.equal(draw(pipe, given, STEPS), expected)
+    with leansd.inherit(pipe, PLAN) as run:
+        draw(pipe, given, STEPS)
+    # Steps 4 to 9, the first of them computed whatever the plan says.
+    assert (run.report().calls, run.report().full_calls) == (6, 3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"guidance_scale": 1.0},
+        {name: each.repeat(2, *[1] * (each.ndim - 1)) for name, each in SD3.items()},
+        {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.2,
+         "skip_layer_guidance_stop": 0.8},
+    ],
+    ids=["unguided", "two pictures", "skipped layers"],
+)  # fmt: skip
+def test_other_calls_of_sd3(changes: Any) -> None:
+    pipe = make_sd3()
+    expected = draw(pipe, SD3, STEPS, **changes)
+    with leansd.inherit(pipe, Plan.full(STEPS)):
+        assert torch.equal(draw(pipe, SD3, STEPS, **changes), expected)
+    with leansd.inherit(pipe, PLAN) as run:
+        drawn = draw(pipe, SD3, STEPS, **changes)
+    assert len(KEYS) <= run.report().full_calls <= len(KEYS) + 1
+    assert (drawn - expected).norm() < 0.2 * expected.norm()
+
+
+def test_what_changes_midway_is_computed() -> None:
+    pipe = make_sd3()
+
+    def exchange(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 4:
+            tensors["prompt_embeds"] = tensors["prompt_embeds"] * 1.5
+        return tensors
+
+    options = {
+        "callback_on_step_end": exchange,
+        "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"],
+    }
+    with leansd.inherit(pipe, PLAN) as run:
+        draw(pipe, SD3, STEPS, **options)
+    assert run.report().full_calls == len(KEYS) + 1  # step 5
+
+
+def test_an_interrupted_call_leaves_nothing() -> None:
+    pipe = make_sd3()
+
+    def stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 3:
+            raise KeyboardInterrupt
+        return tensors
+
+    with leansd.inherit(pipe, PLAN):
+        expected = draw(pipe, SD3, STEPS)
+        with pytest.raises(KeyboardInterrupt):
+            draw(pipe, SD3, STEPS, callback_on_step_end=stop)
+        assert torch.equal(draw(pipe, SD3, STEPS), expected)
+
+
+def test_calls_of_others_are_let_through() -> None:
+    """A pipeline that shares the transformer, and whoever calls it by hand."""
+    pipe, other = make_sd3(), make_sd3()
+    other.transformer = pipe.transformer
+    expected = draw(other, SD3, STEPS)
+    with leansd.inherit(pipe, PLAN):
+        assert torch.equal(draw(other, SD3, STEPS), expected)
+        with pytest.raises(LeansdError, match="already attached"):
+            leansd.inherit_(pipe, PLAN)
+    leansd.inherit_(pipe, PLAN)
+    assert not torch.equal(draw(pipe, SD3, STEPS), expected)
+    leansd.release_(pipe)
+    assert torch.equal(draw(pipe, SD3, STEPS), expected)
+
+
+def test_presets_fit_themselves() -> None:
+    pipe = make_flux()
+    with leansd.inherit(pipe, "balanced") as run, pytest.warns(match="as for euler"):
+        draw(pipe, FLUX, 20)
+    assert 0.4 < run.report().full_calls / 20 < 0.6
+    with leansd.inherit(pipe, "balanced") as run, pytest.warns(match="run in full"):
+        draw(pipe, FLUX, 4)
+    assert run.report().full_calls == 4
+
+
+@pytest.mark.parametrize(
+    ("plan", "options", "why"),
+    [
+        (Plan.every(2, cut="up1", steps=STEPS), {}, "only whole steps"),
+        ("deepcache", {}, "only whole steps"),
+        ("easycache", {}, "decides as it runs"),
+        (PLAN, {"nets": {"light": None}}, "cannot switch"),
+        (PLAN, {"compile": True}, "compile it by itself"),
+        (PLAN.fit(12), {}, "is for 12 steps, this run has 10"),
+    ],
+)
+def test_what_is_for_unets_is_refused_before_the_first_step(
+    plan: Any, options: Any, why: str
+) -> None:
+    pipe = make_sd3()
+    counter = Counter(pipe)
+    with pytest.raises(LeansdError, match=why), leansd.inherit(pipe, plan, **options):
+        draw(pipe, SD3, STEPS)
+    assert counter.calls == 0
+    assert "forward" not in vars(pipe.transformer)
