@@ -12,9 +12,22 @@ from PIL import Image
 
 import leansd
 from leansd.errors import LeansdError
+from leansd.evaluation.cost import CostModel
 from leansd.plans import Plan
 from leansd.runtime.clock import read_schedule
-from tiny_transformers import FLUX, PIPELINES, SD3, draw, make_flux, make_sd3, make_sd3_img2img
+from leansd.tuning.pipeline_host import PipelineHost, measure_whole_cost
+from tiny_transformers import (
+    FLUX,
+    PIPELINES,
+    SD3,
+    TOKENS,
+    WIDTH,
+    draw,
+    draw_embedding,
+    make_flux,
+    make_sd3,
+    make_sd3_img2img,
+)
 
 STEPS = 10
 KEYS = (0, 1, 2, 4, 6, 9)
@@ -207,3 +220,28 @@ def test_what_is_for_unets_is_refused_before_the_first_step(
         draw(pipe, SD3, STEPS)
     assert counter.calls == 0
     assert "forward" not in vars(pipe.transformer)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_tuning_finds_plans_of_whole_steps(name: str) -> None:
+    make, arguments = PIPELINES[name]
+    pipe = make()
+    pipe.set_progress_bar_config(disable=True)
+    texts = [draw_embedding(1, TOKENS, WIDTH, seed=seed) for seed in range(4)]
+    calls = [{**arguments, "prompt_embeds": text} for text in texts]
+    cost = CostModel(
+        "tiny", 4, (64, 64), {"head": {"whole": 0.1, "none": 0.0}}, {},
+        fixed={"whole": 0.0, "none": 0.001},
+    )  # fmt: skip
+    front = leansd.tune(
+        pipe, calls, steps=STEPS, speeds=(1.6,), grids=(1.0, 0.6), tries=1, cost=cost
+    )
+    every = (*front.points, *front.dominated)
+    plan = next(each.plan for each in every if not each.is_plain)
+    assert plan.steps in (STEPS, 6)
+    with leansd.inherit(pipe, plan) as run:
+        draw(pipe, arguments, plan.steps)
+    assert run.report().full_calls == len(plan.keys)
+    # Nothing given, the machine's time is measured.
+    measured = measure_whole_cost(PipelineHost(pipe), calls, STEPS)
+    assert measured.full_call > measured.fixed["none"] >= 0

@@ -15,14 +15,16 @@ from diffusers import UNet2DConditionModel
 from leansd.anatomy.fingerprint import fingerprint_module
 from leansd.anatomy.reading import read_anatomy
 from leansd.errors import LeansdError
+from leansd.evaluation.cost import CostModel
 from leansd.evaluation.records import name_device
 from leansd.evaluation.runs import PipelineCall, RunOutputs, run_calls
-from leansd.plans.anatomy import Anatomy
+from leansd.plans.anatomy import HEAD, WHOLE, Anatomy
 from leansd.plans.liveness import Net
 from leansd.plans.plan import Plan, Tuned
 from leansd.runtime.attachment import NO_NETS
 from leansd.runtime.clock import read_schedule
 from leansd.runtime.nets import match_nets
+from leansd.runtime.whole_steps import find_transformer
 from leansd.tuning.host import Course
 from leansd.tuning.scheduler_hook import SchedulerRun, Steer, tap
 
@@ -47,11 +49,16 @@ class PipelineHost:
         sampler: its name in plans; the scheduler's class by default.
         """
         self.pipe, self.batch, self.settings, self.unets = pipe, batch, settings, unets
-        self.anatomy: Anatomy = read_anatomy(pipe.unet)
-        self.nets: Mapping[str, Net] = match_nets(pipe.unet, unets).nets
+        transformer = find_transformer(pipe)
+        if transformer is None:
+            denoiser = pipe.unet
+            self.anatomy: Anatomy = read_anatomy(denoiser)
+            self.nets: Mapping[str, Net] = match_nets(denoiser, unets).nets
+        else:
+            denoiser, self.anatomy, self.nets = transformer, WHOLE, {}
         self.tuned = Tuned(
             sampler or type(pipe.scheduler).__name__,
-            fingerprint_module(pipe.unet),
+            fingerprint_module(denoiser),
             settings.get("guidance_scale"),
         )
 
@@ -73,9 +80,7 @@ class PipelineHost:
 
     def respond(self, steps: int, calls: int | None = None) -> Course:
         require_one_call_a_step(self.pipe.scheduler, steps)
-        double = copy.deepcopy(self.pipe.scheduler)
-        double.set_timesteps(steps)
-        course = read_schedule(double)
+        course = read_schedule(lay_out_run(self.pipe.scheduler, steps))
         start = course.steps - (calls or course.steps)
         response = measure_response(self.pipe.scheduler, course.steps, start)
         return Course(course.steps, np.array(course.log_snr[start:]), response)
@@ -93,6 +98,43 @@ class PipelineHost:
         }
 
 
+def lay_out_run(scheduler: Any, steps: int) -> Any:
+    """A copy of a scheduler at the start of a run.
+
+    Where its shift goes by the size of the picture (FLUX), only a pipeline's own run tells it: the
+    last one of as many steps, and till there is one some shift or other.
+    """
+    double = copy.deepcopy(scheduler)
+    if not scheduler.config.get("use_dynamic_shifting", False):
+        double.set_timesteps(steps)
+    elif getattr(scheduler, "num_inference_steps", None) == steps:
+        double._step_index = double._begin_index = None
+    else:
+        double.set_timesteps(steps, mu=1.0)
+    return double
+
+
+def measure_whole_cost(host: PipelineHost, calls: Sequence[PipelineCall], steps: int) -> CostModel:
+    """What a call of a transformer takes here, one that is forecast, and all else of a run."""
+    plan = Plan.full(steps).inherit(HEAD, at=range(1, steps, 2), how="reuse")
+    calls = calls[: host.batch]
+    ends, _ = host.draw(calls, steps, plan, seed=0)
+    assert ends.attachment is not None
+    report = ends.attachment.report()
+    computed = report.measured_speedup * report.seconds / report.calls
+    nothing = (report.seconds - computed * report.full_calls) / max(report.inherited, 1)
+    height, width = ends.pictures.shape[-2:]
+    return CostModel(
+        subject=host.tuned.unet,
+        pictures=len(calls),
+        size=(width, height),
+        units={HEAD: {"whole": computed, "none": 0.0}},
+        blocks={},
+        fixed={"whole": 0.0, "none": max(nothing, 0.0)},
+        other=max(ends.seconds[-1] - report.seconds, 0.0),
+    )
+
+
 def require_tunable(scheduler: Any, steps: int) -> None:
     """Refuse samplers that call the UNet several times a step or add noise; nothing runs."""
     require_one_call_a_step(scheduler, steps)
@@ -101,9 +143,7 @@ def require_tunable(scheduler: Any, steps: int) -> None:
 
 def require_one_call_a_step(scheduler: Any, steps: int) -> None:
     """Refuse samplers of higher order."""
-    double = copy.deepcopy(scheduler)
-    double.set_timesteps(steps)
-    course = read_schedule(double)
+    course = read_schedule(lay_out_run(scheduler, steps))
     if len(course.rows) != course.steps or len(set(course.moments)) != course.steps:
         raise LeansdError(
             f"{type(scheduler).__name__} calls the UNet more than once in some steps; tuning is "
@@ -119,8 +159,7 @@ def measure_response(scheduler: Any, steps: int, start: int = 0) -> np.ndarray:
     Raises:
         LeansdError: the scheduler adds noise.
     """
-    double = copy.deepcopy(scheduler)
-    double.set_timesteps(steps)
+    double = lay_out_run(scheduler, steps)
     timesteps = double.timesteps[start:]
     if start and hasattr(double, "set_begin_index"):
         double.set_begin_index(start)

@@ -23,6 +23,7 @@ from leansd.errors import LeansdError
 from leansd.evaluation.cost import CostModel
 from leansd.evaluation.profile import profile
 from leansd.evaluation.runs import PipelineCall, expand_calls
+from leansd.plans.anatomy import WHOLE
 from leansd.plans.compile import compile_plan
 from leansd.plans.plan import Plan, Tuned
 from leansd.runtime.attachment import NO_NETS
@@ -33,7 +34,7 @@ from leansd.tuning.front import Front, Point
 from leansd.tuning.host import Host
 from leansd.tuning.mix_fitting import MixConfig
 from leansd.tuning.mixed_plans import FRESH, PlanMixer, choose_mix_calls
-from leansd.tuning.pipeline_host import PipelineHost, require_tunable
+from leansd.tuning.pipeline_host import PipelineHost, measure_whole_cost, require_tunable
 from leansd.tuning.sampler_map import read_sampler
 from leansd.tuning.space import (
     FEWER,
@@ -167,7 +168,8 @@ def tune(
     UniPC (arXiv 2302.04867). What the error model proposes, runs decide.
 
     Args:
-        calls: prompts, or dicts of pipeline arguments; each gives one picture.
+        calls: prompts, or dicts of pipeline arguments; each gives one picture. The pipeline may
+            have a transformer in the place of a UNet: then plans are of whole steps.
         steps: of the full run that plans are to be like.
         held_out: calls that decide; by default every third of `calls`, which are then not tuned on.
         settings: arguments that all calls share, such as `guidance_scale`.
@@ -203,11 +205,13 @@ def tune(
     progress = Progress(tell, tries, config.wanted_speeds, len(grids), bool(further))
     known = Journal.open(journal, _describe_case(host, config, fitted, checked))
     mixer = None
+    if further and host.anatomy is WHOLE:
+        raise LeansdError("mixes are fitted through a UNet: tune a transformer without")
     if further:
         read_sampler(pipe.scheduler, steps)
         own = Journal.open(journal, {"case": known.case, "mixes": expand_calls(further)})
         mixer = PlanMixer(host, further, seed + FRESH, steps, own, MixConfig(seed=seed))
-    cost = _measure_costs(pipe, config, fitted, cost or known.cost, known, progress)
+    cost = _measure_costs(host, config, fitted, cost or known.cost, known, progress)
     return tune_host(host, config, fitted, checked, cost, known, progress, mixer)
 
 
@@ -255,7 +259,7 @@ def _describe_case(
 
 
 def _measure_costs(
-    pipe: Any,
+    host: PipelineHost,
     config: TuneConfig,
     calls: Sequence[PipelineCall],
     cost: CostModel | None,
@@ -263,9 +267,14 @@ def _measure_costs(
     progress: Progress,
 ) -> CostModel:
     """What the pipeline costs here, and each net in its UNet's place, where that is not known."""
+    pipe = host.pipe
     example = {**expand_calls(calls)[0], **config.settings}
     pictures = min(config.batch, len(calls))
-    if cost is None:
+    if cost is None and host.anatomy is WHOLE:
+        progress.add("timing a run", 0)
+        cost = measure_whole_cost(host, calls, config.steps)
+        journal.note_cost(cost, pipe.device)
+    elif cost is None:
         progress.add("profiling", 0)
         cost = profile(pipe, call=example, pictures=pictures, attend=config.attend)
         journal.note_cost(cost, pipe.device)
