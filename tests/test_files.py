@@ -5,6 +5,7 @@ from errno import ENOSPC
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from leansd.errors import OutputError
 from leansd.files import (
@@ -15,6 +16,7 @@ from leansd.files import (
     stand_beside,
     write_file,
     write_new,
+    writing,
 )
 
 
@@ -81,6 +83,26 @@ def test_what_lies_beside_a_file_belongs_to_it_alone() -> None:
     assert stand_beside("plan.json", ".html") == Path("plan.html")
     assert stand_beside("runs/v1.5", ".front.json") == Path("runs/v1.5.front.json")
     assert stand_beside("runs/v1.6.json", ".html") == Path("runs/v1.6.html")
+
+
+def test_weights_that_cannot_be_written_leave_what_was_there(tmp_path: Path) -> None:
+    """They come by a library that has errors of its own."""
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net" / "old").write_bytes(b"old")
+
+    def save(draft: Path) -> None:
+        draft.mkdir()
+        (draft / "half").write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with (
+        pytest.raises(OutputError, match=r"cannot write .*net: .*No space left"),
+        writing(tmp_path / "net") as draft,
+    ):
+        save(draft)
+    with pytest.raises(KeyError), writing(tmp_path / "net"):
+        raise KeyError("a mistake of ours")
+    assert [each.name for each in tmp_path.rglob("*")] == ["net", "old"]
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,8 +90,13 @@ def writing(path: str | Path) -> Iterator[Path]:
             os.replace(partial, path)
         finally:
             discard(partial)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    except Exception as error:
+        # By name: what writes weights is not imported for the sake of its errors.
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        raise OutputError(
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error}"
+        ) from error
 
 
 def discard(path: Path) -> None:

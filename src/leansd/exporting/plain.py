@@ -89,7 +89,28 @@ def write_plain(
         LeansdError: see `to_plain`.
     """
     plain = to_plain(unet)
+    _require_described(plain)
     with writing(folder) as draft:
         draft.mkdir()
         plain.save_pretrained(draft)
         describe(draft, plain)
+
+
+def _require_described(plain: UNet2DConditionModel) -> None:
+    """Refuse a net whose files would not open: one that is quantised, or has a LoRA loaded."""
+    config = {name: value for name, value in plain.config.items() if not name.startswith("_")}
+    try:
+        with torch.device("meta"):
+            outline = UNet2DConditionModel(**config)
+    except ValueError as error:  # an IP-Adapter leaves a config that no UNet can be built by
+        raise LeansdError(
+            f"stock diffusers builds no UNet of this config: {error}; unload the net's adapters"
+        ) from error
+    own = plain.state_dict()
+    for name, tensor in outline.state_dict().items():
+        if getattr(own.get(name), "shape", None) != tensor.shape:
+            has = "has no such tensor" if name not in own else "has it in another form"
+            raise LeansdError(
+                f"stock diffusers wants {name} of shape {list(tensor.shape)}, and the net {has}: "
+                "give the net before it was quantised, and unload its LoRAs"
+            )

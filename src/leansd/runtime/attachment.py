@@ -63,7 +63,13 @@ class Attachment:
         Raises:
             LeansdError: nothing has run yet.
         """
-        return self._follower.report()
+        follower = self._follower
+        if follower.pipe is not None and _unwrap(follower.pipe.unet)[0] is not follower.unet:
+            follower.warn_once(
+                "the pipeline has another UNet than when it was attached, which follows no plan: "
+                "leave, and attach it again; the report is of the one before"
+            )
+        return follower.report()
 
 
 def inherit(

@@ -188,7 +188,8 @@ def _explain(at: str, donor: Donor, found: torch.Tensor | None, wanted: torch.Te
         has = f"{donor.name} of shape {tuple(found.shape)}, not {tuple(wanted.shape)}"
     return (
         f"{at}: net {donor.net} has {has}, so its config does not describe it; unload its LoRA if "
-        "it has one, or open it with the config that it was saved with"
+        "it has one, operate before it is quantised, or open it with the config that it was saved "
+        "with"
     )
 
 

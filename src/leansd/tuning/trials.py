@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from leansd.errors import OutputError
 from leansd.evaluation.cost import CostModel
 from leansd.evaluation.fidelity import psnr
 from leansd.evaluation.fingerprints import fingerprint_case
@@ -123,9 +124,15 @@ class Journal:
     def _write(self, row: Mapping[str, Any]) -> None:
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(encode_json({"case": self.case, **row}) + "\n")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(encode_json({"case": self.case, **row}) + "\n")
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {self.path}: {error.strerror or error}; what is in it stays, and "
+                "the same tuning goes on from there"
+            ) from error
 
     def _end_line(self) -> None:
         """What is written next must not stick to a line that a killed tuning has begun."""
