@@ -18,10 +18,11 @@ class FiniteWatch:
         self._sums: list[torch.Tensor] = []
 
     def note(self, tensor: torch.Tensor) -> None:
-        """Look at a tensor [B, C, H, W]."""
+        """Look at a tensor [B, ...]."""
         # One kernel that sees every number: a sum is finite only where all of them are.
         precise = torch.promote_types(tensor.dtype, torch.float32)
-        self._sums.append(tensor.detach().sum((1, 2, 3), dtype=precise))
+        dims = tuple(range(1, tensor.ndim))
+        self._sums.append(tensor.detach().sum(dims, dtype=precise))
 
     def read(self) -> list[list[bool]]:
         """Of every tensor, which of its rows are finite; waits for the device, once."""
