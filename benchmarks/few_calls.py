@@ -4,7 +4,8 @@
 
 Mixes are fitted on two thirds of the calls, prompts in turns with a noise each, and all is measured
 on the last third, against the full run: the mean of the pictures' PSNR and the PSNR of their mean
-error. Beside them, as many steps of the sampler and of UniPC. Records go to
+error. Beside them, as many steps of the sampler and of UniPC, and by `--solver` as many steps with
+weights fitted alike but no plan: a bespoke solver, without our key steps. Records go to
 `benchmarks/results/few-calls.jsonl`; a stopped fit goes on where it was.
 """
 
@@ -49,11 +50,17 @@ def average(pictures: torch.Tensor, goals: torch.Tensor) -> dict[str, float]:
     }
 
 
-def fit(pipe: Any, plan: Plan, starts: Sequence[RunStart], config: MixConfig) -> tuple[Plan, float]:
-    """The plan with its mixes, and the seconds that it took."""
+def fit(
+    pipe: Any, plan: Plan, starts: Sequence[RunStart], steps: int, config: MixConfig
+) -> tuple[Plan, float]:
+    """The plan with its mixes, fitted to full runs of so many steps, and the seconds it took."""
     sampler = read_sampler(pipe.scheduler, plan.steps)
     fitting = MixFit(
-        pipe.unet, PlanMap.of(plan, sampler, read_anatomy(pipe.unet)), starts, config=config
+        pipe.unet,
+        PlanMap.of(plan, sampler, read_anatomy(pipe.unet)),
+        starts,
+        sampler.begin / read_sampler(pipe.scheduler, steps).begin,
+        config,
     )
     case = f"{plan.fingerprint}-{len(starts)}-{config.iterations}-{config.floor:g}"
     path, state = RUNS / f"{case}.json", None
@@ -81,6 +88,7 @@ def main(
     steps: int = 30,
     calls: Annotated[int, typer.Option(min=12)] = 96,
     iterations: int = 50,
+    solver: Annotated[bool, typer.Option(help="Fit as many plain steps, without a plan.")] = False,
     floor: Annotated[float, typer.Option(help="Added to errors before the logarithm.")] = 0.0,
 ) -> None:
     hush_libraries()
@@ -136,12 +144,15 @@ def main(
             f"{keys} steps of {RIVAL}", None, keys, make_scheduler(pipe, RIVAL), unet_calls=keys
         )
         measure(name, plan, steps, unet_calls=keys)
-        config = MixConfig(iterations=iterations, floor=floor)
-        mixed, seconds = fit(pipe, plan, starts[:count], config)
-        mixed.save(RUNS / f"{name}-{floor:g}.json")
         label = f"{name}, mixed" + (f", floor {floor:g}" if floor else "")
+        if solver:
+            label = f"{keys} steps, mixed"
+            plan = Plan.full(keys, name=label)
+        config = MixConfig(iterations=iterations, floor=floor)
+        mixed, seconds = fit(pipe, plan, starts[:count], steps, config)
+        mixed.save(RUNS / f"{label}.json")
         facts = {"unet_calls": keys, "iterations": iterations, "seconds": round(seconds, 1)}
-        measure(label, mixed, steps, **facts)
+        measure(label, mixed, mixed.steps, **facts)
 
 
 if __name__ == "__main__":

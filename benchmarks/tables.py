@@ -33,6 +33,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ingredients": incubated.tabulate_ingredients,
     "lighter": incubated.tabulate_lighter,
     "joint": plans.tabulate_joint,
+    "few-calls": plans.tabulate_few_calls,
     "modes": nets.tabulate_modes,
     "prediction": plans.tabulate_prediction,
     "surgeries": nets.tabulate_surgeries,

@@ -4,6 +4,7 @@ import json
 import math
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ from leansd.evaluation.rivals import (
     Contest,
     Rival,
     RivalContext,
+    align_steps,
     apply_deepcache,
     apply_tgate,
     apply_tomesd,
@@ -293,6 +295,24 @@ def test_all_samplers_and_step_counts_the_papers_setting_and_image_to_image():
     assert sum(contest.is_long for contest in contests) == 1
     assert {(c.steps, c.guidance) for c in contests if c.guidance == 8.0} == {(30, 8.0)}
     assert [c.task for c in contests].count("image-to-image") == 1
+
+
+def test_long_contests_look_at_few_calls_one_by_one(pipe, context):
+    contest = Contest("text-to-image", "dpm++2m", 30, 4.0, is_long=True)
+    aligned = make_scheduler(pipe, "dpm++2m")
+    context = replace(context, contest=contest, pipe=SimpleNamespace(scheduler=aligned))
+    fewer = [case.steps for case in RIVALS["fewer"].give(context)]
+    assert {5, 6, 7, 8, 9, 10, 12, 15} <= set(fewer)
+    published = [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]
+    there = align_steps(10, 4, aligned.alphas_cumprod.tolist())
+    assert max(abs(one - other) for one, other in zip(there, published, strict=True)) <= 2
+    ten = next(case for case in RIVALS["aligned"].give(context) if case.steps == 10)
+    with ten.enter(context.pipe):
+        aligned.set_timesteps(10)
+    assert aligned.timesteps.tolist() == there
+    aligned.set_timesteps(10)
+    assert aligned.timesteps.tolist() != there
+    assert not list(RIVALS["aligned"].give(replace(context, contest=CONTEST)))
 
 
 def test_own_plans_from_a_folder_are_those_of_the_sampler_and_step_count(tmp_path):

@@ -183,6 +183,28 @@ def tabulate_joint() -> str:
     return "\n".join(parts)
 
 
+def tabulate_few_calls() -> str:
+    """Tuned plans with few UNet calls before and after mixes were fitted, beside fewer steps."""
+    records = load_records(RESULTS / "few-calls.jsonl")
+    first = records[0]
+    cells = {(get(each, "unet_calls"), each.plan, each.metric): each for each in records}
+    calls, held = get_number(first, "calls"), get_number(first, "held_out")
+    lines = [
+        f"{first.subject}, {get(first, 'sampler')}, {get(first, 'steps')} steps, guidance "
+        f"{get(first, 'guidance'):g}; fitted on {calls - held:.0f} runs, measured on {held:.0f} "
+        f"others; {first.device}; torch {first.torch}:\n",
+        "| UNet calls | | PSNR, mean of pictures | PSNR of the mean error | fitted in |",
+        "|---:|---|---:|---:|---:|",
+    ]
+    cases = {(count, plan) for count, plan, _ in cells}
+    for count, plan in sorted(cases, key=lambda case: (case[0], cells[*case, "psnr"].value)):
+        mean, whole = (cells[count, plan, m] for m in ("psnr", "psnr_of_mean_error"))
+        seconds = (mean.model_extra or {}).get("seconds", 0.0)
+        spent = f"{seconds / 60:.0f} min" if seconds else ""
+        lines.append(f"| {count} | {plan} | {mean.value:.1f} | {whole.value:.1f} | {spent} |")
+    return "\n".join([*lines, ""])
+
+
 def tabulate_imports() -> str:
     """What importing takes, and its share of importing torch."""
     records = load_records(RESULTS / "imports.jsonl")

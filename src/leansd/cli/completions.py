@@ -23,6 +23,7 @@ SAMPLERS = (
     "dpm++2m-karras",
     "dpm++sde",
     "unipc",
+    "deis",
 )
 """Of `leansd.runtime.samplers`, which needs diffusers."""
 DEVICES = ("cpu", "cuda", "mps")

@@ -45,8 +45,8 @@ LONG = 30
 """The step count at which the first sampler is run by all variants of all rivals."""
 PAPER_GUIDANCE = 8.0
 """With 30 steps, the setting of A-SDM's tables (arXiv 2406.00210)."""
-OTHERS = ("unipc",)
-"""Samplers whose fewer steps are rivals of every other: a good one, for its family's best."""
+OTHERS = ("unipc", "deis")
+"""Samplers whose fewer steps are rivals of every other: good ones, for their family's best."""
 STRENGTH = 0.6
 """Of image-to-image."""
 INPUT_SEED = 10_000_000

@@ -8,6 +8,8 @@ Whatever a case does to the pipeline it undoes, so that all of them can take tur
 from __future__ import annotations
 
 import importlib
+import inspect
+import math
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +23,8 @@ from leansd.plans.compile import compile_plan
 from leansd.plans.macs import predict_speedup
 from leansd.plans.plan import Plan
 from leansd.plans.presets import PRESETS, preset
+from leansd.runtime.hooks import patch_method
+from leansd.runtime.samplers import make_scheduler
 
 OURS = "ours"
 
@@ -129,10 +133,15 @@ OTHER_SHARES = {True: (1.4, 1.8, 2.3, 3.2), False: (1.8, 2.3, 3.2)}
 """The same with other samplers."""
 
 
+CALLS = (5, 6, 7, 8, 9, 10, 12, 15)
+"""UNet calls that are looked at one by one in long contests, where each is worth much."""
+
+
 def count_fewer(contest: Contest, shares: Mapping[bool, Sequence[float]]) -> list[int]:
     """Smaller step counts, the largest first."""
     counts = {max(1, round(contest.steps / share)) for share in shares[contest.is_long]}
-    return sorted(counts, reverse=True)
+    few = {count for count in CALLS if count <= contest.steps / 2} if contest.is_long else set()
+    return sorted(counts | few, reverse=True)
 
 
 def give_fewer(context: RivalContext) -> Iterable[Case]:
@@ -155,6 +164,69 @@ def give_others(context: RivalContext) -> Iterable[Case]:
                 family="samplers",
                 cost=count / context.contest.steps,
             )
+
+
+# -- align your steps (Sabour et al., arXiv 2404.14507): its time steps, with the same sampler ---
+
+ALIGNED = {
+    4: (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
+    3: (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
+}
+"""Published sigmas of ten steps, for SD 1.5 and for SDXL, by up blocks; the last stands for 0."""
+
+
+def align_steps(steps: int, blocks: int, alphas: Sequence[float]) -> list[int]:
+    """Time steps of a run, as its authors interpolate: linear in log sigma over the step.
+
+    Args:
+        alphas: the noise schedule's cumulative products, by time step.
+    """
+    known = [math.log(sigma) for sigma in ALIGNED[blocks]]
+    there = [0.5 * math.log((1 - alpha) / alpha) for alpha in alphas]
+    found: list[int] = []
+    for step in range(steps):
+        place = step / steps * (len(known) - 1)
+        low = int(place)
+        wanted = known[low] + (known[low + 1] - known[low]) * (place - low)
+        nearest = min(range(len(there)), key=lambda t: abs(there[t] - wanted))
+        found.append(min(nearest, found[-1] - 1) if found else nearest)
+    return found
+
+
+def give_aligned(context: RivalContext) -> Iterable[Case]:
+    """The same sampler in fewer steps at these times, where it takes a list of them."""
+    contest, blocks = context.contest, context.anatomy.up_blocks
+    host = make_scheduler(context.pipe, contest.sampler)
+    takes = inspect.signature(host.set_timesteps).parameters
+    if not contest.is_long or blocks not in ALIGNED or "timesteps" not in takes:
+        return
+    alphas = host.alphas_cumprod.tolist()
+    for count in count_fewer(contest, OTHER_SHARES):
+        yield Case(
+            f"{count} aligned steps",
+            count,
+            enter=apply_times(align_steps(count, blocks, alphas)),
+            family="aligned",
+            cost=count / contest.steps,
+        )
+
+
+def apply_times(times: Sequence[int]) -> Enter:
+    """The pipeline's scheduler laid out at given time steps."""
+
+    @contextmanager
+    def enter(pipe: Any) -> Generator[Any]:
+        def around(_: str, own: Any, *args: Any, **kwargs: Any) -> Any:
+            device = kwargs.get("device", args[1] if len(args) > 1 else None)
+            return own(timesteps=list(times), device=device)
+
+        hook = patch_method(pipe.scheduler, "set_timesteps", around)
+        try:
+            yield pipe
+        finally:
+            hook.release()
+
+    return enter
 
 
 # -- the DeepCache package (Ma et al., arXiv 2312.00858) through its own helper ----------------
@@ -332,6 +404,7 @@ RIVALS: dict[str, Rival] = {
     for rival in (
         Rival("fewer", "fewer steps of the same sampler", give_fewer),
         Rival("samplers", "fewer steps of other samplers", give_others),
+        Rival("aligned", "fewer steps of the same sampler at published times", give_aligned),
         Rival(
             "deepcache",
             "the DeepCache package",

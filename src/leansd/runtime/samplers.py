@@ -39,6 +39,7 @@ SAMPLERS: dict[str, Sampler] = {
         "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, adds_noise=True
     ),
     "unipc": Sampler("UniPCMultistepScheduler"),
+    "deis": Sampler("DEISMultistepScheduler"),
 }
 
 
