@@ -21,7 +21,7 @@ from leansd.tuning.scheduler_hook import tap
 from loops import Reads
 from tiny import shallow_unet, tiny_pipeline
 
-ON_THE_PROCESSOR = {"watch._are_same", "noise.draw_noise", "random_latents._draw"}
+ON_THE_PROCESSOR = {"watch._are_same", "noise.draw_noise"}
 """Equal copies count as the same where there is no device to wait for; noise is drawn there."""
 SHORT, LONG = 6, 12
 
