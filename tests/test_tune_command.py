@@ -8,8 +8,10 @@ from PIL import Image
 
 import leansd
 from conformance.models import small_unet
+from leansd.anatomy.fingerprint import fingerprint_module
 from leansd.cli import main
 from leansd.evaluation.records import load_records
+from leansd.plans.plan import Tuned
 from leansd.tuning import Front, Point, calibration, tuner
 from pages import read_page
 from tiny import tiny_pipeline
@@ -98,9 +100,9 @@ def tuned(model, tmp_path_factory):
     """A plan as `leansd tune` would write it for the model with Euler, and a front of it."""
     folder = tmp_path_factory.mktemp("tuned")
     pipe = leansd.load(model, device="cpu")
-    subject = tuner.fingerprint_module(pipe.unet)
+    subject = fingerprint_module(pipe.unet)
     plan = leansd.Plan.between([0, 1, 3], cut="head", steps=4, how="forecast", name="tuned 1.3x")
-    plan = replace(plan, tuned=tuner.Tuned("euler", subject, 3.0))
+    plan = replace(plan, tuned=Tuned("euler", subject, 3.0))
     plan.save(folder / "plan.json")
     front = Front.of(subject, "euler", 6, [Point(plan, 1.3, 10.0, 30.0)])
     front.save(folder / "front.json")

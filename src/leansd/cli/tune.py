@@ -119,11 +119,14 @@ class Files:
                 check_file(path)
         return out, front, journal, page
 
-    def measure_drift(self, *calls: Any, **settings: Any) -> "list[Record]":
+    def measure_drift(self, bar: Any, *calls: Any, **settings: Any) -> "list[Record]":
         """What changes from step to step, where a file for it is given."""
         from leansd.tuning.drift import measure_drift
 
-        return measure_drift(*calls, **settings) if self.drift is not None else []
+        if self.drift is None:
+            return []
+        bar.share("measuring drift", 1)
+        return measure_drift(*calls, **settings)
 
 
 @dataclass(frozen=True)
@@ -154,23 +157,26 @@ class Start:
         return [open_picture(path) for path in paths]
 
     def place(
-        self, pipe: Any, prompts: Sequence[str], pictures: Sequence[Any]
+        self, pipe: Any, prompts: Sequence[str], pictures: Sequence[Any], drawn: Calls, model: str
     ) -> tuple[Any, list[Any], dict[str, Any]]:
-        """The pipeline, its calls, and what all calls share."""
+        """The pipeline, its calls, and how all of them are drawn."""
         from PIL import ImageOps
 
         from leansd.drawing import default_size
         from leansd.evaluation.fidelity import as_batch
         from leansd.loading import as_image_to_image
 
+        settings: dict[str, Any] = {"guidance_scale": drawn.find_guidance(pipe, model)}
+        how = {"settings": settings, "seed": drawn.seed, "batch": drawn.batch}
         if not pictures:
-            return pipe, list(prompts), {}
+            return pipe, list(prompts), how
+        settings["strength"] = self.strength
         fitted = [as_batch([ImageOps.fit(each, default_size(pipe))]) for each in pictures]
         calls = [
             {"prompt": prompt, "image": fitted[turn % len(fitted)]}
             for turn, prompt in enumerate(prompts)
         ]
-        return as_image_to_image(pipe), calls, {"strength": self.strength}
+        return as_image_to_image(pipe), calls, how
 
 
 @command(
@@ -198,6 +204,7 @@ def tune_plans(
     from leansd.cli.options import open_nets
     from leansd.cli.terminal import follow, note
     from leansd.runtime.samplers import name_sampler
+    from leansd.tuning.pipeline_host import require_tunable
     from leansd.tuning.tuner import tune
 
     # Everything that can be wrong is found before a weight is read.
@@ -209,10 +216,9 @@ def tune_plans(
     prompts = _list_prompts(calls, model)
     further = search.list_mix_calls(calls, model, start.init)
     pictures = start.open(steps)
-
-    pipe, asked, settings = start.place(opening.open(model), prompts, pictures)
-    settings["guidance_scale"] = scale = calls.find_guidance(pipe, model)
-    drawn = {"settings": settings, "seed": calls.seed, "batch": calls.batch}
+    pipe = opening.open(model)
+    require_tunable(pipe.scheduler, steps)
+    pipe, asked, drawn = start.place(pipe, prompts, pictures, calls, model)
     note(f"tuning on {len(asked)} pictures on {pipe.device}; every third decides, the rest tune")
     with follow("", 100) as bar:
         found = tune(
@@ -228,13 +234,11 @@ def tune_plans(
             tell=bar.share,
         )
         found.save(front)
-        bar.share("measuring drift", 1)
-        drifts = files.measure_drift(pipe, asked[:4], steps, **drawn, subject=model)
-    own = {"model": model, "seed": calls.seed, "guidance": scale, "goal": wanted}
+        drifts = files.measure_drift(bar, pipe, asked[:4], steps, **drawn, subject=model)
     chosen = found.find(**wanted)
     chosen.plan.save(out)
     return Result(
-        facts={**own, **_list_facts(found, chosen)},
+        facts={"model": model, "goal": wanted, **_list_facts(found, chosen, drawn)},
         shown=_show(found, chosen),
         files=[out, front],
         pages={page: _report(found, chosen, pipe.unet, model, drifts)},
@@ -284,8 +288,10 @@ def _list_prompts(calls: Calls, model: str) -> list[str]:
     return prompts
 
 
-def _list_facts(found: "Front", chosen: "Point") -> dict[str, Any]:
+def _list_facts(found: "Front", chosen: "Point", drawn: Mapping[str, Any]) -> dict[str, Any]:
     return {
+        "seed": drawn["seed"],
+        "guidance": drawn["settings"]["guidance_scale"],
         "sampler": found.sampler,
         "steps": found.steps,
         "plan": chosen.plan.name,
