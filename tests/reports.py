@@ -21,7 +21,7 @@ from leansd.evaluation.profiled import Profiled
 from leansd.evaluation.records import Record, load_records, stamp
 from leansd.evaluation.redundancy import list_records, read_spent
 from leansd.evaluation.runs import FULL
-from leansd.evaluation.scoring import carry_out, read_scoring
+from leansd.evaluation.scoring import carry_out, plan_scoring
 from leansd.evaluation.standings import read_standings
 from leansd.evaluation.timing import Ratio, Timing
 from leansd.exporting.exporter import Exported
@@ -271,9 +271,9 @@ def report_scoring(folder: Path) -> ReportPage:
     drawn = [DrawnPicture(f"{n:02d}", draw(n), {"prompt": PROMPTS[n % 3]}) for n in range(6)]
     (folder / "drawn").mkdir()
     (folder / "drawn" / name_shard(0)).write_bytes(pack_shard(drawn))
-    scoring = read_scoring(
-        folder / "drawn", None, "tiny-clip", (), config=ExtractionConfig({}), out=folder,
-        cache=folder, note=print,
+    scoring = plan_scoring(
+        folder / "drawn", None, ["tiny-clip"], {}, config=ExtractionConfig({}), keep=folder,
+        cache=folder,
     )  # fmt: skip
     scored = carry_out(scoring)
     return measurements.report_scores(scoring, scored, ["seen by the tiny CLIP only"])

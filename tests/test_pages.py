@@ -32,7 +32,7 @@ ALONE = ("cookbook.md", "export.md", "migration.md", "troubleshooting.md")
 NOT_RUN = "# Not run here: "
 """How a piece of code begins that cannot run in the tests; the reader is told why."""
 FENCE = re.compile(r"^( *)```([\w-]*)[^\n]*\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
-COMMAND = re.compile(r"(?:\$ )?(?:leansd|accelerate .*-m leansd\.faces\.cli)\s+(.+)")
+COMMAND = re.compile(r"(?:\$ )?(?:leansd|accelerate .*-m leansd\.cli)\s+(.+)")
 
 PLAIN: dict[str, Any] = {
     "down_block_types": ("DownBlock2D",) * 4,

@@ -334,7 +334,7 @@ def _score(
     from leansd.cli.terminal import follow, hush_libraries, note
     from leansd.errors import LeansdError
     from leansd.evaluation.extraction import ExtractionConfig
-    from leansd.evaluation.scoring import carry_out, choose_work, list_notes, read_scoring
+    from leansd.evaluation.scoring import KEPT, carry_out, choose_work, list_notes, plan_scoring
     from leansd.report.measurements import report_scores, tabulate_scores
 
     assert scores.pictures is not None
@@ -342,18 +342,22 @@ def _score(
         raise LeansdError("pictures are scored against one reference: give --reference once")
     reference = next(iter(references.reference or ()), None)
     hush_libraries()
-    scoring = read_scoring(
+    metrics = None
+    if scores.metrics is not None:
+        metrics = [name.strip() for name in scores.metrics.split(",") if name.strip()]
+    scoring = plan_scoring(
         scores.pictures,
         reference,
-        scores.metrics,
-        scores.weights or (),
+        metrics,
+        dict(_split_weights(each) for each in scores.weights or ()),
         config=ExtractionConfig(
             {}, scores.resize, batch, scores.threads or (1 if scores.ray else 0), device
         ),
-        out=out,
+        keep=out / KEPT,
         cache=scores.cache,
-        note=note,
     )
+    for name in scoring.pictures.gaps:
+        note(f"{name} is missing in {scores.pictures}: the run that draws it has not ended")
     notes = list_notes(scoring, asked=scores.metrics is not None)
     note(f"looking at {len(scoring.pictures)} pictures with {', '.join(scoring.names.values())}")
     with follow("pictures") as bar:
@@ -381,3 +385,15 @@ def _score(
         | ({out / "values.jsonl": scored.values} if scored.values else {}),
         device=Opening(device).find_device(),
     )
+
+
+def _split_weights(text: str) -> tuple[str, str]:
+    from leansd.errors import LeansdError
+    from leansd.evaluation.extractors import EXTRACTORS
+
+    name, sign, path = text.partition("=")
+    if not sign or not path:
+        raise LeansdError(
+            f"weights {text!r}: give NAME=PATH with a name of {', '.join(EXTRACTORS)}"
+        )
+    return name, path

@@ -142,6 +142,7 @@ class Start:
         """The pictures; raises LeansdError where one cannot be read or no step is left."""
         from leansd.drawing import check_strength, open_picture
         from leansd.errors import LeansdError
+        from leansd.evaluation.picture_sets import PICTURES
 
         if self.init is None:
             return []
@@ -150,8 +151,7 @@ class Start:
         check_strength(self.strength, steps)
         if not self.init.is_dir():
             return [open_picture(self.init)]
-        endings = {".png", ".jpg", ".jpeg", ".webp"}
-        paths = sorted(path for path in self.init.iterdir() if path.suffix.lower() in endings)
+        paths = sorted(path for path in self.init.iterdir() if path.suffix.lower() in PICTURES)
         if not paths:
             raise LeansdError(f"no pictures in {self.init}: give a folder of PNG, JPEG or WebP")
         return [open_picture(path) for path in paths]

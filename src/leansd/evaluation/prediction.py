@@ -15,12 +15,11 @@ from leansd.evaluation.cost import CostModel
 from leansd.evaluation.inner_timing import RunLaps, check_count, time_run
 from leansd.evaluation.profile import Probe
 from leansd.evaluation.records import Record
+from leansd.evaluation.runs import FULL
 from leansd.evaluation.timing import Ratio, Timing, compare_timings, rotate
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.plan import Plan
 from leansd.plans.presets import preset
-
-FULL = "full"
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from leansd.anatomy.reading import read_anatomy
+from leansd.drawing import default_size
 from leansd.errors import LeansdError
 from leansd.evaluation.cost import (
     CostModel,
@@ -156,7 +157,7 @@ def prepare_probe(
         plan=make_probing_plan(anatomy, guided=guided, attend=attend),
         arguments=arguments,
         pictures=pictures,
-        size=size or get_size(pipe),
+        size=size or default_size(pipe),
         peaks=peaks,
     )
 
@@ -183,13 +184,6 @@ def make_arguments(
         arguments |= {"width": size[0], "height": size[1]}
     takes_strength = "strength" in inspect.signature(pipe.__call__).parameters
     return arguments | dict(call) | ({"strength": 1.0} if takes_strength else {})
-
-
-def get_size(pipe: Any) -> tuple[int, int]:
-    """Width and height in pixels that a pipeline draws when it is not told."""
-    side = pipe.unet.config.sample_size
-    height, width = (side, side) if isinstance(side, int) else side
-    return width * pipe.vae_scale_factor, height * pipe.vae_scale_factor
 
 
 def time_decoder(probe: Probe, vae: Any, *, rounds: int) -> float:

@@ -113,7 +113,7 @@ def find_weights(given: Mapping[str, str | Path]) -> dict[str, Path]:
 def plan_scoring(
     pictures: str | Path,
     reference: str | Path | None,
-    metrics: Sequence[str],
+    metrics: Sequence[str] | None,
     weights: Mapping[str, str | Path],
     *,
     config: ExtractionConfig,
@@ -123,12 +123,17 @@ def plan_scoring(
     """See that everything is there before a picture is looked at.
 
     Args:
+        metrics: by default those whose weights are there, or else the tiny CLIP's own.
         keep: where what is seen of the set is kept, so that a stopped run goes on.
         cache: where what is seen of the reference is kept.
 
     Raises:
         LeansdError: something is not.
     """
+    find_device(config.device)
+    found = find_weights(weights)
+    if metrics is None:
+        metrics = list_ready(found, reference)
     for name in metrics:
         if name not in METRICS:
             raise LeansdError(f"no metric {name!r}: there are {', '.join(METRICS)}")
@@ -140,7 +145,6 @@ def plan_scoring(
             f"{alone[0]} compares pictures with others: give --reference FOLDER"
             + (" or STATISTICS" if METRICS[alone[0]].against is ReferenceKind.GAUSSIAN else "")
         )
-    found = find_weights(weights)
     extractors = dict.fromkeys(METRICS[name].extractor for name in metrics)
     paths = {
         name: require_weights(name, EXTRACTORS[name], found.get(name) or EXTRACTORS[name].find())
@@ -159,8 +163,7 @@ def plan_scoring(
             paired = drawn.pair(seen.pictures)
             features[ReferenceKind.PARTNERS] = Features(keep, paired, marks)
     elif reference is not None:
-        other = _read_reference(Path(reference), marks)
-        _require_pictures(metrics, Path(reference))
+        other = _read_statistics(Path(reference), metrics, marks)
     return Scoring(
         drawn,
         tuple(metrics),
@@ -254,14 +257,12 @@ def score(
     Raises:
         LeansdError: weights, pictures or a reference are missing or do not suit.
     """
-    find_device(device)
-    given = dict(weights or {})
     home = Path(cache) if cache is not None else locate_cache()
     scoring = plan_scoring(
         pictures,
         reference,
-        metrics if metrics is not None else list_ready(find_weights(given), reference),
-        given,
+        metrics,
+        weights or {},
         config=ExtractionConfig({}, size, batch, threads, device),
         keep=Path(keep) if keep is not None else home,
         cache=home,
@@ -330,55 +331,15 @@ def _describe_metric(scoring: Scoring, name: str) -> dict[str, Any]:
     return fields
 
 
-def _read_reference(path: Path, marks: Mapping[str, str]) -> Reference:
+def _read_statistics(path: Path, metrics: Sequence[str], marks: Mapping[str, str]) -> Reference:
     statistics = load_statistics(path)
-    return Reference(path.name, statistics.gaussian.count, statistics=statistics, marks=marks)
-
-
-def _require_pictures(metrics: Sequence[str], reference: Path) -> None:
     for name in metrics:
         if METRICS[name].against in (ReferenceKind.FEATURES, ReferenceKind.PARTNERS):
             raise LeansdError(
-                f"{name} needs the reference's pictures, and {reference} has only statistics: "
+                f"{name} needs the reference's pictures, and {path} has only statistics: "
                 "give --reference FOLDER"
             )
-
-
-# -- options of the command ------------------------------------------------------------------
-
-
-def read_scoring(
-    pictures: Path,
-    reference: str | None,
-    metrics: str | None,
-    weights: Sequence[str],
-    *,
-    config: ExtractionConfig,
-    out: Path,
-    cache: Path | None,
-    note: Callable[[str], None],
-) -> Scoring:
-    """Read the options, and say what is not measured.
-
-    Args:
-        metrics: names with commas between.
-        weights: `NAME=PATH` each.
-
-    Raises:
-        LeansdError: an option is wrong, or something is missing.
-    """
-    find_device(config.device)
-    given = dict(_split_weights(each) for each in weights)
-    if metrics is not None:
-        chosen: Sequence[str] = [name.strip() for name in metrics.split(",") if name.strip()]
-    else:
-        chosen = list_ready(find_weights(given), reference)
-    scoring = plan_scoring(
-        pictures, reference, chosen, given, config=config, keep=out / KEPT, cache=cache
-    )
-    for name in scoring.pictures.gaps:
-        note(f"{name} is missing in {pictures}: the run that draws it has not ended")
-    return scoring
+    return Reference(path.name, statistics.gaussian.count, statistics=statistics, marks=marks)
 
 
 def list_notes(scoring: Scoring, *, asked: bool) -> list[str]:
@@ -408,12 +369,3 @@ def list_notes(scoring: Scoring, *, asked: bool) -> list[str]:
 
 def _list_users(extractor: str) -> list[str]:
     return [name for name, metric in METRICS.items() if metric.extractor == extractor]
-
-
-def _split_weights(text: str) -> tuple[str, str]:
-    name, sign, path = text.partition("=")
-    if not sign or not path:
-        raise LeansdError(
-            f"weights {text!r}: give NAME=PATH with a name of {', '.join(EXTRACTORS)}"
-        )
-    return name, path
