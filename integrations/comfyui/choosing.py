@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from leansd.core import CallSchedule, Prediction, Sample, place_calls, probe_calls
+from leansd.core import (
+    CallSchedule,
+    Prediction,
+    Sample,
+    list_log_snr,
+    place_calls,
+    probe_calls,
+)
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import WHOLE
-from leansd.plans.plan import Plan
+from leansd.plans.plan import Plan, Tuned
 from leansd.plans.presets import Preset
-from leansd.plans.resolve import PlanContext, find_source, resolve_plan
+from leansd.plans.resolve import FEW_STEPS, PlanContext, find_source, resolve_plan
 
 from .library import AUTO, PlanLibrary, Purpose
 
@@ -25,6 +35,8 @@ NAMES = {"dpmpp_2m": "dpm++2m", "dpmpp_2m_sde": "dpm++sde", "unipc": "unipc"}
 """Samplers of ComfyUI that have another name in plans."""
 FALLBACK = "balanced"
 """Instead of a tuned plan where there is none."""
+PRESETS = Path(__file__).parent / "presets.json"
+"""Plans tuned in ComfyUI's samplers, by `benchmarks/comfyui.py` of the leansd project."""
 FLOW = "CONST"
 """In the kind of a model's noise: rectified flow."""
 
@@ -129,14 +141,17 @@ def choose_plan(choice: PlanChoice, run: RunDescription) -> Chosen:
         source = find_source(given)
         wanted = source.steps if isinstance(source, Plan) else None
         first, steps = run.place_in_whole(wanted)
+        source = find_tuned_here(source, run.sampler, steps) or source
+        schedule = place_calls(run.calls, run.sigmas, run.prediction, first=first, steps=steps)
+        if schedule is None:
+            return Chosen(name, reason=f"{run.sampler} does not call the model step by step")
         own = NAMES.get(run.sampler, run.sampler) if isinstance(source, Preset) else run.sampler
-        context = PlanContext(steps, sampler=own, anatomy=WHOLE)
+        whole = (first, steps) == (0, len(run.sigmas) - 1)
+        levels = _list_levels(schedule) if whole else ()
+        context = PlanContext(steps, sampler=own, anatomy=WHOLE, log_snr=levels)
         resolved = resolve_plan(source, context, fit=choice.mismatch == "stretch")
     except LeansdError as error:
         return Chosen(name, reason=str(error))
-    schedule = place_calls(run.calls, run.sigmas, run.prediction, first=first, steps=steps)
-    if schedule is None:
-        return Chosen(name, reason=f"{run.sampler} does not call the model step by step")
     return Chosen(resolved.plan.name, resolved.plan, schedule, (*found, *resolved.notes))
 
 
@@ -152,6 +167,31 @@ def _find_tuned(choice: PlanChoice, run: RunDescription) -> tuple[str | Plan, tu
         return plan, ()
     note = f"nothing was tuned for this model, sampler, sigmas and cfg: preset {FALLBACK} instead"
     return FALLBACK, (note,)
+
+
+def find_tuned_here(source: Plan | Preset, sampler: str, steps: int) -> Plan | None:
+    """The plan of a preset that was tuned in ComfyUI's own sampler, of the nearest step count."""
+    if not isinstance(source, Preset) or steps <= FEW_STEPS:
+        return None
+    rows = [row for row in _load_presets() if row["sampler"] == sampler]
+    rows = [row for row in rows if source.name in row["plans"]]
+    if not rows:
+        return None
+    row = min(rows, key=lambda each: abs(math.log((len(each["sigmas"]) - 1) / steps)))
+    # For any weights and guidance: what they were tuned on says nothing of where they are used.
+    tuned = Tuned(sampler, unet="", log_snr=list_log_snr(row["sigmas"][:-1]))
+    return replace(Plan.from_dict(row["plans"][source.name]), tuned=tuned)
+
+
+@cache
+def _load_presets() -> list[dict[str, Any]]:
+    return json.loads(PRESETS.read_text(encoding="utf-8")) if PRESETS.exists() else []
+
+
+def _list_levels(schedule: CallSchedule) -> tuple[float, ...]:
+    """log-SNR at the first call of each step."""
+    firsts = {row: call for call, row in reversed(list(enumerate(schedule.rows)))}
+    return tuple(schedule.log_snr[firsts[row]] for row in sorted(firsts))
 
 
 def _find_place(noise: Any, sigma: float) -> float:

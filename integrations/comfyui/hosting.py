@@ -110,7 +110,10 @@ class SamplerHost:
         self._model, self._draw, self._decode = model, draw, decode
         self._sampler, self._sigmas, self._thin_out = sampler, sigmas, thin_out
         self.steps = len(sigmas) - 1
-        self.tuned = Tuned(name_sampler(sampler), digest, cfg)
+        prediction = find_prediction(model.get_model_object("model_sampling"))
+        levels = list_log_snr([float(each) for each in sigmas[:-1].tolist()], prediction)
+        rounded = tuple(round(level, 4) for level in levels)
+        self.tuned = Tuned(name_sampler(sampler), digest, cfg, rounded)
         self._bases: dict[tuple[int, int], list[torch.Tensor]] = {}
         """By steps and seed: the latents after each call, less what outputs make of them."""
         self._courses: dict[int, Course] = {}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from integrations.comfyui import choosing
 from integrations.comfyui.choosing import PlanChoice
 from integrations.comfyui.playing import KEY, PlanOnModel
 
@@ -220,6 +221,24 @@ def test_presets_fit_themselves() -> None:
     _, report, _ = draw("fast", sampler=Sampler(sample_heun), sigmas=lay_out(20))
     assert report.computed < 0.5 * report.calls
     assert "not tuned for heun" in str(report)
+
+
+def test_presets_are_those_tuned_in_the_sampler_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {
+        "sampler": "euler",
+        "sigmas": lay_out(STEPS).tolist(),
+        "plans": {"balanced": PLAN.rename("balanced").to_dict()},
+    }
+    monkeypatch.setattr(choosing, "_load_presets", lambda: [row])
+    _, report, _ = draw("balanced")
+    assert (report.computed, report.notes) == (len(KEYS), ())
+    # At other noise levels its computed steps go along, and that is said.
+    curved = torch.cat([torch.linspace(14.6**0.1, 0.03**0.1, STEPS) ** 10, torch.zeros(1)])
+    _, report, _ = draw("balanced", sigmas=curved)
+    assert 0 < report.computed < STEPS
+    assert any("noise levels" in each for each in report.notes)
+    _, report, _ = draw("balanced", sigmas=lay_out(20))
+    assert 0.5 * 20 < report.computed < 0.65 * 20
 
 
 def test_a_plan_from_a_file(tmp_path: Path) -> None:
