@@ -60,7 +60,7 @@ emoji: $(VENV)/.developer
 	PYTHONPATH=. $(BIN)/python -m models.emoji train --out runs/emoji
 
 compatibility: $(VENV)/.developer
-	PYTHONPATH=tests $(BIN)/python -m conformance.compatibility
+	PYTHONPATH=tests $(BIN)/python -m conformance.compatibility $(if $(ALL),--all)
 
 notebooks: $(VENV)/.developer
 	$(BIN)/python notebooks/execute.py

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import leansd
 from conformance.models import small_unet
+from leansd.evaluation.inner_timing import time_units
 from leansd.plans import Plan
 from tiny import TOKENS, WIDTH
 
@@ -119,3 +120,19 @@ def test_half_precision_runs_and_reports_on_the_processor(dtype: torch.dtype) ->
             noise = unet(sample, moment, text).sample
     assert noise.dtype == dtype
     assert "predicted" in str(run.report())
+
+
+def test_units_are_timed_by_events_that_are_read_when_the_call_is_done(
+    simulated: FakeTensorMode, events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: events.append("synchronize"))
+    unet = make_unet(torch.float16)
+    seen: list[int] = []
+    times = time_units(
+        unet, batch=1, latent=8, tokens=5, repeats=2, on_call=lambda _: seen.append(len(events))
+    )
+    assert times.call.median == pytest.approx(0.01)
+    assert set(times.medians) >= {unit.at for unit in leansd.dissect(small_unet())}
+    first = events[: events.index("synchronize")]
+    assert set(first) == {"record"}  # nothing is asked of the device within a call
+    assert events.count("synchronize") == len(seen) == 3

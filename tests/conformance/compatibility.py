@@ -1,6 +1,7 @@
 """Which pipelines follow which kinds of plans: tried on tiny nets, written to a page.
 
-    make compatibility      tries all of them, minutes, and writes docs/compatibility.md
+    make compatibility      writes docs/compatibility.md, and tries what is not on it yet
+    make compatibility ALL=1    tries all of them anew: minutes
 
 A pipeline is made of whatever parts its class asks for, and called with whatever it takes. What it
 draws under a plan is one of `OUTCOMES`.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -338,6 +340,6 @@ def read_page(text: str) -> dict[str, dict[str, str]]:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(
-        write_page({name: try_pipeline(kind) for name, kind in KINDS.items()}), encoding="utf-8"
-    )
+    known = {} if "--all" in sys.argv else read_page(PAGE.read_text(encoding="utf-8"))
+    outcomes = {name: known.get(name) or try_pipeline(kind) for name, kind in KINDS.items()}
+    PAGE.write_text(write_page(outcomes), encoding="utf-8")
