@@ -46,6 +46,8 @@ class Result:
     """Files of records to write."""
     pages: "Mapping[Path, ReportPage]" = field(default_factory=dict)
     """Pages to write."""
+    content: Mapping[Path, bytes] = field(default_factory=dict)
+    """Other files to write."""
     device: Any = "meta"
     """Where it ran, for the head of pages; nothing ran on `meta`."""
     files: Sequence[Path] = ()
@@ -189,20 +191,32 @@ def _put_beside(result: Result) -> Result:
     """The same with the next names that are free for all pages and records."""
     from leansd.files import number_files
 
-    free = number_files([*result.pages, *result.records])
-    pages = {free[path]: page for path, page in result.pages.items()}
-    return replace(result, pages=pages, records={free[at]: r for at, r in result.records.items()})
+    groups = {name: getattr(result, name) for name in ("pages", "records", "content")}
+    free = number_files([path for group in groups.values() for path in group])
+    return replace(
+        result,
+        **{name: {free[at]: each for at, each in group.items()} for name, group in groups.items()},
+    )
 
 
 def _write(result: Result) -> list[Path]:
+    others: list[Path] = []
+    if result.content:
+        from leansd.files import write_file
+
+        others = [write_file(path, content) for path, content in result.content.items()]
     if not result.pages and not result.records:
-        return []
+        return others
     from leansd.evaluation.records import stamp, write_records
     from leansd.report import Provenance, write_report
 
     origin = Provenance(quote_command(), stamp(result.device))
     pages = [write_report(path, page, origin) for path, page in result.pages.items()]
-    return pages + [write_records(path, rows) for path, rows in result.records.items()]
+    return [
+        *others,
+        *pages,
+        *(write_records(path, rows) for path, rows in result.records.items()),
+    ]
 
 
 def quote_command() -> str:

@@ -80,7 +80,6 @@ def show_demo(
 def _give_demo(demo: "Demo", facts: dict[str, Any], out: Path, device: Any) -> Result:
     from leansd.drawing import encode_png
     from leansd.evaluation.demo import list_records, tabulate_demo
-    from leansd.files import write_new
     from leansd.report.plans import draw_sheet, report_comparison
 
     last = demo.entries[-1].case
@@ -92,7 +91,7 @@ def _give_demo(demo: "Demo", facts: dict[str, Any], out: Path, device: Any) -> R
             "PSNR (dB) and SSIM compare with the full run's pictures from the same seeds",
         ],
         failure="; ".join(f"left out: {why}" for why in demo.left_out.values()),
-        files=[write_new(out / "grid.png", encode_png(draw_sheet(demo)))],
+        content={out / "grid.png": encode_png(draw_sheet(demo))},
         pages={out / "report.html": report_comparison(demo)},
         records={out / "records.jsonl": list_records(demo)},
         device=device,

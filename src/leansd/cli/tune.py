@@ -209,8 +209,7 @@ def tune_plans(
 
     # Everything that can be wrong is found before a weight is read.
     out, front, journal, page = files.check()
-    wanted = goal.check()
-    sought, folders = search.read(wanted)
+    sought, folders = search.read(wanted := goal.check())
     check_convergence(opening.sampler)
     opening.check_model(model)
     prompts = _list_prompts(calls, model)
