@@ -10,6 +10,7 @@ import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, HeunDiscreteScheduler
 
 import leansd
+from leansd.anatomy.builtin import open_builtin
 from leansd.errors import LeansdError
 from leansd.evaluation.cost import CostModel
 from leansd.evaluation.runs import run_calls
@@ -144,6 +145,36 @@ def test_a_full_run_that_is_no_number_is_told(monkeypatch: pytest.MonkeyPatch) -
         pipe.unet.conv_out.bias.fill_(np.nan)
     with pytest.raises(LeansdError, match="NaN"):
         record_starts(pipe, PROMPTS[:1], 2, seed=0, batch=1, settings={})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "extra"),
+    [("sd15", 8, {}), ("sdxl", 16, {"text_embeds": (2, 1280), "time_ids": (2, 6)})],
+)
+def test_published_unets_are_fitted_in_the_memory_of_common_cards(
+    name: str, gigabytes: float, extra: dict[str, tuple[int, int]]
+) -> None:
+    """A dry run in half precision: weights, and what the gradient of a call keeps."""
+    unet = open_builtin(name).half().requires_grad_(False)
+    config: Any = unet.config
+    with torch.device("meta"):
+        sample = torch.zeros(2, 4, config.sample_size, config.sample_size, dtype=torch.half)
+        text = torch.zeros(2, 77, config.cross_attention_dim, dtype=torch.half)
+        added = {key: torch.zeros(*size, dtype=torch.half) for key, size in extra.items()}
+        step = torch.tensor(5)
+    sample.requires_grad_()
+    free = gigabytes * 1e9 - sum(each.nbytes for each in unet.parameters())
+    spending = mix_fitting.choose_spending(
+        unet,
+        lambda: unet(sample, step, text, added_cond_kwargs=added, return_dict=False),
+        8,
+        10,
+        free * mix_fitting.RESERVE,
+    )
+    assert spending.pictures == 1
+    assert spending.recomputes
+    assert not unet.is_gradient_checkpointing
 
 
 # -- as part of tuning -----------------------------------------------------------------------------

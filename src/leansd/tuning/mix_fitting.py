@@ -13,8 +13,10 @@ square, whatever the direction.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -31,6 +33,7 @@ from leansd.tuning.run_starts import (
     count_saved,
     find_free_memory,
     keep_weights,
+    recompute_blocks,
 )
 from leansd.tuning.sampler_map import Matrix, PlanMap, stack_features
 
@@ -110,6 +113,41 @@ class Spending:
     def __str__(self) -> str:
         how = ", each key step computed twice" if self.recomputes else ""
         return f"{self.pictures} pictures at once{how}, about {self.bytes / 2**30:.1f} GiB"
+
+
+OPEN_SHARE = 0.15
+"""Of what a call keeps, the most that is open at once where every layer is computed again."""
+
+
+def choose_spending(
+    unet: Any, call: Callable[[], Sequence[Tensor]], most: int, keys: int, free: float
+) -> Spending:
+    """The fastest way to fit into memory.
+
+    Args:
+        call: of the UNet for one picture; it may be without data, on the meta device.
+        most: pictures at once.
+        keys: calls of a run.
+        free: bytes that may be taken.
+
+    Raises:
+        LeansdError: nothing fits.
+    """
+    each = count_saved(unet, call)
+    halves = [max(1, most >> turn) for turn in range(most.bit_length())]
+    spendings = [Spending(n, False, False, n * each * keys) for n in halves[:2]]
+    spendings += [Spending(n, True, False, n * each) for n in halves]
+    for spending in spendings:
+        if spending.bytes <= free:
+            return spending
+    with recompute_blocks(unet):
+        least = int(count_saved(unet, call) + OPEN_SHARE * each)
+    if least > free:
+        raise LeansdError(
+            f"memory does not suffice to fit mixes: about {least / 2**30:.1f} GiB are needed for "
+            f"one picture, {free / 2**30:.1f} GiB can be had; leave them out"
+        )
+    return Spending(1, True, True, least)
 
 
 Rows: TypeAlias = Sequence[Tensor]
@@ -208,23 +246,13 @@ class MixFit:
         Raises:
             LeansdError: nothing fits.
         """
-        batch, free = self._gather([0]), find_free_memory(self.device) * RESERVE
-        each = count_saved(
-            self.unet, lambda: batch.call(self.unet, batch.begin.requires_grad_(), self._moments[0])
-        )
+        batch = self._gather([0])
+        batch.begin.requires_grad_()
+        call = functools.partial(batch.call, self.unet, batch.begin, self._moments[0])
         most = min(self.config.batch, len(self.starts))
-        halves = [max(1, most >> turn) for turn in range(most.bit_length())]
-        spendings = [Spending(n, False, False, n * each * len(self._moments)) for n in halves[:2]]
-        spendings += [Spending(n, True, False, n * each) for n in halves]
-        # Within a key step, blocks keep little more than their inputs; the largest one is open.
-        spendings.append(Spending(1, True, True, int(each * 0.45)))
-        fitting = [spending for spending in spendings if spending.bytes <= free]
-        if not fitting:
-            raise LeansdError(
-                f"memory does not suffice to fit mixes: about {spendings[-1].bytes / 2**30:.1f} "
-                f"GiB are needed for one picture, {free / 2**30:.1f} GiB can be had; leave them out"
-            )
-        return fitting[0]
+        free = find_free_memory(self.device) * RESERVE
+        with keep_weights(self.unet):
+            return choose_spending(self.unet, call, most, len(self._moments), free)
 
     def run(self, state: FitState | None = None, watch: Watch = lambda state, error: None) -> Plan:
         """Fit, from the beginning or from where it was, and give the plan with its mixes."""
@@ -232,18 +260,12 @@ class MixFit:
         if not self._spans:
             self.measure_spans()
         state = state or FitState.begin(self.size)
-        by_block = self.spending.by_block and not self.unet.is_gradient_checkpointing
-        with keep_weights(self.unet):
-            if by_block:
-                self.unet.enable_gradient_checkpointing()
-            try:
-                while state.iteration < self.config.iterations:
-                    gradient, error = self._differentiate(state)
-                    state.step(gradient, self.config)
-                    watch(state, -10 * math.log10(max(error, 1e-30)))
-            finally:
-                if by_block:
-                    self.unet.disable_gradient_checkpointing()
+        blocks = recompute_blocks(self.unet) if self.spending.by_block else nullcontext()
+        with keep_weights(self.unet), blocks:
+            while state.iteration < self.config.iterations:
+                gradient, error = self._differentiate(state)
+                state.step(gradient, self.config)
+                watch(state, -10 * math.log10(max(error, 1e-30)))
         return self.build_plan(state)
 
     def _differentiate(self, state: FitState) -> tuple[np.ndarray, float]:

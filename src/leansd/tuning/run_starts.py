@@ -180,6 +180,18 @@ def keep_weights(unet: nn.Module) -> Iterator[None]:
             each.requires_grad_(True)
 
 
+@contextmanager
+def recompute_blocks(unet: Any) -> Iterator[None]:
+    """Every layer computed again for its gradient, meanwhile."""
+    was_on = unet.is_gradient_checkpointing
+    unet.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if not was_on:
+            unet.disable_gradient_checkpointing()
+
+
 # -- memory ----------------------------------------------------------------------------------------
 
 
