@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -367,13 +367,17 @@ def record_checks(checks: Sequence[Check], device: str) -> list[Record]:
 
 
 def main(
-    model: str | None = typer.Option(None, help="A folder, file or hub id to take along."),
+    model: Annotated[
+        str | None, typer.Option(help="A folder, file or hub id to take along.")
+    ] = None,
     steps: int = 30,
     rounds: int = 5,
-    latent: int | None = typer.Option(None, help="Side of the latents; each net's own by default."),
+    latent: Annotated[
+        int | None, typer.Option(help="Side of the latents; each net's own by default.")
+    ] = None,
     seed: int = 1000,
     out: Path = RESULTS,
-    dry_run: bool = typer.Option(False, "--dry-run", help="On the CPU, with tiny nets."),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="On the CPU, with tiny nets.")] = False,
 ) -> None:
     """Check, measure, and say what to do with the records."""
     if not dry_run and not torch.cuda.is_available():

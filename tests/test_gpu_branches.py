@@ -13,13 +13,14 @@ from leansd.evaluation.inner_timing import measure_peaks
 from leansd.evaluation.records import name_device
 from leansd.evaluation.timing import time_cases
 from leansd.loading import find_device, find_dtype
+from leansd.tuning.run_starts import find_free_memory
 from loops import sample
 from tiny import shallow_unet
 
 HOME = Path(leansd.__file__).parent
 TESTS = Path(__file__).parent
 BRANCHES = {
-    "runtime/report.py": {
+    "core/stopwatch.py": {
         "Event": "test_simulated_device.py::test_seconds_are_asked_of_the_device",
     },
     "evaluation/inner_timing.py": {
@@ -39,6 +40,9 @@ BRANCHES = {
     "incubation/optimization.py": {
         "max_memory_allocated": "test_incubation_parts.py::test_the_memory_of_a_gpu",
         "reset_peak_memory_stats": "test_incubation_parts.py::test_the_memory_of_a_gpu",
+    },
+    "tuning/run_starts.py": {
+        "mem_get_info": "test_gpu_branches.py::test_free_memory_is_that_of_the_device",
     },
     "loading.py": {
         "is_available": "test_loading.py::test_accelerators_that_are_not_there_are_told",
@@ -104,6 +108,11 @@ def test_records_name_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A Card")
     assert name_device("cuda:0") == "cuda: A Card"
     name_device.cache_clear()
+
+
+def test_free_memory_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5, 9))
+    assert find_free_memory(torch.device("cuda:0")) == 5
 
 
 def test_a_gpu_is_the_default_and_its_precision_is_half(monkeypatch: pytest.MonkeyPatch) -> None:

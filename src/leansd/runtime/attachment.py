@@ -64,7 +64,7 @@ class Attachment:
             LeansdError: nothing has run yet.
         """
         follower = self._follower
-        if follower.pipe is not None and _unwrap(follower.pipe.unet)[0] is not follower.unet:
+        if isinstance(follower, Follower) and _has_other_unet(follower):
             follower.warn_once(
                 "the pipeline has another UNet than when it was attached, which follows no plan: "
                 "leave, and attach it again; the report is of the one before"
@@ -170,6 +170,14 @@ def _refuse_insides(
 def is_compiled(unet: nn.Module) -> bool:
     """Whether a UNet, or a part of it, was compiled by its own `compile()`."""
     return any(vars(each).get("_compiled_call_impl") is not None for each in unet.modules())
+
+
+def _has_other_unet(follower: Follower) -> bool:
+    """Whether a pipeline that is attached has got another UNet since."""
+    pipe = follower.pipe
+    if pipe is None or follower not in find_followers(pipe, follower.unet):
+        return False
+    return _unwrap(pipe.unet)[0] is not follower.unet
 
 
 def _split_target(target: Any) -> tuple[Any | None, UNet2DConditionModel, nn.Module | None]:
