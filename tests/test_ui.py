@@ -154,7 +154,7 @@ def test_nothing_is_fetched_elsewhere_and_no_script_fails(visit, address):
     assert visit.errors == []
 
 
-def test_cells_are_changed_and_the_speed_is_predicted_at_once(visit, shots):
+def test_cells_are_changed_predicted_and_saved(visit, shots, home, tmp_path):
     page = visit.page
     visit.open_tab("Plan")
     before = page.locator("#plan-forecast b").last.inner_text()
@@ -178,9 +178,11 @@ def test_cells_are_changed_and_the_speed_is_predicted_at_once(visit, shots):
     assert "first step computes everything" in visit.read_error()
     page.locator("#tier label", has_text="block").click()
     page.wait_for_selector("td[aria-label^='up3, step 3']")
+    save_and_load(visit, home, tmp_path)
 
 
-def test_plans_are_saved_and_loaded(visit, home, tmp_path):
+def save_and_load(visit, home, tmp_path):
+    """The plan that was just changed, and files of plans."""
     page = visit.page
     name = page.locator("#save-name input, #save-name textarea")
     name.fill("../outside")
@@ -208,6 +210,13 @@ def test_plans_are_saved_and_loaded(visit, home, tmp_path):
 
 def test_the_history_gives_settings_back(visit):
     page = visit.page
+    visit.set_steps(STEPS)
+    visit.choose("plan-name", "deepcache")
+    page.fill("#prompt textarea", "a lemon, noto style")
+    page.fill("#seed input", "7")
+    page.click("#draw")
+    page.wait_for_selector(".cards")
+    visit.wait_idle()
     page.fill("#prompt textarea", "something else")
     visit.open_tab("History")
     page.locator("#gallery .thumbnail-item, #gallery .gallery-item button").first.click()

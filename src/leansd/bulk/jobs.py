@@ -266,10 +266,11 @@ class Drawer:
     ) -> Iterator[DrawnPicture]:
         requests = [request for _, request in asked]
         pipe = self.pipe if requests[0].init is None else self._image_to_image
+        plan = self.plan or Plan.full(self.job.steps)
         shared = {
             "model": self.job.model,
-            "plan": self.plan.name if self.plan is not None else "full",
-            "plan_fingerprint": self.plan.fingerprint if self.plan is not None else "",
+            "plan": plan.name,
+            "plan_fingerprint": plan.fingerprint,
             "steps": self.job.steps,
             "sampler": name_sampler(pipe),
         }
