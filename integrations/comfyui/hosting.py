@@ -219,13 +219,8 @@ class SamplerHost:
         computed = report.computed_seconds / max(report.computed, 1)
         spared = max(report.calls - report.computed, 1)
         nothing = max(report.seconds - report.computed_seconds, 1e-6) / spared
-        return CostModel(
-            subject=self.tuned.unet,
-            pictures=1,
-            size=(0, 0),
-            units={HEAD: {"whole": computed, "none": 0.0}},
-            blocks={},
-            fixed={"whole": 0.0, "none": nothing},
+        return CostModel.of_whole_calls(
+            self.tuned.unet, pictures=1, size=(0, 0), computed=computed, forecast=nothing
         )
 
 

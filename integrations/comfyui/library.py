@@ -60,7 +60,6 @@ class PlanLibrary:
     def save(self, name: str, plan: Plan) -> Path:
         """Keep a plan under a name."""
         path = self.find_path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
         plan.save(path)
         return path
 
@@ -73,7 +72,6 @@ class PlanLibrary:
 
     def save_tuned(self, purpose: Purpose, plan: Plan) -> Path:
         path = self.folder / TUNED / purpose.file_name
-        path.parent.mkdir(parents=True, exist_ok=True)
         plan.save(path)
         return path
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from leansd.evaluation.fidelity import psnr, ssim
 from leansd.tuning.front import Front
 
 LOG = logging.getLogger("leansd")
@@ -62,16 +62,12 @@ def thin_out(sigmas: torch.Tensor, steps: int) -> torch.Tensor:
 
 def measure_psnr(one: torch.Tensor, other: torch.Tensor) -> float:
     """dB between pictures [B, H, W, C] from 0 to 1; the mean over them."""
-    errors = (one.double() - other.double()).square().flatten(1).mean(dim=1).tolist()
-    return sum(-10 * math.log10(max(error, 1e-12)) for error in errors) / len(errors)
+    return float(psnr(_turn(one), _turn(other)).mean())
 
 
 def measure_ssim(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Structural similarity of pictures [B, H, W, C] from 0 to 1 (Wang et al. 2004)."""
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    given = (one.movedim(-1, 1).float(), other.movedim(-1, 1).float())
-    return float(structural_similarity_index_measure(*given, data_range=1.0))
+    """Structural similarity of pictures [B, H, W, C] from 0 to 1; the mean over them."""
+    return float(ssim(_turn(one), _turn(other)).mean())
 
 
 def take_one(latent: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +78,12 @@ def take_one(latent: dict[str, Any]) -> dict[str, Any]:
 
 def show_pictures(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """Pictures [B, 3, H, W] from 0 to 1 of latents [B, C, h, w]."""
-    return vae.decode(latents)[..., :3].movedim(-1, 1)
+    return _turn(vae.decode(latents))
+
+
+def _turn(pictures: torch.Tensor) -> torch.Tensor:
+    """ComfyUI's pictures [B, H, W, C] as everybody else's, [B, 3, H, W]."""
+    return pictures[..., :3].movedim(-1, 1)
 
 
 def open_progress() -> Callable[[str, float], None]:

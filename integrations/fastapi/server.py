@@ -136,6 +136,7 @@ def create_app(
         waiting: how many requests there may be; further ones get status 503 at once.
     """
     pool, metrics = PipelinePool(pipe, plan, workers), Metrics()
+    name = str(getattr(plan, "name", plan))
     metrics.waiting.set(0)
     present = 0
 
@@ -170,7 +171,7 @@ def create_app(
         metrics.calls.labels("full").inc(made.full_calls)
         metrics.calls.labels("inherited").inc(made.calls - made.full_calls)
         headers = {
-            "X-Plan": str(getattr(plan, "name", plan)),
+            "X-Plan": name,
             "X-Seconds": f"{made.seconds:.3f}",
             "X-UNet-Calls": f"{made.full_calls} of {made.calls}",
         }
@@ -178,7 +179,6 @@ def create_app(
 
     @app.get("/health")
     async def tell_health() -> dict[str, Any]:
-        name = str(getattr(plan, "name", plan))
         return {"status": "ok", "plan": name, "workers": workers, "waiting": present}
 
     @app.get("/metrics", response_class=Response)

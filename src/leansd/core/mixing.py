@@ -23,7 +23,6 @@ class Guided(NamedTuple):
 
 def guide(rest: torch.Tensor, cond: torch.Tensor, scale: float) -> Guided:
     """Classifier-free guidance of two halves [B, C, H, W], as pipelines do it."""
-    rest, cond = make_precise(rest), make_precise(cond)
     difference = cond - rest
     return Guided(rest + scale * difference, difference)
 

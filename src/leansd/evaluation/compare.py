@@ -1,8 +1,8 @@
 """Comparison: the same calls from the same seeds, drawn in several ways and put side by side.
 
-The one engine for everything that does so: the demo, `leansd evaluate`, the benchmark, `leansd
-generate --compare` and the page's full run beside a plan. Timed cases take turns, so that a slow
-spell of the machine hits all of them; untimed ones run one after the other and can be kept on disk.
+The engine of the demo, `leansd evaluate`, the benchmark and the page's full run beside a plan.
+Timed cases take turns, so that a slow spell of the machine hits all of them; untimed ones run one
+after the other and can be kept on disk.
 """
 
 from __future__ import annotations

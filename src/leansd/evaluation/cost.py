@@ -177,6 +177,34 @@ class CostModel:
         return [Record(**shared, **row) for row in rows]
 
     @classmethod
+    def of_whole_calls(
+        cls,
+        subject: str,
+        *,
+        pictures: int,
+        size: tuple[int, int],
+        computed: float,
+        forecast: float,
+        other: float = 0.0,
+    ) -> CostModel:
+        """Of a denoiser whose output alone is known.
+
+        Args:
+            computed: seconds of a call that runs it.
+            forecast: seconds of one that does not.
+            other: a run's rest.
+        """
+        return cls(
+            subject=subject,
+            pictures=pictures,
+            size=size,
+            units={HEAD: {"whole": computed, "none": 0.0}},
+            blocks={},
+            fixed={"whole": 0.0, "none": forecast},
+            other=other,
+        )
+
+    @classmethod
     def from_records(cls, records: Iterable[Record]) -> CostModel:
         """The model that `list_records` wrote; records of other metrics are passed over.
 

@@ -75,9 +75,9 @@ def mix_output(pipe: Any, step: UNetCall, noise: torch.Tensor) -> torch.Tensor:
     scale, cond = find_scale(pipe), history.held
     if step.apart is not None:
         assert cond is not None
-        history.note(guide(noise, cond, scale))
+        history.note(guide(make_precise(noise), make_precise(cond), scale))
     elif len(step.call.lanes) == 2 or step.call.is_half:
-        rest, own = noise.chunk(2)
+        rest, own = make_precise(noise).chunk(2)
         history.note(guide(rest, own, scale))
     else:
         history.note(Guided(make_precise(noise), None))

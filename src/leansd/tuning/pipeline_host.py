@@ -124,13 +124,12 @@ def measure_whole_cost(host: PipelineHost, calls: Sequence[PipelineCall], steps:
     computed = report.measured_speedup * report.seconds / report.calls
     nothing = (report.seconds - computed * report.full_calls) / max(report.inherited, 1)
     height, width = ends.pictures.shape[-2:]
-    return CostModel(
-        subject=host.tuned.unet,
+    return CostModel.of_whole_calls(
+        host.tuned.unet,
         pictures=len(calls),
         size=(width, height),
-        units={HEAD: {"whole": computed, "none": 0.0}},
-        blocks={},
-        fixed={"whole": 0.0, "none": max(nothing, 0.0)},
+        computed=computed,
+        forecast=max(nothing, 0.0),
         other=max(ends.seconds[-1] - report.seconds, 0.0),
     )
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from leansd.core.mixing import Guided
+from leansd.core.mixing import guide
 from leansd.errors import LeansdError
 from leansd.evaluation.runs import PipelineCall, run_calls
 from leansd.runtime.cache import join_rows, map_rows
@@ -138,7 +138,7 @@ class StartBatch:
         if self.lanes == 1:
             return (noise,)
         rest, cond = noise.chunk(2)
-        guided = Guided(rest + self.scale * (cond - rest), cond - rest)
+        guided = guide(rest, cond, self.scale)
         return guided.output, cast(Tensor, guided.difference)
 
 
