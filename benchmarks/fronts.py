@@ -23,7 +23,13 @@ import torch
 import typer
 
 from leansd.cli.terminal import hush_libraries
-from leansd.evaluation.bench import OWN_SETTING, draw_inputs, list_settings, name_own_front
+from leansd.evaluation.bench import (
+    OWN_SETTING,
+    STRENGTH,
+    draw_inputs,
+    list_settings,
+    name_own_front,
+)
 from leansd.evaluation.cost import CostModel
 from leansd.evaluation.profile import profile
 from leansd.evaluation.prompt_sets import GUIDANCE, THINGS
@@ -70,7 +76,8 @@ def main(
 
     for count in steps:
         for name in sampler:
-            contest = Contest(task, name, count, guidance)
+            strength = STRENGTH if pictures else 1.0
+            contest = Contest(task, name, count, guidance, strength=strength)
             usual = guidance == GUIDANCE and not pictures
             stem = f"{name}-{count}" if usual else name_own_front(contest)
             tell(stem)

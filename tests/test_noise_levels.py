@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionImg2ImgPipeline
 
 import leansd
+from conformance.models import draw_picture
 from leansd.errors import LeansdError
 from leansd.plans import Plan
 from leansd.plans.methods import Mix
 from leansd.plans.noise_levels import carry_over
 from leansd.plans.plan import Tuned
-from leansd.plans.resolve import PlanContext, resolve_plan
+from leansd.plans.resolve import PlanContext, find_source, resolve_plan
 from leansd.runtime.clock import read_schedule
 from test_mixing import KEYS, STEPS, draw, list_identities, make_pipe
 
@@ -80,3 +81,88 @@ def test_levels_survive_a_file(tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
     assert plan.fingerprint == FRAME.fingerprint
+
+
+# -- guidance scales and strengths -----------------------------------------------------------------
+
+
+def tune_at(
+    guidance: float | None, strength: float | None = None, name: str = "own", levels: bool = True
+) -> Plan:
+    tuned = Tuned("ddim", "", guidance, THEN if levels else (), strength)
+    return replace(FRAME.rename(name), tuned=tuned)
+
+
+@pytest.mark.parametrize(
+    ("plan", "guidance", "strength", "says"),
+    [
+        (tune_at(4.0), 4.0, 1.0, ""),
+        (tune_at(4.0), 7.5, 1.0, "own was tuned at guidance 4, not 7.5"),
+        (tune_at(4.0), 4.0, 0.6, "own was tuned at strength 1, not 0.6"),
+        (tune_at(4.0), 7.5, 0.6, "guidance 4, not 7.5 plan own was tuned at strength 1, not 0.6"),
+        (tune_at(4.0, 0.6), 4.0, 0.6, ""),
+        (tune_at(4.0, 0.6), 4.0, 4 / STEPS, ""),  # as many steps
+        (tune_at(4.0, 0.6), 4.0, 1.0, "own was tuned at strength 0.6, not 1"),
+        (tune_at(None, levels=False), 4.0, 0.6, ""),  # it was not noted
+        (tune_at(4.0), None, None, ""),
+    ],
+)
+def test_what_a_plan_was_tuned_at_is_told(
+    plan: Plan, guidance: float | None, strength: float | None, says: str, tmp_path: Path
+) -> None:
+    context = PlanContext(STEPS, guidance=guidance, strength=strength)
+    plan.save(tmp_path / "plan.json")
+    for source in (plan, tmp_path / "plan.json"):
+        told = " ".join(resolve_plan(source, context).notes)
+        assert told.endswith(says)
+        assert bool(told) == bool(says)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "strength", "expected"),
+    [(4.0, 1.0, "a"), (5.0, 1.0, "a"), (7.5, 1.0, "b"), (7.5, 0.6, "c"), (None, None, "a")],
+)
+def test_of_several_plans_the_nearest_is_followed(
+    guidance: float | None, strength: float | None, expected: str, tmp_path: Path
+) -> None:
+    plans = [tune_at(4.0, name="a"), tune_at(8.0, name="b"), tune_at(4.0, 0.5, name="c")]
+    for plan in plans:
+        plan.save(tmp_path / f"{plan.name}.json")
+    files = [tmp_path / f"{name}.json" for name in "abc"]
+    context = PlanContext(STEPS, guidance=guidance, strength=strength)
+    for source in (plans, files, ",".join(map(str, files))):
+        assert resolve_plan(source, context).plan.name == expected
+    with pytest.raises(LeansdError, match="choice by guidance"):
+        find_source([plans[0], "balanced"])
+    with pytest.raises(LeansdError, match="one number of steps"):
+        find_source([plans[0], plans[1].fit(9)])
+
+
+def test_a_run_warns_once_and_its_report_says_the_same() -> None:
+    pipe = make_pipe("ddim", use="scales")
+    plans = [tune_at(2.0, name="a", levels=False), tune_at(8.0, name="b", levels=False)]
+    with leansd.inherit(pipe, plans) as run:
+        with pytest.warns(UserWarning, match="plan a was tuned at guidance 2, not 3"):
+            draw(pipe)
+        assert "plan a was tuned at guidance 2, not 3" in str(run.report())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            draw(pipe)
+        assert "plan a was tuned at guidance 2, not 3" in str(run.report())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            drawn = draw(pipe, guidance_scale=8.0)
+        assert run.report().plan.name == "b"
+        assert not run.report().notes
+    assert torch.equal(drawn, draw(pipe, plans[1], guidance_scale=8.0))
+    with pytest.raises(LeansdError, match="give one plan"):
+        leansd.inherit(pipe.unet, plans)
+
+
+def test_image_to_image_at_another_strength_is_told() -> None:
+    pipe = StableDiffusionImg2ImgPipeline(**make_pipe(use="strength").components)
+    pipe.set_progress_bar_config(disable=True)
+    with leansd.inherit(pipe, tune_at(None, 1.0, levels=False)) as run:
+        with pytest.warns(UserWarning, match="tuned at strength 1, not 0.571"):
+            draw(pipe, image=draw_picture(), strength=0.6)
+        assert run.report().notes

@@ -24,7 +24,7 @@ from leansd.errors import LeansdError
 from leansd.plans.anatomy import WHOLE
 from leansd.plans.plan import Plan, Tuned
 from leansd.plans.presets import Preset
-from leansd.plans.resolve import FEW_STEPS, PlanContext, find_source, resolve_plan
+from leansd.plans.resolve import FEW_STEPS, PlanContext, Source, find_source, resolve_plan
 
 from .library import AUTO, PlanLibrary, Purpose
 
@@ -139,7 +139,7 @@ def choose_plan(choice: PlanChoice, run: RunDescription) -> Chosen:
         return Chosen(name, reason=f"how often {run.sampler} calls the model is not known before")
     try:
         source = find_source(given)
-        wanted = source.steps if isinstance(source, Plan) else None
+        wanted = None if isinstance(source, Preset) else source.steps
         first, steps = run.place_in_whole(wanted)
         source = find_tuned_here(source, run.sampler, steps) or source
         schedule = place_calls(run.calls, run.sigmas, run.prediction, first=first, steps=steps)
@@ -148,7 +148,14 @@ def choose_plan(choice: PlanChoice, run: RunDescription) -> Chosen:
         own = NAMES.get(run.sampler, run.sampler) if isinstance(source, Preset) else run.sampler
         whole = (first, steps) == (0, len(run.sigmas) - 1)
         levels = _list_levels(schedule) if whole else ()
-        context = PlanContext(steps, sampler=own, anatomy=WHOLE, log_snr=levels)
+        context = PlanContext(
+            steps,
+            sampler=own,
+            anatomy=WHOLE,
+            guidance=run.cfg,
+            strength=1 - first / steps,
+            log_snr=levels,
+        )
         resolved = resolve_plan(source, context, fit=choice.mismatch == "stretch")
     except LeansdError as error:
         return Chosen(name, reason=str(error))
@@ -169,7 +176,7 @@ def _find_tuned(choice: PlanChoice, run: RunDescription) -> tuple[str | Plan, tu
     return FALLBACK, (note,)
 
 
-def find_tuned_here(source: Plan | Preset, sampler: str, steps: int) -> Plan | None:
+def find_tuned_here(source: Source, sampler: str, steps: int) -> Plan | None:
     """The plan of a preset that was tuned in ComfyUI's own sampler, of the nearest step count."""
     if not isinstance(source, Preset) or steps <= FEW_STEPS:
         return None

@@ -155,7 +155,8 @@ class _Task:
             set_vae(pipe, vae)
         own = self.wanted.guidance
         guidance = find_guidance(pipe, model="") if own is None else own
-        return pipe, self.following.settle(self.source, pipe, self.context, guidance)
+        strength = self.wanted.strength if self.wanted.init is not None else 1.0
+        return pipe, self.following.settle(self.source, pipe, self.context, guidance, strength)
 
 
 def _draw_prompts(

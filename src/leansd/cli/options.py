@@ -186,7 +186,12 @@ class Fitting:
         return self._resolve(plan, context), context
 
     def settle(
-        self, plan: "Plan | str", pipe: Any, context: "PlanContext", guidance: float
+        self,
+        plan: "Plan | str",
+        pipe: Any,
+        context: "PlanContext",
+        guidance: float,
+        strength: float = 1.0,
     ) -> "Plan":
         """The plan for the runs of an open pipeline, with what must be said of it told.
 
@@ -196,7 +201,12 @@ class Fitting:
         from leansd.runtime.context import describe_runs
 
         known = describe_runs(
-            pipe, context.steps, anatomy=context.anatomy, nets=context.nets, guidance=guidance
+            pipe,
+            context.steps,
+            anatomy=context.anatomy,
+            nets=context.nets,
+            guidance=guidance,
+            strength=strength,
         )
         return tell_notes(self._resolve(plan, known))
 
@@ -223,10 +233,14 @@ class Following(Fitting):
 
 def tell_notes(resolved: "Resolved") -> "Plan":
     """Warns of what must be said of a plan, and gives the plan."""
+    import re
+    import warnings
+
     from leansd.cli.terminal import warn
 
     for each in resolved.notes:
         warn(each)
+        warnings.filterwarnings("ignore", re.escape(each))  # its runs would say it again
     return resolved.plan
 
 

@@ -35,7 +35,7 @@ from leansd.evaluation.rivals import OURS, Contest, Rival, RivalContext, make_ca
 from leansd.evaluation.runs import FULL, PipelineCall, expand_calls, run_calls, split_calls
 from leansd.loading import as_image_to_image
 from leansd.plans.plan import Plan
-from leansd.plans.presets import PRESETS, SPEED_PRESETS
+from leansd.plans.presets import PRESETS, SPEED_PRESETS, Preset
 from leansd.plans.resolve import PlanContext, find_source, resolve_plan
 from leansd.runtime.samplers import make_scheduler
 
@@ -79,7 +79,7 @@ def list_contests(
         for sampler in samplers
         for count in steps
     ]
-    contests.append(Contest("image-to-image", first, central, guidance))
+    contests.append(Contest("image-to-image", first, central, guidance, strength=STRENGTH))
     if guidance != PAPER_GUIDANCE:
         contests.append(Contest("text-to-image", first, central, PAPER_GUIDANCE))
     return contests
@@ -89,7 +89,7 @@ def list_settings(contest: Contest) -> dict[str, Any]:
     """The pipeline arguments of every call of a contest."""
     settings: dict[str, Any] = {"guidance_scale": contest.guidance}
     if contest.task == "image-to-image":
-        settings["strength"] = STRENGTH
+        settings["strength"] = contest.strength
     return settings
 
 
@@ -166,7 +166,13 @@ def choose_plans(
         force: follow presets however few the steps are.
         tell: is told what must be said of a plan.
     """
-    context = PlanContext(contest.steps, contest.sampler, blocks=blocks)
+    context = PlanContext(
+        contest.steps,
+        contest.sampler,
+        blocks=blocks,
+        guidance=contest.guidance,
+        strength=contest.strength,
+    )
     plans: list[Plan] = []
     for source in sources or SPEED_PRESETS:
         if source not in PRESETS and Path(source).is_dir():
@@ -181,12 +187,12 @@ def choose_plans(
             ]
             continue
         found = find_source(source)
-        if isinstance(found, Plan) and found.steps != contest.steps:
+        if not isinstance(found, Preset) and found.steps != contest.steps:
             continue
         resolved = resolve_plan(found, context, force=force)
         for note in resolved.notes:
             tell(note)
-        if resolved.plan.name != FULL or isinstance(found, Plan):
+        if resolved.plan.name != FULL or not isinstance(found, Preset):
             plans.append(resolved.plan)
     return tuple(plans)
 
@@ -345,7 +351,7 @@ def time_step(prepared: PreparedContest, settings: BenchSettings) -> float:
 
 def count_run_steps(contest: Contest) -> float:
     """The steps that a full run takes."""
-    return contest.steps * (STRENGTH if contest.task == "image-to-image" else 1)
+    return contest.steps * contest.strength
 
 
 def estimate(

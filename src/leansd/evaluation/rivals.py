@@ -38,6 +38,7 @@ class Contest:
     Attributes:
         sampler: what records call it.
         is_long: whether every variant of every rival takes part, or those near the front only.
+        strength: of image-to-image, the share of the steps that run.
     """
 
     task: Task
@@ -45,6 +46,7 @@ class Contest:
     steps: int
     guidance: float
     is_long: bool = False
+    strength: float = 1.0
 
     def __str__(self) -> str:
         return f"{self.task}, {self.sampler}, {self.steps} steps, guidance {self.guidance:g}"

@@ -56,6 +56,13 @@ class Tuned:
     """Guidance scale; None for the pipeline's own."""
     log_snr: tuple[float, ...] = ()
     """At every step of the sampler's run; nothing where it was not noted."""
+    strength: float | None = None
+    """Of image-to-image; None of runs from the first step on, or where it was not noted."""
+
+    @property
+    def share(self) -> float | None:
+        """How much of the steps its runs had; None where it was not noted."""
+        return 1.0 if self.strength is None and self.log_snr else self.strength
 
 
 @dataclass(frozen=True)
@@ -392,7 +399,8 @@ class Plan:
 
     def encode(self) -> str:
         """The text of the plan's file."""
-        newer = self.mixes or (self.tuned is not None and self.tuned.log_snr)
+        tuned = self.tuned
+        newer = self.mixes or (tuned is not None and (tuned.log_snr or tuned.strength is not None))
         version = VERSION if newer else PLAIN_VERSION
         head: dict[str, Any] = {"format": "leansd-plan", "version": version, "name": self.name}
         values = self.to_dict()
@@ -509,14 +517,15 @@ def _read_drift(values: object) -> Drift:
 
 
 def _read_tuned(values: object) -> Tuned:
-    known = ("sampler", "unet", "guidance", "log_snr")
+    known = ("sampler", "unet", "guidance", "log_snr", "strength")
     tuned = _read_keys(values, "tuned", known, needed=("sampler", "unet"))
-    guidance = tuned.get("guidance")
+    guidance, strength = tuned.get("guidance"), tuned.get("strength")
     return Tuned(
         _read_text(tuned["sampler"], "tuned.sampler"),
         _read_text(tuned["unet"], "tuned.unet"),
         None if guidance is None else _read_number(guidance, "tuned.guidance"),
         _read_numbers(tuned.get("log_snr", ()), "tuned.log_snr"),
+        None if strength is None else _read_number(strength, "tuned.strength"),
     )
 
 

@@ -6,6 +6,7 @@ mean the same plan everywhere, and what must be said of it is said in the same s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,8 @@ class PlanContext:
     """Of the other UNets that a plan may run, by name."""
     guidance: float | None = None
     """Guidance scale."""
+    strength: float | None = None
+    """How much of its steps a run has: of image-to-image its strength, 1 of text-to-image."""
     log_snr: Sequence[float] = ()
     """Of the run that is to follow the plan, at every step; nothing where it is not known yet."""
     find_unet: Callable[[], str | None] | None = None
@@ -81,26 +84,92 @@ class Resolved:
             )
 
 
-def find_source(source: Plan | Preset | str | Path) -> Plan | Preset:
+@dataclass(frozen=True)
+class PlanChoice:
+    """Plans that were tuned at several guidance scales or strengths; a run follows the nearest."""
+
+    plans: tuple[Plan, ...]
+
+    @property
+    def steps(self) -> int:
+        return self.plans[0].steps
+
+    @property
+    def name(self) -> str:
+        return " or ".join(each.name for each in self.plans)
+
+    def find_nearest(self, context: PlanContext) -> Plan:
+        """The plan tuned nearest to a run: by its sampler, then its strength, then its guidance."""
+
+        def rate(plan: Plan) -> tuple[float, ...]:
+            tuned = plan.tuned
+            names = {context.sampler, context.scheduler} - {""}
+            other = tuned is not None and bool(names) and tuned.sampler not in names
+            share = None if tuned is None else tuned.share
+            guidance = None if tuned is None else tuned.guidance
+            return (
+                other,
+                _measure_gap(share, context.strength),
+                _measure_gap(guidance, context.guidance),
+            )
+
+        return min(self.plans, key=rate)
+
+
+def _measure_gap(tuned: float | None, run: float | None) -> float:
+    """How far apart two numbers are; what is not known lies behind what is."""
+    if run is None:
+        return 0.0
+    return math.inf if tuned is None else abs(tuned - run)
+
+
+Source = Plan | Preset | PlanChoice
+"""What is meant by a plan, once it is looked up."""
+
+
+def find_source(source: Source | str | Path | Sequence[Plan | str | Path]) -> Source:
     """What a user means by a plan: a plan itself, the name of a preset, or the path of a plan file.
+
+    Several plans or files, also as `a.json,b.json`, are a choice between plans that were tuned at
+    several guidance scales or strengths.
 
     Raises:
         LeansdError: there is no such preset or file, or the file is not a plan.
     """
-    if isinstance(source, Plan | Preset):
+    if isinstance(source, Plan | Preset | PlanChoice):
         return source
+    if not isinstance(source, str | Path):
+        return _find_choice(source)
     name = str(source)
     if name in PRESETS:
         return PRESETS[name]
     if Path(name).is_file():
         return Plan.load(name)
+    if "," in name:
+        return _find_choice([each.strip() for each in name.split(",")])
     if Path(name).suffix or "/" in name:
         raise LeansdError(f"no plan file at {name}")
     raise LeansdError(f"no preset {name!r}{suggest_name(name, PRESETS)}")
 
 
+def _find_choice(sources: Sequence[Plan | str | Path]) -> PlanChoice:
+    found = [find_source(each) for each in sources]
+    plans = tuple(each for each in found if isinstance(each, Plan))
+    if not found or len(plans) < len(found):
+        raise LeansdError(
+            "several plans are a choice by guidance scale and strength, for plans that were tuned "
+            "at one: give plan files of leansd tune, or one plan"
+        )
+    if len({each.steps for each in plans}) > 1:
+        raise LeansdError(
+            f"plans to choose from are for one number of steps: {PlanChoice(plans).name} are for "
+            + ", ".join(str(each.steps) for each in plans)
+        )
+    return PlanChoice(plans)
+
+
 def resolve_plan(
-    source: Plan | Preset | str | Path,
+    source: Source | str | Path | Sequence[Plan | str | Path],
     context: PlanContext,
     *,
     fit: bool = False,
@@ -110,7 +179,7 @@ def resolve_plan(
 
     A preset fits itself to the runs: to their steps, their sampler and their UNet. Where the steps
     are few, it means the full run. A plan is taken as it is, but that its key steps keep to the
-    noise levels that it was tuned for.
+    noise levels that it was tuned for. Of several plans, the one tuned nearest to the runs is.
 
     Args:
         fit: stretch a plan that is for another number of steps.
@@ -121,6 +190,8 @@ def resolve_plan(
             does not suit the UNet.
     """
     found = find_source(source)
+    if isinstance(found, PlanChoice):
+        found = found.find_nearest(context)
     if isinstance(found, Preset):
         steps = context.steps or STEPS
         sampler, notes = _pick_sampler(found, context)
@@ -136,7 +207,7 @@ def resolve_plan(
         notes += moved
         if plan.tuned is not None and not plan.tuned.unet:  # a preset's, for whatever UNet
             elsewhere = []
-        notes += _describe_guidance(plan, context.guidance)
+        notes += _describe_settings(plan, context)
     if context.anatomy is WHOLE:
         _require_whole_steps(plan)
     elif context.anatomy is not None:
@@ -249,8 +320,17 @@ def _list_elsewhere(plan: Plan, context: PlanContext) -> list[str]:
     return found
 
 
-def _describe_guidance(plan: Plan, guidance: float | None) -> list[str]:
-    own = plan.tuned.guidance if plan.tuned is not None else None
-    if own is None or guidance is None or own == guidance:
-        return []
-    return [f"plan {plan.name} was tuned at guidance {own:g}, not {guidance:g}"]
+def _describe_settings(plan: Plan, context: PlanContext) -> list[str]:
+    """What a plan was tuned at and these runs are not; there it runs, but is not as near."""
+    tuned, notes = plan.tuned, list[str]()
+    if tuned is None:
+        return notes
+    guidance, share = context.guidance, context.strength
+    if tuned.guidance is not None and guidance is not None and tuned.guidance != guidance:
+        notes.append(f"plan {plan.name} was tuned at guidance {tuned.guidance:g}, not {guidance:g}")
+    if tuned.share is not None and share is not None:
+        # Strengths are the same that run as many steps.
+        then, now = (int(plan.steps * each + 1e-6) for each in (tuned.share, share))
+        if then != now:
+            notes.append(f"plan {plan.name} was tuned at strength {tuned.share:g}, not {share:.3g}")
+    return notes

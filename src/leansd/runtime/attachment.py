@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -74,7 +74,7 @@ class Attachment:
 
 def inherit(
     target: Any,
-    plan: Plan | str | Path,
+    plan: Plan | str | Path | Sequence[Plan | str | Path],
     *,
     nets: Mapping[str, UNet2DConditionModel] = NO_NETS,
     compile: bool | Mapping[str, Any] = False,
@@ -91,7 +91,8 @@ def inherit(
         target: a diffusers pipeline with a `unet`, or a `UNet2DConditionModel`; or a pipeline with
             a `transformer` (SD3, FLUX, PixArt, Sana), for plans of whole steps.
         plan: a `Plan`, the name of a preset (which fits itself to every run's step count) or the
-            path of a plan file.
+            path of a plan file; or several that were tuned at other guidance scales or strengths,
+            of which every run follows the nearest.
         nets: UNets by the names that the plan calls them by (`Plan.switch`). They run in the place
             of the pipeline's own at some steps; nothing of the pipeline is changed.
         compile: True, or options of `torch.compile` such as `{"mode": "reduce-overhead"}`: compile
@@ -127,7 +128,7 @@ def inherit(
 
 def inherit_(
     target: Any,
-    plan: Plan | str | Path,
+    plan: Plan | str | Path | Sequence[Plan | str | Path],
     *,
     nets: Mapping[str, UNet2DConditionModel] = NO_NETS,
     compile: bool | Mapping[str, Any] = False,

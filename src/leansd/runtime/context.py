@@ -21,6 +21,7 @@ def describe_runs(
     anatomy: Anatomy | None = None,
     nets: Mapping[str, Anatomy] = NO_NETS,
     guidance: float | None = None,
+    strength: float | None = None,
     log_snr: Sequence[float] = (),
 ) -> PlanContext:
     """The context of a pipeline's runs, for `leansd.plans.resolve.resolve_plan`.
@@ -30,6 +31,7 @@ def describe_runs(
         anatomy: of its UNet, where it was read already.
         nets: anatomies of the other UNets that a plan may run, by name.
         guidance: the guidance scale, where it is known.
+        strength: how much of its steps a run has, where it is known.
         log_snr: at every step, where the scheduler has laid them out.
     """
 
@@ -46,6 +48,7 @@ def describe_runs(
         anatomy=read_anatomy(pipe.unet) if anatomy is None else anatomy,
         nets=nets,
         guidance=guidance,
+        strength=strength,
         log_snr=log_snr,
         find_unet=find_unet,
     )

@@ -66,6 +66,8 @@ class Report:
     """Why nothing is predicted, "not counted, because ..."; empty where it is."""
     fault: str = ""
     """From which step on the UNet gave NaN or Inf, and whether the plan had a part in it."""
+    notes: tuple[str, ...] = ()
+    """What the plan was tuned for and this run was not, and the like, as it was warned of."""
 
     def __str__(self) -> str:
         control = ""
@@ -80,7 +82,7 @@ class Report:
             f"{count} computed in full because {why}; " for why, count in self.forced.items()
         )
         units = self.computed + self.inherited + self.idle
-        fault = f"{self.fault}; " if self.fault else ""
+        fault = "".join(f"{each}; " for each in (self.fault, *self.notes) if each)
         return (
             f"plan {self.plan.name}: {fault}{self.calls} UNet calls, "
             f"{self.full_calls} in full{nets}; "
@@ -106,8 +108,9 @@ class ControlCounts:
 class RunStats:
     """Counts a run as it goes."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, notes: tuple[str, ...] = ()) -> None:
         self.plan = plan
+        self.notes = notes
         self.control = ControlCounts()
         self.calls: list[tuple[Call, ...]] = []
         self.times: list[Stopwatch] = []
@@ -189,6 +192,7 @@ class RunStats:
             forced=dict(self.forced),
             uncounted=next((each.uncounted for each in there if each.uncounted), ""),
             fault=self.find_fault(),
+            notes=self.notes,
         )
 
     def _find_full_seconds(self, seconds: Sequence[float]) -> float:

@@ -28,8 +28,7 @@ from leansd.plans.compile import compile_plan
 from leansd.plans.liveness import Lane, Program
 from leansd.plans.methods import METHODS
 from leansd.plans.plan import Plan
-from leansd.plans.presets import Preset
-from leansd.plans.resolve import PlanContext, resolve_plan
+from leansd.plans.resolve import PlanChoice, PlanContext, Resolved, Source, resolve_plan
 from leansd.plans.row import SAMPLE
 from leansd.runtime.adaptive import AdaptiveBranch
 from leansd.runtime.call import CacheBranch, UNetArguments, UNetStep
@@ -137,7 +136,7 @@ class Follower:
         self,
         unet: UNet2DConditionModel,
         pipe: Any | None,
-        source: Plan | Preset,
+        source: Source,
         *,
         nets: NetSet = NO_OTHERS,
         compile_options: dict[str, Any] | None = None,
@@ -166,11 +165,15 @@ class Follower:
         self._warned: set[str] = set()
         self._latents = WeakSet[LatentsWatch]()
         self._compile = lru_cache(maxsize=64)(self._make_program)
-        if isinstance(source, Plan):
-            compile_plan(source, self.anatomy, nets=nets.nets)
-            if source.mixes and pipe is None:
-                raise refuse(source, "a bare UNet does not say what guidance its loop has")
-        elif pipe is None:
+        plans = source.plans if isinstance(source, PlanChoice) else (source,)
+        for plan in plans:
+            if isinstance(plan, Plan):
+                compile_plan(plan, self.anatomy, nets=nets.nets)
+        if pipe is None and isinstance(source, PlanChoice):
+            raise LeansdError("a bare UNet does not say what guidance its loop has: give one plan")
+        if pipe is None and isinstance(source, Plan) and source.mixes:
+            raise refuse(source, "a bare UNet does not say what guidance its loop has")
+        if pipe is None and not isinstance(source, Plan):
             raise LeansdError(
                 f"a bare UNet does not say how many steps a run has; give the pipeline, or a plan "
                 f"as in leansd.preset({source.name!r}, steps=30)"
@@ -347,13 +350,16 @@ class Follower:
             if run is not None:
                 self._tell_fault()
                 run.clear()
-            plan = self._build_plan(position.schedule)
-            stats = RunStats(plan)
+            resolved = self._resolve_plan(position)
+            plan = resolved.plan
+            stats = RunStats(plan, resolved.notes)
             run = Run(position.schedule, plan, stats, ControlResiduals(stats.control))
             self._state.run = run
         return run
 
-    def _build_plan(self, schedule: CallSchedule) -> Plan:
+    def _resolve_plan(self, position: CallPosition) -> Resolved:
+        """The plan of a run that begins with this call."""
+        schedule = position.schedule
         steps = schedule.steps
         nets = {name: net.anatomy for name, net in self.nets.nets.items()}
         context = PlanContext(steps, anatomy=self.anatomy, nets=nets)
@@ -365,6 +371,7 @@ class Follower:
                 anatomy=self.anatomy,
                 nets=nets,
                 guidance=guidance,
+                strength=1 - schedule.rows[position.index] / steps,
                 log_snr=schedule.log_snr if len(schedule.log_snr) == steps else (),
             )
         try:
@@ -373,14 +380,14 @@ class Follower:
             self.abort()
             raise
         for note in resolved.notes:
-            warnings.warn(note, stacklevel=2)
+            self.warn_once(note)
         plan = resolved.plan
         if plan.drift is not None and self.compile_options is not None:
             self.warn_once(
                 f"plan {plan.name} decides as it runs what each picture inherits, which one graph "
                 "cannot: it runs eagerly"
             )
-        return plan
+        return resolved
 
     def _start_over(
         self,

@@ -22,8 +22,7 @@ from leansd.core.stopwatch import Stopwatch, start_stopwatch
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import WHOLE
 from leansd.plans.plan import Plan
-from leansd.plans.presets import Preset
-from leansd.plans.resolve import PlanContext, resolve_plan
+from leansd.plans.resolve import PlanContext, Resolved, Source, resolve_plan
 from leansd.runtime.clock import read_schedule
 from leansd.runtime.hooks import ForwardHooks, PipelineEndHook
 from leansd.runtime.report import Report
@@ -48,7 +47,8 @@ def find_transformer(target: Any) -> nn.Module | None:
 class WholeRun:
     """One run of a pipeline."""
 
-    def __init__(self, plan: Plan, schedule: CallSchedule) -> None:
+    def __init__(self, plan: Plan, schedule: CallSchedule, notes: tuple[str, ...]) -> None:
+        self.notes = notes
         self.schedule = schedule
         self.player = Player(plan, schedule)
         self.times: list[tuple[int, Stopwatch]] = []
@@ -74,7 +74,7 @@ class WholeRun:
 class WholeStepFollower:
     """Follows a plan with the calls of a pipeline's transformer."""
 
-    def __init__(self, pipe: Any, transformer: nn.Module, source: Plan | Preset) -> None:
+    def __init__(self, pipe: Any, transformer: nn.Module, source: Source) -> None:
         self.pipe, self.source, self.transformer = pipe, source, transformer
         self.thread: int | None = None
         """Of the `with` block; a pipeline is one thread's at a time."""
@@ -83,6 +83,7 @@ class WholeStepFollower:
         """By thread."""
         self._hooks: ForwardHooks | None = None
         self._end: PipelineEndHook | None = None
+        self._warned: set[str] = set()
         if isinstance(source, Plan):
             self._resolve(source.steps)
 
@@ -139,6 +140,7 @@ class WholeStepFollower:
             measured_speedup=each * calls / total,
             seconds=total,
             forced=forced,
+            notes=run.notes,
         )
 
     # -- a call of the transformer -----------------------------------------------------------------
@@ -178,18 +180,22 @@ class WholeStepFollower:
             if run is not None:
                 run.player.clear()
             schedule = read_schedule(scheduler)
-            run = WholeRun(self._resolve(schedule.steps), schedule)
+            resolved = self._resolve(schedule.steps, getattr(self.pipe, "_guidance_scale", None))
+            run = WholeRun(resolved.plan, schedule, resolved.notes)
             self.last = self._runs[thread] = run
         index = getattr(scheduler, "step_index", None)
         if index is None:
             index = getattr(scheduler, "begin_index", None) or 0
         return run, index
 
-    def _resolve(self, steps: int) -> Plan:
-        resolved = resolve_plan(self.source, describe_whole_runs(self.pipe, steps))
+    def _resolve(self, steps: int, guidance: float | None = None) -> Resolved:
+        context = describe_whole_runs(self.pipe, steps, guidance)
+        resolved = resolve_plan(self.source, context)
         for note in resolved.notes:
-            warnings.warn(note, stacklevel=2)
-        return resolved.plan
+            if note not in self._warned:
+                self._warned.add(note)
+                warnings.warn(note, stacklevel=2)
+        return resolved
 
     def _forget(self) -> None:
         """A pipeline call is over in this thread, also one that was interrupted: keep nothing."""
@@ -208,7 +214,9 @@ _ATTACHED: dict[int, WholeStepFollower] = {}
 """By the id of the pipeline, which its follower keeps alive."""
 
 
-def describe_whole_runs(pipe: Any, steps: int | None = None) -> PlanContext:
+def describe_whole_runs(
+    pipe: Any, steps: int | None = None, guidance: float | None = None
+) -> PlanContext:
     """The context of the runs of a pipeline with a transformer."""
     transformer = find_transformer(pipe)
     assert transformer is not None
@@ -217,6 +225,7 @@ def describe_whole_runs(pipe: Any, steps: int | None = None) -> PlanContext:
         sampler=name_sampler(pipe),
         scheduler=type(pipe.scheduler).__name__,
         anatomy=WHOLE,
+        guidance=guidance,
         find_unet=lambda: fingerprint_module(transformer),
     )
 

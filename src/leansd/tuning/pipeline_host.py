@@ -60,6 +60,7 @@ class PipelineHost:
             sampler or type(pipe.scheduler).__name__,
             fingerprint_module(denoiser),
             settings.get("guidance_scale"),
+            strength=settings.get("strength"),
         )
 
     def draw(
