@@ -1,11 +1,13 @@
 """Few UNet calls held to the full run: tuned plans, and the same with their mixes fitted.
 
     python benchmarks/few_calls.py [--plans turbo,fast] [--calls 96] [--iterations 50]
+        [--sampler unipc] [--guidance 7.5] [--ingredients mixing,lanes,calls,start]
 
 Mixes are fitted on two thirds of the calls, prompts in turns with a noise each, and all is measured
 on the last third, against the full run: the mean of the pictures' PSNR and the PSNR of their mean
 error. Beside them, as many steps of the sampler and of UniPC, and by `--solver` as many steps with
-weights fitted alike but no plan: a bespoke solver, without our key steps. Records go to
+weights fitted alike but no plan: a bespoke solver, without our key steps. By `--ingredients` the
+fit is done with little and with one thing more each time (`INGREDIENTS`). Records go to
 `benchmarks/results/few-calls.jsonl`; a stopped fit goes on where it was.
 """
 
@@ -13,7 +15,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,11 +25,13 @@ import typer
 
 from leansd.anatomy.reading import read_anatomy
 from leansd.cli.terminal import hush_libraries
+from leansd.errors import LeansdError
 from leansd.evaluation.fidelity import psnr
 from leansd.evaluation.prompt_sets import GUIDANCE, THINGS
 from leansd.evaluation.records import Record, get_field, put_records, stamp
 from leansd.evaluation.runs import run_calls
 from leansd.loading import load
+from leansd.plans.anatomy import HEAD
 from leansd.plans.plan import Plan
 from leansd.plans.presets import preset
 from leansd.runtime.samplers import make_scheduler
@@ -37,8 +42,61 @@ from leansd.tuning.sampler_map import PlanMap, read_sampler
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "few-calls.jsonl"
 RUNS = ROOT / "runs" / "few-calls"
+PLACE = ("sampler", "steps", "guidance", "calls", "unet_calls")
+"""What tells records of one plan apart."""
 SEED = 7_000_000
 RIVAL = "unipc"
+FEW = 32
+"""Runs that are fitted to where `calls` is no ingredient."""
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What a fit is given besides the weights of the outputs."""
+
+    lanes: bool = False
+    """Weights of their own for the difference of the guidance lanes."""
+    calls: bool = False
+    """All the runs there are, not few."""
+    start: bool = False
+    """Where it begins: the tuned plan, not plain forecasts at the same key steps."""
+
+    def make_start(self, plan: Plan) -> Plan:
+        if self.start:
+            return plan
+        return Plan.between(plan.keys, cut=HEAD, steps=plan.steps, how="forecast")
+
+
+INGREDIENTS = {
+    "mixing": Ingredients(),
+    "lanes": Ingredients(lanes=True),
+    "calls": Ingredients(calls=True),
+    "start": Ingredients(start=True),
+}
+"""Mixing by itself, and each of the others beside it alone."""
+ALL = Ingredients(lanes=True, calls=True, start=True)
+
+
+def list_fits(
+    name: str, plan: Plan, ingredients: Sequence[str], *, solver: bool
+) -> Iterator[tuple[str, Plan, Ingredients]]:
+    """What is fitted for a preset: a label, the plan that the fit starts from, and with what.
+
+    Raises:
+        LeansdError: there is no such ingredient.
+    """
+    for each in ingredients:
+        if each not in INGREDIENTS:
+            raise LeansdError(f"no ingredient {each!r} (there are {', '.join(INGREDIENTS)})")
+        chosen = INGREDIENTS[each]
+        alone = "nothing else" if each == "mixing" else f"{each} alone"
+        label = f"{name}, mixed, {alone}"
+        yield label, chosen.make_start(plan).rename(label), chosen
+    if solver:
+        keys = len(plan.keys)
+        yield f"{keys} steps, mixed", Plan.full(keys, name=f"{keys} steps, mixed"), ALL
+    elif not ingredients:
+        yield f"{name}, mixed", plan, ALL
 
 
 def average(pictures: torch.Tensor, goals: torch.Tensor) -> dict[str, float]:
@@ -63,6 +121,7 @@ def fit(
         config,
     )
     case = f"{plan.fingerprint}-{len(starts)}-{config.iterations}-{config.floor:g}"
+    case += f"-g{starts[0].scale:g}" + ("" if config.lanes else "-no-lanes")
     path, state = RUNS / f"{case}.json", None
     if path.exists():
         state = FitState.decode(json.loads(path.read_text()))
@@ -88,6 +147,10 @@ def main(
     steps: int = 30,
     calls: Annotated[int, typer.Option(min=12)] = 96,
     iterations: int = 50,
+    guidance: float = GUIDANCE,
+    ingredients: Annotated[
+        str, typer.Option(help=f"Fit with little: any of {', '.join(INGREDIENTS)}.")
+    ] = "",
     solver: Annotated[bool, typer.Option(help="Fit as many plain steps, without a plan.")] = False,
     floor: Annotated[float, typer.Option(help="Added to errors before the logarithm.")] = 0.0,
 ) -> None:
@@ -96,10 +159,11 @@ def main(
     pipe: Any = load("emoji")
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = make_scheduler(pipe, sampler)
-    settings = {"guidance_scale": GUIDANCE}
+    settings = {"guidance_scale": guidance}
     asked = [THINGS[place % len(THINGS)] for place in range(calls)]
     count = calls * 2 // 3
-    kept = RUNS / f"starts-{sampler}-{steps}-{calls}.pt"
+    scale = "" if guidance == GUIDANCE else f"-g{guidance:g}"
+    kept = RUNS / f"starts-{sampler}-{steps}-{calls}{scale}.pt"
     if kept.exists():
         raw, goals = torch.load(kept, weights_only=True)
         starts = [RunStart(**each) for each in raw]
@@ -111,7 +175,7 @@ def main(
     shared: dict[str, Any] = {
         **stamp(pipe.device),
         "subject": "emoji", "unit": "dB", "seed": SEED, "steps": steps, "sampler": sampler,
-        "guidance": GUIDANCE, "calls": calls, "held_out": len(held),
+        "guidance": guidance, "calls": calls, "held_out": len(held),
     }  # fmt: skip
 
     def measure(name: str, plan: Plan | None, run: int, own: Any = None, **facts: Any) -> None:
@@ -132,7 +196,7 @@ def main(
             records,
             lambda each: (
                 each.plan, each.metric,
-                *(get_field(each, name) for name in ("sampler", "steps", "calls", "unet_calls")),
+                *(get_field(each, name) for name in PLACE),
             ),
         )  # fmt: skip
 
@@ -144,15 +208,15 @@ def main(
             f"{keys} steps of {RIVAL}", None, keys, make_scheduler(pipe, RIVAL), unet_calls=keys
         )
         measure(name, plan, steps, unet_calls=keys)
-        label = f"{name}, mixed" + (f", floor {floor:g}" if floor else "")
-        if solver:
-            label = f"{keys} steps, mixed"
-            plan = Plan.full(keys, name=label)
-        config = MixConfig(iterations=iterations, floor=floor)
-        mixed, seconds = fit(pipe, plan, starts[:count], steps, config)
-        mixed.save(RUNS / f"{label}.json")
-        facts = {"unet_calls": keys, "iterations": iterations, "seconds": round(seconds, 1)}
-        measure(label, mixed, mixed.steps, **facts)
+        chosen = [each for each in ingredients.split(",") if each]
+        for label, begun, each in list_fits(name, plan, chosen, solver=solver):
+            label += f", floor {floor:g}" if floor else ""
+            config = MixConfig(iterations=iterations, floor=floor, lanes=each.lanes)
+            fitted = starts[: count if each.calls else min(FEW, count)]
+            mixed, seconds = fit(pipe, begun, fitted, steps, config)
+            replace(mixed, name=label).save(RUNS / f"{label}{scale}.json")
+            facts = {"iterations": iterations, "fitted": len(fitted), "seconds": round(seconds, 1)}
+            measure(label, mixed, mixed.steps, unet_calls=keys, **facts)
 
 
 if __name__ == "__main__":

@@ -14,15 +14,22 @@ import leansd
 from leansd import LeansdError, Plan
 from leansd.cli import main
 from leansd.evaluation.bench import (
+    OWN_SETTING,
     BenchSettings,
     PreparedContest,
     choose_plans,
     compare_contest,
+    describe_contest,
     drop_done,
     fingerprint_contest,
+    has_limit,
+    hold,
     line_up,
     list_contests,
     list_records,
+    list_settings,
+    name_limit,
+    name_own_front,
     put_contest,
 )
 from leansd.evaluation.compare import CONVERGED, Case
@@ -52,6 +59,8 @@ from leansd.evaluation.standings import (
     tabulate_summary,
 )
 from leansd.plans.methods import chebyshev
+from leansd.report.measurements import report_bench
+from leansd.report.sections import Chart
 from leansd.runtime.clock import read_schedule
 from leansd.runtime.samplers import make_scheduler
 from leansd.tuning.front import Front, Point, read_plans
@@ -291,10 +300,37 @@ def test_what_a_contest_follows_from_changes_its_fingerprint(pipe, context):
 
 def test_all_samplers_and_step_counts_the_papers_setting_and_image_to_image():
     contests = list_contests(["dpm++2m", "ddim"], [20, 30], 4.0)
-    assert len(contests) == 6
+    assert len(contests) == 8
     assert sum(contest.is_long for contest in contests) == 1
-    assert {(c.steps, c.guidance) for c in contests if c.guidance == 8.0} == {(30, 8.0)}
-    assert [c.task for c in contests].count("image-to-image") == 1
+    others = [(c.sampler, c.steps, c.guidance) for c in contests if c.guidance != 4.0]
+    assert others == [("dpm++2m", 30, 7.5), ("dpm++2m", 30, 8.0)]
+    drawn = [c for c in contests if c.task == "image-to-image"]
+    assert [list_settings(c)["strength"] for c in drawn] == [0.6, 0.8]
+    assert len({name_own_front(c) for c in drawn}) == len({name_limit(c) for c in drawn}) == 2
+    assert all(OWN_SETTING.fullmatch(name_own_front(c).removeprefix("dpm++2m-30")) for c in drawn)
+    # What is on record of the first strength stays that.
+    assert ["strength" in describe_contest(c) for c in drawn] == [False, True]
+
+
+def test_further_hosts_are_held_at_one_step_count():
+    contests = list_contests(["ddim"], [20, 30], 4.0, hosts=["unipc", "dpm++sde"])
+    hosts = [c for c in contests if c.sampler != "ddim"]
+    assert [(c.sampler, c.steps) for c in hosts] == [("unipc", 30), ("dpm++sde", 30)]
+    assert [has_limit(c) for c in hosts] == [True, False]
+
+
+def test_a_sampler_that_draws_noise_is_held_against_the_full_run_alone(pipe, context, tmp_path):
+    contest = replace(CONTEST, sampler="dpm++sde", is_long=False)
+    there = {contest.sampler: make_scheduler(pipe, contest.sampler)}
+    cases, left_out = line_up(replace(context, contest=contest), [RIVALS["fewer"]], there)
+    entry = PreparedContest(contest, pipe, cases, PROMPTS, 0, left_out)
+    hold([entry], SETTINGS, tmp_path / "bench.jsonl")
+    (standing,) = read_standings(load_records(tmp_path / "bench.jsonl"))
+    assert standing.find("lean", "psnr", FULL) is not None
+    assert standing.references == [FULL]
+    assert {row[1] for row in tabulate_margins(standing).rows} == {FULL}
+    (chart,) = [each for each in report_bench([standing]).sections if isinstance(each, Chart)]
+    assert len(chart.drawings) == 1
 
 
 def test_long_contests_look_at_few_calls_one_by_one(pipe, context):
@@ -335,7 +371,8 @@ def test_a_front_for_what_a_contest_draws_comes_before_one_for_anything(tmp_path
         plan = Plan.full(4, name=f"tuned{suffix}").guide("drop", at=3)
         front = Front.of("unet", "ddim", 4, [Point(plan, 1.2, 1.0, 40.0)])
         front.save(tmp_path / f"ddim-4{suffix}.json")
-    contests = [replace(CONTEST, guidance=8.0), CONTEST, replace(CONTEST, task="image-to-image")]
+    pictures = replace(CONTEST, task="image-to-image", strength=0.6)
+    contests = [replace(CONTEST, guidance=8.0), CONTEST, pictures]
     found = [
         choose_plans([str(tmp_path)], contest, 4, read_front=read_plans) for contest in contests
     ]
@@ -379,7 +416,7 @@ def test_bench_refuses_before_it_loads(tmp_path, capsys):
     for wrong, words in (
         (["--rivals", "nobody"], "no rival"),
         (["--plans", str(tmp_path)], "no plans in"),
-        (["--sampler", "euler-a"], "draws noise"),
+        (["--sampler", "euler-b"], "no sampler"),
         (["--steps", "200"], "converged run"),
     ):
         assert main(["bench", *wrong]) == 2

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from leansd.evaluation.records import get_field, load_records
 from loops import load_script
+from tiny import shallow_unet, tiny_pipeline
 
-TABLES = Path(__file__).parent.parent / "benchmarks" / "tables.py"
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+TABLES = BENCHMARKS / "tables.py"
 
 
 def test_tables_are_generated_from_records(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,3 +26,33 @@ def test_other_tables_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(sys, "argv", [str(TABLES), "--check"])
     with pytest.raises(SystemExit, match=r"README\.md is not what the records say"):
         script.main()
+
+
+def test_few_calls_are_measured_with_one_ingredient_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = load_script(BENCHMARKS / "few_calls.py")
+    monkeypatch.setattr(script, "load", lambda name: tiny_pipeline(unet=shallow_unet()))
+    monkeypatch.setattr(script, "RESULTS", tmp_path / "few-calls.jsonl")
+    monkeypatch.setattr(script, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(script, "FEW", 4)
+    script.main(
+        plans="turbo", steps=12, calls=12, iterations=2, guidance=7.5,
+        ingredients="mixing,lanes,calls,start",
+    )  # fmt: skip
+    records = [each for each in load_records(script.RESULTS) if each.metric == "psnr"]
+    assert {get_field(each, "guidance") for each in records} == {7.5}
+    fitted = {each.plan: each for each in records if "mixed" in each.plan}
+    assert [name.removeprefix("turbo, mixed, ") for name in fitted] == [
+        "nothing else", "lanes alone", "calls alone", "start alone"
+    ]  # fmt: skip
+    assert [get_field(each, "fitted") for each in fitted.values()] == [4, 4, 8, 4]
+    by_lane = {
+        name: any(row.mix.difference for row in plan.rows if row.mix is not None)
+        for name, plan in (
+            (name, script.Plan.load(tmp_path / "runs" / f"{name}-g7.5.json")) for name in fitted
+        )
+    }
+    assert [name for name, told in by_lane.items() if told] == ["turbo, mixed, lanes alone"]
+    with pytest.raises(script.LeansdError, match="no ingredient 'carrier'"):
+        script.main(plans="turbo", steps=12, calls=12, ingredients="carrier")

@@ -76,11 +76,11 @@ def test_a_plan_is_its_matrix_and_its_mixes(sampler: str, scale: float) -> None:
     assert torch.allclose(draw(sampler, mixed, scale), expected, **near)
 
 
-@pytest.mark.parametrize("floor", [0.0, 1e-3])
-def test_a_fit_brings_the_last_latents_nearer(floor: float) -> None:
+@pytest.mark.parametrize(("floor", "lanes"), [(0.0, True), (1e-3, True), (0.0, False)])
+def test_a_fit_brings_the_last_latents_nearer(floor: float, lanes: bool) -> None:
     """On the pictures that it is fitted on, where the pipeline itself draws them."""
     full = draw("dpm++2m", Plan.full(STEPS))
-    fit = make_fit(iterations=12, floor=floor)
+    fit = make_fit(iterations=12, floor=floor, lanes=lanes)
     told: list[float] = []
     mixed = fit.run(watch=lambda state, error: told.append(error))
     assert len(told) == 12
@@ -90,6 +90,7 @@ def test_a_fit_brings_the_last_latents_nearer(floor: float) -> None:
         return float(errors.log().mean())
 
     assert miss(mixed) < miss(PLAN) - 0.5
+    assert any(row.mix.difference for row in mixed.rows if row.mix is not None) == lanes
 
 
 def test_a_stopped_fit_goes_on_to_the_same_end_in_whatever_memory(

@@ -185,8 +185,10 @@ def tabulate_joint() -> str:
 
 def tabulate_few_calls() -> str:
     """Tuned plans with few UNet calls before and after mixes were fitted, beside fewer steps."""
-    records = load_records(RESULTS / "few-calls.jsonl")
-    first = records[0]
+    every = load_records(RESULTS / "few-calls.jsonl")
+    first = every[0]
+    setting = ("sampler", "steps", "guidance", "calls")
+    records = [each for each in every if all(get(each, f) == get(first, f) for f in setting)]
     cells = {(get(each, "unet_calls"), each.plan, each.metric): each for each in records}
     calls, held = get_number(first, "calls"), get_number(first, "held_out")
     lines = [

@@ -41,7 +41,10 @@ class Field:
         autocompletion=complete_plan,
     )
     sampler: list[str] | None = option(
-        None, "Once for each; dpm++2m, ddim and euler by default.", autocompletion=complete_sampler
+        None,
+        "Once for each; dpm++2m, ddim and euler by default, and unipc and dpm++sde at one step "
+        "count.",
+        autocompletion=complete_sampler,
     )
     steps: list[int] | None = option(None, "Once for each; 20, 30 and 50 by default.", min=2)
     quick: bool = option(False, "A first look: 8 prompts, one sampler and step count.", "--quick")
@@ -55,16 +58,16 @@ class Field:
         return replace(calls, count=min(count, 8), batch=min(calls.batch, 2))
 
     def check(self, converged_steps: int) -> tuple[list[str], list[int]]:
-        """Samplers and step counts; raises LeansdError where one has no converged run."""
+        """Samplers and step counts; raises LeansdError where one is none or runs are too long."""
         from leansd.errors import LeansdError
         from leansd.evaluation.bench import SAMPLERS, STEPS, check_plans
-        from leansd.runtime.samplers import check_sampler, require_convergence
+        from leansd.runtime.samplers import check_sampler
 
         check_plans(self.plans or [])
         samplers = list(dict.fromkeys(self.sampler or SAMPLERS))
         counts = list(dict.fromkeys(self.steps or STEPS))
         for name in samplers:
-            require_convergence(check_sampler(name))
+            check_sampler(name)
         if converged_steps <= max(counts):
             raise LeansdError(
                 f"a converged run of {converged_steps} steps against runs of {max(counts)}: "
@@ -98,7 +101,7 @@ def bench(
     Every contest is on record when it is over; the same command goes on with the next.
     """
     from leansd.cli.options import Opening
-    from leansd.evaluation.bench import drop_done, list_contests, prepare
+    from leansd.evaluation.bench import HOSTS, drop_done, list_contests, prepare
     from leansd.files import check_file, check_folder
 
     # Everything that can be wrong is found before a weight is read.
@@ -118,7 +121,9 @@ def bench(
     if settings.embedder is not None:
         settings.embedder.clip.to(pipe.device)
     guidance = calls.find_guidance(pipe, model)
-    entries = prepare(pipe, settings, list_contests(samplers, counts, guidance, quick=field.quick))
+    hosts = () if field.sampler else HOSTS
+    contests = list_contests(samplers, counts, guidance, hosts=hosts, quick=field.quick)
+    entries = prepare(pipe, settings, contests)
     waiting = drop_done(entries, out) if resume else entries
     _hold(waiting, settings, out, f"{len(waiting)} of {len(entries)} contests on {pipe.device}")
     facts = {"model": model, "seed": calls.seed, "count": calls.count, "batch": calls.batch}
@@ -234,8 +239,6 @@ def _give_standings(
 
 
 def _list_margins(standing: "Standing") -> dict[str, Any]:
-    from leansd.evaluation.compare import CONVERGED
-    from leansd.evaluation.runs import FULL
     from leansd.evaluation.standings import list_left_out
 
     return {
@@ -251,7 +254,7 @@ def _list_margins(standing: "Standing") -> dict[str, Any]:
                 "family": margin.family,
                 "margin": margin.value,
             }
-            for reference in (FULL, CONVERGED)
+            for reference in standing.references
             for margin in standing.find_margins(reference)
         ],
     }

@@ -37,21 +37,25 @@ from leansd.loading import as_image_to_image
 from leansd.plans.plan import Plan
 from leansd.plans.presets import PRESETS, SPEED_PRESETS, Preset
 from leansd.plans.resolve import PlanContext, find_source, resolve_plan
+from leansd.runtime.samplers import SAMPLERS as SAMPLER_TABLE
 from leansd.runtime.samplers import make_scheduler
 
 SAMPLERS = ("dpm++2m", "ddim", "euler")
+HOSTS = ("unipc", "dpm++sde")
+"""Samplers for which nothing is tuned: where none are named, they are held at one step count."""
 STEPS = (20, 30, 50)
 LONG = 30
 """The step count at which the first sampler is run by all variants of all rivals."""
-PAPER_GUIDANCE = 8.0
-"""With 30 steps, the setting of A-SDM's tables (arXiv 2406.00210)."""
+GUIDANCES = (7.5, 8.0)
+"""Besides the model's own: that of Stable Diffusion's pipelines, and with 30 steps the setting of
+A-SDM's tables (arXiv 2406.00210)."""
 OTHERS = ("unipc", "deis")
 """Samplers whose fewer steps are rivals of every other: good ones, for their family's best."""
-STRENGTH = 0.6
-"""Of image-to-image."""
+STRENGTH, OTHER_STRENGTH = 0.6, 0.8
+"""Of image-to-image; records and fronts of the first do not say it."""
 INPUT_SEED = 10_000_000
 INPUT_STEPS = 20
-OWN_SETTING = re.compile(r"-(g[\d.]+|image-to-image)")
+OWN_SETTING = re.compile(r"-(g[\d.]+|image-to-image(-s[\d.]+)?)")
 """What the name of a front for one guidance scale or for pictures has behind the steps."""
 SETTINGS = "settings"
 """The field of records that holds the fingerprint of all that a contest's numbers follow from."""
@@ -64,9 +68,15 @@ ChoosePlans = Callable[[Contest, int], Sequence[Plan]]
 
 
 def list_contests(
-    samplers: Sequence[str], steps: Sequence[int], guidance: float, *, quick: bool = False
+    samplers: Sequence[str],
+    steps: Sequence[int],
+    guidance: float,
+    *,
+    hosts: Sequence[str] = (),
+    quick: bool = False,
 ) -> list[Contest]:
-    """Text-to-image everywhere; image-to-image and the papers' guidance with the first sampler.
+    """Text-to-image everywhere; image-to-image at two strengths and guidance as others have it with
+    the first sampler, and further `hosts` at one step count.
 
     One contest is long: who is far from the front there is so elsewhere. `quick` is a first look at
     one contest.
@@ -79,9 +89,14 @@ def list_contests(
         for sampler in samplers
         for count in steps
     ]
-    contests.append(Contest("image-to-image", first, central, guidance, strength=STRENGTH))
-    if guidance != PAPER_GUIDANCE:
-        contests.append(Contest("text-to-image", first, central, PAPER_GUIDANCE))
+    contests += [
+        Contest("image-to-image", first, central, guidance, strength=strength)
+        for strength in (STRENGTH, OTHER_STRENGTH)
+    ]
+    contests += [
+        Contest("text-to-image", first, central, other) for other in GUIDANCES if other != guidance
+    ]
+    contests += [Contest("text-to-image", host, central, guidance) for host in hosts]
     return contests
 
 
@@ -127,6 +142,7 @@ def draw_inputs(
 def name_own_front(contest: Contest) -> str:
     """The name of a front that was tuned for what a contest draws: pictures, or one guidance."""
     setting = contest.task if contest.task == "image-to-image" else f"g{contest.guidance:g}"
+    setting += f"-s{contest.strength:g}" if _tells_strength(contest) else ""
     return f"{contest.sampler}-{contest.steps}-{setting}"
 
 
@@ -365,7 +381,7 @@ def estimate(
         rounds = -(-len(each.calls) // settings.batch)
         share = (rounds + 1) * sum(case.cost for case in each.cases)
         share += rounds * each.spread_sets if settings.embedder is not None else 0
-        if name_limit(contest) not in seen:
+        if has_limit(contest) and name_limit(contest) not in seen:
             share += rounds * settings.converged_steps / contest.steps
             seen.add(name_limit(contest))
         seconds.append(share * count_run_steps(contest) * step)
@@ -374,7 +390,12 @@ def estimate(
 
 def name_limit(contest: Contest) -> tuple[Any, ...]:
     """What contests have in common that have the same converged run."""
-    return contest.task, contest.sampler, contest.guidance
+    return contest.task, contest.sampler, contest.guidance, contest.strength
+
+
+def has_limit(contest: Contest) -> bool:
+    """Whether there is a converged run: not where every step draws noise."""
+    return not SAMPLER_TABLE[contest.sampler].adds_noise
 
 
 # -- holding -----------------------------------------------------------------------------------
@@ -395,7 +416,8 @@ def hold(
         comparison = compare_contest(
             each, settings, limits.get(limit), lambda far, each=each: on_progress(each, far)
         )
-        limits[limit] = comparison.references[CONVERGED]
+        if has_limit(each.contest):
+            limits[limit] = comparison.references[CONVERGED]
         fields: Mapping[str, Any] = {**stamp(each.pipe.device), SETTINGS: each.fingerprint}
         records = list_records(each, settings, comparison, fields)
         put_contest(path, records)
@@ -421,7 +443,7 @@ def compare_contest(
         seed=settings.seed,
         batch=settings.batch,
         settings=list_settings(prepared.contest),
-        references=(FULL, converged),
+        references=(FULL, converged) if has_limit(prepared.contest) else (FULL,),
         metrics=list_metrics(),
         embedder=settings.embedder,
         spread_sets=prepared.spread_sets,
@@ -484,14 +506,20 @@ def describe_contest(contest: Contest) -> dict[str, Any]:
         "sampler": contest.sampler,
         "steps": contest.steps,
         "guidance": contest.guidance,
+        **({"strength": contest.strength} if _tells_strength(contest) else {}),
     }
+
+
+def _tells_strength(contest: Contest) -> bool:
+    """Whether records of a contest say its strength; those of the first one never did."""
+    return contest.task == "image-to-image" and contest.strength != STRENGTH
 
 
 def put_contest(path: str | Path, records: Sequence[Record]) -> Path:
     """Add the records of one contest, in the place of those of the same contest and model."""
 
     def place(record: Record) -> tuple[Any, ...]:
-        fields = ("task", "sampler", "steps", "guidance")
+        fields = ("task", "sampler", "steps", "guidance", "strength")
         return record.subject, *(get_field(record, name) for name in fields)
 
     return put_records(path, records, place)

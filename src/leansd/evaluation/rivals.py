@@ -49,7 +49,9 @@ class Contest:
     strength: float = 1.0
 
     def __str__(self) -> str:
-        return f"{self.task}, {self.sampler}, {self.steps} steps, guidance {self.guidance:g}"
+        strength = "" if self.strength == 1 else f", strength {self.strength:g}"
+        told = f"{self.task}, {self.sampler}, {self.steps} steps, guidance {self.guidance:g}"
+        return told + strength
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from leansd.evaluation.runs import FULL
 from leansd.text import Table
 
 SPEEDS = (1.5, 2.0, 3.0)
-FIELDS = ("task", "sampler", "steps", "guidance")
+FIELDS = ("task", "sampler", "steps", "guidance", "strength")
+"""That tell contests apart; a strength is told where it is not the usual one."""
 COLUMNS = {
     "PSNR": ("psnr", FULL, ".1f"),
     "to converged": ("psnr", CONVERGED, ".1f"),
@@ -106,8 +107,9 @@ class Standing:
 
     @property
     def title(self) -> str:
-        task, sampler, steps, guidance = (self.fields[name] for name in FIELDS)
-        return f"{task}, {sampler}, {steps} steps, guidance {guidance:g}"
+        task, sampler, steps, guidance, strength = (self.fields.get(name) for name in FIELDS)
+        told = f"{task}, {sampler}, {steps} steps, guidance {guidance:g}"
+        return told if strength is None else f"{told}, strength {strength:g}"
 
     @property
     def slug(self) -> str:
@@ -131,6 +133,11 @@ class Standing:
                 family.append(BenchPoint(name, speed, psnr.value))
         return points
 
+    @property
+    def references(self) -> list[str]:
+        """What pictures were held against: no converged run where every step draws noise."""
+        return [FULL, *([CONVERGED] if self.list_points(CONVERGED) else [])]
+
     def find_margins(self, reference: str = FULL, speeds: Sequence[float] = SPEEDS) -> list[Margin]:
         """Ours against the best rival at every speed."""
         points = self.list_points(reference)
@@ -153,12 +160,14 @@ def read_standings(records: Sequence[Record]) -> list[Standing]:
         cells = {
             (record.plan, record.metric, get_field(record, "reference")): record for record in group
         }
-        fields: dict[str, Any] = dict(zip(("subject", *FIELDS), key, strict=True))
+        told = zip(("subject", *FIELDS), key, strict=True)
+        fields: dict[str, Any] = {name: value for name, value in told if value is not None}
         standings.append(Standing(fields, cells))
     return sorted(
         standings,
         key=lambda each: (
             each.fields["task"] != "text-to-image",
+            each.fields.get("strength", 0.0),
             each.fields["guidance"],
             each.fields["sampler"],
             each.fields["steps"],
@@ -176,7 +185,7 @@ def tabulate_margins(standing: Standing) -> Table:
             show_rival(margin),
             show_margin(margin),
         )
-        for reference in (FULL, CONVERGED)
+        for reference in standing.references
         for margin in standing.find_margins(reference)
     ]
     columns = ("at", "PSNR to", "ours", "best rival", "margin")

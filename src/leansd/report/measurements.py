@@ -280,7 +280,7 @@ def _show_contest(standing: Standing) -> list[Section]:
     return [
         Chart(
             f"{title}: speed against fidelity",
-            [_plot_contest(standing, FULL), _plot_contest(standing, CONVERGED)],
+            [_plot_contest(standing, reference) for reference in standing.references],
             ["Further right is faster, further up is closer. A line joins what no other of its "
              "kind beats; ours is strong."],
         ),

@@ -55,6 +55,8 @@ class MixConfig:
     """Of Adam; how far a row moves the latents an iteration, root mean square."""
     warm_up: int = 5
     batch: int = 8
+    lanes: bool = True
+    """Whether the difference of the guidance lanes has weights of its own, where there is one."""
     floor: float = 0.0
     """Added to a picture's error before the logarithm: 0 weighs every picture alike, more weighs
     those more that are far off."""
@@ -182,9 +184,13 @@ class MixFit:
         ]
         self._spans: list[np.ndarray] = []
 
+    @property
+    def _by_lane(self) -> bool:
+        return self.config.lanes and self.starts[0].lanes == 2
+
     def _columns(self, place: int) -> list[int]:
         known = self.plan.list_columns(place)
-        return known if self.starts[0].lanes == 2 else known[: 2 + place]
+        return known if self._by_lane else known[: 2 + place]
 
     # -- through the plan ------------------------------------------------------------------------
 
@@ -203,7 +209,7 @@ class MixFit:
             else:
                 made = batch.call(self.unet, latents, moment.to(self.device))
             guided.append(made[0])
-            differences += made[1:]
+            differences += made[1:] if self._by_lane else ()
             columns = [batch.begin, *guided, *differences]
             if seen is not None:
                 seen.append(stack_features(columns))
