@@ -218,6 +218,60 @@ def check_interruption(here: Checkout) -> str:
     return "nothing is left"
 
 
+def check_blocks(here: Checkout) -> str:
+    """Inheritance inside the UNet: the numbers of the runtime for diffusers, and nothing left."""
+    from diffusers import UNet2DConditionModel
+
+    import leansd
+    from leansd.emoji.location import model_folder
+    from leansd.plans.plan import Plan
+
+    theirs = UNet2DConditionModel.from_pretrained(model_folder() / "unet").float().eval()
+    blocks = importlib.import_module("comfyui.blocks").read_blocks(here.model.model.diffusion_model)
+    anatomy = leansd.dissect(theirs)
+    assert blocks is not None
+    assert blocks.anatomy.fingerprint == anatomy.fingerprint
+    outer, told = f"up{anatomy.up_blocks - 2}.up", list[str]()
+    plans = {
+        "deepcache": leansd.preset("deepcache", steps=STEPS, blocks=anatomy.up_blocks),
+        # Forecasts would differ a little: a loop's noise levels are known by its time steps alone.
+        "both": Plan.every(3, cut=outer, steps=STEPS).inherit("head", at=[4, 8], how="reuse"),
+    }
+    full, _ = here.draw(here.ask())
+    for name, plan in plans.items():
+        seen: list[Any] = []
+
+        def watch(executor: Any, x: Any, t: Any, context: Any, *rest: Any, to: Any = seen) -> Any:
+            output = executor(x, t, context, *rest)
+            to.append((x.clone(), t.clone(), context.clone(), output.clone()))
+            return output
+
+        model = here.model.clone()
+        model.add_wrapper_with_key("diffusion_model", "watch", watch)
+        before = here.draw(here.ask(), "full")[0]
+        drawn, report = here.draw(here.ask(), plan, model)
+        assert (report.full, report.forced) == ("", {})
+        assert here.torch.equal(before, full), "a full plan changes the picture"
+        far, most = 0.0, 0.0
+        with leansd.inherit(theirs, plan):
+            for x, t, context, output in seen:
+                expected = theirs(x, t[0], context).sample
+                far = max(far, float((output - expected).abs().max()))
+                most = max(most, float(expected.abs().max()))
+        assert far < 1e-3 * most, f"{name}: {far:.1e} of {most:.1f} from diffusers"
+        with here.with_little_memory(lambda number: number % 3 == 0):
+            apart, other = here.draw(here.ask(), plan)
+        assert other.partial == report.partial
+        assert float((apart - drawn).abs().max()) < 1e-3, "apart and together differ"
+        told.append(
+            f"{name} {report.partial} of {report.calls} in part, {report.measured:.2f}x, "
+            f"{here.measure(drawn, full):.1f} dB, {far:.1e} of {most:.1f} from diffusers"
+        )
+    patched = [each for each in here.model.model.modules() if "forward" in vars(each)]
+    assert not patched, "forwards are left"
+    return "; ".join(told)
+
+
 def check_tuning(here: Checkout) -> str:
     """Lean Tune finds a plan that is nearer than the preset of as many calls, and auto finds it."""
     nodes, request, told = here.nodes, here.ask("dpmpp_2m"), []
@@ -272,6 +326,7 @@ def _list_nodes(nodes: Any) -> list[Any]:
 
 CHECKS: tuple[Check, ...] = (
     check_unet,
+    check_blocks,
     check_memory,
     check_conditionings,
     check_interruption,

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from leansd.core import (
     CallSchedule,
     Prediction,
     Sample,
+    explain_unplayable,
     list_log_snr,
     place_calls,
     probe_calls,
@@ -26,6 +27,7 @@ from leansd.plans.plan import Plan, Tuned
 from leansd.plans.presets import Preset
 from leansd.plans.resolve import FEW_STEPS, PlanContext, Source, find_source, resolve_plan
 
+from .blocks import Blocks, read_blocks
 from .library import AUTO, PlanLibrary, Purpose
 
 Mismatch = Literal["stretch", "compute in full"]
@@ -45,8 +47,8 @@ FLOW = "CONST"
 class PlanChoice:
     """What a user asked for."""
 
-    source: str | Plan
-    """The name of a preset, a plan, the path of a plan file, or `auto`."""
+    source: str | Plan | Preset
+    """The name of a preset, one with options, a plan, the path of a plan file, or `auto`."""
     mismatch: Mismatch = "stretch"
     model: str = ""
     """Digest of the model's weights, for `auto`."""
@@ -67,6 +69,8 @@ class RunDescription:
     prediction: Prediction
     places: tuple[float, ...] = ()
     """Where in the model's own time, from 1 to 0, each sigma lies."""
+    blocks: Blocks | None = None
+    """The inside of the model, where it is a UNet whose blocks are known."""
 
     def place_in_whole(self, wanted: int | None = None) -> tuple[int, int]:
         """(its first step, all steps) of the whole run that it is a part of.
@@ -94,6 +98,8 @@ class Chosen:
     name: str
     plan: Plan | None = None
     schedule: CallSchedule | None = None
+    blocks: Blocks | None = None
+    """The model's inside, where the plan inherits there."""
     notes: tuple[str, ...] = ()
     reason: str = ""
     """Why there is none, in words."""
@@ -116,6 +122,7 @@ def describe_run(guider: Any, sampler: Any, sigmas: Sequence[float]) -> RunDescr
         calls,
         find_prediction(noise),
         tuple(_find_place(noise, sigma) for sigma in sigmas),
+        read_blocks(guider.model_patcher.get_model_object("diffusion_model")),
     )
 
 
@@ -131,10 +138,15 @@ def find_prediction(noise: Any) -> Prediction:
     return "flow" if FLOW in [kind.__name__ for kind in type(noise).__mro__] else "noise"
 
 
+def set_options(preset: Preset, **options: Any) -> Preset:
+    """A preset with some of its options chosen."""
+    return replace(preset, build=partial(preset.build, **options))
+
+
 def choose_plan(choice: PlanChoice, run: RunDescription) -> Chosen:
     """The plan that a choice means for a run; none where everything is computed."""
     given, found = _find_tuned(choice, run)
-    name = given.name if isinstance(given, Plan) else given
+    name = given if isinstance(given, str) else given.name
     if not run.calls:
         return Chosen(name, reason=f"how often {run.sampler} calls the model is not known before")
     try:
@@ -148,10 +160,12 @@ def choose_plan(choice: PlanChoice, run: RunDescription) -> Chosen:
         own = NAMES.get(run.sampler, run.sampler) if isinstance(source, Preset) else run.sampler
         whole = (first, steps) == (0, len(run.sigmas) - 1)
         levels = _list_levels(schedule) if whole else ()
+        # Presets that are tuned for a sampler are of whole steps, in any model.
+        tuned = isinstance(source, Preset) and source.by_sampler
         context = PlanContext(
             steps,
             sampler=own,
-            anatomy=WHOLE,
+            anatomy=WHOLE if tuned or run.blocks is None else run.blocks.anatomy,
             guidance=run.cfg,
             strength=1 - first / steps,
             log_snr=levels,
@@ -159,10 +173,14 @@ def choose_plan(choice: PlanChoice, run: RunDescription) -> Chosen:
         resolved = resolve_plan(source, context, fit=choice.mismatch == "stretch")
     except LeansdError as error:
         return Chosen(name, reason=str(error))
-    return Chosen(resolved.plan.name, resolved.plan, schedule, (*found, *resolved.notes))
+    blocks = run.blocks if explain_unplayable(resolved.plan, steps) else None
+    notes = (*found, *resolved.notes)
+    return Chosen(resolved.plan.name, resolved.plan, schedule, blocks, notes)
 
 
-def _find_tuned(choice: PlanChoice, run: RunDescription) -> tuple[str | Plan, tuple[str, ...]]:
+def _find_tuned(
+    choice: PlanChoice, run: RunDescription
+) -> tuple[str | Plan | Preset, tuple[str, ...]]:
     """What a choice means, where it is `auto`, and what is to be said of that."""
     if choice.source != AUTO:
         return choice.source, ()

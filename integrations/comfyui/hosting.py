@@ -216,9 +216,9 @@ class SamplerHost:
         """What a call that runs the model takes here, and one that is forecast."""
         half = Plan.full(self.steps).inherit(HEAD, at=range(1, self.steps, 2), how="reuse")
         _, _, report = self._draw_one(self.steps, half, seed, 0, None)
-        computed = report.computed_seconds / max(report.computed, 1)
+        computed = report.whole_seconds / max(report.computed, 1)
         spared = max(report.calls - report.computed, 1)
-        nothing = max(report.seconds - report.computed_seconds, 1e-6) / spared
+        nothing = max(report.seconds - report.whole_seconds, 1e-6) / spared
         return CostModel.of_whole_calls(
             self.tuned.unet, pictures=1, size=(0, 0), computed=computed, forecast=nothing
         )

@@ -15,7 +15,10 @@ import torch
 
 from leansd.core import Player
 from leansd.core.stopwatch import Stopwatch, start_stopwatch
+from leansd.plans.anatomy import WHOLE
+from leansd.runtime.hooks import ForwardHooks
 
+from .blocks import explain_unsound, list_patches
 from .choosing import PlanChoice, choose_plan, describe_run
 
 KEY = "leansd"
@@ -34,9 +37,12 @@ class RunReport:
     """Calls of the sampler."""
     computed: int = 0
     """Of these, those that ran the model."""
+    partial: int = 0
+    """Of these, those that ran a part of it."""
     seconds: float = 0.0
     """In the calls of the sampler."""
-    computed_seconds: float = 0.0
+    whole_seconds: float = 0.0
+    """In those that ran all of the model."""
     notes: tuple[str, ...] = ()
     forced: Mapping[str, int] = field(default_factory=dict[str, int])
     full: str = ""
@@ -44,21 +50,28 @@ class RunReport:
 
     @property
     def expected(self) -> float:
-        """The speed-up that the calls say."""
+        """The speed-up that the calls say, a part of the model counted as all of it."""
         return self.calls / self.computed if self.computed else 1.0
+
+    @property
+    def whole(self) -> int:
+        """Calls that ran all of the model."""
+        return self.computed - self.partial
 
     @property
     def measured(self) -> float:
         """What the run would have taken if every call had run the model, over what it took."""
-        if not (self.computed and self.seconds):
+        if not (self.whole and self.seconds):
             return 1.0
-        return self.computed_seconds / self.computed * self.calls / self.seconds
+        return self.whole_seconds / self.whole * self.calls / self.seconds
 
     def __str__(self) -> str:
+        part = f" ({self.partial} in part)" if self.partial else ""
+        calls = "" if self.partial else f", {self.expected:.2f}x by calls"
         lines = [
             f"plan {self.plan}, sampler {self.sampler}, {self.steps} steps: the model ran "
-            f"{self.computed} of {self.calls} times, {self.calls - self.computed} forecast",
-            f"speed-up of sampling: {self.measured:.2f}x measured, {self.expected:.2f}x by calls",
+            f"{self.computed} of {self.calls} times{part}, {self.calls - self.computed} forecast",
+            f"speed-up of sampling: {self.measured:.2f}x measured{calls}",
         ]
         if self.full:
             lines.append(f"everything was computed, because {self.full}")
@@ -88,11 +101,24 @@ class Run:
         self.report = RunReport(
             chosen.name, described.sampler, len(described.sigmas) - 1, notes=chosen.notes
         )
-        self.report.full = _explain_conditionings(guider) or chosen.reason
+        blocks = chosen.blocks
+        reasons = (
+            _explain_conditionings(guider),
+            explain_unsound(guider) if blocks is not None else "",
+            chosen.reason,
+        )
+        self.report.full = next(filter(None, reasons), "")
         self.player: Player | None = None
+        self._hooks: ForwardHooks | None = None
         if chosen.plan is not None and chosen.schedule is not None and not self.report.full:
-            self.player = Player(chosen.plan, chosen.schedule)
+            anatomy = WHOLE if blocks is None else blocks.anatomy
+            self.player = Player(
+                chosen.plan, chosen.schedule, anatomy, writable=_writes_between(guider)
+            )
             self.report.full = self.player.reason
+            if blocks is not None and not self.report.full:
+                # For the run alone: an injection would stay on the model, and load it again.
+                self._hooks = ForwardHooks(blocks.modules, self.run_unit)
         self.call = -1
         """Number of the sampler's call that is being answered."""
         self.spares_control = False
@@ -136,6 +162,13 @@ class Run:
         except NotOneTensor as found:
             return found.output
 
+    def run_unit(self, at: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What a unit of the model's inside gives."""
+        batch = self.player.batch if self.player is not None else None
+        if batch is None:
+            return forward(*args, **kwargs)
+        return batch.run_unit(at, forward, *args, **kwargs)
+
     def can_spare_control(self, conds: Sequence[Any], x: torch.Tensor) -> bool:
         """Whether no conditioning of this call will run the model, and some have a ControlNet."""
         if self.player is None or self.call < 0:
@@ -150,15 +183,18 @@ class Run:
     def close(self) -> RunReport:
         """Keep nothing; gives the report."""
         report, player = self.report, self.player
+        if self._hooks is not None:
+            self._hooks.release()
         report.calls = self.call + 1
-        computed = set(range(report.calls))
+        computed, partial = set(range(report.calls)), set[int]()
         if player is not None:
-            computed = player.stats.computed
+            computed, partial = player.stats.computed, player.stats.partial
             report.forced = dict(player.stats.forced)
             player.clear()
         seconds = [each() for each in self._times]
-        report.computed, report.seconds = len(computed), sum(seconds)
-        report.computed_seconds = sum(seconds[call] for call in computed)
+        report.computed, report.partial = len(computed), len(partial)
+        report.seconds = sum(seconds)
+        report.whole_seconds = sum(seconds[call] for call in computed - partial)
         return report
 
 
@@ -228,8 +264,22 @@ def wrap_model(executor: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """Around the model itself, for one batch of conditionings."""
     options = _find_options(args, kwargs)
     run = _find_run(options)
-    compute = lambda: executor(x, *args, **kwargs)  # noqa: E731
-    return compute() if run is None else run.run_model(x, options, compute)
+    if run is None:
+        return executor(x, *args, **kwargs)
+
+    def compute() -> Any:
+        # The model takes what ControlNets add off its lists, and it may have to run once more.
+        given = {name: _copy_control(each) for name, each in kwargs.items()}
+        return executor(x, *map(_copy_control, args), **given)
+
+    return run.run_model(x, options, compute)
+
+
+def _copy_control(given: Any) -> Any:
+    """What ControlNets give, in lists of its own; anything else as it is."""
+    if not isinstance(given, dict) or not all(isinstance(each, list) for each in given.values()):
+        return given
+    return {name: list(each) for name, each in given.items()}
 
 
 def _find_run(options: Mapping[str, Any] | None) -> Run | None:
@@ -251,6 +301,12 @@ def _list_keys(options: Mapping[str, Any]) -> list[Hashable]:
 def _make_key(uuid: Hashable, place: int) -> Hashable:
     """Conditionings that were made to match one of the other list have its uuid."""
     return uuid, place
+
+
+def _writes_between(guider: Any) -> bool:
+    """Whether something may write to what the model's units give: ControlNets, or a patch."""
+    every = [one for each in getattr(guider, "conds", {}).values() for one in each]
+    return bool(list_patches(guider)) or any(one.get("control") is not None for one in every)
 
 
 def _explain_conditionings(guider: Any) -> str:

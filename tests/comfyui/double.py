@@ -105,12 +105,13 @@ def cond(context: float, **options: Any) -> dict[str, Any]:
 class Patcher:
     """A model with its options and wrappers, cloned by every node that adds to it."""
 
-    def __init__(self, denoiser: Denoiser | None = None, noise: Any = None) -> None:
+    def __init__(self, denoiser: Any = None, noise: Any = None) -> None:
         self.denoiser = denoiser or Denoiser()
         self.noise = noise or EPS()
         self.wrappers: dict[str, dict[str, list[Any]]] = {}
         self.model_options: dict[str, Any] = {"transformer_options": {}}
         self.attachments: dict[str, Any] = {}
+        self.injections: dict[str, Any] = {}
 
     def clone(self) -> Patcher:
         other = Patcher(self.denoiser, self.noise)
@@ -120,6 +121,7 @@ class Patcher:
         }
         other.model_options = _copy(self.model_options)
         other.attachments = dict(self.attachments)
+        other.injections = dict(self.injections)
         return other
 
     def add_wrapper_with_key(self, kind: str, key: str, wrapper: Any) -> None:
@@ -132,8 +134,10 @@ class Patcher:
         self.attachments[key] = attachment
 
     def get_model_object(self, name: str) -> Any:
-        assert name == "model_sampling"
-        return self.noise
+        return {"model_sampling": self.noise, "diffusion_model": self.denoiser}[name]
+
+    def get_attachment(self, key: str) -> Any:
+        return self.attachments.get(key)
 
     def list_wrappers(self, kind: str) -> list[Any]:
         return [each for keyed in self.wrappers.get(kind, {}).values() for each in keyed]

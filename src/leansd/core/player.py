@@ -1,7 +1,8 @@
-"""A player of whole-step plans: says which calls of a denoiser are computed, and makes the others.
+"""A player of plans: says which calls of a denoiser are computed, and makes the others.
 
 A call is of one or several conditionings, in one batch or apart. What is kept of each is kept by an
-identity that the host gives, so that a batch that is split otherwise midway is no matter.
+identity that the host gives, so that a batch that is split otherwise midway is no matter. Where the
+host knows the inside of its denoiser, units of it may inherit too: they ask `Player.batch`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from operator import is_
+from typing import Any
 
 import torch
 
@@ -19,7 +21,7 @@ from leansd.core.schedule import CallSchedule
 from leansd.core.store import History
 from leansd.core.weighing import PlannedCall, find_method
 from leansd.errors import LeansdError
-from leansd.plans.anatomy import HEAD, WHOLE
+from leansd.plans.anatomy import HEAD, WHOLE, Anatomy
 from leansd.plans.compile import compile_plan
 from leansd.plans.liveness import Program
 from leansd.plans.plan import Plan
@@ -34,6 +36,8 @@ class PlayerStats:
     calls: set[int] = field(default_factory=set[int])
     computed: set[int] = field(default_factory=set[int])
     """Of these, those that called the denoiser."""
+    partial: set[int] = field(default_factory=set[int])
+    """Of these, those in which some of its units were not computed."""
     forced: Counter[str] = field(default_factory=Counter[str])
     """How often something was computed although the plan goes on, by why."""
     bytes_kept: int = 0
@@ -53,25 +57,52 @@ class _Track(History):
         self.signature: Signature | None = None
         self.is_ambiguous = False
         """Whether it came twice at one call: tiles, or a step tried again."""
+        self.shapes: dict[str, tuple[torch.Size, torch.dtype]] = {}
+        """Of what units give."""
+
+    def clear(self) -> None:
+        super().clear()
+        self.shapes.clear()
+
+
+class _ThreadState(threading.local):
+    batch: PlayedBatch | None = None
 
 
 class Player:
-    """Plays a plan that inherits whole steps, and nothing else, along the calls of one run.
+    """Plays a plan along the calls of one run.
 
     Whatever is unknown is computed: an identity that was not there at the call before or came
     twice, another shape, dtype or device, a call out of order. Threads may play at once, each on a
     device or with identities of its own. No value is read from a device.
     """
 
-    def __init__(self, plan: Plan, schedule: CallSchedule) -> None:
-        self.reason = explain_unplayable(plan, schedule.steps)
+    def __init__(
+        self,
+        plan: Plan,
+        schedule: CallSchedule,
+        anatomy: Anatomy = WHOLE,
+        *,
+        writable: bool = False,
+    ) -> None:
+        """Args:
+        anatomy: of the denoiser, where its units ask `batch` what to do.
+        writable: whether the code between units may write to what they give.
+        """
+        self.reason = explain_unplayable(plan, schedule.steps, anatomy)
         """Why all is computed in full, in words; empty where the plan is followed."""
         self.plan = Plan.full(schedule.steps) if self.reason else plan
-        self.schedule = schedule
+        self.schedule, self.anatomy, self.writable = schedule, anatomy, writable
         self.stats = PlayerStats()
         self._tracks: dict[tuple[torch.device, Hashable], _Track] = {}
         self._lock = threading.Lock()
+        self._thread = _ThreadState()
         self._compile = lru_cache(maxsize=64)(self._make_program)
+
+    @property
+    def batch(self) -> PlayedBatch | None:
+        """What this thread is computing: the denoiser's units ask it what to do."""
+        return self._thread.batch
 
     def play(
         self,
@@ -96,7 +127,7 @@ class Player:
             return made
         try:
             given = [turn.remember_input() for turn in turns or ()]
-            output = compute()
+            output = self._run_units(turns, compute)
         except BaseException:
             self.forget(latents.device, keys)
             raise
@@ -108,7 +139,8 @@ class Player:
         elif turns is not None:
             self._force("the output has another shape than the latents")
             self.forget(latents.device, keys)
-        self._count(call, computed=True)
+        partial = any(not turn.call.computes_all for turn in turns or ())
+        self._count(call, computed=True, partial=partial)
         return output if all(map(is_, outputs, rows)) else _join(outputs)
 
     def spares(self, call: int, device: torch.device, keys: Sequence[Hashable]) -> bool:
@@ -156,11 +188,30 @@ class Player:
         parts = latents.chunk(len(keys))
         with self._lock:
             turns = [self._take(call, part, key) for part, key in zip(parts, keys, strict=True)]
-        if any(turn.inherits for turn in turns) and not all(turn.inherits for turn in turns):
+        pattern = turns[0].call.pattern
+        if any(turn.call.pattern != pattern or not turn.is_ready for turn in turns):
             # Some are to be computed, and with them the whole batch is.
             for turn in turns:
                 turn.upgrade()
         return turns
+
+    def _run_units(
+        self, turns: list[_Turn] | None, compute: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
+        """The denoiser's output, while its units ask `batch` what to do."""
+        if turns is None or self.anatomy is WHOLE:
+            return compute()
+        self._thread.batch = PlayedBatch(turns, writable=self.writable)
+        try:
+            return compute()
+        except _InDoubt as doubt:
+            self._force(str(doubt))
+            for turn in turns:
+                turn.doubt(self._compile(turn.call.index))
+            self._thread.batch = None
+            return compute()
+        finally:
+            self._thread.batch = None
 
     def _take(self, call: int, latents: torch.Tensor, key: Hashable) -> _Turn:
         track = self._tracks.setdefault((latents.device, key), _Track())
@@ -183,17 +234,21 @@ class Player:
 
     def _make_program(self, start: int) -> Program:
         rows, moments = self.schedule.rows, self.schedule.moments
-        return compile_plan(self.plan, WHOLE, start=start, rows=rows, moments=moments, guided=False)
+        return compile_plan(
+            self.plan, self.anatomy, start=start, rows=rows, moments=moments, guided=False
+        )
 
     def _force(self, why: str) -> None:
         with self._lock:
             self.stats.forced[why] += 1
 
-    def _count(self, call: int, *, computed: bool = False) -> None:
+    def _count(self, call: int, *, computed: bool = False, partial: bool = False) -> None:
         with self._lock:
             self.stats.calls.add(call)
             if computed:
                 self.stats.computed.add(call)
+            if partial:
+                self.stats.partial.add(call)
             kept = sum(track.bytes for track in self._tracks.values())
             self.stats.bytes_kept = max(self.stats.bytes_kept, kept)
 
@@ -211,24 +266,59 @@ class _Turn(PlannedCall):
     def inherits(self) -> bool:
         return HEAD in self.call.pattern.inherited
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether all that the call is made from is there."""
+        call = self.call
+        known = all(self.store.has(sources) for (sources,) in call.sources.values())
+        return known and (self.inherits or call.pattern.idle <= self._track.shapes.keys())
+
     def upgrade(self) -> None:
         """Compute this call, and all that follows from it."""
         program, index = self._track.program, self.call.index
         assert program is not None
-        if self.inherits:
+        if not self.call.computes_all:
             self._track.program = program.upgrade(index)
             self.call = self._track.program[index]
 
+    def doubt(self, program: Program) -> None:
+        """Compute from here on: it is not known what comes with this identity."""
+        self._track.begin(program)
+        self._track.is_ambiguous = True
+        self.call = program[self.call.index]
+
     def inherit(self) -> torch.Tensor:
         """The output made of kept ones; always a fresh tensor."""
-        method = find_method(self.call, HEAD)
-        (sources,) = self.call.sources[HEAD]
-        given = None
-        if method.of_change:
-            given = self._latents[:, : self.store.read(sources[0]).shape[1]]
-        made = self.fill(method, sources, given)
+        made = self.give(HEAD, self._latents)
         self.store.release(self.call.releases)
         return made
+
+    def give(self, at: str, given: torch.Tensor) -> torch.Tensor:
+        """What a unit that inherits gives, `given` its input now; always a fresh tensor."""
+        method = find_method(self.call, at)
+        (sources,) = self.call.sources[at]
+        before = given[:, : self.store.read(sources[0]).shape[1]] if method.of_change else None
+        return self.fill(method, sources, before)
+
+    def keep(self, at: str, output: torch.Tensor, given: torch.Tensor) -> None:
+        """Keep what is read later of a computed unit, `given` its input."""
+        looks = output.shape, output.dtype
+        if self._track.shapes.setdefault(at, looks) != looks:
+            raise _InDoubt("what the denoiser's units give has another shape")
+        for kept in self.call.keeps.get(at, ()):
+            self.store.keep(kept, output, given if kept.what == "change" else None)
+
+    def make_placeholder(self, at: str, count: int, *, writable: bool) -> torch.Tensor:
+        """NaN for what nobody reads, in the shape of `count` conditionings."""
+        (batch, *rest), dtype = self._track.shapes[at]
+        size, device = (count * batch, *rest), self._latents.device
+        if writable:
+            return torch.full(size, torch.nan, dtype=dtype, device=device)
+        return torch.full((), torch.nan, dtype=dtype, device=device).expand(size)
+
+    def keeps_change(self, at: str) -> bool:
+        """Whether a later call reads what this unit adds to its input."""
+        return any(kept.what == "change" for kept in self.call.keeps.get(at, ()))
 
     def remember_input(self) -> torch.Tensor | None:
         """The input, where a later call reads the change of it: the denoiser may overwrite it."""
@@ -247,8 +337,41 @@ class _Turn(PlannedCall):
         return output
 
 
-def explain_unplayable(plan: Plan, steps: int) -> str:
-    """Why a plan cannot be played step by step without its UNet, in words; empty where it can.
+class PlayedBatch:
+    """The conditionings of a call that is computed, one after the other in one batch."""
+
+    def __init__(self, turns: Sequence[_Turn], *, writable: bool) -> None:
+        self._turns, self._writable = turns, writable
+        self._pattern = turns[0].call.pattern
+        self._seen: set[str] = set()
+
+    def run_unit(
+        self, at: str, forward: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """What a unit gives [keys * B, C, H, W]; its input comes first."""
+        if at in self._seen:
+            raise _InDoubt("the denoiser runs twice in a call")
+        self._seen.add(at)
+        turns, pattern = self._turns, self._pattern
+        if at in pattern.idle:
+            return turns[0].make_placeholder(at, len(turns), writable=self._writable)
+        given = args[0].chunk(len(turns))
+        if at in pattern.inherited:
+            return _join([turn.give(at, own) for turn, own in zip(turns, given, strict=True)])
+        if any(turn.keeps_change(at) for turn in turns):
+            given = [each.clone() for each in given]  # the unit may overwrite its input
+        output = forward(*args, **kwargs)
+        for turn, rows, own in zip(turns, output.chunk(len(turns)), given, strict=True):
+            turn.keep(at, rows, own)
+        return output
+
+
+class _InDoubt(Exception):
+    """Midway it shows that the units of a call are not what they were taken for."""
+
+
+def explain_unplayable(plan: Plan, steps: int, anatomy: Anatomy = WHOLE) -> str:
+    """Why a plan cannot be played by its host, in words; empty where it can.
 
     Guidance that a plan leaves out is computed all the same.
     """
@@ -263,8 +386,10 @@ def explain_unplayable(plan: Plan, steps: int) -> str:
     if any(row.attend for row in plan.rows):
         return f"plan {plan.name} gates self-attentions"
     try:
-        plan.resolve(WHOLE)
-    except LeansdError:
+        plan.resolve(anatomy)
+    except LeansdError as error:
+        if anatomy is not WHOLE:
+            return str(error)
         return f"plan {plan.name} inherits inside the UNet, not whole steps ({HEAD}) alone"
     return ""
 
