@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -83,6 +83,9 @@ def _locate(tensor: torch.Tensor) -> tuple[object, ...]:
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.stride()
 
 
+_count_changes = attrgetter("_version")
+
+
 class UNetState:
     """A state of a UNet's weights, adapters and processors; equal only to itself."""
 
@@ -100,8 +103,12 @@ class UNetWatch:
         self._children: list[Mapping[str, nn.Module | None]] = []
         self._modules: list[nn.Module | None] = []
         self._owners: list[Mapping[str, nn.Parameter | None]] = []
+        self._slots: list[nn.Parameter | None] = []
         self._parameters: list[nn.Parameter] = []
         self._versions: list[int] = []
+        self._counted: list[nn.Parameter] = []
+        """Those that count their changes, and how many each had: this is read at every call."""
+        self._counts: list[int] = []
         self._adapters: list[Any] = []
         self._attentions: list[Any] = []
         self._settings: list[object] = []
@@ -121,8 +128,11 @@ class UNetWatch:
         self._children = [each._modules for each in modules if each._modules]
         self._modules = list(_list_values(self._children))
         self._owners = [each._parameters for each in modules if each._parameters]
+        self._slots = list(_list_values(self._owners))
         self._parameters = self._list_parameters()
         self._versions = [_read_version(each) for each in self._parameters]
+        self._counted = [each for each in self._parameters if not each.is_inference()]
+        self._counts = list(map(_count_changes, self._counted))
         self._adapters = [each for each in modules if isinstance(_get(each, "scaling"), dict)]
         self._attentions = [each for each in modules if hasattr(each, "processor")]
         self._settings = self._list_settings()
@@ -133,12 +143,14 @@ class UNetWatch:
         modules = list(_list_values(self._children))
         if len(modules) != len(self._modules) or not all(map(is_, modules, self._modules)):
             return False
-        parameters = self._list_parameters()
-        if len(parameters) != len(self._parameters):
-            return False
-        versions = [_read_version(each) for each in parameters]
-        if versions != self._versions or not all(map(is_, parameters, self._parameters)):
+        slots = list(_list_values(self._owners))
+        same = len(slots) == len(self._slots) and all(map(is_, slots, self._slots))
+        if not same or list(map(_count_changes, self._counted)) != self._counts:
             # Offloading puts other placeholders in their place at every call.
+            parameters = self._list_parameters()
+            if len(parameters) != len(self._parameters):
+                return False
+            versions = map(_read_version, parameters)
             rows = zip(self._parameters, self._versions, parameters, versions, strict=True)
             if not all(_are_one(*row) for row in rows):
                 return False
