@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import leansd
+from leansd.plans.anatomy import WHOLE
+from leansd.plans.resolve import PlanContext, resolve_plan
 
 SCRIPT = Path(__file__).parent.parent / "integrations/forge/scripts/lean_plan.py"
 STEPS = 30
@@ -168,3 +170,21 @@ def test_a_wrong_plan_is_told_and_computed_in_full(forge: Any, caplog: Any) -> N
     expected = p.sample()
     assert torch.equal(draw(forge, p, "", file="no/such.json"), expected)
     assert "computed in full" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("sampler", "own"), [("Euler a", "euler-a"), ("LMS", "lms"), ("DPM++ 3M SDE", "dpm++3m-sde")]
+)
+def test_it_is_said_where_no_plan_is_tuned_for_a_sampler(
+    forge: Any, caplog: Any, sampler: str, own: str
+) -> None:
+    """In the words of every other face, and with the plan that they take there."""
+    context = PlanContext(STEPS, sampler=own, anatomy=WHOLE)
+    resolved = resolve_plan("balanced", context)
+    (note,) = resolved.notes
+    assert f"not tuned for {own}" in note
+    draw(forge, Processing(sampler=sampler), "balanced")
+    assert note in caplog.text
+    caplog.clear()
+    draw(forge, Processing(), "balanced")
+    assert "not tuned" not in caplog.text

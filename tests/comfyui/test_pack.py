@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 from integrations.comfyui.choosing import PlanChoice
+from integrations.comfyui.examples import draw as examples
 from integrations.comfyui.library import AUTO, PlanLibrary, Purpose
+from PIL import Image
 
 from comfyui.double import lay_out
 from comfyui.test_playing import PLAN, STEPS, draw
@@ -41,6 +43,20 @@ def test_workflows_are_whole(path: Path) -> None:
     assert told["last_link_id"] == len(told["links"])
 
 
+@pytest.mark.parametrize("path", sorted(PACK.glob("examples/*.json")), ids=lambda path: path.stem)
+def test_pictures_carry_their_workflows(path: Path, tmp_path: Path) -> None:
+    """What ComfyUI's page reads from a picture that is dropped on it, and what the script draws."""
+    told = json.loads(path.read_text())
+    with Image.open(path.with_suffix(".png")) as picture:
+        assert json.loads(picture.text["workflow"]) == told  # pyright: ignore[reportAttributeAccessIssue]
+        shown = picture.convert("RGB").tobytes()
+    copied = tmp_path / path.name
+    copied.write_text(path.read_text())
+    with Image.open(examples.write_picture(copied)) as again:
+        assert json.loads(again.text["workflow"]) == told  # pyright: ignore[reportAttributeAccessIssue]
+    assert len(set(shown)) > 3  # it shows something
+
+
 def test_the_registrys_rules_are_kept() -> None:
     told = tomllib.loads((PACK / "pyproject.toml").read_text())
     assert "comfyui" not in told["project"]["name"].lower()
@@ -55,7 +71,7 @@ def test_the_registrys_rules_are_kept() -> None:
         assert not names & {"eval", "exec", "os.system", "subprocess.run", "subprocess.check_call"}
 
 
-@pytest.mark.parametrize("name", ["playing", "choosing", "library", "__init__"])
+@pytest.mark.parametrize("name", ["playing", "choosing", "blocks", "library", "__init__"])
 def test_the_engine_of_the_pack_imports_nothing_of_comfyui(name: str) -> None:
     for node in ast.parse((PACK / f"{name}.py").read_text()).body:
         imported = [each.name for each in node.names] if isinstance(node, ast.Import) else []

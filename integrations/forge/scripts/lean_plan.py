@@ -18,6 +18,7 @@ from modules import scripts  # of Forge  # pyright: ignore[reportMissingImports]
 
 from leansd.core import Player, lay_out_calls
 from leansd.errors import LeansdError
+from leansd.plans.anatomy import WHOLE
 from leansd.plans.plan import Plan
 from leansd.plans.presets.tuned import SPEED_PRESETS
 from leansd.plans.resolve import PlanContext, find_source, resolve_plan
@@ -26,13 +27,13 @@ OFF = "off"
 LOG = logging.getLogger("leansd")
 SAMPLERS = {
     "Euler": "euler",
-    "Euler a": "euler",
-    "LMS": "euler",
+    "Euler a": "euler-a",
+    "LMS": "lms",
     "DPM++ 2M": "dpm++2m",
-    "DPM++ 2M SDE": "dpm++2m",
-    "DPM++ 3M SDE": "dpm++2m",
+    "DPM++ 2M SDE": "dpm++sde",
+    "DPM++ 3M SDE": "dpm++3m-sde",
 }
-"""Samplers that call the model once a step, and whose presets they take; others run in full."""
+"""Samplers that call the model once a step, by their names in plans; others run in full."""
 NEAR = 1e-3
 """How far, as a share, the sigma that a run starts at may lie from one of its schedule."""
 
@@ -162,7 +163,8 @@ class LeanPlanScript(scripts.Script):
         steps = (getattr(p, "is_hr_pass", False) and p.hr_second_pass_steps) or p.steps
         sigmas = [float(each) for each in p.sampler.get_sigmas(p, steps).tolist()]
         try:
-            context = PlanContext(len(sigmas) - 1, SAMPLERS[p.sampler_name])
+            # As of any denoiser whose inside is not known: what is not tuned is said.
+            context = PlanContext(len(sigmas) - 1, SAMPLERS[p.sampler_name], anatomy=WHOLE)
             resolved = resolve_plan(find_source(source), context, fit=True)
         except LeansdError as error:
             LOG.warning("Lean Plan: computed in full: %s", error)
