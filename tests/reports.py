@@ -11,11 +11,12 @@ from PIL import Image
 import leansd
 from leansd.bulk.jobs import BulkJob, place_order
 from leansd.bulk.rows import read_sheet
-from leansd.drawing import Painting, Request
-from leansd.evaluation.compare import CONVERGED, Case
+from leansd.drawing import Request
+from leansd.evaluation.compare import CONVERGED, Case, Compared, Drawings, compare_drawings
 from leansd.evaluation.demo import FEWER, Demo, DemoEntry
 from leansd.evaluation.evaluation import Evaluation
 from leansd.evaluation.extraction import ExtractionConfig
+from leansd.evaluation.fidelity import PSNR, SSIM
 from leansd.evaluation.prediction import Prediction
 from leansd.evaluation.profiled import Profiled
 from leansd.evaluation.records import Record, load_records, stamp
@@ -189,15 +190,23 @@ def report_export(folder: Path) -> ReportPage:
     return nets.report_export(written, "tiny", "onnx", ANATOMY)
 
 
+def pair_up(request: Request) -> plans.PicturePair:
+    full, lean = (
+        torch.from_numpy(np.array(draw(request.seed, shift))).permute(2, 0, 1)[None]
+        for shift in (0, 1)
+    )
+    case, nothing = Case(FULL, STEPS), torch.zeros(1)
+    drawn = Drawings(nothing, lean), Drawings(nothing, full)
+    measures = tuple(compare_drawings(*drawn, case, (PSNR, SSIM)))
+    return plans.PicturePair(
+        request,
+        Compared(case, full, (), Timing((2.0,))),
+        Compared(Case("lean", STEPS), lean, measures, Timing((1.1,))),
+    )
+
+
 def report_comparison(folder: Path) -> ReportPage:
-    pairs = [
-        plans.PicturePair(
-            Request(prompt=prompt, seed=seed),
-            Painting(draw(seed), 2.0),
-            Painting(draw(seed, 1), 1.1),
-        )
-        for seed, prompt in enumerate(PROMPTS)
-    ]
+    pairs = [pair_up(Request(prompt=each, seed=seed)) for seed, each in enumerate(PROMPTS)]
     return plans.report_pairs(pairs, preset("balanced", STEPS), ANATOMY)
 
 

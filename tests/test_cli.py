@@ -199,6 +199,13 @@ def test_generate_compares_with_the_full_run(run, model, tmp_path, fails):
     page, text = read_page(tmp_path / "report.html")
     assert len(page.images) == 2 * 3  # in full, after the plan, the difference
     assert "2 pictures were drawn" in text
+    # Comparing changes no picture and no number of a run.
+    own = tmp_path / "own"
+    assert run(*shared, "--out", own)[0] == 0
+    for path in own.glob("*.png"):
+        with Image.open(path) as alone, Image.open(tmp_path / path.name) as compared:
+            assert alone.tobytes() == compared.tobytes()
+            assert alone.text == compared.text
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"id": "a", "prompt": "a"}')
     told = fails("generate", "--prompts", rows, "--compare", "--model", model)

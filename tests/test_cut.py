@@ -19,7 +19,7 @@ from leansd.loading import as_image_to_image
 from leansd.surgery.apply import BASE
 from leansd.surgery.blueprint import Source, lay_out_surgery
 from leansd.tuning.cutting import Study, cut, list_prices, make_surgery, study_removals
-from leansd.tuning.recorded_calls import guide, keep_calls, measure_error
+from leansd.tuning.recorded_calls import guide_batch, keep_calls, measure_error
 from leansd.tuning.removals import Removal, Removals, list_removals
 from leansd.tuning.scheduler_hook import tap
 from pages import read_page
@@ -141,8 +141,8 @@ def test_without_guidance_the_output_is_the_output():
     assert kept[0].guidance is None
     assert kept[0].output.shape[0] == 1
     noise = torch.randn(2, 4, 8, 8)
-    assert torch.equal(guide(noise, None), noise)
-    assert torch.equal(guide(noise, 1.0), noise[:1] + (noise[1:] - noise[:1]))
+    assert torch.equal(guide_batch(noise, None), noise)
+    assert torch.equal(guide_batch(noise, 1.0), noise[:1] + (noise[1:] - noise[:1]))
 
 
 def test_a_unet_that_follows_a_plan_is_refused():

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 import leansd
-from leansd.drawing import Request, paint
+from leansd.drawing import Request
+from leansd.evaluation.compare import compare_pair
 from leansd.evaluation.records import stamp
 from leansd.evaluation.redundancy import list_records, read_spent
 from leansd.plans.methods import METHODS
@@ -168,7 +169,8 @@ def test_reports_of_half_precision(dtype: torch.dtype) -> None:
     anatomy = leansd.dissect(pipe.unet, name="tiny")
     plan = preset("deepcache", 10)
     request = Request(prompt="a", steps=10)
-    pairs = [PicturePair(request, paint(pipe, request), paint(pipe, request, plan))]
+    drawn = compare_pair(pipe, plan, request.arguments, request.seed)
+    pairs = [PicturePair(request, drawn["full"], drawn["lean"])]
     records = list_records(anatomy, None, stamp("cpu"))
     seen = leansd.preview(pipe.unet, Surgery("light").drop("dn0.l1", "up3.l1"), latent=8)
     for report in (

@@ -39,6 +39,9 @@ FALLBACK = "balanced"
 """Instead of a tuned plan where there is none."""
 PRESETS = Path(__file__).parent / "presets.json"
 """Plans tuned in ComfyUI's samplers, by `benchmarks/comfyui.py` of the leansd project."""
+UNSUITED = (AttributeError, LookupError, TypeError, ValueError, RuntimeError)
+"""What a sampler raises that wants more of its model than a stand-in has; anything else, such as
+an interruption, is not for here."""
 FLOW = "CONST"
 """In the kind of a model's noise: rectified flow."""
 
@@ -71,6 +74,8 @@ class RunDescription:
     """Where in the model's own time, from 1 to 0, each sigma lies."""
     blocks: Blocks | None = None
     """The inside of the model, where it is a UNet whose blocks are known."""
+    trouble: str = ""
+    """Why the calls are not known, where the sampler itself says so."""
 
     def place_in_whole(self, wanted: int | None = None) -> tuple[int, int]:
         """(its first step, all steps) of the whole run that it is a part of.
@@ -110,11 +115,12 @@ def describe_run(guider: Any, sampler: Any, sigmas: Sequence[float]) -> RunDescr
     noise = guider.model_patcher.get_model_object("model_sampling")
     sampled = bind_sampler(guider.model_patcher, sampler)
     calls: tuple[float, ...] = ()
+    trouble = ""
     if sampled is not None and len(sigmas) > 1:
         try:
             calls = probe_calls(sampled, sigmas)
-        except Exception:  # a sampler that a stand-in does not suit: it runs in full
-            calls = ()
+        except UNSUITED as error:
+            trouble = f"{type(error).__name__}: {error}"
     return RunDescription(
         name_sampler(sampler),
         float(getattr(guider, "cfg", 1.0)),
@@ -123,6 +129,7 @@ def describe_run(guider: Any, sampler: Any, sigmas: Sequence[float]) -> RunDescr
         find_prediction(noise),
         tuple(_find_place(noise, sigma) for sigma in sigmas),
         read_blocks(guider.model_patcher.get_model_object("diffusion_model")),
+        trouble,
     )
 
 
@@ -148,7 +155,9 @@ def choose_plan(choice: PlanChoice, run: RunDescription) -> Chosen:
     given, found = _find_tuned(choice, run)
     name = given if isinstance(given, str) else given.name
     if not run.calls:
-        return Chosen(name, reason=f"how often {run.sampler} calls the model is not known before")
+        why = f" ({run.trouble})" if run.trouble else ""
+        unknown = f"how often {run.sampler} calls the model is not known before{why}"
+        return Chosen(name, reason=unknown)
     try:
         source = find_source(given)
         wanted = None if isinstance(source, Preset) else source.steps

@@ -19,7 +19,7 @@ from leansd.tuning.front import Front
 from leansd.tuning.host import Course
 from leansd.tuning.scheduler_hook import SchedulerRun, Seen, Steer
 from leansd.tuning.trials import Journal
-from leansd.tuning.tuner import Progress, Tell, TuneConfig, split_calls, tune_host
+from leansd.tuning.tuner import Progress, Tell, TuneConfig, Tuning, split_calls, tune_host
 
 from .choosing import PlanChoice, bind_sampler, find_prediction, name_sampler
 from .playing import PlanOnModel, RunReport
@@ -293,7 +293,7 @@ def find_front(
     progress = Progress(tell, wish.tries, len(speeds), 1)
     known = Journal.open(journal, facts)
     cost = host.measure_cost(wish.seed)
-    return tune_host(host, config, fitted, checked, cost, known, progress)
+    return tune_host(Tuning(host, config, fitted, checked, cost, known, progress))
 
 
 def find_fastest(front: Front, speed: float) -> Plan:

@@ -1,14 +1,46 @@
-"""A Ray cluster: reaching one, and sharing it out among actors that hold a model each."""
+"""Work in tasks, here or on a Ray cluster: reaching one, and sharing it out among actors."""
 
 from __future__ import annotations
 
 import logging
 import os
 import socket
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
 
-from leansd.errors import LeansdError
+from leansd.errors import LeansdError, OutputError
+
+Job = TypeVar("Job")
+Task = TypeVar("Task")
+Found = TypeVar("Found")
+RunTasks: TypeAlias = Callable[[Job, Sequence[Task]], Iterable[tuple[Task, Found]]]
+"""Does the tasks of a job, in any order."""
+
+
+def finish_tasks(
+    run: RunTasks[Job, Task, Found],
+    job: Job,
+    tasks: Sequence[Task],
+    keep: Callable[[Task, Found], None],
+    on_task: Callable[[Task], None],
+    kept: str,
+) -> None:
+    """Do the tasks that are given, and keep what each finds as it comes.
+
+    Args:
+        kept: what is kept, in a word or two for messages.
+
+    Raises:
+        LeansdError: a task cannot be done, or nothing can be kept; what is there stays.
+    """
+    for task, found in run(job, tasks) if tasks else ():
+        try:
+            keep(task, found)
+        except OutputError as error:
+            raise OutputError(
+                f"{error}; {kept} that are there are whole, and the same command goes on"
+            ) from error
+        on_task(task)
 
 
 def lay_out_pool(ray: Any, *, threads: int, workers: int | None, most: int) -> dict[str, int]:

@@ -52,6 +52,28 @@ class Request:
             check_strength(self.strength, self.steps)
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """What a pipeline is called with for this picture alone, but for steps and seed."""
+        arguments: dict[str, Any] = {"prompt": self.prompt}
+        if self.negative is not None:
+            arguments["negative_prompt"] = self.negative
+        if self.init is not None:
+            arguments["image"] = self.init
+        return arguments | self.shared
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """Those of them that are the same for all requests of a kind."""
+        shared: dict[str, Any] = {}
+        if self.guidance is not None:
+            shared["guidance_scale"] = self.guidance
+        if self.init is not None:
+            shared["strength"] = self.strength
+        elif self.size is not None:
+            shared |= dict(zip(("width", "height"), self.size, strict=True))
+        return shared
+
+    @property
     def kind(self) -> tuple[object, ...]:
         """What requests that are drawn in one call have in common."""
         return (
@@ -106,19 +128,13 @@ def paint_together(
     """Draws requests of one kind in one call; each has the seconds of all."""
     first = requests[0]
     watch = _Watch(on_step)
+    each_own = [each.arguments for each in requests]
     options: dict[str, Any] = {
-        "prompt": [each.prompt for each in requests],
+        **{name: [own[name] for own in each_own] for name in each_own[0]},
+        **first.shared,
         "num_inference_steps": first.steps,
         "generator": [seed_generator(each.seed) for each in requests],
     }
-    if first.negative is not None:
-        options["negative_prompt"] = [each.negative for each in requests]
-    if first.guidance is not None:
-        options["guidance_scale"] = first.guidance
-    if first.init is not None:
-        options |= {"image": [each.init for each in requests], "strength": first.strength}
-    elif first.size is not None:
-        options |= dict(zip(("width", "height"), first.size, strict=True))
     if "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
         options["callback_on_step_end"] = watch
     start = time.perf_counter()
@@ -129,7 +145,7 @@ def paint_together(
     flagged = getattr(output, "nsfw_content_detected", None) or [False] * len(requests)
     bad = watch.find_bad(len(requests))
     return [
-        Painting(image, seconds, run, _find_fault(image, step, watch.total, bool(hidden)))
+        Painting(image, seconds, run, find_fault(image, step, watch.total, is_hidden=bool(hidden)))
         for image, step, hidden in zip(output.images, bad, flagged, strict=True)
     ]
 
@@ -161,7 +177,13 @@ class _Watch:
         return first
 
 
-def _find_fault(image: Any, step: int, steps: int, is_hidden: bool) -> str:
+def find_fault(image: Any, step: int = 0, steps: int = 0, *, is_hidden: bool = False) -> str:
+    """Why there is nothing to see in a picture, as `Painting.fault` says it.
+
+    Args:
+        step: of `steps`, after which its latents were not finite; 0 for none.
+        is_hidden: whether a safety checker says so.
+    """
     if step:
         return f"its latents {NOT_FINITE} (NaN or Inf) from step {step} of {steps} on"
     if is_hidden:

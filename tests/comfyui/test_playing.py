@@ -118,6 +118,25 @@ def test_what_cannot_be_followed_is_computed_in_full(options: Any, why: str) -> 
     assert why in str(report)
 
 
+def sample_curious(model: Any, x: torch.Tensor, sigmas: torch.Tensor, **_: Any) -> torch.Tensor:
+    return x * model.inner_model.nobody_has_this
+
+
+def test_what_a_sampler_raises_is_said_and_interruptions_are_let_through() -> None:
+    def stop(model: Any, x: torch.Tensor, sigmas: torch.Tensor, **_: Any) -> torch.Tensor:
+        raise Interruption
+
+    class Interruption(Exception):
+        pass
+
+    choice = PlanChoice(PLAN)
+    guider, sigmas = Guider(Patcher(), [cond(0.4)], [cond(-0.3)]), lay_out(STEPS).tolist()
+    described = choosing.describe_run(guider, Sampler(sample_curious), sigmas)
+    assert "nobody_has_this" in choosing.choose_plan(choice, described).reason
+    with pytest.raises(Interruption):
+        choosing.describe_run(guider, Sampler(stop), sigmas)
+
+
 # -- how conditionings come ------------------------------------------------------------------------
 
 SEVERAL = {

@@ -7,6 +7,7 @@ where 401.6 G are computed).
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -163,6 +164,10 @@ def copy_skeleton(
         plain = _find_plain(module, dtype or unet.dtype)
         if plain is not None:
             memo[id(module)] = plain
+        # A dozen of these a module, mostly empty, would be most of what is copied.
+        for name, hooks in vars(module).items():
+            if isinstance(hooks, OrderedDict) and name.endswith("hooks"):
+                memo[id(hooks)] = OrderedDict()
         # Offloading keeps the weights in hooks, and would look for them when the copy runs.
         hook = getattr(module, "_hf_hook", None)
         if hook is not None:
@@ -172,8 +177,6 @@ def copy_skeleton(
     remove_hook_from_module(skeleton, recurse=True)
     for module in skeleton.modules():
         module.__dict__.pop("forward", None)
-        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
-            getattr(module, hooks).clear()
     return skeleton
 
 

@@ -7,17 +7,18 @@ can be seen in the folder, whoever stopped when.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
 from leansd.bulk.rows import PromptRow, Sheet
+from leansd.cluster import RunTasks, finish_tasks
 from leansd.drawing import (
     Request,
     check_strength,
@@ -26,7 +27,7 @@ from leansd.drawing import (
     paint_together,
     place_init,
 )
-from leansd.errors import LeansdError, OutputError
+from leansd.errors import LeansdError
 from leansd.files import name_files, write_file
 from leansd.loading import as_image_to_image, load, load_unet, load_vae, set_vae
 from leansd.plans.plan import Plan
@@ -113,7 +114,7 @@ class DrawnShard(NamedTuple):
     faults: Mapping[str, str]
 
 
-Work = Callable[[BulkJob, Sequence[ShardTask]], Iterable[tuple[ShardTask, DrawnShard]]]
+Work: TypeAlias = RunTasks[BulkJob, ShardTask, DrawnShard]
 """Draws parts, in any order."""
 
 
@@ -312,21 +313,16 @@ def run_job(
     Raises:
         LeansdError: a shard cannot be drawn or written; those that are there are whole.
     """
-    if not parts:
-        return
-    for part, shard in work(job, parts):
-        try:
-            if shard.faults:
-                _keep_faults(folder, part, shard.faults)
-            write_file(folder / part.name, shard.content)
-        except OutputError as error:
-            raise OutputError(
-                f"{error}; the shards that are there are whole, and the same command goes on"
-            ) from error
-        on_part(part)
+
+    def keep(part: ShardTask, shard: DrawnShard) -> None:
+        if shard.faults:
+            _keep_faults(folder, shard.faults)
+        write_file(folder / part.name, shard.content)
+
+    finish_tasks(work, job, parts, keep, on_part, "the shards")
 
 
-def _keep_faults(folder: Path, part: ShardTask, faults: Mapping[str, str]) -> None:
+def _keep_faults(folder: Path, faults: Mapping[str, str]) -> None:
     known = {**read_faults(folder), **faults}
     lines = [json.dumps({"id": at, "fault": why}, ensure_ascii=False) for at, why in known.items()]
     write_file(folder / FAULTS, "".join(f"{line}\n" for line in lines))

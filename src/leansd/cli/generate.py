@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from leansd.drawing import Painting, Request
     from leansd.plans.plan import Plan
     from leansd.plans.resolve import PlanContext
+    from leansd.report.plans import PicturePair
 
 app = typer.Typer(add_completion=False)
 
@@ -176,27 +177,25 @@ def _draw_prompts(
     requests = [place_init(pipe, each) for each in requests]
     written: list[tuple[Path, Painting, Mapping[str, Any]]] = []
     faults: list[str] = []
-    pairs: list[Any] = []
+    pairs: list[PicturePair] = []
     with open_progress() as progress:
-        for request, painting, full in _paint_all(pipe, requests, plan, nets, progress, compare):
+        paint_all = _compare_all if compare else _paint_all
+        for request, painting, pair in paint_all(pipe, requests, plan, nets, progress):
             facts = _list_facts(task, pipe, request, plan)
             if painting.fault:
                 why = explain_fault(pipe, request, painting, plan)
                 faults.append(f"{request.prompt[:60]!r} with seed {request.seed}: {why}")
                 continue
-            if full is not None:
-                pairs.append((request, full, painting))
+            if pair is not None:
+                pairs.append(pair)
             path = _write_picture(out, painting, facts, {at for at, *_ in written}, overwrite)
             written.append((path, painting, facts))
             told = f"{path}  {painting.seconds:.2f} s"
             progress.console.print(told, highlight=False, markup=False, soft_wrap=True)
-    pages = {}
-    if pairs:
-        from leansd.report.plans import PicturePair, report_pairs
-
-        assert task.context.anatomy is not None
-        report = report_pairs([PicturePair(*each) for each in pairs], plan, task.context.anatomy)
-        pages[out / "report.html" if overwrite else find_free(out / "report.html")] = report
+    page = out / "report.html"
+    if pairs and not overwrite:
+        page = find_free(page)
+    pages = {page: _report_pairs(task, pairs, plan)} if pairs else {}
     return Result(
         facts={
             "pictures": [
@@ -232,25 +231,60 @@ def _paint_all(
     plan: "Plan",
     nets: Mapping[str, Any],
     progress: Any,
-    compare: bool,
-) -> "Iterator[tuple[Request, Painting, Painting | None]]":
-    """Every request after the plan, and in full as well where they are compared."""
+) -> "Iterator[tuple[Request, Painting, PicturePair | None]]":
+    """Every request after the plan."""
     from leansd.drawing import paint
 
-    if compare:  # the first call of a process takes longer than others
-        first = requests[0]
-        paint(pipe, replace(first, steps=max(2, round(2 / first.strength))))
-    for number, request in enumerate(requests, start=1):
-        name = f"{number}/{len(requests)} {request.prompt[:40]}"
-        bar = progress.add_task(name, total=plan.steps * (1 + compare))
+    for request, bar in _show_each(requests, progress):
 
         def follow(done: int, total: int, bar: Any = bar) -> None:
-            progress.update(bar, advance=1)
+            progress.update(bar, completed=done, total=total)
 
-        painting = paint(pipe, request, plan, follow, nets)
-        full = paint(pipe, request, None, follow) if compare else None
+        yield request, paint(pipe, request, plan, follow, nets), None
+
+
+def _compare_all(
+    pipe: Any,
+    requests: "Sequence[Request]",
+    plan: "Plan",
+    nets: Mapping[str, Any],
+    progress: Any,
+) -> "Iterator[tuple[Request, Painting, PicturePair | None]]":
+    """Every request in full and after the plan."""
+    from leansd.drawing import Painting, find_fault, paint
+    from leansd.evaluation.compare import LEAN, compare_pair
+    from leansd.evaluation.runs import FULL
+    from leansd.report.plans import PicturePair
+
+    for request, bar in _show_each(requests, progress):
+
+        def follow(far: Any, bar: Any = bar) -> None:
+            progress.update(bar, completed=far.done, total=far.total)
+
+        drawn = compare_pair(
+            pipe, plan, request.arguments, request.seed,
+            nets=nets, is_warm=request is not requests[0], on_progress=follow,
+        )  # fmt: skip
+        pair = PicturePair(request, drawn[FULL], drawn[LEAN])
+        painting = Painting(pair.planned.images[0], pair.seconds[1], pair.planned.attachment)
+        if LEAN in drawn.faults or find_fault(painting.image):
+            painting = paint(pipe, request, plan, nets=nets)  # says at which step, and of what
+        yield request, painting, pair
+
+
+def _report_pairs(task: _Task, pairs: "Sequence[PicturePair]", plan: "Plan") -> Any:
+    from leansd.report.plans import report_pairs
+
+    assert task.context.anatomy is not None
+    return report_pairs(pairs, plan, task.context.anatomy)
+
+
+def _show_each(requests: "Sequence[Request]", progress: Any) -> "Iterator[tuple[Request, Any]]":
+    """The requests, each with a bar of its own."""
+    for number, request in enumerate(requests, start=1):
+        bar = progress.add_task(f"{number}/{len(requests)} {request.prompt[:40]}", total=None)
+        yield request, bar
         progress.remove_task(bar)
-        yield request, painting, full
 
 
 def _list_facts(task: _Task, pipe: Any, request: "Request", plan: "Plan") -> dict[str, Any]:

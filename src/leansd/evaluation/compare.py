@@ -1,6 +1,7 @@
 """Comparison: the same calls from the same seeds, drawn in several ways and put side by side.
 
-The engine of the demo, `leansd evaluate`, the benchmark and the page's full run beside a plan.
+The engine of the demo, `leansd evaluate`, the benchmark, and of a full run beside a plan on the
+page and in `leansd generate --compare`.
 Timed cases take turns, so that a slow spell of the machine hits all of them; untimed ones run one
 after the other and can be kept on disk.
 """
@@ -47,8 +48,11 @@ from leansd.evaluation.timing import Ratio, Timing, compare_timings, rotate
 from leansd.files import write_file
 from leansd.plans.plan import Plan
 from leansd.runtime import Attachment, Report
+from leansd.runtime.attachment import NO_NETS
 from leansd.runtime.finite import NOT_FINITE
 
+LEAN = "lean"
+"""The case that follows a plan, beside `FULL`, where two are compared."""
 CONVERGED = "converged"
 CONVERGED_STEPS = 150
 WARM_UP_STEPS = 2
@@ -308,6 +312,28 @@ def compare_runs(
         )
     references_drawn = {each.name: drawn[each.name] for each in held}
     return Comparison(compared, references_drawn, left_out, faults)
+
+
+def compare_pair(
+    pipe: DiffusionPipeline,
+    plan: Plan,
+    call: PipelineCall,
+    seed: int,
+    *,
+    rounds: int = 1,
+    nets: Mapping[str, UNet2DConditionModel] = NO_NETS,
+    is_warm: bool = False,
+    on_progress: OnProgress = lambda progress: None,
+) -> Comparison:
+    """One call in full (`FULL`) and by a plan (`LEAN`), in turns; as often as there are rounds."""
+    return compare_runs(
+        pipe,
+        [Case(FULL, plan.steps), Case(LEAN, plan.steps, plan, nets=nets)],
+        [call] * rounds,  # the same one in every turn: as many pairs of times
+        seed=[seed] * rounds,
+        warm_up="none" if is_warm else "short",
+        on_progress=on_progress,
+    )
 
 
 def compare_drawings(

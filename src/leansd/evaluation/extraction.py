@@ -4,7 +4,7 @@ Files are named by all that they follow from, so that a stopped extraction goes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from leansd.cluster import RunTasks, finish_tasks
 from leansd.errors import LeansdError
 from leansd.evaluation.extractors import EXTRACTORS, Extract, batch_samples
 from leansd.evaluation.frechet import Gaussian, fold_gaussian
@@ -180,9 +181,7 @@ class ExtractionTask:
 
 ExtractedFeatures: TypeAlias = Mapping[str, Mapping[str, Tensor]]
 """By extractor and name, tensors [n, ...]."""
-RunTasks: TypeAlias = Callable[
-    [ExtractionConfig, Sequence[ExtractionTask]], Iterable[tuple[ExtractionTask, ExtractedFeatures]]
-]
+RunExtraction: TypeAlias = RunTasks[ExtractionConfig, ExtractionTask, ExtractedFeatures]
 """Looks at parts, in any order."""
 
 
@@ -231,7 +230,7 @@ def fill_features(
     extractors: Sequence[str],
     config: ExtractionConfig,
     *,
-    work: RunTasks = extract_here,
+    work: RunExtraction = extract_here,
     on_part: Callable[[PictureGroup], None] = lambda part: None,
 ) -> None:
     """Extract at what has not been looked at yet, and keep each part as it comes.
@@ -240,7 +239,9 @@ def fill_features(
         LeansdError: a picture or weights cannot be read; what was seen before is kept.
     """
     tasks = [ExtractionTask(*each) for each in features.list_missing(list(extractors))]
-    for task, seen in work(config, tasks) if tasks else ():
+
+    def keep(task: ExtractionTask, seen: ExtractedFeatures) -> None:
         for name, values in seen.items():
             features.put(task.part, name, values)
-        on_part(task.part)
+
+    finish_tasks(work, config, tasks, keep, lambda task: on_part(task.part), "the features")

@@ -23,7 +23,7 @@ from leansd.evaluation.extraction import (
     Extraction,
     ExtractionConfig,
     ExtractionTask,
-    RunTasks,
+    RunExtraction,
 )
 from leansd.evaluation.picture_sets import PictureBytes, read_part
 
@@ -106,7 +106,7 @@ def extract_on_ray(
         yield by_number[int(row["number"])], _unflatten(load(bytes(row["content"])))
 
 
-def run_on_ray(address: str, *, workers: int | None = None) -> RunTasks:
+def run_on_ray(address: str, *, workers: int | None = None) -> RunExtraction:
     """`extract_on_ray` for `fill_features`."""
     return partial(extract_on_ray, address=address, workers=workers)
 

@@ -12,7 +12,7 @@ from leansd.errors import LeansdError
 from leansd.evaluation.extraction import (
     ExtractionConfig,
     Features,
-    RunTasks,
+    RunExtraction,
     extract_here,
     fill_features,
     load_statistics,
@@ -178,7 +178,7 @@ def plan_scoring(
 def carry_out(
     scoring: Scoring,
     *,
-    work: RunTasks = extract_here,
+    work: RunExtraction = extract_here,
     on_pictures: OnPictures = lambda done, total: None,
     on_metric: Callable[[str], None] = lambda name: None,
 ) -> Scored:
@@ -270,7 +270,7 @@ def score(
     return list(carry_out(scoring, work=choose_work(ray, workers)).records)
 
 
-def choose_work(ray: str | None, workers: int | None = None) -> RunTasks:
+def choose_work(ray: str | None, workers: int | None = None) -> RunExtraction:
     """Where features are extracted: on a Ray cluster of this address, or in this process."""
     if ray is None:
         return extract_here

@@ -16,6 +16,7 @@ from pydantic import ValidationError, validate_call
 from torch import Tensor
 from torch.nn import functional as F
 
+from leansd.core.mixing import guide
 from leansd.errors import LeansdError
 from leansd.incubation.data.batches import PAIR, Batch
 from leansd.incubation.features import Features
@@ -152,13 +153,12 @@ def build_guided(context: LossContext, scale: float = 7.5) -> Loss:
         scale: of the guidance that pictures will be drawn with.
     """
 
-    def guide(outputs: StepOutputs, output: Tensor) -> Tensor:
+    def see(outputs: StepOutputs, output: Tensor) -> Tensor:
         velocity = outputs.predict(output, DiffusionSchedule.predict_velocity)
-        with_prompt, without = velocity[::PAIR], velocity[1::PAIR]
-        return without + scale * (with_prompt - without)
+        return guide(velocity[1::PAIR], velocity[::PAIR], scale).output
 
     def compute(outputs: StepOutputs) -> Tensor:
-        return F.mse_loss(guide(outputs, outputs.student), guide(outputs, outputs.teacher))
+        return F.mse_loss(see(outputs, outputs.student), see(outputs, outputs.teacher))
 
     return Loss(compute)
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-from leansd.drawing import Painting, Request
+from leansd.drawing import Request
+from leansd.evaluation.compare import Compared
 from leansd.evaluation.demo import FEWER, Demo, DemoEntry, list_records, tabulate_demo
-from leansd.evaluation.fidelity import psnr, ssim
 from leansd.evaluation.records import Record, get_field
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.grid import get_states, list_states
@@ -93,20 +93,28 @@ class PicturePair:
     """One request, drawn both ways."""
 
     request: Request
-    full: Painting
-    planned: Painting
+    full: Compared
+    planned: Compared
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """Of the whole call, in full and by the plan."""
+        assert self.full.timing is not None
+        assert self.planned.timing is not None
+        return self.full.timing.median, self.planned.timing.median
 
     @property
     def gain(self) -> float:
         """Times faster."""
-        return self.full.seconds / self.planned.seconds
+        full, planned = self.seconds
+        return full / planned
 
 
 def report_pairs(pairs: Sequence[PicturePair], plan: Plan, anatomy: Anatomy) -> ReportPage:
     """Pictures drawn in full and after a plan: differences, times and fidelity, the plan."""
-    full = [pair.full.image for pair in pairs]
-    planned = [pair.planned.image for pair in pairs]
-    close, alike = psnr(planned, full).tolist(), ssim(planned, full).tolist()
+    full = [pair.full.images[0] for pair in pairs]
+    planned = [pair.planned.images[0] for pair in pairs]
+    close, alike = ([pair.planned.mean(of) or 0.0 for pair in pairs] for of in ("psnr", "ssim"))
     gain = statistics.median(pair.gain for pair in pairs)
     what = "A picture was" if len(pairs) == 1 else f"{len(pairs)} pictures were"
     table = Table(
@@ -115,8 +123,7 @@ def report_pairs(pairs: Sequence[PicturePair], plan: Plan, anatomy: Anatomy) -> 
             (
                 pair.request.prompt,
                 str(pair.request.seed),
-                f"{pair.full.seconds:.2f} s",
-                f"{pair.planned.seconds:.2f} s",
+                *(f"{seconds:.2f} s" for seconds in pair.seconds),
                 f"{pair.gain:.2f}x",
                 f"{decibels:.1f} dB",
                 f"{similarity:.3f}",

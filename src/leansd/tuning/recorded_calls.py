@@ -15,6 +15,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from leansd.core.mixing import guide
 from leansd.errors import LeansdError
 from leansd.evaluation.runs import PipelineCall, run_calls
 from leansd.runtime.cache import map_rows
@@ -75,7 +76,7 @@ def keep_calls(
             noise = output[0].detach()
             scale = float(pipe.guidance_scale) if is_guided(pipe, len(noise)) else None
             taken, named = map_rows((args, kwargs), len(noise), lambda each: each.detach().clone())
-            kept.append(KeptCall(tick.index, taken, named, scale, guide(noise, scale)))
+            kept.append(KeptCall(tick.index, taken, named, scale, guide_batch(noise, scale)))
         return output
 
     with ForwardHooks({"unet": pipe.unet}, around):
@@ -96,16 +97,15 @@ def measure_error(unet: UNet2DConditionModel, kept: Sequence[KeptCall]) -> float
     return sum(_measure_one(unet, call) for call in kept) / len(kept)
 
 
-def guide(noise: Tensor, scale: float | None) -> Tensor:
+def guide_batch(noise: Tensor, scale: float | None) -> Tensor:
     """The guided output [B/2, C, H, W] of a whole batch [B, C, H, W]; the same without guidance."""
     if scale is None:
         return noise.clone()
-    rest, cond = noise.chunk(2)
-    return rest + scale * (cond - rest)
+    return guide(*noise.chunk(2), scale).output
 
 
 def _measure_one(unet: UNet2DConditionModel, call: KeptCall) -> float:
-    output = guide(unet(*call.args, **call.kwargs)[0], call.guidance).double()
+    output = guide_batch(unet(*call.args, **call.kwargs)[0], call.guidance).double()
     true = call.output.double()
     return float((output - true).square().sum() / true.square().sum())
 

@@ -212,32 +212,36 @@ def tune(
         own = Journal.open(journal, {"case": known.case, "mixes": expand_calls(further)})
         mixer = PlanMixer(host, further, seed + FRESH, steps, own, MixConfig(seed=seed))
     cost = _measure_costs(host, config, fitted, cost or known.cost, known, progress)
-    return tune_host(host, config, fitted, checked, cost, known, progress, mixer)
+    return tune_host(Tuning(host, config, fitted, checked, cost, known, progress, mixer))
 
 
-def tune_host(
-    host: Host,
-    config: TuneConfig,
-    fitted: Sequence[PipelineCall],
-    checked: Sequence[PipelineCall],
-    cost: CostModel,
-    journal: Journal,
-    progress: Progress,
-    mixer: PlanMixer | None = None,
-) -> Front:
-    """Find plans for whatever draws; what a call costs there is known.
+@dataclass(frozen=True)
+class Tuning:
+    """All that a search for plans goes by."""
 
-    Args:
-        fitted: the calls that plans are tuned on.
-        checked: those that decide.
-        mixer: fits mixes to plans with few calls.
-    """
-    tuner = _Tuner.prepare(host, config, fitted, checked, cost, journal, progress, mixer)
+    host: Host
+    config: TuneConfig
+    fitted: Sequence[PipelineCall]
+    """The calls that plans are tuned on."""
+    checked: Sequence[PipelineCall]
+    """Those that decide."""
+    cost: CostModel
+    """What a call costs there."""
+    journal: Journal
+    progress: Progress
+    mixer: PlanMixer | None = None
+    """Fits mixes to plans with few calls."""
+
+
+def tune_host(tuning: Tuning) -> Front:
+    """Find plans for whatever draws."""
+    host, config = tuning.host, tuning.config
+    tuner = _Tuner.prepare(tuning)
     points: list[Point] = []
     every = sorted({*config.speeds, *tuner.list_goals(config.speedup, config.ms)})
     for place, candidates in enumerate(tuner.propose(every)):
         points += tuner.seek(every[place], candidates, config.tries)
-        progress.end_speed(place)
+        tuning.progress.end_speed(place)
     return Front.of(host.tuned.unet, host.tuned.sampler, config.steps, points)
 
 
@@ -325,45 +329,33 @@ def split_calls(
     )
 
 
-@dataclass
-class _Tuner:
-    host: Host
+@dataclass(frozen=True, kw_only=True)
+class _Tuner(Tuning):
     variants: tuple[Variant, ...]
-    cost: CostModel
     fit: TrialRunner
     check: TrialRunner
     calibrations: list[Calibration]
     """The full run of every step count, that of all steps first."""
-    journal: Journal
-    progress: Progress
-    mixer: PlanMixer | None = None
 
     @classmethod
-    def prepare(
-        cls,
-        host: Host,
-        config: TuneConfig,
-        fitted: Sequence[PipelineCall],
-        checked: Sequence[PipelineCall],
-        cost: CostModel,
-        journal: Journal,
-        progress: Progress,
-        mixer: PlanMixer | None,
-    ) -> _Tuner:
+    def prepare(cls, tuning: Tuning) -> _Tuner:
         """Calibrate on the full run of every step count."""
-        variants = list_variants(cost, host.anatomy, host.nets, config.attend)
-        fit = TrialRunner(host, fitted, config.seed)
-        check = TrialRunner(host, checked, config.seed + 10_000)
+        host, config, progress = tuning.host, tuning.config, tuning.progress
+        variants = list_variants(tuning.cost, host.anatomy, host.nets, config.attend)
+        fit = TrialRunner(host, tuning.fitted, config.seed)
+        check = TrialRunner(host, tuning.checked, config.seed + 10_000)
         calibrations: list[Calibration] = []
         for count in config.counts:
             main = calibrations[0] if calibrations else None
-            found = calibrate(host, fitted, count, seed=config.seed, like=main)
+            found = calibrate(host, tuning.fitted, count, seed=config.seed, like=main)
             calibrations.append(found)
             progress.add(f"ran {count} steps in full", 1 if main else 1 + len(PROBES))
         fit = replace(fit, goals=calibrations[0].finals)
         check = replace(check, goals=check.run(config.steps).require_finite())
         progress.add("ran the held-out calls in full")
-        return cls(host, variants, cost, fit, check, calibrations, journal, progress, mixer)
+        return cls(
+            **vars(tuning), variants=variants, fit=fit, check=check, calibrations=calibrations
+        )
 
     def propose(self, speeds: Sequence[float]) -> list[list[Candidate]]:
         """What to try for each speed."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import escape
 
-from leansd.evaluation.compare import RunProgress
+from leansd.evaluation.compare import LEAN, RunProgress
 from leansd.evaluation.profiled import Profiled, show_milliseconds, tabulate_gains, tabulate_split
 from leansd.evaluation.runs import FULL
 from leansd.plans.anatomy import Anatomy
@@ -22,7 +22,7 @@ from leansd.report.plans import plot_front
 from leansd.report.sections import Chart, Drawing, Listing
 from leansd.text import Table
 from leansd.ui.folders import HistoryEntry
-from leansd.ui.studio import LEAN, Forecast, KnownModel, TunedFront
+from leansd.ui.studio import Forecast, KnownModel, TunedFront
 
 NAMES = {FULL: "Full run", LEAN: "With the plan"}
 

@@ -15,7 +15,7 @@ from typing import Any
 from leansd.anatomy.counting import dissect
 from leansd.drawing import NOT_FINITE, default_size
 from leansd.errors import LeansdError
-from leansd.evaluation.compare import Case, Comparison, OnProgress, compare_runs
+from leansd.evaluation.compare import LEAN, Comparison, OnProgress, compare_pair
 from leansd.evaluation.cost import CostModel
 from leansd.evaluation.profile import profile
 from leansd.evaluation.profiled import Profiled
@@ -39,8 +39,6 @@ from leansd.ui.job_queue import Job
 
 SAVED = "saved: "
 """Stands before the names of saved plans among the choices."""
-LEAN = "lean"
-"""The run that follows the plan, beside the one that is `FULL`."""
 TUNING_BATCH = 4
 TUNING_GRIDS = (1.0, 0.7)
 MOST_PROMPTS = 32
@@ -234,12 +232,13 @@ class Studio:
                 opened.pipe, anatomy=opened.model.anatomy, guidance=settings.guidance
             )
             notes = resolve_plan(plan, context).notes
-            comparison = compare_runs(
+            comparison = compare_pair(
                 opened.pipe,
-                [Case(FULL, settings.steps), Case(LEAN, settings.steps, plan)],
-                [call] * rounds,  # the same one in every turn: as many pairs of times
-                seed=[settings.seed] * rounds,
-                warm_up="none" if opened.is_warm else "short",
+                plan,
+                call,
+                settings.seed,
+                rounds=rounds,
+                is_warm=opened.is_warm,
                 on_progress=on_progress,
             )
             opened.is_warm = True
