@@ -12,7 +12,8 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,13 @@ SEEDS = 6
 PICTURES = 4
 SHIFT = 700
 """Seeds that are measured on lie so far from those that were tuned on."""
-EASY = (0.05, 0.1, 0.2, 0.3, 0.4)
-LAZY = (0.05, 0.1, 0.2)
+CACHES = {"EasyCache": "EasyCacheNode", "LazyCache": "LazyCacheNode"}
+"""ComfyUI's own, by their nodes: each at the threshold that gives it as many calls as ours."""
+MOST, HALVINGS = 1.5, 8
+"""The highest threshold, and how often the range is halved in search of one."""
+
+
+Make = Callable[[], Any]
 
 
 class Bench:
@@ -77,31 +83,63 @@ class Bench:
 
     # -- measuring ---------------------------------------------------------------------------
 
-    def list_rivals(self, sampler: str, scheduler: str) -> Iterator[tuple[str, Any, Any]]:
-        """(name, model, sigmas) of everything that is measured."""
+    def list_rivals(self, sampler: str, scheduler: str) -> Iterator[tuple[str, Make, Any]]:
+        """(name, what makes the model, sigmas) of everything that is measured."""
         from leansd.plans.plan import Plan
         from leansd.plans.presets import preset
 
         here, full = self.here, self.here.lay_out(scheduler, STEPS)
-        attach = lambda plan: here.playing.PlanOnModel(here.choosing.PlanChoice(plan)).attach(  # noqa: E731
-            here.model
-        )
         for name in SPEEDS:
-            yield name, attach(name), full
+            yield name, partial(self.attach, name), full
         for steps in (7, 8, 9, 10, 11, 13, 14):
-            yield f"{steps} steps", attach("full"), here.lay_out(scheduler, steps)
+            yield f"{steps} steps", partial(self.attach, "full"), here.lay_out(scheduler, steps)
         for window in (2, 3):
             # As in its own packs for ComfyUI: of the model's whole output.
             keys = preset("spectrum", STEPS, window=window).keys
             plan = Plan.between(keys, cut="head", steps=STEPS, how="chebyshev-line")
-            yield f"Spectrum {window}", attach(plan), full
+            yield f"Spectrum {window}", partial(self.attach, plan), full
+        for cache in CACHES:
+            for name in SPEEDS:
+                yield f"{cache} as {name}", partial(self.match, cache, name, sampler, full), full
+
+    def attach(self, plan: Any) -> Any:
+        """A model that follows a plan."""
+        choice = self.here.choosing.PlanChoice(plan)
+        return self.here.playing.PlanOnModel(choice).attach(self.here.model)
+
+    def match(self, cache: str, plan: str, sampler: str, sigmas: Any) -> Any:
+        """A model with one of the caches, of as many calls as a plan."""
+        wanted = self.count(self.attach(plan), sampler, sigmas)
+        return self.put_cache(cache, self.find_threshold(cache, sampler, sigmas, wanted))
+
+    def put_cache(self, name: str, threshold: float) -> Any:
+        """A model with one of ComfyUI's own caches, as its node sets it."""
         caches = importlib.import_module("comfy_extras.nodes_easycache")
-        for threshold in EASY:
-            node = caches.EasyCacheNode.execute(here.model, threshold, 0.15, 0.95, False)
-            yield f"EasyCache {threshold:g}", node.args[0], full
-        for threshold in LAZY:
-            node = caches.LazyCacheNode.execute(here.model, threshold, 0.15, 0.95, False)
-            yield f"LazyCache {threshold:g}", node.args[0], full
+        node = getattr(caches, CACHES[name])
+        return node.execute(self.here.model, threshold, 0.15, 0.95, False).args[0]
+
+    def find_threshold(self, cache: str, sampler: str, sigmas: Any, wanted: float) -> float:
+        """The lowest threshold at which a cache makes no more calls than `wanted`, on one picture
+        that is not measured on."""
+        low, high = 0.0, MOST
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            made = self.count(self.put_cache(cache, middle), sampler, sigmas, apart=is_apart(cache))
+            low, high = (middle, high) if made > wanted else (low, middle)
+        return high
+
+    def count(self, model: Any, sampler: str, sigmas: Any, *, apart: bool = False) -> float:
+        """Model calls of one run."""
+        return self.draw_counted(model, sampler, SHIFT - 1, sigmas, apart=apart)[1]
+
+    def draw_counted(
+        self, model: Any, sampler: str, seed: int, sigmas: Any, *, apart: bool
+    ) -> tuple[Any, float]:
+        """(latents, model calls) of one run; `apart` with its conditionings one by one."""
+        calls = CallCounter(model)
+        with self.here.with_little_memory(lambda _: apart):
+            drawn = self.draw(calls.model, sampler, seed, sigmas)
+        return drawn, calls.count / (1 + apart)
 
     def measure(self, sampler: str, scheduler: str, only: str = "") -> list[Any]:
         from leansd.evaluation.records import Record, stamp
@@ -110,19 +148,15 @@ class Bench:
         sigmas, circumstances = here.lay_out(scheduler, STEPS), stamp()
         seeds = range(SHIFT, SHIFT + PICTURES)
         full = [self.draw(here.model, sampler, seed, sigmas) for seed in seeds]
-        for name, model, own in self.list_rivals(sampler, scheduler):
+        for name, make, own in self.list_rivals(sampler, scheduler):
             if only and only not in name:
                 continue
+            model = make()
             counted, values = [], []
             for seed, picture in zip(seeds, full, strict=True):
-                calls = CallCounter(model)
-                # EasyCache of 0.3.64 mixes up conditionings that come in one batch: to do it
-                # justice they come apart.
-                apart = name.startswith("EasyCache")
-                with here.with_little_memory(lambda _, apart=apart: apart):
-                    drawn = self.draw(calls.model, sampler, seed, own)
+                drawn, made = self.draw_counted(model, sampler, seed, own, apart=is_apart(name))
                 values.append(here.measure(drawn, picture))
-                counted.append(calls.count / (1 + apart))
+                counted.append(made)
             for metric, numbers, unit in (("psnr", values, "dB"), ("model_calls", counted, "")):
                 records.append(
                     Record(
@@ -135,6 +169,12 @@ class Bench:
             print(f"{sampler} {scheduler} {name}: {records[-1].value:g} calls, "
                   f"{records[-2].value:.1f} dB", flush=True)  # fmt: skip
         return records
+
+
+def is_apart(name: str) -> bool:
+    """Whether conditionings come apart: EasyCache of 0.3.64 mixes up those of one batch, and so it
+    is done justice."""
+    return name.startswith("EasyCache")
 
 
 class CallCounter:
@@ -157,6 +197,7 @@ def main() -> None:
     parser.add_argument("--samplers", nargs="*", default=SAMPLERS)
     parser.add_argument("--schedulers", nargs="*", default=SCHEDULERS)
     parser.add_argument("--only", default="", help="measure what has this in its name")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="file of records")
     options = parser.parse_args()
     bench = Bench(options.comfyui.resolve())
     from leansd.evaluation.records import put_records
@@ -166,7 +207,7 @@ def main() -> None:
             for scheduler in options.schedulers:
                 if options.what == "measure":
                     place = lambda each: (each.sampler, each.scheduler, each.plan, each.metric)  # noqa: E731
-                    put_records(RESULTS, bench.measure(sampler, scheduler, options.only), place)
+                    put_records(options.out, bench.measure(sampler, scheduler, options.only), place)
                 else:
                     put_row(bench.tune(sampler, scheduler))
 

@@ -115,7 +115,7 @@ def check_unet(here: Checkout) -> str:
 
     torch = here.torch
     theirs = UNet2DConditionModel.from_pretrained(model_folder() / "unet").float().eval()
-    x, context = torch.randn(2, 4, 16, 16), torch.randn(2, 24, 128)
+    x, context = torch.randn(2, 4, 16, 16), torch.randn(2, 24, theirs.config.cross_attention_dim)
     with torch.no_grad():
         expected = theirs(x, torch.tensor([500, 500]), context).sample
         given = here.model.model.diffusion_model(x, torch.tensor([500.0, 500.0]), context=context)
@@ -312,8 +312,9 @@ def check_nodes(here: Checkout) -> str:
         request.cfg, here.vae, 5,
     )  # fmt: skip
     pictures, beside, report = compared.args
-    assert pictures.shape == (3 * PICTURES, 64, 64, 3), pictures.shape
-    assert beside.shape == (PICTURES, 64, 3 * 64, 3), beside.shape
+    count, height, width, _ = pictures.shape
+    assert count == 3 * PICTURES, pictures.shape
+    assert beside.shape == (PICTURES, height, 3 * width, 3), beside.shape
     return f"{', '.join(names)}\n" + "\n".join(f"    {line}" for line in report.splitlines())
 
 

@@ -327,7 +327,7 @@ class LeanEmbeddedModel(io.ComfyNode):
             node_id="LeanEmbeddedModel",
             display_name="Lean Embedded Model",
             category=f"{CATEGORY}/demo",
-            description="A tiny Stable Diffusion that draws emoji of 64 x 64, from the leansd "
+            description="A tiny Stable Diffusion that draws emoji, from the leansd "
             "package, to try the nodes without a download. Give it an empty latent image of 128 x "
             "128 and a prompt such as: a red apple, noto style.",
             inputs=[],

@@ -11,6 +11,7 @@ import threading
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -132,6 +133,10 @@ class Patcher:
 
     def set_attachments(self, key: str, attachment: Any) -> None:
         self.attachments[key] = attachment
+
+    @property
+    def model(self) -> Any:
+        return SimpleNamespace(diffusion_model=self.denoiser)
 
     def get_model_object(self, name: str) -> Any:
         return {"model_sampling": self.noise, "diffusion_model": self.denoiser}[name]

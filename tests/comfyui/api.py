@@ -1,0 +1,79 @@
+"""A double of what the nodes' classes use of ComfyUI's API: kinds of inputs, schemas, outputs."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+OPTIONS = {
+    "tooltip", "optional", "default", "options", "min", "max", "step", "control_after_generate",
+    "display_name",
+}  # fmt: skip
+
+
+def make_kind(name: str) -> Any:
+    """A kind of value, whose inputs and outputs are plain data."""
+
+    def make(*given: Any, **options: Any) -> SimpleNamespace:
+        assert options.keys() <= OPTIONS, options
+        assert len(given) < 2
+        return SimpleNamespace(kind=name, id=given[0] if given else "", options=options)
+
+    return SimpleNamespace(name=name, Input=make, Output=make)
+
+
+class Schema(SimpleNamespace):
+    def __init__(
+        self, *, node_id: str, display_name: str, category: str, description: str, inputs: Any,
+        outputs: Any, is_output_node: bool = False, not_idempotent: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(**{k: v for k, v in locals().items() if k not in ("self", "__class__")})
+
+
+class NodeOutput:
+    def __init__(self, *args: Any, ui: Any = None) -> None:
+        self.args, self.ui = args, ui
+
+
+class ComfyNode:
+    @classmethod
+    def GET_SCHEMA(cls) -> Schema:
+        return cls.define_schema()  # type: ignore[attr-defined]
+
+
+KINDS = ("Model", "Conditioning", "Sampler", "Sigmas", "Latent", "Float", "Int", "Combo", "String",
+         "Image", "Vae", "Clip")  # fmt: skip
+
+
+def put_modules(patch: pytest.MonkeyPatch, user: Path) -> None:
+    """Let ComfyUI's modules be there for an import, with a user's folder."""
+    io = SimpleNamespace(
+        Schema=Schema, NodeOutput=NodeOutput, ComfyNode=ComfyNode, Custom=make_kind,
+        **{name: make_kind(name) for name in KINDS},
+    )  # fmt: skip
+    there: dict[str, dict[str, Any]] = {
+        "folder_paths": {"get_user_directory": lambda: str(user)},
+        "comfy_api": {},
+        "comfy_api.latest": {
+            "ComfyExtension": type("ComfyExtension", (), {}),
+            "io": io,
+            "ui": SimpleNamespace(PreviewText=lambda text: text),
+        },
+        "comfy": {},
+        "comfy.model_management": {},
+        "comfy.sample": {},
+        "comfy.utils": {},
+        "latent_preview": {},
+    }
+    for name, holds in there.items():
+        module = types.ModuleType(name)
+        vars(module).update(holds)
+        patch.setitem(sys.modules, name, module)
+        parent, _, last = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], last, module)

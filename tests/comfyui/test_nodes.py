@@ -1,0 +1,144 @@
+"""The nodes' classes, against a double of ComfyUI's API."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from comfyui.api import put_modules
+from comfyui.double import Guider, Patcher, cond, lay_out
+from comfyui.test_playing import EULER, PLAN, STEPS
+from comfyui.unet import UNetModel
+from leansd.anatomy.fingerprint import fingerprint_module
+from leansd.errors import LeansdError
+from leansd.plans import Plan
+from tiny import tiny_unet
+
+NAMES = ("nodes", "sampling")
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[Any]:
+    """The module of the nodes, with an empty folder of the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        put_modules(patch, tmp_path)
+        for name in NAMES:
+            sys.modules.pop(f"integrations.comfyui.{name}", None)
+        yield importlib.import_module("integrations.comfyui.nodes")
+    for name in NAMES:
+        sys.modules.pop(f"integrations.comfyui.{name}", None)
+
+
+def list_nodes(nodes: Any) -> list[Any]:
+    return asyncio.run(nodes.LeanExtension().get_node_list())
+
+
+def draw(model: Any, sigmas: Any = None, size: int = 4) -> torch.Tensor:
+    noise = torch.randn(1, 4, size, size, generator=torch.Generator().manual_seed(1))
+    guider = Guider(model, [cond(0.4)], [cond(-0.3)])
+    return guider.sample(noise, EULER, lay_out(STEPS) if sigmas is None else sigmas)
+
+
+def test_what_nodes_show_is_what_they_take(nodes: Any) -> None:
+    seen: set[str] = set()
+    for node in list_nodes(nodes):
+        schema = node.GET_SCHEMA()
+        assert schema.node_id == node.__name__
+        assert schema.display_name not in seen
+        seen.add(schema.display_name)
+        assert schema.description
+        assert schema.category.startswith(nodes.CATEGORY)
+        taken = inspect.signature(node.execute).parameters
+        assert [each.id for each in schema.inputs] == list(taken)
+        for each in schema.inputs:
+            told, parameter = each.options, taken[each.id]
+            assert told.get("optional", False) == (parameter.default is not parameter.empty)
+            if "options" in told and "default" in told:
+                assert told["default"] in told["options"]
+            if "min" in told:
+                assert told["min"] <= told["default"] <= told["max"]
+
+
+def test_a_users_plans_are_offered_kept_and_loaded(nodes: Any, tmp_path: Path) -> None:
+    saved = nodes.SaveLeanPlan.execute(PLAN, "mine")
+    assert (tmp_path / "default/leansd/mine.json").is_file()
+    assert "mine.json" in saved.ui
+    (offered,) = (
+        each.options["options"] for each in nodes.LeanPlan.GET_SCHEMA().inputs if each.id == "plan"
+    )
+    assert offered[0] == "auto"
+    assert {"full", "balanced", "mine.json"} <= set(offered)
+    plan, text = nodes.LoadLeanPlan.execute("mine.json").args
+    assert plan == PLAN.rename("mine")
+    assert text == str(plan)
+    before = nodes.LoadLeanPlan.fingerprint_inputs("mine.json")
+    nodes.SaveLeanPlan.execute(Plan.full(STEPS), "mine")
+    assert nodes.LoadLeanPlan.fingerprint_inputs("mine.json") != before
+    model = nodes.LeanPlan.execute(Patcher(), "mine.json", "stretch").args[0]
+    draw(model)
+    assert nodes.find_report(model).plan == "mine"
+
+
+@pytest.mark.parametrize("mismatch", ["stretch", "compute in full"])
+def test_a_plan_of_another_step_count(nodes: Any, mismatch: str) -> None:
+    model = nodes.LeanPlan.execute(Patcher(), "balanced", mismatch, PLAN).args[0]
+    draw(model, lay_out(20))
+    report = nodes.find_report(model)
+    follows = mismatch == "stretch"
+    assert (report.computed < 20) == follows
+    assert ("is for 12 steps, this run has 20" in report.full) != follows
+
+
+def test_auto_goes_by_the_digest_of_the_weights(nodes: Any) -> None:
+    first, other = (Patcher(UNetModel(tiny_unet(seed))) for seed in (0, 1))
+    digest = fingerprint_module(first.denoiser)
+    purpose = nodes.Purpose(digest, "euler", tuple(lay_out(STEPS).tolist()), 4.0)
+    nodes.open_library().save_tuned(purpose, PLAN.rename("tuned 2x"))
+    told = []
+    for patcher in (first, other):
+        model = nodes.LeanPlan.execute(patcher, "auto", "stretch").args[0]
+        draw(model, size=8)
+        told.append(nodes.find_report(model).plan)
+    assert told == ["tuned 2x", "balanced"]
+
+
+def test_deepcache_by_its_own_numbers(nodes: Any) -> None:
+    unet = UNetModel(tiny_unet())
+    model = nodes.LeanDeepCache.execute(Patcher(unet), 4, 0).args[0]
+    draw(model, size=8)
+    report = nodes.find_report(model)
+    assert (report.plan, report.computed, report.partial) == ("deepcache", STEPS, STEPS - 3)
+    # Where the inside is not known, all is computed, and it is said why.
+    model = nodes.LeanDeepCache.execute(Patcher(), 4, 0).args[0]
+    draw(model)
+    assert "is for UNets" in nodes.find_report(model).full
+
+
+def test_the_report_comes_with_the_latents(nodes: Any) -> None:
+    model = nodes.LeanPlan.execute(Patcher(), "auto", "stretch", PLAN).args[0]
+    latent = {"samples": draw(model)}
+    given, text = nodes.LeanReport.execute(model, latent).args
+    assert given is latent
+    assert "the model ran 7 of 12 times, 5 forecast" in text
+
+
+def test_bad_input_is_answered_by_one_sentence(nodes: Any) -> None:
+    planned = nodes.LeanPlan.execute(Patcher(), "balanced", "stretch").args[0]
+    for ask, why in (
+        (lambda: nodes.LeanReport.execute(Patcher(), {}), "put Lean Plan before the sampler"),
+        (lambda: nodes.LeanReport.execute(planned, {}), "nothing was drawn with this model yet"),
+        (lambda: nodes.LeanPlan.execute(Patcher(), "gone.json", "stretch"), "gone.json"),
+        (lambda: nodes.LeanPlan.execute(Patcher(), "../a.json", "stretch"), "no file name"),
+        (lambda: nodes.LoadLeanPlan.execute("gone.json"), "gone.json"),
+        (lambda: nodes.SaveLeanPlan.execute(PLAN, "a/b"), "no file name"),
+    ):
+        with pytest.raises(LeansdError, match=why):
+            ask()
