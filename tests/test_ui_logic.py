@@ -335,6 +335,7 @@ def test_a_run_in_half_precision(shelf, tmp_path, monkeypatch, dtype):
     monkeypatch.setattr(
         "leansd.ui.studio.load", lambda *given, **options: tiny_pipeline().to(dtype)
     )
+    monkeypatch.setattr("leansd.ui.studio.PROFILE_REPEATS", 1)
     studio, settings = Studio(Folders.open(tmp_path / "home", shelf), "cpu"), make_settings()
     model = studio.open("tiny")
     plan = studio.resolve("deepcache", settings).plan

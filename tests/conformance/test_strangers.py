@@ -18,6 +18,7 @@ import leansd
 from conformance.cases import build_controlnet, build_ip_adapter, build_lora, build_sd, build_xl
 from conformance.models import draw_picture, small_unet
 from conformance.samplers import SAMPLERS
+from leansd.anatomy import read_anatomy
 from leansd.plans import Plan
 from tiny import TOKENS, WIDTH
 
@@ -163,11 +164,12 @@ def test_a_full_plan_is_not_seen_and_another_never_stale(name: str) -> None:
         assert torch.equal(situation.draw(pipe), plain)
     situation.setup(pipe)
     plan = LEAN
-    if "up2" in leansd.dissect(pipe.unet).blocks:
+    if "up2" in read_anatomy(pipe.unet).blocks:
         plan = Plan.every(2, cut="up2.l1", steps=STEPS)
     with leansd.inherit(pipe, plan) as run:
         drawn = situation.draw(pipe)
-        assert run.report().full_calls < run.report().calls
+        report = run.report()
+        assert report.full_calls < report.calls
         situation.setup(pipe)
         assert torch.equal(situation.draw(pipe), drawn)
     assert drawn.isfinite().all()

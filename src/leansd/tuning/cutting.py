@@ -208,10 +208,6 @@ class Study:
             for each, error in self.errors.items()
         )
 
-    def set_prices(self, prices: Prices) -> Study:
-        """The same errors under another measure of cost."""
-        return replace(self, prices=prices)
-
     def choose(
         self,
         budget: float,
