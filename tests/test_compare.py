@@ -14,17 +14,17 @@ from leansd.evaluation.runs import FULL, RunOutputs, run_calls
 from leansd.evaluation.timing import Timing, compare_timings
 from leansd.plans.presets import SPEED_PRESETS
 from leansd.runtime.engine import list_followers
-from tiny import tiny_pipeline
+from tiny import shallow_unet, tiny_pipeline
 
 PROMPTS = ["a red apple", "pizza"]
 STEPS = 4
-LEAN = Plan.every(2, cut="up3.l1", steps=STEPS, name="lean")
+LEAN = Plan.every(2, cut="up0.l1", steps=STEPS, name="lean")
 CASES = [Case(FULL, STEPS), Case("lean", STEPS, LEAN), Case("2 steps", 2)]
 
 
 @pytest.fixture(scope="module")
 def pipe():
-    return tiny_pipeline()
+    return tiny_pipeline(unet=shallow_unet())
 
 
 def as_bytes(pictures):

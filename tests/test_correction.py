@@ -14,7 +14,7 @@ from leansd.plans.compile import compile_plan
 from leansd.plans.liveness import Kept
 from leansd.runtime.clock import read_schedule
 from loops import sample
-from tiny import tiny_pipeline, tiny_scheduler, tiny_unet
+from tiny import shallow_unet, tiny_pipeline, tiny_scheduler
 
 STEPS = 8
 KEYS = (0, 1, 2, 4, 7)
@@ -65,7 +65,7 @@ def sample_by_reference(unet: Any, points: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("plan", "points"), [(PLAN, 2), (CURVED, 3)])
 def test_forecast_and_correction_are_what_they_say(plan: Plan, points: int) -> None:
-    unet = tiny_unet()
+    unet = shallow_unet()
     expected = sample_by_reference(unet, points)
     with leansd.inherit(unet, plan):
         drawn = sample(unet, STEPS)
@@ -74,7 +74,7 @@ def test_forecast_and_correction_are_what_they_say(plan: Plan, points: int) -> N
 
 
 def test_a_correction_by_nothing_is_no_correction() -> None:
-    unet = tiny_unet()
+    unet = shallow_unet()
     with leansd.inherit(unet, Plan.between(KEYS, cut="head", steps=STEPS, how="forecast")):
         plain = sample(unet, STEPS)
     with leansd.inherit(unet, PLAN.correct(dict.fromkeys(WEIGHTS, 0.0))):
@@ -82,14 +82,14 @@ def test_a_correction_by_nothing_is_no_correction() -> None:
 
 
 def test_without_a_forecast_before_there_is_nothing_to_correct() -> None:
-    unet = tiny_unet()
+    unet = shallow_unet()
     with leansd.inherit(unet, Plan.full(STEPS).correct({3: 0.5})):
         drawn = sample(unet, STEPS)
     assert torch.equal(drawn, sample(unet, STEPS))
 
 
 def test_a_call_that_computes_nothing_does_not_enter_the_unet() -> None:
-    unet = tiny_unet()
+    unet = shallow_unet()
     entered = 0
 
     def count(*_: Any) -> None:
@@ -104,7 +104,7 @@ def test_a_call_that_computes_nothing_does_not_enter_the_unet() -> None:
 
 
 def test_what_a_correction_reads_is_kept_as_long_as_needed() -> None:
-    calls = compile_plan(PLAN, leansd.dissect(tiny_unet())).calls
+    calls = compile_plan(PLAN, leansd.dissect(shallow_unet())).calls
     assert calls[4].correct == (0.3, 0.1)
     assert calls[4].corrects == ((Kept(HEAD, 2, "output"), Kept(HEAD, 1, "output")),)
     assert Kept(HEAD, 1, "output") in calls[4].releases
@@ -114,7 +114,7 @@ def test_what_a_correction_reads_is_kept_as_long_as_needed() -> None:
 
 def test_guided_pipeline_with_half_batches_between() -> None:
     """Where some calls run one lane only, a correction still moves both lanes."""
-    pipe = tiny_pipeline()
+    pipe = tiny_pipeline(unet=shallow_unet())
     plan = PLAN.guide("forecast", at=2)
     arguments: dict[str, Any] = {
         "prompt": "a cat",
@@ -141,7 +141,7 @@ def test_corrections_survive_a_file(tmp_path: Path) -> None:
 
 def test_senseless_corrections_are_refused() -> None:
     with pytest.raises(LeansdError, match="step 3 inherits head"):
-        PLAN.correct({3: 0.1}).resolve(leansd.dissect(tiny_unet()))
+        PLAN.correct({3: 0.1}).resolve(leansd.dissect(shallow_unet()))
     with pytest.raises(LeansdError, match="both halves"):
         PLAN.guide("inherit", at=4)
     with pytest.raises(LeansdError, match="give numbers"):

@@ -27,7 +27,7 @@ from leansd.evaluation.records import load_records
 from leansd.evaluation.runs import run_calls, split_calls
 from leansd.runtime.samplers import make_scheduler
 from pages import read_page
-from tiny import WIDTH, tiny_pipeline, tiny_tokenizer
+from tiny import WIDTH, shallow_unet, tiny_pipeline, tiny_tokenizer
 
 PROMPTS = ["a red apple", "pizza", "a cat"]
 STEPS = 4
@@ -36,7 +36,7 @@ TURBO = leansd.preset("turbo", STEPS, sampler="ddim")
 
 @pytest.fixture(scope="module")
 def pipe():
-    return tiny_pipeline()
+    return tiny_pipeline(unet=shallow_unet())
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def clip_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_pipeline().save_pretrained(folder)
+    tiny_pipeline(unet=shallow_unet()).save_pretrained(folder)
     return folder
 
 
@@ -333,7 +333,7 @@ def test_a_file_that_cannot_be_read_is_drawn_again(go, tmp_path):
 
 def test_what_was_kept_of_another_model_is_not_used(go, tmp_path):
     whole, work = go(tmp_path)
-    other = tiny_pipeline(seed=1)
+    other = tiny_pipeline(seed=1, unet=shallow_unet(1))
     changed, again = go(tmp_path, target=other)
     assert changed != whole
     assert again[-1] == work[-1]
