@@ -116,12 +116,12 @@ def test_usage_errors_are_one_line(fails, arguments, said):
     assert said in fails(*arguments)
 
 
-def test_ctrl_c_is_exit_code_130_and_one_line(run, model, tmp_path, monkeypatch):
+def test_ctrl_c_is_exit_code_130_and_one_line(run, shallow, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("leansd.drawing.paint", interrupt)
-    code, out, err = run("generate", "a", "--model", model, "--out", tmp_path / "out")
+    code, out, err = run("generate", "a", "--model", shallow, "--out", tmp_path / "out")
     assert (code, out, err) == (130, "", "leansd: stopped\n")
     assert not (tmp_path / "out").exists()
 
@@ -129,10 +129,10 @@ def test_ctrl_c_is_exit_code_130_and_one_line(run, model, tmp_path, monkeypatch)
 # -- generate ----------------------------------------------------------------------------------
 
 
-def test_generate_draws_pictures_that_carry_their_facts(run, model, tmp_path):
+def test_generate_draws_pictures_that_carry_their_facts(run, shallow, tmp_path):
     out = tmp_path / "deep" / "out"
     code, printed, told = run(
-        "generate", "a red apple", "pizza", "--model", model, "--steps", STEPS, "--seed", 3,
+        "generate", "a red apple", "pizza", "--model", shallow, "--steps", STEPS, "--seed", 3,
         "--count", 2, "--guidance", 2, "--negative", "blue", "--sampler", "euler", "--plan", "fast",
         "--force", "--out", out, "--json",
     )  # fmt: skip
@@ -154,7 +154,7 @@ def test_generate_draws_pictures_that_carry_their_facts(run, model, tmp_path):
         "steps": "4",
         "sampler": "euler",
         "guidance": "2.0",
-        "model": model,
+        "model": shallow,
         "plan": "fast",
         "plan_fingerprint": leansd.preset("fast", 4, sampler="euler").fingerprint,
         "leansd": leansd.__version__,
@@ -168,20 +168,29 @@ def test_generate_draws_pictures_that_carry_their_facts(run, model, tmp_path):
     assert pictures[0]["seconds"] > 0
 
 
-def test_generate_is_the_pipeline_itself_under_the_full_plan(run, model, tmp_path):
+def test_generate_is_the_pipeline_itself_under_the_full_plan(run, shallow, tmp_path):
     run(
-        "generate", "apple", "--model", model, "--steps", STEPS, "--plan", "full", "--out", tmp_path
+        "generate",
+        "apple",
+        "--model",
+        shallow,
+        "--steps",
+        STEPS,
+        "--plan",
+        "full",
+        "--out",
+        tmp_path,
     )
-    pipe = leansd.load(model, device="cpu")
+    pipe = leansd.load(shallow, device="cpu")
     expected = pipe("apple", num_inference_steps=4, generator=torch.manual_seed(0)).images[0]
     with Image.open(tmp_path / "apple.full.seed0.png") as image:
         assert image.tobytes() == expected.tobytes()
 
 
-def test_generate_from_a_picture(run, model, tmp_path):
+def test_generate_from_a_picture(run, shallow, tmp_path):
     Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
     code, out, _ = run(
-        "generate", "apple", "--model", model, "--steps", 10, "--init", tmp_path / "red.png",
+        "generate", "apple", "--model", shallow, "--steps", 10, "--init", tmp_path / "red.png",
         "--strength", 0.5, "--size", "24x16", "--out", tmp_path / "out", "--json",
     )  # fmt: skip
     assert code == 0
@@ -191,8 +200,8 @@ def test_generate_from_a_picture(run, model, tmp_path):
     assert json.loads(out.splitlines()[-1])["pictures"][0]["calls"] == 5
 
 
-def test_generate_compares_with_the_full_run(run, model, tmp_path, fails):
-    shared = ["generate", "a", "pizza", "--model", model, "--steps", 9, "--plan", "turbo"]
+def test_generate_compares_with_the_full_run(run, shallow, tmp_path, fails):
+    shared = ["generate", "a", "pizza", "--model", shallow, "--steps", 9, "--plan", "turbo"]
     code, out, _ = run(*shared, "--compare", "--out", tmp_path)
     assert code == 0
     assert f"wrote 2 pictures in {tmp_path}, {tmp_path / 'report.html'}" in out
@@ -208,12 +217,12 @@ def test_generate_compares_with_the_full_run(run, model, tmp_path, fails):
             assert alone.text == compared.text
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"id": "a", "prompt": "a"}')
-    told = fails("generate", "--prompts", rows, "--compare", "--model", model)
+    told = fails("generate", "--prompts", rows, "--compare", "--model", shallow)
     assert "leave --prompts out" in told
 
 
-def test_generate_runs_few_steps_in_full(run, model, tmp_path):
-    shared = ["generate", "a", "--model", model, "--plan", "fast", "--out", tmp_path, "--json"]
+def test_generate_runs_few_steps_in_full(run, shallow, tmp_path):
+    shared = ["generate", "a", "--model", shallow, "--plan", "fast", "--out", tmp_path, "--json"]
     _, out, told = run(*shared, "--steps", 8)
     assert "8 steps change too much" in told
     assert json.loads(out.splitlines()[-1])["pictures"][0]["plan"] == "full"
@@ -222,9 +231,9 @@ def test_generate_runs_few_steps_in_full(run, model, tmp_path):
     assert json.loads(out.splitlines()[-1])["pictures"][0]["plan"] == "fast"
 
 
-def test_generate_takes_its_steps_from_a_plan_file(run, model, tmp_path):
+def test_generate_takes_its_steps_from_a_plan_file(run, shallow, tmp_path):
     leansd.preset("turbo", 5).save(tmp_path / "plan.json")
-    shared = ["generate", "a", "--model", model, "--plan", tmp_path / "plan.json", "--json"]
+    shared = ["generate", "a", "--model", shallow, "--plan", tmp_path / "plan.json", "--json"]
     _, out, _ = run(*shared, "--out", tmp_path / "own")
     assert json.loads(out.splitlines()[-1])["pictures"][0]["steps"] == 5
     _, out, _ = run(*shared, "--out", tmp_path / "fit", "--steps", 3, "--fit")
@@ -272,10 +281,10 @@ def test_generate_tells_what_is_wrong_before_it_draws(fails, model, tmp_path):
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++2m"])
-def test_every_face_runs_the_plan_of_the_sampler(run, model, tmp_path, sampler):
+def test_every_face_runs_the_plan_of_the_sampler(run, shallow, tmp_path, sampler):
     """Not the hand-made schedule, which is what a preset is without one."""
     expected = leansd.preset("balanced", 9, sampler=sampler).fingerprint
-    shared = ["--steps", 9, "--sampler", sampler, "--model", model, "--json"]
+    shared = ["--steps", 9, "--sampler", sampler, "--model", shallow, "--json"]
     _, out, _ = run("generate", "a", *shared, "--out", tmp_path)
     assert json.loads(out.splitlines()[-1])["pictures"][0]["plan_fingerprint"] == expected
     _, out, _ = run("plan", "balanced", *shared)
@@ -287,10 +296,10 @@ def test_every_face_runs_the_plan_of_the_sampler(run, model, tmp_path, sampler):
     assert leansd.Plan.from_dict(job["plan"]).fingerprint == expected
 
 
-def test_no_picture_is_written_over(run, model, tmp_path):
+def test_no_picture_is_written_over(run, shallow, tmp_path):
     long = "a castle on a hill above a lake at dawn in a very detailed style "
     prompts = [f"{long} one", f"{long} two", "猫", "犬", "猫", "../a/b", "A B", "a b"]
-    shared = ["--model", model, "--steps", 1, "--out", tmp_path, "--json"]
+    shared = ["--model", shallow, "--steps", 1, "--out", tmp_path, "--json"]
     _, out, _ = run("generate", *prompts, *shared)
     pictures = json.loads(out.splitlines()[-1])["pictures"]
     paths = [Path(each["path"]) for each in pictures]
@@ -363,7 +372,9 @@ def blacken(pipe):
         (blacken, "all its pixels are equal"),
     ],
 )
-def test_a_picture_that_shows_nothing_is_not_written(run, model, tmp_path, monkeypatch, harm, told):
+def test_a_picture_that_shows_nothing_is_not_written(
+    run, shallow, tmp_path, monkeypatch, harm, told
+):
     honest = loading.load
 
     def load(*arguments, **options):
@@ -373,7 +384,7 @@ def test_a_picture_that_shows_nothing_is_not_written(run, model, tmp_path, monke
 
     monkeypatch.setattr(loading, "load", load)
     out = tmp_path / "out"
-    shared = ["--model", model, "--steps", 9, "--plan", "fast", "--out", out, "--json"]
+    shared = ["--model", shallow, "--steps", 9, "--plan", "fast", "--out", out, "--json"]
     code, printed, said = run("generate", "a", *shared)
     assert code == 1
     assert told in said
@@ -381,7 +392,7 @@ def test_a_picture_that_shows_nothing_is_not_written(run, model, tmp_path, monke
     assert json.loads(printed.splitlines()[-1])["pictures"] == []
 
 
-def test_the_plan_is_blamed_where_the_full_run_is_sound(run, model, tmp_path, monkeypatch):
+def test_the_plan_is_blamed_where_the_full_run_is_sound(run, shallow, tmp_path, monkeypatch):
     honest = drawing.inherit
 
     @contextmanager
@@ -394,7 +405,7 @@ def test_the_plan_is_blamed_where_the_full_run_is_sound(run, model, tmp_path, mo
             bias.copy_(kept)
 
     monkeypatch.setattr(drawing, "inherit", inherit)
-    shared = ["--model", model, "--plan", "fast", "--steps", 9, "--out", tmp_path / "out"]
+    shared = ["--model", shallow, "--plan", "fast", "--steps", 9, "--out", tmp_path / "out"]
     code, _, said = run("generate", "a", *shared)
     assert code == 1
     assert "from step 1 of 9 on; the full run is sound: use --plan full" in said

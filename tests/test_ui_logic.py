@@ -30,7 +30,7 @@ from leansd.ui.plan_grid import (
     turn_key,
 )
 from leansd.ui.studio import SAVED, Studio
-from tiny import LATENT, tiny_pipeline, tiny_unet
+from tiny import LATENT, shallow_unet, tiny_pipeline, tiny_unet
 
 STEPS = 10
 
@@ -44,7 +44,7 @@ def anatomy():
 def shelf(tmp_path_factory):
     """A folder of models with one in it."""
     home = tmp_path_factory.mktemp("models")
-    tiny_pipeline().save_pretrained(home / "tiny")
+    tiny_pipeline(unet=shallow_unet()).save_pretrained(home / "tiny")
     return home
 
 
@@ -311,7 +311,7 @@ def test_both_runs_draw_what_they_draw_alone(studio):
     told = []
     drawn = studio.draw(settings, plan, rounds=2, job=Job(), on_progress=told.append)
     full, lean = drawn.entry.open_pictures()
-    pipe = tiny_pipeline()
+    pipe = tiny_pipeline(unet=shallow_unet())
     request = Request(prompt="a red apple", steps=STEPS, guidance=4.0, seed=3)
     assert list(full.getdata()) == list(paint(pipe, request).image.getdata())
     assert list(lean.getdata()) == list(paint(pipe, request, plan).image.getdata())
@@ -333,7 +333,8 @@ def test_a_full_plan_changes_nothing(studio):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_run_in_half_precision(shelf, tmp_path, monkeypatch, dtype):
     monkeypatch.setattr(
-        "leansd.ui.studio.load", lambda *given, **options: tiny_pipeline().to(dtype)
+        "leansd.ui.studio.load",
+        lambda *given, **options: tiny_pipeline(unet=shallow_unet()).to(dtype),
     )
     monkeypatch.setattr("leansd.ui.studio.PROFILE_REPEATS", 1)
     studio, settings = Studio(Folders.open(tmp_path / "home", shelf), "cpu"), make_settings()
@@ -384,7 +385,7 @@ def test_what_could_not_be_counted_fails_nothing(studio, anatomy):
 
 def test_the_history_gives_everything_back(studio):
     settings = make_settings(seed=5, negative="blue", sampler="euler")
-    plan = change_cells(Plan.full(STEPS), studio.open("tiny").anatomy, [("up3.l1", 2)], "reuse")
+    plan = change_cells(Plan.full(STEPS), studio.open("tiny").anatomy, [("up0.l1", 2)], "reuse")
     kept = studio.draw(settings, plan, rounds=1, job=Job()).entry
     (entry,) = list_entries(studio.folders.history)
     assert entry.settings == settings
@@ -415,7 +416,7 @@ def test_mistakes_are_told_before_anything_runs(studio):
 
 
 def test_saved_plans_are_among_the_choices(studio):
-    studio.folders.save_plan(Plan.every(2, cut="up3", steps=4), "mine")
+    studio.folders.save_plan(Plan.every(2, cut="up0", steps=4), "mine")
     assert SAVED + "mine" in studio.list_plans()
     assert studio.list_plans()[0] == "quality"
     assert not any(name in studio.list_plans() for name in ("light-early", "tstitch-exact"))
