@@ -1,9 +1,11 @@
 """The command line: what each command gives, and one line for every mistake."""
 
 import json
+import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from errno import ENOSPC
 from pathlib import Path
 
 import pytest
@@ -321,6 +323,43 @@ def test_no_picture_is_written_over(run, shallow, tmp_path):
     assert len(read_files(tmp_path)) == len(before) + 1
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("profile", "--repeats", 1, "--steps", 2),
+        ("evaluate", "--plan", "full", "--count", 2, "--steps", 2, "--reference", "full"),
+    ],
+    ids=lambda command: command[0],
+)
+@pytest.mark.parametrize("room", [0, 1])
+def test_a_full_disk_is_a_sentence_and_the_command_goes_on(
+    run, shallow, tmp_path, monkeypatch, command, room
+):
+    """Files, but for so many, find no room: what was there stays, and nothing is half written."""
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("a\nb\n")
+    name, *options = command
+    given = [name, shallow, *options, "--out", out]
+    given += ["--prompts", prompts] if name == "evaluate" else []
+    write, left = Path.write_bytes, [room]
+
+    def fill(self, content):
+        if not left[0]:
+            raise OSError(ENOSPC, os.strerror(ENOSPC))
+        left[0] -= 1
+        return write(self, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", fill)
+        code, _, err = run(*given)
+    assert code != 0
+    assert err.splitlines()[-1].startswith("leansd: ")
+    assert "No space left on device" in err
+    assert "Traceback" not in err
+    assert len([each for each in out.rglob("*") if each.is_file()]) == room
+    assert run(*given)[0] == 0
+
+
 def test_what_an_earlier_run_has_measured_stays(run, model, tmp_path, monkeypatch):
     """Two runs into one folder, as with the defaults; only who is told to writes over."""
     command = ["anatomy", model, "--out", tmp_path, "--json"]
@@ -571,3 +610,5 @@ def test_operate_tells_what_is_wrong(fails, model, tmp_path):
     assert "is not a folder" in fails(
         "operate", "bk-tiny", "--model", model, "--out", tmp_path / "bad.yaml" / "out"
     )
+    # A folder with anything in it is somebody's.
+    assert str(tmp_path) in fails("operate", "bk-tiny", "--model", model, "--out", tmp_path)
