@@ -33,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 from leansd.errors import LeansdError
 from leansd.model_files import INDEX, check_file, describe_folder, find_snapshot, read_folder
 from leansd.runtime.samplers import name_sampler
+from leansd.runtime.whole_steps import find_transformer
 from leansd.surgery.checkpoints import (
     find_class,
     find_variant,
@@ -78,6 +79,41 @@ def load(
         LeansdError: there is no such model or device, it cannot be read, holds anything but
             safetensors, or has no `UNet2DConditionModel`.
     """
+    return _load_checked(model, device, dtype, _require_unet)
+
+
+def load_drawing(
+    model: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> DiffusionPipeline:
+    """As `load`, also where a transformer denoises: to draw, by plans of whole steps."""
+    return _load_checked(model, device, dtype, _require_denoiser)
+
+
+def has_transformer(model: str | Path) -> bool:
+    """Whether a transformer denoises in a model, by its index alone."""
+    path = Path(model).expanduser()
+    try:
+        if path.is_dir():
+            file = (find_snapshot(path) or path) / INDEX
+        elif isinstance(model, str) and _HUB_ID.fullmatch(model):
+            file = Path(hf_hub_download(model, INDEX))
+        else:
+            return False
+        told = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # whoever opens it says what is wrong
+        return False
+    return "transformer" in told and "unet" not in told
+
+
+def _load_checked(
+    model: str | Path,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+    require: Callable[[DiffusionPipeline, str | Path], None],
+) -> DiffusionPipeline:
     device = find_device(device)
     dtype = dtype or find_dtype(device)
     where = locate(model)
@@ -87,7 +123,7 @@ def load(
         pipe = _load_folder(where, dtype, quiet=str(model) == EMBEDDED)
     else:
         pipe = _load_file(where, dtype)
-    _require_unet(pipe, model)
+    require(pipe, model)
     if str(model) == EMBEDDED:
         pipe.set_progress_bar_config(disable=True)
     if pipe.dtype != dtype:  # releases of diffusers before `dtype=` pass it over
@@ -371,6 +407,10 @@ def silent_loading() -> Iterator[None]:
 def _load_folder(folder: Path, dtype: torch.dtype, *, quiet: bool) -> DiffusionPipeline:
     contents = read_folder(folder)
     options: dict[str, Any] = dict.fromkeys(contents.absent)
+    if has_transformer(folder):
+        # Text encoders that were left out, which diffusers wants to be told.
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        options |= {name: None for name, entry in index.items() if entry == [None, None]}
     if "safety_checker" in contents.absent:
         options["requires_safety_checker"] = False
     if contents.variant is not None:
@@ -488,6 +528,11 @@ def _first(error: Exception) -> str:
     """The first line of a library's message, which may run over many."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
+def _require_denoiser(pipe: DiffusionPipeline, model: str | Path) -> None:
+    if find_transformer(pipe) is None:
+        _require_unet(pipe, model)
 
 
 def _require_unet(pipe: DiffusionPipeline, model: str | Path) -> None:

@@ -109,6 +109,7 @@ def generate_pictures(
     """Draw pictures from prompts, each as a PNG that carries its prompt, seed and plan."""
     from leansd.errors import LeansdError
     from leansd.files import check_folder
+    from leansd.plans.anatomy import WHOLE
 
     # Everything that can be wrong is found before a weight is read.
     if bool(prompts) == (rows.prompt_file is not None):
@@ -125,6 +126,8 @@ def generate_pictures(
     base = wanted.make_request(resolved.plan.steps)
     task = _Task(model, source, wanted, following, opening, context)
     if rows.prompt_file is not None:
+        if context.anatomy is WHOLE:
+            raise LeansdError(f"--prompts is for UNets, and in {model} a transformer denoises")
         return _draw_rows(task, rows, rows.prompt_file, out)
     chosen = [
         replace(base, prompt=prompt, seed=wanted.seed + turn)
@@ -151,7 +154,7 @@ class _Task:
         from leansd.loading import load_vae, set_vae
 
         vae = load_vae(self.wanted.vae) if self.wanted.vae is not None else None
-        pipe = self.opening.open(self.model)
+        pipe = self.opening.open_drawing(self.model)
         if vae is not None:
             set_vae(pipe, vae)
         own = self.wanted.guidance

@@ -139,9 +139,18 @@ class Opening(DeviceOptions):
     def open(self, model: str) -> Any:
         """The pipeline with its sampler, and without bars of its own."""
         from leansd.loading import load
+
+        return self._set_up(load(model, **self.as_arguments()))
+
+    def open_drawing(self, model: str) -> Any:
+        """The same, also where a transformer denoises."""
+        from leansd.loading import load_drawing
+
+        return self._set_up(load_drawing(model, **self.as_arguments()))
+
+    def _set_up(self, pipe: Any) -> Any:
         from leansd.runtime.samplers import set_sampler
 
-        pipe = load(model, **self.as_arguments())
         if self.sampler is not None:
             set_sampler(pipe, self.sampler)
         pipe.set_progress_bar_config(disable=True)
@@ -179,10 +188,13 @@ class Fitting:
             LeansdError: there is none, it does not suit the model, or it was tuned for another
                 sampler and `--force` is not given.
         """
+        from leansd.loading import has_transformer
+        from leansd.plans.anatomy import WHOLE
         from leansd.unets import open_anatomy, outline_runs
 
+        anatomy = WHOLE if has_transformer(model) else open_anatomy(model)
         nets = {name: open_anatomy(folder) for name, folder in self.nets.items()}
-        context = outline_runs(model, open_anatomy(model), steps, sampler=sampler, nets=nets)
+        context = outline_runs(model, anatomy, steps, sampler=sampler, nets=nets)
         return self._resolve(plan, context), context
 
     def settle(
@@ -199,7 +211,11 @@ class Fitting:
             LeansdError: it was tuned for another UNet and `--force` is not given.
         """
         from leansd.runtime.context import describe_runs
+        from leansd.runtime.whole_steps import describe_whole_runs, find_transformer
 
+        if find_transformer(pipe) is not None:
+            known = describe_whole_runs(pipe, context.steps, guidance)
+            return tell_notes(self._resolve(plan, known))
         known = describe_runs(
             pipe,
             context.steps,
