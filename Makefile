@@ -2,6 +2,7 @@
 # make test   the tests, but for those that take long
 # make check  all tests, lint and types: what a change must pass
 # make emoji  train the embedded model's successor in runs/emoji; stop and call again at any time
+# make evidence  after other weights: everything measured on the embedded model, anew; goes on when stopped
 # make gpu   check and measure on your GPU, in ten minutes: MODEL=PATH takes a model of yours along
 # make docs   the documentation as a site: build/site/index.html
 
@@ -12,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test all-tests check lint types format bench gpu tables emoji docs manual notebooks compatibility clean
+.PHONY: demo test all-tests check lint types format bench gpu tables emoji evidence docs manual notebooks compatibility clean
 
 demo: $(VENV)/.user
 	$(BIN)/leansd demo --overwrite
@@ -35,6 +36,9 @@ types: $(VENV)/.developer
 format: $(VENV)/.developer
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+evidence: $(VENV)/.developer
+	$(BIN)/python benchmarks/evidence.py
 
 bench: $(VENV)/.developer
 	$(BIN)/python benchmarks/presets.py

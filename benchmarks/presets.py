@@ -1,10 +1,12 @@
 """The speed presets against what a user would pick instead, on one model, in one interleaved run.
 
     python benchmarks/presets.py [--model emoji] [--prompts 16] [--steps 30]
+    python benchmarks/presets.py --model models/emoji/model --results untuned
 
 Full run, presets, DeepCache's schedule, and fewer steps of the same sampler at each preset's cost.
 One round is one prompt drawn by every contestant, so ratios are paired. Records go to
-`benchmarks/results/presets.jsonl`; `benchmarks/tables.py` makes the tables from them.
+`benchmarks/results/presets.jsonl`, or `untuned.jsonl` for a model that no preset was tuned on;
+`benchmarks/tables.py` makes the tables from them.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from leansd.plans.presets import SPEED_PRESETS, preset
 from leansd.runtime.samplers import set_sampler
 from leansd.unets import predict_gain
 
-RESULTS = Path(__file__).parent / "results" / "presets.jsonl"
+RESULTS = Path(__file__).parent / "results"
 SAMPLERS = ("dpm++2m", "ddim", "euler")
 INTERVALS = (2, 3, 5)
 
@@ -55,6 +57,7 @@ def main(
     steps: int = 30,
     seed: int = 1000,
     guidance: float = GUIDANCE,
+    results: Annotated[str, typer.Option(help="presets or untuned")] = "presets",
 ) -> None:
     hush_libraries()
     pipe = load(model)
@@ -80,7 +83,7 @@ def main(
                 ),
             )
         records += list_records(demo)
-    write_records(RESULTS, records)
+    write_records(RESULTS / f"{results}.jsonl", records)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from leansd.evaluation.records import load_records
 from tabulation.cells import RESULTS, get, get_number, tabulate_ratio
 
@@ -106,3 +108,14 @@ def tabulate_modes() -> str:
             f"| {own['activations_checkpointed'] / 2**30:.2f} GiB |"
         )
     return "\n".join([*parts, ""])
+
+
+def tabulate_judged() -> str:
+    """What an independent classifier makes of the successor's pictures, beside real ones."""
+    path = RESULTS.parent.parent / "models" / "emoji" / "model" / "evaluation.json"
+    told = json.loads(path.read_text(encoding="utf-8"))
+    lines = ["| named right by the judge | drawn | real |", "|---|---|---|"]
+    for key, title in (("train", "training captions"), ("held_out", "held-out pairs")):
+        drawn, real = told[key]["generated"]["top1"], told[key]["real"]["top1"]
+        lines.append(f"| {told[key]['count']} {title} | {drawn:.1%} | {real:.1%} |")
+    return "\n".join([*lines, ""])

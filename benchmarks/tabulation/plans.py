@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from leansd.evaluation.records import Record, load_records
 from leansd.evaluation.standings import read_standings, tabulate_summary
+from leansd.plans.presets import SPEED_PRESETS
+from leansd.tuning import Front
 from tabulation.cells import RESULTS, get, get_number, tabulate_ratio
 
 PREDICTED = "predicted_speedup"
@@ -32,20 +36,51 @@ def tabulate_presets() -> str:
 
 def tabulate_headline() -> str:
     """For each sampler: the preset for twice the speed beside as few steps of the same sampler."""
-    records = load_records(RESULTS / "presets.jsonl")
-    head = ("30 steps with", "speed-up of `balanced`", "dB to the full run", "fewer steps", "dB")
+    return tabulate_beside_fewer(load_records(RESULTS / "presets.jsonl"), ("balanced",))
+
+
+def tabulate_untuned() -> str:
+    """The same of all speed presets on a model that none of them was tuned on."""
+    return tabulate_beside_fewer(load_records(RESULTS / "untuned.jsonl"), tuple(SPEED_PRESETS))
+
+
+def tabulate_beside_fewer(records: Sequence[Record], presets: Sequence[str]) -> str:
+    """Presets beside the number of plain steps that is nearest in predicted cost."""
+    head = ("30 steps with", "preset", "speed-up", "dB to the full run", "fewer steps", "dB")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for sampler in dict.fromkeys(get(record, "sampler") for record in records):
         cells = {(r.plan, r.metric): r for r in records if get(r, "sampler") == sampler}
         predicted = {plan: r.value for (plan, name), r in cells.items() if name == PREDICTED}
         fewer = [plan for plan in predicted if plan.endswith(" steps")]
-        nearest = min(fewer, key=lambda plan: abs(predicted[plan] - predicted["balanced"]))
+        for preset in presets:
+            nearest = min(fewer, key=lambda plan: abs(predicted[plan] - predicted[preset]))
+            columns = (
+                str(sampler),
+                f"`{preset}`",
+                tabulate_ratio(cells[preset, "speedup"]),
+                f"**{cells[preset, 'psnr'].value:.1f} dB**",
+                f"{nearest}, {tabulate_ratio(cells[nearest, 'speedup'])}",
+                f"{cells[nearest, 'psnr'].value:.1f} dB",
+            )
+            lines.append("| " + " | ".join(columns) + " |")
+    return "\n".join([*lines, ""])
+
+
+def tabulate_successor() -> str:
+    """Plans tuned on the bundled model's successor beside as many plain steps, held out."""
+    front = Front.load(RESULTS / "fronts-successor" / "dpm++2m-30.json")
+    plain = [each for each in front.points if each.is_plain]
+    head = ("UNet calls", "predicted speed-up", "tuned", "plain steps", "predicted speed-up", "")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for point in (each for each in front.points if not each.is_plain):
+        nearest = min(plain, key=lambda each: abs(each.speedup - point.speedup))
         columns = (
-            sampler,
-            tabulate_ratio(cells["balanced", "speedup"]),
-            f"**{cells['balanced', 'psnr'].value:.1f} dB**",
-            f"{nearest}, {tabulate_ratio(cells[nearest, 'speedup'])}",
-            f"{cells[nearest, 'psnr'].value:.1f} dB",
+            str(len(point.plan.keys)),
+            f"{point.speedup:.2f}x",
+            f"**{point.psnr:.1f} dB**",
+            str(nearest.plan.steps),
+            f"{nearest.speedup:.2f}x",
+            f"{nearest.psnr:.1f} dB",
         )
         lines.append("| " + " | ".join(columns) + " |")
     return "\n".join([*lines, ""])

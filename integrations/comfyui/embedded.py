@@ -111,9 +111,9 @@ class EmbeddedDecoder:
     """The autoencoder, as the nodes VAE Decode and VAE Encode call one."""
 
     def __init__(self) -> None:
-        from diffusers import AutoencoderTiny
+        from leansd.loading import load_vae
 
-        self._vae = AutoencoderTiny.from_pretrained(model_folder() / "vae").float().eval()
+        self._vae = load_vae(model_folder(), dtype=torch.float32).eval()
 
     def decode(self, samples: torch.Tensor, **_: Any) -> torch.Tensor:
         """Pictures [B, H, W, 3] from 0 to 1 of latents [B, 4, h, w]."""
@@ -124,4 +124,6 @@ class EmbeddedDecoder:
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Latents [B, 4, h, w] of pictures [B, H, W, 3] from 0 to 1."""
         with torch.no_grad():
-            return self._vae.encode(pixels[..., :3].float().cpu().movedim(-1, 1) * 2 - 1).latents
+            return self._vae.encode(
+                pixels[..., :3].float().cpu().movedim(-1, 1) * 2 - 1
+            ).latent_dist.mean

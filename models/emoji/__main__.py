@@ -262,6 +262,26 @@ def evaluate(
     print(write_card(model))
 
 
+@app.command()
+def publish(
+    out: Out = RUN,
+    nets: Annotated[
+        Path | None, typer.Option(help="Instead the lighter UNets that lie in this folder.")
+    ] = None,
+) -> None:
+    """Put OUT/model into the package; with --nets, the UNets trained from it."""
+    from leansd.emoji.location import model_folder
+    from models.emoji.publication import publish_model, publish_nets
+
+    package = model_folder()
+    if nets is None:
+        publish_model(out / "model", package)
+        print(package)
+        return
+    for folder in publish_nets(nets, package):
+        print(folder)
+
+
 def main() -> int:
     """Run the command line; a user's mistake is one line and exit code 2."""
     try:

@@ -262,27 +262,13 @@ def read_pictures(
 
 
 def read_unseen_style(data: Path | None, cache: Path, size: int) -> tuple[torch.Tensor, list[str]]:
-    """Draw the concepts in a style that is not trained on: uint8 pixels, and each one's name.
-
-    Its icons have names of their own: what they share with the others is the character.
-    """
+    """Draw the concepts in a style that is not trained on: uint8 pixels, and each one's name."""
     packages = {**PACKAGES, UNSEEN[1]: UNSEEN[2]}
-    modules = find_modules(data, cache / "packages", packages)
-    codes = {
-        name: _strip_selectors(code)
-        for code, name in _read_json(modules / STYLES["noto"][0] / "chars.json").items()
-    }
-    theirs = {
-        _strip_selectors(code): name
-        for code, name in _read_json(modules / UNSEEN[1] / "chars.json").items()
-    }
-    icons = read_icons(modules, UNSEEN[0])
-    found = [
-        (name, icons[theirs[codes[name]]])
-        for name, _ in read_concepts()
-        if name in codes and theirs.get(codes[name]) in icons
-    ]
-    return render_icons([drawing for _, drawing in found], size), [name for name, _ in found]
+    icons = read_icons(find_modules(data, cache / "packages", packages), UNSEEN[0])
+    names = [name for name, _ in read_concepts() if name in icons]
+    if not names:
+        raise LeansdError(f"{UNSEEN[1]} {UNSEEN[2]} has none of the concepts' names")
+    return render_icons([icons[name] for name in names], size), names
 
 
 def _strip_selectors(code: str) -> str:

@@ -10,7 +10,6 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from transformers import CLIPModel, CLIPTokenizer
 
@@ -173,11 +172,9 @@ def retrieve_captions(
 ) -> float:
     """Return how often the model's own CLIP finds a uint8 picture's caption among a hundred."""
     net, tokenizer = clip
-    side = net.config.vision_config.image_size
-    small = F.interpolate(pixels.float(), size=(side, side), mode="area").round().byte()
     # Shuffled, or a group of choices would be neighbours by name: look-alikes.
     order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(1))
-    images = embed_images(net, small)[order]
+    images = embed_images(net, pixels)[order]
     texts = embed_texts(net, tokenizer, captions)[order]
     hits = 0
     for own, all_texts in zip(images.split(CHOICES), texts.split(CHOICES), strict=True):

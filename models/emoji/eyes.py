@@ -112,11 +112,12 @@ class EyesLearner:
 
 @torch.no_grad()
 def embed_images(clip: CLIPModel, pictures: torch.Tensor, batch: int = 100) -> torch.Tensor:
-    """Embed uint8 pictures (count, 3, side, side) as unit vectors (count, width)."""
-    device = next(clip.parameters()).device
+    """Embed uint8 pictures (count, 3, side, side) of any size as unit vectors (count, width)."""
+    device, side = next(clip.parameters()).device, clip.config.vision_config.image_size
     rows = []
     for part in pictures.split(batch):
-        pixels = normalize_floats(part.to(device).float().div(255))
+        small = F.interpolate(part.to(device).float().div(255), size=(side, side), mode="area")
+        pixels = normalize_floats(small)
         pooled = clip.vision_model(pixel_values=pixels).pooler_output
         rows.append(F.normalize(clip.visual_projection(pooled), dim=-1))
     return torch.cat(rows).cpu()

@@ -380,7 +380,7 @@ class Follower:
             self.abort()
             raise
         for note in resolved.notes:
-            self.warn_once(note)
+            warnings.warn(note, stacklevel=2)
         plan = resolved.plan
         if plan.drift is not None and self.compile_options is not None:
             self.warn_once(

@@ -101,7 +101,8 @@ def guide_batch(noise: Tensor, scale: float | None) -> Tensor:
     """The guided output [B/2, C, H, W] of a whole batch [B, C, H, W]; the same without guidance."""
     if scale is None:
         return noise.clone()
-    return guide(*noise.chunk(2), scale).output
+    rest, cond = noise.chunk(2)
+    return guide(rest, cond, scale).output
 
 
 def _measure_one(unet: UNet2DConditionModel, call: KeptCall) -> float:

@@ -1,0 +1,167 @@
+"""All that stands on the bundled model's weights, measured anew: one command that goes on.
+
+    python benchmarks/evidence.py --list           what is made, and what is still to be made
+    python benchmarks/evidence.py                  all of it, in turn
+    python benchmarks/evidence.py nets presets     some of it
+
+A part that is done with these weights is not done again. What is stopped goes on by the same
+command, as far as its own script can. Records of other weights are deleted when a part begins.
+Parts that time anything want a machine that does nothing else. Not here, since it needs a checkout
+of ComfyUI: `benchmarks/comfyui.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from leansd.anatomy.fingerprint import fingerprint_module
+from leansd.emoji.location import model_folder
+from leansd.files import write_file
+from leansd.loading import load_unet
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+RUNS = ROOT / "runs"
+DONE = RUNS / "evidence.json"
+"""Whose evidence `runs` holds, and which parts are done."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One piece of evidence.
+
+    Attributes:
+        commands: what makes it, each the arguments of `python`.
+        records: files of `benchmarks/results` that it writes.
+        is_timed: it wants a quiet machine.
+    """
+
+    commands: Sequence[str]
+    records: Sequence[str] = ()
+    is_timed: bool = False
+
+
+NETS = "--data runs/pictures"
+PARTS = {
+    "nets": Part(
+        (
+            "-m models.emoji pictures --out runs/pictures",
+            f"benchmarks/incubation.py {NETS} --seed 0 --arm light --arm assembled --arm lean",
+            "-m models.emoji publish --nets runs/incubation",
+        )
+    ),
+    "fronts of 30 steps": Part(
+        ("benchmarks/fronts.py --steps 30",),
+        ("fronts/dpm++2m-30.json", "fronts/ddim-30.json", "fronts/euler-30.json"),
+    ),
+    "fronts of 20 steps": Part(
+        ("benchmarks/fronts.py --steps 20",),
+        ("fronts/dpm++2m-20.json", "fronts/ddim-20.json", "fronts/euler-20.json"),
+    ),
+    "fronts of 50 steps": Part(
+        (
+            "benchmarks/fronts.py --steps 50 --sampler dpm++2m --speed 1.5 --speed 2 --speed 3",
+            "benchmarks/fronts.py --steps 50 --sampler ddim --sampler euler --speed 1.5 --speed 2 "
+            "--speed 3 --tries 2 --spare 1.03",
+        ),
+        ("fronts/dpm++2m-50.json", "fronts/ddim-50.json", "fronts/euler-50.json"),
+    ),
+    "fronts of other settings": Part(
+        (
+            "benchmarks/fronts.py --sampler dpm++2m --steps 30 --guidance 8",
+            "benchmarks/fronts.py --sampler dpm++2m --steps 30 --pictures",
+        ),
+        ("fronts/dpm++2m-30-g8.json", "fronts/dpm++2m-30-image-to-image.json"),
+    ),
+    "presets": Part(("benchmarks/presets.py",), ("presets.jsonl",), is_timed=True),
+    "demo": Part(("-m leansd demo --out runs/demo --overwrite",), ("demo.jsonl",), is_timed=True),
+    "few calls": Part(("benchmarks/few_calls.py",), ("few-calls.jsonl",)),
+    "cuts": Part(("benchmarks/cuts.py",), ("cuts.jsonl",)),
+    "prediction": Part(
+        ("benchmarks/prediction.py --model emoji", "benchmarks/prediction.py --model sd15"),
+        ("prediction.jsonl",),
+        is_timed=True,
+    ),
+    "bulk": Part(("benchmarks/bulk.py",), ("bulk.jsonl",), is_timed=True),
+    "joint": Part(("benchmarks/joint.py",), ("joint.jsonl",)),
+    "incubation": Part(
+        (f"benchmarks/incubation.py {NETS}", f"benchmarks/incubated.py {NETS}"),
+        ("incubation.jsonl", "incubation-curves.jsonl"),
+    ),
+    "bench": Part(
+        ("-m leansd bench --plans benchmarks/results/fronts",), ("bench.jsonl",), is_timed=True
+    ),
+    "pages": Part(
+        (
+            "benchmarks/tables.py",
+            "benchmarks/figures.py",
+            "notebooks/execute.py",
+        )
+    ),
+}
+COPIES = {
+    "demo": (
+        ("runs/demo/grid.png", "docs/images/grid.png"),
+        ("runs/demo/records.jsonl", "benchmarks/results/demo.jsonl"),
+    )
+}
+"""What a part's commands leave elsewhere, and where it belongs."""
+
+
+def read_done(weights: str) -> list[str]:
+    """The parts that are done with these weights."""
+    found = json.loads(DONE.read_text()) if DONE.exists() else {"weights": weights, "done": []}
+    if found["weights"] != weights:
+        sys.exit(f"{RUNS} holds what was made with other weights: move it away, and begin again")
+    return found["done"]
+
+
+def make(name: str, part: Part, done: Sequence[str], weights: str) -> None:
+    """Run a part's commands; note that it was begun, then that it is done."""
+    begun = f"{name}, begun"
+    if begun not in done:
+        for each in part.records:
+            (RESULTS / each).unlink(missing_ok=True)
+        write_done(weights, [*done, begun])
+    for command in part.commands:
+        print(f"-- {name}: python {command}", flush=True)
+        subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=True)
+    for source, target in COPIES.get(name, ()):
+        shutil.copyfile(ROOT / source, ROOT / target)
+    write_done(weights, [*done, begun, name])
+
+
+def write_done(weights: str, done: Sequence[str]) -> None:
+    """Keep what is done."""
+    RUNS.mkdir(exist_ok=True)
+    write_file(DONE, json.dumps({"weights": weights, "done": list(dict.fromkeys(done))}))
+
+
+def main(
+    parts: Annotated[list[str] | None, typer.Argument(help="Some parts only.")] = None,
+    show: Annotated[bool, typer.Option("--list", help="Say what is to be made.")] = False,
+) -> None:
+    """Make what is not made yet."""
+    weights = fingerprint_module(load_unet(model_folder(), device="cpu"))
+    if unknown := [name for name in parts or () if name not in PARTS]:
+        sys.exit(f"no part {unknown[0]!r}: choose from {', '.join(PARTS)}")
+    for name in parts or PARTS:
+        done = read_done(weights)
+        if show:
+            quiet = ", wants a quiet machine" if PARTS[name].is_timed else ""
+            print(f"{name}: {'done' if name in done else 'to do'}{quiet}")
+        elif name not in done:
+            make(name, PARTS[name], done, weights)
+
+
+if __name__ == "__main__":
+    typer.run(main)
