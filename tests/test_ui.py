@@ -236,6 +236,10 @@ def test_a_mistake_is_told(visit):
 def test_a_run_is_stopped(visit, home):
     page, before = visit.page, len(list((home / "own" / "history").iterdir()))
     page.fill("#prompt textarea", "a lemon, noto style")
+    steps = page.locator("#steps input[type=number]")
+    usual = steps.input_value()
+    steps.fill("100")  # long enough for a page on a busy machine
+    steps.press("Enter")
     page.get_by_role("button", name="More").click()
     field = page.locator("#rounds input[type=number]")
     field.fill("9")
@@ -246,6 +250,8 @@ def test_a_run_is_stopped(visit, home):
     page.wait_for_function("document.querySelector('#lanes').textContent.includes('stopped')")
     visit.wait_idle()
     assert len(list((home / "own" / "history").iterdir())) == before
+    steps.fill(usual)
+    steps.press("Enter")
 
 
 def test_another_model_is_tuned_and_timed(visit, shots):
