@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import typer
 from diffusers import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from incubation import (
     ASSEMBLED,
     DIRECT,
@@ -145,8 +146,7 @@ def read_folder(folder: Path) -> tuple[list[str], Tensor]:
 @torch.no_grad()
 def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
     """The latents of 8-bit pictures [n, 3, H, W], whichever kind of autoencoder it is."""
-    encoded = vae.encode(pixels.float() / 127.5 - 1)
-    return encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
+    return retrieve_latents(vae.encode(pixels.float() / 127.5 - 1), sample_mode="argmax")
 
 
 def predict_noise(ground: Ground, unet: UNet2DConditionModel) -> Tensor:

@@ -17,6 +17,7 @@ import comfy.supported_models
 import comfy.utils
 import torch
 from comfy.ldm.modules.attention import CrossAttention
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from safetensors.torch import load_file
 
 from leansd.emoji.location import model_folder
@@ -123,7 +124,6 @@ class EmbeddedDecoder:
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Latents [B, 4, h, w] of pictures [B, H, W, 3] from 0 to 1."""
+        seen = pixels[..., :3].float().cpu().movedim(-1, 1) * 2 - 1
         with torch.no_grad():
-            return self._vae.encode(
-                pixels[..., :3].float().cpu().movedim(-1, 1) * 2 - 1
-            ).latent_dist.mean
+            return retrieve_latents(self._vae.encode(seen), sample_mode="argmax")

@@ -142,3 +142,15 @@ def test_bad_input_is_answered_by_one_sentence(nodes: Any) -> None:
     ):
         with pytest.raises(LeansdError, match=why):
             ask()
+
+
+def test_pictures_become_latents_and_pictures_again(nodes: Any) -> None:
+    embedded = importlib.import_module("integrations.comfyui.embedded")
+    autoencoder = embedded.EmbeddedDecoder()
+    pictures = torch.linspace(0, 1, 128).expand(2, 128, 128)[..., None].repeat(1, 1, 1, 3)
+    latents = autoencoder.encode(pictures)
+    assert latents.shape[:2] == (2, 4)
+    back = autoencoder.decode(latents)
+    assert back.shape == pictures.shape
+    assert float((back - pictures).square().mean()) < 0.02
+    sys.modules.pop("integrations.comfyui.embedded", None)
