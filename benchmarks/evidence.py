@@ -42,11 +42,13 @@ class Part:
     Attributes:
         commands: what makes it, each the arguments of `python`.
         records: files of `benchmarks/results` that it writes.
+        copies: what they leave elsewhere, and where it belongs.
         is_timed: it wants a quiet machine.
     """
 
     commands: Sequence[str]
     records: Sequence[str] = ()
+    copies: Sequence[tuple[str, str]] = ()
     is_timed: bool = False
 
 
@@ -83,11 +85,22 @@ PARTS = {
         ("fronts/dpm++2m-30-g8.json", "fronts/dpm++2m-30-image-to-image.json"),
     ),
     "presets": Part(("benchmarks/presets.py",), ("presets.jsonl",), is_timed=True),
-    "demo": Part(("-m leansd demo --out runs/demo --overwrite",), ("demo.jsonl",), is_timed=True),
+    "demo": Part(
+        ("-m leansd.cli demo --out runs/demo --overwrite",),
+        ("demo.jsonl",),
+        (
+            ("runs/demo/grid.png", "docs/images/grid.png"),
+            ("runs/demo/records.jsonl", "benchmarks/results/demo.jsonl"),
+        ),
+        is_timed=True,
+    ),
     "few calls": Part(("benchmarks/few_calls.py",), ("few-calls.jsonl",)),
     "cuts": Part(("benchmarks/cuts.py",), ("cuts.jsonl",)),
     "prediction": Part(
-        ("benchmarks/prediction.py --model emoji", "benchmarks/prediction.py --model sd15"),
+        (
+            "benchmarks/prediction.py --model emoji",
+            "benchmarks/prediction.py --model sd15 --side 256 --repeats 3",
+        ),
         ("prediction.jsonl",),
         is_timed=True,
     ),
@@ -98,7 +111,7 @@ PARTS = {
         ("incubation.jsonl", "incubation-curves.jsonl"),
     ),
     "bench": Part(
-        ("-m leansd bench --plans benchmarks/results/fronts",), ("bench.jsonl",), is_timed=True
+        ("-m leansd.cli bench --plans benchmarks/results/fronts",), ("bench.jsonl",), is_timed=True
     ),
     "pages": Part(
         (
@@ -108,13 +121,6 @@ PARTS = {
         )
     ),
 }
-COPIES = {
-    "demo": (
-        ("runs/demo/grid.png", "docs/images/grid.png"),
-        ("runs/demo/records.jsonl", "benchmarks/results/demo.jsonl"),
-    )
-}
-"""What a part's commands leave elsewhere, and where it belongs."""
 
 
 def read_done(weights: str) -> list[str]:
@@ -135,7 +141,7 @@ def make(name: str, part: Part, done: Sequence[str], weights: str) -> None:
     for command in part.commands:
         print(f"-- {name}: python {command}", flush=True)
         subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=True)
-    for source, target in COPIES.get(name, ()):
+    for source, target in part.copies:
         shutil.copyfile(ROOT / source, ROOT / target)
     write_done(weights, [*done, begun, name])
 

@@ -5,7 +5,8 @@
 Fronts go to `benchmarks/results/fronts/SAMPLER-STEPS.json`, those of another guidance scale than
 the model's own to `SAMPLER-STEPS-gSCALE.json`, those of image-to-image (`--pictures`) to
 `SAMPLER-STEPS-image-to-image.json`; the latter two make no presets. What was tried is kept in
-journals under `runs/fronts`, and the profile that all of them go by, so that a stopped run goes on.
+journals under `runs/fronts`, and the profile that all of them go by, so that a stopped run goes on;
+`--results` names another folder for both.
 
     python benchmarks/fronts.py --model models/emoji/model --results fronts-successor
         --sampler dpm++2m --steps 30 --grid 1 --speed 1.5 --speed 2 --tries 2 --spare 1.03
@@ -50,7 +51,7 @@ from leansd.tuning.tuner import GRIDS
 
 RESULTS = Path(__file__).parent / "results"
 FRONTS = "fronts"
-JOURNALS = Path(__file__).parent.parent / "runs" / "fronts"
+RUNS = Path(__file__).parent.parent / "runs"
 SEED, INPUT_SEED = 2_000_000, 12_000_000
 """Of pictures, and of those that image-to-image starts from; far from the benchmark's."""
 CALLS = 24
@@ -101,9 +102,9 @@ def main(
                 settings=list_settings(contest),
                 tries=tries,
                 seed=SEED,
-                cost=keep_profile(drawer, contest, calls[0]),
+                cost=keep_profile(drawer, contest, calls[0], RUNS / results),
                 sampler=name,
-                journal=JOURNALS / f"{stem}.jsonl",
+                journal=RUNS / results / f"{stem}.jsonl",
                 tell=tell,
             )
             found = search(speeds=hasten(speed, spare), grids=grid)
@@ -133,9 +134,9 @@ def hasten(speeds: Sequence[float], spare: Sequence[float]) -> list[float]:
     return sorted({speed * share for speed in speeds for share in spare})
 
 
-def keep_profile(drawer: Any, contest: Contest, call: PipelineCall) -> CostModel:
+def keep_profile(drawer: Any, contest: Contest, call: PipelineCall, folder: Path) -> CostModel:
     """What everything costs: measured once for each task, and then what was measured."""
-    path = JOURNALS / f"cost-{contest.task}.jsonl"
+    path = folder / f"cost-{contest.task}.jsonl"
     if path.exists():
         return CostModel.from_records(load_records(path))
     arguments = {**expand_calls([call])[0], **list_settings(contest)}

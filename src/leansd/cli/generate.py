@@ -1,6 +1,6 @@
 """`leansd generate`: prompts in, pictures and a report out."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -238,11 +238,7 @@ def _paint_all(
     """Every request after the plan."""
     from leansd.drawing import paint
 
-    for request, bar in _show_each(requests, progress):
-
-        def follow(done: int, total: int, bar: Any = bar) -> None:
-            progress.update(bar, completed=done, total=total)
-
+    for request, follow in _show_each(requests, progress):
         yield request, paint(pipe, request, plan, follow, nets), None
 
 
@@ -259,14 +255,11 @@ def _compare_all(
     from leansd.evaluation.runs import FULL
     from leansd.report.plans import PicturePair
 
-    for request, bar in _show_each(requests, progress):
-
-        def follow(far: Any, bar: Any = bar) -> None:
-            progress.update(bar, completed=far.done, total=far.total)
-
+    for request, follow in _show_each(requests, progress):
         drawn = compare_pair(
             pipe, plan, request.arguments, request.seed,
-            nets=nets, is_warm=request is not requests[0], on_progress=follow,
+            nets=nets, is_warm=request is not requests[0],
+            on_progress=lambda far, follow=follow: follow(far.done, far.total),
         )  # fmt: skip
         pair = PicturePair(request, drawn[FULL], drawn[LEAN])
         painting = Painting(pair.planned.images[0], pair.seconds[1], pair.planned.attachment)
@@ -282,11 +275,17 @@ def _report_pairs(task: _Task, pairs: "Sequence[PicturePair]", plan: "Plan") -> 
     return report_pairs(pairs, plan, task.context.anatomy)
 
 
-def _show_each(requests: "Sequence[Request]", progress: Any) -> "Iterator[tuple[Request, Any]]":
-    """The requests, each with a bar of its own."""
+def _show_each(
+    requests: "Sequence[Request]", progress: Any
+) -> "Iterator[tuple[Request, Callable[[float, float], None]]]":
+    """The requests, each with what moves a bar of its own: steps done, of so many."""
     for number, request in enumerate(requests, start=1):
         bar = progress.add_task(f"{number}/{len(requests)} {request.prompt[:40]}", total=None)
-        yield request, bar
+
+        def follow(done: float, total: float, bar: Any = bar) -> None:
+            progress.update(bar, completed=done, total=total)
+
+        yield request, follow
         progress.remove_task(bar)
 
 
