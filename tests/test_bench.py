@@ -12,6 +12,7 @@ import torch
 
 import leansd
 from leansd import LeansdError, Plan
+from leansd.anatomy.reading import read_anatomy
 from leansd.cli import main
 from leansd.evaluation.bench import (
     OWN_SETTING,
@@ -69,6 +70,7 @@ from tiny import tiny_pipeline, tiny_scheduler, tiny_unet
 
 PROMPTS = ["a red apple", "pizza"]
 CONTEST = Contest("text-to-image", "ddim", 4, 3.0, is_long=True)
+ANATOMY = read_anatomy(tiny_unet())
 
 
 @pytest.fixture(scope="module")
@@ -354,13 +356,15 @@ def test_long_contests_look_at_few_calls_one_by_one(pipe, context):
 def test_own_plans_from_a_folder_are_those_of_the_sampler_and_step_count(tmp_path):
     for name in ("ddim-4-2x", "ddim-4-1.5x", "ddim-6-2x", "euler-4-2x"):
         Plan.full(int(name.split("-")[1])).save(tmp_path / f"{name}.json")
-    plans = choose_plans([str(tmp_path), "fast"], CONTEST, 4, read_front=read_plans, force=True)
+    plans = choose_plans(
+        [str(tmp_path), "fast"], CONTEST, ANATOMY, read_front=read_plans, force=True
+    )
     assert [plan.name for plan in plans] == ["1.5x", "2x", "fast"]
-    plans = choose_plans([], CONTEST, 4, read_front=read_plans, force=True)
+    plans = choose_plans([], CONTEST, ANATOMY, read_front=read_plans, force=True)
     assert [plan.name for plan in plans] == list(leansd.plans.presets.SPEED_PRESETS)
     told = []
     plans = choose_plans(
-        [str(tmp_path), "fast"], CONTEST, 4, read_front=read_plans, tell=told.append
+        [str(tmp_path), "fast"], CONTEST, ANATOMY, read_front=read_plans, tell=told.append
     )
     assert [plan.name for plan in plans] == ["1.5x", "2x"]  # in 4 steps fast means the full run
     assert "to follow fast all the same give --force" in told[0]
@@ -374,7 +378,8 @@ def test_a_front_for_what_a_contest_draws_comes_before_one_for_anything(tmp_path
     pictures = replace(CONTEST, task="image-to-image", strength=0.6)
     contests = [replace(CONTEST, guidance=8.0), CONTEST, pictures]
     found = [
-        choose_plans([str(tmp_path)], contest, 4, read_front=read_plans) for contest in contests
+        choose_plans([str(tmp_path)], contest, ANATOMY, read_front=read_plans)
+        for contest in contests
     ]
     assert [[plan.name for plan in plans] for plans in found] == [
         ["tuned-g8 of 4 steps"],

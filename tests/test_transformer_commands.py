@@ -14,7 +14,9 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+import leansd
 from leansd.cli import main
+from leansd.evaluation.records import get_field, load_records
 from tiny import TOKENS, tiny_tokenizer
 from tiny_transformers import SIDE, WIDTH, make_vae
 
@@ -85,7 +87,14 @@ def test_generate_draws_by_a_plan_and_says_what_ran(run: Any, model: Path, tmp_p
     [
         (("generate", "a pear", "--plan", "deepcache", "--steps", 12), "is for UNets"),
         (("generate", "--prompts", "rows.txt"), "--prompts is for UNets"),
-        (("bench", "--quick"), "without a UNet2DConditionModel"),
+        (("profile",), "without a UNet2DConditionModel"),
+        (("tune", "--calls", 40), "--calls is for UNets"),
+        (("tune", "--drift", "drift.jsonl"), "--drift is for UNets"),
+        (("generate", "a pear", "--sampler", "ddim"), "choose from flow-euler, flow-heun"),
+        (
+            ("bench", "--quick", "--sampler", "dpm++2m"),
+            "Pipeline predicts a flow",
+        ),
     ],
 )
 def test_what_is_for_unets_is_refused_by_one_sentence(
@@ -93,7 +102,53 @@ def test_what_is_for_unets_is_refused_by_one_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("rows.txt").write_text("a pear\n")
-    code, out, err = run(*words, "--model", model)
+    given = ("--model", model) if words[0] in ("generate", "bench") else (model,)
+    code, out, err = run(*words, *given)
     assert (code, out) == (2, "")
-    assert why in err
-    assert err.count("\n") == 1
+    *notes, sentence = err.splitlines()
+    assert why in sentence
+    assert notes in ([], [f"opening {model}"])
+
+
+def test_what_is_tuned_is_evaluated_and_held_against_rivals(
+    run: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a pear\na plum\na quince\na medlar\n")
+    shared = ("--prompts", "prompts.txt", "--guidance", 3)
+    code, out, err = run(
+        "tune", model, "--steps", 8, "--tries", 0, "--speeds", "2", "--out", "plan.json",
+        "--json", *shared,
+    )  # fmt: skip
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1])["sampler"] == "flow-euler"
+    assert "The chosen plan" in Path("plan.html").read_text()
+    # How fast a call was decides which plan it is.
+    assert leansd.Plan.load("plan.json").steps <= 8
+    plan = leansd.Plan.full(8, name="own").inherit("head", at=[3, 5, 7], how="forecast")
+    plan.save("own.json")
+
+    code, out, err = run(
+        "evaluate", model, "--plan", "own.json", "--plan", "full", "--rival", "flow-dpm++2m:4",
+        "--steps", 8, "--converged-steps", 12, "--json", *shared,
+    )  # fmt: skip
+    assert code == 0, err
+    found = json.loads(out.splitlines()[-1])
+    values = {(each["plan"], each["metric"], each.get("reference")): each["value"]
+              for each in found["results"]}  # fmt: skip
+    assert values["full plan", "psnr", "full"] > 99
+    assert values["own", "predicted_speedup", None] == 8 / 5
+
+    code, out, err = run(
+        "bench", "--model", model, "--quick", "--steps", 8, "--plans", "own.json",
+        "--converged-steps", 12, "--out", "bench.jsonl", "--json", *shared,
+    )  # fmt: skip
+    assert code == 0, err
+    (contest,) = json.loads(out.splitlines()[-1])["contests"]
+    assert contest["sampler"] == "flow-euler"
+    records = load_records(Path("bench.jsonl"))
+    families = {each.get("family") for each in map(vars, records)} | {
+        get_field(r, "family") for r in records
+    }
+    assert {"ours", "fewer", "samplers", "spectrum"} <= families
+    assert any("is for UNets" in each for each in contest["left_out"])

@@ -32,8 +32,8 @@ from transformers.utils import logging as transformers_logging
 
 from leansd.errors import LeansdError
 from leansd.model_files import INDEX, check_file, describe_folder, find_snapshot, read_folder
+from leansd.runtime.context import find_transformer
 from leansd.runtime.samplers import name_sampler
-from leansd.runtime.whole_steps import find_transformer
 from leansd.surgery.checkpoints import (
     find_class,
     find_variant,

@@ -43,7 +43,7 @@ class Field:
     sampler: list[str] | None = option(
         None,
         "Once for each; dpm++2m, ddim and euler by default, and unipc and dpm++sde at one step "
-        "count.",
+        "count; flow-euler and flow-dpm++2m where the model predicts a flow.",
         autocompletion=complete_sampler,
     )
     steps: list[int] | None = option(None, "Once for each; 20, 30 and 50 by default.", min=2)
@@ -58,13 +58,17 @@ class Field:
         return replace(calls, count=min(count, 8), batch=min(calls.batch, 2))
 
     def check(self, converged_steps: int) -> tuple[list[str], list[int]]:
-        """Samplers and step counts; raises LeansdError where one is none or runs are too long."""
+        """Samplers that are named, and step counts.
+
+        Raises:
+            LeansdError: there is no such sampler, or runs are too long.
+        """
         from leansd.errors import LeansdError
-        from leansd.evaluation.bench import SAMPLERS, STEPS, check_plans
+        from leansd.evaluation.bench import STEPS, check_plans
         from leansd.runtime.samplers import check_sampler
 
         check_plans(self.plans or [])
-        samplers = list(dict.fromkeys(self.sampler or SAMPLERS))
+        samplers = list(dict.fromkeys(self.sampler or ()))
         counts = list(dict.fromkeys(self.steps or STEPS))
         for name in samplers:
             check_sampler(name)
@@ -101,7 +105,7 @@ def bench(
     Every contest is on record when it is over; the same command goes on with the next.
     """
     from leansd.cli.options import Opening
-    from leansd.evaluation.bench import HOSTS, drop_done, list_contests, prepare
+    from leansd.evaluation.bench import choose_samplers, drop_done, list_contests, prepare
     from leansd.files import check_file, check_folder
 
     # Everything that can be wrong is found before a weight is read.
@@ -117,11 +121,11 @@ def bench(
         converged_steps=converged_steps,
     )
 
-    pipe = opening.open(model)
+    pipe = opening.open_drawing(model)
     if settings.embedder is not None:
         settings.embedder.clip.to(pipe.device)
     guidance = calls.find_guidance(pipe, model)
-    hosts = () if field.sampler else HOSTS
+    samplers, hosts = (samplers, ()) if samplers else choose_samplers(pipe)
     contests = list_contests(samplers, counts, guidance, hosts=hosts, quick=field.quick)
     entries = prepare(pipe, settings, contests)
     waiting = drop_done(entries, out) if resume else entries

@@ -24,6 +24,10 @@ SAMPLERS = (
     "dpm++sde",
     "unipc",
     "deis",
+    "flow-euler",
+    "flow-heun",
+    "flow-dpm++2m",
+    "flow-unipc",
 )
 """Of `leansd.runtime.samplers`, which needs diffusers."""
 DEVICES = ("cpu", "cuda", "mps")

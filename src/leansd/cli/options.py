@@ -211,11 +211,7 @@ class Fitting:
             LeansdError: it was tuned for another UNet and `--force` is not given.
         """
         from leansd.runtime.context import describe_runs
-        from leansd.runtime.whole_steps import describe_whole_runs, find_transformer
 
-        if find_transformer(pipe) is not None:
-            known = describe_whole_runs(pipe, context.steps, guidance)
-            return tell_notes(self._resolve(plan, known))
         known = describe_runs(
             pipe,
             context.steps,

@@ -203,6 +203,8 @@ def tune_plans(
     """
     from leansd.cli.options import open_nets
     from leansd.cli.terminal import follow, note
+    from leansd.report.plans import report_tuning
+    from leansd.runtime.context import dissect_denoiser
     from leansd.runtime.samplers import name_sampler
     from leansd.tuning.pipeline_host import require_tunable
     from leansd.tuning.tuner import tune
@@ -210,12 +212,11 @@ def tune_plans(
     # Everything that can be wrong is found before a weight is read.
     out, front, journal, page = files.check()
     sought, folders = search.read(wanted := goal.check())
-    check_convergence(opening.sampler)
-    opening.check_model(model)
+    _check_model(opening, model, search, files)
     prompts = _list_prompts(calls, model)
     further = search.list_mix_calls(calls, model, start.init)
     pictures = start.open(steps)
-    pipe = opening.open(model)
+    pipe = opening.open_drawing(model)
     require_tunable(pipe.scheduler, steps)
     pipe, asked, drawn = start.place(pipe, prompts, pictures, calls, model)
     note(f"tuning on {len(asked)} pictures on {pipe.device}; every third decides, the rest tune")
@@ -240,10 +241,28 @@ def tune_plans(
         facts={"model": model, "goal": wanted, **_list_facts(found, chosen, drawn)},
         shown=_show(found, chosen),
         files=[out, front],
-        pages={page: _report(found, chosen, pipe.unet, model, drifts)},
+        pages={page: report_tuning(found, chosen, dissect_denoiser(pipe, model), drifts)},
         records={files.drift: drifts} if files.drift is not None else {},
         device=pipe.device,
     )
+
+
+def _check_model(opening: Opening, model: str, search: Search, files: Files) -> None:
+    """Refuses what there is not, and what reaches into a UNet where a transformer denoises."""
+    from leansd.errors import LeansdError
+    from leansd.loading import has_transformer
+
+    check_convergence(opening.sampler)
+    opening.check_model(model)
+    given = {
+        "--attend": search.attend,
+        "--net": search.net,
+        "--calls": search.mixes,
+        "--drift": files.drift,
+    }
+    for name, value in given.items():
+        if value and has_transformer(model):
+            raise LeansdError(f"{name} is for UNets, and in {model} a transformer denoises")
 
 
 def _show(found: "Front", chosen: "Point") -> list[Any]:
@@ -256,13 +275,6 @@ def _show(found: "Front", chosen: "Point") -> list[Any]:
         "or: the best of the other kind, fewer steps or tuned, that is as fast",
         fill(describe_choice(found, chosen), 80),
     ]
-
-
-def _report(found: "Front", chosen: "Point", unet: Any, model: str, drifts: Any) -> Any:
-    from leansd.anatomy import dissect
-    from leansd.report.plans import report_tuning
-
-    return report_tuning(found, chosen, dissect(unet, name=model), drifts)
 
 
 def check_convergence(sampler: str | None) -> None:

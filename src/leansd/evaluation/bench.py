@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from leansd.anatomy.counting import dissect
 from leansd.errors import LeansdError
 from leansd.evaluation.compare import (
     CONVERGED,
@@ -34,9 +33,12 @@ from leansd.evaluation.records import Record, get_field, load_records, put_recor
 from leansd.evaluation.rivals import OURS, Contest, Rival, RivalContext, make_case
 from leansd.evaluation.runs import FULL, PipelineCall, expand_calls, run_calls, split_calls
 from leansd.loading import as_image_to_image
+from leansd.plans.anatomy import Anatomy
 from leansd.plans.plan import Plan
 from leansd.plans.presets import PRESETS, SPEED_PRESETS, Preset
 from leansd.plans.resolve import PlanContext, find_source, resolve_plan
+from leansd.runtime.clock import is_flow
+from leansd.runtime.context import dissect_denoiser
 from leansd.runtime.samplers import SAMPLERS as SAMPLER_TABLE
 from leansd.runtime.samplers import make_scheduler
 
@@ -51,6 +53,10 @@ GUIDANCES = (7.5, 8.0)
 A-SDM's tables (arXiv 2406.00210)."""
 OTHERS = ("unipc", "deis")
 """Samplers whose fewer steps are rivals of every other: good ones, for their family's best."""
+FLOW_SAMPLERS = ("flow-euler", "flow-dpm++2m")
+"""Instead of `SAMPLERS` where the model predicts a flow."""
+FLOW_OTHERS = ("flow-dpm++2m", "flow-unipc")
+"""Instead of `OTHERS` there."""
 STRENGTH, OTHER_STRENGTH = 0.6, 0.8
 """Of image-to-image; records and fronts of the first do not say it."""
 INPUT_SEED = 10_000_000
@@ -60,11 +66,16 @@ OWN_SETTING = re.compile(r"-(g[\d.]+|image-to-image(-s[\d.]+)?)")
 SETTINGS = "settings"
 """The field of records that holds the fingerprint of all that a contest's numbers follow from."""
 
-ChoosePlans = Callable[[Contest, int], Sequence[Plan]]
-"""Ours in a contest, for a UNet with so many up blocks."""
+ChoosePlans = Callable[[Contest, Anatomy], Sequence[Plan]]
+"""Ours in a contest, for what denoises."""
 
 
 # -- which contests ----------------------------------------------------------------------------
+
+
+def choose_samplers(pipe: Any) -> tuple[Sequence[str], Sequence[str]]:
+    """The samplers of a pipeline's contests where none are named, and further hosts."""
+    return (FLOW_SAMPLERS, ()) if is_flow(pipe.scheduler) else (SAMPLERS, HOSTS)
 
 
 def list_contests(
@@ -165,7 +176,7 @@ def check_plans(sources: Sequence[str]) -> None:
 def choose_plans(
     sources: Sequence[str],
     contest: Contest,
-    blocks: int,
+    anatomy: Anatomy,
     *,
     read_front: Callable[[Path], Sequence[Plan]],
     force: bool = False,
@@ -185,7 +196,7 @@ def choose_plans(
     context = PlanContext(
         contest.steps,
         contest.sampler,
-        blocks=blocks,
+        anatomy=anatomy,
         guidance=contest.guidance,
         strength=contest.strength,
     )
@@ -259,8 +270,9 @@ def prepare(
     pipe: Any, settings: BenchSettings, contests: Sequence[Contest]
 ) -> list[PreparedContest]:
     """All cases of every contest; draws the pictures that image-to-image starts from."""
-    weights, anatomy = fingerprint_pipe(pipe), dissect(pipe.unet)
-    names = dict.fromkeys([*(each.sampler for each in contests), *OTHERS])
+    weights, anatomy = fingerprint_pipe(pipe), dissect_denoiser(pipe)
+    others = FLOW_OTHERS if is_flow(pipe.scheduler) else OTHERS
+    names = dict.fromkeys([*(each.sampler for each in contests), *others])
     schedulers = {name: make_scheduler(pipe, name) for name in names}
     tasks: dict[str, tuple[Any, Sequence[Any]]] = {"text-to-image": (pipe, settings.prompts)}
     prepared: list[PreparedContest] = []
@@ -278,8 +290,8 @@ def prepare(
             contest,
             runner,
             anatomy,
-            tuple(name for name in OTHERS if name != contest.sampler),
-            tuple(settings.choose_plans(contest, anatomy.up_blocks)),
+            tuple(name for name in others if name != contest.sampler),
+            tuple(settings.choose_plans(contest, anatomy)),
         )
         cases, left_out = line_up(context, settings.rivals, schedulers)
         spread = settings.spread_sets if contest.steps == LONG or contest.is_long else 0
@@ -301,7 +313,7 @@ def line_up(
     cases += [make_case(context, plan, plan.name, OURS) for plan in context.own]
     left_out: dict[str, str] = {}
     for rival in rivals:
-        obstacle = rival.find_obstacle()
+        obstacle = rival.find_obstacle(context.anatomy)
         if obstacle:
             left_out[rival.name] = obstacle
         else:

@@ -18,7 +18,6 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from leansd.anatomy.counting import dissect
 from leansd.errors import LeansdError
 from leansd.evaluation.compare import (
     CONVERGED,
@@ -35,7 +34,8 @@ from leansd.plans.compile import compile_plan
 from leansd.plans.macs import predict_speedup
 from leansd.plans.plan import Plan
 from leansd.plans.resolve import resolve_plan
-from leansd.runtime.context import describe_runs
+from leansd.runtime.clock import lay_out_run
+from leansd.runtime.context import describe_runs, dissect_denoiser
 
 SHOWN = 8  # pictures of every case that are handed on for reports
 
@@ -216,7 +216,7 @@ class _Common:
         settings: Mapping[str, Any],
     ) -> None:
         self.pipe = pipe
-        self.anatomy = dissect(pipe.unet)
+        self.anatomy = dissect_denoiser(pipe)
         default = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
         guidance = settings.get("guidance_scale", default.default if default is not None else None)
         self.fields = {
@@ -245,7 +245,4 @@ class _Common:
         return gain
 
     def _count_calls(self, case: Case) -> int:
-        scheduler = case.scheduler or self.pipe.scheduler
-        probe = type(scheduler).from_config(scheduler.config)
-        probe.set_timesteps(case.steps)
-        return len(probe.timesteps)
+        return len(lay_out_run(case.scheduler or self.pipe.scheduler, case.steps).timesteps)

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeAlias
 
 from leansd.errors import LeansdError
 from leansd.evaluation.compare import Case, Enter
-from leansd.plans.anatomy import Anatomy
+from leansd.plans.anatomy import WHOLE, Anatomy
 from leansd.plans.compile import compile_plan
 from leansd.plans.macs import predict_speedup
 from leansd.plans.plan import Plan
@@ -85,6 +85,7 @@ class Rival:
         module: what is imported of it.
         preset: what has to be there where it is a plan.
         competes: whether it is held against ours; what builds on ours is only shown.
+        is_for_unets: whether it reaches into a UNet, or goes by more than whole steps.
     """
 
     name: str
@@ -94,9 +95,12 @@ class Rival:
     module: str = ""
     preset: str = ""
     competes: bool = True
+    is_for_unets: bool = False
 
-    def find_obstacle(self) -> str:
-        """Why it cannot take part; empty where it can."""
+    def find_obstacle(self, anatomy: Anatomy | None = None) -> str:
+        """Why it cannot take part, with a denoiser where one is given; empty where it can."""
+        if self.is_for_unets and anatomy is WHOLE:
+            return "it is for UNets"
         if self.module and find_spec(self.module) is None:
             return f"{self.package} is not installed (pip install {self.package})"
         if self.preset and self.preset not in PRESETS:
@@ -415,10 +419,31 @@ RIVALS: dict[str, Rival] = {
             give_deepcache,
             package="DeepCache",
             module="DeepCache",
+            is_for_unets=True,
         ),
-        Rival("tgate", "the T-GATE package", give_tgate, package="tgate", module="tgate"),
-        Rival("tgate-plan", "T-GATE's schedule as a plan", give_tgate_plans, preset="tgate"),
-        Rival("tomesd", "token merging", give_tomesd, package="tomesd", module="tomesd"),
+        Rival(
+            "tgate",
+            "the T-GATE package",
+            give_tgate,
+            package="tgate",
+            module="tgate",
+            is_for_unets=True,
+        ),
+        Rival(
+            "tgate-plan",
+            "T-GATE's schedule as a plan",
+            give_tgate_plans,
+            preset="tgate",
+            is_for_unets=True,
+        ),
+        Rival(
+            "tomesd",
+            "token merging",
+            give_tomesd,
+            package="tomesd",
+            module="tomesd",
+            is_for_unets=True,
+        ),
         Rival(
             "ours+tomesd",
             "ours with token merging",
@@ -426,6 +451,7 @@ RIVALS: dict[str, Rival] = {
             package="tomesd",
             module="tomesd",
             competes=False,
+            is_for_unets=True,
         ),
         Rival(
             "easycache",
@@ -437,6 +463,7 @@ RIVALS: dict[str, Rival] = {
                 [{"threshold": threshold} for threshold in (0.05, 0.1)],
             ),
             preset="easycache",
+            is_for_unets=True,
         ),
         Rival(
             "spectrum",
@@ -460,6 +487,7 @@ RIVALS: dict[str, Rival] = {
                 [],
             ),
             preset="guidance-cutoff",
+            is_for_unets=True,
         ),
     )
 }

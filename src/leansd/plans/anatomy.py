@@ -133,8 +133,8 @@ class Anatomy:
         return _draw_tree(self)
 
 
-WHOLE = Anatomy((Unit(HEAD, "conv", "", (0, 0), 1, 0, ()),), name="denoiser")
-"""A denoiser of which only the output is known: what plans of whole steps need."""
+WHOLE = Anatomy((Unit(HEAD, "conv", "", (0, 0), 1, 0, (), macs=1),), name="denoiser", macs=1)
+"""A denoiser of which only the output is known: what plans of whole steps need. A call costs 1."""
 
 
 def _draw_tree(anatomy: Anatomy) -> str:

@@ -57,8 +57,7 @@ class PlanContext:
 
     @property
     def up_blocks(self) -> int:
-        known = 0 if self.anatomy is None else self.anatomy.up_blocks
-        return known or self.blocks
+        return self.blocks if self.anatomy is None else self.anatomy.up_blocks
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,12 @@ from leansd.errors import LeansdError
 from leansd.plans.plan import Plan
 from leansd.plans.resolve import find_source
 from leansd.runtime.compiled import read_options
+from leansd.runtime.context import find_transformer
 from leansd.runtime.engine import attach, detach, find_followers
 from leansd.runtime.nets import match_nets
 from leansd.runtime.report import Report
 from leansd.runtime.run import Follower
-from leansd.runtime.whole_steps import (
-    WholeStepFollower,
-    find_transformer,
-    find_whole_follower,
-)
+from leansd.runtime.whole_steps import WholeStepFollower, find_whole_follower
 
 NO_NETS: Mapping[str, UNet2DConditionModel] = MappingProxyType({})
 

@@ -7,6 +7,7 @@ twice (Heun, KDPM2, PNDM) or start late (image-to-image) need no special case.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -157,6 +158,22 @@ def _is_laid_out(scheduler: Any) -> bool:
     if getattr(scheduler, "num_inference_steps", 0) is not None:
         return True
     return len(scheduler.timesteps) != scheduler.config.num_train_timesteps
+
+
+def lay_out_run(scheduler: Any, steps: int) -> Any:
+    """A copy of a scheduler at the start of a run.
+
+    Where its shift goes by the size of the picture (FLUX), only a pipeline's own run tells it: the
+    last one of as many steps, and till there is one some shift or other.
+    """
+    double = copy.deepcopy(scheduler)
+    if not scheduler.config.get("use_dynamic_shifting", False):
+        double.set_timesteps(steps)
+    elif getattr(scheduler, "num_inference_steps", None) == steps:
+        double._step_index = double._begin_index = None
+    else:
+        double.set_timesteps(steps, mu=1.0)
+    return double
 
 
 def read_schedule(scheduler: Any) -> CallSchedule:

@@ -6,12 +6,28 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from torch import nn
+
+from leansd.anatomy.counting import dissect
 from leansd.anatomy.fingerprint import fingerprint_module
 from leansd.anatomy.reading import read_anatomy
-from leansd.plans.anatomy import Anatomy
+from leansd.plans.anatomy import WHOLE, Anatomy
 from leansd.plans.plan import NO_NETS
 from leansd.plans.resolve import PlanContext
 from leansd.runtime.samplers import name_sampler
+
+
+def find_transformer(target: Any) -> nn.Module | None:
+    """The transformer that denoises for a pipeline; None where it has none, or a UNet."""
+    if isinstance(target, nn.Module) or getattr(target, "unet", None) is not None:
+        return None
+    found = getattr(target, "transformer", None)
+    return found if isinstance(found, nn.Module) and hasattr(target, "scheduler") else None
+
+
+def dissect_denoiser(pipe: Any, name: str = "UNet") -> Anatomy:
+    """What denoises for a pipeline, with its cost; of a transformer only that it is one."""
+    return dissect(pipe.unet, name=name) if find_transformer(pipe) is None else WHOLE
 
 
 def describe_runs(
@@ -28,24 +44,29 @@ def describe_runs(
 
     Args:
         steps: of the sampler; None for those of a plan file.
-        anatomy: of its UNet, where it was read already.
+        anatomy: of what denoises, where it was read already.
         nets: anatomies of the other UNets that a plan may run, by name.
         guidance: the guidance scale, where it is known.
         strength: how much of its steps a run has, where it is known.
         log_snr: at every step, where the scheduler has laid them out.
     """
 
+    transformer = find_transformer(pipe)
+    denoiser: Any = pipe.unet if transformer is None else transformer
+    if anatomy is None:
+        anatomy = WHOLE if transformer is not None else read_anatomy(denoiser)
+
     @cache
     def find_unet() -> str | None:
         # Weights that wait elsewhere (sequential offloading) cannot be told from others.
-        absent = any(value.is_meta for value in pipe.unet.parameters())
-        return None if absent else fingerprint_module(pipe.unet)
+        absent = any(value.is_meta for value in denoiser.parameters())
+        return None if absent else fingerprint_module(denoiser)
 
     return PlanContext(
         steps=steps,
         sampler=name_sampler(pipe),
         scheduler=type(pipe.scheduler).__name__,
-        anatomy=read_anatomy(pipe.unet) if anatomy is None else anatomy,
+        anatomy=anatomy,
         nets=nets,
         guidance=guidance,
         strength=strength,

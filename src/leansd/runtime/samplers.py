@@ -1,5 +1,6 @@
 """Samplers by short name: a scheduler class of diffusers and the options that make it that one."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -9,6 +10,7 @@ import diffusers
 from diffusers import DiffusionPipeline
 
 from leansd.errors import LeansdError
+from leansd.runtime.clock import is_flow
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,11 @@ class Sampler:
     options: Mapping[str, Any] = field(default_factory=dict)
     adds_noise: bool = False
     """Whether every step draws noise, so that more steps lead to another picture."""
+    is_flow: bool = False
+    """Whether it is for models that predict a flow (SD3, FLUX, Sana), not noise."""
 
+
+_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
 SAMPLERS: dict[str, Sampler] = {
     "ddim": Sampler("DDIMScheduler"),
@@ -40,6 +46,14 @@ SAMPLERS: dict[str, Sampler] = {
     ),
     "unipc": Sampler("UniPCMultistepScheduler"),
     "deis": Sampler("DEISMultistepScheduler"),
+    "flow-euler": Sampler("FlowMatchEulerDiscreteScheduler", is_flow=True),
+    "flow-heun": Sampler("FlowMatchHeunDiscreteScheduler", is_flow=True),
+    "flow-dpm++2m": Sampler(
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False, **_FLOW},
+        is_flow=True,
+    ),
+    "flow-unipc": Sampler("UniPCMultistepScheduler", _FLOW, is_flow=True),
 }
 
 
@@ -49,10 +63,29 @@ def set_sampler(pipe: DiffusionPipeline, name: str) -> None:
 
 
 def make_scheduler(pipe: DiffusionPipeline, name: str) -> Any:
-    """The scheduler of sampler `name`, on the noise schedule that a pipeline was trained with."""
+    """The scheduler of sampler `name`, on the noise schedule that a pipeline was trained with.
+
+    Raises:
+        LeansdError: there is no such sampler, or it is for models that predict something else.
+    """
     row = SAMPLERS[check_sampler(name)]
+    if row.is_flow != is_flow(pipe.scheduler):
+        what, not_what = ("a flow", "noise") if row.is_flow else ("noise", "a flow")
+        fitting = [each for each, other in SAMPLERS.items() if other.is_flow != row.is_flow]
+        raise LeansdError(
+            f"sampler {name} is for models that predict {what}, and this "
+            f"{type(pipe).__name__} predicts {not_what}: choose from {', '.join(fitting)}"
+        )
     scheduler = getattr(diffusers, row.scheduler)
-    return scheduler.from_config(pipe.scheduler.config, **row.options)
+    config, options = dict(pipe.scheduler.config), dict(row.options)
+    # The same number by two names: diffusers carries neither over to the other.
+    shifts = [config.pop(key) for key in _SHIFTS if key in config]
+    known = inspect.signature(scheduler).parameters
+    options |= {key: shifts[0] for key in _SHIFTS if shifts and key in known}
+    return scheduler.from_config(config, **options)
+
+
+_SHIFTS = ("shift", "flow_shift")
 
 
 def check_sampler(name: str) -> str:

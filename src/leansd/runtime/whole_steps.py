@@ -15,33 +15,23 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
-from leansd.anatomy.fingerprint import fingerprint_module
 from leansd.core.player import Player
 from leansd.core.schedule import CallSchedule
 from leansd.core.stopwatch import Stopwatch, start_stopwatch
 from leansd.errors import LeansdError
-from leansd.plans.anatomy import WHOLE
 from leansd.plans.plan import Plan
-from leansd.plans.resolve import PlanContext, Resolved, Source, resolve_plan
+from leansd.plans.resolve import Resolved, Source, resolve_plan
 from leansd.runtime.clock import read_schedule
+from leansd.runtime.context import describe_runs
 from leansd.runtime.hooks import ForwardHooks, PipelineEndHook
 from leansd.runtime.report import Report
 from leansd.runtime.run import find_calling_pipeline
-from leansd.runtime.samplers import name_sampler
 
 CONDITIONS = ("encoder_hidden_states", "pooled_projections", "skip_layers")
 """Arguments by which calls of one step are told apart and changes in the midst of a run noticed."""
 
 HELD = 16
 """Conditions that are held: those of the step before and of this one."""
-
-
-def find_transformer(target: Any) -> nn.Module | None:
-    """The transformer that denoises for a pipeline; None where it has none, or a UNet."""
-    if isinstance(target, nn.Module) or getattr(target, "unet", None) is not None:
-        return None
-    found = getattr(target, "transformer", None)
-    return found if isinstance(found, nn.Module) and hasattr(target, "scheduler") else None
 
 
 class WholeRun:
@@ -189,7 +179,7 @@ class WholeStepFollower:
         return run, index
 
     def _resolve(self, steps: int, guidance: float | None = None) -> Resolved:
-        context = describe_whole_runs(self.pipe, steps, guidance)
+        context = describe_runs(self.pipe, steps, guidance=guidance)
         resolved = resolve_plan(self.source, context)
         for note in resolved.notes:
             if note not in self._warned:
@@ -212,22 +202,6 @@ class _OddOutput(Exception):
 _LOCK = threading.Lock()
 _ATTACHED: dict[int, WholeStepFollower] = {}
 """By the id of the pipeline, which its follower keeps alive."""
-
-
-def describe_whole_runs(
-    pipe: Any, steps: int | None = None, guidance: float | None = None
-) -> PlanContext:
-    """The context of the runs of a pipeline with a transformer."""
-    transformer = find_transformer(pipe)
-    assert transformer is not None
-    return PlanContext(
-        steps=steps,
-        sampler=name_sampler(pipe),
-        scheduler=type(pipe.scheduler).__name__,
-        anatomy=WHOLE,
-        guidance=guidance,
-        find_unet=lambda: fingerprint_module(transformer),
-    )
 
 
 def find_whole_follower(pipe: Any) -> WholeStepFollower | None:

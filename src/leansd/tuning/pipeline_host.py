@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -22,9 +21,9 @@ from leansd.plans.anatomy import HEAD, WHOLE, Anatomy
 from leansd.plans.liveness import Net
 from leansd.plans.plan import Plan, Tuned
 from leansd.runtime.attachment import NO_NETS
-from leansd.runtime.clock import read_schedule
+from leansd.runtime.clock import lay_out_run, read_schedule
+from leansd.runtime.context import find_transformer
 from leansd.runtime.nets import match_nets
-from leansd.runtime.whole_steps import find_transformer
 from leansd.tuning.host import Course
 from leansd.tuning.scheduler_hook import SchedulerRun, Steer, tap
 
@@ -97,22 +96,6 @@ class PipelineHost:
             "settings": dict(self.settings),
             "nets": {name: fingerprint_module(net) for name, net in self.unets.items()},
         }
-
-
-def lay_out_run(scheduler: Any, steps: int) -> Any:
-    """A copy of a scheduler at the start of a run.
-
-    Where its shift goes by the size of the picture (FLUX), only a pipeline's own run tells it: the
-    last one of as many steps, and till there is one some shift or other.
-    """
-    double = copy.deepcopy(scheduler)
-    if not scheduler.config.get("use_dynamic_shifting", False):
-        double.set_timesteps(steps)
-    elif getattr(scheduler, "num_inference_steps", None) == steps:
-        double._step_index = double._begin_index = None
-    else:
-        double.set_timesteps(steps, mu=1.0)
-    return double
 
 
 def measure_whole_cost(host: PipelineHost, calls: Sequence[PipelineCall], steps: int) -> CostModel:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from leansd.errors import LeansdError
 from leansd.plans import keysteps
+from leansd.plans.anatomy import HEAD
 from leansd.plans.plan import Plan
 from leansd.plans.row import SAMPLE, How
 
@@ -115,6 +116,7 @@ def build_spectrum(
 ) -> Plan:
     """Spectrum (arXiv 2603.01623): what the last up block gives is forecast, the head computed.
 
+    Of a denoiser that is known as a whole only, which has no blocks, the output is forecast.
     After a warm-up one step in `window` is computed, and the window grows with each of them. The
     defaults are the paper's for few computed steps, its warm-up that of its published code, whose
     later recommendation is `how="chebyshev-line"`.
@@ -130,7 +132,7 @@ def build_spectrum(
         keys.append(step)
         window += growth
         step += int(window)
-    return Plan.between(keys, cut=f"up{blocks - 1}", steps=steps, how=how)
+    return Plan.between(keys, cut=f"up{blocks - 1}" if blocks else HEAD, steps=steps, how=how)
 
 
 def build_easycache(
@@ -166,6 +168,11 @@ def list_complex_power_steps(steps: int, keys: int, centre: int, power: float) -
 def _find_branch(branch: int, blocks: int) -> str:
     """The cut of a DeepCache branch: `b // 3` blocks down and `b % 3` layers into that block."""
     depth, layer = divmod(branch, 3)
+    if not blocks:
+        raise LeansdError(
+            f"branch {branch} is for UNets: of this denoiser only whole steps, {HEAD}, are "
+            "inherited"
+        )
     if not 0 <= branch < 3 * blocks:
         last = 3 * blocks - 1
         raise LeansdError(f"branch {branch} does not exist: {blocks} blocks have 0 to {last}")
