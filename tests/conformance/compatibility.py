@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -238,17 +239,25 @@ OTHER_BLOCKS = {"StableDiffusionLatentUpscalePipeline": "a UNet of K-blocks"}
 """Pipelines whose own UNet has blocks that are not read, and what those are."""
 
 
+HEADS = re.compile(
+    r"^class (\w+)|^    def __init__(\(.*?\))(?: -> .*?)?:$", re.MULTILINE | re.DOTALL
+)
+"""The name of a class, or the arguments that one is made with; whole files take long to parse."""
+
+
+@cache
 def list_pipelines() -> dict[str, str]:
     """Every class in diffusers' pipelines that is made with a `unet`, and what that may be."""
     home = Path(diffusers.__file__).parent / "pipelines"
     found: dict[str, str] = {}
     for path in sorted(home.rglob("pipeline_*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for kind in (each for each in tree.body if isinstance(each, ast.ClassDef)):
-            for method in (each for each in kind.body if isinstance(each, ast.FunctionDef)):
-                for given in method.args.args if method.name == "__init__" else ():
-                    if given.arg == "unet" and given.annotation is not None:
-                        found[kind.name] = ast.unparse(given.annotation)
+        name = ""
+        for kind, arguments in HEADS.findall(path.read_text(encoding="utf-8")):
+            name = kind or name
+            if " unet:" in arguments:
+                made: Any = ast.parse(f"def make{arguments}: ...").body[0]
+                given = {each.arg: each.annotation for each in made.args.args}
+                found[name] = ast.unparse(given["unet"])
     return found
 
 

@@ -273,7 +273,13 @@ def test_pipelines_that_look_inside_draw_what_they_draw_plainly(pipe: Any, name:
         "sag": (StableDiffusionSAGPipeline, {"sag_scale": 1.0}),
         "attend": (
             StableDiffusionAttendAndExcitePipeline,
-            {"token_indices": [1], "max_iter_to_alter": 2, "height": 128, "width": 128},
+            {
+                "token_indices": [1],
+                "max_iter_to_alter": 2,
+                "thresholds": {},
+                "height": 128,
+                "width": 128,
+            },
         ),
     }
     kind, options = kinds[name]
