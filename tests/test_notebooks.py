@@ -1,5 +1,6 @@
 """The notebooks run, and what is committed with them is what they show."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,26 @@ def test_a_notebook_is_committed_as_it_ran(path: Path) -> None:
     assert path.stat().st_size < LIMIT
 
 
+SHORTER = {
+    r"^STEPS = \d+": "STEPS = 2",
+    r"^(prompts = \[\"[^\"]*\").*\]": r"\1]",
+    r"num_inference_steps=\d+, guidance": "num_inference_steps=2, guidance",
+}
+"""What a notebook's cells say more of than it takes to see that they run."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("nbclient")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    ran = load_script(HERE / "execute.py").execute(path)
-    kept = read(path)
-    assert [cell.source for cell in ran.cells] == [cell.source for cell in kept.cells]
+    script, kept = load_script(HERE / "execute.py"), read(path)
+    asked = read(path)
+    for cell in asked.cells:
+        for wordy, short in SHORTER.items():
+            cell.source = re.sub(wordy, short, cell.source, flags=re.MULTILINE)
+    assert asked != kept
+    monkeypatch.setattr(script.nbformat, "read", lambda *_, **__: asked)
+    ran = script.execute(path)
     shown = [[each.output_type for each in cell.get("outputs", ())] for cell in ran.cells]
     assert shown == [[each.output_type for each in cell.get("outputs", ())] for cell in kept.cells]
