@@ -370,7 +370,7 @@ def test_control_net_runs_with_every_call() -> None:
         ).images  # fmt: skip
 
     expected = control()
-    plan = Plan.every(2, cut="up3.l1", steps=STEPS)
+    plan = Plan.every(2, cut="up1.l0", steps=STEPS)
     for threshold in (ALWAYS, NEVER):
         with leansd.inherit(pipe, plan.guard("stem", threshold=threshold)) as run:
             result = control()

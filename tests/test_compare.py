@@ -138,13 +138,13 @@ def test_what_is_faster_shows_as_faster_with_other_work_on_the_machine(pipe, mon
 
     def count_right(rounds):
         right = 0
-        for seed in range(60):
+        for seed in range(20):
             found = simulate(monkeypatch, pipe, costs, seed, rounds)
             right += found["turbo"].speedup.median > found["fast"].speedup.median
         return right
 
-    assert count_right(3) >= 58
-    assert count_right(1) < 56  # as the demo measured it before: now and then upside down
+    assert count_right(3) >= 19
+    assert count_right(1) < 18  # as the demo measured it before: now and then upside down
 
 
 def test_the_demo_draws_in_rounds_and_within_its_time(pipe):

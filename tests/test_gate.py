@@ -189,7 +189,7 @@ def test_half_batches() -> None:
 
 
 def test_control_nets_keep_their_own_attention() -> None:
-    pipe = make_control_pipeline(make_controlnet())
+    pipe = make_control_pipeline(make_controlnet(make_unet=tiny_unet), tiny_unet)
     own = {at: each.processor for at, each in list_attentions(pipe.unet).items()}
     everywhere = Plan.full(STEPS).attend("*", by="gri", at=range(STEPS))
     for attention in list_attentions(pipe.unet).values():

@@ -113,7 +113,7 @@ BUILDERS: dict[str, Callable[[Chapter], Any]] = {
         tiny_xl_unet(cross_attention_dim=2 * WIDTH),
         tiny_scheduler(),
     ),
-    "control_pipe": lambda _: make_pipeline(make_controlnet()),
+    "control_pipe": lambda _: make_pipeline(make_controlnet(make_unet=tiny_unet), tiny_unet),
     "call": lambda _: {"prompt": "a lighthouse", "num_inference_steps": 12},
     "photo": lambda _: Image.new("RGB", (32, 32), "teal"),
     "edges": lambda _: Image.new("RGB", (32, 32), "white"),

@@ -119,10 +119,8 @@ def test_a_client_beyond_the_limit_is_sent_away(monkeypatch: pytest.MonkeyPatch)
         assert read_metrics(url)['leansd_refused_total{why="busy"}'] == 1
 
 
-@pytest.mark.parametrize(
-    "wish", [{}, {"prompt": ""}, {"prompt": "a cat", "steps": 0}, {"prompt": "a cat", "seed": -1}]
-)
-def test_a_wrong_wish_is_told_and_the_server_goes_on(wish: dict[str, Any]) -> None:
+def test_wrong_wishes_are_told_and_the_server_goes_on() -> None:
     with serve(server.create_app(tiny_pipeline(), PLAN)) as url:
-        assert ask(f"{url}/pictures", wish)[0] == 422
+        for wish in ({}, {"prompt": ""}, {"steps": 0}, {"seed": -1}):
+            assert ask(f"{url}/pictures", {"prompt": "a cat"} | wish if wish else {})[0] == 422
         assert ask(f"{url}/pictures", {"prompt": "a cat", "steps": STEPS})[0] == 200

@@ -108,9 +108,10 @@ def test_without_edits_it_is_a_copy(any_unet: UNet2DConditionModel) -> None:
         for unet in (copy, any_unet)
     )
     assert ours == theirs
+    given = any_unet.state_dict()
     for name, tensor in copy.state_dict().items():
         assert torch.equal(tensor, before[name])
-        assert tensor.data_ptr() != any_unet.state_dict()[name].data_ptr()
+        assert tensor.data_ptr() != given[name].data_ptr()
     assert torch.equal(run(copy), run(any_unet))
     assert lineage.frozen("original") == read_anatomy(any_unet).addresses
 

@@ -68,12 +68,20 @@ def light(own: UNet2DConditionModel) -> UNet2DConditionModel:
     return student
 
 
+@pytest.fixture(scope="module")
+def plain(own: UNet2DConditionModel) -> torch.Tensor:
+    return sample_by_hand({"": own}, [""] * STEPS)
+
+
 # -- who runs ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("steps", [(0, 1, 2), (3, 4, 5), (1, 3), (0, 1, 2, 3, 4, 5)])
 def test_the_net_of_a_row_runs_its_step(
-    own: UNet2DConditionModel, light: UNet2DConditionModel, steps: tuple[int, ...]
+    own: UNet2DConditionModel,
+    light: UNet2DConditionModel,
+    plain: torch.Tensor,
+    steps: tuple[int, ...],
 ) -> None:
     turns = ["light" if step in steps else "" for step in range(STEPS)]
     aim = sample_by_hand({"": own, "light": light}, turns)
@@ -82,7 +90,7 @@ def test_the_net_of_a_row_runs_its_step(
         assert torch.equal(sample(own, STEPS), aim)
     report = run.report()
     assert report.computed == sum(40 + 2 if turn else 44 + 2 for turn in turns)
-    assert torch.equal(sample(own, STEPS), sample_by_hand({"": own}, [""] * STEPS))
+    assert torch.equal(sample(own, STEPS), plain)
 
 
 def test_three_nets(own: UNet2DConditionModel, light: UNet2DConditionModel) -> None:
