@@ -21,6 +21,7 @@ from accelerate.hooks import ModelHook, remove_hook_from_module
 from diffusers import UNet2DConditionModel
 from diffusers.models import embeddings
 from torch import nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,6 +30,8 @@ from leansd.anatomy.reading import find_unet, read_anatomy
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import Anatomy
 
+WITHOUT_PRODUCTS = {F.group_norm, F.layer_norm, F.silu, F.gelu}
+"""Of the same shape as what they are given."""
 MOST_KNOWN = 16
 _KNOWN: dict[Hashable, dict[str, int]] = {}
 """Counts of the last structures: a run's report asks for the same one again and again."""
@@ -122,7 +125,7 @@ def count_macs(
 
 def _count(skeleton: UNet2DConditionModel, inputs: Mapping[str, Any]) -> dict[str, int]:
     """Multiply-accumulates by module path, of a call on the meta device."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, _ProductsOnly():
         skeleton(**inputs)
     counts: dict[str, int] = {}
     for path, by_operator in counter.get_flop_counts().items():
@@ -131,6 +134,13 @@ def _count(skeleton: UNet2DConditionModel, inputs: Mapping[str, Any]) -> dict[st
         if inner or path == "Global":
             counts[inner] = sum(by_operator.values()) // 2
     return counts
+
+
+class _ProductsOnly(TorchFunctionMode):
+    """Leaves out functions without a product to count, which take long on the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func in WITHOUT_PRODUCTS and args else func(*args, **(kwargs or {}))
 
 
 def _write_down(skeleton: UNet2DConditionModel) -> Hashable | None:
