@@ -13,6 +13,7 @@ from diffusers import HeunDiscreteScheduler, StableDiffusionPAGPipeline, UNet2DC
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import leansd
+from conformance.models import small_unet
 from leansd.anatomy import read_anatomy
 from leansd.errors import LeansdError
 from leansd.plans import Plan
@@ -96,7 +97,7 @@ def find_drifted(loop: Loop, keys: list[int], threshold: float, how: How) -> int
 
     handle = loop.unet.conv_in.register_forward_hook(watch)
     try:
-        with leansd.inherit(loop, Plan.between(keys, cut="up3.l1", steps=STEPS, how=how)):
+        with leansd.inherit(loop, Plan.between(keys, cut="up1.l0", steps=STEPS, how=how)):
             loop(STEPS)
     except Drifted:
         return len(stems) - 1
@@ -111,10 +112,10 @@ def find_drifted(loop: Loop, keys: list[int], threshold: float, how: How) -> int
 @pytest.mark.parametrize(
     ("inherits", "how", "probe"),
     [
-        (("up3.l1",), "reuse", "stem"),
-        (("up3.l1",), "forecast", "sample"),
-        (("mid", "up1.l1.res"), "forecast", "dn0.l0.res"),
-        (("mid", "up3.l2.attn"), "residual", "dn0.l0.res"),
+        (("up1.l0",), "reuse", "stem"),
+        (("up1.l0",), "forecast", "sample"),
+        (("mid", "up0.l1.res"), "forecast", "dn0.l0.res"),
+        (("mid", "up1.l1.attn"), "residual", "dn0.l0.res"),
         (("*.ca", "*.ff"), "reuse", "dn0.l0.res"),
         (("head",), "reuse", "sample"),
         (("head",), "residual", "sample"),
@@ -123,7 +124,7 @@ def find_drifted(loop: Loop, keys: list[int], threshold: float, how: How) -> int
 def test_threshold_spans_from_full_run_to_plan(
     inherits: tuple[str, ...], how: How, probe: str
 ) -> None:
-    loop = Batch(tiny_unet())
+    loop = Batch(small_unet())
     plan = Plan.full(STEPS).inherit(*inherits, at=[2, 3, 5, 6], how=how)
     full = loop()
     with leansd.inherit(loop, plan):
@@ -156,11 +157,11 @@ def test_xl() -> None:
 def test_one_picture_follows_the_plan_with_the_key_steps_it_needs(
     threshold: float, how: How
 ) -> None:
-    loop = Batch(tiny_unet(), (0,))
-    frame = Plan.between([0, 4], cut="up3.l1", steps=STEPS, how=how)
+    loop = Batch(small_unet(), (0,))
+    frame = Plan.between([0, 4], cut="up1.l0", steps=STEPS, how=how)
     keys = find_keys(loop, frame, threshold, how)
     assert len(keys) == THRESHOLDS[threshold] or how != "reuse"
-    with leansd.inherit(loop, Plan.between(keys, cut="up3.l1", steps=STEPS, how=how)):
+    with leansd.inherit(loop, Plan.between(keys, cut="up1.l0", steps=STEPS, how=how)):
         expected = loop()
     with leansd.inherit(loop, frame.guard("stem", threshold=threshold)) as run:
         assert torch.equal(loop(), expected)
@@ -172,8 +173,8 @@ def test_one_picture_follows_the_plan_with_the_key_steps_it_needs(
 @pytest.mark.parametrize("how", ["reuse", "forecast"])
 def test_pictures_of_a_batch_decide_apart(how: How) -> None:
     """As alone, but for rounding: a convolution may sum otherwise for another size of batch."""
-    unet = tiny_unet()
-    plan = Plan.between([0, 1, 5], cut="up3.l1", steps=STEPS, how=how).guard("stem", threshold=0.03)
+    unet = small_unet()
+    plan = Plan.between([0, 1, 5], cut="up1.l0", steps=STEPS, how=how).guard("stem", threshold=0.03)
     together = Batch(unet, (0, 1, 2))
     with leansd.inherit(together, plan) as run:
         results = together()
@@ -192,15 +193,15 @@ def test_pictures_of_a_batch_decide_apart(how: How) -> None:
 @pytest.mark.parametrize(
     ("inherits", "how", "probe", "threshold"),
     [
-        (("mid", "up3.l2.attn"), "residual", "stem", 0.03),
-        (("*.ca", "*.ff", "up1"), "reuse", "dn0.l0.res", 0.06),
+        (("mid", "up1.l1.attn"), "residual", "stem", 0.03),
+        (("*.ca", "*.ff", "up0"), "reuse", "dn0.l0.res", 0.06),
         (("head",), "residual", "sample", 0.03),
     ],
 )
 def test_any_unit_runs_on_some_rows(
     inherits: tuple[str, ...], how: How, probe: str, threshold: float
 ) -> None:
-    unet = tiny_unet()
+    unet = small_unet()
     unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)  # writes in place between units
     frame = Plan.full(STEPS).inherit(*inherits, at=[2, 3, 5, 6, 7], how=how)
     plan = frame.guard(probe, threshold=threshold)
@@ -221,13 +222,13 @@ def test_any_unit_runs_on_some_rows(
 
 
 def test_only_the_rows_that_need_it_run() -> None:
-    unet = tiny_unet()
+    unet = small_unet()
     loop = Batch(unet, (0, 1, 2))
     seen: list[int] = []
     handle = unet.mid_block.resnets[0].norm1.register_forward_pre_hook(
         lambda module, args: seen.append(args[0].shape[0])
     )
-    frame = Plan.between([0], cut="up3.l1", steps=STEPS)
+    frame = Plan.between([0], cut="up1.l0", steps=STEPS)
     with leansd.inherit(loop, frame.guard("stem", threshold=0.03)) as run:
         loop()
     handle.remove()
@@ -277,7 +278,7 @@ def test_corrections_from_full_run_to_plan(how: How) -> None:
 
 @pytest.mark.parametrize("how", CORRECTED)
 def test_pictures_are_corrected_apart(how: How) -> None:
-    unet = tiny_unet()
+    unet = small_unet()
     frame = CORRECTED[how]
     plan = frame.guard("sample", threshold=0.035)
     together = Batch(unet, (0, 1, 2))
@@ -315,8 +316,8 @@ def draw(pipe: Any, pictures: slice = slice(2)) -> torch.Tensor:
 
 @pytest.mark.parametrize("guidance", ["compute", "inherit", "forecast", "drop"])
 def test_both_lanes_of_a_picture_decide_together(guidance: Any) -> None:
-    pipe = tiny_pipeline()
-    frame = Plan.between([0, 1, 4], cut="up3.l1", steps=STEPS, how="forecast")
+    pipe = tiny_pipeline(unet=small_unet())
+    frame = Plan.between([0, 1, 4], cut="up1.l0", steps=STEPS, how="forecast")
     frame = frame.guide(guidance, at=[3, 4, 6])
     with leansd.inherit(pipe, frame):
         expected = draw(pipe)
@@ -344,13 +345,13 @@ def test_full_run_with_guidance() -> None:
 
 def test_perturbed_attention_guidance_decides_for_the_whole_batch() -> None:
     """Its attention processors rely on the three parts of the batch."""
-    parts = tiny_pipeline().components
+    parts = tiny_pipeline(unet=small_unet()).components
     pipe = StableDiffusionPAGPipeline(
         **parts, requires_safety_checker=False, pag_applied_layers=["mid"]
     )
     pipe.set_progress_bar_config(disable=True)
     expected = draw(pipe, slice(1))
-    plan = Plan.every(3, cut="up3.l1", steps=STEPS)
+    plan = Plan.every(3, cut="up1.l0", steps=STEPS)
     with leansd.inherit(pipe, plan.guard("stem", threshold=ALWAYS)):
         assert torch.equal(draw(pipe, slice(1)), expected)
     with leansd.inherit(pipe, plan.guard("stem", threshold=0.4)) as run:
@@ -413,9 +414,9 @@ def count_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
 
 @pytest.mark.parametrize("plan_name", ["change", "predicted"])
 def test_values_are_read_once_a_call(monkeypatch: pytest.MonkeyPatch, plan_name: str) -> None:
-    loop = Batch(tiny_unet(), (0, 1, 2))
+    loop = Batch(small_unet(), (0, 1, 2))
     frames = {
-        "change": Plan.every(4, cut="up3.l1", steps=STEPS).guard("stem", threshold=0.03),
+        "change": Plan.every(4, cut="up1.l0", steps=STEPS).guard("stem", threshold=0.03),
         "predicted": leansd.preset("easycache", steps=STEPS),
     }
     plan = frames[plan_name]
@@ -449,7 +450,7 @@ def test_nothing_is_kept_after_a_run(preset: str) -> None:
 
 
 def test_the_end_of_a_call_drops_what_is_kept() -> None:
-    pipe = tiny_pipeline()
+    pipe = tiny_pipeline(unet=small_unet())
 
     def stop(pipe: Any, step: int, timestep: Any, tensors: Any) -> Any:
         if step == 4:
@@ -477,9 +478,9 @@ def test_the_end_of_a_call_drops_what_is_kept() -> None:
 
 
 def test_changed_batch_midway_computes_in_full() -> None:
-    loop = Batch(tiny_unet(), (0, 1, 2))
+    loop = Batch(small_unet(), (0, 1, 2))
     loop.scheduler.set_timesteps(STEPS)
-    plan = Plan.every(STEPS, cut="up3.l1", steps=STEPS).guard("stem", threshold=NEVER)
+    plan = Plan.every(STEPS, cut="up1.l0", steps=STEPS).guard("stem", threshold=NEVER)
     latents, text = loop.given, loop.text
     with torch.no_grad(), leansd.inherit(loop, plan) as run:
         for index, t in enumerate(loop.scheduler.timesteps):
@@ -494,9 +495,9 @@ def test_changed_batch_midway_computes_in_full() -> None:
 
 def test_sampler_that_visits_a_time_step_twice() -> None:
     """The forecast of a picture that was computed twice at one time step draws on others."""
-    loop = Batch(tiny_unet())
+    loop = Batch(small_unet())
     loop.scheduler = HeunDiscreteScheduler()
-    plan = Plan.between([0, 2, 5], cut="up3.l1", steps=STEPS, how="forecast")
+    plan = Plan.between([0, 2, 5], cut="up1.l0", steps=STEPS, how="forecast")
     with leansd.inherit(loop, plan):
         expected = loop()
     with leansd.inherit(loop, plan.guard("stem", threshold=NEVER)):
@@ -555,7 +556,7 @@ def test_easycache_equals_a_plain_loop(threshold: float, picture: int, channels:
 
 @pytest.mark.parametrize("channels", [4, 9])
 def test_the_unet_is_entered_where_a_picture_computes(channels: int) -> None:
-    loop = Batch(tiny_unet(in_channels=channels), (0, 1, 2))
+    loop = Batch(small_unet(in_channels=channels), (0, 1, 2))
     entered: list[int] = []
     handle = loop.unet.time_embedding.register_forward_pre_hook(lambda *_: entered.append(1))
     with leansd.inherit(loop, leansd.preset("easycache", threshold=0.3, steps=STEPS)) as run:
@@ -565,7 +566,7 @@ def test_the_unet_is_entered_where_a_picture_computes(channels: int) -> None:
 
 
 def test_easycache_of_a_batch_is_that_of_its_pictures() -> None:
-    unet = tiny_unet()
+    unet = small_unet()
     together = Batch(unet, (0, 1, 2))
     plan = leansd.preset("easycache", threshold=0.1, steps=STEPS)
     with leansd.inherit(together, plan) as run:
