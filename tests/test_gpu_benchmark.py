@@ -1,5 +1,6 @@
 """The GPU benchmark's logic, on a CPU; without a GPU it says so and measures nothing."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,13 @@ from loops import load_script
 from tiny import shallow_unet, tiny_pipeline
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
+
+
+@pytest.fixture(autouse=True)
+def traced() -> Iterator[None]:
+    """Nothing: what is compiled has a suite of its own, and tracing takes long."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def test_every_plan_in_every_mode_is_recorded() -> None:
