@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +96,14 @@ def follow(unet: UNet2DConditionModel, plan: Plan, **options: Any) -> torch.Tens
 # -- what is computed ----------------------------------------------------------------------------
 
 
+make_small = partial(tiny_unet, **(SMALL | {"layers_per_block": 2}))
+SMALL_LATE = Plan.full(STEPS).attend("dn0.*.attn", "up1.*.attn", by="gri", at=range(3, STEPS))
 DEEP = Plan.full(STEPS).attend("dn1", "up1.*.t1", by="gri", at=range(3, STEPS))
 
 
 @pytest.mark.parametrize(
     ("make", "plan"),
-    [(tiny_unet, LATE), (tiny_unet, MIXED), (tiny_xl_unet, DEEP)],
+    [(make_small, SMALL_LATE), (make_small, MIXED), (tiny_xl_unet, DEEP)],
     ids=["late", "mixed", "xl"],
 )
 def test_a_gate_is_the_processor_set_by_hand(make: Any, plan: Plan) -> None:
@@ -112,7 +115,7 @@ def test_a_gate_is_the_processor_set_by_hand(make: Any, plan: Plan) -> None:
 
 
 def test_gated_in_full_a_plain_net_is_bit_equal_to_no_plan() -> None:
-    unet = tiny_unet()
+    unet = make_small()
     plan = Plan.full(STEPS).attend("*", by="full", at=range(STEPS))
     assert torch.equal(follow(unet, plan), sample(unet, STEPS))
 
@@ -130,25 +133,25 @@ def test_gated_in_full_a_gri_net_is_the_plain_one(mode: str) -> None:
 
 @pytest.mark.parametrize("size", [(8, 12), (10, 6), (9, 7)])
 def test_maps_need_not_be_square(size: tuple[int, int]) -> None:
-    unet = tiny_unet()
-    expected = call_at_size(size, lambda: sample_by_hand(unet, LATE, size=size))
-    assert torch.equal(follow(unet, LATE, size=size), expected)
+    unet = make_small()
+    expected = call_at_size(size, lambda: sample_by_hand(unet, SMALL_LATE, size=size))
+    assert torch.equal(follow(unet, SMALL_LATE, size=size), expected)
     assert not torch.equal(expected, sample(unet, STEPS, size=size))
 
 
 @pytest.mark.parametrize(
     "plan",
     [
-        MIXED.inherit("up3.l1", at=[1, 3, 4], how="forecast"),
+        MIXED.inherit("up1.l1", at=[1, 3, 4], how="forecast"),
         MIXED.inherit("dn0.*.sa", "mid.*.sa", at=[1, 2, 5]),
         MIXED.inherit("dn0.l0.attn", at=[2, 4], how="residual"),
-        LATE.inherit("head", at=[2, 4], how="forecast").correct({3: (0.3, 0.1)}),
-        MIXED.inherit("up3.l1", at=[2, 3, 4]).guard("stem", threshold=0.08),
+        SMALL_LATE.inherit("head", at=[2, 4], how="forecast").correct({3: (0.3, 0.1)}),
+        MIXED.inherit("up1.l1", at=[2, 3, 4]).guard("stem", threshold=0.08),
     ],
     ids=["cut", "parts", "residual", "whole steps", "adaptive"],
 )
 def test_only_what_is_computed_is_concerned(plan: Plan) -> None:
-    unet = tiny_unet()
+    unet = make_small()
     with leansd.inherit(unet, strip(plan)):
         expected = sample_by_hand(unet, plan)
     found = follow(unet, plan)
@@ -177,8 +180,8 @@ def draw(pipe: Any, plan: Plan | None = None, **options: Any) -> torch.Tensor:
 
 
 def test_half_batches() -> None:
-    pipe = tiny_pipeline()
-    plan = LATE.guide("inherit", at=[2, 4]).guide("forecast", at=5).inherit("mid", at=3)
+    pipe = tiny_pipeline(unet=make_small())
+    plan = SMALL_LATE.guide("inherit", at=[2, 4]).guide("forecast", at=5).inherit("mid", at=3)
     with leansd.inherit(pipe, strip(plan)):
         expected = draw(pipe, plan)
     with leansd.inherit(pipe, plan):
@@ -189,7 +192,7 @@ def test_half_batches() -> None:
 
 
 def test_control_nets_keep_their_own_attention() -> None:
-    pipe = make_control_pipeline(make_controlnet(make_unet=tiny_unet), tiny_unet)
+    pipe = make_control_pipeline(make_controlnet(make_unet=make_small), make_small)
     own = {at: each.processor for at, each in list_attentions(pipe.unet).items()}
     everywhere = Plan.full(STEPS).attend("*", by="gri", at=range(STEPS))
     for attention in list_attentions(pipe.unet).values():
@@ -203,7 +206,7 @@ def test_control_nets_keep_their_own_attention() -> None:
 
 def test_attention_that_is_neither_stays_what_it_is() -> None:
     """Perturbed attention has processors of its own, which guidance relies on."""
-    pipe = tiny_pipeline()
+    pipe = tiny_pipeline(unet=make_small())
     parts: dict[str, Any] = {**pipe.components, "scheduler": tiny_scheduler()}
     guided = StableDiffusionPAGPipeline(
         **parts, requires_safety_checker=False, pag_applied_layers=["mid"]
@@ -215,19 +218,19 @@ def test_attention_that_is_neither_stays_what_it_is() -> None:
 
 
 def test_loras_are_gated_with_what_they_are_on() -> None:
-    unet = tiny_unet()
-    plain = follow(unet, LATE)
-    with leansd.inherit(unet, LATE):
+    unet = make_small()
+    plain = follow(unet, SMALL_LATE)
+    with leansd.inherit(unet, SMALL_LATE):
         config = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
         unet.add_adapter(config)
         found = sample(unet, STEPS)
-    assert torch.equal(found, sample_by_hand(unet, LATE))
+    assert torch.equal(found, sample_by_hand(unet, SMALL_LATE))
     assert not torch.allclose(found, plain, atol=1e-3)
 
 
 def test_threads_that_share_a_net_have_gates_of_their_own() -> None:
-    unet = tiny_unet()
-    plans = [LATE, MIXED, strip(LATE)]
+    unet = make_small()
+    plans = [SMALL_LATE, MIXED, strip(SMALL_LATE)]
     sizes = [(8, 12), (8, 8), (8, 12)]
     expected = [follow(unet, plan, size=size) for plan, size in zip(plans, sizes, strict=True)]
     barrier = threading.Barrier(len(plans))
@@ -244,7 +247,7 @@ def test_threads_that_share_a_net_have_gates_of_their_own() -> None:
 
 
 def test_leaving_leaves_nothing_behind() -> None:
-    unet = tiny_unet()
+    unet = make_small()
     before = sample(unet, STEPS)
     own = [each.processor for each in list_attentions(unet).values()]
     follow(unet, MIXED)

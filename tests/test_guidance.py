@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusionPAGPipeline, StableDiffusionPipeline
 
 import leansd
+from conformance.models import small_unet
 from conformance.reference import is_empty, watch_stores
 from leansd.errors import LeansdError
 from leansd.plans import Plan
@@ -79,9 +80,9 @@ def draw_by_reference(pipe: StableDiffusionPipeline, plan: Plan) -> torch.Tensor
 
 
 @pytest.mark.parametrize("guidance", ["inherit", "forecast", "drop"])
-@pytest.mark.parametrize("cut", [None, "up3.l1", "up1"])
+@pytest.mark.parametrize("cut", [None, "up1.l0", "up0"])
 def test_guidance_and_features_together(guidance: Any, cut: str | None) -> None:
-    pipe = tiny_pipeline()
+    pipe = tiny_pipeline(unet=small_unet())
     plan = Plan.full(STEPS).guide(guidance, at=[2, 3, 5])
     if cut is not None:
         plan = plan.inherit(cut, at=[1, 3, 4])
@@ -97,15 +98,15 @@ def test_guidance_and_features_together(guidance: Any, cut: str | None) -> None:
 
 
 def test_nothing_is_kept_afterwards_and_memory_is_the_bound() -> None:
-    pipe = tiny_pipeline()
-    plan = Plan.every(2, cut="up3.l1", steps=STEPS).guide("inherit", at=[2, 3])
+    pipe = tiny_pipeline(unet=small_unet())
+    plan = Plan.every(2, cut="up1.l0", steps=STEPS).guide("inherit", at=[2, 3])
     with leansd.inherit(pipe, plan) as run, watch_stores() as stores:
         first = draw(pipe)
         assert stores
         assert all(map(is_empty, stores))
         assert torch.equal(draw(pipe), first)
     program = compile_plan(plan, leansd.dissect(pipe.unet))
-    lane, noise = 32 * 8 * 8 * 4, 4 * 8 * 8 * 4  # one lane of up3.l1's output, and of the UNet's
+    lane, noise = 32 * 8 * 8 * 4, 4 * 8 * 8 * 4  # one lane of up1.l0's output, and of the UNet's
     sizes = []
     for call, before in zip(program.calls, (frozenset(), *program.alive), strict=False):
         held = before.union(*call.keeps.values())
@@ -124,7 +125,7 @@ def test_nothing_is_kept_afterwards_and_memory_is_the_bound() -> None:
 )
 def test_calls_that_users_make(options: dict[str, Any]) -> None:
     """Inheriting at no step is bit-equal; inheriting at some is close and takes half the batch."""
-    pipe = tiny_pipeline()
+    pipe = tiny_pipeline(unet=small_unet())
     expected = draw(pipe, **options)
     with leansd.inherit(pipe, Plan.full(STEPS)):
         assert torch.equal(draw(pipe, **options), expected)
@@ -139,7 +140,7 @@ def test_calls_that_users_make(options: dict[str, Any]) -> None:
 
 def test_dropped_guidance_is_no_guidance() -> None:
     """After the gate the run is that of a pipeline whose guidance was switched off there."""
-    pipe = tiny_pipeline()
+    pipe = tiny_pipeline(unet=small_unet())
 
     def cut_off(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if step == 2:
@@ -158,7 +159,7 @@ def test_dropped_guidance_is_no_guidance() -> None:
 
 
 def test_guidance_off_makes_the_axis_mean_nothing() -> None:
-    pipe = tiny_pipeline()
+    pipe = tiny_pipeline(unet=small_unet())
     expected = draw(pipe, guidance_scale=1.0)
     with leansd.inherit(pipe, Plan.full(STEPS).guide("inherit", at=[2, 3])):
         assert torch.equal(draw(pipe, guidance_scale=1.0), expected)
@@ -167,13 +168,15 @@ def test_guidance_off_makes_the_axis_mean_nothing() -> None:
 def test_three_way_batches_run_in_full() -> None:
     """Perturbed-attention guidance counts on all its parts being there."""
     pipe = StableDiffusionPAGPipeline(
-        **tiny_pipeline().components, requires_safety_checker=False, pag_applied_layers=["mid"]
+        **tiny_pipeline(unet=small_unet()).components,
+        requires_safety_checker=False,
+        pag_applied_layers=["mid"],
     )
     pipe.set_progress_bar_config(disable=True)
     expected = draw(pipe, pag_scale=2.0)
     with leansd.inherit(pipe, Plan.full(STEPS).guide("inherit", at=[2, 3])):
         assert torch.equal(draw(pipe, pag_scale=2.0), expected)
-    with leansd.inherit(pipe, Plan.every(2, cut="up3.l1", steps=STEPS)) as run:
+    with leansd.inherit(pipe, Plan.every(2, cut="up1.l0", steps=STEPS)) as run:
         draw(pipe, pag_scale=2.0)
     assert run.report().full_calls == STEPS // 2
 
