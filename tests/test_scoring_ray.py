@@ -11,7 +11,7 @@ from leansd.errors import LeansdError
 from leansd.evaluation.extraction import ExtractionConfig, Features
 from leansd.evaluation.scoring import carry_out, plan_scoring
 from leansd.shards import list_shards
-from test_bulk_ray import cluster, list_workers  # noqa: F401
+from test_bulk_ray import cluster, head, list_workers  # noqa: F401
 from test_scoring import write_shards
 
 ray = pytest.importorskip("ray")
@@ -77,7 +77,7 @@ def test_a_killed_worker_and_a_lost_node_change_no_number(
     damaged = list_shards(home / "drawn")[2]
     damaged.write_bytes(damaged.read_bytes().replace(b"IHDR", b"JUNK"))
     with pytest.raises(LeansdError, match=r"^picture \d+ cannot be opened"):
-        score(home, tmp_path / "damaged", work=work)
+        score(home, tmp_path / "damaged", work=run_on_ray(cluster.address, workers=1))
 
 
 def test_nobody_there_is_said(home: Path, tmp_path: Path) -> None:
