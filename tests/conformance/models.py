@@ -38,7 +38,7 @@ small_unet = partial(
     block_out_channels=(32, 64),
     layers_per_block=1,
 )
-sd2_unet = partial(tiny_unet, attention_head_dim=(2, 2, 4, 4), use_linear_projection=True)
+sd2_unet = partial(small_unet, attention_head_dim=(2, 4), use_linear_projection=True)
 inpaint_unet = partial(small_unet, in_channels=9)
 # A pipeline's two text encoders are joined side by side.
 xl_unet = partial(tiny_xl_unet, cross_attention_dim=2 * WIDTH, layers_per_block=1)
