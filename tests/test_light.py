@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,15 @@ ODD = (
 )
 
 
-def make_light() -> leansd.LightUNet2DConditionModel:
+@cache
+def operate_once() -> leansd.LightUNet2DConditionModel:
     student, _ = leansd.operate(tiny_unet(), ODD)
     assert isinstance(student, leansd.LightUNet2DConditionModel)
     return student
+
+
+def make_light() -> leansd.LightUNet2DConditionModel:
+    return copy.deepcopy(operate_once())
 
 
 def draw(pipe: Any) -> torch.Tensor:
@@ -88,7 +94,7 @@ def test_a_pipeline_with_it_is_saved_and_opened(tmp_path: Path) -> None:
 
 
 def test_copies_are_whole() -> None:
-    unet = make_light()
+    unet = operate_once()
     expected = run(unet)
     assert torch.equal(run(copy.deepcopy(unet)), expected)
     assert torch.equal(run(pickle.loads(pickle.dumps(unet))), expected)

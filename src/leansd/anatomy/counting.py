@@ -170,8 +170,9 @@ def copy_skeleton(
     memo: dict[int, Any] = {}
     for tensor in chain(unet.parameters(), unet.buffers()):
         memo[id(tensor)] = _to_meta(tensor, dtype)
+    precision = dtype or unet.dtype
     for module in unet.modules():
-        plain = _find_plain(module, dtype or unet.dtype)
+        plain = _find_plain(module, precision)
         if plain is not None:
             memo[id(module)] = plain
         # A dozen of these a module, mostly empty, would be most of what is copied.

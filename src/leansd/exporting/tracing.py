@@ -91,7 +91,8 @@ def draw_inputs(
     drawn |= drawn.pop("added_cond_kwargs", {})
     # Whole numbers up to a million are exact in float32, and some samplers' are not whole.
     drawn["timestep"] = drawn["timestep"].float()
-    return {name: each.to(unet.device) for name, each in drawn.items()}
+    device = unet.device
+    return {name: each.to(device) for name, each in drawn.items()}
 
 
 @contextmanager

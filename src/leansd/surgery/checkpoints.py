@@ -189,6 +189,7 @@ def open_delta(folder: Path, other: UNet2DConditionModel) -> UNet2DConditionMode
     with torch.device("meta"):
         unet: Any = find_class(config, f"what is in {folder}").from_config(config)
     there, own = other.state_dict(), load_file(folder / OWN)
+    device, dtype = other.device, other.dtype  # diffusers looks through all modules for each
     tensors: dict[str, torch.Tensor] = {}
     for name, outline in unet.state_dict().items():
         found = own.get(name, there.get(name))
@@ -197,7 +198,7 @@ def open_delta(folder: Path, other: UNet2DConditionModel) -> UNet2DConditionMode
                 f"{folder} holds a UNet without {name}, and the one beside it has none that fits: "
                 "open it beside the UNet that it was saved beside"
             )
-        tensors[name] = found.detach().to(other.device, other.dtype, copy=True)
+        tensors[name] = found.detach().to(device, dtype, copy=True)
     unet.load_state_dict(tensors, assign=True)
     return unet.eval()
 
@@ -218,6 +219,7 @@ def share_weights(unet: UNet2DConditionModel, other: UNet2DConditionModel) -> in
     """
     # That of `nn.Module`: diffusers' own warns where it has nothing to warn of.
     nn.Module.to(unet, dtype=other.dtype)
+    device = other.device
     there: dict[object, list[nn.Parameter]] = {}
     for parameter in other.parameters():
         there.setdefault(_sign(parameter), []).append(parameter)
@@ -225,11 +227,11 @@ def share_weights(unet: UNet2DConditionModel, other: UNet2DConditionModel) -> in
     for parameter in unet.parameters():
         twin = _find_twin(parameter, there.get(_sign(parameter), []))
         if twin is None:
-            parameter.data = parameter.data.to(other.device)
+            parameter.data = parameter.data.to(device)
         else:
             parameter.data = twin.data
             shared += parameter.nbytes
-    nn.Module.to(unet, device=other.device)  # buffers
+    nn.Module.to(unet, device=device)  # buffers
     return shared
 
 
