@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch.overrides import TorchFunctionMode
 
 from leansd.anatomy.inputs import make_inputs
 from leansd.plans import Anatomy
@@ -97,29 +96,3 @@ def _count_convolution(module: Any, hook: Callable[..., None]) -> Callable[[], N
 
     module._conv_forward = convolve
     return lambda: delattr(module, "_conv_forward")
-
-
-class Reads(TorchFunctionMode):
-    """Counts where values of tensors are asked for meanwhile: each time a GPU is waited for.
-
-    Reads by torch itself and by diffusers, which plain runs have as well, do not count.
-    """
-
-    NAMES = frozenset({
-        "item", "tolist", "numpy", "cpu", "equal", "allclose", "nonzero", "is_nonzero",
-        "__bool__", "__float__", "__int__", "__index__", "__array__", "__contains__",
-    })  # fmt: skip
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.places: Counter[str] = Counter()
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if getattr(func, "__name__", "") in self.NAMES:
-            frame = sys._getframe(1)
-            code = frame.f_code
-            if "/leansd/" in code.co_filename:
-                self.places[f"{Path(code.co_filename).stem}.{code.co_name}"] += 1
-        return func(*args, **(kwargs or {}))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -50,6 +50,12 @@ class StepOutputs:
     """By the student's addresses, [B, C', h', w']."""
     teacher_features: Features
     """By the teacher's addresses."""
+
+    def drop_features(self) -> StepOutputs:
+        """The same without gradients and features: a picture's worth of numbers, to be kept."""
+        return replace(
+            self, student=self.student.detach(), student_features={}, teacher_features={}
+        )
 
     def list_features(self, pairs: Sequence[Pair]) -> list[tuple[Tensor, Tensor]]:
         """What the student and the teacher have at each pair, in single precision."""

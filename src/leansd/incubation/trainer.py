@@ -20,6 +20,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from leansd.core.transfer import send
 from leansd.errors import LeansdError
 from leansd.incubation.data.batches import Batch, DataSource, Stream
 from leansd.incubation.losses import StepOutputs
@@ -202,24 +203,26 @@ class StageTrainer:
         rate = find_rate(stage, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        sums = Sums()
-        outputs: StepOutputs | None = None
+        shown: list[StepOutputs] = []
+        told: list[Tensor] = []
         for part in range(settings.accumulate):
             with accelerator.accumulate(self.model):
                 outputs = self.show_student(self._next_taught(stream, part))
                 loss, parts = sum_losses(self.losses, outputs, self.step / stage.steps)
                 accelerator.backward(loss)
-            # Read at once, when all that the device has to do is under way: one wait a part.
-            *values, total = torch.stack([*parts.values(), loss]).detach().tolist()
-            sums.add(dict(zip(parts, values, strict=True)) | {"loss": total})
-            if not math.isfinite(total):
-                self.guard.dump(outputs, self.step, accelerator.process_index)
-        assert outputs is not None
+            told.append(torch.stack([*parts.values(), loss]).detach())
+            shown.append(outputs.drop_features())
         if self.step == 0:
             self._check_gradients()
         clipped = accelerator.clip_grad_norm_(list(list_trained(self.unet).values()), settings.clip)
         assert clipped is not None
-        norm = float(clipped)
+        # Read at once, when all that the device has to do is under way: one wait a step.
+        *values, norm = torch.cat([*told, clipped.detach().reshape(1)]).tolist()
+        names, sums = [each.name for each in self.losses] + ["loss"], Sums()
+        for part, outputs in enumerate(shown):
+            sums.add(dict(zip(names, values[part * len(names) :], strict=False)))
+            if not math.isfinite(values[(part + 1) * len(names) - 1]):
+                self.guard.dump(outputs, self.step, accelerator.process_index)
         # Gradients are summed over all processes, so all of them decide alike.
         if math.isfinite(norm):
             self.optimizer.step()
@@ -227,7 +230,7 @@ class StageTrainer:
                 self.ema.update(self.unet)
             self.guard.row = 0
         else:
-            self.guard.dump(outputs, self.step, accelerator.process_index)
+            self.guard.dump(shown[-1], self.step, accelerator.process_index)
             self.guard.skip_step(self.step)
         self.optimizer.zero_grad()
         return sums.take_means() | {"norm": norm, "learning_rate": rate}
@@ -267,7 +270,8 @@ class StageTrainer:
             timesteps=len(self.schedule),
         )
         device = self.accelerator.device
-        return NoiseDraw(draw.timesteps.to(device), draw.noise.to(device, batch.latents.dtype))
+        noise = send(draw.noise, device, batch.latents.dtype)
+        return NoiseDraw(send(draw.timesteps, device), noise)
 
     def _check_gradients(self) -> None:
         """Refuse to go on where nothing teaches a unit that is to train."""

@@ -330,7 +330,8 @@ def fit_to_decoder(run: TrainingRun, device: torch.device) -> Tensor:
         latents = torch.cat([next(stream).latents for _ in range(FITTED_BATCHES)])
     finally:
         stream.close()
-    vae = copy.deepcopy(run.pipe.vae).to(device, torch.float32).eval()
+    vae = copy.deepcopy(run.pipe.vae).eval()
+    nn.Module.to(vae, device, torch.float32)  # diffusers' own warns where it has nothing to warn of
     scaled = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0)
     pictures = torch.cat([vae.decode(each[None].to(device)).sample for each in scaled])
     return fit_projection(latents, pictures)

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from leansd.core.transfer import send
 from leansd.errors import LeansdError
 from leansd.files import OLD, PARTIAL, discard, writing
 from leansd.incubation.data.batches import Batch
@@ -144,7 +145,8 @@ class TeacherCache:
         """The batch that a step after the first ones learns from again."""
         path = self._name(step, part)
         try:
-            return unpack_batch(load_file(path, str(device)))
+            kept = load_file(path)
+            return unpack_batch({name: send(tensor, device) for name, tensor in kept.items()})
         except (OSError, SafetensorError, KeyError) as error:
             raise LeansdError(
                 f"cannot read {path}, which holds what the teacher made of a batch: {error}; "

@@ -127,8 +127,8 @@ def fit_projection(latents: Tensor, pictures: Tensor) -> Tensor:
     Returns:
         [C + 1, 3], the constant last, float32.
     """
-    small = F.adaptive_avg_pool2d(pictures.double().cpu(), (latents.shape[-2], latents.shape[-1]))
-    inputs = latents.double().cpu().movedim(1, -1).flatten(0, -2)
+    small = F.adaptive_avg_pool2d(pictures.cpu().double(), (latents.shape[-2], latents.shape[-1]))
+    inputs = latents.cpu().double().movedim(1, -1).flatten(0, -2)
     inputs = torch.cat([inputs, torch.ones(len(inputs), 1, dtype=inputs.dtype)], dim=1)
     solved = torch.linalg.lstsq(inputs, small.movedim(1, -1).flatten(0, -2)).solution
     return solved.float()

@@ -53,6 +53,7 @@ class SchedulerClock:
         self._last = -1
         self._seen: torch.Tensor | None = None
         """The last time step; held so that no other tensor gets its storage."""
+        self._reader = _TimestepReader()
 
     def owns(self, timestep: Any) -> bool:
         return find_in_storage(timestep, self._pipe.scheduler.timesteps) is not None
@@ -73,7 +74,8 @@ class SchedulerClock:
             self._schedule, self._last, self._seen = schedule, -1, None
         index = find_in_storage(timestep, schedule.timesteps)
         if index is None:
-            index = _find_by_value(timestep, schedule.moments, self._last)
+            value = self._reader.read(timestep)
+            index = _find_by_value(value, schedule.moments, self._last)
         if index is None or not 0 <= index < len(schedule.rows):
             return None
         return CallPosition(schedule, index, starts=self._last == -1 or index < self._last)
@@ -100,6 +102,7 @@ class LoopClock:
     def __init__(self, steps: int) -> None:
         self._steps = steps
         self._last: float | None = None
+        self._reader = _TimestepReader()
         self._log_snr: list[float] = []
         self._schedule: CallSchedule | None = None
 
@@ -110,7 +113,7 @@ class LoopClock:
         return None
 
     def locate(self, timestep: Any) -> CallPosition | None:
-        moment = _read_value(timestep)
+        moment = self._reader.read(timestep)
         schedule, starts = self._schedule, False
         if schedule is None or self._last is None or moment > self._last:
             rows = tuple(range(self._steps))
@@ -194,20 +197,41 @@ def read_schedule(scheduler: Any) -> CallSchedule:
     return CallSchedule(timesteps, moments, rows, int(steps), _log_snr(scheduler, moments))
 
 
-def _find_by_value(timestep: Any, moments: Sequence[float], last: int) -> int | None:
+def _find_by_value(value: float, moments: Sequence[float], last: int) -> int | None:
     """The call with this time step: the next if it fits, else the same again, else the first."""
-    value = _read_value(timestep)
     for index in (last + 1, last):
         if 0 <= index < len(moments) and moments[index] == value:
             return index
     return next((index for index, moment in enumerate(moments) if moment == value), None)
 
 
-def _read_value(timestep: Any) -> float:
-    """The time step as a number; a batch of them counts as its first."""
-    if isinstance(timestep, torch.Tensor):
-        return float(timestep.reshape(-1)[0])
-    return float(timestep)
+LONGEST = 10_000
+"""Time steps that are read together."""
+
+
+class _TimestepReader:
+    """Time steps as numbers. Those of one tensor are all read when the first of them is asked for,
+    so that a loop on a GPU waits for it once and not at every step."""
+
+    def __init__(self) -> None:
+        self._seen: torch.Tensor | None = None
+        """One of them; held so that no other tensor gets its storage."""
+        self._version = 0
+        self._values: list[float] = []
+
+    def read(self, timestep: Any) -> float:
+        """The time step as a number; a batch of them counts as its first."""
+        if not isinstance(timestep, torch.Tensor):
+            return float(timestep)
+        count = timestep.untyped_storage().nbytes() // timestep.element_size()
+        if timestep.device.type == "cpu" or not 1 < count <= LONGEST or timestep.is_inference():
+            return float(timestep.reshape(-1)[0])
+        seen = self._seen
+        known = seen is not None and seen.dtype == timestep.dtype
+        if not known or not share_storage(timestep, seen) or timestep._version != self._version:
+            self._values = timestep.detach().as_strided((count,), (1,), 0).tolist()
+            self._seen, self._version = timestep, timestep._version
+        return float(self._values[timestep.storage_offset()])
 
 
 def is_flow(scheduler: Any) -> bool:

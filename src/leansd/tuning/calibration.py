@@ -107,7 +107,7 @@ def stack_outputs(runs: Sequence[SchedulerRun]) -> np.ndarray:
     outputs = [
         torch.cat([run[place].output.flatten() for run in runs]) for place in range(len(runs[0]))
     ]
-    return torch.stack(outputs).double().cpu().numpy()
+    return torch.stack(outputs).cpu().double().numpy()
 
 
 def _borrow_error_gain(like: Calibration, log_snr: np.ndarray) -> np.ndarray:
@@ -151,4 +151,4 @@ def _disturb(place: int, draw: Draw) -> list[SchedulerRun]:
 
 
 def _square(difference: torch.Tensor) -> float:
-    return float(difference.double().square().sum())
+    return float(difference.cpu().double().square().sum())

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from leansd.anatomy.reading import read_anatomy
+from leansd.core.transfer import make_exact
 from leansd.errors import LeansdError
 from leansd.evaluation.records import Record, stamp
 from leansd.evaluation.runs import PipelineCall, run_calls
@@ -81,7 +82,7 @@ def measure_drift(
     }
     return [
         Record(**shared, **dict(fields), value=math.sqrt(over / under) if under else 0.0)
-        for fields, (over, under) in watch.sums.items()
+        for fields, (over, under) in watch.read_sums().items()
     ]
 
 
@@ -89,10 +90,10 @@ class _Watch:
     """Hooked around a UNet and its units: sees what they give, and tries what they might."""
 
     def __init__(self, pipe: Any, anatomy: Anatomy, cuts: Mapping[str, None]) -> None:
-        self.sums: defaultdict[tuple[tuple[str, Any], ...], list[float]] = defaultdict(
+        self._sums: defaultdict[tuple[tuple[str, Any], ...], list[Tensor | float]] = defaultdict(
             lambda: [0.0, 0.0]
         )
-        """By the fields of a record: squares of a difference, and of what it is relative to."""
+        """On the device, where they are added up."""
         self._pipe = pipe
         self._clock = SchedulerClock(pipe)
         self._patterns = {cut: _cut(anatomy, cut) for cut in cuts}
@@ -131,6 +132,12 @@ class _Watch:
         latest = [{at: each[at] for at in self._kept} for each in self._past[: REACH - 1]]
         self._past, self._now = [self._now, *latest], {}
         return output
+
+    def read_sums(self) -> dict[tuple[tuple[str, Any], ...], tuple[float, float]]:
+        """By the fields of a record: squares of a difference, and of what it is relative to."""
+        both = [torch.as_tensor(each) for pair in self._sums.values() for each in pair]
+        values = torch.stack(both).tolist() if both else []
+        return dict(zip(self._sums, zip(values[::2], values[1::2], strict=True), strict=True))
 
     def _note_changes(self, step: int) -> None:
         guided = is_guided(self._pipe, len(self._now[HEAD]))
@@ -174,9 +181,9 @@ class _Watch:
                 self._add(output - true, true, **fields, how=how, gap=gap)
 
     def _add(self, difference: Tensor, whole: Tensor, **fields: Any) -> None:
-        sums = self.sums[tuple(fields.items())]
+        sums = self._sums[tuple(fields.items())]
         for place, tensor in enumerate((difference, whole)):
-            sums[place] += float(tensor.double().square().sum())
+            sums[place] = sums[place] + make_exact(tensor).square().sum()
 
 
 def _cut(anatomy: Anatomy, cut: str) -> Pattern:

@@ -112,9 +112,11 @@ class _Fitting:
         if row in self._corrected and len(self._memory):
             forecast_errors = self._memory.list_forecast_errors(place, seen.output)
             plain = step(seen.output)
-            gains = torch.stack([step(seen.output + each) - plain for each in forecast_errors])
-            gains = gains.flatten(1).double()
-            missing = (self._calibration.runs[run][index].previous - plain).double().flatten()
+            goal = self._calibration.runs[run][index].previous
+            moved = [step(seen.output + each) for each in forecast_errors]
+            # Read at once: the one wait of a step that is corrected.
+            changes = (torch.stack([*moved, goal]) - plain).flatten(1).cpu().double()
+            gains, missing = changes[:-1], changes[-1]
             normal, target = gains @ gains.T, gains @ missing
             output = move_on(seen.output, _solve(normal, target), forecast_errors)
             before = self._sums.get(row, (0.0, 0.0))

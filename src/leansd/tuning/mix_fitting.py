@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from leansd.core.transfer import send
 from leansd.errors import LeansdError
 from leansd.plans.plan import Plan
 from leansd.tuning.run_starts import (
@@ -174,10 +175,11 @@ class MixFit:
         sampler = self.plan.sampler
         moments = sampler.schedule.timesteps
         assert moments is not None
-        self._moments = [moments[key] for key in self.plan.keys]
         # What is fitted is what the UNet is given; the last row is the latents themselves.
         self._scales = [float(sampler.scales[key]) for key in self.plan.keys[1:]] + [1.0]
         self.device = next(self.unet.parameters()).device
+        # Sent once; the rest of a run stays on the device until an iteration is over.
+        self._moments = [moments[key].to(self.device) for key in self.plan.keys]
         rows = self.plan.build_rows()
         self._first = [
             rows[place][self._columns(place)] * scale for place, scale in enumerate(self._scales)
@@ -203,11 +205,9 @@ class MixFit:
         latents, guided, differences = batch.begin, list[Tensor](), list[Tensor]()
         for row, moment in zip(rows, self._moments, strict=True):
             if self.spending is not None and self.spending.recomputes:
-                made = checkpoint(
-                    batch.call, self.unet, latents, moment.to(self.device), use_reentrant=False
-                )
+                made = checkpoint(batch.call, self.unet, latents, moment, use_reentrant=False)
             else:
-                made = batch.call(self.unet, latents, moment.to(self.device))
+                made = batch.call(self.unet, latents, moment)
             guided.append(made[0])
             differences += made[1:] if self._by_lane else ()
             columns = [batch.begin, *guided, *differences]
@@ -237,12 +237,13 @@ class MixFit:
         return sum(span.shape[1] for span in self._spans)
 
     def _make_rows(self, moved: Tensor) -> list[Tensor]:
-        """Rows in single precision, worked out in double."""
+        """Rows in single precision on the device, worked out in double before they go there."""
         parts = moved.split([span.shape[1] for span in self._spans])
-        return [
-            (torch.as_tensor(first) + torch.as_tensor(span) @ part).float().to(self.device)
+        rows = [
+            (torch.as_tensor(first) + torch.as_tensor(span) @ part).float()
             for first, span, part in zip(self._first, self._spans, parts, strict=True)
         ]
+        return list(send(torch.cat(rows), self.device).split([len(row) for row in rows]))
 
     # -- the fit ---------------------------------------------------------------------------------
 
@@ -277,22 +278,25 @@ class MixFit:
     def _differentiate(self, state: FitState) -> tuple[np.ndarray, float]:
         """The gradient of a batch's loss, and its mean error."""
         assert self.spending is not None
-        moved = torch.from_numpy(state.moved).requires_grad_()
+        moved = torch.from_numpy(state.moved)
         places = self._pick(state.iteration)
-        total = 0.0
+        rows = [row.detach().requires_grad_() for row in self._make_rows(moved)]
+        told: list[Tensor] = []
         with torch.enable_grad():
             for first in range(0, len(places), self.spending.pictures):
                 batch = self._gather(places[first : first + self.spending.pictures])
-                last = self.roll_out(batch, self._make_rows(moved))
-                errors = (last - batch.goals).square().mean(dim=(1, 2, 3))
+                errors = (self.roll_out(batch, rows) - batch.goals).square().mean(dim=(1, 2, 3))
                 loss = (errors + self.config.floor).log().sum() / len(places)
-                loss.backward()
-                total += float(errors.detach().sum()) / len(places)
-        assert moved.grad is not None
-        gradient = moved.grad.numpy()
+                parts = torch.autograd.grad(loss, rows)
+                told.append(torch.cat([*parts, errors.detach().sum()[None]]))
+        # Read at once: one wait an iteration.
+        *slopes, total = torch.stack(told).cpu().double().sum(0).split([*map(len, rows), 1])
+        gradient = np.concatenate(
+            [span.T @ slope.numpy() for span, slope in zip(self._spans, slopes, strict=True)]
+        )
         if not np.isfinite(gradient).all():
             raise LeansdError("the gradient of a fit is no number (NaN): try float32")
-        return gradient, total
+        return gradient, float(total) / len(places)
 
     def _pick(self, iteration: int) -> list[int]:
         """The pictures of an iteration: all in turns, every time round in another order."""

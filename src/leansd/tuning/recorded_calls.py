@@ -16,6 +16,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from leansd.core.mixing import guide
+from leansd.core.transfer import make_exact
 from leansd.errors import LeansdError
 from leansd.evaluation.runs import PipelineCall, run_calls
 from leansd.runtime.cache import map_rows
@@ -94,7 +95,9 @@ def keep_calls(
 @torch.no_grad()
 def measure_error(unet: UNet2DConditionModel, kept: Sequence[KeptCall]) -> float:
     """The mean over calls of the squared error of a UNet's guided output, over the output's own."""
-    return sum(_measure_one(unet, call) for call in kept) / len(kept)
+    # Read at once, when all calls are under way.
+    errors: list[float] = torch.stack([_measure_one(unet, call) for call in kept]).tolist()
+    return sum(errors) / len(kept)
 
 
 def guide_batch(noise: Tensor, scale: float | None) -> Tensor:
@@ -105,10 +108,10 @@ def guide_batch(noise: Tensor, scale: float | None) -> Tensor:
     return guide(rest, cond, scale).output
 
 
-def _measure_one(unet: UNet2DConditionModel, call: KeptCall) -> float:
-    output = guide_batch(unet(*call.args, **call.kwargs)[0], call.guidance).double()
-    true = call.output.double()
-    return float((output - true).square().sum() / true.square().sum())
+def _measure_one(unet: UNet2DConditionModel, call: KeptCall) -> Tensor:
+    output = make_exact(guide_batch(unet(*call.args, **call.kwargs)[0], call.guidance))
+    true = make_exact(call.output)
+    return (output - true).square().sum() / true.square().sum()
 
 
 def _spread(count: int, moments: int) -> set[int]:

@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from leansd.core.mixing import guide
+from leansd.core.transfer import send
 from leansd.errors import LeansdError
 from leansd.evaluation.runs import PipelineCall, run_calls
 from leansd.runtime.cache import join_rows, map_rows
@@ -122,7 +123,7 @@ class StartBatch:
         """The batch of some pictures; `begin` scales what they start from."""
         first = starts[0]
         named = _to(_join([each.named for each in starts], first.lanes), device)
-        goals = torch.stack([each.goal for each in starts]).to(device)
+        goals = send(torch.stack([each.goal for each in starts]), device)
         sample = named["sample"][-len(starts) :, : goals.shape[1]].float()
         return cls(named, first.lanes, first.scale, sample * begin, goals)
 
@@ -159,7 +160,7 @@ def _join(parts: Sequence[Any], lanes: int) -> Any:
 
 def _to(tree: Any, device: Any) -> Any:
     if isinstance(tree, Tensor):
-        return tree.to(device)
+        return send(tree, device)
     if isinstance(tree, Mapping):
         return {key: _to(each, device) for key, each in cast(Mapping[str, Any], tree).items()}
     if isinstance(tree, list):

@@ -212,4 +212,4 @@ def explain_unfit(plan: Plan) -> str:
 
 def stack_features(columns: Sequence[torch.Tensor]) -> Matrix:
     """Tensors as rows of numbers, in double precision."""
-    return torch.stack([each.detach().flatten() for each in columns]).double().cpu().numpy()
+    return torch.stack([each.detach().flatten() for each in columns]).cpu().double().numpy()

@@ -126,7 +126,7 @@ def measure_deviation(variant: Variant, bench: TrialRunner, calibration: Calibra
     for run in wrong if variant.forecasts else ():
         run[0] = run[min(1, len(run) - 1)]
     joined = torch.cat([torch.stack(each).flatten(1) for each in wrong], dim=1)
-    return joined.double().cpu().numpy()
+    return joined.cpu().double().numpy()
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leansd.core.transfer import send
 from leansd.errors import LeansdError
 from leansd.incubation.noise import hash_repr, seed_generator
 
@@ -59,8 +60,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same on another device."""
-        added = {name: rows.to(device) for name, rows in self.added.items()}
-        return Batch(self.latents.to(device), self.text.to(device), added, self.keys, self.group)
+        latents, text = send(self.latents, device), send(self.text, device)
+        added = {name: send(rows, device) for name, rows in self.added.items()}
+        return Batch(latents, text, added, self.keys, self.group)
 
 
 def join(batches: Sequence[Batch]) -> Batch:
