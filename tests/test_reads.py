@@ -39,6 +39,7 @@ SHORT, LONG = 6, 12
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Accelerator]:
     """A GPU of CUDA's, without double precision, as Apple's are."""
     monkeypatch.setattr("leansd.core.transfer.WITHOUT_DOUBLES", ("cuda",))
+    monkeypatch.setattr("leansd.runtime.finite.REAL", {torch.Tensor, torch.nn.Parameter, OnDevice})
     with simulate(monkeypatch, doubles=False) as entered:
         yield entered
 
@@ -129,13 +130,14 @@ def make_plans(steps: int) -> dict[str, Plan]:
     }
 
 
-ONCE_A_RUN = {"clock.read_schedule": 1}
+ONCE_A_RUN = {"clock.read_schedule": 1, "finite.read": 1}
+"""Its time steps when it begins, and whether all it gave are numbers when it is over."""
 HALVES = {"guidance.has_two_halves": 1}
 """Plans that tell the lanes apart see once that the batch is twice the same."""
 
 
 @pytest.mark.parametrize("name", list(make_plans(SHORT)))
-def test_a_run_reads_its_time_steps_and_no_step(name: str, device: Accelerator) -> None:
+def test_no_step_of_a_run_reads_a_value(name: str, device: Accelerator) -> None:
     """And gives what it gives on the CPU, bit for bit."""
     plan, pipe, small = make_plans(SHORT)[name], make_pipe(), shallow_unet(1)
     expected = draw(pipe, SHORT, plan, **_give(name, small))
@@ -161,34 +163,62 @@ def test_a_guarded_run_waits_once_for_each_step_that_inherits(device: Accelerato
 
 
 @pytest.mark.parametrize("steps", [SHORT, LONG])
-def test_a_loop_of_ones_own_waits_once(steps: int, device: Accelerator) -> None:
+def test_a_loop_of_ones_own_reads_its_time_steps_once(steps: int, device: Accelerator) -> None:
     """Its time steps lie in one tensor on the device."""
     unet, scheduler = shallow_unet().to("cuda"), tiny_scheduler()
     scheduler.set_timesteps(steps, device="cuda")
     text = torch.zeros(1, 7, 32, device="cuda")
     latents = torch.zeros(1, 4, 8, 8, device="cuda")
 
+    runs: list[Any] = []
+
     def loop() -> None:
-        with torch.no_grad(), leansd.inherit(unet, Plan.every(2, cut="up0.l0", steps=steps)) as run:
+        plan = Plan.every(2, cut="up0.l0", steps=steps)
+        with torch.no_grad(), leansd.inherit(unet, plan) as run:
             for moment in scheduler.timesteps:
                 unet(latents, moment, text)
-        assert run.report().inherited > 0
+        runs.append(run)
 
-    assert sum(count_own(device, loop).values()) == 1
+    assert count_own(device, loop) == {"clock.read": 1, "finite.read": 1}
+    assert runs[0].report().inherited > 0
+
+
+@pytest.mark.parametrize(
+    ("renew", "inherits"), [(torch.clone, True), (lambda text: text + 1.0, False)]
+)
+def test_conditions_made_anew_at_every_step_are_compared_there(
+    renew: Any, inherits: bool, device: Accelerator
+) -> None:
+    """Equal copies count as the same, as on the CPU; each time that costs a wait."""
+    pipe = make_pipe().to("cuda")
+
+    def exchange(_: Any, index: int, moment: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt_embeds": renew(tensors["prompt_embeds"])}
+
+    with leansd.inherit(pipe, Plan.every(2, cut="up0.l0", steps=SHORT)) as run:
+        seen = count_own(
+            device,
+            lambda: pipe(
+                "a", num_inference_steps=SHORT, output_type="latent",
+                callback_on_step_end=exchange, callback_on_step_end_tensor_inputs=["prompt_embeds"],
+            ),
+        )  # fmt: skip
+    assert seen == ONCE_A_RUN | {"watch._are_same": SHORT - 1}
+    assert (run.report().inherited > 0) == inherits
 
 
 # -- what is measured, fitted and cut --------------------------------------------------------------
 
 
-def test_a_profile_reads_time_steps_alone(device: Accelerator) -> None:
-    """Once for its probing run, and once for what is compiled of it afterwards."""
+def test_a_profile_reads_no_more_than_a_run(device: Accelerator) -> None:
+    """Time steps once for its probing run, and once for what is compiled of it afterwards."""
     pipe = make_pipe().to("cuda")
     cost = profile(pipe, repeats=1)
     once = device.waits.copy()
     profile(pipe, repeats=1)
     assert cost.units["mid.l0.attn"]["whole"] > 0
     own = {place for place in once if place.startswith("leansd ")}
-    assert own == {"leansd clock.read_schedule", "leansd guidance.has_two_halves"}
+    assert own == {f"leansd {place}" for place in ONCE_A_RUN | HALVES}
     assert device.waits["leansd clock.read_schedule"] <= 2 * 2
 
 
@@ -210,13 +240,14 @@ def test_a_tuning_reads_what_a_run_came_to(
         device,
         lambda: tune(
             pipe, ["a", "b", "c", "d"], steps=SHORT, settings=settings, cost=cost,
-            speeds=(1.5,), grids=(1.0,), tries=1, batch=1,
+            speeds=(1.5,), grids=(1.0,), tries=0, batch=1,
         ),
     )  # fmt: skip
     drawn = sum(runs)
     assert seen.pop("runs._run_together") == 2 * drawn
     assert seen.pop("clock.read_schedule") <= 2 * drawn
     assert seen.pop("guidance.has_two_halves", 0) <= drawn
+    assert seen.pop("finite.read") <= drawn
     assert seen.pop("fitting.steer") <= SHORT * drawn
     seen.pop("fingerprint.encode_tensor")  # the weights, once
     full = {"calibration._square", "calibration.stack_outputs", "space.measure_deviation"}

@@ -34,6 +34,10 @@ class FiniteWatch:
         return [[next(left) for _ in each] for each in self._sums]
 
 
+REAL: set[type] = {torch.Tensor, nn.Parameter}
+"""Kinds of tensors that hold numbers; those of a simulation do not."""
+
+
 def is_real(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds numbers; those of a simulation do not."""
-    return type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_meta
+    """Whether a tensor holds numbers."""
+    return type(tensor) in REAL and not tensor.is_meta

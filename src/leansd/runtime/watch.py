@@ -2,7 +2,7 @@
 
 A run goes on inheriting only while text states, added conditions, weights, adapters and attention
 processors stay as they were. They are told apart by identity and by PyTorch's version counters, so
-no value is read and no device waited for.
+no value is read and no device waited for, unless a condition comes as another tensor.
 """
 
 from __future__ import annotations
@@ -72,8 +72,9 @@ def _are_same(one: Any, one_version: int, other: Any, other_version: int) -> boo
         return False
     if _locate(one) == _locate(other):
         return one_version == other_version
-    # On the processor there is no device to wait for, so that equal copies count as the same.
-    return one.device.type == "cpu" and is_real(one) and is_real(other) and torch.equal(one, other)
+    # A loop that makes its conditions anew at every step waits here for its device, each time;
+    # to compute all of the step because of an equal copy would take longer.
+    return is_real(one) and is_real(other) and torch.equal(one, other)
 
 
 def _locate(tensor: torch.Tensor) -> tuple[object, ...]:
