@@ -324,6 +324,8 @@ def simulate(patch: Any, *, doubles: bool = True) -> Iterator[Accelerator]:
     own_group = clip_grad._group_tensors_by_device_and_dtype
     patch.setattr(clip_grad, "_group_tensors_by_device_and_dtype", group)
     patch.setattr(torch, "autocast", cast)
+    # Modules change what their parameters are, as they go to the device and back.
+    patch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
     before = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)
     try:

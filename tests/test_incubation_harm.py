@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from leansd.errors import LeansdError
+from leansd.files import holding
 from leansd.incubation import estimate, training_run, training_state
 from leansd.incubation.optimization import build_optimizer
 from leansd.incubation.recipe import Recipe, TrainerSettings
@@ -24,8 +25,6 @@ from leansd.loading import load_unet
 from test_incubation import (
     LIGHT,
     make_run,
-    make_source,
-    make_training,
     read_net,
     write_recipe,
 )
@@ -242,34 +241,10 @@ def test_an_optimizer_for_gpus_says_what_it_needs(monkeypatch: pytest.MonkeyPatc
     assert build_optimizer(settings, [parameter], 0.1).param_groups[0]["lr"] == 0.1
 
 
-def test_a_step_reads_no_more_than_one_value_a_batch_and_one_for_the_norm(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each reading is a wait for the device."""
-    training = make_training(tmp_path, write_recipe(LIGHT))
-    training.step = 1
-    stream = make_source().open(batch=2, seed=0)
-    training.take_step(stream)  # the optimizer's state is made
-    monkeypatch.setattr("leansd.incubation.trainer.draw_noise", make_draw(training))
-    read: list[str] = []
-    for name in ("item", "tolist", "__bool__", "__float__"):
-        own = getattr(torch.Tensor, name)
-
-        def count(self: Any, own: Any = own, name: str = name) -> Any:
-            # What torch's optimizers read, they keep on the CPU.
-            if "leansd" in sys._getframe(1).f_code.co_filename:
-                read.append(name)
-            return own(self)
-
-        monkeypatch.setattr(torch.Tensor, name, count)
-    training.take_step(stream)
-    monkeypatch.undo()
-    training.release()
-    assert sorted(read) == ["__float__", "tolist"]
-
-
-def make_draw(training: Any) -> Any:
-    """The noise of a step, drawn before anything is counted: it is made on the CPU."""
-    batch = next(training.context.source.open(batch=2, seed=0))
-    draw = training.draw(batch, 0)
-    return lambda *_, **__: draw
+def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    """As when one is resumed that goes on elsewhere; once that is over, or killed, it can be."""
+    run = make_run(tmp_path, KEPT)
+    with holding(run.folder), pytest.raises(LeansdError, match="another run is at work in"):
+        run_stages(run)
+    assert not list(run.folder.rglob("checkpoints"))
+    assert (run_stages(run) / "config.json").exists()

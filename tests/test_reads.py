@@ -207,6 +207,24 @@ def test_conditions_made_anew_at_every_step_are_compared_there(
     assert (run.report().inherited > 0) == inherits
 
 
+def test_a_pipeline_that_goes_there_and_back_follows_its_plan(
+    device: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Moved between runs, and offloaded within them."""
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    plan, pipe = make_plans(SHORT)["reuse"], make_pipe()
+    expected = draw(pipe, SHORT, plan)
+    with leansd.inherit(pipe, plan) as run:
+        for move in (
+            lambda: pipe.to("cuda"),
+            lambda: pipe.to("cpu"),
+            lambda: pipe.enable_model_cpu_offload(device="cuda"),
+        ):
+            move()
+            assert torch.equal(draw(pipe, SHORT), expected)
+            assert run.report().inherited > 0
+
+
 # -- what is measured, fitted and cut --------------------------------------------------------------
 
 

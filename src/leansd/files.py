@@ -13,6 +13,11 @@ from uuid import uuid4
 
 from leansd.errors import LeansdError, OutputError
 
+try:
+    import fcntl
+except ImportError:  # Windows has no locks of this kind, and two runs are not kept apart
+    fcntl = None
+
 
 def check_folder(folder: str | Path) -> Path:
     """Say now, and without creating anything, whether files can be written into `folder`."""
@@ -29,6 +34,37 @@ def check_folder(folder: str | Path) -> Path:
             f"cannot write into {folder}: no permission in {home}; choose another output folder"
         )
     return folder
+
+
+@contextmanager
+def holding(folder: str | Path) -> Iterator[None]:
+    """Keeps others that hold it from working in `folder` meanwhile; a kill lets go.
+
+    Raises:
+        LeansdError: another process works there, or the folder cannot be made.
+    """
+    folder = Path(folder)
+    if fcntl is None:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        place = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise OutputError(f"cannot write into {folder}: {error.strerror or error}") from error
+    try:
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LeansdError(
+                f"another run is at work in {folder}: wait until it is over, or choose another "
+                "folder"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(place)
 
 
 def check_file(path: str | Path) -> Path:

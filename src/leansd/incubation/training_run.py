@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from leansd.cards import Card, Training, write_card
 from leansd.drawing import Request, paint
 from leansd.errors import LeansdError
 from leansd.evaluation.fidelity import psnr
-from leansd.files import check_folder, write_file, writing
+from leansd.files import check_folder, holding, write_file, writing
 from leansd.incubation.data.batches import DataSource
 from leansd.incubation.data.kinds import DataContext, open_source
 from leansd.incubation.noise import DiffusionSchedule
@@ -120,12 +121,18 @@ def open_run(
     if pipe is None:
         pipe = load(recipe.model, device=state.device, dtype=torch.float32)
         pipe.set_progress_bar_config(disable=True)
-    if state.is_main_process:
-        claim_folder(folder, recipe, resume=resume)
-    state.wait_for_everyone()
-    rank, world, wait = state.process_index, state.num_processes, state.wait_for_everyone
-    context = DataContext(pipe, folder, rank, world, wait, note)
-    return TrainingRun(recipe, folder, pipe, open_source(recipe.data, context))
+    with _hold(folder):
+        if state.is_main_process:
+            claim_folder(folder, recipe, resume=resume)
+        state.wait_for_everyone()
+        rank, world, wait = state.process_index, state.num_processes, state.wait_for_everyone
+        context = DataContext(pipe, folder, rank, world, wait, note)
+        return TrainingRun(recipe, folder, pipe, open_source(recipe.data, context))
+
+
+def _hold(folder: Path) -> AbstractContextManager[None]:
+    """Two runs in one folder would write over each other's checkpoints."""
+    return holding(folder) if PartialState().is_main_process else nullcontext()
 
 
 def claim_folder(folder: Path, recipe: Recipe, *, resume: bool) -> None:
@@ -204,8 +211,13 @@ def run_stages(
         the folder of the finished net.
 
     Raises:
-        LeansdError: what training raises.
+        LeansdError: what training raises, or another run is at work there.
     """
+    with _hold(run.folder):
+        return _run_stages(run, on_log, make_validation)
+
+
+def _run_stages(run: TrainingRun, on_log: OnLog | None, make_validation: MakeValidation) -> Path:
     recipe, settings, folder = run.recipe, run.recipe.trainer, run.folder
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     # `accelerate launch` and its config decide where and how.
