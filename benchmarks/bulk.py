@@ -25,7 +25,8 @@ from leansd.bulk.on_ray import work_on_ray
 from leansd.bulk.rows import read_sheet
 from leansd.cli.terminal import hush_libraries
 from leansd.cluster import connect
-from leansd.evaluation.prompt_sets import GUIDANCE, THINGS
+from leansd.emoji.prompts import THINGS
+from leansd.evaluation.prompt_sets import GUIDANCE
 from leansd.evaluation.records import Record, stamp, write_records
 from leansd.plans.presets import preset
 from leansd.shards import list_shards

@@ -22,9 +22,10 @@ from rich.progress import Progress
 
 import leansd
 from leansd.cli.terminal import hush_libraries
+from leansd.emoji.prompts import THINGS
 from leansd.errors import LeansdError
 from leansd.evaluation.fidelity import psnr
-from leansd.evaluation.prompt_sets import GUIDANCE, THINGS
+from leansd.evaluation.prompt_sets import GUIDANCE
 from leansd.evaluation.records import Record, stamp, write_records
 from leansd.evaluation.runs import run_calls
 from leansd.surgery.edits import Surgery

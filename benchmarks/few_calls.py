@@ -25,9 +25,10 @@ import typer
 
 from leansd.anatomy.reading import read_anatomy
 from leansd.cli.terminal import hush_libraries
+from leansd.emoji.prompts import THINGS
 from leansd.errors import LeansdError
 from leansd.evaluation.fidelity import psnr
-from leansd.evaluation.prompt_sets import GUIDANCE, THINGS
+from leansd.evaluation.prompt_sets import GUIDANCE
 from leansd.evaluation.records import Record, get_field, put_records, stamp
 from leansd.evaluation.runs import run_calls
 from leansd.loading import load

@@ -27,6 +27,7 @@ import torch
 import typer
 
 from leansd.cli.terminal import hush_libraries
+from leansd.emoji.prompts import THINGS
 from leansd.evaluation.bench import (
     OWN_SETTING,
     STRENGTH,
@@ -36,7 +37,7 @@ from leansd.evaluation.bench import (
 )
 from leansd.evaluation.cost import CostModel
 from leansd.evaluation.profile import profile
-from leansd.evaluation.prompt_sets import GUIDANCE, THINGS
+from leansd.evaluation.prompt_sets import GUIDANCE
 from leansd.evaluation.records import load_records, stamp, write_records
 from leansd.evaluation.rivals import Contest, Task
 from leansd.evaluation.runs import PipelineCall, expand_calls

@@ -211,7 +211,7 @@ def list_nets(study: Study, arms: list[str]) -> Iterator[tuple[str, UNet2DCondit
 
 def main(
     data: Annotated[
-        Path, typer.Option(help="What `python -m models.emoji pictures --size 64 --out` wrote.")
+        Path, typer.Option(help="What `python -m models.emoji pictures --out` wrote.")
     ] = Path("emoji"),
     seed: Annotated[list[int], typer.Option()] = SEEDS,
     arm: Annotated[list[str], typer.Option()] = EVERY,

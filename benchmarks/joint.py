@@ -25,10 +25,11 @@ from diffusers import UNet2DConditionModel
 
 from leansd.anatomy.reading import read_anatomy
 from leansd.cli.terminal import hush_libraries
+from leansd.emoji.prompts import THINGS
 from leansd.evaluation.cost import CostModel
 from leansd.evaluation.fidelity import psnr
 from leansd.evaluation.profile import profile
-from leansd.evaluation.prompt_sets import GUIDANCE, THINGS
+from leansd.evaluation.prompt_sets import GUIDANCE
 from leansd.evaluation.records import (
     Record,
     load_records,

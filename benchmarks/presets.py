@@ -19,10 +19,11 @@ from rich.progress import Progress
 
 from leansd.anatomy import dissect
 from leansd.cli.terminal import hush_libraries
+from leansd.emoji.prompts import PROMPTS
 from leansd.evaluation.compare import Case
 from leansd.evaluation.demo import list_records, run_demo
 from leansd.evaluation.extractors import find_embedder
-from leansd.evaluation.prompt_sets import GUIDANCE, PROMPTS
+from leansd.evaluation.prompt_sets import GUIDANCE
 from leansd.evaluation.records import write_records
 from leansd.evaluation.runs import FULL
 from leansd.loading import load

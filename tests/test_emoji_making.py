@@ -24,12 +24,12 @@ from models.emoji.data import (
     split_pairs,
     write_captions,
 )
-from models.emoji.drawing import GRID_PROMPTS
 from models.emoji.judge import Judge, JudgeLearner, load_judge, rank_names
 from models.emoji.muon import make_optimizer, orthogonalize
 from models.emoji.recipe import Recipe
 from models.emoji.stages import load_state, save_json, train_stage
 
+from leansd.emoji.prompts import GRID_PROMPTS
 from leansd.errors import LeansdError
 
 TINY = Recipe(

@@ -112,7 +112,8 @@ def grid(
     threads: Threads = 0,
 ) -> None:
     """Draw the card's 36 pictures from the checkpoints, whatever they show."""
-    from models.emoji.drawing import GRID_PROMPTS, draw_captions, paste_grid, save_picture
+    from leansd.emoji.prompts import GRID_PROMPTS
+    from models.emoji.drawing import draw_captions, paste_grid, save_picture
     from models.emoji.recipe import choose_recipe, load_run
 
     _set_threads(threads, "cpu")
@@ -229,10 +230,11 @@ def evaluate(
     import json
 
     from leansd.emoji.clip import load_clip
+    from leansd.emoji.prompts import GRID_PROMPTS
     from models.emoji.assembly import load_pipeline
     from models.emoji.card import write_card
     from models.emoji.data import read_pictures
-    from models.emoji.drawing import GRID_PROMPTS, draw_captions, paste_grid, save_picture
+    from models.emoji.drawing import draw_captions, paste_grid, save_picture
     from models.emoji.evaluation import evaluate_model, find_neighbours
     from models.emoji.judge import load_judge
     from models.emoji.recipe import choose_recipe

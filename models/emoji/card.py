@@ -9,9 +9,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from leansd.emoji.prompts import GRID_PROMPTS
 from leansd.errors import LeansdError
 from models.emoji.data import KEYWORDS, STYLES
-from models.emoji.drawing import GRID_PROMPTS
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Who drew a style, and under which licence.

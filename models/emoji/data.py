@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from leansd.emoji.prompts import add_article
 from leansd.errors import LeansdError
 from models.emoji.stages import load_state, save_state
 
@@ -185,14 +186,6 @@ def write_captions(pair: Pair) -> list[str]:
     noun, style = add_article(words), f"{pair.style} style"
     captions = [f"{noun}, {style}", f"{words}, {style}", f"an emoji of {noun}, {style}"]
     return captions + [f"{noun}, {word}, {style}" for word in pair.concept.keywords]
-
-
-def add_article(words: str) -> str:
-    """Put `a` or `an` before a name that takes one."""
-    first = words.split()[0]
-    if (first.endswith("s") and not first.endswith("ss")) or first in {"the", "no"}:
-        return words
-    return f"{'an' if first[0] in 'aeiou' else 'a'} {words}"
 
 
 def render_icons(drawings: Sequence[str], size: int) -> torch.Tensor:

@@ -11,24 +11,6 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from leansd.errors import LeansdError
-from models.emoji.data import add_article
-
-# Fixed before any was drawn: things a person knows at a glance, in all three styles, in an order
-# that puts the styles of a row side by side.
-_THINGS = (
-    ("red apple", "pizza", "lemon", "strawberry", "hamburger", "ice cream"),
-    ("cat face", "panda", "penguin", "tropical fish", "lady beetle", "octopus"),
-    ("grinning face", "red heart", "rocket", "police car", "soccer ball", "crown"),
-    ("tulip", "mushroom", "cactus", "guitar", "umbrella", "alarm clock"),
-    ("robot", "ghost", "sunflower", "sailboat", "light bulb", "birthday cake"),
-    ("dolphin", "banana", "house", "gem stone", "trophy", "smiling face with sunglasses"),
-)
-_STYLES = ("noto", "twemoji", "fluent")
-GRID_PROMPTS = tuple(
-    f"{add_article(thing)}, {_STYLES[(row + column) % 3]} style"
-    for row, things in enumerate(_THINGS)
-    for column, thing in enumerate(things)
-)
 
 
 def draw_captions(

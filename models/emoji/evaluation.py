@@ -13,10 +13,11 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from transformers import CLIPModel, CLIPTokenizer
 
+from leansd.emoji.prompts import GRID_PROMPTS
 from models.emoji.autoencoder import measure_psnr
 from models.emoji.data import STYLES, Pair, Pictures, write_captions
 from models.emoji.denoiser import NOISE
-from models.emoji.drawing import GRID_PROMPTS, draw_captions
+from models.emoji.drawing import draw_captions
 from models.emoji.eyes import embed_images, embed_texts
 from models.emoji.judge import Judge, look_at, rank_names
 

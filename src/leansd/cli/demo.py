@@ -38,9 +38,10 @@ def show_demo(
     The last line on standard output is one JSON object.
     """
     from leansd.cli.terminal import follow, note, warn
+    from leansd.emoji.prompts import PROMPTS
     from leansd.evaluation.demo import list_cases, run_demo
     from leansd.evaluation.extractors import find_embedder
-    from leansd.evaluation.prompt_sets import GUIDANCE, PROMPTS
+    from leansd.evaluation.prompt_sets import GUIDANCE
     from leansd.files import check_folder
     from leansd.loading import EMBEDDED
     from leansd.plans.presets import SPEED_PRESETS

@@ -6,38 +6,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from leansd.emoji.prompts import THINGS
 from leansd.errors import LeansdError
 from leansd.loading import EMBEDDED
-
-PROMPTS = (
-    "a red apple, noto style",
-    "a red heart, twemoji style",
-    "a smiling face with sunglasses, twemoji style",
-    "a cat face, twemoji style",
-    "a cactus, noto style",
-    "a grinning face, twemoji style",
-    "a basketball, noto style",
-    "a pizza, twemoji style",
-)
-
-_EMOJI = (
-    *("red apple", "pizza", "lemon", "cat face", "dog face", "tiger face", "penguin", "fish"),
-    *("grinning face", "red heart", "rocket", "police car", "soccer ball", "crown", "tulip"),
-    *(
-        "mushroom",
-        "hamburger",
-        "guitar",
-        "cactus",
-        "basketball",
-        "banana",
-        "strawberry",
-        "cherries",
-    ),
-    *("carrot", "avocado", "sunflower", "elephant", "octopus", "airplane", "umbrella", "candle"),
-    "panda",
-)
-THINGS = tuple(f"a {thing}, {style} style" for style in ("noto", "twemoji") for thing in _EMOJI)
-"""64 prompts of the embedded model, for benchmarks."""
 
 _SUBJECTS = (
     "a lighthouse on a cliff at dusk",
@@ -62,7 +33,7 @@ SCENES = tuple(f"{manner} {subject}" for manner in _MANNERS for subject in _SUBJ
 """64 prompts of any other model, for benchmarks."""
 
 GUIDANCE = 4.0
-"""Guidance scale for the embedded model; the pipeline's default makes its colours hard."""
+"""Guidance scale for the embedded model; its edges are cleaner than at the pipeline's default."""
 
 
 def read_prompts(path: str | Path) -> list[str]:
