@@ -1,7 +1,7 @@
 # make demo   see it work: sets up .venv on the first call, then runs the demo
 # make test   the tests, but for those that take long
 # make check  all tests, lint and types: what a change must pass
-# make emoji  train the embedded model's successor in runs/emoji; stop and call again at any time
+# make emoji  train the embedded model in runs/emoji; stop and call again at any time
 # make evidence  after other weights: everything measured on the embedded model, anew; goes on when stopped
 # make gpu   check and measure on your GPU, in ten minutes: MODEL=PATH takes a model of yours along
 # make docs   the documentation as a site: build/site/index.html

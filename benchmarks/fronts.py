@@ -8,7 +8,7 @@ the model's own to `SAMPLER-STEPS-gSCALE.json`, those of image-to-image (`--pict
 journals under `runs/fronts`, and the profile that all of them go by, so that a stopped run goes on;
 `--results` names another folder for both.
 
-    python benchmarks/fronts.py --model models/emoji/model --results fronts-successor
+    python benchmarks/fronts.py --model MODEL --results fronts-of-mine
         --sampler dpm++2m --steps 30 --grid 1 --speed 1.5 --speed 2 --tries 2 --spare 1.03
 """
 
@@ -56,8 +56,8 @@ RUNS = Path(__file__).parent.parent / "runs"
 SEED, INPUT_SEED = 2_000_000, 12_000_000
 """Of pictures, and of those that image-to-image starts from; far from the benchmark's."""
 CALLS = 24
-"""To tune on, and as many held out. With 8, corrections learn the pictures: on the successor of the
-embedded model, at 2x, 45 dB where they were fitted and 35 elsewhere; with 24, 43 and 44."""
+"""To tune on, and as many held out. With 8, corrections learn the pictures: at
+2x, 45 dB where they were fitted and 35 elsewhere; with 24, 43 and 44."""
 SPEEDS = [each.speedup for each in tuned.SPEED_PRESETS.values()]
 SPARES = [1.03, 1.07]
 """Plans are sought faster than they shall be, by little and by more: predictions are off by as

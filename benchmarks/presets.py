@@ -1,7 +1,7 @@
 """The speed presets against what a user would pick instead, on one model, in one interleaved run.
 
     python benchmarks/presets.py [--model emoji] [--prompts 16] [--steps 30]
-    python benchmarks/presets.py --model models/emoji/model --results untuned
+    python benchmarks/presets.py --model predecessor --results untuned
 
 Full run, presets, DeepCache's schedule, and fewer steps of the same sampler at each preset's cost.
 One round is one prompt drawn by every contestant, so ratios are paired. Records go to
@@ -73,7 +73,7 @@ def main(
                 pipe,
                 chosen,
                 list_cases(anatomy, steps, sampler),
-                subject=model,
+                subject=Path(model).name,
                 anatomy=anatomy,
                 seed=seed,
                 guidance=guidance,

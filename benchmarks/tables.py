@@ -32,7 +32,6 @@ TABLES: dict[str, tuple[Callable[[], str], str]] = {
     "presets": (plans.tabulate_presets, "presets"),
     "judged": (nets.tabulate_judged, "untuned"),
     "untuned": (plans.tabulate_untuned, "untuned"),
-    "successor": (plans.tabulate_successor, "untuned"),
     "bench": (plans.tabulate_bench, "bench"),
     "gpu": (plans.tabulate_gpu, "gpu"),
     "overhead": (plans.tabulate_overhead, "overhead"),

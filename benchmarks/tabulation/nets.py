@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from leansd.emoji.location import model_folder
 from leansd.evaluation.records import load_records
 from tabulation.cells import RESULTS, get, get_number, tabulate_ratio
 
@@ -111,9 +112,8 @@ def tabulate_modes() -> str:
 
 
 def tabulate_judged() -> str:
-    """What an independent classifier makes of the successor's pictures, beside real ones."""
-    path = RESULTS.parent.parent / "models" / "emoji" / "model" / "evaluation.json"
-    told = json.loads(path.read_text(encoding="utf-8"))
+    """What an independent classifier makes of the bundled model's pictures, beside real ones."""
+    told = json.loads((model_folder() / "evaluation.json").read_text(encoding="utf-8"))
     lines = ["| named right by the judge | drawn | real |", "|---|---|---|"]
     for key, title in (("train", "training captions"), ("held_out", "held-out pairs")):
         drawn, real = told[key]["generated"]["top1"], told[key]["real"]["top1"]

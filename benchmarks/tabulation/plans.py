@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from leansd.evaluation.records import Record, load_records
 from leansd.evaluation.standings import read_standings, tabulate_summary
 from leansd.plans.presets import SPEED_PRESETS
-from leansd.tuning import Front
 from tabulation.cells import RESULTS, get, get_number, tabulate_ratio
 
 PREDICTED = "predicted_speedup"
@@ -63,26 +62,6 @@ def tabulate_beside_fewer(records: Sequence[Record], presets: Sequence[str]) -> 
                 f"{cells[nearest, 'psnr'].value:.1f} dB",
             )
             lines.append("| " + " | ".join(columns) + " |")
-    return "\n".join([*lines, ""])
-
-
-def tabulate_successor() -> str:
-    """Plans tuned on the bundled model's successor beside as many plain steps, held out."""
-    front = Front.load(RESULTS / "fronts-successor" / "dpm++2m-30.json")
-    plain = [each for each in front.points if each.is_plain]
-    head = ("UNet calls", "predicted speed-up", "tuned", "plain steps", "predicted speed-up", "")
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for point in (each for each in front.points if not each.is_plain):
-        nearest = min(plain, key=lambda each: abs(each.speedup - point.speedup))
-        columns = (
-            str(len(point.plan.keys)),
-            f"{point.speedup:.2f}x",
-            f"**{point.psnr:.1f} dB**",
-            str(nearest.plan.steps),
-            f"{nearest.speedup:.2f}x",
-            f"{nearest.psnr:.1f} dB",
-        )
-        lines.append("| " + " | ".join(columns) + " |")
     return "\n".join([*lines, ""])
 
 
