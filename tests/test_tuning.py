@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import math
 import random
 import warnings
 from collections.abc import Sequence
@@ -30,25 +31,27 @@ from leansd.evaluation.fidelity import psnr
 from leansd.evaluation.runs import run_calls
 from leansd.loading import as_image_to_image
 from leansd.plans.anatomy import Anatomy
-from leansd.plans.methods import weigh
+from leansd.plans.methods import METHODS, weigh
 from leansd.plans.plan import Plan, Tuned
 from leansd.plans.row import NO_CORRECTION, Correction
 from leansd.runtime.clock import read_schedule
 from leansd.runtime.nets import match_nets
 from leansd.tuning import Front, Point, calibration, tuner
 from leansd.tuning.calibration import Calibration, calibrate
-from leansd.tuning.error_model import HEAD_ACTIONS, Action, ErrorModel, Key
+from leansd.tuning.error_model import HEAD_ACTIONS, REUSE, Action, ErrorModel, Key
 from leansd.tuning.fitting import polish, replay, try_plan
 from leansd.tuning.key_step_dp import Keys, find_best
 from leansd.tuning.pipeline_host import PipelineHost, measure_response
 from leansd.tuning.space import (
     FULL,
     TICKS,
+    StepCountModel,
     Variant,
     allows,
     list_regimes,
     list_variants,
     measure_deviation,
+    space_evenly,
 )
 from leansd.tuning.trials import Journal, Trial, TrialRunner
 from tiny import shallow_unet, tiny_pipeline, tiny_scheduler
@@ -206,7 +209,7 @@ def make_calibration(name: str, outputs: torch.Tensor) -> Calibration:
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("action", HEAD_ACTIONS)
+@pytest.mark.parametrize("action", [*HEAD_ACTIONS, REUSE])
 def test_the_error_of_a_stretch_is_what_the_scheduler_makes_of_forecasts(
     name: str, action: Action
 ) -> None:
@@ -215,7 +218,7 @@ def test_the_error_of_a_stretch_is_what_the_scheduler_makes_of_forecasts(
     model = ErrorModel.of(make_calibration(name, outputs))
     log_snr = model.calibration.log_snr.tolist()
     keys, end = (0, 1, 3), 6
-    known = keys[-2:] if action is LINE else keys
+    known = keys[-METHODS[action.how].depth :]
 
     def forecast(step: int, known: Sequence[int] = known) -> torch.Tensor:
         points = [log_snr[key] for key in known]
@@ -323,6 +326,19 @@ def test_samplers_that_cannot_be_tuned_for_are_refused_before_anything_runs(
         leansd.tune(pipe, PROMPTS, steps=STEPS, cost=cost)
 
 
+@pytest.mark.parametrize("calls", [2, 3, 5, 7, 8])
+def test_even_steps_are_as_many_as_asked_for_and_end_before_the_last(calls: int) -> None:
+    model = ErrorModel.of(make_calibration("ddim", torch.randn(STEPS, 5, dtype=torch.float64)))
+    candidate = space_evenly(StepCountModel(model, 0.0), calls, REUSE)
+    plan = candidate.build()
+    assert len(plan.keys) == calls
+    assert plan.keys[-1] == max(STEPS - 2, calls - 1)
+    gaps = [after - before for before, after in itertools.pairwise(plan.keys)]
+    assert max(gaps) - min(gaps) <= 1
+    assert {row.inherit["head"] for row in plan.rows if not row.is_key} <= {"reuse"}
+    assert math.isfinite(candidate.error)
+
+
 # -- runs ------------------------------------------------------------------------------------------
 
 
@@ -346,7 +362,7 @@ def test_a_trial_is_a_run_of_the_plan_that_it_fits(pipe, name: str) -> None:
     assert (again.latents - goal).square().mean() < (plain - goal).square().mean()
 
 
-@pytest.mark.parametrize("how", ["forecast", "forecast2"])
+@pytest.mark.parametrize("how", ["forecast", "forecast2", "reuse"])
 def test_a_replay_ends_where_the_plan_does_and_computes_only_its_end(pipe, how) -> None:
     host = PipelineHost(pipe, settings=SETTINGS)
     seen = calibrate(host, PROMPTS[:2], STEPS, seed=0)
@@ -381,11 +397,12 @@ def test_polishing_leads_nearer_to_the_full_run(pipe) -> None:
 
 def test_regimes_are_those_that_save_time_here(pipe, cost) -> None:
     anatomy = leansd.dissect(pipe.unet)
-    heads, cheaper, cut = list_regimes(
+    heads, reuse, cheaper, cut = list_regimes(
         cost, anatomy, [FULL, Variant("half", 9, guidance="forecast")]
     )
     assert set(heads.actions) == set(cheaper.actions) == set(HEAD_ACTIONS)
-    assert heads.key_costs == (TICKS,)
+    assert set(reuse.actions) == {REUSE}
+    assert heads.key_costs == reuse.key_costs == (TICKS,)
     assert cheaper.key_costs == (TICKS, 9)
     (action,) = cut.actions
     assert action.cut == f"up{anatomy.up_blocks - 1}.l1"

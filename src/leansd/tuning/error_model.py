@@ -30,6 +30,7 @@ class Action(NamedTuple):
 
 
 HEAD_ACTIONS = (Action("head", "forecast"), Action("head", "forecast2"))
+REUSE = Action("head", "reuse")
 
 
 class Key(NamedTuple):

@@ -22,7 +22,7 @@ from leansd.plans.methods import METHODS
 from leansd.plans.plan import Plan
 from leansd.plans.row import OWN, Attend, Gates, Guidance
 from leansd.tuning.calibration import Calibration
-from leansd.tuning.error_model import HEAD_ACTIONS, Action, ErrorModel, Key
+from leansd.tuning.error_model import HEAD_ACTIONS, REUSE, Action, ErrorModel, Key
 from leansd.tuning.key_step_dp import MEMORY, Keys, Proposal, Segment, find_best
 from leansd.tuning.scheduler_hook import Seen, Step
 from leansd.tuning.trials import TrialRunner
@@ -150,8 +150,11 @@ class Regime:
 def list_regimes(
     cost: CostModel, anatomy: Anatomy, variants: Sequence[Variant] = (FULL,)
 ) -> list[Regime]:
-    """Forecasts of the whole output first; then with cheaper key steps, where there are any; then a
-    cut, where it costs noticeably less than a step.
+    """Forecasts of the whole output first; then the last output as it is; then forecasts with
+    cheaper key steps, where there are any; then a cut, where it costs noticeably less than a step.
+
+    Where guidance makes outputs turn fast, a line leads away faster than the corrections at key
+    steps lead back, and the last output does better by far; the model does not see it.
 
     Args:
         variants: what key steps may run where the whole output is forecast between them.
@@ -164,7 +167,7 @@ def list_regimes(
         return (cost.predict_call(call) - nothing) / whole
 
     heads = dict.fromkeys(HEAD_ACTIONS, 0)
-    regimes = [Regime(heads)]
+    regimes = [Regime(heads), Regime({REUSE: 0})]
     if len(variants) > 1:
         regimes.append(Regime(heads, tuple(variants)))
     if not anatomy.up_blocks:
@@ -202,10 +205,11 @@ class Candidate:
     def list_neighbours(self) -> list[Candidate]:
         count = self.model.calibration.count
         found = list_neighbours(self.proposal, count, self.regime.actions)
-        moved = (self._move(segments) for segments in found)
+        moved = (self.move(segments) for segments in found)
         return [each for each in moved if np.isfinite(each.error)]
 
-    def _move(self, segments: tuple[Segment, ...]) -> Candidate:
+    def move(self, segments: tuple[Segment, ...]) -> Candidate:
+        """The same kind of plan with other segments."""
         error, keys = 0.0, ()
         for segment in segments:
             keys = (*keys, segment.key)[-MEMORY:]
@@ -283,6 +287,18 @@ class StepCountModel:
     """The error of its full run against that of all steps."""
 
 
+def space_evenly(model: StepCountModel, calls: int, action: Action) -> Candidate:
+    """A plan of so many UNet calls at even distances, the last two steps before the end."""
+    count = model.errors.calibration.count
+    last = max(count - 2, calls - 1)
+    steps = [round(place * last / max(calls - 1, 1)) for place in range(calls)]
+    keys = [Key(step) for step in steps]
+    empty = Candidate(
+        Proposal((), 0.0, calls * TICKS), model.errors, Regime({action: 0}), model.step_count_error
+    )
+    return empty.move(_join(keys, [action] * calls, count))
+
+
 def propose(
     models: Sequence[StepCountModel],
     regimes: Sequence[Regime],
@@ -291,9 +307,10 @@ def propose(
     speeds: Sequence[float],
     tell: Callable[[str], None],
 ) -> list[list[Candidate]]:
-    """For each speed the best plan of every step count, and a few of each other regime.
+    """For each speed the best plan of every step count, a few of each other regime, and even steps.
 
-    Of every one, since where key steps are few the model thinks too well of many steps.
+    Of every one, since where key steps are few the model thinks too well of many steps; and even
+    steps, since it thinks too well of uneven ones.
 
     Errors of different regimes do not compare: of what a cut or an older guidance difference makes
     better or worse the model knows nothing.
@@ -315,6 +332,11 @@ def propose(
         for few, candidates in zip(found, best, strict=True):
             candidates.sort(key=lambda each: each.error)
             few += candidates[:FEWER] if place else candidates
+    for few, speed in zip(found, speeds, strict=True):
+        count = models[0].errors.calibration.count
+        calls = min(_count_ticks(whole / speed, count, cost) // TICKS, count)
+        if calls > 1:
+            few.append(space_evenly(models[0], calls, REUSE))
     return found
 
 
