@@ -251,7 +251,7 @@ def test_the_embedded_lean_net_is_what_its_recipe_says() -> None:
     inputs = make_inputs(own, size=(16, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         right, near, far = (net(**inputs).sample for net in (own, lean, bare))
-    assert (near - right).square().mean() < 0.2 * (far - right).square().mean()
+    assert (near - right).square().mean() < 0.3 * (far - right).square().mean()
 
 
 def test_the_embedded_light_net_shares_the_deep_part_of_the_model() -> None:
