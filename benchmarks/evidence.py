@@ -53,34 +53,34 @@ class Part:
 
 
 NETS = "--data runs/pictures"
+LEAN = "data.path=runs/pictures/train data.cache=runs/incubation/cache stages.0.steps=800"
+FAST = "--grid 1 --tries 3 --spare 1.03"
+"""Of the search for fronts: plans of the full run's step count, with few moves of key steps."""
 PARTS = {
     "nets": Part(
         (
             "-m models.emoji pictures --out runs/pictures",
-            f"benchmarks/incubation.py {NETS} --seed 0 --arm light --arm assembled --arm lean",
+            f"benchmarks/incubation.py {NETS} --seed 0 --arm light --arm assembled",
+            f"-m leansd.cli incubate emoji-lean.yaml --out runs/incubation/lean-0 seed=0 {LEAN}",
             "-m models.emoji publish --nets runs/incubation",
         )
     ),
     "fronts of 30 steps": Part(
-        ("benchmarks/fronts.py --steps 30",),
+        (f"benchmarks/fronts.py --steps 30 {FAST}",),
         ("fronts/dpm++2m-30.json", "fronts/ddim-30.json", "fronts/euler-30.json"),
     ),
     "fronts of 20 steps": Part(
-        ("benchmarks/fronts.py --steps 20",),
+        (f"benchmarks/fronts.py --steps 20 {FAST}",),
         ("fronts/dpm++2m-20.json", "fronts/ddim-20.json", "fronts/euler-20.json"),
     ),
     "fronts of 50 steps": Part(
-        (
-            "benchmarks/fronts.py --steps 50 --sampler dpm++2m --speed 1.5 --speed 2 --speed 3",
-            "benchmarks/fronts.py --steps 50 --sampler ddim --sampler euler --speed 1.5 --speed 2 "
-            "--speed 3 --tries 2 --spare 1.03",
-        ),
+        (f"benchmarks/fronts.py --steps 50 --speed 1.5 --speed 2 --speed 3 {FAST}",),
         ("fronts/dpm++2m-50.json", "fronts/ddim-50.json", "fronts/euler-50.json"),
     ),
     "fronts of other settings": Part(
         (
-            "benchmarks/fronts.py --sampler dpm++2m --steps 30 --guidance 8",
-            "benchmarks/fronts.py --sampler dpm++2m --steps 30 --pictures",
+            f"benchmarks/fronts.py --sampler dpm++2m --steps 30 --guidance 8 {FAST}",
+            f"benchmarks/fronts.py --sampler dpm++2m --steps 30 --pictures {FAST}",
         ),
         ("fronts/dpm++2m-30-g8.json", "fronts/dpm++2m-30-image-to-image.json"),
     ),
