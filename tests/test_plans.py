@@ -352,7 +352,7 @@ def test_grid_has_lines_for_parts_and_guidance_where_they_matter(anatomy: Anatom
 
 
 def test_picture_has_a_cell_for_every_state(anatomy: Anatomy) -> None:
-    plan = leansd.preset("balanced", steps=10)
+    plan = Plan.between([0, 1, 4, 8], cut="head", steps=10, how="forecast")
     axes = draw_picture(plan, anatomy).axes[0]
     assert (axes.get_xlim(), axes.get_ylim()) == ((0, 10), (46, 0))
     used = [text.get_text() for text in axes.get_legend().get_texts()]
