@@ -146,7 +146,9 @@ class PlanMixer:
     def _runs(self) -> tuple[list[RunStart], Tensor]:
         """The full runs: where they began, and their pictures; kept in a file for the next time."""
         if self._file is not None and self._file.exists():
-            case, starts, pictures = torch.load(self._file, weights_only=True)
+            case, starts, pictures = torch.load(
+                self._file, map_location=self.host.pipe.device, weights_only=True
+            )
             if case == self.journal.case:
                 return [RunStart(**each) for each in starts], pictures
         host = self.host
