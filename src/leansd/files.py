@@ -62,7 +62,11 @@ def holding(folder: str | Path) -> Iterator[None]:
             ) from None
         except OSError:
             pass  # a file system without locks
-        yield
+        try:
+            yield
+        finally:
+            # Closing it is not enough where a process that was started meanwhile has it open, too.
+            fcntl.flock(place, fcntl.LOCK_UN)
     finally:
         os.close(place)
 

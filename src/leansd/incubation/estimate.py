@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -24,6 +23,7 @@ from leansd.anatomy.counting import copy_skeleton
 from leansd.anatomy.inputs import make_inputs, pick_size
 from leansd.incubation.data.batches import PAIR, Batch
 from leansd.incubation.noise import DiffusionSchedule, NoiseDraw
+from leansd.incubation.processes import read_processes
 from leansd.incubation.recipe import TEACHER, Recipe, Stage
 from leansd.incubation.step import (
     StudentUNet,
@@ -144,7 +144,7 @@ def estimate_recipe(recipe: Recipe) -> Estimate:
     Raises:
         LeansdError: its model cannot be found.
     """
-    state = PartialState()
+    state = read_processes()
     device = torch.device(state.device or "cpu")
     outline = open_outline(recipe.model)
     macs = count_macs(outline).total

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 from diffusers import UNet2DConditionModel
@@ -31,6 +31,7 @@ from leansd.files import check_folder, holding, write_file, writing
 from leansd.incubation.data.batches import DataSource
 from leansd.incubation.data.kinds import DataContext, open_source
 from leansd.incubation.noise import DiffusionSchedule
+from leansd.incubation.processes import read_processes
 from leansd.incubation.recipe import TEACHER, Recipe, Stage, ValidationSettings, load_recipe
 from leansd.incubation.students import StageNet, Student, make_student, open_net, save_net
 from leansd.incubation.trainer import StageContext, ValidationHook, prepare_teacher, train_stage
@@ -117,7 +118,7 @@ def open_run(
     Args: see `incubate`.
     """
     check_folder(folder)
-    state = PartialState()
+    state = read_processes()
     if pipe is None:
         pipe = load(recipe.model, device=state.device, dtype=torch.float32)
         pipe.set_progress_bar_config(disable=True)
@@ -132,7 +133,7 @@ def open_run(
 
 def _hold(folder: Path) -> AbstractContextManager[None]:
     """Two runs in one folder would write over each other's checkpoints."""
-    return holding(folder) if PartialState().is_main_process else nullcontext()
+    return holding(folder) if read_processes().is_main_process else nullcontext()
 
 
 def claim_folder(folder: Path, recipe: Recipe, *, resume: bool) -> None:

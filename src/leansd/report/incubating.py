@@ -8,10 +8,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate import PartialState
-
 from leansd.errors import LeansdError
 from leansd.evaluation.records import stamp
+from leansd.incubation.processes import read_processes
 from leansd.incubation.recipe import Recipe, Stage
 from leansd.incubation.training_log import LogRow, describe_row, read_run
 from leansd.incubation.training_run import open_run, run_stages
@@ -64,7 +63,7 @@ def incubate_into(
         command: what the page says runs it again.
     """
     run = open_run(recipe, folder, resume=resume, note=note)
-    state = PartialState()
+    state = read_processes()
     origin = Provenance(command, stamp(state.device))
     page = LivePage(recipe, folder, origin, due=time.monotonic() + LEAST / 3)
 
