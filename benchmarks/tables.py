@@ -23,7 +23,11 @@ from leansd.evaluation.records import load_records
 from leansd.loading import EMBEDDED
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "integrations" / "comfyui" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+)
 BLOCK = re.compile(r"(<!-- table: (?P<name>\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 TABLES: dict[str, tuple[Callable[[], str], str]] = {
@@ -33,6 +37,7 @@ TABLES: dict[str, tuple[Callable[[], str], str]] = {
     "judged": (nets.tabulate_judged, "untuned"),
     "untuned": (plans.tabulate_untuned, "untuned"),
     "bench": (plans.tabulate_bench, "bench"),
+    "comfyui": (plans.tabulate_comfyui, "comfyui"),
     "gpu": (plans.tabulate_gpu, "gpu"),
     "overhead": (plans.tabulate_overhead, "overhead"),
     "gri": (nets.tabulate_gri, "gri"),

@@ -65,6 +65,44 @@ def tabulate_beside_fewer(records: Sequence[Record], presets: Sequence[str]) -> 
     return "\n".join([*lines, ""])
 
 
+def tabulate_comfyui() -> str:
+    """In ComfyUI: presets beside as many plain steps, and its caches and forecasts."""
+    records = load_records(RESULTS / "comfyui.jsonl")
+    head = ("sampler, scheduler", "preset", "model calls", "dB", "as many plain steps")
+    head += ("EasyCache", "LazyCache", "Spectrum")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for setting in dict.fromkeys((get(r, "sampler"), get(r, "scheduler")) for r in records):
+        cells = {
+            (record.plan, record.metric): record.value
+            for record in records
+            if (get(record, "sampler"), get(record, "scheduler")) == setting
+        }
+
+        def show(plan: str, cells: dict[tuple[str, str], float] = cells) -> str:
+            calls = cells[plan, "model_calls"]
+            return f"{cells[plan, 'psnr']:.1f} ({calls:g})"
+
+        best = max(
+            (plan for plan, metric in cells if plan.startswith("Spectrum") and metric == "psnr"),
+            key=lambda plan: cells[plan, "psnr"],
+        )
+        for preset in (plan for plan in SPEED_PRESETS if (plan, "psnr") in cells):
+            calls = cells[preset, "model_calls"]
+            plain = cells.get((f"{calls:g} steps", "psnr"))
+            columns = (
+                ", ".join(map(str, setting)),
+                f"`{preset}`",
+                f"{calls:g} of 20",
+                f"**{cells[preset, 'psnr']:.1f}**",
+                "" if plain is None else f"{plain:.1f}",
+                show(f"EasyCache as {preset}"),
+                show(f"LazyCache as {preset}"),
+                show(best) if calls == cells[best, "model_calls"] else "",
+            )
+            lines.append("| " + " | ".join(columns) + " |")
+    return "\n".join([*lines, ""])
+
+
 def tabulate_row(plan: str, cells: dict[tuple[str, str], Record]) -> str:
     speedup = cells[plan, "speedup"]
     psnr, ssim, clip = (cells.get((plan, metric)) for metric in ("psnr", "ssim", "clip_score"))

@@ -162,7 +162,7 @@ def choose_plan(choice: PlanChoice, run: RunDescription) -> Chosen:
         source = find_source(given)
         wanted = None if isinstance(source, Preset) else source.steps
         first, steps = run.place_in_whole(wanted)
-        source = find_tuned_here(source, run.sampler, steps) or source
+        source = find_tuned_here(source, run.sampler, steps, run.sigmas) or source
         schedule = place_calls(run.calls, run.sigmas, run.prediction, first=first, steps=steps)
         if schedule is None:
             return Chosen(name, reason=f"{run.sampler} does not call the model step by step")
@@ -203,18 +203,41 @@ def _find_tuned(
     return FALLBACK, (note,)
 
 
-def find_tuned_here(source: Source, sampler: str, steps: int) -> Plan | None:
-    """The plan of a preset that was tuned in ComfyUI's own sampler, of the nearest step count."""
+def find_tuned_here(
+    source: Source, sampler: str, steps: int, sigmas: Sequence[float]
+) -> Plan | None:
+    """The plan of a preset that was tuned in ComfyUI's own sampler.
+
+    That of the nearest step count, and of those the one whose schedule is most like these sigmas.
+    """
     if not isinstance(source, Preset) or steps <= FEW_STEPS:
         return None
     rows = [row for row in _load_presets() if row["sampler"] == sampler]
     rows = [row for row in rows if source.name in row["plans"]]
     if not rows:
         return None
-    row = min(rows, key=lambda each: abs(math.log((len(each["sigmas"]) - 1) / steps)))
+    row = min(
+        rows,
+        key=lambda each: (
+            abs(math.log((len(each["sigmas"]) - 1) / steps)),
+            _compare_schedules(each["sigmas"], sigmas),
+        ),
+    )
     # For any weights and guidance: what they were tuned on says nothing of where they are used.
     tuned = Tuned(sampler, unet="", log_snr=list_log_snr(row["sigmas"][:-1]))
     return replace(Plan.from_dict(row["plans"][source.name]), tuned=tuned)
+
+
+def _compare_schedules(one: Sequence[float], other: Sequence[float]) -> float:
+    """How far two lists of sigmas are apart: in logarithms, at the same shares of their runs."""
+    return sum(
+        abs(math.log(_take_share(one, place / 8)) - math.log(_take_share(other, place / 8)))
+        for place in range(1, 8)
+    )
+
+
+def _take_share(sigmas: Sequence[float], share: float) -> float:
+    return max(float(sigmas[round(share * (len(sigmas) - 1))]), 1e-4)
 
 
 @cache

@@ -33,6 +33,7 @@ from comfyui.double import (
     sample_thirds,
 )
 from leansd.plans import Plan
+from leansd.plans.presets import PRESETS
 
 STEPS = 12
 KEYS = (0, 1, 2, 4, 6, 9, 11)
@@ -258,6 +259,29 @@ def test_presets_are_those_tuned_in_the_sampler_itself(monkeypatch: pytest.Monke
     assert any("noise levels" in each for each in report.notes)
     _, report, _ = draw("balanced", sigmas=lay_out(20))
     assert 0.5 * 20 < report.computed < 0.65 * 20
+
+
+def test_of_several_schedules_that_a_preset_is_tuned_for_the_nearest_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    schedules = {
+        "karras": [14.6, 7.4, 3.4, 1.4, 0.5, 0.15, 0.03, 0.0],
+        "normal": [14.6, 6.0, 3.0, 1.7, 1.0, 0.6, 0.3, 0.0],
+    }
+    rows = [
+        {
+            "sampler": "dpmpp_2m",
+            "sigmas": sigmas,
+            "plans": {"balanced": Plan.every(number + 2, cut="head", steps=7).to_dict()},
+        }
+        for number, sigmas in enumerate(schedules.values())
+    ]
+    monkeypatch.setattr(choosing, "_load_presets", lambda: rows)
+    monkeypatch.setattr(choosing, "FEW_STEPS", 2)
+    for number, sigmas in enumerate(schedules.values()):
+        found = choosing.find_tuned_here(PRESETS["balanced"], "dpmpp_2m", 7, sigmas)
+        assert found is not None
+        assert found.keys == Plan.every(number + 2, cut="head", steps=7).keys
 
 
 def test_a_plan_from_a_file(tmp_path: Path) -> None:
