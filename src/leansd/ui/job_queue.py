@@ -15,7 +15,7 @@ from leansd.errors import LeansdError
 Message = TypeVar("Message")
 Result = TypeVar("Result")
 
-PAUSE = 0.1
+PAUSE = 0.25
 """Seconds between two messages that are handed on: a page cannot show more."""
 
 
