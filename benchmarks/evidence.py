@@ -94,7 +94,7 @@ PARTS = {
         ),
         is_timed=True,
     ),
-    "few calls": Part(("benchmarks/few_calls.py",), ("few-calls.jsonl",)),
+    "few calls": Part(("benchmarks/few_calls.py --iterations 40",), ("few-calls.jsonl",)),
     "cuts": Part(("benchmarks/cuts.py",), ("cuts.jsonl",)),
     "prediction": Part(
         (

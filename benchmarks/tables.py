@@ -34,7 +34,7 @@ TABLES: dict[str, tuple[Callable[[], str], str]] = {
     "cuts": (nets.tabulate_cuts, "cuts"),
     "headline": (plans.tabulate_headline, "presets"),
     "presets": (plans.tabulate_presets, "presets"),
-    "judged": (nets.tabulate_judged, "untuned"),
+    "judged": (nets.tabulate_judged, ""),
     "untuned": (plans.tabulate_untuned, "untuned"),
     "bench": (plans.tabulate_bench, "bench"),
     "comfyui": (plans.tabulate_comfyui, "comfyui"),
@@ -57,7 +57,7 @@ TABLES: dict[str, tuple[Callable[[], str], str]] = {
     "steady": (fleets.tabulate_steady, "scale"),
     "imports": (plans.tabulate_imports, "imports"),
 }
-"""What writes each table, and the records that it reads."""
+"""What writes each table, and the records that it reads; none where it reads the model's card."""
 PREDECESSOR = (
     "*Measured on the bundled model's predecessor (64 px); `make evidence` measures it anew.*\n\n"
 )

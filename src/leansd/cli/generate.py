@@ -9,7 +9,14 @@ import typer
 
 from leansd.cli.command import Result, argument, command, option
 from leansd.cli.completions import complete_plan
-from leansd.cli.options import Following, ModelOption, Opening, OwnGuidance, SizeOption
+from leansd.cli.options import (
+    Following,
+    ModelOption,
+    Opening,
+    OwnGuidance,
+    SizeOption,
+    refuse_transformer,
+)
 
 if TYPE_CHECKING:
     from leansd.drawing import Painting, Request
@@ -127,7 +134,7 @@ def generate_pictures(
     task = _Task(model, source, wanted, following, opening, context)
     if rows.prompt_file is not None:
         if context.anatomy is WHOLE:
-            raise LeansdError(f"--prompts is for UNets, and in {model} a transformer denoises")
+            refuse_transformer("--prompts", model)
         return _draw_rows(task, rows, rows.prompt_file, out)
     chosen = [
         replace(base, prompt=prompt, seed=wanted.seed + turn)

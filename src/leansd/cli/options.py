@@ -7,7 +7,7 @@ dataclass does with them what every command would.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -313,6 +313,13 @@ def keep_default(path: Path, default: Path) -> Path:
     from leansd.files import find_free
 
     return find_free(path) if path == default else path
+
+
+def refuse_transformer(option: str, model: str) -> NoReturn:
+    """Refuses an option that is for UNets."""
+    from leansd.errors import LeansdError
+
+    raise LeansdError(f"{option} is for UNets, and in {model} a transformer denoises")
 
 
 def open_nets(pipe: Any, folders: Mapping[str, str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from leansd.cli.command import Result, command, option
-from leansd.cli.options import Calls, ModelArgument, NetsOption, Opening
+from leansd.cli.options import Calls, ModelArgument, NetsOption, Opening, refuse_transformer
 
 if TYPE_CHECKING:
     from leansd.evaluation.records import Record
@@ -249,7 +249,6 @@ def tune_plans(
 
 def _check_model(opening: Opening, model: str, search: Search, files: Files) -> None:
     """Refuses what there is not, and what reaches into a UNet where a transformer denoises."""
-    from leansd.errors import LeansdError
     from leansd.loading import has_transformer
 
     check_convergence(opening.sampler)
@@ -262,7 +261,7 @@ def _check_model(opening: Opening, model: str, search: Search, files: Files) -> 
     }
     for name, value in given.items():
         if value and has_transformer(model):
-            raise LeansdError(f"{name} is for UNets, and in {model} a transformer denoises")
+            refuse_transformer(name, model)
 
 
 def _show(found: "Front", chosen: "Point") -> list[Any]:
