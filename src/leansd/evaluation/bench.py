@@ -391,7 +391,7 @@ def estimate(
     for each in prepared:
         contest = each.contest
         rounds = -(-len(each.calls) // settings.batch)
-        share = (rounds + 1) * sum(case.cost for case in each.cases)
+        share = rounds * sum(case.cost for case in each.cases)
         share += rounds * each.spread_sets if settings.embedder is not None else 0
         if has_limit(contest) and name_limit(contest) not in seen:
             share += rounds * settings.converged_steps / contest.steps
@@ -442,7 +442,7 @@ def compare_contest(
     limit: Drawings | None = None,
     on_progress: Callable[[RunProgress], None] = lambda far: None,
 ) -> Comparison:
-    """Everybody on every batch, in turns, after a warm-up round that does not count.
+    """Everybody on every batch, in turns; times are medians, so that a first run decides nothing.
 
     Args:
         limit: what the converged run drew, where another contest needed it.
@@ -459,7 +459,6 @@ def compare_contest(
         metrics=list_metrics(),
         embedder=settings.embedder,
         spread_sets=prepared.spread_sets,
-        warm_up="round",
         known={CONVERGED: limit} if limit is not None else {},
         on_progress=on_progress,
     ).require_finite()

@@ -228,7 +228,7 @@ def compare_runs(
     timed: bool = True,
     rounds: int = 1,
     budget: float | None = None,
-    warm_up: Literal["none", "short", "round"] = "short",
+    warm_up: Literal["none", "short"] = "short",
     keep: str | Path | None = None,
     shown: int | None = None,
     known: Mapping[str, Drawings] | None = None,
@@ -246,7 +246,7 @@ def compare_runs(
         timed: whether cases take turns at every batch; all pictures are in memory then.
         rounds: how often every batch is drawn; the fastest run of a batch counts.
         budget: seconds that the rounds may take; another one begins only if it should end in time.
-        warm_up: before timing, the first case in two steps, or every case on the first batch.
+        warm_up: before timing, the first case in two steps, or nothing.
         keep: a folder for what is drawn untimed; the same comparison goes on from there.
         shown: how many pictures of each case are handed on; all by default.
         known: what references drew before.
@@ -461,10 +461,6 @@ class _Drawer:
 
         if warm_up == "short":
             self._run_calls(Case(FULL, WARM_UP_STEPS), self.parts[0][:1], 0, lambda *_: None)
-        elif warm_up == "round":
-            self.total += steps * len(self.parts[0])
-            for case in cases:
-                run(case, self.parts[0])
         seconds: dict[str, list[float]] = {case.name: [] for case in cases}
         drawn: dict[str, list[Drawings]] = {case.name: [] for case in cases}
         started = began = monotonic()
