@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
 from models.emoji import __main__ as command
+from models.emoji import flow
 from models.emoji import recipe as recipes
 from models.emoji.assembly import save_model
 from models.emoji.card import write_card
@@ -31,6 +33,7 @@ from models.emoji.stages import load_state, save_json, train_stage
 
 from leansd.emoji.prompts import GRID_PROMPTS
 from leansd.errors import LeansdError
+from leansd.loading import load_drawing
 
 TINY = Recipe(
     size=16,
@@ -176,6 +179,35 @@ def test_the_decay_is_a_branch_and_the_model_is_its_average(toys: Pictures, tmp_
     assert {"vae", "text", "unet", "unet-decayed"} == set(
         recipes.describe_run(tmp_path, TINY)["stages"]
     )
+
+
+def test_the_flow_model_trains_on_what_its_pipeline_feeds_it_and_opens(
+    toys: Pictures, tmp_path: Path
+) -> None:
+    recipes.train_model(TINY, tmp_path, steps=1)
+    pipe = flow.build_flow_pipeline(recipes.load_run(tmp_path, TINY))
+    untrained = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
+    flow.train_flow(pipe, toys, tmp_path / "flow", 3)
+    trained = pipe.transformer.state_dict()
+    assert any(not torch.equal(untrained[name], value) for name, value in trained.items())
+
+    flow.save_flow(pipe, tmp_path / "saved")
+    opened = load_drawing(tmp_path / "saved", device="cpu")
+    assert isinstance(opened, StableDiffusion3Pipeline)
+    fed: dict[str, torch.Tensor] = {}
+    opened.transformer.register_forward_pre_hook(
+        lambda _, args, inputs: fed.update(inputs), with_kwargs=True
+    )
+    caption = write_captions(toys.split.train[0])[0]
+    call = {"num_inference_steps": 2, "guidance_scale": 1.0, "max_sequence_length": flow.BLANKS}
+    image = opened(caption, output_type="pt", **call).images
+    assert image.shape == (1, 3, 16, 16)
+    lessons = recipes.load_latents(tmp_path / "flow" / "latents.pt")
+    shown = torch.cat([fed["encoder_hidden_states"], fed["pooled_projections"][:, None]], 1)
+    assert torch.allclose(shown[0], lessons.texts[0], atol=1e-5)
+    drawn = flow.draw_flows(lessons, 4, 0, 0)
+    assert drawn[1].shape[1:] == fed["encoder_hidden_states"].shape[1:]
+    assert drawn[2].shape[1:] == fed["pooled_projections"].shape[1:]
 
 
 def test_the_eyes_are_those_of_the_text_tower_and_go_with_the_model(

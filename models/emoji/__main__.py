@@ -265,6 +265,28 @@ def evaluate(
 
 
 @app.command()
+def flow(
+    out: Out = Path("runs/flow"),
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of 32 pictures.")] = 3000,
+    data: Data = None,
+    device: Device = "cpu",
+    threads: Threads = 0,
+) -> None:
+    """Train a small Stable Diffusion 3 on the embedded model's latents: OUT/model."""
+    from leansd.emoji.location import model_folder
+    from models.emoji.assembly import load_pipeline
+    from models.emoji.data import read_pictures
+    from models.emoji.flow import build_flow_pipeline, save_flow, train_flow
+
+    _set_threads(threads, device)
+    pipe = build_flow_pipeline(load_pipeline(model_folder()))
+    pictures = read_pictures(data, out, pipe.vae.config.sample_size, print)
+    train_flow(pipe, pictures, out, steps, device=device, report=_report)
+    save_flow(pipe, out / "model")
+    print(out / "model")
+
+
+@app.command()
 def publish(
     out: Out = RUN,
     nets: Annotated[

@@ -1,8 +1,8 @@
-"""The denoiser: a narrow UNet of Stable Diffusion 1's shape, and how it learns."""
+"""The denoiser: a narrow UNet of Stable Diffusion 1's shape, and how denoisers learn."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -81,18 +81,43 @@ class LatentSet:
         return self.latents[rows], texts
 
 
+DrawBatch = Callable[[LatentSet, int, int, int], Batch]
+"""Pictures, batch, seed, step: what a denoiser is called with, its answer and each one's weight."""
+
+
+def draw_noises(pictures: LatentSet, batch: int, seed: int, step: int) -> Batch:
+    """Draw noisy latents, time steps and captions; the noise is the answer, weighed by min-SNR."""
+    latents, texts = pictures.draw(batch, seed, step)
+    generator = draw_generator(seed + 2, step)
+    noise = torch.randn(latents.shape, generator=generator)
+    schedule = DDPMScheduler(**NOISE)
+    steps = (draw_strata(batch, generator) * schedule.config.num_train_timesteps).long()
+    noisy = schedule.add_noise(latents, noise, steps)
+    snr = compute_snr(schedule, steps)
+    return noisy, steps, texts, noise, snr.clamp(max=SNR_CAP) / snr
+
+
+def draw_strata(batch: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw one place from each of `batch` equal parts of [0, 1): less noise in the gradient."""
+    strata = torch.randperm(batch, generator=generator)
+    return (strata + torch.rand(batch, generator=generator)) / batch
+
+
 class DenoiserLearner:
-    """Trains the UNet to name the noise, and keeps moving averages of its weights.
+    """Trains a denoiser, and keeps moving averages of its weights.
 
     The rate stays constant, so that training can go on for ever; `decay`, (first step, steps),
-    takes it down to 0 on a branch, and what comes out of that is the model.
+    takes it down to 0 on a branch, and what comes out of that is the model. `ends` are the parts
+    that AdamW moves.
     """
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
+        unet: torch.nn.Module,
         pictures: LatentSet,
         *,
+        draw: DrawBatch = draw_noises,
+        ends: Sequence[str] = ("conv_in", "conv_out", "time_embedding"),
         batch: int,
         rate: float,
         seed: int,
@@ -103,10 +128,8 @@ class DenoiserLearner:
     ) -> None:
         self.unet = unet.to(device).train()
         self.pictures, self.batch, self.rate, self.seed = pictures, batch, rate, seed
-        self.decay, self.device = decay, device
-        self.noise = DDPMScheduler(**NOISE)
+        self.decay, self.device, self.draw = decay, device, draw
         self.averages = {keep: [p.detach().clone() for p in unet.parameters()] for keep in averages}
-        ends = ("conv_in", "conv_out", "time_embedding")
         self.optimizer = make_optimizer(unet, rate, ends, others_scale=1 / 3, weight_decay=0.02)
         self.threads = torch.get_num_threads()
         self.share = max(1, self.threads // (sidecars + 1))
@@ -115,7 +138,8 @@ class DenoiserLearner:
 
     def learn(self, step: int) -> dict[str, float]:
         """Take one step on a random batch."""
-        batch = tuple(part.to(self.device) for part in self._draw(step))
+        drawn = self.draw(self.pictures, self.batch, self.seed, step)
+        batch = tuple(part.to(self.device) for part in drawn)
         error = self._backward(batch)
         weight = batch[-1].cpu()
         norm = torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
@@ -127,18 +151,6 @@ class DenoiserLearner:
             "error": error.mean().item(),
             "norm": norm.item(),
         }
-
-    def _draw(self, step: int) -> Batch:
-        latents, texts = self.pictures.draw(self.batch, self.seed, step)
-        generator = draw_generator(self.seed + 2, step)
-        noise = torch.randn(latents.shape, generator=generator)
-        # One time step from each of `batch` equal strata: less noise in the gradient.
-        strata = torch.randperm(self.batch, generator=generator)
-        strata = strata + torch.rand(self.batch, generator=generator)
-        steps = (strata / self.batch * self.noise.config.num_train_timesteps).long()
-        noisy = self.noise.add_noise(latents, noise, steps)
-        snr = compute_snr(self.noise, steps)
-        return noisy, steps, texts, noise, snr.clamp(max=SNR_CAP) / snr
 
     def _factor(self, step: int) -> float:
         factor = min(1.0, (step + 1) / WARM)

@@ -14,29 +14,29 @@ import torch
 Batch = tuple[torch.Tensor, ...]
 
 
-def backpropagate(unet: torch.nn.Module, batch: Batch, total: int) -> torch.Tensor:
+def backpropagate(net: torch.nn.Module, batch: Batch, total: int) -> torch.Tensor:
     """Add the gradients of a part of `total` pictures; return its squared errors, (count,).
 
-    The batch is noisy latents (count, 4, h, w), time steps (count,), captions
-    (count, tokens, width), the true noise (count, 4, h, w) and a weight (count,).
+    The batch is what the net is called with, in its order, then what it should answer
+    (count, 4, h, w) and a weight (count,).
     """
-    noisy, steps, texts, noise, weight = batch
-    named = unet(noisy, steps, texts, return_dict=False)[0]
-    errors = (named - noise).square().flatten(1).mean(1)
+    *inputs, target, weight = batch
+    named = net(*inputs, return_dict=False)[0]
+    errors = (named - target).square().flatten(1).mean(1)
     ((weight * errors).sum() / total).backward()
     return errors.detach().cpu()
 
 
 class Sidecar:
-    """Computes gradients of the shared `unet` in another process."""
+    """Computes gradients of the shared `net` in another process."""
 
-    def __init__(self, unet: torch.nn.Module, threads: int) -> None:
+    def __init__(self, net: torch.nn.Module, threads: int) -> None:
         context = torch.multiprocessing.get_context("spawn")
-        unet.share_memory()
-        self._gradients = [torch.zeros_like(p).share_memory_() for p in unet.parameters()]
+        net.share_memory()
+        self._gradients = [torch.zeros_like(p).share_memory_() for p in net.parameters()]
         self._connection, other = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(other, unet, self._gradients, threads), daemon=True
+            target=_serve, args=(other, net, self._gradients, threads), daemon=True
         )
         self._process.start()
         other.close()
@@ -69,12 +69,12 @@ class Sidecar:
 
 def _serve(
     connection: Connection,
-    unet: torch.nn.Module,
+    net: torch.nn.Module,
     gradients: list[torch.Tensor],
     threads: int,
 ) -> None:
     torch.set_num_threads(threads)
-    for parameter, gradient in zip(unet.parameters(), gradients, strict=True):
+    for parameter, gradient in zip(net.parameters(), gradients, strict=True):
         parameter.grad = gradient
     batch: Batch = ()
     while True:
@@ -85,4 +85,4 @@ def _serve(
         batch = fresh or batch
         for gradient in gradients:
             gradient.zero_()
-        connection.send(backpropagate(unet, batch, total).tolist())
+        connection.send(backpropagate(net, batch, total).tolist())

@@ -105,7 +105,7 @@ def bench(
     Every contest is on record when it is over; the same command goes on with the next.
     """
     from leansd.cli.options import Opening
-    from leansd.evaluation.bench import choose_samplers, drop_done, list_contests, prepare
+    from leansd.evaluation.bench import choose_lineup, drop_done, list_contests, prepare
     from leansd.files import check_file, check_folder
 
     # Everything that can be wrong is found before a weight is read.
@@ -125,8 +125,11 @@ def bench(
     if settings.embedder is not None:
         settings.embedder.clip.to(pipe.device)
     guidance = calls.find_guidance(pipe, model)
-    samplers, hosts = (samplers, ()) if samplers else choose_samplers(pipe)
-    contests = list_contests(samplers, counts, guidance, hosts=hosts, quick=field.quick)
+    lineup = choose_lineup(pipe)
+    hosts = () if samplers else lineup.hosts
+    contests = list_contests(
+        samplers or lineup.samplers, counts, guidance, hosts=hosts, quick=field.quick
+    )
     entries = prepare(pipe, settings, contests)
     waiting = drop_done(entries, out) if resume else entries
     _hold(waiting, settings, out, f"{len(waiting)} of {len(entries)} contests on {pipe.device}")

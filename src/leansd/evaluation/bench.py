@@ -42,21 +42,12 @@ from leansd.runtime.context import dissect_denoiser
 from leansd.runtime.samplers import SAMPLERS as SAMPLER_TABLE
 from leansd.runtime.samplers import make_scheduler
 
-SAMPLERS = ("dpm++2m", "ddim", "euler")
-HOSTS = ("unipc", "dpm++sde")
-"""Samplers for which nothing is tuned: where none are named, they are held at one step count."""
 STEPS = (20, 30, 50)
 LONG = 30
 """The step count at which the first sampler is run by all variants of all rivals."""
 GUIDANCES = (7.5, 8.0)
 """Besides the model's own: that of Stable Diffusion's pipelines, and with 30 steps the setting of
 A-SDM's tables (arXiv 2406.00210)."""
-OTHERS = ("unipc", "deis")
-"""Samplers whose fewer steps are rivals of every other: good ones, for their family's best."""
-FLOW_SAMPLERS = ("flow-euler", "flow-dpm++2m")
-"""Instead of `SAMPLERS` where the model predicts a flow."""
-FLOW_OTHERS = ("flow-dpm++2m", "flow-unipc")
-"""Instead of `OTHERS` there."""
 STRENGTH, OTHER_STRENGTH = 0.6, 0.8
 """Of image-to-image; records and fronts of the first do not say it."""
 INPUT_SEED = 10_000_000
@@ -73,9 +64,28 @@ ChoosePlans = Callable[[Contest, Anatomy], Sequence[Plan]]
 # -- which contests ----------------------------------------------------------------------------
 
 
-def choose_samplers(pipe: Any) -> tuple[Sequence[str], Sequence[str]]:
-    """The samplers of a pipeline's contests where none are named, and further hosts."""
-    return (FLOW_SAMPLERS, ()) if is_flow(pipe.scheduler) else (SAMPLERS, HOSTS)
+@dataclass(frozen=True)
+class Lineup:
+    """The samplers of one kind of model.
+
+    Attributes:
+        samplers: of the contests, where none are named.
+        hosts: held at one step count then; nothing is tuned for them.
+        others: good ones, whose fewer steps are rivals in every contest.
+    """
+
+    samplers: tuple[str, ...]
+    hosts: tuple[str, ...]
+    others: tuple[str, ...]
+
+
+NOISE = Lineup(("dpm++2m", "ddim", "euler"), ("unipc", "dpm++sde"), ("unipc", "deis"))
+FLOW = Lineup(("flow-euler", "flow-dpm++2m"), (), ("flow-dpm++2m", "flow-unipc"))
+
+
+def choose_lineup(pipe: Any) -> Lineup:
+    """The samplers for what a pipeline's denoiser predicts."""
+    return FLOW if is_flow(pipe.scheduler) else NOISE
 
 
 def list_contests(
@@ -111,9 +121,9 @@ def list_contests(
     return contests
 
 
-def list_settings(contest: Contest) -> dict[str, Any]:
-    """The pipeline arguments of every call of a contest."""
-    settings: dict[str, Any] = {"guidance_scale": contest.guidance}
+def list_settings(contest: Contest, arguments: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The pipeline arguments of every call of a contest; `arguments` are those of all contests."""
+    settings: dict[str, Any] = {**(arguments or {}), "guidance_scale": contest.guidance}
     if contest.task == "image-to-image":
         settings["strength"] = contest.strength
     return settings
@@ -233,6 +243,7 @@ class BenchSettings:
 
     Attributes:
         spread_sets: further sets of the full run from other seeds, to tell chance from effect.
+        arguments: of every pipeline call, besides those that a contest is about.
     """
 
     model: str
@@ -244,6 +255,7 @@ class BenchSettings:
     embedder: Embedder | None = None
     spread_sets: int = 2
     converged_steps: int = CONVERGED_STEPS
+    arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True)
@@ -271,7 +283,7 @@ def prepare(
 ) -> list[PreparedContest]:
     """All cases of every contest; draws the pictures that image-to-image starts from."""
     weights, anatomy = fingerprint_pipe(pipe), dissect_denoiser(pipe)
-    others = FLOW_OTHERS if is_flow(pipe.scheduler) else OTHERS
+    others = choose_lineup(pipe).others
     names = dict.fromkeys([*(each.sampler for each in contests), *others])
     schedulers = {name: make_scheduler(pipe, name) for name in names}
     tasks: dict[str, tuple[Any, Sequence[Any]]] = {"text-to-image": (pipe, settings.prompts)}
@@ -335,7 +347,7 @@ def fingerprint_contest(prepared: PreparedContest, settings: BenchSettings, weig
             **describe_contest(prepared.contest),
             "weights": weights,
             "calls": [fingerprint_call(each, settings.seed + i) for i, each in enumerate(calls)],
-            "arguments": list_settings(prepared.contest),
+            "arguments": list_settings(prepared.contest, settings.arguments),
             "batch": settings.batch,
             "clip": settings.embedder.name if settings.embedder is not None else None,
             "spread_sets": prepared.spread_sets,
@@ -369,7 +381,7 @@ def time_step(prepared: PreparedContest, settings: BenchSettings) -> float:
             prepared.cases[:1],
             [prepared.calls[place] for place in part],
             batch=len(part),
-            settings=list_settings(prepared.contest),
+            settings=list_settings(prepared.contest, settings.arguments),
             references=(),
             timed=False,
         )
@@ -454,7 +466,7 @@ def compare_contest(
         prepared.calls,
         seed=settings.seed,
         batch=settings.batch,
-        settings=list_settings(prepared.contest),
+        settings=list_settings(prepared.contest, settings.arguments),
         references=(FULL, converged) if has_limit(prepared.contest) else (FULL,),
         metrics=list_metrics(),
         embedder=settings.embedder,

@@ -18,11 +18,12 @@ from typing import Any, Literal, TypeAlias
 
 from leansd.errors import LeansdError
 from leansd.evaluation.compare import Case, Enter
-from leansd.plans.anatomy import WHOLE, Anatomy
+from leansd.plans.anatomy import HEAD, WHOLE, Anatomy
 from leansd.plans.compile import compile_plan
 from leansd.plans.macs import predict_speedup
 from leansd.plans.plan import Plan
 from leansd.plans.presets import PRESETS, preset
+from leansd.plans.row import How
 from leansd.runtime.hooks import patch_method
 from leansd.runtime.samplers import make_scheduler
 
@@ -403,6 +404,19 @@ def give_presets(name: str, label: str, long: PresetOptions, short: PresetOption
     return give
 
 
+def give_even(how: How, label: str, long: Sequence[int], short: Sequence[int]) -> GiveCases:
+    """Whole steps, one in so many computed and the last one, the others made in one way."""
+
+    def give(context: RivalContext) -> Iterable[Case]:
+        contest = context.contest
+        for interval in long if contest.is_long else short:
+            keys = {*range(0, contest.steps, interval), contest.steps - 1}
+            plan = Plan.between(keys, cut=HEAD, steps=contest.steps, how=how)
+            yield make_case(context, plan, f"{label} 1:{interval}", label)
+
+    return give
+
+
 def _list_spectrum(hows: Sequence[str], growths: Sequence[float]) -> PresetOptions:
     return [{"growth": growth, "how": how} for growth in growths for how in hows]
 
@@ -475,6 +489,16 @@ RIVALS: dict[str, Rival] = {
                 _list_spectrum(("chebyshev-line",), (0, 0.75)),
             ),
             preset="spectrum",
+        ),
+        Rival(
+            "taylorseer",
+            "TaylorSeer's evenly spaced forecast, of the output, as a plan",
+            give_even("forecast", "taylorseer", (2, 3, 4), ()),
+        ),
+        Rival(
+            "residual",
+            "EasyCache's reuse of whole steps, evenly spaced, as a plan",
+            give_even("residual", "residual", (2, 3, 4), ()),
         ),
         Rival(
             "guidance-cutoff",
