@@ -60,6 +60,7 @@ from leansd.evaluation.standings import (
     tabulate_summary,
 )
 from leansd.plans.methods import chebyshev
+from leansd.plans.plan import Tuned
 from leansd.report.measurements import report_bench
 from leansd.report.sections import Chart
 from leansd.runtime.clock import read_schedule
@@ -371,18 +372,22 @@ def test_own_plans_from_a_folder_are_those_of_the_sampler_and_step_count(tmp_pat
 
 
 def test_a_front_for_what_a_contest_draws_comes_before_one_for_anything(tmp_path):
-    for suffix in ("", "-g8", "-image-to-image"):
-        plan = Plan.full(4, name=f"tuned{suffix}").guide("drop", at=3)
+    for suffix, guidance in (("", 3.0), ("-g8", 8.0), ("-image-to-image", 3.0)):
+        tuned = Tuned("ddim", guidance=guidance)
+        plan = replace(Plan.full(4, name=f"tuned{suffix}"), tuned=tuned).guide("drop", at=3)
         front = Front.of("unet", "ddim", 4, [Point(plan, 1.2, 1.0, 40.0)])
         front.save(tmp_path / f"ddim-4{suffix}.json")
     pictures = replace(CONTEST, task="image-to-image", strength=0.6)
-    contests = [replace(CONTEST, guidance=8.0), CONTEST, pictures]
+    # Of no front for a guidance scale, the one tuned at the nearest is taken.
+    contests = [replace(CONTEST, guidance=scale) for scale in (8.0, 6.0, 3.0, 4.0)] + [pictures]
     found = [
         choose_plans([str(tmp_path)], contest, ANATOMY, read_front=read_plans)
         for contest in contests
     ]
     assert [[plan.name for plan in plans] for plans in found] == [
         ["tuned-g8 of 4 steps"],
+        ["tuned-g8 of 4 steps"],
+        ["tuned of 4 steps"],
         ["tuned of 4 steps"],
         ["tuned-image-to-image of 4 steps"],
     ]

@@ -214,9 +214,7 @@ def choose_plans(
     for source in sources or SPEED_PRESETS:
         if source not in PRESETS and Path(source).is_dir():
             stem = f"{contest.sampler}-{contest.steps}"
-            own = Path(source) / f"{name_own_front(contest)}.json"
-            front = own if own.exists() else Path(source) / f"{stem}.json"
-            plans += read_front(front) if front.exists() else []
+            plans += _read_nearest_front(Path(source), contest, read_front)
             plans += [
                 Plan.load(file).rename(file.stem.split("-", 2)[-1])
                 for file in sorted(Path(source).glob(f"{stem}-*.json"))
@@ -232,6 +230,25 @@ def choose_plans(
         if resolved.plan.name != FULL or not isinstance(found, Preset):
             plans.append(resolved.plan)
     return tuple(plans)
+
+
+def _read_nearest_front(
+    folder: Path, contest: Contest, read_front: Callable[[Path], Sequence[Plan]]
+) -> Sequence[Plan]:
+    """The front tuned for what a contest draws; else of its sampler and steps, the one tuned at the
+    nearest guidance.
+    """
+    stem = f"{contest.sampler}-{contest.steps}"
+    own = folder / f"{name_own_front(contest)}.json"
+    paths = [own] if own.exists() else [folder / f"{stem}.json", *folder.glob(f"{stem}-g*.json")]
+    fronts = [read_front(path) for path in paths if path.exists()]
+
+    def measure(front: Sequence[Plan]) -> float:
+        tuned = next((plan.tuned for plan in front if plan.tuned is not None), None)
+        scale = None if tuned is None else tuned.guidance
+        return 0.0 if scale is None else abs(scale - contest.guidance)
+
+    return min(fronts, key=measure, default=())
 
 
 # -- preparing ---------------------------------------------------------------------------------
