@@ -373,7 +373,7 @@ def test_own_plans_from_a_folder_are_those_of_the_sampler_and_step_count(tmp_pat
 
 def test_a_front_for_what_a_contest_draws_comes_before_one_for_anything(tmp_path):
     for suffix, guidance in (("", 3.0), ("-g8", 8.0), ("-image-to-image", 3.0)):
-        tuned = Tuned("ddim", guidance=guidance)
+        tuned = Tuned("ddim", "", guidance=guidance)
         plan = replace(Plan.full(4, name=f"tuned{suffix}"), tuned=tuned).guide("drop", at=3)
         front = Front.of("unet", "ddim", 4, [Point(plan, 1.2, 1.0, 40.0)])
         front.save(tmp_path / f"ddim-4{suffix}.json")
