@@ -20,8 +20,7 @@ from typing import Any
 
 import typer
 
-from leansd.bulk.jobs import BulkJob, ShardTask, Work, cut_parts, draw_here, run_job
-from leansd.bulk.on_ray import work_on_ray
+from leansd.bulk.jobs import DRAWING, BulkJob, ShardTask, Work, cut_parts, run_job
 from leansd.bulk.rows import read_sheet
 from leansd.cli.terminal import hush_libraries
 from leansd.cluster import connect
@@ -62,9 +61,9 @@ def main(
         guidance=GUIDANCE, batch=8, shard=shard, threads=1, device="cpu",
     )  # fmt: skip
     ways: Mapping[str, Callable[[], Work]] = {
-        "one process": lambda: draw_here,
-        "Ray, 1 worker": partial(work_on_ray, "local", workers=1),
-        "Ray, 2 workers": partial(work_on_ray, "local", workers=2),
+        "one process": lambda: DRAWING.run_here,
+        "Ray, 1 worker": partial(DRAWING.place, "local", 1),
+        "Ray, 2 workers": partial(DRAWING.place, "local", 2),
     }
     connect("local")
     with tempfile.TemporaryDirectory() as home:

@@ -31,8 +31,14 @@ from leansd.evaluation.runs import run_calls
 from leansd.surgery.edits import Surgery
 from leansd.surgery.presets import PRESETS
 from leansd.text import Table
-from leansd.tuning.cutting import Prices, Study, list_prices, study_removals
-from leansd.tuning.recorded_calls import keep_calls, measure_error
+from leansd.tuning.cutting import (
+    Prices,
+    Study,
+    keep_calls,
+    list_prices,
+    measure_error,
+    study_removals,
+)
 from leansd.tuning.removals import Removal
 
 RESULTS = Path(__file__).parent / "results" / "cuts.jsonl"

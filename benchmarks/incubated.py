@@ -47,13 +47,14 @@ from leansd.anatomy.counting import count_macs
 from leansd.cli.terminal import hush_libraries
 from leansd.evaluation.extractors import find_embedder
 from leansd.evaluation.fidelity import psnr, ssim
-from leansd.evaluation.frechet import frechet_distance, measure_gaussian
 from leansd.evaluation.prompt_sets import GUIDANCE
 from leansd.evaluation.quality import (
     Embedder,
     clip_score,
     embed_pictures,
     embed_prompts,
+    frechet_distance,
+    measure_gaussian,
     rank_prompts,
 )
 from leansd.evaluation.records import (

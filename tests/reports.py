@@ -17,8 +17,7 @@ from leansd.evaluation.demo import FEWER, Demo, DemoEntry
 from leansd.evaluation.evaluation import Evaluation
 from leansd.evaluation.extraction import ExtractionConfig
 from leansd.evaluation.fidelity import PSNR, SSIM
-from leansd.evaluation.prediction import Prediction
-from leansd.evaluation.profiled import Profiled
+from leansd.evaluation.prediction import Prediction, Profiled
 from leansd.evaluation.records import Record, load_records, stamp
 from leansd.evaluation.redundancy import list_records, read_spent
 from leansd.evaluation.runs import FULL
@@ -31,7 +30,7 @@ from leansd.incubation.recipe import load_recipe
 from leansd.incubation.training_log import TrainingLog, paste_grid, read_run
 from leansd.plans.plan import Plan
 from leansd.plans.presets import PRESETS, SPEED_PRESETS, preset
-from leansd.report import Provenance, ReportPage, bulk, measurements, nets, plans, training
+from leansd.report import Provenance, ReportPage, measurements, nets, plans, training
 from leansd.shards import DrawnPicture, name_shard, pack_shard
 from leansd.surgery.edits import Surgery
 from leansd.tuning.cutting import Cut, CutCandidate
@@ -221,7 +220,7 @@ def report_job(folder: Path) -> ReportPage:
     for part in order.parts:
         drawn = [DrawnPicture(item.row.id, draw(item.row.number), {}) for item in part.items]
         (out / part.name).write_bytes(pack_shard(drawn))
-    return bulk.report_job(order, out, 12.5)
+    return plans.report_job(order, out, 12.5)
 
 
 RECIPE = """

@@ -62,7 +62,7 @@ from leansd.evaluation.standings import (
 from leansd.plans.methods import chebyshev
 from leansd.plans.plan import Tuned
 from leansd.report.measurements import report_bench
-from leansd.report.sections import Chart
+from leansd.report.page import Chart
 from leansd.runtime.clock import read_schedule
 from leansd.runtime.samplers import make_scheduler
 from leansd.tuning.front import Front, Point, read_plans

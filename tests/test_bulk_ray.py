@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from leansd.bulk.jobs import BulkJob, ShardTask, cut_parts, list_missing, run_job
+from leansd.bulk.jobs import DRAWING, BulkJob, ShardTask, cut_parts, list_missing, run_job
 from leansd.bulk.rows import read_sheet
 from leansd.cli import main
 from leansd.errors import LeansdError
@@ -89,14 +89,12 @@ def draw(
     cluster: Any, job: BulkJob, parts: list[ShardTask], folder: Path, acts: list[Callable[[], None]]
 ) -> None:
     """Draw on the cluster; after each of the first shards something happens."""
-    from leansd.bulk.on_ray import work_on_ray
-
     left = iter(acts)
 
     def on_part(part: ShardTask) -> None:
         next(left, lambda: None)()
 
-    run_job(job, parts, folder, work=work_on_ray(cluster.address, workers=2), on_part=on_part)
+    run_job(job, parts, folder, work=DRAWING.place(cluster.address, 2), on_part=on_part)
 
 
 def test_a_killed_worker_and_a_lost_node_cost_time_only(
@@ -139,8 +137,6 @@ def test_a_killed_driver_goes_on(
 
 
 def test_nobody_there_is_said(job: BulkJob, parts: list[ShardTask], tmp_path: Path) -> None:
-    from leansd.bulk.on_ray import work_on_ray
-
     with pytest.raises(LeansdError, match=r"no Ray cluster answers at 127\.0\.0\.1:1"):
-        run_job(job, parts, tmp_path, work=work_on_ray("127.0.0.1:1"))
+        run_job(job, parts, tmp_path, work=DRAWING.place("127.0.0.1:1"))
     assert list_missing(parts, tmp_path) == parts

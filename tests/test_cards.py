@@ -8,8 +8,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 import leansd
-from leansd.cards import Card, Licence, Training, find_licence, write_card
-from leansd.cards.card import UNKNOWN, render_card
+from leansd.cards import UNKNOWN, Card, Licence, Training, find_licence, render_card, write_card
 from leansd.cli.operate import operate_into
 from leansd.surgery.edits import Surgery
 from tiny import shallow_unet, tiny_pipeline

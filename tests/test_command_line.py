@@ -16,7 +16,7 @@ import pytest
 import torch
 from typer.core import TyperCommand
 
-from leansd.cli import PROGRAM, completions, main, open_program, terminal
+from leansd.cli import PROGRAM, main, open_program, options, terminal
 from leansd.cli.manual import FORMS, Page, compose, read_pages
 from leansd.cli.terminal import fold_grid, wrap_text
 from leansd.plans.presets import PRESETS
@@ -266,8 +266,8 @@ def test_shells_complete_names(line: str, offered: list[str]) -> None:
 def test_completions_know_what_there_is() -> None:
     from leansd.anatomy.builtin import BUILTIN
 
-    assert set(completions.SAMPLERS) == set(SAMPLERS)
-    assert set(completions.SHAPES) == set(BUILTIN)
+    assert set(options.SAMPLERS) == set(SAMPLERS)
+    assert set(options.SHAPES) == set(BUILTIN)
 
 
 # -- the manual --------------------------------------------------------------------------------

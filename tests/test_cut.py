@@ -18,10 +18,18 @@ from leansd.evaluation.redundancy import list_records, read_cost
 from leansd.loading import as_image_to_image
 from leansd.surgery.apply import BASE
 from leansd.surgery.blueprint import Source, lay_out_surgery
-from leansd.tuning.cutting import Study, cut, list_prices, make_surgery, study_removals
-from leansd.tuning.recorded_calls import guide_batch, keep_calls, measure_error
+from leansd.tuning.cutting import (
+    Study,
+    cut,
+    guide_batch,
+    keep_calls,
+    list_prices,
+    make_surgery,
+    measure_error,
+    study_removals,
+)
+from leansd.tuning.host import tap
 from leansd.tuning.removals import Removal, Removals, list_removals
-from leansd.tuning.scheduler_hook import tap
 from pages import read_page
 from tiny import tiny_pipeline, tiny_unet, tiny_xl_unet
 

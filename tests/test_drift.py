@@ -8,7 +8,7 @@ from leansd.errors import LeansdError
 from leansd.evaluation.records import Record
 from leansd.evaluation.runs import run_calls
 from leansd.tuning.drift import measure_drift
-from leansd.tuning.scheduler_hook import tap
+from leansd.tuning.host import tap
 from tiny import tiny_pipeline
 
 STEPS = 5

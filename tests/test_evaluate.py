@@ -14,12 +14,13 @@ from leansd.evaluation.compare import Case
 from leansd.evaluation.evaluation import evaluate_cases, list_cases, make_reference
 from leansd.evaluation.extractors import find_embedder
 from leansd.evaluation.fidelity import CEILING, explain_missing_lpips, open_lpips
-from leansd.evaluation.frechet import frechet_distance, measure_gaussian
 from leansd.evaluation.quality import (
     OTHER_SEEDS,
     clip_score,
     embed_pictures,
     embed_prompts,
+    frechet_distance,
+    measure_gaussian,
     open_clip,
     rank_prompts,
 )

@@ -17,8 +17,8 @@ from conformance.models import make_pipeline
 from leansd.anatomy.reading import read_anatomy
 from leansd.cli import main
 from leansd.errors import LeansdError
+from leansd.exporting import graphs
 from leansd.exporting import onnx as checking
-from leansd.exporting import sessions
 from leansd.exporting.folder import TABLE, WEIGHTS
 from leansd.exporting.graphs import list_graphs
 from leansd.plans import Plan
@@ -131,13 +131,13 @@ def test_calls_that_inherit_the_head_run_no_graph(
     pipe = tiny_pipeline(unet=unet)
     pipe.unet = leansd.load_onnx(folder, pipe)
     runs: list[int] = []
-    run = sessions.Session.run
+    run = graphs.Session.run
 
     def count(self: Any, inputs: Any, outputs: Any) -> Any:
         runs.append(inputs["sample"].shape[0])
         return run(self, inputs, outputs)
 
-    monkeypatch.setattr(sessions.Session, "run", count)
+    monkeypatch.setattr(graphs.Session, "run", count)
     draw(pipe)
     assert runs == [2, 2, 2, 2, 1, 2]
 
@@ -352,7 +352,7 @@ def test_a_missing_package(
     monkeypatch: pytest.MonkeyPatch,
     package: str,
 ) -> None:
-    monkeypatch.setattr(sessions, "find_spec", lambda name: None if name == package else True)
+    monkeypatch.setattr(graphs, "find_spec", lambda name: None if name == package else True)
     with pytest.raises(LeansdError, match=rf"{package}: pip install 'leansd\[onnx\]'"):
         leansd.export(unet, tmp_path / "out", to="onnx")
     with pytest.raises(LeansdError, match=r"pip install 'leansd\[onnx\]'"):

@@ -13,7 +13,7 @@ from torch import nn
 import leansd
 from leansd.plans import Plan
 from leansd.runtime.hooks import ForwardHooks, PatchedMethod, patch_method
-from leansd.tuning.scheduler_hook import tap
+from leansd.tuning.host import tap
 from test_inheritance import Loop
 from tiny import tiny_scheduler, tiny_unet
 

@@ -18,16 +18,17 @@ from PIL import Image
 from conformance.models import make_pipeline, xl_unet
 from leansd.errors import LeansdError
 from leansd.incubation.data.batches import Conditioning, PairedSource, RandomLatents, join
-from leansd.incubation.data.cached_source import CachedSource, Chances, SampleOrder
 from leansd.incubation.data.encoding import PictureEncoder, TextEncoder, read_picture
-from leansd.incubation.data.filling import Dataset, FillProgress, FillReporter
 from leansd.incubation.data.kinds import (
     CachedData,
     DataContext,
+    Dataset,
+    FillProgress,
+    FillReporter,
     open_source,
     read_options,
 )
-from leansd.incubation.data.sample_cache import Cache, Latents
+from leansd.incubation.data.sample_cache import Cache, CachedSource, Chances, Latents, SampleOrder
 from leansd.incubation.data.samples import Flaw, Sample, digest, list_folder, list_tars
 from leansd.incubation.recipe import DataConfig
 from tiny import tiny_pipeline, tiny_scheduler, tiny_vae

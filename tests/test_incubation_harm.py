@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from leansd.errors import LeansdError
 from leansd.files import holding
 from leansd.incubation import estimate, training_run, training_state
-from leansd.incubation.optimization import build_optimizer
 from leansd.incubation.recipe import Recipe, TrainerSettings
 from leansd.incubation.trainer import prepare_teacher
 from leansd.incubation.training_run import NET, TrainingRun, incubate, run_stages
+from leansd.incubation.training_state import build_optimizer
 from leansd.loading import load_unet
 from test_incubation import (
     LIGHT,

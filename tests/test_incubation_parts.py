@@ -14,8 +14,8 @@ from leansd.errors import LeansdError
 from leansd.incubation.data.batches import Batch
 from leansd.incubation.losses import LOSSES, LossContext, StepOutputs, build_loss
 from leansd.incubation.noise import DiffusionSchedule, draw_noise
-from leansd.incubation.optimization import Ema, read_peak
 from leansd.incubation.recipe import BUNDLED, load_recipe
+from leansd.incubation.training_state import Ema, read_peak
 from leansd.incubation.vgg import Vgg, fit_projection, load_vgg, project_latents
 from leansd.surgery.apply import operate
 from leansd.surgery.lineage import Origin, Pair

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from leansd.tuning.knapsack import NOTHING, Choice, Either, Every, Item, Node, find_best
+from leansd.tuning.removals import NOTHING, Choice, Either, Every, Item, Node, find_best
 
 
 def list_all(node: Node) -> list[Choice]:

@@ -27,7 +27,7 @@ from leansd.plans import Plan
 from leansd.plans.methods import Mix
 from leansd.plans.plan import Tuned
 from leansd.runtime.clock import read_schedule
-from leansd.tuning.scheduler_hook import Seen, tap
+from leansd.tuning.host import Seen, tap
 from tiny import shallow_unet, tiny_pipeline, tiny_scheduler
 
 STEPS = 7

@@ -19,9 +19,9 @@ from leansd.evaluation.runs import FULL
 from leansd.incubation.training_log import LossLog
 from leansd.plans import Plan
 from leansd.text import encode_json
-from leansd.tuning.calibration import calibrate
+from leansd.tuning.cutting import keep_calls
+from leansd.tuning.error_model import calibrate
 from leansd.tuning.pipeline_host import PipelineHost
-from leansd.tuning.recorded_calls import keep_calls
 from loops import sample
 from tiny import shallow_unet, tiny_pipeline
 

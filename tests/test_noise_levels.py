@@ -13,9 +13,8 @@ from conformance.models import draw_picture
 from leansd.errors import LeansdError
 from leansd.plans import Plan
 from leansd.plans.methods import Mix
-from leansd.plans.noise_levels import carry_over
 from leansd.plans.plan import Tuned
-from leansd.plans.resolve import PlanContext, find_source, resolve_plan
+from leansd.plans.resolve import PlanContext, carry_over, find_source, resolve_plan
 from leansd.runtime.clock import read_schedule
 from test_mixing import KEYS, STEPS, draw, list_identities, make_pipe
 

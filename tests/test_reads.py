@@ -38,7 +38,7 @@ SHORT, LONG = 6, 12
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Accelerator]:
     """A GPU of CUDA's, without double precision, as Apple's are."""
-    monkeypatch.setattr("leansd.core.transfer.WITHOUT_DOUBLES", ("cuda",))
+    monkeypatch.setattr("leansd.core.devices.WITHOUT_DOUBLES", ("cuda",))
     monkeypatch.setattr("leansd.runtime.finite.REAL", {torch.Tensor, torch.nn.Parameter, OnDevice})
     with simulate(monkeypatch, doubles=False) as entered:
         yield entered

@@ -30,12 +30,18 @@ from leansd.report import (
     write_report,
 )
 from leansd.report.drawings import draw_heat, draw_plan
-from leansd.report.figures import embed_svg, encode_svg, open_axes, open_figure
+from leansd.report.figures import (
+    embed_svg,
+    encode_svg,
+    get_colours,
+    name_colours,
+    open_axes,
+    open_figure,
+)
 from leansd.report.nets import report_anatomy, report_surgery
-from leansd.report.palette import get_colours, name_colours
+from leansd.report.page import LOUDER, subtract_pictures
 from leansd.report.plans import PicturePair, report_pairs, report_plan
 from leansd.report.plots import PlotPoint, average_points, plot_tradeoff
-from leansd.report.sections import LOUDER, subtract_pictures
 from leansd.surgery.edits import Surgery
 from leansd.text import Table
 from leansd.unets import predict_gain

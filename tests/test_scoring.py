@@ -23,19 +23,18 @@ from leansd.cli import main
 from leansd.evaluation import extraction
 from leansd.evaluation.extraction import Features, load_statistics, save_statistics
 from leansd.evaluation.extractors import PictureBatch, open_alexnet
-from leansd.evaluation.frechet import (
+from leansd.evaluation.picture_sets import PictureSet, list_pictures
+from leansd.evaluation.quality import (
     Gaussian,
     fold_gaussian,
     frechet_distance,
     measure_gaussian,
     merge_gaussians,
+    open_clip,
 )
-from leansd.evaluation.picture_sets import list_pictures
-from leansd.evaluation.quality import open_clip
 from leansd.evaluation.records import load_records
 from leansd.evaluation.set_metrics import (
     METRICS,
-    measure_inception_score,
     measure_precision_and_recall,
     measure_radii,
 )
@@ -146,21 +145,22 @@ def test_it_does_not_matter_how_a_set_is_cut() -> None:
         frechet_distance(whole, fold_gaussian([features[:1]]))
 
 
-def test_the_inception_score_is_its_formula() -> None:
+def test_the_inception_score_is_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch_fidelity")
     logits = torch.randn(23, 5, generator=torch.manual_seed(0)).double()
+    seen = Features(Path(), PictureSet(Path(), ()), {})
+    monkeypatch.setattr(Features, "read", lambda self, *_: logits.split(4))
+    (found,) = METRICS["is"].score(seen, None)
     scores = []
-    for split in range(10):
-        own = logits[split::10].softmax(1)
-        marginal = own.mean(0, keepdim=True)
-        scores.append((own * (own / marginal).log()).sum(1).mean().exp())
+    shuffled = logits[np.random.RandomState(2020).permutation(23)]
+    for place in range(10):
+        own = shuffled[23 * place // 10 : 23 * (place + 1) // 10].softmax(1)
+        scores.append((own * (own / own.mean(0)).log()).sum(1).mean().exp())
     expected = torch.stack(scores)
-    for size in (1, 4, 23):
-        mean, spread = measure_inception_score(logits.split(size))
-        assert mean == pytest.approx(expected.mean().item(), rel=1e-12)
-        assert spread == pytest.approx(expected.std(correction=0).item(), rel=1e-9)
-    # Clear and varied: as many as there are classes. All alike: one.
-    assert measure_inception_score([100 * torch.eye(4)], splits=1)[0] == pytest.approx(4)
-    assert measure_inception_score([torch.ones(4, 4)], splits=1)[0] == pytest.approx(1)
+    assert found.value == pytest.approx(expected.mean().item(), rel=1e-12)
+    assert found.spread["split_deviation"] == pytest.approx(
+        expected.std(correction=0).item(), rel=1e-9
+    )
 
 
 def test_precision_and_recall_of_constructed_sets() -> None:
@@ -471,9 +471,10 @@ def test_inception_scores_are_those_of_its_features(tmp_path: Path, inception: P
     sets = [measure_gaussian(each["pooled"]) for each in (ours, theirs)]
     expected = frechet_distance(*sets)
     assert found["fid"].value == pytest.approx(expected, rel=1e-4)
-    assert found["inception_score"].value == pytest.approx(
-        measure_inception_score([ours["logits"]])[0], rel=1e-4
-    )
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    expected = isc_features_to_metric(ours["logits"], 5)["inception_score_mean"]
+    assert found["inception_score"].value == pytest.approx(expected, rel=1e-4)
 
 
 def as_pixels(picture: Image.Image) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from leansd.errors import LeansdError
-from leansd.evaluation.extraction import ExtractionConfig, Features
+from leansd.evaluation.extraction import EXTRACTION, ExtractionConfig, Features
 from leansd.evaluation.scoring import carry_out, plan_scoring
 from leansd.shards import list_shards
 from test_bulk_ray import cluster, head, list_workers  # noqa: F401
@@ -57,8 +57,6 @@ def test_a_killed_worker_and_a_lost_node_change_no_number(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from leansd.evaluation.extraction_on_ray import run_on_ray
-
     expected = score(home, tmp_path / "here")
     node = cluster.add_node(num_cpus=1)
     killed: list[int] = []
@@ -69,7 +67,7 @@ def test_a_killed_worker_and_a_lost_node_change_no_number(
         worker.send_signal(signal.SIGKILL)
 
     parts = count_calls(monkeypatch, [kill, lambda: None, lambda: cluster.remove_node(node)])
-    work = run_on_ray(cluster.address, workers=2)
+    work = EXTRACTION.place(cluster.address, 2)
     assert score(home, tmp_path / "there", work=work) == pytest.approx(expected, abs=1e-6, rel=1e-6)
     assert killed
     assert sorted(parts) == sorted([*range(6), *range(4)])
@@ -77,11 +75,9 @@ def test_a_killed_worker_and_a_lost_node_change_no_number(
     damaged = list_shards(home / "drawn")[2]
     damaged.write_bytes(damaged.read_bytes().replace(b"IHDR", b"JUNK"))
     with pytest.raises(LeansdError, match=r"^picture \d+ cannot be opened"):
-        score(home, tmp_path / "damaged", work=run_on_ray(cluster.address, workers=1))
+        score(home, tmp_path / "damaged", work=EXTRACTION.place(cluster.address, 1))
 
 
 def test_nobody_there_is_said(home: Path, tmp_path: Path) -> None:
-    from leansd.evaluation.extraction_on_ray import run_on_ray
-
     with pytest.raises(LeansdError, match=r"no Ray cluster answers at 127\.0\.0\.1:1"):
-        score(home, tmp_path, work=run_on_ray("127.0.0.1:1"))
+        score(home, tmp_path, work=EXTRACTION.place("127.0.0.1:1"))

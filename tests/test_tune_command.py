@@ -12,7 +12,7 @@ from leansd.anatomy.fingerprint import fingerprint_module
 from leansd.cli import main
 from leansd.evaluation.records import load_records
 from leansd.plans.plan import Tuned
-from leansd.tuning import Front, Point, calibration, tuner
+from leansd.tuning import Front, Point, error_model, tuner
 from pages import read_page
 from tiny import tiny_pipeline
 
@@ -47,7 +47,7 @@ def fails(capsys):
 @pytest.mark.slow
 def test_tune_writes_plan_front_report_and_drift(model, prompts, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tuner, "GRIDS", (1.0,))
-    monkeypatch.setattr(calibration, "PROBES", (0.5,))
+    monkeypatch.setattr(error_model, "PROBES", (0.5,))
     out, drift = tmp_path / "new" / "plan.json", tmp_path / "drift.jsonl"
     arguments = [
         "tune", model, "--prompts", prompts, "--steps", 6, "--speeds", "1.5", "--psnr", 1,

@@ -36,10 +36,16 @@ from leansd.plans.plan import Plan, Tuned
 from leansd.plans.row import NO_CORRECTION, Correction
 from leansd.runtime.clock import read_schedule
 from leansd.runtime.nets import match_nets
-from leansd.tuning import Front, Point, calibration, tuner
-from leansd.tuning.calibration import Calibration, calibrate
-from leansd.tuning.error_model import HEAD_ACTIONS, REUSE, Action, ErrorModel, Key
-from leansd.tuning.fitting import polish, replay, try_plan
+from leansd.tuning import Front, Point, error_model, tuner
+from leansd.tuning.error_model import (
+    HEAD_ACTIONS,
+    REUSE,
+    Action,
+    Calibration,
+    ErrorModel,
+    Key,
+    calibrate,
+)
 from leansd.tuning.key_step_dp import Keys, find_best
 from leansd.tuning.pipeline_host import PipelineHost, measure_response
 from leansd.tuning.space import (
@@ -53,7 +59,7 @@ from leansd.tuning.space import (
     measure_deviation,
     space_evenly,
 )
-from leansd.tuning.trials import Journal, Trial, TrialRunner
+from leansd.tuning.trials import Journal, Trial, TrialRunner, polish, replay, try_plan
 from tiny import shallow_unet, tiny_pipeline, tiny_scheduler
 
 STEPS = 8
@@ -520,7 +526,7 @@ def test_image_to_image_is_tuned_for_the_steps_that_it_takes(
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer full runs."""
-    monkeypatch.setattr(calibration, "PROBES", (0.5,))
+    monkeypatch.setattr(error_model, "PROBES", (0.5,))
 
 
 def tune(pipe, cost, **changes) -> Front:

@@ -16,8 +16,7 @@ from leansd.evaluation.runs import PipelineCall, RunOutputs
 from leansd.plans.anatomy import HEAD, WHOLE
 from leansd.plans.plan import Plan, Tuned
 from leansd.tuning.front import Front
-from leansd.tuning.host import Course
-from leansd.tuning.scheduler_hook import SchedulerRun, Seen, Steer
+from leansd.tuning.host import Course, SchedulerRun, Seen, Steer
 from leansd.tuning.trials import Journal
 from leansd.tuning.tuner import Progress, Tell, TuneConfig, Tuning, split_calls, tune_host
 

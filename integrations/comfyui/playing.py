@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from leansd.core import Player
-from leansd.core.stopwatch import Stopwatch, start_stopwatch
+from leansd.core.devices import Stopwatch, start_stopwatch
 from leansd.plans.anatomy import WHOLE
 from leansd.runtime.hooks import ForwardHooks
 

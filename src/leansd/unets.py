@@ -26,9 +26,8 @@ from leansd.loading import (
     read_sampler,
 )
 from leansd.plans.anatomy import Anatomy
-from leansd.plans.compile import compile_plan
+from leansd.plans.compile import compile_plan, predict_speedup
 from leansd.plans.liveness import Net
-from leansd.plans.macs import predict_speedup
 from leansd.plans.plan import NO_NETS, Plan
 from leansd.plans.resolve import PlanContext
 

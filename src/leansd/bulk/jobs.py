@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from leansd.bulk.rows import PromptRow, Sheet
-from leansd.cluster import RunTasks, finish_tasks
+from leansd.cluster import RunTasks, TaskKind, finish_tasks
 from leansd.drawing import (
     Request,
     check_strength,
@@ -293,11 +293,13 @@ class Drawer:
         return other
 
 
-def draw_here(job: BulkJob, parts: Sequence[ShardTask]) -> Iterator[tuple[ShardTask, DrawnShard]]:
-    """One after the other, in this process."""
-    drawer = Drawer(job)
-    for part in parts:
-        yield part, drawer.draw(part)
+def open_drawer(job: BulkJob) -> Callable[[ShardTask], DrawnShard]:
+    """What draws the shards of a job."""
+    return Drawer(job).draw
+
+
+DRAWING = TaskKind[BulkJob, ShardTask, DrawnShard](open_drawer)
+"""Drawing shards, here or on Ray."""
 
 
 def run_job(
@@ -305,7 +307,7 @@ def run_job(
     parts: Sequence[ShardTask],
     folder: Path,
     *,
-    work: Work = draw_here,
+    work: Work = DRAWING.run_here,
     on_part: Callable[[ShardTask], None] = lambda part: None,
 ) -> None:
     """Draws the parts that are given, and writes each shard in one go as it comes.

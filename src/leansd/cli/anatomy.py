@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from leansd.cli.command import Result, argument, command, option
-from leansd.cli.completions import complete_shape
-from leansd.cli.options import DeviceOptions
+from leansd.cli.options import DeviceOptions, complete_shape
 
 if TYPE_CHECKING:
     from leansd.evaluation.inner_timing import UnitTimes

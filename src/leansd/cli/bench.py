@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from leansd.cli.command import Result, command, option
-from leansd.cli.completions import complete_plan, complete_sampler
 from leansd.cli.options import (
     Calls,
     Clip,
@@ -17,6 +16,8 @@ from leansd.cli.options import (
     Force,
     ModelOption,
     SeedsForSpread,
+    complete_plan,
+    complete_sampler,
 )
 
 if TYPE_CHECKING:

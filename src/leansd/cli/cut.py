@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from leansd.cli.command import Result, command, option
-from leansd.cli.completions import offer
-from leansd.cli.options import Calls, ModelArgument, Opening
+from leansd.cli.options import Calls, ModelArgument, Opening, offer
 
 if TYPE_CHECKING:
     from leansd.tuning.cutting import Cut

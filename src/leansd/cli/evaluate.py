@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from leansd.cli.command import Result, command, option
-from leansd.cli.completions import complete_plan, offer
 from leansd.cli.options import (
     Calls,
     Clip,
@@ -17,6 +16,8 @@ from leansd.cli.options import (
     ModelArgument,
     Opening,
     SeedsForSpread,
+    complete_plan,
+    offer,
 )
 
 if TYPE_CHECKING:
@@ -333,8 +334,8 @@ def _score(
     """The scores of a folder of pictures."""
     from leansd.cli.terminal import follow, hush_libraries, note
     from leansd.errors import LeansdError
-    from leansd.evaluation.extraction import ExtractionConfig
-    from leansd.evaluation.scoring import KEPT, carry_out, choose_work, list_notes, plan_scoring
+    from leansd.evaluation.extraction import EXTRACTION, ExtractionConfig
+    from leansd.evaluation.scoring import KEPT, carry_out, list_notes, plan_scoring
     from leansd.report.measurements import report_scores, tabulate_scores
 
     assert scores.pictures is not None
@@ -363,7 +364,7 @@ def _score(
     with follow("pictures") as bar:
         scored = carry_out(
             scoring,
-            work=choose_work(scores.ray, scores.workers),
+            work=EXTRACTION.place(scores.ray, scores.workers),
             on_pictures=bar.count,
             on_metric=lambda name: bar.advance(f"computing {name}", 0),
         )

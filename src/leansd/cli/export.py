@@ -7,8 +7,14 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from leansd.cli.command import Result, argument, command, option
-from leansd.cli.completions import complete_model, complete_plan, complete_sampler, offer
-from leansd.cli.options import Fit, ReportFile
+from leansd.cli.options import (
+    Fit,
+    ReportFile,
+    complete_model,
+    complete_plan,
+    complete_sampler,
+    offer,
+)
 
 if TYPE_CHECKING:
     from leansd.exporting.exporter import Exported

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from leansd.cli.command import Result, argument, command, option
-from leansd.cli.completions import complete_plan
 from leansd.cli.options import (
     Following,
     ModelOption,
     Opening,
     OwnGuidance,
     SizeOption,
+    complete_plan,
     refuse_transformer,
 )
 
@@ -339,17 +339,12 @@ def _draw_rows(task: _Task, rows: PromptFile, file: Path, out: Path) -> Result:
     """Shards of pictures, those that are there already left out."""
     import time
 
-    from leansd.bulk.jobs import draw_here, place_order, read_faults, run_job
+    from leansd.bulk.jobs import DRAWING, place_order, read_faults, run_job
     from leansd.cli.terminal import note, open_progress
-    from leansd.report.bulk import report_job
+    from leansd.report.plans import report_job
 
     order = place_order(_read_rows(file, strict=rows.strict), out, _make_job(task, rows))
     note(f"{order.left} of {order.total} pictures to draw, {len(order.missing)} shards")
-    work = draw_here
-    if rows.ray is not None:
-        from leansd.bulk.on_ray import work_on_ray
-
-        work = work_on_ray(rows.ray, workers=rows.workers)
     begin = time.monotonic()
     with open_progress() as progress:
         bar = progress.add_task("pictures", total=order.total, completed=order.total - order.left)
@@ -357,7 +352,7 @@ def _draw_rows(task: _Task, rows: PromptFile, file: Path, out: Path) -> Result:
             order.job,
             order.missing,
             out,
-            work=work,
+            work=DRAWING.place(rows.ray, rows.workers),
             on_part=lambda part: progress.advance(bar, len(part.items)),
         )
     page, faults = out / "report.html", read_faults(out)

@@ -15,7 +15,7 @@ from typing import Any
 import typer
 
 from leansd.cli.command import PROGRAM, Result, argument, command, option, read_examples
-from leansd.cli.completions import offer
+from leansd.cli.options import offer
 
 app = typer.Typer(add_completion=False)
 

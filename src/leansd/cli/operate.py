@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from leansd.cli.command import Result, argument, command, option
-from leansd.cli.completions import complete_shape, complete_surgery
-from leansd.cli.options import ReportFile
+from leansd.cli.options import ReportFile, complete_shape, complete_surgery
 from leansd.text import Table
 
 if TYPE_CHECKING:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from leansd.cli.command import Result, argument, command, option
-from leansd.cli.completions import complete_plan, complete_shape
-from leansd.cli.options import Following, ReportFile, SamplerOption
+from leansd.cli.options import Following, ReportFile, SamplerOption, complete_plan, complete_shape
 from leansd.cli.terminal import PlanText
 from leansd.text import Table
 

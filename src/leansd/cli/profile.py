@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from leansd.cli.command import OnlyJson, Result, argument, command, option
-from leansd.cli.completions import complete_shape
-from leansd.cli.options import DeviceOptions, OwnGuidance, SizeOption
+from leansd.cli.options import DeviceOptions, OwnGuidance, SizeOption, complete_shape
 
 if TYPE_CHECKING:
+    from leansd.evaluation.prediction import OtherVae, Profiled
     from leansd.evaluation.profile import Probe
-    from leansd.evaluation.profiled import OtherVae, Profiled
     from leansd.evaluation.records import Record
 
 app = typer.Typer(add_completion=False)
@@ -85,9 +84,8 @@ def _measure(
     from functools import partial
 
     from leansd.cli.terminal import follow
-    from leansd.evaluation.prediction import check_predictions, hold_out
+    from leansd.evaluation.prediction import Profiled, check_predictions, hold_out
     from leansd.evaluation.profile import prepare_probe
-    from leansd.evaluation.profiled import Profiled
     from leansd.evaluation.records import stamp
     from leansd.runtime.samplers import name_sampler
 
@@ -164,8 +162,8 @@ def _open(model: str, vae: str | None, place: DeviceOptions) -> tuple[Any, Any]:
 def _time_other(
     probe: "Probe", autoencoder: Any, vae: str | None, repeats: int
 ) -> "OtherVae | None":
+    from leansd.evaluation.prediction import OtherVae
     from leansd.evaluation.profile import time_decoder
-    from leansd.evaluation.profiled import OtherVae
 
     if vae is None or autoencoder is None:
         return None
@@ -186,8 +184,8 @@ def _dissect(pipe: Any, probe: "Probe", model: str) -> Any:
 
 
 def _show(profiled: "Profiled") -> list[Any]:
-    from leansd.evaluation.prediction import find_worst
-    from leansd.evaluation.profiled import (
+    from leansd.evaluation.prediction import (
+        find_worst,
         tabulate_blocks,
         tabulate_gains,
         tabulate_predictions,

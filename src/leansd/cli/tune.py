@@ -71,7 +71,7 @@ class Search:
         from leansd.errors import LeansdError
         from leansd.evaluation.prompt_sets import choose_prompts, read_generic, read_prompts
         from leansd.loading import EMBEDDED
-        from leansd.tuning.mixed_plans import choose_mix_calls
+        from leansd.tuning.mix_fitting import choose_mix_calls
 
         given = None if calls.prompts is None else read_prompts(calls.prompts)
         own = given or (None if model == EMBEDDED else read_generic())

@@ -5,8 +5,7 @@ from pathlib import Path
 import typer
 
 from leansd.cli.command import command, option
-from leansd.cli.completions import complete_model
-from leansd.cli.options import Device
+from leansd.cli.options import Device, complete_model
 
 app = typer.Typer(add_completion=False)
 

@@ -20,8 +20,7 @@ from leansd.evaluation.records import Record, stamp
 from leansd.evaluation.runs import FULL
 from leansd.evaluation.timing import Ratio, Timing
 from leansd.plans.anatomy import Anatomy
-from leansd.plans.compile import compile_plan
-from leansd.plans.macs import predict_speedup
+from leansd.plans.compile import compile_plan, predict_speedup
 from leansd.plans.plan import Plan
 from leansd.plans.presets import PRESETS
 from leansd.runtime.samplers import name_sampler

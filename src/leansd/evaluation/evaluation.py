@@ -30,8 +30,7 @@ from leansd.evaluation.fidelity import Lpips, list_metrics
 from leansd.evaluation.quality import Embedder
 from leansd.evaluation.records import Record, stamp
 from leansd.evaluation.runs import FULL, PipelineCall, expand_calls
-from leansd.plans.compile import compile_plan
-from leansd.plans.macs import predict_speedup
+from leansd.plans.compile import compile_plan, predict_speedup
 from leansd.plans.plan import Plan
 from leansd.plans.resolve import resolve_plan
 from leansd.runtime.clock import lay_out_run

@@ -10,24 +10,29 @@ from pathlib import Path
 from typing import TypeAlias
 from zipfile import BadZipFile
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from leansd.cluster import RunTasks, finish_tasks
+from leansd.cluster import RunTasks, TaskKind, finish_tasks
 from leansd.errors import LeansdError
 from leansd.evaluation.extractors import EXTRACTORS, Extract, batch_samples
-from leansd.evaluation.frechet import Gaussian, fold_gaussian
 from leansd.evaluation.picture_sets import (
+    ExtractionTask,
     PictureBytes,
     PictureGroup,
     PictureSet,
     digest,
-    read_samples,
+    read_task,
 )
+from leansd.evaluation.quality import Gaussian, fold_gaussian
 from leansd.files import write_file
 from leansd.loading import find_device
+
+POOLED = "pooled"
+"""The features that sets are compared by."""
 
 # -- kept features ------------------------------------------------------------------------------
 
@@ -45,17 +50,25 @@ class Features:
     pictures: PictureSet
     marks: Mapping[str, str]
 
+    @property
+    def name(self) -> str:
+        return self.pictures.folder.resolve().name
+
+    @property
+    def count(self) -> int:
+        return len(self.pictures)
+
     def locate(self, part: PictureGroup, extractor: str) -> Path:
         """The file of one part: another picture or other weights, and it is another file."""
-        return self._name(part.fingerprint, extractor)
+        return self._locate(part.fingerprint, extractor)
 
-    def list_missing(self, extractors: list[str]) -> list[tuple[PictureGroup, tuple[str, ...]]]:
-        """What is still to be looked at, and by which."""
-        missing: list[tuple[PictureGroup, tuple[str, ...]]] = []
+    def list_missing(self, extractors: Sequence[str]) -> list[ExtractionTask]:
+        """What is still to be looked at."""
+        missing: list[ExtractionTask] = []
         for part in self.pictures.parts:
             left = tuple(each for each in extractors if not self.locate(part, each).is_file())
             if left and part.entries:
-                missing.append((part, left))
+                missing.append(ExtractionTask(part, left))
         return missing
 
     def put(self, part: PictureGroup, extractor: str, seen: Mapping[str, Tensor]) -> None:
@@ -63,7 +76,7 @@ class Features:
         content = {name: value.contiguous() for name, value in seen.items()}
         write_file(self.locate(part, extractor), save(content))
 
-    def read(self, extractor: str, name: str) -> Iterator[Tensor]:
+    def read(self, extractor: str, name: str = POOLED) -> Iterator[Tensor]:
         """One kind of features [n, ...], part by part, in the order of the set."""
         for part in self.pictures.parts:
             if not part.entries:
@@ -75,31 +88,56 @@ class Features:
             except (OSError, SafetensorError) as error:
                 raise LeansdError(f"{path} is damaged: remove it, and run again") from error
 
-    def locate_gaussian(self, extractor: str, name: str) -> Path:
-        """The file of the set's Gaussian."""
-        return self._name(f"{self.pictures.fingerprint} {name}", extractor)
+    def read_all(self, extractor: str, name: str = POOLED) -> Tensor:
+        """One kind of features of the whole set, [n, ...]."""
+        return torch.cat(list(self.read(extractor, name)))
 
-    def get_gaussian(self, extractor: str, name: str) -> Gaussian:
-        """The set's Gaussian, which is kept too."""
-        path = self.locate_gaussian(extractor, name)
+    def locate_gaussian(self, extractor: str) -> Path:
+        """The file of the set's Gaussian."""
+        return self._locate(f"{self.pictures.fingerprint} {POOLED}", extractor)
+
+    def get_gaussian(self, extractor: str) -> Gaussian:
+        """The Gaussian of the set's pooled features, which is kept too."""
+        path = self.locate_gaussian(extractor)
         if not path.is_file():
-            found = fold_gaussian(self.read(extractor, name))
-            save_statistics(path, found, self.marks[extractor])
+            save_statistics(path, fold_gaussian(self.read(extractor)), self.marks[extractor])
         return load_statistics(path).gaussian
 
-    def _name(self, fingerprint: str, extractor: str) -> Path:
-        return (
-            self.folder / f"{digest([fingerprint, extractor, self.marks[extractor]])}.safetensors"
-        )
+    def _locate(self, fingerprint: str, extractor: str) -> Path:
+        facts = fingerprint, extractor, self.marks[extractor]
+        return self.folder / f"{digest(facts)}.safetensors"
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """A Gaussian from a file, and what is known of the extractor it was made with."""
+    """A Gaussian from a file, in the place of pictures.
 
+    Attributes:
+        mark: of the extractor that it was made with; empty where nobody says.
+        marks: of the extractors here.
+    """
+
+    name: str
     gaussian: Gaussian
-    mark: str
-    """Empty where nobody says."""
+    mark: str = ""
+    marks: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        return self.gaussian.count
+
+    def get_gaussian(self, extractor: str) -> Gaussian:
+        """The Gaussian.
+
+        Raises:
+            LeansdError: it was made with other weights, or of pictures resized otherwise.
+        """
+        if self.mark not in ("", self.marks[extractor]):
+            raise LeansdError(
+                f"{self.name} was made by another network or resize than {extractor} here: give "
+                "the pictures themselves by --reference FOLDER"
+            )
+        return self.gaussian
 
 
 def save_statistics(path: Path, gaussian: Gaussian, mark: str) -> Path:
@@ -112,7 +150,7 @@ def save_statistics(path: Path, gaussian: Gaussian, mark: str) -> Path:
     return write_file(path, save(content, metadata={"extractor": mark}))
 
 
-def load_statistics(path: str | Path) -> Statistics:
+def load_statistics(path: str | Path, marks: Mapping[str, str] | None = None) -> Statistics:
     """Read a Gaussian: ours, or an `.npz` of `mu` and `sigma` as pytorch-fid and others write it.
 
     Raises:
@@ -126,29 +164,27 @@ def load_statistics(path: str | Path) -> Statistics:
             f"ends in {' or '.join(READERS)}"
         )
     try:
-        return reader(path)
+        return Statistics(path.name, *reader(path), marks or {})
     except FileNotFoundError as error:
         raise LeansdError(f"no reference at {path}: there is neither folder nor file") from error
     except (OSError, ValueError, KeyError, SafetensorError, BadZipFile) as error:
         raise LeansdError(f"{path} holds no statistics that can be read: {error}") from error
 
 
-def _read_own(path: Path) -> Statistics:
+def _read_own(path: Path) -> tuple[Gaussian, str]:
     with safe_open(path, framework="pt") as file:
         mark = (file.metadata() or {}).get("extractor", "")
     kept = load_file(path)
-    return Statistics(Gaussian(int(kept["count"]), kept["mean"], kept["covariance"]), mark)
+    return Gaussian(int(kept["count"]), kept["mean"], kept["covariance"]), mark
 
 
-def _read_arrays(path: Path) -> Statistics:
-    import numpy as np
-
+def _read_arrays(path: Path) -> tuple[Gaussian, str]:
     with np.load(path, allow_pickle=False) as kept:
         mean, covariance = (torch.from_numpy(kept[name]).double() for name in ("mu", "sigma"))
-    return Statistics(Gaussian(0, mean, covariance), "")
+    return Gaussian(0, mean, covariance), ""
 
 
-READERS: dict[str, Callable[[Path], Statistics]] = {
+READERS: dict[str, Callable[[Path], tuple[Gaussian, str]]] = {
     ".safetensors": _read_own,
     ".npz": _read_arrays,
 }
@@ -171,18 +207,9 @@ class ExtractionConfig:
     device: str | None = None
 
 
-@dataclass(frozen=True)
-class ExtractionTask:
-    """A part, and who is still to look at it."""
-
-    part: PictureGroup
-    extractors: tuple[str, ...]
-
-
 ExtractedFeatures: TypeAlias = Mapping[str, Mapping[str, Tensor]]
 """By extractor and name, tensors [n, ...]."""
 RunExtraction: TypeAlias = RunTasks[ExtractionConfig, ExtractionTask, ExtractedFeatures]
-"""Looks at parts, in any order."""
 
 
 class Extraction:
@@ -195,10 +222,11 @@ class Extraction:
             torch.set_num_threads(config.threads)
         self._opened: dict[str, Extract] = {}
 
-    def extract(
-        self, samples: Sequence[PictureBytes], extractors: Sequence[str]
-    ) -> ExtractedFeatures:
+    def __call__(
+        self, task: tuple[Sequence[PictureBytes], Sequence[str]]
+    ) -> dict[str, dict[str, Tensor]]:
         """What extractors see in some pictures; who shares a batch follows from them alone."""
+        samples, extractors = task
         seen: dict[str, dict[str, list[Tensor]]] = {name: {} for name in extractors}
         for batch in batch_samples(samples, self.config.batch, self.config.size):
             for name in extractors:
@@ -216,13 +244,8 @@ class Extraction:
         return self._opened[name]
 
 
-def extract_here(
-    config: ExtractionConfig, tasks: Sequence[ExtractionTask]
-) -> Iterator[tuple[ExtractionTask, ExtractedFeatures]]:
-    """One part after the other."""
-    extraction = Extraction(config)
-    for task in tasks:
-        yield task, extraction.extract(read_samples(task.part.entries), task.extractors)
+EXTRACTION = TaskKind[ExtractionConfig, ExtractionTask, ExtractedFeatures](Extraction, read_task)
+"""Looking at parts, here or on Ray; files are read where the command runs."""
 
 
 def fill_features(
@@ -230,7 +253,7 @@ def fill_features(
     extractors: Sequence[str],
     config: ExtractionConfig,
     *,
-    work: RunExtraction = extract_here,
+    work: RunExtraction = EXTRACTION.run_here,
     on_part: Callable[[PictureGroup], None] = lambda part: None,
 ) -> None:
     """Extract at what has not been looked at yet, and keep each part as it comes.
@@ -238,10 +261,10 @@ def fill_features(
     Raises:
         LeansdError: a picture or weights cannot be read; what was seen before is kept.
     """
-    tasks = [ExtractionTask(*each) for each in features.list_missing(list(extractors))]
 
     def keep(task: ExtractionTask, seen: ExtractedFeatures) -> None:
         for name, values in seen.items():
             features.put(task.part, name, values)
 
+    tasks = features.list_missing(extractors)
     finish_tasks(work, config, tasks, keep, lambda task: on_part(task.part), "the features")

@@ -18,7 +18,7 @@ from torch import nn
 
 from leansd.anatomy.inputs import TOKENS, make_inputs, pick_size
 from leansd.anatomy.reading import read_anatomy
-from leansd.core.stopwatch import Stopwatch, start_stopwatch
+from leansd.core.devices import Stopwatch, start_stopwatch
 from leansd.errors import LeansdError
 from leansd.evaluation.timing import Timing, wait_for
 from leansd.plans.anatomy import Anatomy

@@ -233,6 +233,19 @@ def read_samples(entries: Sequence[PictureEntry]) -> list[PictureBytes]:
     ]
 
 
+@dataclass(frozen=True)
+class ExtractionTask:
+    """A part, and which extractors are still to look at it."""
+
+    part: PictureGroup
+    extractors: tuple[str, ...]
+
+
+def read_task(task: ExtractionTask) -> tuple[list[PictureBytes], tuple[str, ...]]:
+    """The files of a task's pictures, and who is to look at them."""
+    return read_samples(task.part.entries), task.extractors
+
+
 def read_facts(entry: PictureEntry) -> dict[str, Any]:
     """What a JSON sidecar says; nothing where there is none."""
     try:
@@ -240,32 +253,3 @@ def read_facts(entry: PictureEntry) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def read_part(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The files of a part as a row of lists, for Ray, or what is wrong with them."""
-    samples: list[PictureBytes] = []
-    mistake = ""
-    try:
-        samples = read_samples([unpack_entry(entry) for entry in json.loads(row["entries"])])
-    except LeansdError as error:
-        mistake = str(error)
-    return {
-        "mistake": mistake,
-        "number": row["number"],
-        "extractors": row["extractors"],
-        "id": [sample.id for sample in samples],
-        "picture": [sample.picture for sample in samples],
-        "facts": [sample.facts for sample in samples],
-        "other": [sample.other for sample in samples],
-    }
-
-
-def unpack_entry(entry: Mapping[str, Any]) -> PictureEntry:
-    """An entry that travelled as JSON."""
-    picture, facts, other = (
-        FileRange(**place) if place is not None else None
-        for place in (entry["picture"], entry["facts"], entry["other"])
-    )
-    assert picture is not None
-    return PictureEntry(entry["id"], picture, facts, other)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, mo
 
 from leansd.errors import LeansdError
 from leansd.files import write_file
-from leansd.text import Table
+from leansd.text import Table, explain_validation
 from leansd.version import __version__
 
 Scalar = str | int | float | bool | None
@@ -163,9 +163,7 @@ def _parse(text: str, path: Path) -> Iterator[Record]:
         try:
             yield Record.model_validate_json(line)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
-            what = f"{where}: {first['msg']}" if where else first["msg"]
+            what = explain_validation(error)
             raise LeansdError(f"{path} line {number} is not a record: {what}") from error
 
 

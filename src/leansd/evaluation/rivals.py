@@ -19,8 +19,7 @@ from typing import Any, Literal, TypeAlias
 from leansd.errors import LeansdError
 from leansd.evaluation.compare import Case, Enter
 from leansd.plans.anatomy import HEAD, WHOLE, Anatomy
-from leansd.plans.compile import compile_plan
-from leansd.plans.macs import predict_speedup
+from leansd.plans.compile import compile_plan, predict_speedup
 from leansd.plans.plan import Plan
 from leansd.plans.presets import PRESETS, preset
 from leansd.plans.row import How

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from leansd.errors import LeansdError
 from leansd.evaluation.extraction import (
+    EXTRACTION,
     ExtractionConfig,
     Features,
     RunExtraction,
-    extract_here,
+    Statistics,
     fill_features,
     load_statistics,
 )
@@ -40,20 +41,27 @@ class Scoring:
     """All that is needed to score a set.
 
     Attributes:
-        pictures: the set.
         metrics: by their names.
         names: of the extractors, as tables call them.
-        marks: fingerprints of their weights and of how pictures are resized.
-        features: of the set, and of it beside its partners.
+        features: of the set.
+        paired: of the set beside its partners.
     """
 
-    pictures: PictureSet
     metrics: tuple[str, ...]
     config: ExtractionConfig
     names: Mapping[str, str]
-    marks: Mapping[str, str]
-    features: Mapping[ReferenceKind, Features]
+    features: Features
+    paired: Features
     reference: Reference | None
+
+    @property
+    def pictures(self) -> PictureSet:
+        return self.features.pictures
+
+    def find_features(self, metric: str) -> Features:
+        """What a metric's numbers are made from."""
+        is_paired = METRICS[metric].against is ReferenceKind.PARTNERS
+        return self.paired if is_paired else self.features
 
 
 @dataclass(frozen=True)
@@ -82,14 +90,11 @@ def list_ready(weights: Mapping[str, Path], reference: str | Path | None) -> tup
 
     LPIPS has to be asked for, because it compares pictures one by one.
     """
-    named = Path(reference) if reference is not None else None
-    possible = [
-        name
-        for name, metric in METRICS.items()
-        if (named is not None or not metric.against.needs_reference)
-        and (named is None or named.is_dir() or metric.against is not ReferenceKind.FEATURES)
-        and metric.against is not ReferenceKind.PARTNERS
-    ]
+    kinds = {ReferenceKind.PROMPTS, ReferenceKind.NOTHING}
+    if reference is not None:
+        kinds |= {ReferenceKind.GAUSSIAN}
+        kinds |= {ReferenceKind.FEATURES} if Path(reference).is_dir() else set()
+    possible = [name for name, metric in METRICS.items() if metric.against in kinds]
     field = [name for name in possible if METRICS[name].extractor in weights]
     return tuple(field or (name for name in possible if name.startswith(TINY)))
 
@@ -153,24 +158,20 @@ def plan_scoring(
     prints = {name: fingerprint_weights(path) for name, path in paths.items()}
     marks = {name: digest([mark, config.size]) for name, mark in prints.items()}
     names = {name: EXTRACTORS[name].name(path, prints[name]) for name, path in paths.items()}
-    drawn = list_pictures(pictures)
-    features = {each: Features(keep, drawn, marks) for each in ReferenceKind}
-    other: Reference | None = None
+    drawn = Features(keep, list_pictures(pictures), marks)
+    paired, other = drawn, None
     if reference is not None and Path(reference).is_dir():
-        seen = Features(cache or locate_cache(), list_pictures(reference), marks)
-        other = Reference.of_pictures(seen)
+        other = Features(cache or locate_cache(), list_pictures(reference), marks)
         if any(METRICS[name].against is ReferenceKind.PARTNERS for name in metrics):
-            paired = drawn.pair(seen.pictures)
-            features[ReferenceKind.PARTNERS] = Features(keep, paired, marks)
+            paired = Features(keep, drawn.pictures.pair(other.pictures), marks)
     elif reference is not None:
         other = _read_statistics(Path(reference), metrics, marks)
     return Scoring(
-        drawn,
         tuple(metrics),
         replace(config, weights={name: str(path.resolve()) for name, path in paths.items()}),
         names,
-        marks,
-        features,
+        drawn,
+        paired,
         other,
     )
 
@@ -178,7 +179,7 @@ def plan_scoring(
 def carry_out(
     scoring: Scoring,
     *,
-    work: RunExtraction = extract_here,
+    work: RunExtraction = EXTRACTION.run_here,
     on_pictures: OnPictures = lambda done, total: None,
     on_metric: Callable[[str], None] = lambda name: None,
 ) -> Scored:
@@ -187,32 +188,27 @@ def carry_out(
     Args:
         on_metric: called with the name of each metric before it is computed.
     """
-    looks = list(_list_looks(scoring))
-    total = sum(
-        len(part.entries)
-        for features, extractors in looks
-        for part, _ in features.list_missing(extractors)
-    )
+    looks = _list_looks(scoring)
+    tasks = [task for features, names in looks for task in features.list_missing(names)]
+    total = sum(len(task.part.entries) for task in tasks)
     done = 0
+
+    def count(part: Any) -> None:
+        nonlocal done
+        done += len(part.entries)
+        on_pictures(done, total)
+
     for features, extractors in looks:
-
-        def count(part: Any) -> None:
-            nonlocal done
-            done += len(part.entries)
-            on_pictures(done, total)
-
         fill_features(features, extractors, scoring.config, work=work, on_part=count)
-    scores: dict[str, Sequence[Score]] = {}
-    for name in scoring.metrics:
-        on_metric(name)
-        metric = METRICS[name]
-        scores[name] = metric.compute(scoring.features[metric.against], scoring.reference)
     base = _describe(scoring)
     entries = [entry.id for entry in scoring.pictures.entries]
+    scores: dict[str, Sequence[Score]] = {}
     records: list[Record] = []
     values: list[Record] = []
-    for name, found in scores.items():
-        for score in found:
+    for name in scoring.metrics:
+        on_metric(name)
+        scores[name] = METRICS[name].score(scoring.find_features(name), scoring.reference)
+        for score in scores[name]:
             facts: dict[str, Any] = {**base, **_describe_metric(scoring, name), **score.fields}
             facts |= {"metric": score.metric, "unit": ""}
             spread: dict[str, Any] = dict(score.spread)
@@ -267,41 +263,31 @@ def score(
         keep=Path(keep) if keep is not None else home,
         cache=home,
     )
-    return list(carry_out(scoring, work=choose_work(ray, workers)).records)
+    return list(carry_out(scoring, work=EXTRACTION.place(ray, workers)).records)
 
 
-def choose_work(ray: str | None, workers: int | None = None) -> RunExtraction:
-    """Where features are extracted: on a Ray cluster of this address, or in this process."""
-    if ray is None:
-        return extract_here
-    from leansd.evaluation.extraction_on_ray import run_on_ray
-
-    return run_on_ray(ray, workers=workers)
-
-
-def _list_looks(scoring: Scoring) -> Iterator[tuple[Features, list[str]]]:
+def _list_looks(scoring: Scoring) -> list[tuple[Features, list[str]]]:
     """What is to be looked at, and by which: of a reference only what is not known yet."""
-    chosen = [METRICS[name] for name in scoring.metrics]
-    apart = [each for each in chosen if each.against is ReferenceKind.PARTNERS]
-    alone = [each.extractor for each in chosen if each.against is not ReferenceKind.PARTNERS]
-    if alone:
-        yield scoring.features[ReferenceKind.NOTHING], list(dict.fromkeys(alone))
-    if apart:
-        paired = list(dict.fromkeys(each.extractor for each in apart))
-        yield scoring.features[ReferenceKind.PARTNERS], paired
-    features = scoring.reference.features if scoring.reference is not None else None
-    if features is not None:
-        needed = [
-            each.extractor
-            for each in chosen
-            if each.against is ReferenceKind.FEATURES
+    looks: dict[int, tuple[Features, list[str]]] = {}
+
+    def add(features: Features, extractor: str) -> None:
+        names = looks.setdefault(id(features), (features, []))[1]
+        if extractor not in names:
+            names.append(extractor)
+
+    reference = scoring.reference
+    for name in scoring.metrics:
+        extractor, against = METRICS[name].extractor, METRICS[name].against
+        add(scoring.find_features(name), extractor)
+        if isinstance(reference, Features) and (
+            against is ReferenceKind.FEATURES
             or (
-                each.against is ReferenceKind.GAUSSIAN
-                and not features.locate_gaussian(each.extractor, "pooled").is_file()
+                against is ReferenceKind.GAUSSIAN
+                and not reference.locate_gaussian(extractor).is_file()
             )
-        ]
-        if needed:
-            yield features, list(dict.fromkeys(needed))
+        ):
+            add(reference, extractor)
+    return list(looks.values())
 
 
 def _describe(scoring: Scoring) -> dict[str, Any]:
@@ -323,7 +309,7 @@ def _describe_metric(scoring: Scoring, name: str) -> dict[str, Any]:
     metric = METRICS[name]
     fields: dict[str, Any] = {
         "extractor": scoring.names[metric.extractor],
-        "weights": scoring.marks[metric.extractor],
+        "weights": scoring.features.marks[metric.extractor],
     }
     if metric.against.needs_reference and scoring.reference is not None:
         fields["reference"] = scoring.reference.name
@@ -331,15 +317,15 @@ def _describe_metric(scoring: Scoring, name: str) -> dict[str, Any]:
     return fields
 
 
-def _read_statistics(path: Path, metrics: Sequence[str], marks: Mapping[str, str]) -> Reference:
-    statistics = load_statistics(path)
+def _read_statistics(path: Path, metrics: Sequence[str], marks: Mapping[str, str]) -> Statistics:
+    statistics = load_statistics(path, marks)
     for name in metrics:
         if METRICS[name].against in (ReferenceKind.FEATURES, ReferenceKind.PARTNERS):
             raise LeansdError(
                 f"{name} needs the reference's pictures, and {path} has only statistics: "
                 "give --reference FOLDER"
             )
-    return Reference(path.name, statistics.gaussian.count, statistics=statistics, marks=marks)
+    return statistics
 
 
 def list_notes(scoring: Scoring, *, asked: bool) -> list[str]:

@@ -14,9 +14,9 @@ from leansd.anatomy.reading import read_anatomy
 from leansd.cards import Card, write_card
 from leansd.errors import LeansdError
 from leansd.exporting.folder import TABLE, check_out
+from leansd.exporting.graphs import require_packages
 from leansd.exporting.onnx import OnExport, write_onnx
 from leansd.exporting.plain import describe_losses, write_plain
-from leansd.exporting.sessions import require_packages
 from leansd.loading import EMBEDDED, is_unet_folder, load_unet, locate, read_sampler
 from leansd.plans.plan import Plan
 from leansd.plans.resolve import PlanContext, find_source, resolve_plan

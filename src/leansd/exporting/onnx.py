@@ -23,9 +23,18 @@ from leansd.exporting.folder import (
     GraphEntry,
     name_file,
 )
-from leansd.exporting.graphs import Graph, list_graphs, name_feature
-from leansd.exporting.sessions import Session, require_packages
-from leansd.exporting.tracing import ROOT, GraphSection, draw_inputs, open_sections, trace
+from leansd.exporting.graphs import (
+    ROOT,
+    Graph,
+    GraphSection,
+    Session,
+    draw_inputs,
+    list_graphs,
+    name_feature,
+    open_sections,
+    require_packages,
+    trace,
+)
 from leansd.files import writing
 from leansd.plans.plan import Plan
 from leansd.version import __version__

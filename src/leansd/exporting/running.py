@@ -11,12 +11,18 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from leansd.core.stopwatch import start_stopwatch
+from leansd.core.devices import start_stopwatch
 from leansd.errors import LeansdError
 from leansd.exporting.folder import PLAN, read_table
-from leansd.exporting.graphs import list_given, name_feature
-from leansd.exporting.sessions import Session, require_packages
-from leansd.exporting.tracing import ADDED, AXES, NOISE
+from leansd.exporting.graphs import (
+    ADDED,
+    AXES,
+    NOISE,
+    Session,
+    list_given,
+    name_feature,
+    require_packages,
+)
 from leansd.loading import load_outline
 from leansd.plans.anatomy import HEAD
 from leansd.plans.liveness import GUIDANCE, Kept

@@ -23,7 +23,6 @@ from leansd.anatomy.counting import copy_skeleton
 from leansd.anatomy.inputs import make_inputs, pick_size
 from leansd.incubation.data.batches import PAIR, Batch
 from leansd.incubation.noise import DiffusionSchedule, NoiseDraw
-from leansd.incubation.processes import read_processes
 from leansd.incubation.recipe import TEACHER, Recipe, Stage
 from leansd.incubation.step import (
     StudentUNet,
@@ -34,7 +33,7 @@ from leansd.incubation.step import (
     run_teacher,
 )
 from leansd.incubation.students import StageNet, Student, make_student, outline_net
-from leansd.incubation.training_state import pack_batch
+from leansd.incubation.training_state import pack_batch, read_processes
 from leansd.loading import find_dtype
 from leansd.text import describe_duration
 from leansd.unets import open_outline

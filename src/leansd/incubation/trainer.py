@@ -20,18 +20,11 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from leansd.core.transfer import send
+from leansd.core.devices import send
 from leansd.errors import LeansdError
 from leansd.incubation.data.batches import Batch, DataSource, Stream
 from leansd.incubation.losses import StepOutputs
 from leansd.incubation.noise import DiffusionSchedule, NoiseDraw, draw_noise
-from leansd.incubation.optimization import (
-    Ema,
-    build_optimizer,
-    find_rate,
-    list_trained,
-    read_peak,
-)
 from leansd.incubation.recipe import Stage, TrainerSettings
 from leansd.incubation.step import (
     StudentUNet,
@@ -44,7 +37,17 @@ from leansd.incubation.step import (
 )
 from leansd.incubation.students import Student
 from leansd.incubation.training_log import FILE, LogRow, LossLog
-from leansd.incubation.training_state import Checkpoints, Position, TeacherCache, reporting
+from leansd.incubation.training_state import (
+    Checkpoints,
+    Ema,
+    Position,
+    TeacherCache,
+    build_optimizer,
+    find_rate,
+    list_trained,
+    read_peak,
+    reporting,
+)
 
 LOG_EVERY = 10
 MOST_SKIPPED = 5

@@ -31,7 +31,6 @@ from leansd.files import check_folder, holding, write_file, writing
 from leansd.incubation.data.batches import DataSource
 from leansd.incubation.data.kinds import DataContext, open_source
 from leansd.incubation.noise import DiffusionSchedule
-from leansd.incubation.processes import read_processes
 from leansd.incubation.recipe import TEACHER, Recipe, Stage, ValidationSettings, load_recipe
 from leansd.incubation.students import StageNet, Student, make_student, open_net, save_net
 from leansd.incubation.trainer import StageContext, ValidationHook, prepare_teacher, train_stage
@@ -44,7 +43,7 @@ from leansd.incubation.training_log import (
     name_grid,
     paste_grid,
 )
-from leansd.incubation.training_state import reporting
+from leansd.incubation.training_state import read_processes, reporting
 from leansd.incubation.vgg import fit_projection, load_projection, save_projection
 from leansd.loading import load
 

@@ -1,11 +1,10 @@
 """Reports: what a command found, as data; and the page that shows it and needs nothing else.
 
-`sections` is what a report is made of, `page` writes it. `plans`, `measurements`, `nets` and
+`page` has what a report is made of, and writes it. `plans`, `measurements`, `nets` and
 `training` make reports of results, from the figures of `drawings` and `plots`.
 """
 
-from leansd.report.page import render_page, write_report
-from leansd.report.sections import (
+from leansd.report.page import (
     AttachedFile,
     Chart,
     Drawing,
@@ -16,6 +15,8 @@ from leansd.report.sections import (
     ReportPage,
     Section,
     attach_records,
+    render_page,
+    write_report,
 )
 
 __all__ = [

@@ -12,6 +12,7 @@ from leansd.plans.anatomy import Anatomy, Unit
 from leansd.plans.grid import draw_picture
 from leansd.plans.plan import Plan
 from leansd.report.figures import (
+    LIGHT,
     TEXT,
     Cell,
     add_colours,
@@ -20,8 +21,7 @@ from leansd.report.figures import (
     open_axes,
     open_figure,
 )
-from leansd.report.palette import LIGHT
-from leansd.report.sections import Drawing
+from leansd.report.page import Drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

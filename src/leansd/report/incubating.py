@@ -10,10 +10,10 @@ from pathlib import Path
 
 from leansd.errors import LeansdError
 from leansd.evaluation.records import stamp
-from leansd.incubation.processes import read_processes
 from leansd.incubation.recipe import Recipe, Stage
 from leansd.incubation.training_log import LogRow, describe_row, read_run
 from leansd.incubation.training_run import open_run, run_stages
+from leansd.incubation.training_state import read_processes
 from leansd.report import Provenance, write_report
 from leansd.report.training import report_training
 

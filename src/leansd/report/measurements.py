@@ -14,10 +14,10 @@ from leansd.evaluation.evaluation import Evaluation
 from leansd.evaluation.extractors import find_prompt, open_picture
 from leansd.evaluation.pareto import find_front
 from leansd.evaluation.picture_sets import PictureEntry, read_samples
-from leansd.evaluation.prediction import find_worst
-from leansd.evaluation.profiled import (
+from leansd.evaluation.prediction import (
     EXAMPLE,
     Profiled,
+    find_worst,
     show_milliseconds,
     show_seconds,
     tabulate_blocks,
@@ -39,8 +39,7 @@ from leansd.evaluation.standings import (
     tabulate_margins,
 )
 from leansd.report.drawings import Bar, draw_bars
-from leansd.report.plots import Family, PlotPoint, plot_families, plot_tradeoff
-from leansd.report.sections import (
+from leansd.report.page import (
     DECIBELS,
     Chart,
     Drawing,
@@ -54,6 +53,7 @@ from leansd.report.sections import (
     count,
     show_differences,
 )
+from leansd.report.plots import Family, PlotPoint, plot_families, plot_tradeoff
 from leansd.text import Table
 
 # -- evaluate ------------------------------------------------------------------------------------
@@ -517,7 +517,7 @@ def _show_extremes(scoring: Scoring, scored: Scored) -> Iterator[PictureGrid]:
     """The best and the worst pictures by each metric that has a value a picture."""
     for name, scores in scored.scores.items():
         metric = METRICS[name]
-        entries = list(scoring.features[metric.against].pictures.entries)
+        entries = list(scoring.find_features(name).pictures.entries)
         for score in scores:
             if score.values is None:
                 continue

@@ -14,6 +14,7 @@ from leansd.plans.address import get_block
 from leansd.plans.anatomy import Anatomy
 from leansd.report.drawings import KINDS, Bar, draw_bars, draw_plan, draw_shape
 from leansd.report.figures import (
+    LIGHT,
     TEXT,
     add_key,
     encode_png,
@@ -22,9 +23,7 @@ from leansd.report.figures import (
     open_axes,
     open_figure,
 )
-from leansd.report.palette import LIGHT
-from leansd.report.plots import Curve, plot_curves
-from leansd.report.sections import (
+from leansd.report.page import (
     AttachedFile,
     Chart,
     Drawing,
@@ -35,6 +34,7 @@ from leansd.report.sections import (
     attach_records,
     count,
 )
+from leansd.report.plots import Curve, plot_curves
 from leansd.surgery.edits import Surgery
 from leansd.surgery.preview import Preview
 from leansd.text import Table

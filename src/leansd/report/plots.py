@@ -7,9 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from leansd.report.figures import TEXT, add_key, name_axes, open_axes, open_figure
-from leansd.report.palette import LIGHT, list_series
-from leansd.report.sections import Drawing
+from leansd.report.figures import (
+    LIGHT,
+    TEXT,
+    add_key,
+    list_series,
+    name_axes,
+    open_axes,
+    open_figure,
+)
+from leansd.report.page import Drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

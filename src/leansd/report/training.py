@@ -8,8 +8,7 @@ from functools import partial
 from leansd.incubation.estimate import GIB, Estimate, StageCost
 from leansd.incubation.training_log import StageLog, TrainingLog, read_grid
 from leansd.report.drawings import Bar, draw_bars
-from leansd.report.plots import Curve, plot_curves
-from leansd.report.sections import (
+from leansd.report.page import (
     AttachedFile,
     Chart,
     Drawing,
@@ -21,6 +20,7 @@ from leansd.report.sections import (
     count,
     show_differences,
 )
+from leansd.report.plots import Curve, plot_curves
 from leansd.text import Table, describe_duration
 
 AGAIN = 60

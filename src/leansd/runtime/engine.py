@@ -18,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from leansd.anatomy.reading import read_anatomy
-from leansd.core.stopwatch import Stopwatch, start_stopwatch
+from leansd.core.devices import Stopwatch, start_stopwatch
 from leansd.errors import LeansdError
 from leansd.plans.address import get_layer
 from leansd.plans.anatomy import HEAD, Anatomy

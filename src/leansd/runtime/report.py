@@ -13,9 +13,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from leansd.anatomy.counting import dissect
-from leansd.core.stopwatch import Stopwatch
+from leansd.core.devices import Stopwatch
+from leansd.plans.compile import predict_speedup
 from leansd.plans.liveness import Call, Net
-from leansd.plans.macs import predict_speedup
 from leansd.plans.plan import Plan
 from leansd.plans.row import OWN
 from leansd.runtime.finite import NOT_FINITE, FiniteWatch, is_real

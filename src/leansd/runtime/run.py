@@ -20,8 +20,8 @@ from diffusers import ConfigMixin, UNet2DConditionModel
 from torch import nn
 
 from leansd.anatomy.reading import read_anatomy
+from leansd.core.devices import Stopwatch
 from leansd.core.schedule import CallSchedule
-from leansd.core.stopwatch import Stopwatch
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import HEAD
 from leansd.plans.compile import compile_plan

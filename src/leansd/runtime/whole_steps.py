@@ -15,9 +15,9 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
+from leansd.core.devices import Stopwatch, start_stopwatch
 from leansd.core.player import Player
 from leansd.core.schedule import CallSchedule
-from leansd.core.stopwatch import Stopwatch, start_stopwatch
 from leansd.errors import LeansdError
 from leansd.plans.plan import Plan
 from leansd.plans.resolve import Resolved, Source, resolve_plan

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from leansd.anatomy.reading import read_anatomy
-from leansd.core.transfer import make_exact
+from leansd.core.devices import make_exact
 from leansd.errors import LeansdError
 from leansd.evaluation.records import Record, stamp
 from leansd.evaluation.runs import PipelineCall, run_calls

@@ -5,17 +5,91 @@ Pipelines of diffusers are one host (`pipeline_host`); a node in another program
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from types import SimpleNamespace
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
+from torch import Tensor
 
 from leansd.evaluation.runs import PipelineCall, RunOutputs
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.liveness import Net
 from leansd.plans.plan import Plan, Tuned
-from leansd.tuning.scheduler_hook import SchedulerRun, Steer
+from leansd.runtime.clock import SchedulerClock
+from leansd.runtime.hooks import patch_method
+
+# -- what a scheduler does -------------------------------------------------------------------------
+# A tap on a pipeline's scheduler: what every step is given and makes of it, and a way to steer.
+#
+# The scheduler sees the guided output, whatever the pipeline did to get it, so nothing about
+# guidance, rescaling or the kind of pipeline has to be known here.
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One scheduler step."""
+
+    timestep: float
+    sample: Tensor
+    """What the scheduler was given to step from, [B, C, H, W]."""
+    output: Tensor
+    """The guided output of the UNet, [B, C, H, W]."""
+    previous: Tensor
+    """What came out: the sample of the next step, [B, C, H, W]."""
+
+
+SchedulerRun: TypeAlias = list[Seen]
+Step: TypeAlias = Callable[[Tensor], Tensor]
+"""What the scheduler would make of an output; nothing advances."""
+Steer: TypeAlias = Callable[[int, int, Seen, Step], Tensor]
+"""`(number of the run, number of the call, what is seen, step)` -> the output to go on with."""
+
+
+@contextmanager
+def tap(scheduler: Any, steer: Steer | None = None) -> Iterator[list[SchedulerRun]]:
+    """See every step of `scheduler`; a run begins where the time step rises.
+
+    The scheduler's own `step` is put back in the end; taps nest.
+    """
+    runs: list[SchedulerRun] = []
+    clock = SchedulerClock(SimpleNamespace(scheduler=scheduler))
+
+    def around(
+        _: str, own: Any, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        # By its place in the scheduler's tensor, which is read once a run: no wait for each step.
+        place = clock.locate(timestep)
+        moment = float(timestep) if place is None else place.schedule.moments[place.index]
+        if not runs or moment >= runs[-1][-1].timestep:
+            runs.append([])
+        run = runs[-1]
+
+        def foresee(other: Tensor) -> Tensor:
+            double = _copy_plain(scheduler)
+            return double.step(other, timestep, sample, *args, **kwargs)[0]
+
+        if steer is not None:
+            output = steer(len(runs) - 1, len(run), Seen(moment, sample, output, sample), foresee)
+        result = own(output, timestep, sample, *args, **kwargs)
+        run.append(Seen(moment, sample, output, result[0]))
+        return result
+
+    hook = patch_method(scheduler, "step", around)
+    try:
+        yield runs
+    finally:
+        hook.release()
+
+
+def _copy_plain(scheduler: Any) -> Any:
+    """A copy of a tapped scheduler, in its present state and without the tap."""
+    double = copy.copy(scheduler)
+    vars(double).pop("step", None)
+    return copy.deepcopy(double)
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,8 +24,7 @@ from leansd.runtime.attachment import NO_NETS
 from leansd.runtime.clock import lay_out_run, read_schedule
 from leansd.runtime.context import find_transformer
 from leansd.runtime.nets import match_nets
-from leansd.tuning.host import Course
-from leansd.tuning.scheduler_hook import SchedulerRun, Steer, tap
+from leansd.tuning.host import Course, SchedulerRun, Steer, tap
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 

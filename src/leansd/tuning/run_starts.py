@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from leansd.core.devices import send
 from leansd.core.mixing import guide
-from leansd.core.transfer import send
 from leansd.errors import LeansdError
 from leansd.evaluation.runs import PipelineCall, run_calls
 from leansd.runtime.cache import join_rows, map_rows

@@ -6,11 +6,13 @@ A tuning takes long, so everything that it measures is one line of a file.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+import torch
 
 from leansd.errors import OutputError
 from leansd.evaluation.cost import CostModel
@@ -18,11 +20,13 @@ from leansd.evaluation.fidelity import psnr
 from leansd.evaluation.fingerprints import fingerprint_case
 from leansd.evaluation.records import Record, stamp
 from leansd.evaluation.runs import PipelineCall, RunOutputs
+from leansd.plans.anatomy import HEAD
+from leansd.plans.methods import METHODS, weigh
 from leansd.plans.plan import Plan
-from leansd.plans.row import OWN
+from leansd.plans.row import OWN, How
 from leansd.text import encode_json
-from leansd.tuning.host import Host
-from leansd.tuning.scheduler_hook import Steer
+from leansd.tuning.error_model import CORRECTION_HOWS, Calibration
+from leansd.tuning.host import Host, Seen, Steer, Step
 
 
 @dataclass(frozen=True)
@@ -139,3 +143,239 @@ class Journal:
         assert self.path is not None
         with self.path.open("a", encoding="utf-8") as file:
             file.write("\n")
+
+
+# -- fitting ---------------------------------------------------------------------------------------
+# Corrections fitted on real runs: at each key step on the way, then all of a plan together.
+#
+# The error model proposes; what a plan really does, the UNet's answers to changed latents included,
+# only a run can tell. One run fits and tries a plan at once: at every key step the correction is
+# chosen that brings the latents nearest to where the full run's are, and the run goes on with it.
+#
+# Then all corrections are fitted together, to where the full run's latents end. For that the last
+# latents' derivative by every correction is needed: a run for each. But a plan that forecasts the
+# UNet's whole output can be followed from the scheduler's side alone, where forecasts are
+# combinations of the key steps' outputs; so before the step whose correction is moved, nothing has
+# to be computed again.
+
+
+class KnownOutputs:
+    """The computed outputs of one run and where they lie in log-SNR."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[float, torch.Tensor]] = []
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def note(self, place: float, output: torch.Tensor) -> None:
+        self._known.append((place, output))
+
+    def forecast(self, place: float, how: How) -> torch.Tensor:
+        """The polynomial through the last outputs, [B, C, H, W]."""
+        known = self._known[-METHODS[how].depth :]
+        points = [here for here, _ in known]
+        return torch.stack([weigh(place, here, points) * each for here, each in known]).sum(0)
+
+    def list_forecast_errors(self, place: float, output: torch.Tensor) -> torch.Tensor:
+        """What the forecasts that corrections are by were wrong by, [2, B, C, H, W]."""
+        return torch.stack([output - self.forecast(place, how) for how in CORRECTION_HOWS])
+
+
+def move_on(
+    output: torch.Tensor, correct: tuple[float, float], forecast_errors: torch.Tensor
+) -> torch.Tensor:
+    """The corrected output [B, C, H, W], by forecast_errors [2, B, C, H, W]."""
+    line, last = correct
+    return output + line * forecast_errors[0] + last * forecast_errors[1]
+
+
+LIMIT = 3.0
+"""Corrections beyond this are noise fitted to few calls."""
+DAMPING = 1e-4
+"""Tells the parts of a correction apart where they are nearly the same."""
+
+
+def try_plan(plan: Plan, bench: TrialRunner, calibration: Calibration) -> Trial:
+    """Run a plan, fitting its corrections to the full run of the same step count on the way."""
+    fitting = _Fitting(plan, calibration)
+    finals = bench.run(plan.steps, plan, fitting.steer)
+    fitted = plan.correct(fitting.weights)
+    return Trial(fitted, bench.score(finals))
+
+
+def list_corrected(plan: Plan) -> set[int]:
+    """The key steps that come right after a forecast of the UNet's output and run both lanes."""
+    pairs = enumerate(zip(plan.rows, plan.rows[1:], strict=False), start=1)
+    return {
+        step
+        for step, (before, row) in pairs
+        if HEAD in before.inherit and row.is_key and row.guidance == "compute"
+    }
+
+
+class _Fitting:
+    """Finds the correction at each key step while runs go by, and lets them go on with it."""
+
+    def __init__(self, plan: Plan, calibration: Calibration) -> None:
+        self._plan = plan
+        self._calibration = calibration
+        self._start = calibration.steps - calibration.count
+        self._corrected = list_corrected(plan)
+        self._sums: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        """Normal equations of each key step over all runs: [2, 2] and [2]."""
+        self._memory = KnownOutputs()
+
+    @property
+    def weights(self) -> dict[int, tuple[float, float]]:
+        """The corrections by step, over all runs."""
+        return {step: _solve(*sums) for step, sums in self._sums.items()}
+
+    def steer(self, run: int, index: int, seen: Seen, step: Step) -> torch.Tensor:
+        row = self._start + index
+        if index == 0:
+            self._memory = KnownOutputs()
+        if index and not self._plan.rows[row].is_key:
+            return seen.output
+        place = float(self._calibration.log_snr[index])
+        output = seen.output
+        if row in self._corrected and len(self._memory):
+            forecast_errors = self._memory.list_forecast_errors(place, seen.output)
+            plain = step(seen.output)
+            goal = self._calibration.runs[run][index].previous
+            moved = [step(seen.output + each) for each in forecast_errors]
+            # Read at once: the one wait of a step that is corrected.
+            changes = (torch.stack([*moved, goal]) - plain).flatten(1).cpu().double()
+            gains, missing = changes[:-1], changes[-1]
+            normal, target = gains @ gains.T, gains @ missing
+            output = move_on(seen.output, _solve(normal, target), forecast_errors)
+            before = self._sums.get(row, (0.0, 0.0))
+            self._sums[row] = (before[0] + normal, before[1] + target)
+        self._memory.note(place, seen.output)
+        return output
+
+
+def _solve(normal: torch.Tensor, target: torch.Tensor) -> tuple[float, float]:
+    """Line and last of least squares, slightly damped, and within the limit."""
+    damped = normal + DAMPING * normal.trace() * torch.eye(2).to(normal)
+    line, last = torch.linalg.solve(damped, target).clamp(-LIMIT, LIMIT).tolist()
+    return round(line, 4), round(last, 4)
+
+
+NUDGE = 0.1
+"""By how much a correction is moved to see what it does."""
+DAMPINGS = (0.01, 0.1, 1.0)
+SLOPE_CALLS = 4
+"""Derivatives are taken on so many calls; all decide whether they led anywhere."""
+
+Outputs: TypeAlias = Mapping[int, torch.Tensor]
+"""Guided outputs [B, C, H, W] of one run by key step, before correction."""
+
+
+def polish(trial: Trial, bench: TrialRunner, calibration: Calibration) -> Trial:
+    """One step of Levenberg and Marquardt; the best of a few dampings, if it is better at all.
+
+    Args:
+        calibration: of the plan's step count.
+    """
+    rows = trial.plan.rows
+    corrections = {step: row.correction for step, row in enumerate(rows) if any(row.correction)}
+    if not corrections or bench.goals is None:
+        return trial
+    few = replace(bench, calls=bench.calls[:SLOPE_CALLS])
+    base, past = replay(trial.plan, few, calibration)
+    columns: list[torch.Tensor] = []
+    for step, old in corrections.items():
+        for moved in (old._replace(line=old.line + NUDGE), old._replace(last=old.last + NUDGE)):
+            nudged = trial.plan.correct({step: moved})
+            ended, _ = replay(nudged, few, calibration, since=step, past=past)
+            columns.append((ended - base) / NUDGE)
+    slopes = torch.stack(columns, dim=1)
+    normal = slopes.T @ slopes
+    goal = bench.goals.latents[: len(few.calls)].double().flatten()
+    missing = slopes.T @ (goal - base)
+    best = trial
+    for damping in DAMPINGS:
+        damped = normal + damping * torch.diag(normal.diagonal())
+        change = torch.linalg.solve(damped, missing).reshape(-1, 2).tolist()
+        moved = {
+            step: (round(old.line + line, 4), round(old.last + last, 4))
+            for (step, old), (line, last) in zip(corrections.items(), change, strict=True)
+        }
+        plan = trial.plan.correct(moved)
+        other = Trial(plan, bench.score(bench.run(plan.steps, plan)))
+        best = max(best, other, key=lambda each: each.psnr)
+    return best
+
+
+def replay(
+    plan: Plan,
+    bench: TrialRunner,
+    calibration: Calibration,
+    *,
+    since: int = 0,
+    past: Sequence[Outputs] = (),
+) -> tuple[torch.Tensor, list[Outputs]]:
+    """The last latents of all calls, flat, and the outputs of every run of the pipeline.
+
+    Args:
+        plan: one that inherits nothing but the head, by polynomials.
+        since: the first step that is computed anew.
+        past: the outputs of every run before that.
+    """
+    keys = {0, *(key for key in plan.keys if key >= since)}
+    keys.update(*(_list_sources(plan, key) for key in keys))
+    follower = _Follower(plan, calibration, since, past)
+    finals = bench.run(plan.steps, _keep_keys(plan, keys), follower.steer)
+    return finals.latents.double().flatten(), list(follower.outputs)
+
+
+def _list_sources(plan: Plan, key: int) -> list[int]:
+    """The key steps that the guidance of a key step is forecast from."""
+    if plan.rows[key].guidance == "compute":
+        return []
+    return [each for each in plan.keys if each < key and plan.rows[each].guidance == "compute"][-2:]
+
+
+def _keep_keys(plan: Plan, keys: Collection[int]) -> Plan:
+    """What a plan computes at some of its key steps, and nothing else of it."""
+    bare = Plan.between(keys, cut=HEAD, steps=plan.steps)
+    for step in keys:
+        row = plan.rows[step]
+        bare = bare.switch(row.net, at=step).guide(row.guidance, at=step)
+        for at, by in row.attend.items():
+            bare = bare.attend(at, by=by, at=step)
+    return bare
+
+
+class _Follower:
+    """Hands the scheduler what a plan would."""
+
+    def __init__(
+        self, plan: Plan, calibration: Calibration, since: int, past: Sequence[Outputs]
+    ) -> None:
+        self._plan = plan
+        self._places = calibration.log_snr.tolist()
+        self._start = calibration.steps - calibration.count
+        self._since = since
+        self._past = past
+        self._memory = KnownOutputs()
+        self.outputs: list[dict[int, torch.Tensor]] = []
+
+    def steer(self, run: int, index: int, seen: Seen, step: Step) -> torch.Tensor:
+        at = self._start + index
+        place, row = self._places[index], self._plan.rows[at]
+        if index == 0:
+            self._memory = KnownOutputs()
+            self.outputs.append({})
+        elif not row.is_key:
+            return self._memory.forecast(place, row.inherit[HEAD])
+        # Some steps before are computed only for what guidance is forecast from.
+        output = self._past[run][at] if at < self._since else seen.output
+        corrected = output
+        if any(row.correction) and len(self._memory):
+            forecast_errors = self._memory.list_forecast_errors(place, output)
+            corrected = move_on(output, row.correction, forecast_errors)
+        self.outputs[run][at] = output
+        self._memory.note(place, output)
+        return corrected

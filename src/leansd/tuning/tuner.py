@@ -27,13 +27,10 @@ from leansd.plans.anatomy import WHOLE
 from leansd.plans.compile import compile_plan
 from leansd.plans.plan import Plan, Tuned
 from leansd.runtime.attachment import NO_NETS
-from leansd.tuning.calibration import PROBES, Calibration, calibrate
-from leansd.tuning.error_model import ErrorModel
-from leansd.tuning.fitting import polish, try_plan
+from leansd.tuning.error_model import PROBES, Calibration, ErrorModel, calibrate
 from leansd.tuning.front import Front, Point
 from leansd.tuning.host import Host
-from leansd.tuning.mix_fitting import MixConfig
-from leansd.tuning.mixed_plans import FRESH, PlanMixer, choose_mix_calls
+from leansd.tuning.mix_fitting import FRESH, MixConfig, PlanMixer, choose_mix_calls
 from leansd.tuning.pipeline_host import PipelineHost, measure_whole_cost, require_tunable
 from leansd.tuning.sampler_map import read_sampler
 from leansd.tuning.space import (
@@ -47,7 +44,7 @@ from leansd.tuning.space import (
     measure_deviation,
     propose,
 )
-from leansd.tuning.trials import Journal, Trial, TrialRunner
+from leansd.tuning.trials import Journal, Trial, TrialRunner, polish, try_plan
 
 FEWEST_CALLS = 4
 SPEEDS = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0)

@@ -8,18 +8,16 @@ from dataclasses import dataclass
 from markupsafe import escape
 
 from leansd.evaluation.compare import LEAN, RunProgress
-from leansd.evaluation.profiled import Profiled, show_milliseconds, tabulate_gains, tabulate_split
+from leansd.evaluation.prediction import Profiled, show_milliseconds, tabulate_gains, tabulate_split
 from leansd.evaluation.runs import FULL
 from leansd.plans.anatomy import Anatomy
-from leansd.plans.compile import compile_plan
+from leansd.plans.compile import compile_plan, predict_speedup
 from leansd.plans.liveness import Call
-from leansd.plans.macs import predict_speedup
 from leansd.plans.plan import Plan
 from leansd.report.drawings import Bar, draw_bars
 from leansd.report.measurements import draw_unit_times
-from leansd.report.page import render_section
+from leansd.report.page import Chart, Drawing, Listing, render_section
 from leansd.report.plans import plot_front
-from leansd.report.sections import Chart, Drawing, Listing
 from leansd.text import Table
 from leansd.ui.folders import HistoryEntry
 from leansd.ui.studio import Forecast, KnownModel, TunedFront

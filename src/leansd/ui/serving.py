@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from leansd.errors import LeansdError
 from leansd.plans.grid import get_states
-from leansd.report.palette import declare_colours
+from leansd.report.figures import declare_colours
 from leansd.ui.handlers import Handlers, connect
 from leansd.ui.job_queue import JobQueue
 from leansd.ui.page import ASSETS, CLOSE_LISTS, lay_out

@@ -17,15 +17,14 @@ from leansd.drawing import NOT_FINITE, default_size
 from leansd.errors import LeansdError
 from leansd.evaluation.compare import LEAN, Comparison, OnProgress, compare_pair
 from leansd.evaluation.cost import CostModel
+from leansd.evaluation.prediction import Profiled
 from leansd.evaluation.profile import profile
-from leansd.evaluation.profiled import Profiled
 from leansd.evaluation.prompt_sets import find_guidance
 from leansd.evaluation.records import stamp
 from leansd.evaluation.runs import FULL
 from leansd.loading import load
 from leansd.plans.anatomy import Anatomy
-from leansd.plans.compile import compile_plan
-from leansd.plans.macs import predict_speedup
+from leansd.plans.compile import compile_plan, predict_speedup
 from leansd.plans.plan import Plan
 from leansd.plans.presets import PRESETS, SPEED_PRESETS, preset
 from leansd.plans.resolve import PlanContext, Resolved, resolve_plan

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leansd.core.transfer import send
+from leansd.core.devices import send
 from leansd.errors import LeansdError
 from leansd.incubation.noise import hash_repr, seed_generator
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from leansd.errors import LeansdError
 from leansd.plans.plan import Plan
-from leansd.plans.presets import published, switching, tuned
+from leansd.plans.presets import published, tuned
 from leansd.plans.presets.tuned import DEFAULT_SAMPLER, SPEED_PRESETS
 from leansd.text import suggest_name
 
@@ -116,27 +116,27 @@ _TABLE = (
     Preset(
         "light-early",
         "a light net at first, the pipeline's own late (options share, net)",
-        switching.build_light_early,
+        published.build_light_early,
     ),
     Preset(
         "light-late",
         "the pipeline's own at first, a light net late (options share, net)",
-        switching.build_light_late,
+        published.build_light_late,
     ),
     Preset(
         "stitch",
         "T-Stitch's shares, the smallest net first (options nets, shares)",
-        switching.build_stitch,
+        published.build_stitch,
     ),
     Preset(
         "tstitch-exact",
         "T-Stitch's share as its code counts it, a step more (options share, net)",
-        switching.build_tstitch_exact,
+        published.build_tstitch_exact,
     ),
     Preset(
         "turns",
         'a net for every step, as OMS-DPM lists them (option names, OWN is "")',
-        switching.build_turns,
+        published.build_turns,
     ),
 )
 PRESETS: dict[str, Preset] = {each.name: each for each in _TABLE}

@@ -1,4 +1,4 @@
-"""Timing of calls without waiting for the device."""
+"""What devices do in their own ways: tensors taken in, double precision, timing without waits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,29 @@ import time
 from collections.abc import Callable
 
 import torch
+
+
+def send(
+    tensor: torch.Tensor, device: torch.device | str, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """The tensor on a device; work that is under way there goes on meanwhile.
+
+    CUDA copies from ordinary memory once all work before it is done, and the host waits for that.
+    """
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, dtype, non_blocking=True)
+    return tensor.to(device, dtype)
+
+
+WITHOUT_DOUBLES = ("mps",)
+"""Kinds of devices that have no double precision: Apple's."""
+
+
+def make_exact(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in the most precise type that its device has."""
+    single = tensor.device.type in WITHOUT_DOUBLES
+    return tensor.to(torch.float32 if single else torch.float64)
+
 
 Stopwatch = Callable[[], float]
 """Gives the seconds of a call; on a GPU it waits for that call, so ask after the run."""
