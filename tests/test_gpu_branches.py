@@ -20,7 +20,7 @@ from tiny import shallow_unet
 HOME = Path(leansd.__file__).parent
 TESTS = Path(__file__).parent
 BRANCHES = {
-    "core/stopwatch.py": {
+    "core/devices.py": {
         "Event": "test_simulated_device.py::test_seconds_are_asked_of_the_device",
     },
     "evaluation/inner_timing.py": {
@@ -37,7 +37,7 @@ BRANCHES = {
     "incubation/estimate.py": {
         "synchronize": "test_incubation_harm.py::test_the_rate_of_a_gpu_is_read_after",
     },
-    "incubation/optimization.py": {
+    "incubation/training_state.py": {
         "max_memory_allocated": "test_incubation_parts.py::test_the_memory_of_a_gpu",
         "reset_peak_memory_stats": "test_incubation_parts.py::test_the_memory_of_a_gpu",
     },

@@ -266,12 +266,12 @@ def test_a_tuning_reads_what_a_run_came_to(
     assert seen.pop("clock.read_schedule") <= 2 * drawn
     assert seen.pop("guidance.has_two_halves", 0) <= drawn
     assert seen.pop("finite.read") <= drawn
-    assert seen.pop("fitting.steer") <= SHORT * drawn
+    assert seen.pop("trials.steer") <= SHORT * drawn
     seen.pop("fingerprint.encode_tensor")  # the weights, once
-    full = {"calibration._square", "calibration.stack_outputs", "space.measure_deviation"}
+    full = {"error_model._square", "error_model.stack_outputs", "space.measure_deviation"}
     assert set(seen) <= full, seen
-    assert seen["calibration._square"] == 2 * 4 * 3  # of 3 calls, at 4 places
-    assert seen["calibration.stack_outputs"] <= 4
+    assert seen["error_model._square"] == 2 * 4 * 3  # of 3 calls, at 4 places
+    assert seen["error_model.stack_outputs"] <= 4
 
 
 def make_fit(pipe: Any, pictures: int) -> MixFit:
@@ -321,7 +321,7 @@ def test_a_cut_is_read_once_for_each_net_tried(device: Accelerator) -> None:
             tell=lambda text, share: tried.append(text),
         ),
     )  # fmt: skip
-    assert 0 < seen["recorded_calls.measure_error"] <= len(tried) + 2
+    assert 0 < seen["cutting.measure_error"] <= len(tried) + 2
 
 
 # -- training --------------------------------------------------------------------------------------
