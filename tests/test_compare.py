@@ -8,7 +8,7 @@ import torch
 import leansd
 from leansd import LeansdError, Plan
 from leansd.evaluation import compare
-from leansd.evaluation.compare import CONVERGED, Case, compare_runs
+from leansd.evaluation.compare import CONVERGED, ONCE, Case, Rounds, compare_runs
 from leansd.evaluation.demo import list_cases, run_demo
 from leansd.evaluation.runs import FULL, RunOutputs, run_calls
 from leansd.evaluation.timing import Timing, compare_timings
@@ -34,8 +34,8 @@ def as_bytes(pictures):
 @pytest.mark.parametrize("timed", [True, False])
 def test_every_case_draws_what_the_pipeline_draws_alone(pipe, timed):
     found = compare_runs(
-        pipe, CASES, PROMPTS, seed=5, settings={"guidance_scale": 3.0}, timed=timed,
-        references=[FULL, Case(CONVERGED, 8)], rounds=2 if timed else 1,
+        pipe, CASES, PROMPTS, seed=5, settings={"guidance_scale": 3.0},
+        references=[FULL, Case(CONVERGED, 8)], rounds=Rounds(2) if timed else None,
     )  # fmt: skip
     for case in CASES:
         alone = run_calls(
@@ -53,8 +53,8 @@ def test_every_case_draws_what_the_pipeline_draws_alone(pipe, timed):
         assert found[FULL].speedup.median == 1
     # What a reference drew serves another comparison.
     again = compare_runs(
-        pipe, CASES[:1], PROMPTS, seed=5, settings={"guidance_scale": 3.0}, timed=timed,
-        references=[Case(CONVERGED, 999)], known=found.references,
+        pipe, CASES[:1], PROMPTS, seed=5, settings={"guidance_scale": 3.0},
+        references=[Case(CONVERGED, 999)], known=found.references, rounds=ONCE if timed else None,
     )  # fmt: skip
     assert again[FULL].mean("psnr", CONVERGED) == found[FULL].mean("psnr", CONVERGED)
 
@@ -62,7 +62,7 @@ def test_every_case_draws_what_the_pipeline_draws_alone(pipe, timed):
 def test_the_order_turns_and_progress_is_told_to_the_end(pipe):
     told = []
     compare_runs(
-        pipe, CASES, PROMPTS, rounds=2, on_progress=told.append, warm_up="none", references=()
+        pipe, CASES, PROMPTS, rounds=Rounds(2, is_warm=True), on_progress=told.append, references=()
     )
     begun = [far.case for far in told if far.step == 0]
     a, b, c = (case.name for case in CASES)
@@ -74,7 +74,7 @@ def test_the_order_turns_and_progress_is_told_to_the_end(pipe):
 
 
 def test_every_call_may_have_its_own_seed(pipe):
-    found = compare_runs(pipe, CASES[:1], ["pizza", "pizza"], seed=[7, 3], timed=False)
+    found = compare_runs(pipe, CASES[:1], ["pizza", "pizza"], seed=[7, 3], rounds=None)
     alone = [run_calls(pipe, ["pizza"], STEPS, seed=seed).pictures for seed in (7, 3)]
     assert torch.equal(found[FULL].pictures, as_bytes(torch.cat(alone)))
     with pytest.raises(LeansdError, match="1 seeds for 2 calls"):
@@ -90,7 +90,7 @@ def test_a_stop_leaves_the_pipeline_as_it_was(pipe, timed):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compare_runs(pipe, CASES, PROMPTS, timed=timed, on_progress=stop)
+        compare_runs(pipe, CASES, PROMPTS, rounds=ONCE if timed else None, on_progress=stop)
     assert pipe.scheduler is before
     assert not list_followers(pipe.unet)
 
@@ -130,7 +130,7 @@ def simulate(monkeypatch, pipe, costs, seed, rounds):
 
     monkeypatch.setattr(compare, "run_calls", run)
     cases = [Case(name, STEPS, None if name == FULL else LEAN.rename(name)) for name in costs]
-    return compare_runs(pipe, cases, ["pizza"] * 8, rounds=rounds, references=())
+    return compare_runs(pipe, cases, ["pizza"] * 8, rounds=Rounds(rounds), references=())
 
 
 def test_what_is_faster_shows_as_faster_with_other_work_on_the_machine(pipe, monkeypatch):

@@ -110,7 +110,7 @@ def test_what_gives_no_numbers_is_not_measured(pipe: Any) -> None:
     cases = [Case(FULL, STEPS), Case("reuse", STEPS, REUSE), Case("whole", STEPS, WHOLE)]
 
     def compare() -> Any:
-        return compare_runs(pipe, cases, ["a", "b"], timed=False, batch=2)
+        return compare_runs(pipe, cases, ["a", "b"], rounds=None, batch=2)
 
     assert not compare().require_finite().left_out
     with spoil(pipe, 0):

@@ -82,7 +82,7 @@ class TaskKind(Generic[Job, Task, Found]):
 
             here = OnNode(ray.get_runtime_context().get_node_id(), soft=False)
             rows = rows.map(
-                TaskReader(self.read), num_cpus=0, concurrency=READERS, scheduling_strategy=here
+                read_rows(self.read), num_cpus=0, concurrency=READERS, scheduling_strategy=here
             )
         found = rows.map_batches(
             TaskWorker, fn_constructor_args=(self.open, Parcel(job)), batch_size=1, **pool
@@ -101,19 +101,18 @@ class Parcel:
     content: Any
 
 
-@dataclass(frozen=True)
-class TaskReader:
-    """Reads what tasks need, or notes what is wrong."""
+def read_rows(read: Callable[[Any], Any]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """A function that reads what tasks need, row by row, or notes what is wrong."""
 
-    read: Callable[[Any], Any]
-
-    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def read_row(row: Mapping[str, Any]) -> dict[str, Any]:
         content, mistake = None, ""
         try:
-            content = self.read(row["parcel"].content)
+            content = read(row["parcel"].content)
         except LeansdError as error:
             mistake = str(error)
         return {**row, "parcel": Parcel(content), "mistake": mistake}
+
+    return read_row
 
 
 class TaskWorker:
@@ -201,7 +200,7 @@ def connect(address: str) -> Any:
         _knock(address)
         # `local` is Ray's own word: without it a cluster that happens to run here would be taken.
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises its bare class where a node does not come up in time
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise LeansdError(
             f"no Ray cluster answers at {address}: {first}; start one with `ray start --head`, or "

@@ -222,7 +222,9 @@ def _measure(task: _Task, out: Path) -> Result:
     """Plans against references."""
     from leansd.cli.terminal import follow, note
     from leansd.emoji.prompts import GRID_PROMPTS
+    from leansd.evaluation.compare import Judging
     from leansd.evaluation.evaluation import evaluate_cases
+    from leansd.evaluation.fidelity import list_metrics
     from leansd.loading import EMBEDDED
 
     model, calls, references = task.model, task.calls, task.references
@@ -256,9 +258,7 @@ def _measure(task: _Task, out: Path) -> Result:
             batch=calls.batch,
             settings={"guidance_scale": scale} if is_told else {},
             keep=out / "drawn",
-            embedder=embedder,
-            lpips=lpips,
-            spread_sets=task.judges.seeds_for_spread,
+            judging=Judging(list_metrics(lpips), embedder, task.judges.seeds_for_spread),
             on_progress=lambda far: bar.count(far.done, far.total),
         )
     facts = {

@@ -22,6 +22,7 @@ from leansd.evaluation.compare import (
     Case,
     Comparison,
     Drawings,
+    Judging,
     RunProgress,
     compare_runs,
     require_distinct,
@@ -400,7 +401,7 @@ def time_step(prepared: PreparedContest, settings: BenchSettings) -> float:
             batch=len(part),
             settings=list_settings(prepared.contest, settings.arguments),
             references=(),
-            timed=False,
+            rounds=None,
         )
         spent = time.perf_counter() - start
     return spent / count_run_steps(prepared.contest)
@@ -485,9 +486,7 @@ def compare_contest(
         batch=settings.batch,
         settings=list_settings(prepared.contest, settings.arguments),
         references=(FULL, converged) if has_limit(prepared.contest) else (FULL,),
-        metrics=list_metrics(),
-        embedder=settings.embedder,
-        spread_sets=prepared.spread_sets,
+        judging=Judging(list_metrics(), settings.embedder, prepared.spread_sets),
         known={CONVERGED: limit} if limit is not None else {},
         on_progress=on_progress,
     ).require_finite()

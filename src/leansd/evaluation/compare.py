@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from time import monotonic
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
@@ -213,6 +213,39 @@ class Comparison:
         return iter(self.cases.values())
 
 
+@dataclass(frozen=True)
+class Judging:
+    """What pictures are judged by.
+
+    Attributes:
+        metrics: of each picture, beside every reference's.
+        embedder: a CLIP, for the quality of sets.
+        spread_sets: further sets of the full run from other seeds, to tell chance from effect.
+    """
+
+    metrics: Sequence[FidelityMetric] = (PSNR, SSIM)
+    embedder: Embedder | None = None
+    spread_sets: int = 0
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How runs are timed: cases take turns at every batch, and all pictures are in memory.
+
+    Attributes:
+        count: how often every batch is drawn; the fastest run of a batch counts.
+        budget: seconds that they may take; another one begins only if it should end in time.
+        is_warm: whether nothing has to run before; else the first case does, in two steps.
+    """
+
+    count: int = 1
+    budget: float | None = None
+    is_warm: bool = False
+
+
+ONCE, PLAIN = Rounds(), Judging()
+
+
 def compare_runs(
     pipe: DiffusionPipeline,
     cases: Sequence[Case],
@@ -222,13 +255,8 @@ def compare_runs(
     batch: int = 1,
     settings: Mapping[str, Any] | None = None,
     references: Sequence[str | Case] = (FULL,),
-    metrics: Sequence[FidelityMetric] = (PSNR, SSIM),
-    embedder: Embedder | None = None,
-    spread_sets: int = 0,
-    timed: bool = True,
-    rounds: int = 1,
-    budget: float | None = None,
-    warm_up: Literal["none", "short"] = "short",
+    judging: Judging = PLAIN,
+    rounds: Rounds | None = ONCE,
     keep: str | Path | None = None,
     shown: int | None = None,
     known: Mapping[str, Drawings] | None = None,
@@ -241,12 +269,7 @@ def compare_runs(
         calls: prompts, or pipeline arguments; call `i` has seed `seed + i`, or `seed[i]`.
         settings: arguments of every call, such as `guidance_scale`.
         references: names of cases, or cases that are drawn to be compared with only.
-        embedder: a CLIP, for the quality of sets.
-        spread_sets: further sets of the full run from other seeds, to tell chance from effect.
-        timed: whether cases take turns at every batch; all pictures are in memory then.
-        rounds: how often every batch is drawn; the fastest run of a batch counts.
-        budget: seconds that the rounds may take; another one begins only if it should end in time.
-        warm_up: before timing, the first case in two steps, or nothing.
+        rounds: how cases are timed; None for one after the other, untimed.
         keep: a folder for what is drawn untimed; the same comparison goes on from there.
         shown: how many pictures of each case are handed on; all by default.
         known: what references drew before.
@@ -258,20 +281,22 @@ def compare_runs(
     held = [_find_reference(each, by_name) for each in references]
     require_distinct([*cases, *(each for each in held if each.name not in by_name)])
     require_distinct(held)
+    embedder = judging.embedder
     drawer = _Drawer(pipe, calls, seed, batch, settings or {}, keep, on_progress)
     full = by_name.get(FULL)
     known = dict(known or {})
     beside = [each for each in held if each.name not in by_name and each.name not in known]
-    sets = range(1, spread_sets + 1) if embedder is not None and full is not None else range(0)
-    work = [(each, 0) for each in (*beside, *(() if timed else cases))]
+    has_sets = embedder is not None and full is not None
+    sets = range(1, judging.spread_sets + 1) if has_sets else range(0)
+    work = [(each, 0) for each in (*beside, *(cases if rounds is None else ()))]
     work += [(full, number) for number in sets if full is not None]
     drawer.total = sum(drawer.count_steps(*each) for each in work)
 
     timings: dict[str, Timing] = {}
     left_out: dict[str, str] = {}
     drawn = dict(known)
-    if timed:
-        drawn |= drawer.race(cases, rounds, budget, warm_up, timings, left_out)
+    if rounds is not None:
+        drawn |= drawer.race(cases, rounds, timings, left_out)
     elif full is not None:
         drawn[FULL] = drawer.draw(full)
     # Untimed, only the references' pictures and those of the case at hand are in memory.
@@ -296,7 +321,7 @@ def compare_runs(
             measure
             for each in held
             if each.name != case.name
-            for measure in compare_drawings(own, drawn[each.name], each, metrics)
+            for measure in compare_drawings(own, drawn[each.name], each, judging.metrics)
         ]
         if judge is not None:
             measures += judge.judge(own.pictures)
@@ -331,7 +356,7 @@ def compare_pair(
         [Case(FULL, plan.steps), Case(LEAN, plan.steps, plan, nets=nets)],
         [call] * rounds,  # the same one in every turn: as many pairs of times
         seed=[seed] * rounds,
-        warm_up="none" if is_warm else "short",
+        rounds=Rounds(is_warm=is_warm),
         on_progress=on_progress,
     )
 
@@ -435,18 +460,16 @@ class _Drawer:
     def race(
         self,
         cases: Sequence[Case],
-        rounds: int,
-        budget: float | None,
-        warm_up: str,
+        rounds: Rounds,
         timings: dict[str, Timing],
         left_out: dict[str, str],
     ) -> dict[str, Drawings]:
         """All cases on every batch in turns; fills in times and which cases failed."""
-        if rounds < 1:
-            raise LeansdError(f"{rounds} timing rounds: at least 1 is needed")
-        self.turns = rounds * len(self.parts)
+        if rounds.count < 1:
+            raise LeansdError(f"{rounds.count} timing rounds: at least 1 is needed")
+        self.turns = rounds.count * len(self.parts)
         steps = sum(case.steps for case in cases)
-        self.total += steps * rounds * len(self.calls)
+        self.total += steps * rounds.count * len(self.calls)
         racing = list(cases)
 
         def run(case: Case, part: range) -> tuple[Drawings, float] | None:
@@ -459,7 +482,7 @@ class _Drawer:
                 racing.remove(case)
                 return None
 
-        if warm_up == "short":
+        if not rounds.is_warm:
             self._run_calls(Case(FULL, WARM_UP_STEPS), self.parts[0][:1], 0, lambda *_: None)
         seconds: dict[str, list[float]] = {case.name: [] for case in cases}
         drawn: dict[str, list[Drawings]] = {case.name: [] for case in cases}
@@ -469,7 +492,8 @@ class _Drawer:
             self.turn, place = turn, turn % len(self.parts)
             if not place:
                 longest, began = max(longest, monotonic() - began), monotonic()
-                if held and budget is not None and began - started + longest > budget:
+                ends = began - started + longest
+                if held and rounds.budget is not None and ends > rounds.budget:
                     break
                 held += 1
             for case in rotate(racing, turn):

@@ -14,7 +14,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from PIL.Image import Image
 
-from leansd.evaluation.compare import Case, Compared, OnProgress, compare_runs
+from leansd.evaluation.compare import Case, Compared, Judging, OnProgress, Rounds, compare_runs
 from leansd.evaluation.quality import Embedder
 from leansd.evaluation.records import Record, stamp
 from leansd.evaluation.runs import FULL
@@ -113,9 +113,8 @@ def run_demo(
         prompts,
         seed=seed,
         settings={"guidance_scale": guidance} if guidance is not None else {},
-        embedder=embedder,
-        rounds=rounds,
-        budget=budget,
+        judging=Judging(embedder=embedder),
+        rounds=Rounds(rounds, budget),
         on_progress=on_progress,
     ).require_finite()
     entries = tuple(_make_entry(each, cases[0].steps) for each in comparison)

@@ -23,6 +23,7 @@ from leansd.evaluation.compare import (
     CONVERGED,
     CONVERGED_STEPS,
     Case,
+    Judging,
     OnProgress,
     compare_runs,
 )
@@ -36,6 +37,7 @@ from leansd.plans.resolve import resolve_plan
 from leansd.runtime.clock import lay_out_run
 from leansd.runtime.context import describe_runs, dissect_denoiser
 
+FIDELITY = Judging(list_metrics())
 SHOWN = 8  # pictures of every case that are handed on for reports
 
 
@@ -158,9 +160,7 @@ def evaluate_cases(
     batch: int = 8,
     settings: Mapping[str, Any],
     keep: str | Path | None = None,
-    embedder: Embedder | None = None,
-    lpips: Lpips | None = None,
-    spread_sets: int = 0,
+    judging: Judging = FIDELITY,
     on_progress: OnProgress = lambda progress: None,
 ) -> Evaluation:
     """Run all cases, the first of which is the full run, and compare.
@@ -177,10 +177,8 @@ def evaluate_cases(
         batch=batch,
         settings=settings,
         references=references,
-        metrics=list_metrics(lpips),
-        embedder=embedder,
-        spread_sets=spread_sets,
-        timed=False,
+        judging=judging,
+        rounds=None,
         keep=keep,
         shown=SHOWN,
         on_progress=on_progress,
