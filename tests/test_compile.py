@@ -5,8 +5,7 @@ import gc
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -620,22 +619,3 @@ def test_inductor(dynamic: bool) -> None:
         assert torch.equal(loop(4), first)
     assert graphs == counters["stats"]["unique_graphs"] == count_structures(loop.unet, plan) == 2
     assert torch.allclose(first, expected, atol=1e-4, rtol=1e-4)
-
-
-def test_a_new_way_to_inherit_runs_and_is_compiled(
-    monkeypatch: pytest.MonkeyPatch, counter: CompileCounterWithBackend
-) -> None:
-    def mean(now: float, then: Sequence[float], calls: int) -> tuple[float, ...]:
-        return tuple(1 / len(then) for _ in then)
-
-    toy = replace(METHODS["forecast2"], weights=mean, is_exact=False)
-    monkeypatch.setitem(METHODS, "toy", toy)
-    pipe = tiny_pipeline(unet=shallow_unet())
-    plan = Plan.full(STEPS).inherit("up0.l0", at=[3, 5], how="toy")
-    full = draw(pipe)
-    with leansd.inherit(pipe, plan):
-        eager = draw(pipe)
-    assert not torch.equal(eager, full)
-    with leansd.inherit(pipe, plan, compile={"backend": counter}):
-        torch.testing.assert_close(draw(pipe), eager)
-    assert counter.frame_count > 0

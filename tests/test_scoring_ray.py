@@ -76,8 +76,3 @@ def test_a_killed_worker_and_a_lost_node_change_no_number(
     damaged.write_bytes(damaged.read_bytes().replace(b"IHDR", b"JUNK"))
     with pytest.raises(LeansdError, match=r"^picture \d+ cannot be opened"):
         score(home, tmp_path / "damaged", work=EXTRACTION.place(cluster.address, 1))
-
-
-def test_nobody_there_is_said(home: Path, tmp_path: Path) -> None:
-    with pytest.raises(LeansdError, match=r"no Ray cluster answers at 127\.0\.0\.1:1"):
-        score(home, tmp_path, work=EXTRACTION.place("127.0.0.1:1"))
