@@ -83,6 +83,8 @@ complete_device = offer(*DEVICES)
 complete_dtype = offer(*DTYPES)
 
 
+# -- options ---------------------------------------------------------------------------------------
+
 _MODELS = "emoji (embedded), a model folder, a .safetensors file or a hub id."
 
 

@@ -92,6 +92,8 @@ def frechet_distance(one: Gaussian, two: Gaussian) -> float:
     return max(0.0, float(distance))
 
 
+# -- what a CLIP sees ------------------------------------------------------------------------------
+
 OTHER_SEEDS = "full, other seeds"
 """The reference of a Fréchet distance that is free of shared seeds."""
 PART = 64  # pictures or prompts that are embedded at once

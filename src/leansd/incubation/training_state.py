@@ -133,6 +133,8 @@ def read_peak(device: torch.device) -> dict[str, float]:
     return {"peak_gib": peak / 2**30}
 
 
+# -- on disk ---------------------------------------------------------------------------------------
+
 _NAME = re.compile(r"step-(\d+)")
 _AVERAGE = "average.safetensors"
 

@@ -68,6 +68,8 @@ def _find_nearest(levels: Sequence[float], level: float) -> int:
     return min(range(len(levels)), key=lambda step: abs(levels[step] - level))
 
 
+# -- from a name to a plan -------------------------------------------------------------------------
+
 STEPS = 30
 """Steps of a run where the user names none and no plan file says."""
 NEAREST = "euler"

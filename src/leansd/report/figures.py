@@ -71,6 +71,8 @@ def list_series() -> Iterator[tuple[str, str]]:
             yield LIGHT[name], SHAPES[(place + turn) % len(SHAPES)]
 
 
+# -- figures ---------------------------------------------------------------------------------------
+
 POINT = 72
 """Of an inch: figures are measured in points, as their text is."""
 RESOLUTION = 160

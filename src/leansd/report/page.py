@@ -193,6 +193,8 @@ def as_images(pictures: Tensor) -> list[Image.Image]:
     return [Image.fromarray(each.permute(1, 2, 0).contiguous().numpy()) for each in pictures]
 
 
+# -- the page --------------------------------------------------------------------------------------
+
 SHOWN = 384
 """Pixels of a picture's longer side on a page; larger ones are made smaller."""
 SMALL = 160

@@ -142,6 +142,8 @@ def _spread(count: int, moments: int) -> set[int]:
     return {int((place + 0.5) * count / moments) for place in range(moments)}
 
 
+# -- the cut ---------------------------------------------------------------------------------------
+
 Of: TypeAlias = Literal["ms", "macs", "params"]
 """What a budget is of: milliseconds of a call, multiply-accumulates, parameters."""
 MEASURES: tuple[Of, ...] = get_args(Of)

@@ -162,6 +162,8 @@ def _square(difference: torch.Tensor) -> float:
     return float(difference.cpu().double().square().sum())
 
 
+# -- errors of segments ----------------------------------------------------------------------------
+
 CORRECTION_HOWS: tuple[How, ...] = ("forecast", "reuse")
 """The forecasts that `Correction`'s parts are by, in their order."""
 

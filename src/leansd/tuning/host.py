@@ -92,6 +92,9 @@ def _copy_plain(scheduler: Any) -> Any:
     return copy.deepcopy(double)
 
 
+# -- hosts -----------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, eq=False)
 class Course:
     """A sampler's run of n calls, with one call a step."""

@@ -123,6 +123,8 @@ def _list_best(ticks: np.ndarray, errors: np.ndarray) -> Iterable[int]:
     return order[better][::-1].tolist()
 
 
+# -- what can go -----------------------------------------------------------------------------------
+
 MID = "mid"
 
 

@@ -164,6 +164,8 @@ class Dataset:
         return pack_part(good, places, encoded, flaws, self.cache.dtype)
 
 
+# -- kinds of data ---------------------------------------------------------------------------------
+
 CACHE = "cache"
 Found: TypeAlias = tuple[Sequence[Shard], PictureEncoder | TeacherSampler]
 
