@@ -106,9 +106,7 @@ def evaluate(
         batch=batch,
         settings=settings or {},
         keep=keep,
-        embedder=embedder,
-        lpips=lpips,
-        spread_sets=spread_sets,
+        judging=Judging(list_metrics(lpips), embedder, spread_sets),
     )
     for why in evaluation.left_out.values():
         warnings.warn(f"left out: {why}", stacklevel=2)
