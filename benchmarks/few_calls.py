@@ -1,7 +1,7 @@
 """Few UNet calls held to the full run: tuned plans, and the same with their mixes fitted.
 
-    python benchmarks/few_calls.py [--plans turbo,fast] [--calls 96] [--iterations 50]
-        [--sampler unipc] [--guidance 7.5] [--ingredients mixing,lanes,calls,start]
+    python benchmarks/few_calls.py [--plans turbo,fast or FRONT.json] [--calls 96]
+        [--iterations 50] [--sampler unipc] [--guidance 7.5] [--ingredients mixing,lanes]
 
 Mixes are fitted on two thirds of the calls, prompts in turns with a noise each, and all is measured
 on the last third, against the full run: the mean of the pictures' PSNR and the PSNR of their mean
@@ -36,6 +36,7 @@ from leansd.plans.anatomy import HEAD
 from leansd.plans.plan import Plan
 from leansd.plans.presets import preset
 from leansd.runtime.samplers import make_scheduler
+from leansd.tuning import Front
 from leansd.tuning.mix_fitting import FitState, MixConfig, MixFit
 from leansd.tuning.run_starts import RunStart, record_starts
 from leansd.tuning.sampler_map import PlanMap, read_sampler
@@ -76,6 +77,17 @@ INGREDIENTS = {
 }
 """Mixing by itself, and each of the others beside it alone."""
 ALL = Ingredients(lanes=True, calls=True, start=True)
+
+
+def list_plans(names: str, steps: int, sampler: str) -> Iterator[tuple[str, Plan]]:
+    """Tuned plans by name: presets, or those of a front that inherit."""
+    for name in names.split(","):
+        if not Path(name).is_file():
+            yield name, preset(name, steps, sampler=sampler)
+            continue
+        for point in Front.load(name).points:
+            if not point.is_plain and point.plan.steps == steps:
+                yield f"tuned, {len(point.plan.keys)} calls", point.plan
 
 
 def list_fits(
@@ -143,7 +155,9 @@ def fit(
 
 
 def main(
-    plans: Annotated[str, typer.Option(help="Presets to start from.")] = "turbo,fast",
+    plans: Annotated[
+        str, typer.Option(help="Presets to start from, or the file of a front: all of its plans.")
+    ] = "turbo,fast",
     sampler: str = "dpm++2m",
     steps: int = 30,
     calls: Annotated[int, typer.Option(min=12)] = 96,
@@ -201,8 +215,7 @@ def main(
             ),
         )  # fmt: skip
 
-    for name in plans.split(","):
-        plan = preset(name, steps, sampler=sampler)
+    for name, plan in list_plans(plans, steps, sampler):
         keys = len(plan.keys)
         measure(f"{keys} steps", None, keys, unet_calls=keys)
         measure(

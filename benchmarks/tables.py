@@ -37,6 +37,7 @@ TABLES: dict[str, tuple[Callable[[], str], str]] = {
     "judged": (nets.tabulate_judged, ""),
     "untuned": (plans.tabulate_untuned, "untuned"),
     "bench": (plans.tabulate_bench, "bench"),
+    "flow": (plans.tabulate_flow, "flow"),
     "comfyui": (plans.tabulate_comfyui, "comfyui"),
     "gpu": (plans.tabulate_gpu, "gpu"),
     "overhead": (plans.tabulate_overhead, "overhead"),

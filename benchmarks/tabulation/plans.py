@@ -5,11 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from leansd.evaluation.records import Record, load_records
-from leansd.evaluation.standings import read_standings, tabulate_summary
+from leansd.evaluation.rivals import OURS
+from leansd.evaluation.runs import FULL
+from leansd.evaluation.standings import (
+    SPEEDS,
+    read_front,
+    read_points,
+    read_standings,
+    tabulate_summary,
+)
 from leansd.plans.presets import SPEED_PRESETS
 from tabulation.cells import RESULTS, get, get_number, tabulate_ratio
 
 PREDICTED = "predicted_speedup"
+FLOW_FAMILIES = {
+    OURS: "**ours, tuned**",
+    "fewer": "fewer steps",
+    "samplers": "fewer steps of DPM-Solver++ 2M, UniPC",
+    "spectrum": "Spectrum",
+    "taylorseer": "TaylorSeer's forecast, evenly spaced",
+    "residual": "EasyCache's reuse, evenly spaced",
+}
 COLUMNS = ("", "speed-up, measured", "predicted", "PSNR to full", "SSIM", "CLIP score (tiny CLIP)")
 
 
@@ -127,6 +143,26 @@ def tabulate_bench() -> str:
         f"{get(full, 'batch')}; {full.device}; torch {full.torch}:"
     )
     return f"{circumstances}\n\n{tabulate_summary(read_standings(records)).markdown()}\n"
+
+
+def tabulate_flow() -> str:
+    """What each family reaches at each speed on the flow model; ours by measured plans alone."""
+    records = load_records(RESULTS / "flow.jsonl")
+    full = next(record for record in records if record.plan == "full")
+    parts = [
+        f"Stable Diffusion 3's transformer, {get(full, 'calls')} pictures a contest in batches of "
+        f"{get(full, 'batch')}, dB to the full run; {full.device}; torch {full.torch}:\n"
+    ]
+    for standing in read_standings(records):
+        parts.append(f"| {standing.title} | " + " | ".join(f"{x:g}x" for x in SPEEDS) + " |")
+        parts.append("|---" + "|---:" * len(SPEEDS) + "|")
+        for family, points in standing.list_points(FULL).items():
+            read = read_points if family == OURS else read_front
+            found = [read(points, speed) for speed in SPEEDS]
+            cells = ("–" if each is None else f"{each.quality:.1f}" for each in found)
+            parts.append(f"| {FLOW_FAMILIES.get(family, family)} | " + " | ".join(cells) + " |")
+        parts.append("")
+    return "\n".join(parts)
 
 
 def tabulate_prediction() -> str:
