@@ -78,11 +78,8 @@ PARTS = {
         ("fronts/dpm++2m-50.json", "fronts/ddim-50.json", "fronts/euler-50.json"),
     ),
     "fronts of other settings": Part(
-        (
-            f"benchmarks/fronts.py --sampler dpm++2m --steps 30 --guidance 8 {FAST}",
-            f"benchmarks/fronts.py --sampler dpm++2m --steps 30 --pictures {FAST}",
-        ),
-        ("fronts/dpm++2m-30-g8.json", "fronts/dpm++2m-30-image-to-image.json"),
+        (f"benchmarks/fronts.py --sampler dpm++2m --steps 30 --guidance 7.5 {FAST}",),
+        ("fronts/dpm++2m-30-g7.5.json",),
     ),
     "presets": Part(("benchmarks/presets.py",), ("presets.jsonl",), is_timed=True),
     "demo": Part(
@@ -111,7 +108,14 @@ PARTS = {
         ("incubation.jsonl", "incubation-curves.jsonl"),
     ),
     "bench": Part(
-        ("-m leansd.cli bench --plans benchmarks/results/fronts",), ("bench.jsonl",), is_timed=True
+        ("-m leansd.cli bench --plans benchmarks/results/fronts --count 24",),
+        ("bench.jsonl",),
+        is_timed=True,
+    ),
+    "flow": Part(
+        ("-m models.emoji flow --out runs/flow", "benchmarks/flow.py"),
+        ("flow.jsonl", "flow/flow-euler-30.json", "flow/flow-dpm++2m-30.json"),
+        is_timed=True,
     ),
     "pages": Part(
         (
