@@ -8,6 +8,7 @@ from typing import Any
 import folder_paths
 import torch
 from comfy_api.latest import ComfyExtension, io, ui
+from server import PromptServer
 
 from leansd.anatomy.fingerprint import fingerprint_module
 from leansd.errors import LeansdError
@@ -53,6 +54,14 @@ def find_report(model: Any) -> RunReport:
     if lean.last is None:
         raise LeansdError("nothing was drawn with this model yet: connect the sampler's latents")
     return lean.last
+
+
+def give(node: Any, *outputs: Any, text: str) -> io.NodeOutput:
+    """A node's outputs, and a text on it: of other packs' nodes ComfyUI's page shows none."""
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node.hidden is not None:
+        server.send_progress_text(text, node.hidden.unique_id)
+    return io.NodeOutput(*outputs, ui=ui.PreviewText(text))
 
 
 def list_sampling_inputs() -> list[Any]:
@@ -168,6 +177,7 @@ class SaveLeanPlan(io.ComfyNode):
             category=CATEGORY,
             description="Keeps a plan in your folder of plans; it is a small text to share.",
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
             inputs=[
                 PlanType.Input("plan"),
                 io.String.Input("name", default="my-plan", tooltip="Of the file."),
@@ -178,7 +188,7 @@ class SaveLeanPlan(io.ComfyNode):
     @classmethod
     def execute(cls, plan: Plan, name: str) -> io.NodeOutput:
         path = open_library().save(name, plan.rename(name))
-        return io.NodeOutput(ui=ui.PreviewText(f"saved {path}\n{plan}"))
+        return give(cls, text=f"saved {path}\n{plan}")
 
 
 class LeanReport(io.ComfyNode):
@@ -191,6 +201,7 @@ class LeanReport(io.ComfyNode):
             description="What a run did: calls computed and forecast, speed-up expected and "
             "measured, and what the plan could not follow and why.",
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
             not_idempotent=True,
             inputs=[
                 io.Model.Input("model", tooltip="From Lean Plan."),
@@ -202,7 +213,7 @@ class LeanReport(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, latent: Any) -> io.NodeOutput:
         text = str(find_report(model))
-        return io.NodeOutput(latent, text, ui=ui.PreviewText(text))
+        return give(cls, latent, text, text=text)
 
 
 class LeanCompare(io.ComfyNode):
@@ -215,6 +226,7 @@ class LeanCompare(io.ComfyNode):
             description="The same seed three times: in full, by the plan, and with as many steps "
             "as the plan computes. Says how near either is to the full run.",
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
             inputs=[
                 *list_sampling_inputs(),
                 io.Vae.Input("vae"),
@@ -254,7 +266,7 @@ class LeanCompare(io.ComfyNode):
         ]
         beside = torch.cat([full, lean, few], dim=2)
         text = "\n".join(lines)
-        return io.NodeOutput(torch.cat([full, lean, few]), beside, text, ui={"text": (text,)})
+        return give(cls, torch.cat([full, lean, few]), beside, text, text=text)
 
 
 class LeanTune(io.ComfyNode):
@@ -268,6 +280,7 @@ class LeanTune(io.ComfyNode):
             "runs first, then plans fitted to them. It takes as long as 30 to 80 pictures, can be "
             "stopped and goes on where it was. Lean Plan set to auto finds the plan again.",
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
             inputs=[
                 *list_sampling_inputs(),
                 io.Float.Input(
@@ -317,7 +330,7 @@ class LeanTune(io.ComfyNode):
         plan, front = tune_sampler(host, wish, journal, open_progress())
         path = library.save_tuned(purpose, plan)
         text = f"{front.tabulate()}\nsaved for auto: {path.name}\n{plan}"
-        return io.NodeOutput(plan, draw_front(front), text, ui=ui.PreviewText(text))
+        return give(cls, plan, draw_front(front), text, text=text)
 
 
 class LeanEmbeddedModel(io.ComfyNode):

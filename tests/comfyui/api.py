@@ -30,7 +30,7 @@ def make_kind(name: str) -> Any:
 class Schema(SimpleNamespace):
     def __init__(
         self, *, node_id: str, display_name: str, category: str, description: str, inputs: Any,
-        outputs: Any, is_output_node: bool = False, not_idempotent: bool = False,
+        outputs: Any, is_output_node: bool = False, not_idempotent: bool = False, hidden: Any = (),
     ) -> None:  # fmt: skip
         super().__init__(**{k: v for k, v in locals().items() if k not in ("self", "__class__")})
 
@@ -41,6 +41,8 @@ class NodeOutput:
 
 
 class ComfyNode:
+    hidden: Any = None
+
     @classmethod
     def GET_SCHEMA(cls) -> Schema:
         return cls.define_schema()  # type: ignore[attr-defined]
@@ -50,9 +52,21 @@ KINDS = ("Model", "Conditioning", "Sampler", "Sigmas", "Latent", "Float", "Int",
          "Image", "Vae", "Clip")  # fmt: skip
 
 
+class Server:
+    """ComfyUI's server, which keeps what is shown on the nodes of the page."""
+
+    def __init__(self) -> None:
+        self.shown: dict[str, str] = {}
+
+    def send_progress_text(self, text: str, node_id: str) -> None:
+        self.shown[node_id] = text
+
+
 def put_modules(patch: pytest.MonkeyPatch, user: Path) -> None:
     """Let ComfyUI's modules be there for an import, with a user's folder."""
+    server = Server()
     io = SimpleNamespace(
+        Hidden=SimpleNamespace(unique_id="UNIQUE_ID"),
         Schema=Schema, NodeOutput=NodeOutput, ComfyNode=ComfyNode, Custom=make_kind,
         **{name: make_kind(name) for name in KINDS},
     )  # fmt: skip
@@ -76,6 +90,7 @@ def put_modules(patch: pytest.MonkeyPatch, user: Path) -> None:
         "comfy.sample": {},
         "comfy.utils": {},
         "latent_preview": {},
+        "server": {"PromptServer": SimpleNamespace(instance=server)},
     }
     for name, holds in there.items():
         module = types.ModuleType(name)

@@ -8,6 +8,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -125,8 +126,10 @@ def test_deepcache_by_its_own_numbers(nodes: Any) -> None:
 def test_the_report_comes_with_the_latents(nodes: Any) -> None:
     model = nodes.LeanPlan.execute(Patcher(), "auto", "stretch", PLAN).args[0]
     latent = {"samples": draw(model)}
-    given, text = nodes.LeanReport.execute(model, latent).args
+    node = type("OnPage", (nodes.LeanReport,), {"hidden": SimpleNamespace(unique_id="7")})
+    given, text = node.execute(model, latent).args
     assert given is latent
+    assert nodes.PromptServer.instance.shown == {"7": text}
     assert "the model ran 7 of 12 times, 5 forecast" in text
 
 
