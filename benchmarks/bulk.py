@@ -20,8 +20,7 @@ from typing import Any
 
 import typer
 
-from leansd.bulk.jobs import DRAWING, BulkJob, ShardTask, Work, cut_parts, run_job
-from leansd.bulk.rows import read_sheet
+from leansd.bulk.jobs import DRAWING, BulkJob, ShardTask, Work, cut_parts, read_sheet, run_job
 from leansd.cli.terminal import hush_libraries
 from leansd.cluster import connect
 from leansd.emoji.prompts import THINGS

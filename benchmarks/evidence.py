@@ -23,7 +23,7 @@ from typing import Annotated
 
 import typer
 
-from leansd.anatomy.fingerprint import fingerprint_module
+from leansd.anatomy.reading import fingerprint_module
 from leansd.emoji.location import model_folder
 from leansd.files import write_file
 from leansd.loading import load_unet

@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 
 import leansd
-from leansd.bulk.jobs import BulkJob, place_order
-from leansd.bulk.rows import read_sheet
+from leansd.bulk.jobs import BulkJob, place_order, read_sheet
 from leansd.drawing import Request
 from leansd.evaluation.compare import CONVERGED, Case, Compared, Drawings, compare_drawings
 from leansd.evaluation.demo import FEWER, Demo, DemoEntry

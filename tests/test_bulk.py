@@ -23,9 +23,9 @@ from leansd.bulk.jobs import (
     claim_folder,
     cut_parts,
     list_missing,
+    read_sheet,
     run_job,
 )
-from leansd.bulk.rows import read_sheet
 from leansd.cli import main
 from leansd.errors import LeansdError
 from leansd.plans.plan import Tuned

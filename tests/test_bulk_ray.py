@@ -13,8 +13,15 @@ from typing import Any
 import psutil
 import pytest
 
-from leansd.bulk.jobs import DRAWING, BulkJob, ShardTask, cut_parts, list_missing, run_job
-from leansd.bulk.rows import read_sheet
+from leansd.bulk.jobs import (
+    DRAWING,
+    BulkJob,
+    ShardTask,
+    cut_parts,
+    list_missing,
+    read_sheet,
+    run_job,
+)
 from leansd.cli import main
 from leansd.errors import LeansdError
 from leansd.shards import list_shards

@@ -23,9 +23,8 @@ from leansd.anatomy import read_anatomy
 from leansd.errors import LeansdError
 from leansd.plans import Plan
 from leansd.plans.anatomy import HEAD
-from leansd.plans.compile import compile_plan
+from leansd.plans.compile import compile_plan, list_structures
 from leansd.plans.methods import METHODS, Method
-from leansd.plans.structures import list_structures
 from leansd.runtime.compiled import read_options, uses_cuda_graphs
 from test_control import draw as draw_controlled
 from test_control import make_pipeline as make_control_pipeline

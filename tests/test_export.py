@@ -19,8 +19,7 @@ from leansd.cli import main
 from leansd.errors import LeansdError
 from leansd.exporting import graphs
 from leansd.exporting import onnx as checking
-from leansd.exporting.folder import TABLE, WEIGHTS
-from leansd.exporting.graphs import list_graphs
+from leansd.exporting.graphs import TABLE, WEIGHTS, list_graphs
 from leansd.plans import Plan
 from leansd.surgery.fold import fold
 from loops import sample

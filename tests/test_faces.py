@@ -206,7 +206,7 @@ def test_export_means_the_same(pipe, model, tmp_path, monkeypatch: pytest.Monkey
 
 
 def test_plans_tuned_elsewhere_are_told_and_refused(pipe, model, run, tmp_path, capsys) -> None:
-    from leansd.anatomy.fingerprint import fingerprint_module
+    from leansd.anatomy.reading import fingerprint_module
     from leansd.plans.plan import Tuned
 
     plan = leansd.Plan.every(2, cut="up2", steps=4)

@@ -23,8 +23,7 @@ from leansd.errors import LeansdError
 from leansd.evaluation.cost import name_gated
 from leansd.exporting.graphs import list_graphs
 from leansd.plans import Plan
-from leansd.plans.compile import compile_plan, count_attention, predict_speedup
-from leansd.plans.structures import list_structures
+from leansd.plans.compile import compile_plan, count_attention, list_structures, predict_speedup
 from leansd.surgery.parts.gri import MODES, GRIAttnProcessor, call_at_size
 from loops import sample
 from test_control import draw as draw_controlled

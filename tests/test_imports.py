@@ -31,7 +31,7 @@ def list_packages(statement: str) -> set[str]:
         "import leansd; leansd.preset('deepcache', 30); leansd.preset('balanced', 30)",
         "import leansd; leansd.preset('balanced', 30, sampler='ddim')",
         "import leansd; leansd.Plan.from_dict(leansd.preset('fast', 20).to_dict()).draw()",
-        "import leansd.plans.grid, leansd.plans.structures, leansd.plans.resolve",
+        "import leansd.plans.grid, leansd.plans.compile, leansd.plans.resolve",
     ],
 )
 def test_plans_need_the_standard_library_only(statement: str) -> None:

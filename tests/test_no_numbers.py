@@ -21,7 +21,7 @@ from leansd.plans import Plan
 from leansd.text import encode_json
 from leansd.tuning.cutting import keep_calls
 from leansd.tuning.error_model import calibrate
-from leansd.tuning.pipeline_host import PipelineHost
+from leansd.tuning.host import PipelineHost
 from loops import sample
 from tiny import shallow_unet, tiny_pipeline
 

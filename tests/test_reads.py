@@ -250,7 +250,7 @@ def test_a_tuning_reads_what_a_run_came_to(
         runs.append(len(calls))
         return run_calls(pipe, calls, *args, **kwargs)
 
-    monkeypatch.setattr("leansd.tuning.pipeline_host.run_calls", count_run)
+    monkeypatch.setattr("leansd.tuning.host.run_calls", count_run)
     pipe = make_pipe().to("cuda")
     cost = make_cost(leansd.dissect(pipe.unet))
     settings = {"guidance_scale": 3.0, "width": 32, "height": 32}
@@ -267,7 +267,7 @@ def test_a_tuning_reads_what_a_run_came_to(
     assert seen.pop("guidance.has_two_halves", 0) <= drawn
     assert seen.pop("finite.read") <= drawn
     assert seen.pop("trials.steer") <= SHORT * drawn
-    seen.pop("fingerprint.encode_tensor")  # the weights, once
+    seen.pop("reading.encode_tensor")  # the weights, once
     full = {"error_model._square", "error_model.stack_outputs", "space.measure_deviation"}
     assert set(seen) <= full, seen
     assert seen["error_model._square"] == 2 * 4 * 3  # of 3 calls, at 4 places

@@ -8,7 +8,7 @@ from PIL import Image
 
 import leansd
 from conformance.models import small_unet
-from leansd.anatomy.fingerprint import fingerprint_module
+from leansd.anatomy.reading import fingerprint_module
 from leansd.cli import main
 from leansd.evaluation.records import load_records
 from leansd.plans.plan import Tuned

@@ -24,7 +24,7 @@ from diffusers import (
 
 import leansd
 from conformance.models import tiny_controlnet
-from leansd.anatomy.fingerprint import fingerprint_module
+from leansd.anatomy.reading import fingerprint_module
 from leansd.errors import LeansdError
 from leansd.evaluation.cost import CostModel
 from leansd.evaluation.fidelity import psnr
@@ -44,10 +44,11 @@ from leansd.tuning.error_model import (
     Calibration,
     ErrorModel,
     Key,
+    Keys,
     calibrate,
+    find_best,
 )
-from leansd.tuning.key_step_dp import Keys, find_best
-from leansd.tuning.pipeline_host import PipelineHost, measure_response
+from leansd.tuning.host import PipelineHost, measure_response
 from leansd.tuning.space import (
     FULL,
     TICKS,

@@ -15,7 +15,7 @@ from leansd.errors import LeansdError
 from leansd.evaluation.cost import CostModel
 from leansd.plans import Plan
 from leansd.runtime.clock import read_schedule
-from leansd.tuning.pipeline_host import PipelineHost, measure_whole_cost
+from leansd.tuning.host import PipelineHost, measure_whole_cost
 from tiny_transformers import (
     FLUX,
     PIPELINES,

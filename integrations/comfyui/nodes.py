@@ -10,7 +10,7 @@ import torch
 from comfy_api.latest import ComfyExtension, io, ui
 from server import PromptServer
 
-from leansd.anatomy.fingerprint import fingerprint_module
+from leansd.anatomy.reading import fingerprint_module
 from leansd.errors import LeansdError
 from leansd.plans.plan import Plan
 from leansd.plans.presets import PRESETS, SPEED_PRESETS

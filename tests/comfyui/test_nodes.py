@@ -18,7 +18,7 @@ from comfyui.api import put_modules
 from comfyui.double import Guider, Patcher, cond, lay_out
 from comfyui.test_playing import EULER, PLAN, STEPS
 from comfyui.unet import UNetModel
-from leansd.anatomy.fingerprint import fingerprint_module
+from leansd.anatomy.reading import fingerprint_module
 from leansd.errors import LeansdError
 from leansd.plans import Plan
 from tiny import tiny_unet

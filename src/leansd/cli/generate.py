@@ -410,7 +410,7 @@ def _make_job(task: _Task, rows: PromptFile) -> Any:
 
 def _read_rows(file: Path, *, strict: bool) -> Any:
     """The rows of a file; what is wrong with others is told."""
-    from leansd.bulk.rows import read_sheet
+    from leansd.bulk.jobs import read_sheet
     from leansd.cli.terminal import warn
     from leansd.errors import LeansdError
 

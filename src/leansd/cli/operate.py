@@ -59,7 +59,7 @@ def operate_on_unet(
         raise LeansdError("give --out a folder for the new UNet, or only look with --preview")
     chosen = find_surgery(surgery)
     from leansd.cli.terminal import hush_libraries
-    from leansd.exporting.folder import check_out
+    from leansd.exporting.graphs import check_out
     from leansd.files import check_file
     from leansd.report.nets import report_surgery
     from leansd.surgery.preview import preview

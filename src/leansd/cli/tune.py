@@ -206,7 +206,7 @@ def tune_plans(
     from leansd.report.plans import report_tuning
     from leansd.runtime.context import dissect_denoiser
     from leansd.runtime.samplers import name_sampler
-    from leansd.tuning.pipeline_host import require_tunable
+    from leansd.tuning.host import require_tunable
     from leansd.tuning.tuner import tune
 
     # Everything that can be wrong is found before a weight is read.

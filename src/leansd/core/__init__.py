@@ -9,8 +9,16 @@ The runtime for diffusers makes inherited and corrected outputs by the same func
 """
 
 from leansd.core.player import Player, PlayerStats, explain_unplayable
-from leansd.core.sampling import Sample, measure_response, place_calls, probe_calls
-from leansd.core.schedule import CallSchedule, Prediction, lay_out_calls, list_log_snr
+from leansd.core.schedule import (
+    CallSchedule,
+    Prediction,
+    Sample,
+    lay_out_calls,
+    list_log_snr,
+    measure_response,
+    place_calls,
+    probe_calls,
+)
 
 __all__ = [
     "CallSchedule",

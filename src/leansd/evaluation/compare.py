@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from leansd.anatomy.fingerprint import fingerprint_module
+from leansd.anatomy.reading import fingerprint_module
 from leansd.errors import LeansdError
 from leansd.evaluation.fidelity import PSNR, SSIM, FidelityMetric, Measure
 from leansd.evaluation.fingerprints import (

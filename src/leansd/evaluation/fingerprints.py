@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from PIL.Image import Image
 from torch import Tensor
 
-from leansd.anatomy.fingerprint import encode_tensor, sample_weight
+from leansd.anatomy.reading import encode_tensor, sample_weight
 from leansd.errors import LeansdError
 from leansd.version import __version__
 

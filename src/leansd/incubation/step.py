@@ -18,8 +18,15 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from leansd.incubation.data.batches import Batch
-from leansd.incubation.features import Features, FeatureTaps, TeacherInputs
-from leansd.incubation.losses import Loss, LossContext, StepOutputs, build_loss
+from leansd.incubation.losses import (
+    Features,
+    FeatureTaps,
+    Loss,
+    LossContext,
+    StepOutputs,
+    TeacherInputs,
+    build_loss,
+)
 from leansd.incubation.noise import DiffusionSchedule, NoiseDraw
 from leansd.incubation.recipe import SCHEDULES, LossSettings, Stage
 from leansd.incubation.students import Student

@@ -18,7 +18,7 @@ from torch import nn
 
 from leansd.anatomy import read_anatomy
 from leansd.errors import LeansdError
-from leansd.incubation.features import list_boundary
+from leansd.incubation.losses import list_boundary
 from leansd.incubation.recipe import TEACHER, Stage
 from leansd.loading import load_outline, load_unet
 from leansd.plans.address import get_block

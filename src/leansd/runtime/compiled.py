@@ -22,9 +22,9 @@ from torch._dynamo.exc import TorchDynamoException
 from leansd.core.store import FeatureCache
 from leansd.core.weighing import Weight, combine, find_method, list_correction, list_weights
 from leansd.errors import LeansdError
+from leansd.plans.compile import Structure, list_structures
 from leansd.plans.liveness import Call, Kept
 from leansd.plans.methods import METHODS, Method
-from leansd.plans.structures import Structure, list_structures
 from leansd.runtime.cache import OutputShapes, Shape
 from leansd.runtime.call import CacheBranch, UNetArguments, UNetCall, UNetStep
 

@@ -9,8 +9,7 @@ from typing import Any
 from torch import nn
 
 from leansd.anatomy.counting import dissect
-from leansd.anatomy.fingerprint import fingerprint_module
-from leansd.anatomy.reading import read_anatomy
+from leansd.anatomy.reading import fingerprint_module, read_anatomy
 from leansd.plans.anatomy import WHOLE, Anatomy
 from leansd.plans.plan import NO_NETS
 from leansd.plans.resolve import PlanContext

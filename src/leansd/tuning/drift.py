@@ -28,7 +28,7 @@ from leansd.runtime.clock import CallPosition, SchedulerClock
 from leansd.runtime.engine import list_followers
 from leansd.runtime.guidance import is_guided
 from leansd.runtime.hooks import ForwardHooks
-from leansd.tuning.pipeline_host import require_one_call_a_step
+from leansd.tuning.host import require_one_call_a_step
 
 UNET = "unet"
 GAPS = (1, 2, 3)

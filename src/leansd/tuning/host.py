@@ -1,26 +1,36 @@
 """What a tuning needs of whoever draws: runs to watch and steer, and the sampler's answer to them.
 
-Pipelines of diffusers are one host (`pipeline_host`); a node in another program can be one, too.
+Pipelines of diffusers are one host; a node in another program can be one, too.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from leansd.evaluation.runs import PipelineCall, RunOutputs
-from leansd.plans.anatomy import Anatomy
+from leansd.anatomy.reading import fingerprint_module, read_anatomy
+from leansd.errors import LeansdError
+from leansd.evaluation.cost import CostModel
+from leansd.evaluation.records import name_device
+from leansd.evaluation.runs import PipelineCall, RunOutputs, run_calls
+from leansd.plans.anatomy import HEAD, WHOLE, Anatomy
 from leansd.plans.liveness import Net
 from leansd.plans.plan import Plan, Tuned
-from leansd.runtime.clock import SchedulerClock
+from leansd.runtime.attachment import NO_NETS
+from leansd.runtime.clock import SchedulerClock, lay_out_run, read_schedule
+from leansd.runtime.context import find_transformer
 from leansd.runtime.hooks import patch_method
+from leansd.runtime.nets import match_nets
 
 # -- what a scheduler does -------------------------------------------------------------------------
 # A tap on a pipeline's scheduler: what every step is given and makes of it, and a way to steer.
@@ -156,3 +166,141 @@ class Host(Protocol):
     def describe(self) -> Mapping[str, Any]:
         """What tells a tuning here from any other, as plain values."""
         ...
+
+
+# -- pipelines of diffusers ------------------------------------------------------------------------
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class PipelineHost:
+    """A pipeline with its present scheduler."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        batch: int = 8,
+        settings: Mapping[str, Any] = NOTHING,
+        unets: Mapping[str, UNet2DConditionModel] = NO_NETS,
+        sampler: str = "",
+    ) -> None:
+        """Args:
+        batch: pictures drawn at once.
+        settings: arguments that all calls share.
+        unets: that plans may switch to.
+        sampler: its name in plans; the scheduler's class by default.
+        """
+        self.pipe, self.batch, self.settings, self.unets = pipe, batch, settings, unets
+        transformer = find_transformer(pipe)
+        if transformer is None:
+            denoiser = pipe.unet
+            self.anatomy: Anatomy = read_anatomy(denoiser)
+            self.nets: Mapping[str, Net] = match_nets(denoiser, unets).nets
+        else:
+            denoiser, self.anatomy, self.nets = transformer, WHOLE, {}
+        self.tuned = Tuned(
+            sampler or type(pipe.scheduler).__name__,
+            fingerprint_module(denoiser),
+            settings.get("guidance_scale"),
+            strength=settings.get("strength"),
+        )
+
+    def draw(
+        self,
+        calls: Sequence[PipelineCall],
+        steps: int,
+        plan: Plan | None = None,
+        *,
+        seed: int,
+        steer: Steer | None = None,
+    ) -> tuple[RunOutputs, list[SchedulerRun]]:
+        with tap(self.pipe.scheduler, steer) as runs:
+            finals = run_calls(
+                self.pipe, calls, steps, plan,
+                seed=seed, batch=self.batch, settings=self.settings, nets=self.unets,
+            )  # fmt: skip
+        return finals, runs
+
+    def respond(self, steps: int, calls: int | None = None) -> Course:
+        require_one_call_a_step(self.pipe.scheduler, steps)
+        course = read_schedule(lay_out_run(self.pipe.scheduler, steps))
+        start = course.steps - (calls or course.steps)
+        response = measure_response(self.pipe.scheduler, course.steps, start)
+        return Course(course.steps, np.array(course.log_snr[start:]), response)
+
+    def describe(self) -> Mapping[str, Any]:
+        scheduler = self.pipe.scheduler
+        return {
+            "tuned": (self.tuned.sampler, self.tuned.unet, self.tuned.guidance),
+            "device": name_device(str(self.pipe.device)),
+            "scheduler": type(scheduler).__name__
+            + json.dumps({key: str(value) for key, value in scheduler.config.items()}),
+            "batch": self.batch,
+            "settings": dict(self.settings),
+            "nets": {name: fingerprint_module(net) for name, net in self.unets.items()},
+        }
+
+
+def measure_whole_cost(host: PipelineHost, calls: Sequence[PipelineCall], steps: int) -> CostModel:
+    """What a call of a transformer takes here, one that is forecast, and all else of a run."""
+    plan = Plan.full(steps).inherit(HEAD, at=range(1, steps, 2), how="reuse")
+    calls = calls[: host.batch]
+    ends, _ = host.draw(calls, steps, plan, seed=0)
+    assert ends.attachment is not None
+    report = ends.attachment.report()
+    computed = report.measured_speedup * report.seconds / report.calls
+    nothing = (report.seconds - computed * report.full_calls) / max(report.inherited, 1)
+    height, width = ends.pictures.shape[-2:]
+    return CostModel.of_whole_calls(
+        host.tuned.unet,
+        pictures=len(calls),
+        size=(width, height),
+        computed=computed,
+        forecast=max(nothing, 0.0),
+        other=max(ends.seconds[-1] - report.seconds, 0.0),
+    )
+
+
+def require_tunable(scheduler: Any, steps: int) -> None:
+    """Refuse samplers that call the UNet several times a step or add noise; nothing runs."""
+    require_one_call_a_step(scheduler, steps)
+    measure_response(scheduler, steps)
+
+
+def require_one_call_a_step(scheduler: Any, steps: int) -> None:
+    """Refuse samplers of higher order."""
+    course = read_schedule(lay_out_run(scheduler, steps))
+    if len(course.rows) != course.steps or len(set(course.moments)) != course.steps:
+        raise LeansdError(
+            f"{type(scheduler).__name__} calls the UNet more than once in some steps; tuning is "
+            "for samplers with one call a step, such as ddim, euler or dpm++2m"
+        )
+
+
+def measure_response(scheduler: Any, steps: int, start: int = 0) -> np.ndarray:
+    """[n + 1, n]: the sample before call k for an output of one at call j and zero elsewhere.
+
+    All n impulses go through the scheduler at once, as a batch of single pixels.
+
+    Raises:
+        LeansdError: the scheduler adds noise.
+    """
+    double = lay_out_run(scheduler, steps)
+    timesteps = double.timesteps[start:]
+    if start and hasattr(double, "set_begin_index"):
+        double.set_begin_index(start)
+    count = len(timesteps)
+    sample = torch.zeros(count + 1, 1, 1, 1, dtype=torch.float64)
+    rows = [sample]
+    for index, timestep in enumerate(timesteps):
+        impulse = torch.zeros_like(sample)
+        impulse[index] = 1
+        sample = double.step(impulse, timestep, sample, return_dict=False)[0]
+        rows.append(sample)
+    response = torch.stack(rows)[:, :, 0, 0, 0].numpy()
+    if np.abs(response[:, count]).max() > 0:  # the one without any impulse
+        raise LeansdError(
+            f"{type(scheduler).__name__} adds noise at every step, so runs cannot be compared step "
+            "by step; tune with ddim, euler, dpm++2m or another sampler without noise"
+        )
+    return response[:, :count]

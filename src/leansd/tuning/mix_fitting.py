@@ -33,7 +33,7 @@ from leansd.errors import LeansdError
 from leansd.evaluation.fidelity import psnr
 from leansd.evaluation.runs import PipelineCall, expand_calls
 from leansd.plans.plan import Plan
-from leansd.tuning.pipeline_host import PipelineHost
+from leansd.tuning.host import PipelineHost
 from leansd.tuning.run_starts import (
     RunStart,
     StartBatch,

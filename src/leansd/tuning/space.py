@@ -21,9 +21,20 @@ from leansd.plans.liveness import Net
 from leansd.plans.methods import METHODS
 from leansd.plans.plan import Plan
 from leansd.plans.row import OWN, Attend, Gates, Guidance
-from leansd.tuning.error_model import HEAD_ACTIONS, REUSE, Action, Calibration, ErrorModel, Key
+from leansd.tuning.error_model import (
+    HEAD_ACTIONS,
+    MEMORY,
+    REUSE,
+    Action,
+    Calibration,
+    ErrorModel,
+    Key,
+    Keys,
+    Proposal,
+    Segment,
+    find_best,
+)
 from leansd.tuning.host import Seen, Step
-from leansd.tuning.key_step_dp import MEMORY, Keys, Proposal, Segment, find_best
 from leansd.tuning.trials import TrialRunner
 
 TICKS = 16

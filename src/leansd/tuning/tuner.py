@@ -29,9 +29,8 @@ from leansd.plans.plan import Plan, Tuned
 from leansd.runtime.attachment import NO_NETS
 from leansd.tuning.error_model import PROBES, Calibration, ErrorModel, calibrate
 from leansd.tuning.front import Front, Point
-from leansd.tuning.host import Host
+from leansd.tuning.host import Host, PipelineHost, measure_whole_cost, require_tunable
 from leansd.tuning.mix_fitting import FRESH, MixConfig, PlanMixer, choose_mix_calls
-from leansd.tuning.pipeline_host import PipelineHost, measure_whole_cost, require_tunable
 from leansd.tuning.sampler_map import read_sampler
 from leansd.tuning.space import (
     FEWER,

@@ -31,7 +31,7 @@ from leansd.plans.resolve import PlanContext, Resolved, resolve_plan
 from leansd.runtime.context import describe_runs
 from leansd.runtime.samplers import name_sampler, set_sampler
 from leansd.tuning.front import Front, Point
-from leansd.tuning.pipeline_host import require_tunable
+from leansd.tuning.host import require_tunable
 from leansd.tuning.tuner import FEWEST_CALLS, tune
 from leansd.ui.folders import OWN_SAMPLER, Folders, HistoryEntry, Numbers, Settings, keep_entry
 from leansd.ui.job_queue import Job

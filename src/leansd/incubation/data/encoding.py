@@ -21,7 +21,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from leansd.anatomy.fingerprint import fingerprint_module
+from leansd.anatomy.reading import fingerprint_module
 from leansd.errors import LeansdError
 from leansd.incubation.data.batches import Conditioning
 from leansd.incubation.data.sample_cache import Latents
