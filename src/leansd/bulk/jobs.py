@@ -1,4 +1,4 @@
-"""A job: all that decides which pictures come out, the folder they go to, and drawing them.
+"""Jobs of many pictures: rows of prompts from a file, the folder they go to, and drawing them.
 
 Work is cut into shards of neighbouring rows. A shard is whole or not there, so what is left to do
 can be seen in the folder, whoever stopped when.

@@ -1,7 +1,7 @@
-"""Options that several commands share, one declaration each; those that travel together are one.
+"""Options that several commands share, one declaration each, and what a shell offers for them.
 
-A command takes a dataclass of options as one parameter (see `leansd.cli.command`), and the
-dataclass does with them what every command would.
+Those that travel together are one: a command takes a dataclass of options as one parameter (see
+`leansd.cli.command`), and the dataclass does with them what every command would.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

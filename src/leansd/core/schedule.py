@@ -1,4 +1,4 @@
-"""The calls of a run: which step each belongs to, and how noisy its latents are."""
+"""The calls of a run: their steps, how noisy their latents are, what a sampler makes of them."""
 
 from __future__ import annotations
 

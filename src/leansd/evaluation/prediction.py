@@ -1,4 +1,4 @@
-"""Predicted against measured: plans that had no part in a cost model, run in turns with its probe.
+"""Predicted against measured, plans that had no part in a cost model; and what a profile says.
 
 Probing runs and held-out runs alternate, so that a slow spell of the machine is in what the model
 is made from as well as in what it is held against.

@@ -1,9 +1,10 @@
-"""The graphs that a plan needs: one for each pattern of its calls that enters the UNet.
+"""The graphs of an export: which ones a plan needs, tracing and running them, and their table.
 
-A graph takes what its inherited units are to give and gives what later calls inherit. Of what
-that is made (forecasts, guidance lanes, corrections) it knows nothing: all of it is arithmetic on
-few tensors, and the runtime does it outside. Forecasts, step counts and guidance therefore share
-graphs, and a graph is told by the tensors that it is given.
+There is one for each pattern of a plan's calls that enters the UNet. A graph takes what its
+inherited units are to give and gives what later calls inherit. Of what that is made (forecasts,
+guidance lanes, corrections) it knows nothing: all of it is arithmetic on few tensors, and the
+runtime does it outside. Forecasts, step counts and guidance therefore share graphs, and a graph is
+told by the tensors that it is given.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A UNet, or all that a plan makes of it, as files for ONNX Runtime, checked against PyTorch.
+"""A UNet, or all that a plan makes of it, as files for ONNX Runtime: written, checked, and run.
 
 The weights are in one file beside the graphs, which may be larger than ONNX's 2 GB.
 """

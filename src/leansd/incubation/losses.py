@@ -1,4 +1,4 @@
-"""What a step gives, and the losses that hold the student's against the teacher's, by name.
+"""Outputs of units, what a step gives, and the losses of a student beside its teacher, by name.
 
 A new loss is a function of a `LossContext` and its options, and a line in `LOSSES`.
 """

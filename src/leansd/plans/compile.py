@@ -1,4 +1,4 @@
-"""Compiling: a plan becomes the UNet calls of a run, each with what it reads of those before it."""
+"""Compiling: a plan becomes the UNet calls of a run; what they cost, and which share a graph."""
 
 from __future__ import annotations
 

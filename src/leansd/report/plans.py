@@ -1,4 +1,4 @@
-"""Reports of plans: a plan itself, pictures drawn after plans, a tuning."""
+"""Reports of plans: a plan itself, pictures drawn after plans, jobs of many, a tuning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The error model: what a segment between two key steps does to the final latents.
+"""The error model: its calibration, errors of segments between key steps, and the best of them.
 
 A *segment* goes from one key step to the next; the steps between do not run the UNet in full. In
 the model that is calibrated here the errors of segments add up, so that the best plan can be found

@@ -1,4 +1,4 @@
-"""What a tuning needs of whoever draws: runs to watch and steer, and the sampler's answer to them.
+"""Who draws for a tuning: runs to watch and steer, the sampler's answer to them; and pipelines.
 
 Pipelines of diffusers are one host; a node in another program can be one, too.
 """

@@ -1,4 +1,4 @@
-"""What can be taken out of a UNet and leaves one that runs, as the tree of a knapsack.
+"""What can be taken out of a UNet and leaves one that runs: the tree of a knapsack, and solving it.
 
 A down layer hands a skip to an up layer of its level, so the two go together; any pair will do
 whose neighbours then fit. Transformers go alone, and so do the blocks of long ones, and the

@@ -1,4 +1,4 @@
-"""Trials: plans run on the calls that they are tuned on, and the journal that remembers them.
+"""Trials: plans run and fitted on the calls that they are tuned on, and the journal of them.
 
 A tuning takes long, so everything that it measures is one line of a file.
 """

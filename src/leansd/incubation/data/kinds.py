@@ -1,4 +1,4 @@
-"""The kinds of data that a recipe can name, their options, and how each becomes a source.
+"""The kinds of data that a recipe can name: their options, the filling of a cache, the source.
 
 A new kind is a class here, and an entry of `KINDS`.
 """

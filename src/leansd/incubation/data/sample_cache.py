@@ -1,4 +1,4 @@
-"""The cache on disk: samples as they are once encoded, in files that are whole or absent.
+"""The cache on disk: samples as they are once encoded, written whole or not, and read in order.
 
     ROOT/<key>/cache.json                          what the key stands for
     ROOT/<key>/empty.safetensors                   the empty prompt
