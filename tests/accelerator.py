@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -52,7 +52,9 @@ class OnDevice(Tensor):
     is_cpu = False  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> OnDevice:
+    def __new__(cls, inner: Tensor, requires_grad: bool = False) -> Any:
+        if isinstance(inner, OnDevice) or inner.is_meta:  # made as of the type of a parameter
+            return torch.nn.Parameter(inner, requires_grad)
         made: Any = Tensor._make_wrapper_subclass(
             cls,
             inner.size(),
@@ -160,6 +162,8 @@ class Accelerator(TorchDispatchMode):
             made = args[0].clone()
             self._pinned[_locate(made)] = made
             return made
+        if packet is aten._to_copy and target is not None and torch.device(target).type == "meta":
+            return func(_map(args[0], _take_values), **kwargs)
         if packet in COPIES:
             source = args[1] if packet is aten.copy_ else args[0]
             into = args[0].device if packet is aten.copy_ else target
@@ -177,11 +181,8 @@ class Accelerator(TorchDispatchMode):
         if not ours and not goes:
             return func(*args, **kwargs)
         known: dict[int, OnDevice] = {id(each.inner): each for each in ours}
-        args = _map(args, lambda each: each.inner if isinstance(each, OnDevice) else each)
-        kwargs = {
-            name: _map(value, lambda each: each.inner if isinstance(each, OnDevice) else each)
-            for name, value in kwargs.items()
-        }
+        args = _map(args, _take_values)
+        kwargs = {name: _map(value, _take_values) for name, value in kwargs.items()}
         if target is not None:
             kwargs["device"] = torch.device("cpu")
         made = func(*args, **kwargs)
@@ -251,6 +252,10 @@ def _map(value: Any, change: Callable[[Any], Any]) -> Any:
     return value
 
 
+def _take_values(tensor: Tensor) -> Tensor:
+    return tensor.inner if isinstance(tensor, OnDevice) else tensor
+
+
 def _is_going_back() -> bool:
     """Whether autograd itself asks: what it makes without a tensor, zeros, is of the CPU here."""
     frame = sys._getframe(1)
@@ -287,6 +292,42 @@ class Event:
         return 10.0
 
 
+def _let_tensors_move(patch: Any) -> None:
+    """Let parameters and buffers go to the device and back, being the same objects throughout.
+
+    That is what `tensor.data = ...` does between devices, also in `module.to(...)`: it is no change
+    that their version counters would know of.
+    """
+
+    def swap(one: Tensor, other: Tensor) -> None:
+        version = one._version
+        own_swap(one, other)
+        torch._C._autograd._unsafe_set_version_counter((one,), (version,))
+
+    def read(tensor: Tensor) -> Tensor:
+        return tensor.detach() if isinstance(tensor, OnDevice) else own_data.__get__(tensor)
+
+    def write(tensor: Tensor, value: Tensor) -> None:
+        if isinstance(tensor, OnDevice) or isinstance(value, OnDevice):
+            made = value.detach()
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            swap(tensor, torch.nn.Parameter(made, tensor.requires_grad) if is_parameter else made)
+        else:
+            own_data.__set__(tensor, value)
+
+    own_swap, own_data = torch.utils.swap_tensors, torch.Tensor.data
+    patch.setattr(torch.utils, "swap_tensors", swap)
+    patch.setattr(torch.Tensor, "data", property(read, write))
+    patch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+
+
+class Stream:
+    """A double of CUDA's."""
+
+    def synchronize(self) -> None:
+        """All is done already."""
+
+
 @contextmanager
 def simulate(patch: Any, *, doubles: bool = True) -> Iterator[Accelerator]:
     """The device, and what of `torch.cuda` is asked for, by pytest's monkeypatch.
@@ -299,6 +340,9 @@ def simulate(patch: Any, *, doubles: bool = True) -> Iterator[Accelerator]:
         "_lazy_init": lambda: None,
         "current_device": lambda: 0,
         "Event": Event,
+        "Stream": Stream,
+        "current_stream": lambda *_: Stream(),
+        "stream": lambda *_: nullcontext(),
         "synchronize": lambda *_: None,
         "memory_allocated": lambda *_: 0,
         "max_memory_allocated": lambda *_: 2**30,
@@ -324,8 +368,7 @@ def simulate(patch: Any, *, doubles: bool = True) -> Iterator[Accelerator]:
     own_group = clip_grad._group_tensors_by_device_and_dtype
     patch.setattr(clip_grad, "_group_tensors_by_device_and_dtype", group)
     patch.setattr(torch, "autocast", cast)
-    # Modules change what their parameters are, as they go to the device and back.
-    patch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    _let_tensors_move(patch)
     before = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)
     try:

@@ -1,6 +1,9 @@
 """Output files: names made from a user's words, and nothing written over what others wrote."""
 
 import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from errno import ENOSPC
 from pathlib import Path
 
@@ -103,6 +106,64 @@ def test_weights_that_cannot_be_written_leave_what_was_there(tmp_path: Path) -> 
     with pytest.raises(KeyError), writing(tmp_path / "net"):
         raise KeyError("a mistake of ours")
     assert [each.name for each in tmp_path.rglob("*")] == ["net", "old"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "before"),
+    [("file", "nothing"), ("file", "file"), ("file", "folder"), ("folder", "folder")],
+)
+def test_two_that_write_one_file_leave_a_whole_one(kind: str, before: str, tmp_path: Path) -> None:
+    path = tmp_path / "net"
+    fill(path, before, "old")
+    with writing(path) as one:
+        fill(one, kind, "one")
+        with writing(path) as other:
+            fill(other, kind, "other")
+        assert read(path) == {"other"}
+    assert read(path) == {"one"}
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_many_that_write_one_folder_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "net"
+
+    def write(number: int) -> None:
+        for turn in range(20):
+            with writing(path) as draft:
+                fill(draft, "folder", f"{number}, {turn}")
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(write, range(6)))
+    assert len(read(path)) == 1
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_what_a_killed_writer_left_is_taken_away_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "net"
+    code = (
+        "import os, sys; from leansd.files import writing\n"
+        f"with writing({str(path)!r}) as draft:\n draft.mkdir(); os._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    (killed,) = tmp_path.iterdir()
+    theirs = tmp_path / killed.name.replace(killed.name.split("-")[1], str(os.getppid()))
+    theirs.mkdir()
+    with writing(path) as draft:
+        fill(draft, "file", "new")
+    assert {*tmp_path.iterdir()} == {path, theirs}
+
+
+def fill(path: Path, kind: str, words: str) -> None:
+    if kind == "file":
+        path.write_text(words)
+    elif kind == "folder":
+        path.mkdir()
+        for name in "ab":
+            (path / name).write_text(words)
+
+
+def read(path: Path) -> set[str]:
+    return {each.read_text() for each in ([path] if path.is_file() else path.iterdir())}
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

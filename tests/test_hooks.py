@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
 import leansd
@@ -48,6 +51,72 @@ def test_hooks_released_in_any_order_leave_what_was_there(
     module(torch.ones(2))
     assert not module.called
     assert vars(module).get("forward") == before
+
+
+class Net(ModelMixin, ConfigMixin):
+    """A whole net, as diffusers knows them, with one part."""
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Linear(2, 2)
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        return self.part(given)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("count", [1, 2])
+def test_hooks_of_diffusers_that_go_take_none_of_these_with_them(first: bool, count: int) -> None:
+    """As those of group offloading do that learn the order of layers in the first call."""
+    net, called = Net(), list[str]()
+    modules = {"net": net, "part": net.part}
+    names = "abc"[:count]
+
+    def around(name: str, forward: Any, *args: Any) -> Any:
+        called.append(name)
+        return forward(*args)
+
+    def register() -> None:
+        for module in modules.values():
+            for name in names:
+                HookRegistry.check_if_exists_or_initialize(module).register_hook(ModelHook(), name)
+
+    def call() -> list[str]:
+        called.clear()
+        net(torch.ones(2))
+        return list(called)
+
+    if first:
+        register()
+    hooks = ForwardHooks(modules, around)
+    if not first:
+        register()
+    assert hooks.is_whole
+    assert call() == ["net", "part"]
+    for name in reversed(names):
+        net._diffusers_hook.remove_hook(name)
+        # A whole net stays hooked, so what was lost of its parts can be hooked again.
+        assert call()[0] == "net"
+        hooks.renew(modules)
+        assert hooks.is_whole
+        assert call() == ["net", "part"]
+    hooks.release()
+    assert call() == []
+
+
+def test_a_function_of_somebody_else_is_left_where_it_is() -> None:
+    """Nothing is known of what it calls, so nothing is taken for lost."""
+    module = nn.Linear(2, 2)
+    hooks = ForwardHooks({"one": module}, lambda name, forward, *args: forward(*args))
+    ours = module.forward
+    module.forward = lambda given: ours(given)  # type: ignore[method-assign]
+    theirs = module.forward
+    assert hooks.is_whole
+    hooks.renew({"one": module})
+    assert module.forward is theirs
 
 
 def test_other_hooks_over_an_attached_unet_may_go_last() -> None:

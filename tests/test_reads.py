@@ -225,6 +225,66 @@ def test_a_pipeline_that_goes_there_and_back_follows_its_plan(
             assert run.report().inherited > 0
 
 
+def offload_models(pipe: Any) -> None:
+    pipe.enable_model_cpu_offload(device="cuda")
+
+
+def offload_sequentially(pipe: Any) -> None:
+    pipe.enable_sequential_cpu_offload(device="cuda")
+
+
+def offload_blocks(pipe: Any) -> None:
+    pipe.enable_group_offload(
+        torch.device("cuda"), offload_type="block_level", num_blocks_per_group=1
+    )
+
+
+def offload_leaves(pipe: Any) -> None:
+    pipe.enable_group_offload(torch.device("cuda"), offload_type="leaf_level")
+
+
+def offload_ahead(pipe: Any) -> None:
+    """The next leaf is on its way while one is at work, in a stream of its own."""
+    pipe.enable_group_offload(torch.device("cuda"), offload_type="leaf_level", use_stream=True)
+
+
+OFFLOADS = (offload_models, offload_sequentially, offload_blocks, offload_leaves, offload_ahead)
+
+
+@pytest.mark.parametrize(
+    ("offload", "name"),
+    [
+        *((offload, "parts") for offload in OFFLOADS),
+        *(
+            (offload, name)
+            for offload in (offload_sequentially, offload_ahead)
+            for name in ("corrected", "guidance")
+        ),
+    ],
+)
+def test_what_lies_elsewhere_until_it_is_needed_follows_the_plan(
+    offload: Callable[[Any], None],
+    name: str,
+    device: Accelerator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With no wait of its own but the two of any run; who offloads waits for what it moves."""
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    plan, pipe = make_plans(SHORT)[name], make_pipe()
+    plain, expected = draw(pipe, SHORT), draw(pipe, SHORT, plan)
+    offload(pipe)
+    made: list[torch.Tensor] = []
+    with leansd.inherit(pipe, plan) as run:
+        for _ in range(2):
+            seen = count_own(device, lambda: made.append(draw(pipe, SHORT)))
+            assert seen == ONCE_A_RUN | (HALVES if name == "guidance" else {})
+            report = run.report()
+            assert report.full_calls < report.calls == SHORT
+            assert (report.forced, report.uncounted) == ({}, "")
+    assert all(torch.equal(each, expected) for each in made)
+    assert torch.equal(draw(pipe, SHORT), plain)
+
+
 # -- what is measured, fitted and cut --------------------------------------------------------------
 
 

@@ -16,9 +16,20 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 import leansd
 from leansd.cli import main
+from leansd.drawing import Request, paint
+from leansd.errors import LeansdError
 from leansd.evaluation.records import get_field, load_records
+from leansd.plans import Plan
+from leansd.runtime.samplers import set_sampler
+from leansd.ui import fragments
+from leansd.ui.folders import OWN_SAMPLER, Folders, Settings
+from leansd.ui.job_queue import Job, JobQueue
+from leansd.ui.plan_grid import lay_out_grid, turn_key
+from leansd.ui.studio import Studio
 from tiny import TOKENS, tiny_tokenizer
 from tiny_transformers import SIDE, WIDTH, make_vae
+
+STEPS = 20
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +163,110 @@ def test_what_is_tuned_is_evaluated_and_held_against_rivals(
     }
     assert {"ours", "fewer", "samplers", "spectrum"} <= families
     assert any("is for UNets" in each for each in contest["left_out"])
+
+
+# -- the page --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def studio(model: Path, tmp_path: Path) -> Studio:
+    return Studio(Folders.open(tmp_path / "home", model.parent), "cpu")
+
+
+@pytest.mark.filterwarnings("ignore:plan balanced was tuned for sampler euler")
+def test_the_page_draws_by_plans_of_whole_steps(studio: Studio) -> None:
+    known = studio.open("sd3")
+    assert known.samplers == ("flow-euler", "flow-heun", "flow-dpm++2m", "flow-unipc")
+    assert "SD3Transformer2DModel" in fragments.show_anatomy(known)
+    choices = studio.list_plans(known)
+    assert {"balanced", "full"} <= set(choices)
+    assert not {"deepcache", "easycache", "tgate", "guidance-cutoff"} & set(choices)
+    for sampler in (OWN_SAMPLER, "flow-unipc"):
+        settings = Settings(
+            model="sd3", prompt="a", steps=STEPS, guidance=4, sampler=sampler, seed=3
+        )
+        plan = studio.resolve("balanced", settings).plan
+        grid = lay_out_grid(plan, known.anatomy)
+        assert [line.at for line in grid.lines] == ["head"]
+        drawn = studio.draw(settings, plan, rounds=1, job=Job())
+        numbers = drawn.entry.numbers
+        assert numbers.full_calls == len(plan.keys) < numbers.calls == STEPS
+        assert numbers.predicted == pytest.approx(studio.forecast(plan, known).unet)
+        assert "balanced" in fragments.show_forecast(plan, studio.forecast(plan, known))
+        assert len(fragments.list_beats(plan, known.anatomy)) == STEPS
+    # What the page draws in full is what the pipeline draws.
+    full, _ = drawn.entry.open_pictures()
+    pipe = leansd.loading.load_drawing(studio.folders.find_model("sd3"), device="cpu")
+    set_sampler(pipe, "flow-unipc")
+    request = Request(prompt="a", steps=STEPS, guidance=4, seed=3)
+    assert full.tobytes() == paint(pipe, request).image.tobytes()
+
+
+def test_a_step_of_a_transformer_is_turned_on_the_page(studio: Studio) -> None:
+    known, plan = studio.open("sd3"), Plan.full(STEPS)
+    turned = turn_key(plan, known.anatomy, 3)
+    assert turned.keys == (0, 1, 2, *range(4, STEPS))
+    settings = Settings(model="sd3", prompt="a", steps=STEPS, guidance=1)
+    kept = studio.draw(settings, turned, rounds=1, job=Job()).entry
+    assert kept.numbers.full_calls == STEPS - 1
+    assert studio.forecast(turned.guide("drop", at=[4]), known).unet == pytest.approx(20 / 19)
+
+
+@pytest.mark.parametrize(
+    ("source", "sampler", "why"),
+    [
+        ("deepcache", OWN_SAMPLER, "only whole steps"),
+        ("easycache", OWN_SAMPLER, "decides as it runs"),
+        ("balanced", "ddim", "predict noise"),
+    ],
+)
+def test_the_page_refuses_by_one_sentence_what_is_for_unets(
+    studio: Studio, source: str, sampler: str, why: str
+) -> None:
+    settings = Settings(model="sd3", prompt="a", steps=STEPS, guidance=4, sampler=sampler)
+
+    def draw() -> None:
+        plan = studio.resolve(source, settings).plan
+        studio.draw(settings, plan, rounds=1, job=Job())
+
+    with pytest.raises(LeansdError, match=why):
+        draw()
+    with pytest.raises(LeansdError, match="units are timed in UNets"):
+        studio.profile(settings, job=Job(), on_progress=print)
+
+
+def test_the_page_tunes_a_transformer(studio: Studio) -> None:
+    settings = Settings(model="sd3", prompt="a", steps=8, guidance=4)
+    tuned = studio.tune(
+        settings, ["a", "b", "c", "d"], speedup=1.2, tries=0, job=Job(),
+        on_progress=lambda text, share: None,
+    )  # fmt: skip
+    assert "<svg" in fragments.show_front(tuned)
+
+
+def test_the_page_goes_over_from_one_model_to_another(studio: Studio) -> None:
+    """A sampler or a plan that does not suit the other one is left."""
+    pytest.importorskip("gradio", reason="pip install 'leansd[ui]'")
+    from leansd.ui.handlers import Handlers
+    from leansd.ui.page import lay_out
+
+    parts = lay_out(studio.folders.list_models())
+    handlers = Handlers(studio, JobQueue(2), parts)
+    shown = {part: part.value for part in parts.inputs}
+    shown[parts.model] = "emoji"
+    shown |= {part: _read(each) for part, each in handlers.begin(shown).items()}
+    shown |= {parts.plan_name: "deepcache", parts.sampler: "ddim", parts.model: "sd3"}
+    changes = handlers.pick_model(shown)
+    assert changes[parts.plan_name]["value"] == "balanced"
+    assert changes[parts.sampler]["value"] == OWN_SAMPLER
+    assert "ddim" not in changes[parts.sampler]["choices"]
+    shown |= {part: _read(each) for part, each in changes.items()}
+    shown[parts.sampler] = "flow-heun"
+    shown |= {parts.model: "emoji"}
+    changes = handlers.pick_model(shown)
+    assert changes[parts.sampler]["value"] == OWN_SAMPLER
+    assert "deepcache" in changes[parts.plan_name]["choices"]
+
+
+def _read(change: Any) -> Any:
+    return change.get("value") if isinstance(change, dict) and "__type__" in change else change

@@ -333,7 +333,7 @@ def test_a_full_plan_changes_nothing(studio):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_run_in_half_precision(shelf, tmp_path, monkeypatch, dtype):
     monkeypatch.setattr(
-        "leansd.ui.studio.load",
+        "leansd.ui.studio.load_drawing",
         lambda *given, **options: tiny_pipeline(unet=shallow_unet()).to(dtype),
     )
     monkeypatch.setattr("leansd.ui.studio.PROFILE_REPEATS", 1)
@@ -417,9 +417,10 @@ def test_mistakes_are_told_before_anything_runs(studio):
 
 def test_saved_plans_are_among_the_choices(studio):
     studio.folders.save_plan(Plan.every(2, cut="up0", steps=4), "mine")
-    assert SAVED + "mine" in studio.list_plans()
-    assert studio.list_plans()[0] == "quality"
-    assert not any(name in studio.list_plans() for name in ("light-early", "tstitch-exact"))
+    plans = studio.list_plans(studio.open("tiny"))
+    assert SAVED + "mine" in plans
+    assert plans[0] == "quality"
+    assert not any(name in plans for name in ("light-early", "tstitch-exact"))
     assert studio.resolve(SAVED + "mine", make_settings()).plan.steps == STEPS
 
 

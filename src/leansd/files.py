@@ -1,11 +1,13 @@
 """Output files: checked before the work starts, and never seen half-written."""
 
 import os
+import platform
 import re
 import shutil
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from errno import EEXIST, EISDIR, ENOTEMPTY
 from hashlib import sha256
 from itertools import count
 from pathlib import Path
@@ -109,25 +111,27 @@ def _draft(path: Path, content: str | bytes) -> Iterator[Path]:
 
 PARTIAL, OLD = ".partial", ".old"
 """What a kill may leave of something big; the next writing takes it away."""
+_HOST = sha256(platform.node().encode()).hexdigest()[:6]
+_DRAFT = re.compile(rf"\.{_HOST}-(\d+)-[0-9a-f]{{8}}({re.escape(PARTIAL)}|{re.escape(OLD)})")
 
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[Path]:
     """A place beside `path` for a big file or a folder, moved to `path` when all is written.
 
+    Whoever writes there at the same time has a place of its own; the last one to be done stays.
+
     Raises:
         OutputError: it cannot be written; what was at `path` stays.
     """
     path = Path(path)
-    partial = path.with_name(path.name + PARTIAL)
+    partial = _name_draft(path, PARTIAL)
     try:
-        discard(partial)
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path.parent)
         try:
             yield partial
-            if path.is_dir():
-                discard(path)
-            os.replace(partial, path)
+            _move(partial, path)
         finally:
             discard(partial)
     except Exception as error:
@@ -144,10 +148,51 @@ def discard(path: Path) -> None:
     if not path.is_dir():
         path.unlink(missing_ok=True)
         return
-    gone = path.with_name(path.name + OLD)
+    gone = _name_draft(path, OLD)
+    with suppress(FileNotFoundError):  # another process was faster
+        os.replace(path, gone)
     shutil.rmtree(gone, ignore_errors=True)
-    os.replace(path, gone)
-    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _move(partial: Path, path: Path) -> None:
+    """Move a file or a folder to where others may put theirs at the same time; no file goes for a
+    folder."""
+    while True:
+        try:
+            if path.is_dir():
+                discard(path)
+            os.replace(partial, path)
+            return
+        except OSError as error:
+            if error.errno not in (ENOTEMPTY, EEXIST, EISDIR):
+                raise
+
+
+def _name_draft(path: Path, ending: str) -> Path:
+    """A name beside `path` that no other writer has, and that says who its writer is."""
+    return path.with_name(f".{_HOST}-{os.getpid()}-{uuid4().hex[:8]}{ending}")
+
+
+def _sweep(folder: Path) -> None:
+    """Take away what writers of this machine have left that run no more."""
+    for draft in folder.glob(f".{_HOST}-*"):
+        found = _DRAFT.fullmatch(draft.name)
+        if found is not None and not _runs(int(found[1])):
+            shutil.rmtree(draft, ignore_errors=True)
+            with suppress(OSError):
+                draft.unlink()
+
+
+def _runs(process: int) -> bool:
+    if os.name == "nt":  # where asking would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # another user's
+    return True
 
 
 NAME_BYTES = 120

@@ -26,6 +26,7 @@ from leansd.anatomy import read_anatomy
 from leansd.errors import LeansdError
 from leansd.plans import Anatomy, Plan
 from leansd.plans.compile import compile_plan
+from leansd.plans.methods import Mix
 from loops import count_calls
 from tiny import TOKENS, WIDTH
 
@@ -278,6 +279,46 @@ def test_call_within_a_call_does_not_end_it(pipe: Any) -> None:
         assert torch.equal(draw(pipe, text(callback_on_step_end=preview)), planned)
         with leansd.inherit(other, Plan.every(3, cut="mid", steps=STEPS)):
             assert torch.equal(draw(pipe, text(callback_on_step_end=preview)), planned)
+
+
+PREVIEWED = {
+    "parts": PLAN,
+    "guidance": Plan.full(STEPS).guide("inherit", at=[1, 3]),
+    "guarded": PLAN.guard("sample", threshold=1e9),
+    "mixed": Plan.between([0, 2], cut="head", steps=STEPS, how="forecast").mix(
+        {2: Mix(0.1, (0.0, 0.9), (0.0, 0.2))}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PREVIEWED)
+def test_a_preview_by_the_same_pipeline_leaves_the_run_as_it_is(pipe: Any, name: str) -> None:
+    """Each of the runs within one another follows the plan, also beside one that fails."""
+    plan, previews = PREVIEWED[name], list[torch.Tensor]()
+    anatomy = read_anatomy(pipe.unet)
+
+    def preview(pipe: Any, step: int, moment: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        if step in (0, 2):
+            previews.append(draw(pipe, text()))
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                draw(pipe, text(callback_on_step_end=fail))
+        return inputs
+
+    def fail(pipe: Any, step: int, moment: Any, inputs: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    with leansd.inherit(pipe, plan) as run, watch_stores() as stores:
+        with count_calls(pipe.unet, anatomy) as once:
+            planned = draw(pipe, text())
+        with count_calls(pipe.unet, anatomy) as counts:
+            assert torch.equal(draw(pipe, text(callback_on_step_end=preview)), planned)
+        assert all(torch.equal(each, planned) for each in previews)
+        # One run, two previews, and a step of each of the others.
+        assert all(counts[at] == 3 * once[at] + STEPS - 2 for at in counts)
+        assert run.report().calls == STEPS
+        assert all(map(is_empty, stores))
+    assert is_plain(pipe.unet)
 
 
 def test_end_of_call_is_handed_on_to_whoever_was_there_before(pipe: Any) -> None:

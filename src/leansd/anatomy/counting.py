@@ -176,13 +176,17 @@ def copy_skeleton(
         if plain is not None:
             memo[id(module)] = plain
         # A dozen of these a module, mostly empty, would be most of what is copied.
-        for name, hooks in vars(module).items():
-            if isinstance(hooks, OrderedDict) and name.endswith("hooks"):
-                memo[id(hooks)] = OrderedDict()
+        for name, own in vars(module).items():
+            if isinstance(own, OrderedDict) and name.endswith("hooks"):
+                memo[id(own)] = OrderedDict()
         # Offloading keeps the weights in hooks, and would look for them when the copy runs.
         hook = getattr(module, "_hf_hook", None)
         if hook is not None:
             memo[id(hook)] = ModelHook()
+        # Those of diffusers (group offloading, layerwise casting) may hold streams.
+        hooks = getattr(module, "_diffusers_hook", None)
+        if hooks is not None:
+            memo[id(hooks)] = None
     with _MetaCopies(dtype):
         skeleton = copy.deepcopy(unet, memo)
     remove_hook_from_module(skeleton, recurse=True)

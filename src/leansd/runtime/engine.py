@@ -25,6 +25,7 @@ from leansd.plans.anatomy import HEAD, Anatomy
 from leansd.plans.row import OWN, Attend
 from leansd.runtime.cache import OutputShapes
 from leansd.runtime.call import UNetArguments, UNetStep
+from leansd.runtime.callers import find_calling_pipeline
 from leansd.runtime.compiled import CompiledCalls, TraceSlot, freeze
 from leansd.runtime.controlnet import ControlHook
 from leansd.runtime.guidance import run_step
@@ -36,7 +37,7 @@ from leansd.runtime.hooks import (
     patch_method,
 )
 from leansd.runtime.nets import select_residuals
-from leansd.runtime.run import Follower, find_calling_pipeline, find_follower
+from leansd.runtime.run import Follower, find_follower
 from leansd.runtime.watch import UNetWatch
 from leansd.surgery.parts.gri import attend, call_at_size, find_processor
 
@@ -127,8 +128,12 @@ class Engine:
         return places
 
     def _mend(self) -> None:
-        """Hook what was put in the place of hooked modules: peft wraps and unwraps layers."""
-        if all(children.get(name) is child for children, name, child in self._places):
+        """Hook what was put in the place of hooked modules, and what others have unhooked.
+
+        Peft wraps and unwraps layers; diffusers' own hooks take off what came after them.
+        """
+        same = all(children.get(name) is child for children, name, child in self._places)
+        if same and self.hooks.is_whole:
             return
         with LOCK:
             if self.followers or self.guests:  # not released meanwhile
@@ -278,6 +283,7 @@ class Engine:
 
     def _end_call(self) -> None:
         """A pipeline call is over in this thread, also one that was interrupted: keep nothing."""
+        self._mend()
         last, self._thread.last = self._thread.last, None
         caller = find_calling_pipeline()
         for follower in self.followers:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+from diffusers import ModelMixin
 from torch import nn
 
 Forward = Callable[..., Any]
@@ -22,6 +23,8 @@ Around = Callable[..., Any]
 
 PLAIN, HOOKED = "forward", "_old_forward"
 """Where a module keeps its forward, and where it does while accelerate has hooked it."""
+REGISTRY = "_diffusers_hook"
+"""Where a module keeps diffusers' hooks: group offloading, layerwise casting, caches."""
 ENDED = "_reset_stateful_cache"
 """What diffusers' pipelines call at the end of a call on every component that has it."""
 
@@ -74,6 +77,28 @@ class PatchedMethod:
     slots: tuple[str, ...]
     """The attributes that may hold it; others move a forward to a second place."""
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the instance still runs it, below whatever others have put around it since.
+
+        Only what certainly leads to the instance's own method without it counts as taken off.
+        """
+        holds = vars(self.owner)
+        if any(holds.get(slot) is self.patched for slot in self.slots):
+            return True
+        starts = [holds.get(self.slots[0]), *(getattr(*each) for each in _list_links(self.owner))]
+        return any(self._lies_below(each) for each in starts)
+
+    def _lies_below(self, runs: Any) -> bool:
+        while runs is not None and runs is not self.patched:
+            if getattr(runs, "__self__", None) is self.owner:
+                return False
+            below = getattr(runs, "__wrapped__", None)
+            if below is None:
+                return True  # somebody's function of which nothing is known
+            runs = below
+        return runs is not None
+
     def release(self) -> None:
         """Put back what was there, wherever others have moved it. A second release does nothing."""
         self.link.around = None
@@ -87,17 +112,20 @@ class PatchedMethod:
                 delattr(self.owner, slot)
             else:
                 setattr(self.owner, slot, before)
+        for link, name in _list_links(self.owner):
+            if getattr(link, name) is self.patched:
+                setattr(link, name, before)
 
     @property
     def is_plain(self) -> bool:
         """Whether the released instance runs what it did before it was patched."""
-        runs = getattr(self.owner, _find_slot(self.owner, self.slots))
+        runs = getattr(*_find_place(self.owner, self.slots))
         return runs == self.before and self.link.was_set == (self.slots[0] in vars(self.owner))
 
     def resume(self, around: Around) -> None:
         """Put the released function there once more."""
         self.link.around = around
-        setattr(self.owner, _find_slot(self.owner, self.slots), self.patched)
+        setattr(*_find_place(self.owner, self.slots), self.patched)
 
 
 def patch_method(
@@ -111,17 +139,33 @@ def patch_method(
     """
     slots = slots or (name,)
     link = HookLink(label or name, around, was_set=slots[0] in vars(owner))
-    slot = _find_slot(owner, slots)
-    before = getattr(owner, slot)
+    place = _find_place(owner, slots)
+    before = getattr(*place)
     patched = functools.partial(call_around, link, before)
     functools.update_wrapper(patched, before)
-    setattr(owner, slot, patched)
+    setattr(*place, patched)
     return PatchedMethod(owner, link, patched, before, slots)
 
 
-def _find_slot(owner: Any, slots: tuple[str, ...]) -> str:
-    """Where the method lies: within accelerate's offload hooks, which come and go every call."""
-    return next((slot for slot in slots[1:] if slot in vars(owner)), slots[0])
+def _find_place(owner: Any, slots: tuple[str, ...]) -> tuple[Any, str]:
+    """What holds the method, and by which attribute.
+
+    It lies within accelerate's offload hooks, which come and go every call. Diffusers' hooks put
+    back what they have found when they go, and with it take off whatever came later; a whole net
+    is hooked within them. Its blocks are hooked outside: one that is skipped need not be loaded.
+    """
+    slot = next((slot for slot in slots[1:] if slot in vars(owner)), None)
+    if slot is None and slots[0] == PLAIN and isinstance(owner, ModelMixin):
+        for link, name in _list_links(owner):
+            if getattr(link, name) is not None:
+                return link, name
+    return owner, slot or slots[0]
+
+
+def _list_links(owner: Any) -> list[tuple[Any, str]]:
+    """Where diffusers' hooks on a module keep what they are around, the innermost first."""
+    links = getattr(vars(owner).get(REGISTRY), "_fn_refs", ())
+    return [(link, name) for link in links for name in ("original_forward", "forward")]
 
 
 def _find_live(method: Forward, was_set: bool) -> tuple[Forward, bool]:
@@ -147,13 +191,18 @@ class ForwardHooks:
         """Hook what stands in the place of modules now; those that are hooked stay as they are."""
         for name, module in modules.items():
             old = self._patched.get(name)
-            if old is not None and old.owner is module:
+            if old is not None and old.owner is module and old.is_in_place:
                 continue
             if old is not None:
                 old.release()
             self._patched[name] = patch_method(
                 module, PLAIN, self._around, slots=(PLAIN, HOOKED), label=name
             )
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all is still hooked: others, taking off their own hooks, may take off these."""
+        return all(each.is_in_place for each in self._patched.values())
 
     def release(self) -> None:
         """Put back what was there. A second release does nothing."""

@@ -12,6 +12,7 @@ from leansd.plans.anatomy import HEAD, STEM, Anatomy
 from leansd.plans.liveness import Program
 from leansd.plans.plan import Plan
 from leansd.runtime.call import UNetCall
+from leansd.runtime.callers import count_depth, find_calling_pipeline
 from leansd.runtime.guidance import find_scale, guides
 from leansd.runtime.hooks import patch_method
 
@@ -94,14 +95,16 @@ class LatentsWatch:
     """Sees to it that the latents of one step are what the scheduler made at the step before.
 
     Callbacks may change them, and some pipelines do; then nothing that is a sum since the start of
-    a run holds. It is put on the scheduler for the length of a run.
+    a run holds. It is put on the scheduler for the length of
+    a run; what others do with the scheduler meanwhile, a preview in a callback, is no step of it.
     """
 
-    def __init__(self, plan: Plan, scheduler: Any) -> None:
-        self._plan = plan
+    def __init__(self, plan: Plan, pipe: Any) -> None:
+        self._plan, self._pipe = plan, pipe
+        self._caller = self._find_caller()
         self._last: torch.Tensor | None = None
         self._version = 0
-        self._hook = patch_method(scheduler, "step", self._around)
+        self._hook = patch_method(pipe.scheduler, "step", self._around)
 
     def release(self) -> None:
         """Take it off. A second release does nothing."""
@@ -109,6 +112,8 @@ class LatentsWatch:
         self._hook.release()
 
     def _around(self, _: str, own: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._find_caller() != self._caller:
+            return own(*args, **kwargs)
         sample = args[2] if len(args) > 2 else kwargs.get("sample")
         if self._last is not None and not self._is_last(sample):
             self.release()
@@ -120,6 +125,9 @@ class LatentsWatch:
         last = result[0]
         self._last, self._version = last, _read_version(last)
         return result
+
+    def _find_caller(self) -> tuple[int, int]:
+        return id(find_calling_pipeline()), count_depth(self._pipe)
 
     def _is_last(self, sample: Any) -> bool:
         last = self._last

@@ -6,7 +6,6 @@ run that each thread is in. The engine asks it what a call is to do, and nothing
 
 from __future__ import annotations
 
-import sys
 import threading
 import warnings
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from diffusers import ConfigMixin, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import nn
 
 from leansd.anatomy.reading import read_anatomy
@@ -32,6 +31,7 @@ from leansd.plans.resolve import PlanChoice, PlanContext, Resolved, Source, reso
 from leansd.plans.row import SAMPLE
 from leansd.runtime.adaptive import AdaptiveBranch
 from leansd.runtime.call import CacheBranch, UNetArguments, UNetStep
+from leansd.runtime.callers import count_depth, find_calling_pipeline
 from leansd.runtime.clock import CallPosition, Clock, LoopClock, SchedulerClock, is_view
 from leansd.runtime.context import describe_runs
 from leansd.runtime.controlnet import ControlResiduals, UpcomingCall, complete_residuals
@@ -59,8 +59,6 @@ from leansd.runtime.watch import CallSignature, Conditions, UNetWatch, wants_gra
 
 MOST_OUTSIDE = 10_000
 """Calls of no run that are counted for a report, at most."""
-INSIDE = ("torch", "leansd.runtime")
-"""Modules whose frames are no pipeline's."""
 
 
 @dataclass(eq=False)
@@ -125,8 +123,13 @@ class Run:
 class _ThreadState(threading.local):
     """What one thread is in the midst of."""
 
-    clock: Clock | None = None
-    run: Run | None = None
+    def __init__(self) -> None:
+        self.depth = 0
+        """How many calls of the pipeline lie within one another: a callback may call it again."""
+        self.clock: Clock | None = None
+        self.run: Run | None = None
+        self.outer: list[tuple[int, Clock | None, Run | None]] = []
+        """Of the calls that wait for the innermost one."""
 
 
 class Follower:
@@ -198,6 +201,7 @@ class Follower:
 
     def start_call(self, arguments: UNetArguments) -> UNetStep | None:
         """Place a UNet call; None where it is none of this follower's."""
+        self._enter()
         position = self.clock.locate(arguments.timestep)
         if position is None:
             return None
@@ -268,14 +272,19 @@ class Follower:
 
     def end_run(self) -> None:
         """This thread's run is over: tell what is wrong with it, and keep nothing."""
+        self._enter()
+        if self._state.run is not None:
+            self.last = self._state.run.stats
         self._tell_fault()
         self.abort()
 
     def abort(self) -> None:
-        """Forget this thread's run, as where its call failed midway."""
-        if self._state.run is not None:
-            self._state.run.clear()
-        self._state.run = self._state.clock = None
+        """Forget this thread's run, as where its call failed midway; the one around it goes on."""
+        state = self._state
+        if state.run is not None:
+            state.run.clear()
+        nothing = 0, None, None
+        state.depth, state.clock, state.run = state.outer.pop() if state.outer else nothing
 
     def forget(self) -> None:
         """Forget the runs of all threads."""
@@ -299,6 +308,7 @@ class Follower:
 
     def peek(self, arguments: UNetArguments) -> UpcomingCall | None:
         """What the UNet call after this call of a ControlNet will do."""
+        self._enter()
         position = self.clock.peek(arguments.timestep)
         if position is None or not self.watches:
             return None
@@ -341,6 +351,17 @@ class Follower:
         return self.compile_options is not None and run is not None and run.plan.drift is None
 
     # -- placing a call --------------------------------------------------------------------------
+
+    def _enter(self) -> None:
+        """Turn to the run of the innermost call of the pipeline; those around it wait."""
+        if self.pipe is None:
+            return
+        state, depth = self._state, count_depth(self.pipe)
+        while state.depth > depth:
+            self.abort()  # of a call that failed
+        if state.depth < depth:
+            state.outer.append((state.depth, state.clock, state.run))
+            state.depth, state.clock, state.run = depth, None, None
 
     def _find_run(self, position: CallPosition) -> Run:
         """The run that a call is of; a ControlNet asks for it before the UNet does."""
@@ -432,7 +453,7 @@ class Follower:
         except LeansdError:
             self.abort()
             raise
-        run.latents = LatentsWatch(plan, pipe.scheduler)
+        run.latents = LatentsWatch(plan, pipe)
         self._latents.add(run.latents)
 
     def _make_program(
@@ -521,23 +542,3 @@ def find_follower(followers: Sequence[Follower], timestep: Any) -> Follower | No
     mine = [each for each in followers if each.thread == here]
     loose = mine or [each for each in followers if each.thread is None]
     return loose[-1] if len(loose) == 1 else None
-
-
-def find_calling_pipeline() -> Any | None:
-    """The innermost pipeline that is being called in this thread."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        is_method = code.co_argcount > 0 and code.co_varnames[0] == "self"
-        if is_method and not frame.f_globals.get("__name__", "").startswith(INSIDE):
-            owner = frame.f_locals.get("self")
-            if _is_pipeline(owner):
-                return owner
-        frame = frame.f_back
-    return None
-
-
-def _is_pipeline(owner: Any) -> bool:
-    """Whether an object is a pipeline of diffusers, an ordinary or a modular one."""
-    is_configured = isinstance(owner, ConfigMixin) and not isinstance(owner, nn.Module)
-    return is_configured and hasattr(type(owner), "components")

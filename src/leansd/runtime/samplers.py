@@ -71,7 +71,7 @@ def make_scheduler(pipe: DiffusionPipeline, name: str) -> Any:
     row = SAMPLERS[check_sampler(name)]
     if row.is_flow != is_flow(pipe.scheduler):
         what, not_what = ("a flow", "noise") if row.is_flow else ("noise", "a flow")
-        fitting = [each for each, other in SAMPLERS.items() if other.is_flow != row.is_flow]
+        fitting = list_samplers(pipe.scheduler)
         raise LeansdError(
             f"sampler {name} is for models that predict {what}, and this "
             f"{type(pipe).__name__} predicts {not_what}: choose from {', '.join(fitting)}"
@@ -86,6 +86,11 @@ def make_scheduler(pipe: DiffusionPipeline, name: str) -> Any:
 
 
 _SHIFTS = ("shift", "flow_shift")
+
+
+def list_samplers(scheduler: Any) -> tuple[str, ...]:
+    """Samplers for models that predict the same as that of this scheduler: noise, or a flow."""
+    return tuple(name for name, row in SAMPLERS.items() if row.is_flow == is_flow(scheduler))
 
 
 def check_sampler(name: str) -> str:

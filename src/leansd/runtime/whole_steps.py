@@ -21,11 +21,11 @@ from leansd.core.schedule import CallSchedule
 from leansd.errors import LeansdError
 from leansd.plans.plan import Plan
 from leansd.plans.resolve import Resolved, Source, resolve_plan
+from leansd.runtime.callers import count_depth, find_calling_pipeline
 from leansd.runtime.clock import read_schedule
 from leansd.runtime.context import describe_runs
 from leansd.runtime.hooks import ForwardHooks, PipelineEndHook
 from leansd.runtime.report import Report
-from leansd.runtime.run import find_calling_pipeline
 
 CONDITIONS = ("encoder_hidden_states", "pooled_projections", "skip_layers")
 """Arguments by which calls of one step are told apart and changes in the midst of a run noticed."""
@@ -69,8 +69,8 @@ class WholeStepFollower:
         self.thread: int | None = None
         """Of the `with` block; a pipeline is one thread's at a time."""
         self.last: WholeRun | None = None
-        self._runs: dict[int, WholeRun] = {}
-        """By thread."""
+        self._runs: dict[tuple[int, int], WholeRun] = {}
+        """By thread, and by how many calls of the pipeline lie within one another there."""
         self._hooks: ForwardHooks | None = None
         self._end: PipelineEndHook | None = None
         self._warned: set[str] = set()
@@ -164,15 +164,15 @@ class WholeStepFollower:
 
     def _find_run(self) -> tuple[WholeRun, int]:
         """This thread's run, and which of its calls comes now."""
-        scheduler, thread = self.pipe.scheduler, threading.get_ident()
-        run = self._runs.get(thread)
+        scheduler, call = self.pipe.scheduler, (threading.get_ident(), count_depth(self.pipe))
+        run = self._runs.get(call)
         if run is None or run.schedule.timesteps is not scheduler.timesteps:
             if run is not None:
                 run.player.clear()
             schedule = read_schedule(scheduler)
             resolved = self._resolve(schedule.steps, getattr(self.pipe, "_guidance_scale", None))
             run = WholeRun(resolved.plan, schedule, resolved.notes)
-            self.last = self._runs[thread] = run
+            self.last = self._runs[call] = run
         index = getattr(scheduler, "step_index", None)
         if index is None:
             index = getattr(scheduler, "begin_index", None) or 0
@@ -189,10 +189,13 @@ class WholeStepFollower:
 
     def _forget(self) -> None:
         """A pipeline call is over in this thread, also one that was interrupted: keep nothing."""
+        if self._hooks is not None:
+            self._hooks.renew({"transformer": self.transformer})
         if find_calling_pipeline() in (None, self.pipe):
-            run = self._runs.pop(threading.get_ident(), None)
-            if run is not None:
-                run.player.clear()
+            thread, depth = threading.get_ident(), count_depth(self.pipe)
+            self.last = self._runs.get((thread, depth), self.last)
+            for call in [each for each in self._runs if each[0] == thread and each[1] >= depth]:
+                self._runs.pop(call).player.clear()
 
 
 class _OddOutput(Exception):

@@ -10,7 +10,7 @@ from markupsafe import escape
 from leansd.evaluation.compare import LEAN, RunProgress
 from leansd.evaluation.prediction import Profiled, show_milliseconds, tabulate_gains, tabulate_split
 from leansd.evaluation.runs import FULL
-from leansd.plans.anatomy import Anatomy
+from leansd.plans.anatomy import WHOLE, Anatomy
 from leansd.plans.compile import compile_plan, predict_speedup
 from leansd.plans.liveness import Call
 from leansd.plans.plan import Plan
@@ -104,13 +104,13 @@ def show_numbers(entry: HistoryEntry, warnings: Sequence[str] = ()) -> str:
         (
             "speed-up",
             f"{numbers.speedup:.2f}x",
-            spread if rounds > 1 else f"UNet, predicted {predicted}",
+            spread if rounds > 1 else f"denoiser, predicted {predicted}",
         ),
         ("time", f"{lean[rounds // 2]:.2f} s", f"full run {full[rounds // 2]:.2f} s"),
         ("PSNR", f"{numbers.psnr:.1f} dB", _judge(numbers.psnr)),
         ("SSIM", f"{numbers.ssim:.3f}", "1 is the same picture"),
         (
-            "UNet calls in full",
+            "calls in full",
             f"{numbers.full_calls} of {numbers.calls}",
             f"{numbers.bytes_kept / 2**20:.2f} MiB kept",
         ),
@@ -135,7 +135,7 @@ def show_forecast(plan: Plan, forecast: Forecast, notes: Sequence[str] = ()) -> 
     """How fast the plan in hand should be, and what must be said of it."""
     parts = ["not counted"]
     if forecast.unet is not None:
-        parts = [f"predicted <b>{forecast.unet:.2f}x</b> in the UNet, by multiply-accumulates"]
+        parts = [f"predicted <b>{forecast.unet:.2f}x</b> by computation"]
     if forecast.run is not None and forecast.seconds is not None:
         parts.append(f"<b>{forecast.run:.2f}x</b>, {forecast.seconds:.2f} s a picture, as timed")
     keys = f"{len(plan.keys)} of {plan.steps} steps in full"
@@ -148,6 +148,12 @@ def show_forecast(plan: Plan, forecast: Forecast, notes: Sequence[str] = ()) -> 
 def show_anatomy(model: KnownModel) -> str:
     """Where the UNet keeps its parameters and spends its multiply-accumulates."""
     anatomy = model.anatomy
+    width, height = model.size
+    if anatomy is WHOLE:
+        return show_note(
+            f"{model.name}: {model.denoiser}, {model.params / 1e6:.2f} M parameters, "
+            f"{width} x {height} pixels; its whole steps are inherited."
+        )
     picked = [(block, anatomy.select(block)) for block in ("stem", *anatomy.blocks, "head")]
     bars = [
         Bar(
@@ -163,7 +169,7 @@ def show_anatomy(model: KnownModel) -> str:
     work = anatomy.uncounted or f"{anatomy.macs / 1e9:.3f} GMAC a call"
     lead = (
         f"{model.name}: {len(anatomy) - 2} units and 2 ends, {anatomy.params / 1e6:.2f} M "
-        f"parameters, {work}, {model.size[0]} x {model.size[1]} pixels."
+        f"parameters, {work}, {width} x {height} pixels."
     )
     return f'<div class="drawing"><p>{escape(lead)}</p>{_draw(drawing)}</div>'
 

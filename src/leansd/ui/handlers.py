@@ -21,7 +21,7 @@ from leansd.plans.plan import Plan
 from leansd.report.plans import describe_choice
 from leansd.text import explain_validation
 from leansd.ui import fragments
-from leansd.ui.folders import HistoryEntry, Settings, list_entries, read_entry
+from leansd.ui.folders import OWN_SAMPLER, HistoryEntry, Settings, list_entries, read_entry
 from leansd.ui.job_queue import Done, JobQueue, Stopped, follow
 from leansd.ui.page import MOST_STEPS, Parts
 from leansd.ui.plan_grid import (
@@ -55,7 +55,7 @@ def connect(parts: Parts, handlers: Handlers) -> None:
     # A handler reads what it likes, and names what it may change.
     forecasts = [parts.forecast, parts.prediction]
     plan = [parts.plan, parts.grid, *forecasts, parts.lanes]
-    model = [parts.guidance, parts.anatomy, parts.costs, parts.prompts]
+    model = [parts.sampler, parts.guidance, parts.anatomy, parts.costs, parts.prompts]
     history = [parts.gallery, parts.keys]
     entry = [parts.full, parts.lean, parts.slider, parts.numbers]
     busy = [
@@ -92,7 +92,7 @@ def connect(parts: Parts, handlers: Handlers) -> None:
         quick(event, handlers.save_plan, [*saved, *forecasts])
     loading = {*parts.inputs, parts.upload}
     quick(parts.upload.upload, handlers.load_plan, [parts.steps, *edited], inputs=loading)
-    chosen = [parts.plan_name, parts.tabs, *parts.settings.values(), *model[1:], *plan, *entry]
+    chosen = [parts.plan_name, parts.tabs, *parts.settings.values(), *model[2:], *plan, *entry]
     quick(parts.gallery.select, handlers.recall, chosen)
 
     drawn = [parts.lanes, parts.tabs, *entry, *history]
@@ -169,10 +169,11 @@ class Handlers:
         shown = fragments.show_forecast(plan, forecast, notes)
         return dict.fromkeys((self.parts.forecast, self.parts.prediction), shown)
 
-    def show_model(self, model: KnownModel) -> Changes:
+    def show_model(self, model: KnownModel, sampler: str) -> Changes:
         parts = self.parts
         measured = fragments.show_profile(model.profiled) if model.profiled is not None else ""
         return {
+            parts.sampler: gr.update(choices=[OWN_SAMPLER, *model.samplers], value=sampler),
             parts.guidance: model.guidance,
             parts.anatomy: fragments.show_anatomy(model),
             parts.costs: measured,
@@ -210,16 +211,22 @@ class Handlers:
         except ValidationError as error:
             raise LeansdError(explain_validation(error)) from None
 
+    def read_own_settings(self, model: KnownModel, given: Given) -> Settings:
+        """The same for a model that was just chosen: its guidance, and a sampler that suits it."""
+        sampler = given[self.parts.sampler]
+        sampler = sampler if sampler in model.samplers else OWN_SAMPLER
+        return self.read_settings(given, guidance=model.guidance, sampler=sampler)
+
     @explain
     def begin(self, given: Given) -> Changes:
         """A page that has just been opened."""
         parts, choice = self.parts, given[self.parts.plan_name]
         model = self.studio.open(given[parts.model])
-        settings = self.read_settings(given, guidance=model.guidance)
+        settings = self.read_own_settings(model, given)
         return {
             parts.model: gr.update(choices=self.studio.folders.list_models()),
-            parts.plan_name: gr.update(choices=self.studio.list_plans(), value=choice),
-            **self.show_model(model),
+            parts.plan_name: gr.update(choices=self.studio.list_plans(model), value=choice),
+            **self.show_model(model, settings.sampler),
             **self.show_plan(choice, settings, given),
             **self.show_history(),
         }
@@ -228,11 +235,12 @@ class Handlers:
     def pick_model(self, given: Given) -> Changes:
         """Another model: its own guidance, and the plan anew."""
         model = self.studio.open(given[self.parts.model])
-        settings = self.read_settings(given, guidance=model.guidance)
-        choice = given[self.parts.plan_name] or "balanced"
+        settings, choices = self.read_own_settings(model, given), self.studio.list_plans(model)
+        choice = given[self.parts.plan_name]
+        choice = choice if choice in choices else "balanced"
         return {
-            self.parts.plan_name: choice,
-            **self.show_model(model),
+            self.parts.plan_name: gr.update(choices=choices, value=choice),
+            **self.show_model(model, settings.sampler),
             **self.show_plan(choice, settings, given),
         }
 
@@ -313,7 +321,10 @@ class Handlers:
             parts.plan: saved,
             **self.show_forecast(saved, self.studio.open(settings.model), settings),
             parts.save_name: path.stem,
-            parts.plan_name: gr.update(choices=self.studio.list_plans(), value=SAVED + path.stem),
+            parts.plan_name: gr.update(
+                choices=self.studio.list_plans(self.studio.open(settings.model)),
+                value=SAVED + path.stem,
+            ),
             parts.download: gr.update(value=str(path), interactive=True),
             parts.cell: fragments.show_note(f"saved as {path.name}{replaced}"),
         }
@@ -488,10 +499,12 @@ class Handlers:
         entry = read_entry(self.studio.folders.history, keys[place])
         settings = entry.settings
         own = settings.model_dump()
+        model = self.studio.open(settings.model)
         return {
-            **self.show_model(self.studio.open(settings.model)),
             **{part: own[name] for name, part in parts.settings.items()},
-            parts.plan_name: None,
+            **self.show_model(model, settings.sampler),
+            parts.guidance: settings.guidance,
+            parts.plan_name: gr.update(choices=self.studio.list_plans(model), value=None),
             parts.tabs: gr.Tabs(selected="pictures"),
             **self.show_plan(entry.plan, settings, given),
             **self.show_entry(entry),

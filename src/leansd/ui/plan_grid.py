@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from leansd.errors import LeansdError
 from leansd.plans.address import get_block, get_layer
-from leansd.plans.anatomy import HEAD, Anatomy
+from leansd.plans.anatomy import HEAD, WHOLE, Anatomy
 from leansd.plans.compile import compile_plan
 from leansd.plans.grid import GUIDANCE_STATES, get_states, list_states
 from leansd.plans.liveness import GUIDANCE, Net
@@ -90,7 +90,9 @@ def lay_out_grid(plan: Plan, anatomy: Anatomy, tier: Tier = "layer") -> PlanGrid
     rows = list_tier(anatomy, tier)
     known = {at for _, units in rows for at in units}
     rows += [(at, (at,)) for at in states if at not in known]
-    if GUIDANCE not in states:
+    if anatomy is WHOLE:  # guidance of a transformer is computed whatever a plan says
+        rows = [row for row in rows if row[0] != GUIDANCE]
+    elif GUIDANCE not in states:
         states[GUIDANCE] = ["compute"] * plan.steps
         rows.append((GUIDANCE, (GUIDANCE,)))
     lines = tuple(

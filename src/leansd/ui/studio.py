@@ -22,14 +22,14 @@ from leansd.evaluation.profile import profile
 from leansd.evaluation.prompt_sets import find_guidance
 from leansd.evaluation.records import stamp
 from leansd.evaluation.runs import FULL
-from leansd.loading import load
-from leansd.plans.anatomy import Anatomy
+from leansd.loading import load_drawing
+from leansd.plans.anatomy import WHOLE, Anatomy
 from leansd.plans.compile import compile_plan, predict_speedup
 from leansd.plans.plan import Plan
 from leansd.plans.presets import PRESETS, SPEED_PRESETS, preset
-from leansd.plans.resolve import PlanContext, Resolved, resolve_plan
-from leansd.runtime.context import describe_runs
-from leansd.runtime.samplers import name_sampler, set_sampler
+from leansd.plans.resolve import STEPS, PlanContext, Resolved, resolve_plan
+from leansd.runtime.context import describe_runs, find_transformer
+from leansd.runtime.samplers import list_samplers, name_sampler, set_sampler
 from leansd.tuning.front import Front, Point
 from leansd.tuning.host import require_tunable
 from leansd.tuning.tuner import FEWEST_CALLS, tune
@@ -51,8 +51,13 @@ class KnownModel:
     name: str
     anatomy: Anatomy
     """With multiply-accumulates at the size that the model draws, where they can be counted."""
+    denoiser: str
+    """The class of what denoises."""
+    params: int
     sampler: str
     """Of the model itself."""
+    samplers: tuple[str, ...]
+    """Those that suit it."""
     guidance: float
     size: tuple[int, int]
     profiled: Profiled | None = None
@@ -66,6 +71,7 @@ class Opened:
     model: KnownModel
     pipe: Any
     scheduler: Any
+    denoiser: Any
     is_warm: bool = False
 
 
@@ -74,7 +80,8 @@ class Forecast:
     """How fast a plan should be."""
 
     unet: float | None
-    """Full run's over this run's multiply-accumulates in the UNet; None where not counted."""
+    """Full run's over this run's multiply-accumulates in the UNet, or calls of a transformer; None
+    where not counted."""
     run: float | None = None
     """Of the whole pipeline call, where it was profiled here."""
     seconds: float | None = None
@@ -126,17 +133,27 @@ class Studio:
             return self._opened
         source = self.folders.find_model(name)
         self._opened = None
-        pipe = load(source, device=self.device)
+        pipe: Any = load_drawing(source, device=self.device)
         pipe.set_progress_bar_config(disable=True)
+        transformer = find_transformer(pipe)
+        denoiser = pipe.unet if transformer is None else transformer
         if name not in self._models:
-            width, height = size = default_size(pipe)
-            factor = pipe.vae_scale_factor
-            latent = (height // factor, width // factor)
-            tokens = pipe.tokenizer.model_max_length
-            anatomy = dissect(pipe.unet, latent=latent, tokens=tokens, name=name)
-            guidance = find_guidance(pipe, name)
-            self._models[name] = KnownModel(name, anatomy, name_sampler(pipe), guidance, size)
-        self._opened = Opened(self._models[name], pipe, pipe.scheduler)
+            size, anatomy = default_size(pipe), WHOLE
+            if transformer is None:
+                latent = (size[1] // pipe.vae_scale_factor, size[0] // pipe.vae_scale_factor)
+                tokens = pipe.tokenizer.model_max_length
+                anatomy = dissect(denoiser, latent=latent, tokens=tokens, name=name)
+            self._models[name] = KnownModel(
+                name,
+                anatomy,
+                type(denoiser).__name__,
+                sum(each.numel() for each in denoiser.parameters()),
+                name_sampler(pipe),
+                list_samplers(pipe.scheduler),
+                find_guidance(pipe, name),
+                size,
+            )
+        self._opened = Opened(self._models[name], pipe, pipe.scheduler, denoiser)
         return self._opened
 
     @contextmanager
@@ -149,16 +166,19 @@ class Studio:
             if settings.sampler != OWN_SAMPLER:
                 set_sampler(opened.pipe, settings.sampler)
             try:
-                with job.watching(opened.pipe.unet):
+                with job.watching(opened.denoiser):
                     yield opened
             finally:
                 opened.pipe.scheduler = opened.scheduler
 
     # -- plans ---------------------------------------------------------------------------------
 
-    def list_plans(self) -> list[str]:
-        """Presets, the speed presets first, and saved plans; none that needs further UNets."""
-        others = [name for name in PRESETS if name not in SPEED_PRESETS and _runs_alone(name)]
+    def list_plans(self, model: KnownModel) -> list[str]:
+        """Presets that suit a model, the speed presets first, and saved plans.
+
+        None is among them that needs further UNets.
+        """
+        others = [name for name in PRESETS if name not in SPEED_PRESETS and _suits(name, model)]
         return [*SPEED_PRESETS, *others, *(SAVED + name for name in self.folders.list_plans())]
 
     def resolve(self, source: str | Plan, settings: Settings) -> Resolved:
@@ -194,6 +214,8 @@ class Studio:
 
     def forecast(self, plan: Plan, model: KnownModel, *, guided: bool = True) -> Forecast:
         """How fast the plan should be; where the model was profiled, in time as well."""
+        # Of a transformer only whole steps are inherited, and guidance is always computed.
+        guided = guided and model.anatomy is not WHOLE
         program = compile_plan(plan, model.anatomy, guided=guided)
         unet = None if model.anatomy.uncounted else predict_speedup(program.calls, model.anatomy)
         if model.profiled is None or model.profiled.cost.is_guided != guided:
@@ -252,8 +274,14 @@ class Studio:
         """Time everything on this machine; from then on plans are forecast in time as well.
 
         Raises:
+            LeansdError: a transformer denoises.
             Stopped: the job was.
         """
+        if self.open(settings.model).anatomy is WHOLE:
+            raise LeansdError(
+                f"units are timed in UNets, and in {settings.model} a transformer denoises; tuning "
+                "times its calls as a whole"
+            )
         with self._work_on(settings, job) as opened:
             told = iter(range(1, PROFILE_REPEATS + 1))
             on_progress(0, PROFILE_REPEATS)
@@ -371,9 +399,12 @@ def list_faults(comparison: Comparison) -> list[str]:
     ]
 
 
-def _runs_alone(name: str) -> bool:
-    """Whether a preset runs with the pipeline's own UNet and no further choices."""
+def _suits(name: str, model: KnownModel) -> bool:
+    """Whether a preset runs on a model with no other nets and no further choices."""
     try:
-        return not preset(name, 30).nets
+        if model.anatomy is not WHOLE:
+            return not preset(name, STEPS).nets
+        plan = resolve_plan(name, PlanContext(STEPS, model.sampler, anatomy=WHOLE)).plan
+        return name == "full" or any(row.inherit for row in plan.rows)
     except LeansdError:
         return False
