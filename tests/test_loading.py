@@ -26,6 +26,10 @@ def copy(folder, tmp_path):
     return shutil.copytree(folder, tmp_path / "copy")
 
 
+def test_a_folder_is_meant_by_its_index(folder):
+    assert locate(folder / "model_index.json") == folder
+
+
 def test_a_folder_opens_in_float32_on_the_cpu(folder):
     pipe = leansd.load(folder, device="cpu")
     assert isinstance(pipe, StableDiffusionPipeline)
@@ -53,6 +57,13 @@ def test_image_to_image_shares_every_part(folder):
     other = as_image_to_image(pipe)
     assert isinstance(other, StableDiffusionImg2ImgPipeline)
     assert other.unet is pipe.unet
+
+
+@pytest.mark.parametrize("open_model", [leansd.load, leansd.load_unet, load_outline])
+@pytest.mark.parametrize("given", [torch.nn.Identity(), None], ids=["net", "nothing"])
+def test_what_is_no_name_of_a_model_is_told_by_its_kind(open_model, given):
+    with pytest.raises(LeansdError, match=f"file; this is a {type(given).__name__}$"):
+        open_model(given)
 
 
 @pytest.mark.parametrize("open_model", [leansd.load, load_outline])

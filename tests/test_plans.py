@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from leansd.plans.grid import draw_picture, list_states
 from leansd.plans.liveness import Kept, Net, find_pattern
 from leansd.plans.methods import METHODS, Method, lagrange
 from leansd.plans.plan import Tuned
+from leansd.plans.resolve import find_source
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +224,12 @@ def test_every_preset_fits_every_step_count_and_model(model: str) -> None:
         assert plan.name == name
         nets = {net: Net(anatomy) for net in plan.nets}
         assert len(compile_plan(plan, anatomy, nets=nets).calls) == steps, (name, steps)
+
+
+@pytest.mark.parametrize("given", [None, 3, {"balanced": 1}])
+def test_what_is_no_plan_is_told(given: Any) -> None:
+    with pytest.raises(LeansdError, match=r"a plan is a leansd\.Plan, the name of a preset or"):
+        find_source(given)
 
 
 def test_unknown_presets_and_options_say_what_there_is() -> None:

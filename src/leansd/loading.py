@@ -5,6 +5,7 @@ Only safetensors are read, so nothing a stranger wrote is ever unpickled.
 
 import json
 import logging
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -217,6 +218,7 @@ def load_unet(
         return unet
     device = find_device(device)
     dtype = dtype or find_dtype(device)
+    require_name(folder)
     if str(folder) in (EMBEDDED, *NETS):
         own: Any = _open_embedded(str(folder), dtype)
         return own.to(device)
@@ -366,12 +368,14 @@ def find_dtype(device: torch.device) -> torch.dtype:
 
 def locate(model: str | Path) -> Path | str:
     """Where a model is: a folder or file on this machine, or else the hub id it must be."""
+    require_name(model)
     text = str(model)
     if text == EMBEDDED:
         from leansd.emoji.location import model_folder
 
         return model_folder()
     path = Path(text).expanduser()
+    path = path.parent if path.name == INDEX and path.is_file() else path
     if text and path.is_dir():
         path = find_snapshot(path) or path
         if not (path / INDEX).is_file():
@@ -388,6 +392,19 @@ def locate(model: str | Path) -> Path | str:
     if isinstance(model, str) and _HUB_ID.fullmatch(text):
         return text
     raise LeansdError(f"no model {text!r}: {FORMS}")
+
+
+def require_name(model: object) -> None:
+    """Refuse what is no name and no place, as a model that is open already.
+
+    Raises:
+        LeansdError: it is.
+    """
+    if not isinstance(model, str | os.PathLike):
+        raise LeansdError(
+            "a model is opened by its name, its folder or its file; this is a "
+            + type(model).__name__
+        )
 
 
 @contextmanager

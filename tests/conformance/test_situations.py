@@ -292,6 +292,25 @@ PREVIEWED = {
 
 
 @pytest.mark.parametrize("name", PREVIEWED)
+def test_a_preview_by_a_pipeline_of_the_same_parts_leaves_the_run_as_it_is(
+    pipe: Any, name: str
+) -> None:
+    """It has the scheduler in common, and is not attached."""
+    other = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    plain, previews = draw(pipe, text()), list[torch.Tensor]()
+
+    def preview(pipe: Any, step: int, moment: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        previews.append(draw(other, text()))
+        return inputs
+
+    with leansd.inherit(pipe, PREVIEWED[name]):
+        planned = draw(pipe, text())
+        assert torch.equal(draw(pipe, text(callback_on_step_end=preview)), planned)
+    assert all(torch.equal(each, plain) for each in previews)
+
+
+@pytest.mark.parametrize("name", PREVIEWED)
 def test_a_preview_by_the_same_pipeline_leaves_the_run_as_it_is(pipe: Any, name: str) -> None:
     """Each of the runs within one another follows the plan, also beside one that fails."""
     plan, previews = PREVIEWED[name], list[torch.Tensor]()

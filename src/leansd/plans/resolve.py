@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import HEAD, WHOLE, Anatomy
@@ -203,6 +204,12 @@ def find_source(source: Source | str | Path | Sequence[Plan | str | Path]) -> So
 
 
 def _find_choice(sources: Sequence[Plan | str | Path]) -> PlanChoice:
+    given: Any = sources
+    if not isinstance(given, Sequence):
+        raise LeansdError(
+            "a plan is a leansd.Plan, the name of a preset or the path of a plan file, or several "
+            f"of them; not {type(given).__name__}"
+        )
     found = [find_source(each) for each in sources]
     plans = tuple(each for each in found if isinstance(each, Plan))
     if not found or len(plans) < len(found):

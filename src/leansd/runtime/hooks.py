@@ -185,6 +185,8 @@ class ForwardHooks:
         self._around = around
         self._patched: dict[str, PatchedMethod] = {}
         self._released: dict[str, PatchedMethod] = {}
+        self._held: list[tuple[dict[str, Any], PatchedMethod]] = []
+        """The same, with the attributes of their modules."""
         self.renew(modules)
 
     def renew(self, modules: Mapping[str, nn.Module]) -> None:
@@ -198,11 +200,17 @@ class ForwardHooks:
             self._patched[name] = patch_method(
                 module, PLAIN, self._around, slots=(PLAIN, HOOKED), label=name
             )
+        self._note()
+
+    def _note(self) -> None:
+        self._held = [(vars(each.owner), each) for each in self._patched.values()]
 
     @property
     def is_whole(self) -> bool:
         """Whether all is still hooked: others, taking off their own hooks, may take off these."""
-        return all(each.is_in_place for each in self._patched.values())
+        # A look at every module in every UNet call: all but a few are seen at once.
+        lost = [each for holds, each in self._held if holds.get(PLAIN) is not each.patched]
+        return all(each.is_in_place for each in lost)
 
     def release(self) -> None:
         """Put back what was there. A second release does nothing."""
@@ -210,6 +218,7 @@ class ForwardHooks:
             name, each = self._patched.popitem()
             each.release()
             self._released[name] = each
+        self._note()
 
     def resume(self, modules: Mapping[str, nn.Module]) -> bool:
         """Hook once more what was released, with the same functions: compiled graphs know them.
@@ -226,6 +235,7 @@ class ForwardHooks:
             name, each = released.popitem()
             each.resume(self._around)
             self._patched[name] = each
+        self._note()
         return True
 
     def __enter__(self) -> ForwardHooks:
