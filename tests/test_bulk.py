@@ -302,6 +302,13 @@ def test_files_come_as_people_have_them(name: str, mark: str, tmp_path: Path) ->
         assert [row.negative_prompt for row in sheet.rows] == [None, "blue"]
 
 
+def test_ids_may_be_numbers(tmp_path: Path) -> None:
+    rows = [{"id": each, "prompt": "one"} for each in (7, "7", 0, -1, True, 1.5)]
+    sheet = read_sheet(write_rows(tmp_path / "rows.jsonl", rows))
+    assert [row.id for row in sheet.rows] == ["7", "0"]
+    assert [flaw.line for flaw in sheet.flaws] == [2, 4, 5, 6]
+
+
 def test_keys_that_are_not_used_are_told_with_their_line(tmp_path: Path) -> None:
     rows = [
         {"id": "a", "prompt": "one", "license": "mine"},

@@ -138,6 +138,7 @@ def load_outline(model: str | Path) -> UNet2DConditionModel:
     Args:
         model: what `load` opens, or the folder of a UNet by itself.
     """
+    require_name(model)
     if str(model) in NETS:
         from leansd.emoji.location import net_folder
 

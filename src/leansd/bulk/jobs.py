@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from leansd.cluster import RunTasks, TaskKind, finish_tasks
 from leansd.drawing import (
@@ -40,7 +40,13 @@ from leansd.version import __version__
 
 # -- rows of prompts -------------------------------------------------------------------------------
 
-Id = Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=200)]
+
+def _spell(given: Any) -> Any:
+    """A number as its digits: tables from databases have numbers for ids."""
+    return str(given) if type(given) is int else given
+
+
+Id = Annotated[str, BeforeValidator(_spell), Field(pattern=r"^\w[\w.-]*$", max_length=200)]
 
 OTHER_NAMES = {
     "negative": "negative_prompt",

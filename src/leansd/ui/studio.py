@@ -136,7 +136,7 @@ class Studio:
         pipe: Any = load_drawing(source, device=self.device)
         pipe.set_progress_bar_config(disable=True)
         transformer = find_transformer(pipe)
-        denoiser = pipe.unet if transformer is None else transformer
+        denoiser: Any = pipe.unet if transformer is None else transformer
         if name not in self._models:
             size, anatomy = default_size(pipe), WHOLE
             if transformer is None:
