@@ -1,11 +1,13 @@
-"""What a pipeline says of the runs that a plan is for."""
+"""Which pipeline makes a call, and what it says of the runs that a plan is for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from diffusers import ConfigMixin
 from torch import nn
 
 from leansd.anatomy.counting import dissect
@@ -14,6 +16,9 @@ from leansd.plans.anatomy import WHOLE, Anatomy
 from leansd.plans.plan import NO_NETS
 from leansd.plans.resolve import PlanContext
 from leansd.runtime.samplers import name_sampler
+
+INSIDE = ("torch", "leansd.runtime")
+"""Modules whose frames are no pipeline's."""
 
 
 def find_transformer(target: Any) -> nn.Module | None:
@@ -72,3 +77,36 @@ def describe_runs(
         log_snr=log_snr,
         find_unet=find_unet,
     )
+
+
+# -- who calls: known from the stack of a thread --------------------------------------------------
+
+
+def find_calling_pipeline() -> Any | None:
+    """The innermost pipeline that is being called in this thread."""
+    return next((owner for _, owner in _list_methods() if _is_pipeline(owner)), None)
+
+
+def count_depth(pipe: Any) -> int:
+    """How many calls of a pipeline lie within one another in this thread.
+
+    They are two where a callback draws a preview by the pipeline that it was called by.
+    """
+    return sum(name == "__call__" and owner is pipe for name, owner in _list_methods())
+
+
+def _list_methods() -> Iterator[tuple[str, Any]]:
+    """The methods that this thread is in, the innermost first, each with its object."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        code = frame.f_code
+        is_method = code.co_argcount > 0 and code.co_varnames[0] == "self"
+        if is_method and not frame.f_globals.get("__name__", "").startswith(INSIDE):
+            yield code.co_name, frame.f_locals.get("self")
+        frame = frame.f_back
+
+
+def _is_pipeline(owner: Any) -> bool:
+    """Whether an object is a pipeline of diffusers, an ordinary or a modular one."""
+    is_configured = isinstance(owner, ConfigMixin) and not isinstance(owner, nn.Module)
+    return is_configured and hasattr(type(owner), "components")

@@ -25,8 +25,8 @@ from leansd.plans.anatomy import HEAD, Anatomy
 from leansd.plans.row import OWN, Attend
 from leansd.runtime.cache import OutputShapes
 from leansd.runtime.call import UNetArguments, UNetStep
-from leansd.runtime.callers import find_calling_pipeline
 from leansd.runtime.compiled import CompiledCalls, TraceSlot, freeze
+from leansd.runtime.context import find_calling_pipeline
 from leansd.runtime.controlnet import ControlHook
 from leansd.runtime.guidance import run_step
 from leansd.runtime.hooks import (

@@ -12,7 +12,7 @@ from leansd.plans.anatomy import HEAD, STEM, Anatomy
 from leansd.plans.liveness import Program
 from leansd.plans.plan import Plan
 from leansd.runtime.call import UNetCall
-from leansd.runtime.callers import count_depth, find_calling_pipeline
+from leansd.runtime.context import count_depth, find_calling_pipeline
 from leansd.runtime.guidance import find_scale, guides
 from leansd.runtime.hooks import patch_method
 

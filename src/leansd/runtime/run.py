@@ -31,9 +31,8 @@ from leansd.plans.resolve import PlanChoice, PlanContext, Resolved, Source, reso
 from leansd.plans.row import SAMPLE
 from leansd.runtime.adaptive import AdaptiveBranch
 from leansd.runtime.call import CacheBranch, UNetArguments, UNetStep
-from leansd.runtime.callers import count_depth, find_calling_pipeline
 from leansd.runtime.clock import CallPosition, Clock, LoopClock, SchedulerClock, is_view
-from leansd.runtime.context import describe_runs
+from leansd.runtime.context import count_depth, describe_runs, find_calling_pipeline
 from leansd.runtime.controlnet import ControlResiduals, UpcomingCall, complete_residuals
 from leansd.runtime.guidance import (
     count_pictures,

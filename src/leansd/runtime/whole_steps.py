@@ -21,9 +21,8 @@ from leansd.core.schedule import CallSchedule
 from leansd.errors import LeansdError
 from leansd.plans.plan import Plan
 from leansd.plans.resolve import Resolved, Source, resolve_plan
-from leansd.runtime.callers import count_depth, find_calling_pipeline
 from leansd.runtime.clock import read_schedule
-from leansd.runtime.context import describe_runs
+from leansd.runtime.context import count_depth, describe_runs, find_calling_pipeline
 from leansd.runtime.hooks import ForwardHooks, PipelineEndHook
 from leansd.runtime.report import Report
 
