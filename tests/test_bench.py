@@ -50,6 +50,7 @@ from leansd.evaluation.rivals import (
 )
 from leansd.evaluation.runs import FULL, run_calls
 from leansd.evaluation.standings import (
+    PREDICTED,
     BenchPoint,
     find_margin,
     rate_point,
@@ -258,6 +259,10 @@ def test_pictures_are_those_of_the_pipeline_alone_and_times_are_of_every_round(p
     assert set(standing.list_points(FULL)) == {"ours", "fewer"}
     assert len(tabulate_margins(standing).rows) == 6
     assert tabulate_summary([standing]).rows[0][0] == str(CONTEST)
+    # What is computed, which no busy machine changes, decides a table of its own.
+    assert [standing.find(f"{n} steps", PREDICTED).value for n in (3, 2, 1)] == [4 / 3, 2, 4]
+    (margin,) = standing.find_margins(speeds=(2.0,), by=PREDICTED)
+    assert (margin.rival.name, margin.ours) == ("2 steps", None)
 
 
 def test_a_package_that_fails_is_left_out_but_ours_must_not_fail(pipe, context):

@@ -33,6 +33,7 @@ from leansd.evaluation.quality import Embedder
 from leansd.evaluation.records import Record, get_field, load_records, put_records, stamp
 from leansd.evaluation.rivals import OURS, Contest, Rival, RivalContext, make_case
 from leansd.evaluation.runs import FULL, PipelineCall, expand_calls, run_calls, split_calls
+from leansd.evaluation.standings import MEASURED, PREDICTED
 from leansd.loading import as_image_to_image
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.plan import Plan
@@ -532,9 +533,12 @@ def list_records(
             Record(
                 **base, **rounds, **told, metric="seconds", value=timing.median, unit="s a batch"
             ),
-            Record(**base, **span, metric="speedup", value=ratio.median, unit="x"),
+            Record(**base, **span, metric=MEASURED, value=ratio.median, unit="x"),
             *(measure.summarise(base) for measure in each.measures),
         ]
+        # What an adaptive plan computes is known when it has run.
+        if case.plan is None or case.plan.drift is None:
+            records.append(Record(**base, metric=PREDICTED, value=1 / case.cost, unit="x"))
     return records
 
 

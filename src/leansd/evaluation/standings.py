@@ -17,6 +17,8 @@ from leansd.evaluation.runs import FULL
 from leansd.text import Table
 
 SPEEDS = (1.5, 2.0, 3.0)
+MEASURED, PREDICTED = "speedup", "predicted_speedup"
+"""How fast contestants are: by the clock, whose noise counts, or by what they compute."""
 FIELDS = ("task", "sampler", "steps", "guidance", "strength")
 """That tell contests apart; a strength is told where it is not the usual one."""
 COLUMNS = {
@@ -120,17 +122,20 @@ class Standing:
         return self.cells.get((name, metric, reference))
 
     def get_family(self, name: str) -> str:
-        return str(get_field(self.cells[name, "speedup", None], "family"))
+        return str(get_field(self.cells[name, MEASURED, None], "family"))
 
-    def list_points(self, reference: str) -> dict[str, list[BenchPoint]]:
-        """By family, every contestant's speed-up and mean PSNR in dB to a reference."""
+    def list_points(self, reference: str, speeds: str = MEASURED) -> dict[str, list[BenchPoint]]:
+        """By family, every contestant's speed-up and mean PSNR in dB to a reference.
+
+        Args:
+            speeds: `MEASURED` or `PREDICTED`; adaptive plans have none of the second.
+        """
         points: dict[str, list[BenchPoint]] = {}
         for name in self.names:
-            psnr = self.find(name, "psnr", reference)
-            if psnr is not None and name != FULL:
-                speed = self.cells[name, "speedup", None].value
+            psnr, speed = self.find(name, "psnr", reference), self.find(name, speeds)
+            if psnr is not None and speed is not None and name != FULL:
                 family = points.setdefault(self.get_family(name), [])
-                family.append(BenchPoint(name, speed, psnr.value))
+                family.append(BenchPoint(name, speed.value, psnr.value))
         return points
 
     @property
@@ -138,9 +143,11 @@ class Standing:
         """What pictures were held against: no converged run where every step draws noise."""
         return [FULL, *([CONVERGED] if self.list_points(CONVERGED) else [])]
 
-    def find_margins(self, reference: str = FULL, speeds: Sequence[float] = SPEEDS) -> list[Margin]:
-        """Ours against the best rival at every speed."""
-        points = self.list_points(reference)
+    def find_margins(
+        self, reference: str = FULL, speeds: Sequence[float] = SPEEDS, by: str = MEASURED
+    ) -> list[Margin]:
+        """Ours against the best rival at every speed, measured or predicted."""
+        points = self.list_points(reference, by)
         rivals = {
             family: each
             for family, each in points.items()
@@ -194,7 +201,7 @@ def tabulate_margins(standing: Standing) -> Table:
 
 def tabulate_all(standing: Standing) -> Table:
     """Every contestant with all that was measured, slowest first."""
-    names = sorted(standing.names, key=lambda name: standing.cells[name, "speedup", None].value)
+    names = sorted(standing.names, key=lambda name: standing.cells[name, MEASURED, None].value)
     heads = [
         head
         for head, (metric, reference, _) in COLUMNS.items()
@@ -212,10 +219,10 @@ def tabulate_all(standing: Standing) -> Table:
     return Table(("", "family", "speed-up", *heads), tuple(rows), standing.title)
 
 
-def tabulate_summary(standings: Sequence[Standing]) -> Table:
+def tabulate_summary(standings: Sequence[Standing], by: str = MEASURED) -> Table:
     """The margin table of a README: a row a contest, a column a speed."""
     rows = [
-        (standing.title, *(summarise_margin(each) for each in standing.find_margins()))
+        (standing.title, *(summarise_margin(each) for each in standing.find_margins(by=by)))
         for standing in standings
     ]
     columns = ("ours and the best rival, dB to full", *(f"at {speed:g}x" for speed in SPEEDS))
@@ -244,7 +251,7 @@ def show_margin(margin: Margin) -> str:
 
 
 def show_speed(standing: Standing, name: str) -> str:
-    record = standing.cells[name, "speedup", None]
+    record = standing.cells[name, MEASURED, None]
     low, high = (get_field(record, edge) for edge in ("low", "high"))
     return f"{record.value:.2f}x ({low:.2f}-{high:.2f})"
 
