@@ -53,11 +53,12 @@ def main(
     sampler: Annotated[list[str], typer.Option()] = list(FLOW.samplers),  # noqa: B006
     steps: Annotated[list[int], typer.Option()] = [30],  # noqa: B006
     guidance: float = 4.0,
-    count: Annotated[int, typer.Option(help="pictures")] = 32,
-    tries: int = 3,
+    count: Annotated[int, typer.Option(help="pictures")] = 24,
+    tries: int = 2,
 ) -> None:
     hush_libraries()
-    pipe = load_drawing(str(model))
+    pipe: Any = load_drawing(str(model))
+    pipe.set_progress_bar_config(disable=True)
     began = time.time()
 
     def tell(text: str, share: float = 0.0) -> None:

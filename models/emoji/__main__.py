@@ -267,7 +267,7 @@ def evaluate(
 @app.command()
 def flow(
     out: Out = Path("runs/flow"),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of 32 pictures.")] = 3000,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of 32 pictures.")] = 2200,
     data: Data = None,
     device: Device = "cpu",
     threads: Threads = 0,
