@@ -34,7 +34,7 @@ from leansd.evaluation.bench import (
     prepare,
 )
 from leansd.evaluation.rivals import Contest, choose_rivals
-from leansd.loading import load_drawing
+from leansd.loading import load
 from leansd.runtime.samplers import make_scheduler
 from leansd.tuning import tune
 from leansd.tuning.front import read_plans
@@ -57,7 +57,7 @@ def main(
     tries: int = 2,
 ) -> None:
     hush_libraries()
-    pipe: Any = load_drawing(str(model))
+    pipe: Any = load(str(model))
     pipe.set_progress_bar_config(disable=True)
     began = time.time()
 

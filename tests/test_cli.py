@@ -416,14 +416,14 @@ def blacken(pipe):
 def test_a_picture_that_shows_nothing_is_not_written(
     run, shallow, tmp_path, monkeypatch, harm, told
 ):
-    honest = loading.load_drawing
+    honest = loading.load
 
     def load(*arguments, **options):
         pipe = honest(*arguments, **options)
         harm(pipe)
         return pipe
 
-    monkeypatch.setattr(loading, "load_drawing", load)
+    monkeypatch.setattr(loading, "load", load)
     out = tmp_path / "out"
     shared = ["--model", shallow, "--steps", 9, "--plan", "fast", "--out", out, "--json"]
     code, printed, said = run("generate", "a", *shared)

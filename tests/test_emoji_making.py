@@ -31,9 +31,9 @@ from models.emoji.muon import make_optimizer, orthogonalize
 from models.emoji.recipe import Recipe
 from models.emoji.stages import load_state, save_json, train_stage
 
+import leansd
 from leansd.emoji.prompts import GRID_PROMPTS
 from leansd.errors import LeansdError
-from leansd.loading import load_drawing
 
 TINY = Recipe(
     size=16,
@@ -192,7 +192,7 @@ def test_the_flow_model_trains_on_what_its_pipeline_feeds_it_and_opens(
     assert any(not torch.equal(untrained[name], value) for name, value in trained.items())
 
     flow.save_flow(pipe, tmp_path / "saved")
-    opened = load_drawing(tmp_path / "saved", device="cpu")
+    opened = leansd.load(tmp_path / "saved", device="cpu")
     assert isinstance(opened, StableDiffusion3Pipeline)
     fed: dict[str, torch.Tensor] = {}
     opened.transformer.register_forward_pre_hook(

@@ -179,7 +179,7 @@ def test_page_means_the_same(pipe, model, tmp_path, monkeypatch: pytest.MonkeyPa
     from leansd.ui.folders import Folders, Settings
     from leansd.ui.studio import Studio
 
-    monkeypatch.setattr("leansd.ui.studio.load_drawing", lambda *_, **__: pipe)
+    monkeypatch.setattr("leansd.ui.studio.load", lambda *_, **__: pipe)
     studio = Studio(Folders.open(tmp_path, model.parent), "cpu")
     for name, (sampler, steps) in product(ALONE, RUNS):
         settings = Settings(model="tiny", prompt="a", steps=steps, sampler=sampler)

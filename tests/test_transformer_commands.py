@@ -196,7 +196,7 @@ def test_the_page_draws_by_plans_of_whole_steps(studio: Studio) -> None:
         assert len(fragments.list_beats(plan, known.anatomy)) == STEPS
     # What the page draws in full is what the pipeline draws.
     full, _ = drawn.entry.open_pictures()
-    pipe = leansd.loading.load_drawing(studio.folders.find_model("sd3"), device="cpu")
+    pipe = leansd.load(studio.folders.find_model("sd3"), device="cpu")
     set_sampler(pipe, "flow-unipc")
     request = Request(prompt="a", steps=STEPS, guidance=4, seed=3)
     assert full.tobytes() == paint(pipe, request).image.tobytes()

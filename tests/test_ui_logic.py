@@ -333,7 +333,7 @@ def test_a_full_plan_changes_nothing(studio):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_run_in_half_precision(shelf, tmp_path, monkeypatch, dtype):
     monkeypatch.setattr(
-        "leansd.ui.studio.load_drawing",
+        "leansd.ui.studio.load",
         lambda *given, **options: tiny_pipeline(unet=shallow_unet()).to(dtype),
     )
     monkeypatch.setattr("leansd.ui.studio.PROFILE_REPEATS", 1)

@@ -150,6 +150,7 @@ def tabulate_bench() -> str:
             ("At equal time, by the clock:", MEASURED),
             ("At equal computing, by what is computed (adaptive plans left out):", PREDICTED),
         )
+        if any(each.metric == by for each in records)
     )
     return f"{circumstances}\n\n" + "\n".join(tables)
 

@@ -78,19 +78,19 @@ def load(
 
     Raises:
         LeansdError: there is no such model or device, it cannot be read, holds anything but
-            safetensors, or has no `UNet2DConditionModel`.
+            safetensors, or has neither a `UNet2DConditionModel` nor a transformer.
     """
-    return _load_checked(model, device, dtype, _require_unet)
+    return _load_checked(model, device, dtype, _require_denoiser)
 
 
-def load_drawing(
+def load_with_unet(
     model: str | Path,
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> DiffusionPipeline:
-    """As `load`, also where a transformer denoises: to draw, by plans of whole steps."""
-    return _load_checked(model, device, dtype, _require_denoiser)
+    """As `load`, for what works on UNets: a transformer as the denoiser is refused."""
+    return _load_checked(model, device, dtype, _require_unet)
 
 
 def has_transformer(model: str | Path) -> bool:

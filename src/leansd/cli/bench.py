@@ -122,7 +122,7 @@ def bench(
         converged_steps=converged_steps,
     )
 
-    pipe = opening.open_drawing(model)
+    pipe = opening.open(model)
     if settings.embedder is not None:
         settings.embedder.clip.to(pipe.device)
     guidance = calls.find_guidance(pipe, model)

@@ -79,7 +79,7 @@ def cut_unet(
     opening.check_model(model)
     texts = calls.list_prompts(model, list(CALLS))
 
-    pipe = opening.open(model)
+    pipe = opening.open_with_unet(model)
     scale = calls.find_guidance(pipe, model)
     note(f"cutting on {len(texts)} pictures on {pipe.device}")
     with follow("", 100) as bar:

@@ -52,7 +52,7 @@ def show_demo(
     check_folder(out)
     opening.check_model(model)
     anatomy = open_anatomy(model)
-    pipe = opening.open(model)
+    pipe = opening.open_with_unet(model)
     chosen = prompts or list(PROMPTS)
     context = describe_runs(pipe, steps, anatomy=anatomy)
     resolved = {name: resolve_plan(name, context, force=force) for name in SPEED_PRESETS}

@@ -236,7 +236,7 @@ def _measure(task: _Task, out: Path) -> Result:
     ]
     embedder, lpips = task.judges.open(model)
 
-    pipe = task.opening.open_drawing(model)
+    pipe = task.opening.open(model)
     references.check(task.steps, _name_sampler(pipe))
     if embedder is not None:
         embedder.clip.to(pipe.device)

@@ -161,7 +161,7 @@ class _Task:
         from leansd.loading import load_vae, set_vae
 
         vae = load_vae(self.wanted.vae) if self.wanted.vae is not None else None
-        pipe = self.opening.open_drawing(self.model)
+        pipe = self.opening.open(self.model)
         if vae is not None:
             set_vae(pipe, vae)
         own = self.wanted.guidance

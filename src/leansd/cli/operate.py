@@ -119,7 +119,7 @@ def operate_into(
     from leansd.cards import Card, write_card
     from leansd.errors import LeansdError
     from leansd.files import writing
-    from leansd.loading import is_unet_folder, load
+    from leansd.loading import is_unet_folder, load_with_unet
     from leansd.surgery.apply import BASE, operate
     from leansd.unets import open_unet
 
@@ -127,7 +127,7 @@ def operate_into(
     if whole:
         if is_unet_folder(models[BASE]):
             raise LeansdError(f"{models[BASE]} is a UNet by itself: leave --whole out")
-        pipe = load(models[BASE], device="cpu")
+        pipe = load_with_unet(models[BASE], device="cpu")
     unets = {
         name: pipe.unet if whole and name == BASE else open_unet(each, device="cpu")
         for name, each in models.items()

@@ -201,11 +201,11 @@ class Opening(DeviceOptions):
 
         return self._set_up(load(model, **self.as_arguments()))
 
-    def open_drawing(self, model: str) -> Any:
-        """The same, also where a transformer denoises."""
-        from leansd.loading import load_drawing
+    def open_with_unet(self, model: str) -> Any:
+        """The same, where a transformer as the denoiser is refused."""
+        from leansd.loading import load_with_unet
 
-        return self._set_up(load_drawing(model, **self.as_arguments()))
+        return self._set_up(load_with_unet(model, **self.as_arguments()))
 
     def _set_up(self, pipe: Any) -> Any:
         from leansd.runtime.samplers import set_sampler

@@ -149,7 +149,7 @@ def _open(model: str, vae: str | None, place: DeviceOptions) -> tuple[Any, Any]:
             pipe.to(place.precision)
         pipe.set_progress_bar_config(disable=True)
     else:
-        pipe = Opening(place.device, place.dtype).open(model)
+        pipe = Opening(place.device, place.dtype).open_with_unet(model)
     if vae == "tiny":
         return pipe, build_tiny_vae(pipe)
     if other is not None:

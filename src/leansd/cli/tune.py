@@ -216,7 +216,7 @@ def tune_plans(
     prompts = _list_prompts(calls, model)
     further = search.list_mix_calls(calls, model, start.init)
     pictures = start.open(steps)
-    pipe = opening.open_drawing(model)
+    pipe = opening.open(model)
     require_tunable(pipe.scheduler, steps)
     pipe, asked, drawn = start.place(pipe, prompts, pictures, calls, model)
     note(f"tuning on {len(asked)} pictures on {pipe.device}; every third decides, the rest tune")

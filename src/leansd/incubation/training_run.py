@@ -45,7 +45,7 @@ from leansd.incubation.training_log import (
 )
 from leansd.incubation.training_state import read_processes, reporting
 from leansd.incubation.vgg import fit_projection, load_projection, save_projection
-from leansd.loading import load
+from leansd.loading import load_with_unet
 
 RECIPE, PROJECTION = "recipe.yaml", "projection.safetensors"
 FITTED_BATCHES = 4
@@ -119,7 +119,7 @@ def open_run(
     check_folder(folder)
     state = read_processes()
     if pipe is None:
-        pipe = load(recipe.model, device=state.device, dtype=torch.float32)
+        pipe = load_with_unet(recipe.model, device=state.device, dtype=torch.float32)
         pipe.set_progress_bar_config(disable=True)
     with _hold(folder):
         if state.is_main_process:

@@ -22,7 +22,7 @@ from leansd.evaluation.profile import profile
 from leansd.evaluation.prompt_sets import find_guidance
 from leansd.evaluation.records import stamp
 from leansd.evaluation.runs import FULL
-from leansd.loading import load_drawing
+from leansd.loading import load
 from leansd.plans.anatomy import WHOLE, Anatomy
 from leansd.plans.compile import compile_plan, predict_speedup
 from leansd.plans.plan import Plan
@@ -133,7 +133,7 @@ class Studio:
             return self._opened
         source = self.folders.find_model(name)
         self._opened = None
-        pipe: Any = load_drawing(source, device=self.device)
+        pipe: Any = load(source, device=self.device)
         pipe.set_progress_bar_config(disable=True)
         transformer = find_transformer(pipe)
         denoiser: Any = pipe.unet if transformer is None else transformer
