@@ -87,8 +87,9 @@ class Engine:
         self._places = self._list_places()
         self._end_hook = PipelineEndHook(unet, self._end_call)
         self._paused = pause_compiled(unet)
+        self.hooks = ForwardHooks({}, self._around)
         # Last: from here on other threads come in.
-        self.hooks = ForwardHooks(self._list_modules(), self._around)
+        self.hooks.renew(self._list_modules())
 
     def release(self) -> None:
         """Take everything off the UNet."""
