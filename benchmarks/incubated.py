@@ -67,7 +67,7 @@ from leansd.evaluation.records import (
 from leansd.evaluation.runs import run_calls
 from leansd.evaluation.timing import compare_timings, time_cases
 from leansd.files import write_file
-from leansd.incubation.noise import DiffusionSchedule, seed_generator
+from leansd.incubation.noise import DiffusionSchedule, make_generator
 from leansd.incubation.recipe import load_recipe
 from leansd.incubation.training_log import FILE
 from leansd.runtime.samplers import make_scheduler
@@ -107,7 +107,7 @@ class Ground:
 
     def noise(self, number: int) -> Tensor:
         """The noise that all nets are given at one time step."""
-        generator = seed_generator(SEED, "held out", number)
+        generator = make_generator(SEED, "held out", number)
         return torch.randn(self.latents.shape, generator=generator)
 
 

@@ -14,6 +14,7 @@ from leansd.evaluation.compare import Case
 from leansd.evaluation.evaluation import evaluate_cases, list_cases, make_reference
 from leansd.evaluation.extractors import find_embedder
 from leansd.evaluation.fidelity import CEILING, explain_missing_lpips, open_lpips
+from leansd.evaluation.prompt_sets import read_prompts
 from leansd.evaluation.quality import (
     OTHER_SEEDS,
     clip_score,
@@ -453,3 +454,9 @@ def test_the_command_tells_what_is_wrong_before_it_draws(run, model_folder, tmp_
         assert said in told
         assert told.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["few.txt"]
+
+
+def test_a_file_of_prompts_may_come_from_windows_and_have_remarks(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"\xef\xbb\xbfa cat\r\n\r\n# of last week\r\n  a dog \r\n")
+    assert read_prompts(file) == ["a cat", "a dog"]

@@ -306,7 +306,7 @@ def compare_runs(
     if embedder is not None and full is not None:
         judge = QualityJudge(
             embedder,
-            read_prompts(calls),
+            find_prompts(calls),
             embed_pictures(embedder, drawn[FULL].pictures),
             [embed_pictures(embedder, drawer.draw(full, number).pictures) for number in sets],
         )
@@ -375,7 +375,7 @@ def compare_drawings(
         yield Measure(metric.name, metric.unit, values, fields)
 
 
-def read_prompts(calls: Sequence[PipelineCall]) -> list[str] | None:
+def find_prompts(calls: Sequence[PipelineCall]) -> list[str] | None:
     """The prompts of the calls; None where some have none that can be read."""
     prompts = [call.get("prompt") for call in expand_calls(calls)]
     read = [prompt for prompt in prompts if isinstance(prompt, str)]

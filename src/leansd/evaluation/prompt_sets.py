@@ -36,23 +36,24 @@ GUIDANCE = 4.0
 """Guidance scale for the embedded model; its edges are cleaner than at the pipeline's default."""
 
 
-def read_prompts(path: str | Path) -> list[str]:
+def read_prompts(path: str | Path, *, least: int = 2) -> list[str]:
     """Prompts from a text file, one a line; blank lines and lines that begin with # do not count.
 
     Raises:
-        LeansdError: the file is not there or not text, or has fewer than 2 different prompts.
+        LeansdError: the file is not there or not text, or has fewer than `least` different prompts.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        # utf-8-sig: editors on Windows begin a file with a mark that is no part of the prompt.
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
     except OSError as error:
         raise LeansdError(f"cannot read prompts from {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise LeansdError(f"{path} is not a file of prompts: it is not text") from error
     lines = [line.strip() for line in text.splitlines()]
     prompts = [line for line in lines if line and not line.startswith("#")]
-    if len(set(prompts)) < 2:
+    if len(set(prompts)) < least:
         raise LeansdError(
-            f"too few prompts in {path}: a set needs 2 different ones at least, one a line"
+            f"too few prompts in {path}: {least} different ones are needed at least, one a line"
         )
     return prompts
 

@@ -29,7 +29,7 @@ def hash_words(parts: Parts) -> bytes:
     return sha256(" ".join(map(str, parts)).encode()).digest()[:8]
 
 
-def seed_generator(*parts: int | str, by: Callable[[Parts], bytes] = hash_repr) -> torch.Generator:
+def make_generator(*parts: int | str, by: Callable[[Parts], bytes] = hash_repr) -> torch.Generator:
     """A generator that only `parts` decide: a seed, what it is for, a number.
 
     Args:
@@ -62,7 +62,7 @@ def draw_noise(
     moments: list[int] = []
     noises: list[Tensor] = []
     for number in numbers:
-        generator = seed_generator(seed, "noise", number)
+        generator = make_generator(seed, "noise", number)
         place = float(torch.rand((), generator=generator, dtype=torch.float64))
         moments.append(int((number % strata + place) / strata * timesteps))
         noises.append(torch.randn(tuple(shape), generator=generator))

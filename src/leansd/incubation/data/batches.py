@@ -19,7 +19,7 @@ from torch import Tensor
 
 from leansd.core.devices import send
 from leansd.errors import LeansdError
-from leansd.incubation.noise import hash_repr, seed_generator
+from leansd.incubation.noise import hash_repr, make_generator
 
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 PAIR = 2
@@ -244,7 +244,7 @@ class RandomLatents(DataSource):
         text, added = self.conditions.text, self.conditions.added
 
         def read(place: int) -> Batch:
-            generator = seed_generator(seed, "latents", place, by=hash_repr)
+            generator = make_generator(seed, "latents", place, by=hash_repr)
             row = int(torch.randint(len(text), (), generator=generator))
             latents = torch.randn(1, *self.shape, generator=generator)
             own = {name: rows[row : row + 1] for name, rows in added.items()}

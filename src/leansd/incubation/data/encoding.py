@@ -26,7 +26,7 @@ from leansd.errors import LeansdError
 from leansd.incubation.data.batches import Conditioning
 from leansd.incubation.data.sample_cache import Latents
 from leansd.incubation.data.samples import Flaw, Sample, cut, digest
-from leansd.incubation.noise import hash_words, seed_generator
+from leansd.incubation.noise import hash_words, make_generator
 from leansd.runtime.samplers import make_scheduler
 
 CAPTIONS = 64
@@ -149,7 +149,7 @@ class TeacherSampler:
             drawn = self.pipe(
                 prompt=[each.captions[0] for each in samples],
                 generator=[
-                    seed_generator("draw", each.content, each.captions[0], by=hash_words)
+                    make_generator("draw", each.content, each.captions[0], by=hash_words)
                     for each in samples
                 ],
                 num_inference_steps=self.facts["steps"],

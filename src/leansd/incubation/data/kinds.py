@@ -17,6 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from leansd.errors import LeansdError
+from leansd.evaluation.prompt_sets import read_prompts
 from leansd.incubation.data.batches import Conditioning, DataSource, PairedSource, RandomLatents
 from leansd.incubation.data.encoding import (
     PictureEncoder,
@@ -35,7 +36,6 @@ from leansd.incubation.data.samples import (
     list_folder,
     list_prompts,
     list_tars,
-    read_prompts,
 )
 from leansd.incubation.recipe import DataConfig
 from leansd.text import describe_duration, explain_validation, suggest_name
@@ -282,7 +282,8 @@ class DrawnData(CachedData):
 
     def find(self, pipe: Any, resolution: int) -> Found:
         wanted = self.prompts
-        prompts = read_prompts(wanted) if isinstance(wanted, Path) else wanted
+        named = read_prompts(wanted, least=1) if isinstance(wanted, Path) else wanted
+        prompts = tuple(dict.fromkeys(named))
         drawing = {"steps": self.steps, "guidance": self.guidance, "sampler": self.sampler}
         sampler = TeacherSampler(pipe, resolution, **drawing, batch=self.batch)
         return list_prompts(prompts, each=self.each, seed=self.seed), sampler

@@ -34,7 +34,7 @@ from leansd.errors import LeansdError
 from leansd.files import write_file
 from leansd.incubation.data.batches import Batch, Conditioning, DataSource, Read
 from leansd.incubation.data.samples import Flaw, Sample, Shard, digest
-from leansd.incubation.noise import hash_words, seed_generator
+from leansd.incubation.noise import hash_words, make_generator
 
 FORMAT = 1
 ROWS = 512
@@ -320,11 +320,11 @@ class SampleOrder:
                 for row in range(self.counts[shard])
             ]
         )
-        generator = seed_generator("rows", self.seed, epoch, number, by=hash_words)
+        generator = make_generator("rows", self.seed, epoch, number, by=hash_words)
         return spots[torch.randperm(len(spots), generator=generator)]
 
     def _group(self, epoch: int) -> list[list[int]]:
-        generator = seed_generator("shards", self.seed, epoch, by=hash_words)
+        generator = make_generator("shards", self.seed, epoch, by=hash_words)
         groups: list[list[int]] = []
         room = 0
         for shard in torch.randperm(len(self.counts), generator=generator).tolist():
@@ -409,7 +409,7 @@ class CachedSource(DataSource):
             return self.cache.open_part(*self.parts[number])
 
         def read(place: int) -> Batch:
-            generator = seed_generator("sample", seed, place, by=hash_words)
+            generator = make_generator("sample", seed, place, by=hash_words)
             # All are drawn, whatever for: a share that is changed leaves the others' alone.
             flip, caption, empty, other, which, its = torch.rand(
                 6, generator=generator, dtype=torch.float64

@@ -330,20 +330,3 @@ def list_prompts(prompts: Sequence[str], *, each: int = 1, seed: int = 0) -> lis
             facts = {"drawn": [(prompt, turn) for prompt in some]}
             shards.append(Shard(name, facts, partial(iter, samples)))
     return shards
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a file, one a line; each once.
-
-    Raises:
-        LeansdError: it cannot be read, or has none.
-    """
-    try:
-        # utf-8-sig: editors on Windows begin a file with a mark that is no part of the prompt.
-        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise LeansdError(f"cannot read prompts from {path}: {error}") from error
-    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not prompts:
-        raise LeansdError(f"no prompts in {path}: write one a line")
-    return prompts
