@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from leansd.evaluation.pareto import find_front
 from leansd.evaluation.records import Record, load_records
 from leansd.evaluation.runs import FULL
-from leansd.evaluation.standings import Standing, read_standings
+from leansd.evaluation.standings import Standing, rate_point, read_standings
 from leansd.plans import Plan
 from leansd.plans.grid import draw_picture
 from leansd.plans.presets import SPEED_PRESETS
@@ -35,7 +35,7 @@ KEPT, GONE, RIVAL, OURS = "#0f766e", "#e2e8f0", "#94a3b8", "#c2410c"
 FAMILIES = {
     "ours": ("ours", OURS, "o"),
     "fewer": ("fewer steps", "#334155", "^"),
-    "samplers": ("UniPC in fewer steps", "#7c3aed", "v"),
+    "samplers": ("UniPC, DEIS in fewer steps", "#7c3aed", "v"),
     "spectrum": ("Spectrum", "#0369a1", "D"),
     "deepcache": ("DeepCache", RIVAL, "s"),
     "easycache": ("EasyCache", "#a16207", "P"),
@@ -146,7 +146,7 @@ def draw_bench() -> Figure:
 def plot_contest(axes: Axes, standing: Standing) -> None:
     points = standing.list_points(FULL)
     for family, (name, colour, marker) in FAMILIES.items():
-        front = find_front(points.get(family, []))
+        front = find_front(points.get(family, []), rate_point)
         own = family == "ours"
         axes.plot(
             [point.speed for point in front], [point.quality for point in front],

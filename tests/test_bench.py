@@ -47,6 +47,7 @@ from leansd.evaluation.rivals import (
     apply_tgate,
     apply_tomesd,
     choose_rivals,
+    make_case,
 )
 from leansd.evaluation.runs import FULL, run_calls
 from leansd.evaluation.standings import (
@@ -119,8 +120,13 @@ def test_a_point_counts_for_every_speed_up_to_its_own(speed, quality):
 
 
 def test_nobody_is_read_beyond_the_fastest_point():
-    assert read_front(FEWER, 3.01) is None
-    assert read_points(FEWER, 3.01) is None
+    assert read_front(FEWER, 3.1) is None
+    assert read_points(FEWER, 3.1) is None
+
+
+def test_speeds_that_no_clock_tells_apart_are_one():
+    # Ten calls of thirty and twenty forecasts, beside ten steps.
+    assert read_points([BenchPoint("ours", 2.995, 40.0)], 3.0).name == "ours"
 
 
 def test_ours_is_only_what_was_measured():
@@ -130,6 +136,16 @@ def test_ours_is_only_what_was_measured():
     assert margin.family == "fewer"
     assert margin.value == 38.0 - 40.0
     assert find_margin(ours, {"fewer": FEWER}, 2.6).value is None
+
+
+def test_of_image_to_image_the_last_steps_are_counted(context):
+    halves = replace(CONTEST, task="image-to-image", strength=0.5)
+    early, late = (Plan.full(4).inherit("head", at=step) for step in (1, 3))
+    costs = [
+        make_case(replace(context, contest=halves), each, "", OURS).cost for each in (early, late)
+    ]
+    assert costs[0] == 1
+    assert 0.5 < costs[1] < 0.6
 
 
 # -- Spectrum ----------------------------------------------------------------------------------

@@ -28,6 +28,21 @@ def test_other_tables_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         script.main()
 
 
+def test_figures_are_drawn_from_the_committed_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = load_script(BENCHMARKS / "figures.py")
+    monkeypatch.setattr(script, "IMAGES", tmp_path)
+    (tmp_path / "concepts").mkdir()
+    script.main()
+    drawn = {str(path.relative_to(tmp_path).with_suffix("")) for path in tmp_path.rglob("*.svg")}
+    assert drawn == set(script.FIGURES)
+    contests = {
+        get_field(each, "settings") for each in load_records(script.RESULTS / "bench.jsonl")
+    }
+    assert (tmp_path / "bench.svg").read_text().count("steps, guidance") == len(contests)
+
+
 def test_few_calls_are_measured_with_one_ingredient_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,21 +10,18 @@ from leansd.evaluation.runs import FULL
 from leansd.evaluation.standings import (
     MEASURED,
     PREDICTED,
-    SPEEDS,
     read_front,
-    read_points,
     read_standings,
     tabulate_summary,
 )
 from leansd.plans.presets import SPEED_PRESETS
 from tabulation.cells import RESULTS, get, get_number, tabulate_ratio
 
-FLOW_FAMILIES = {
-    OURS: "**ours, tuned**",
+FLOW_RIVALS = {
     "fewer": "fewer steps",
-    "samplers": "fewer steps of DPM-Solver++ 2M, UniPC",
+    "samplers": "fewer steps of DPM-Solver++ 2M or UniPC",
     "spectrum": "Spectrum",
-    "taylorseer": "TaylorSeer's forecast, evenly spaced",
+    "taylorseer": "TaylorSeer, evenly spaced",
     "residual": "EasyCache's reuse, evenly spaced",
 }
 COLUMNS = ("", "speed-up, measured", "predicted", "PSNR to full", "SSIM", "CLIP score (tiny CLIP)")
@@ -156,7 +153,7 @@ def tabulate_bench() -> str:
 
 
 def tabulate_flow() -> str:
-    """What each family reaches at each speed on the flow model; ours by measured plans alone."""
+    """Ours on the flow model, and what each rival reaches by as much computing."""
     path = RESULTS / "flow.jsonl"
     if not path.exists():
         return "Not measured yet: `python benchmarks/flow.py`.\n"
@@ -167,13 +164,18 @@ def tabulate_flow() -> str:
         f"{get(full, 'batch')}, dB to the full run; {full.device}; torch {full.torch}:\n"
     ]
     for standing in read_standings(records):
-        parts.append(f"| {standing.title} | " + " | ".join(f"{x:g}x" for x in SPEEDS) + " |")
-        parts.append("|---" + "|---:" * len(SPEEDS) + "|")
-        for family, points in standing.list_points(FULL).items():
-            read = read_points if family == OURS else read_front
-            found = [read(points, speed) for speed in SPEEDS]
-            cells = ("–" if each is None else f"{each.quality:.1f}" for each in found)
-            parts.append(f"| {FLOW_FAMILIES.get(family, family)} | " + " | ".join(cells) + " |")
+        points = standing.list_points(FULL, PREDICTED)
+        head = (standing.title, "speed-up, measured", "**ours**", *FLOW_RIVALS.values())
+        parts += ["| " + " | ".join(head) + " |", "|---" * 2 + "|---:" * (len(head) - 2) + "|"]
+        for own in points[OURS]:
+            found = [read_front(points.get(name, []), own.speed) for name in FLOW_RIVALS]
+            columns = (
+                f"{round(standing.fields['steps'] / own.speed)} calls",
+                tabulate_ratio(standing.cells[own.name, MEASURED, None]),
+                f"**{own.quality:.1f}**",
+                *("–" if each is None else f"{each.quality:.1f}" for each in found),
+            )
+            parts.append("| " + " | ".join(columns) + " |")
         parts.append("")
     return "\n".join(parts)
 

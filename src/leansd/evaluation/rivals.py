@@ -111,7 +111,9 @@ class Rival:
 def make_case(context: RivalContext, plan: Plan, name: str, family: str) -> Case:
     """A plan as a case of the benchmark."""
     plan.resolve(context.anatomy)
-    calls = compile_plan(plan, context.anatomy).calls
+    # Image-to-image runs the last of the steps.
+    run = round(plan.steps * context.contest.strength)
+    calls = compile_plan(plan, context.anatomy).calls[-run:]
     cost = 1 / predict_speedup(calls, context.anatomy)
     return Case(name, plan.steps, plan, family=family, cost=cost)
 
