@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import folder_paths
 import torch
 from comfy_api.latest import ComfyExtension, io, ui
-from server import PromptServer
 
 from leansd.anatomy.reading import fingerprint_module
 from leansd.errors import LeansdError
@@ -58,7 +58,9 @@ def find_report(model: Any) -> RunReport:
 
 def give(node: Any, *outputs: Any, text: str) -> io.NodeOutput:
     """A node's outputs, and a text on it: of other packs' nodes ComfyUI's page shows none."""
-    server = getattr(PromptServer, "instance", None)
+    # Not imported: where there is no page, as in scripts, the server's modules are not at hand.
+    page = getattr(sys.modules.get("server"), "PromptServer", None)
+    server = getattr(page, "instance", None)
     if server is not None and node.hidden is not None:
         server.send_progress_text(text, node.hidden.unique_id)
     return io.NodeOutput(*outputs, ui=ui.PreviewText(text))

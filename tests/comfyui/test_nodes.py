@@ -129,7 +129,7 @@ def test_the_report_comes_with_the_latents(nodes: Any) -> None:
     node = type("OnPage", (nodes.LeanReport,), {"hidden": SimpleNamespace(unique_id="7")})
     given, text = node.execute(model, latent).args
     assert given is latent
-    assert nodes.PromptServer.instance.shown == {"7": text}
+    assert sys.modules["server"].PromptServer.instance.shown == {"7": text}
     assert "the model ran 7 of 12 times, 5 forecast" in text
 
 
