@@ -78,8 +78,11 @@ PARTS = {
         ("fronts/dpm++2m-50.json", "fronts/ddim-50.json", "fronts/euler-50.json"),
     ),
     "fronts of other settings": Part(
-        (f"benchmarks/fronts.py --sampler dpm++2m --steps 30 --guidance 7.5 {FAST}",),
-        ("fronts/dpm++2m-30-g7.5.json",),
+        (
+            f"benchmarks/fronts.py --sampler dpm++2m --steps 30 --guidance 7.5 {FAST}",
+            f"benchmarks/fronts.py --sampler dpm++2m --steps 30 --pictures {FAST}",
+        ),
+        ("fronts/dpm++2m-30-g7.5.json", "fronts/dpm++2m-30-image-to-image.json"),
     ),
     "presets": Part(("benchmarks/presets.py",), ("presets.jsonl",), is_timed=True),
     "demo": Part(

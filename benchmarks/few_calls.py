@@ -36,7 +36,7 @@ from leansd.plans.anatomy import HEAD
 from leansd.plans.plan import Plan
 from leansd.plans.presets import preset
 from leansd.runtime.samplers import make_scheduler
-from leansd.tuning import Front
+from leansd.tuning.front import read_plans
 from leansd.tuning.mix_fitting import FitState, MixConfig, MixFit
 from leansd.tuning.run_starts import RunStart, record_starts
 from leansd.tuning.sampler_map import PlanMap, read_sampler
@@ -85,9 +85,9 @@ def list_plans(names: str, steps: int, sampler: str) -> Iterator[tuple[str, Plan
         if not Path(name).is_file():
             yield name, preset(name, steps, sampler=sampler)
             continue
-        for point in Front.load(name).points:
-            if not point.is_plain and point.plan.steps == steps:
-                yield f"tuned, {len(point.plan.keys)} calls", point.plan
+        for plan in read_plans(name):
+            if plan.steps == steps:
+                yield f"tuned, {len(plan.keys)} calls", plan
 
 
 def list_fits(

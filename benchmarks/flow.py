@@ -11,18 +11,16 @@ nor is a contest that is on record held again.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from fronts import hasten
-from models.emoji.flow import BLANKS
+from fronts import SEED, choose_calls, hasten
 
 from leansd.cli.terminal import hush_libraries
-from leansd.emoji.prompts import PROMPTS, THINGS
+from leansd.emoji.prompts import PROMPTS
 from leansd.evaluation.bench import (
     FLOW,
     BenchSettings,
@@ -33,6 +31,7 @@ from leansd.evaluation.bench import (
     list_settings,
     prepare,
 )
+from leansd.evaluation.prompt_sets import choose_prompts
 from leansd.evaluation.rivals import Contest, choose_rivals
 from leansd.loading import load
 from leansd.runtime.samplers import make_scheduler
@@ -43,9 +42,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FRONTS = RESULTS / "flow"
 SPEEDS = (1.5, 2.0, 3.0, 3.7)
-CALLS, SEED = 24, 2_000_000
-"""To tune on, and as many held out."""
-ARGUMENTS = {"max_sequence_length": BLANKS}
+ARGUMENTS = {"max_sequence_length": 1}
+"""Of every call, as the model was trained (`models/emoji/flow.py`)."""
 
 
 def main(
@@ -72,7 +70,7 @@ def main(
             find_front(pipe, contest, tries=tries, tell=tell).save(place_front(contest))
     settings = BenchSettings(
         model="flow",
-        prompts=[PROMPTS[index % len(PROMPTS)] for index in range(count)],
+        prompts=choose_prompts("flow", count, PROMPTS),
         rivals=choose_rivals("all"),
         choose_plans=partial(choose_plans, [str(FRONTS)], read_front=read_plans),
         seed=500_000,
@@ -95,11 +93,11 @@ def place_front(contest: Contest) -> Path:
 def find_front(pipe: Any, contest: Contest, *, tries: int, tell: Any) -> Any:
     """Tune for a contest, on every second thing, held out on the others."""
     pipe.scheduler = make_scheduler(pipe, contest.sampler)
-    calls: Sequence[Sequence[str]] = [THINGS[first::2][:CALLS] for first in (0, 1)]
+    calls, held_out = (choose_calls(pipe, contest, first) for first in (0, 1))
     return tune(
         pipe,
-        calls[0],
-        held_out=calls[1],
+        calls,
+        held_out=held_out,
         steps=contest.steps,
         settings=list_settings(contest, ARGUMENTS),
         speeds=hasten(SPEEDS, [1.03]),

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from models.emoji import flow
 
 from leansd.evaluation.records import get_field, load_records
 from loops import load_script
@@ -41,6 +42,11 @@ def test_figures_are_drawn_from_the_committed_records(
         get_field(each, "settings") for each in load_records(script.RESULTS / "bench.jsonl")
     }
     assert (tmp_path / "bench.svg").read_text().count("steps, guidance") == len(contests)
+
+
+def test_the_flow_model_is_called_as_it_was_trained() -> None:
+    script = load_script(BENCHMARKS / "flow.py")
+    assert script.ARGUMENTS == {"max_sequence_length": flow.BLANKS}
 
 
 def test_few_calls_are_measured_with_one_ingredient_at_a_time(

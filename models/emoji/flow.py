@@ -8,6 +8,7 @@ the embedded model's autoencoder and text tower, and learns the velocity from pi
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,17 +20,15 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from models.emoji.autoencoder import encode_pixels
-from models.emoji.data import Pictures, write_captions
+from models.emoji.data import Pictures
 from models.emoji.denoiser import DenoiserLearner, LatentSet, draw_strata
-from models.emoji.recipe import load_latents
+from models.emoji.recipe import cache_latents
 from models.emoji.sidecar import Batch
 from models.emoji.stages import (
     Report,
     draw_generator,
     load_state,
     save_json,
-    save_state,
     train_stage,
 )
 
@@ -123,7 +122,7 @@ def train_flow(
     """Train the pipeline's transformer, from the checkpoint in `out` if there is one."""
     learner = DenoiserLearner(
         pipe.transformer,
-        _cache_latents(out / "latents.pt", pipe, pictures),
+        cache_latents(out / "latents.pt", pipe.vae, pictures, partial(embed_texts, pipe)),
         draw=draw_flows,
         ends=ENDS,
         batch=BATCH,
@@ -145,15 +144,3 @@ def save_flow(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
     index = json.loads(path.read_text(encoding="utf-8"))
     absent = [name for name, part in pipe.components.items() if part is None]
     save_json({**index, **{name: [None, None] for name in absent}}, path)
-
-
-def _cache_latents(path: Path, pipe: StableDiffusion3Pipeline, pictures: Pictures) -> LatentSet:
-    if not path.exists():
-        pairs = pictures.split.train
-        state = {
-            "latents": encode_pixels(pipe.vae, pictures.train).cpu().contiguous(),
-            "texts": [embed_texts(pipe, write_captions(pair)) for pair in pairs],
-            "empty": embed_texts(pipe, [""])[0],
-        }
-        save_state(state, path)
-    return load_latents(path)

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,12 @@ def train_model(
         )
         if until == "text":
             return
-        latents = _cache_latents(out / "latents.pt", parts, pictures)
+        latents = cache_latents(
+            out / "latents.pt",
+            parts.vae,
+            pictures,
+            partial(embed_captions, parts.text.eval(), parts.tokenizer),
+        )
         learner = make_denoiser_learner(recipe, parts.unet, latents, device)
         try:
             train_stage(
@@ -372,20 +378,26 @@ def _make_tokenizer(recipe: Recipe, pictures: Pictures, folder: Path) -> CLIPTok
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def _cache_latents(path: Path, parts: Parts, pictures: Pictures) -> LatentSet:
+def cache_latents(
+    path: Path,
+    vae: AutoencoderKL,
+    pictures: Pictures,
+    embed: Callable[[list[str]], torch.Tensor],
+) -> LatentSet:
+    """Return what a denoiser learns from, made once and kept in a file.
+
+    Args:
+        embed: captions to what stands for them, (captions, tokens, width).
+    """
     if not path.exists():
-        vae, text = parts.vae.eval(), parts.text.eval()
-
-        def embed(pairs: tuple[Pair, ...]) -> list[torch.Tensor]:
-            return [embed_captions(text, parts.tokenizer, write_captions(pair)) for pair in pairs]
-
+        vae.eval()
         split = pictures.split
         state = {
             "latents": encode_pixels(vae, pictures.train).cpu().contiguous(),
-            "texts": embed(split.train),
-            "empty": embed_captions(text, parts.tokenizer, [""])[0],
+            "texts": [embed(write_captions(pair)) for pair in split.train],
+            "empty": embed([""])[0],
             "held_out_latents": encode_pixels(vae, pictures.held_out).cpu().contiguous(),
-            "held_out_texts": embed(split.held_out),
+            "held_out_texts": [embed(write_captions(pair)) for pair in split.held_out],
         }
         save_state(state, path)
     return load_latents(path)

@@ -22,7 +22,7 @@ from leansd.errors import LeansdError
 from leansd.plans.plan import Plan
 from leansd.runtime import Attachment, Report, inherit
 from leansd.runtime.attachment import NO_NETS
-from leansd.runtime.context import find_transformer
+from leansd.runtime.context import find_denoiser
 from leansd.runtime.finite import NOT_FINITE, FiniteWatch
 
 OnStep = Callable[[int, int], None]
@@ -245,8 +245,7 @@ def describe_report(report: Report) -> dict[str, int | float]:
 
 def default_size(pipe: Any) -> tuple[int, int]:
     """The width and height a pipeline draws when it is not told."""
-    transformer = find_transformer(pipe)
-    config: Any = (pipe.unet if transformer is None else transformer).config
+    config = find_denoiser(pipe).config
     side = config.get("sample_size") or pipe.default_sample_size
     height, width = (side, side) if isinstance(side, int) else side
     return width * pipe.vae_scale_factor, height * pipe.vae_scale_factor

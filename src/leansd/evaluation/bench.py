@@ -139,6 +139,7 @@ def draw_inputs(
     guidance: float,
     batch: int,
     seed: int = INPUT_SEED,
+    arguments: Mapping[str, Any] | None = None,
 ) -> list[PipelineCall]:
     """Image-to-image calls: every prompt on a picture that was drawn for the next one.
 
@@ -151,7 +152,7 @@ def draw_inputs(
         seed=seed,
         batch=batch,
         scheduler=scheduler,
-        settings={"guidance_scale": guidance},
+        settings={**(arguments or {}), "guidance_scale": guidance},
     ).pictures
     return [
         {"prompt": prompt, "image": picture}
@@ -313,7 +314,12 @@ def prepare(
             other.set_progress_bar_config(disable=True)
             scheduler, guidance = schedulers[contest.sampler], contest.guidance
             calls = draw_inputs(
-                pipe, settings.prompts, scheduler, guidance=guidance, batch=settings.batch
+                pipe,
+                settings.prompts,
+                scheduler,
+                guidance=guidance,
+                batch=settings.batch,
+                arguments=settings.arguments,
             )
             tasks[contest.task] = other, calls
         runner, calls = tasks[contest.task]

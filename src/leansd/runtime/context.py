@@ -29,6 +29,12 @@ def find_transformer(target: Any) -> nn.Module | None:
     return found if isinstance(found, nn.Module) and hasattr(target, "scheduler") else None
 
 
+def find_denoiser(pipe: Any) -> Any:
+    """What denoises for a pipeline: its transformer, or its UNet."""
+    transformer = find_transformer(pipe)
+    return pipe.unet if transformer is None else transformer
+
+
 def dissect_denoiser(pipe: Any, name: str = "UNet") -> Anatomy:
     """What denoises for a pipeline, with its cost; of a transformer only that it is one."""
     return dissect(pipe.unet, name=name) if find_transformer(pipe) is None else WHOLE
@@ -55,10 +61,9 @@ def describe_runs(
         log_snr: at every step, where the scheduler has laid them out.
     """
 
-    transformer = find_transformer(pipe)
-    denoiser: Any = pipe.unet if transformer is None else transformer
+    denoiser = find_denoiser(pipe)
     if anatomy is None:
-        anatomy = WHOLE if transformer is not None else read_anatomy(denoiser)
+        anatomy = read_anatomy(denoiser) if find_transformer(pipe) is None else WHOLE
 
     @cache
     def find_unet() -> str | None:

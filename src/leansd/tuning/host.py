@@ -28,7 +28,7 @@ from leansd.plans.liveness import Net
 from leansd.plans.plan import Plan, Tuned
 from leansd.runtime.attachment import NO_NETS
 from leansd.runtime.clock import SchedulerClock, lay_out_run, read_schedule
-from leansd.runtime.context import find_transformer
+from leansd.runtime.context import find_denoiser, find_transformer
 from leansd.runtime.hooks import patch_method
 from leansd.runtime.nets import match_nets
 
@@ -191,13 +191,12 @@ class PipelineHost:
         sampler: its name in plans; the scheduler's class by default.
         """
         self.pipe, self.batch, self.settings, self.unets = pipe, batch, settings, unets
-        transformer = find_transformer(pipe)
-        if transformer is None:
-            denoiser = pipe.unet
-            self.anatomy: Anatomy = read_anatomy(denoiser)
-            self.nets: Mapping[str, Net] = match_nets(denoiser, unets).nets
-        else:
-            denoiser, self.anatomy, self.nets = transformer, WHOLE, {}
+        denoiser = find_denoiser(pipe)
+        self.anatomy: Anatomy = WHOLE
+        self.nets: Mapping[str, Net] = {}
+        if find_transformer(pipe) is None:
+            self.anatomy = read_anatomy(denoiser)
+            self.nets = match_nets(denoiser, unets).nets
         self.tuned = Tuned(
             sampler or type(pipe.scheduler).__name__,
             fingerprint_module(denoiser),

@@ -28,7 +28,7 @@ from leansd.plans.compile import compile_plan, predict_speedup
 from leansd.plans.plan import Plan
 from leansd.plans.presets import PRESETS, SPEED_PRESETS, preset
 from leansd.plans.resolve import STEPS, PlanContext, Resolved, resolve_plan
-from leansd.runtime.context import describe_runs, find_transformer
+from leansd.runtime.context import describe_runs, find_denoiser, find_transformer
 from leansd.runtime.samplers import list_samplers, name_sampler, set_sampler
 from leansd.tuning.front import Front, Point
 from leansd.tuning.host import require_tunable
@@ -135,11 +135,10 @@ class Studio:
         self._opened = None
         pipe: Any = load(source, device=self.device)
         pipe.set_progress_bar_config(disable=True)
-        transformer = find_transformer(pipe)
-        denoiser: Any = pipe.unet if transformer is None else transformer
+        denoiser = find_denoiser(pipe)
         if name not in self._models:
             size, anatomy = default_size(pipe), WHOLE
-            if transformer is None:
+            if find_transformer(pipe) is None:
                 latent = (size[1] // pipe.vae_scale_factor, size[0] // pipe.vae_scale_factor)
                 tokens = pipe.tokenizer.model_max_length
                 anatomy = dissect(denoiser, latent=latent, tokens=tokens, name=name)
