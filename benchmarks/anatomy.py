@@ -21,7 +21,9 @@ from leansd.cli.terminal import hush_libraries
 from leansd.evaluation.inner_timing import time_units
 from leansd.evaluation.records import Record, load_records, stamp, write_records
 from leansd.evaluation.redundancy import list_records, read_spent
-from leansd.report.nets import write_figures
+from leansd.files import write_file
+from leansd.report.figures import encode_png, encode_svg
+from leansd.report.nets import draw_blocks, draw_units
 from leansd.unets import open_anatomy, open_unet
 
 RESULTS = Path(__file__).parent / "results" / "anatomy.jsonl"
@@ -62,10 +64,10 @@ def main(
             kept += measure(model, time=time, batch=batch, repeats=repeats)
             kept += [] if time else old
             write_records(results, kept)
-    for path in write_figures(
-        images, [each for each in read_spent(kept) if each.subject in chosen]
-    ):
-        print(path)
+    drawn = [each for each in read_spent(kept) if each.subject in chosen]
+    for name, figure in {"blocks": draw_blocks(drawn), "units": draw_units(drawn)}.items():
+        print(write_file(images / f"{name}.png", encode_png(figure)))
+        print(write_file(images / f"{name}.svg", encode_svg(figure)))
 
 
 if __name__ == "__main__":

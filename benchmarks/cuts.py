@@ -96,11 +96,13 @@ def main(
     with Progress() as progress:
         task = progress.add_task("study", total=100)
         study = study_removals(
-            pipe, chosen_on, of="macs", steps=steps, moments=moments, **shared,
+            pipe.unet,
+            keep_calls(pipe, chosen_on, steps, moments=moments, **shared),
+            "macs",
             tell=lambda text, share: progress.update(
                 task, description=text, completed=round(100 * share)
             ),
-        )  # fmt: skip
+        )
     contestants = list_contestants(study, list(PRESETS), tries)
     times = list_prices(pipe.unet, study.anatomy, "ms")
     kept = keep_calls(pipe, held_out, steps, moments=moments, seed=HELD_OUT, **shared)

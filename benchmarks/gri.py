@@ -21,7 +21,7 @@ from leansd.anatomy.builtin import BUILTIN
 from leansd.anatomy.inputs import make_inputs
 from leansd.anatomy.reading import read_anatomy
 from leansd.cli.terminal import hush_libraries
-from leansd.evaluation.records import Record, append_records, stamp
+from leansd.evaluation.records import Record, load_records, stamp, write_records
 from leansd.evaluation.timing import compare_timings, time_cases
 from leansd.surgery.parts.gri import MODES
 
@@ -101,7 +101,8 @@ def main(
                     low=gain.low, high=gain.high,
                 ),
             ]  # fmt: skip
-        append_records(results, records)
+        kept = load_records(results) if results.exists() else []
+        write_records(results, [*kept, *records])
 
 
 if __name__ == "__main__":

@@ -31,11 +31,10 @@ from leansd.evaluation.bench import (
     list_settings,
     name_limit,
     name_own_front,
-    put_contest,
 )
 from leansd.evaluation.compare import CONVERGED, Case
 from leansd.evaluation.pareto import find_front
-from leansd.evaluation.records import load_records, stamp
+from leansd.evaluation.records import load_records, put_records, stamp
 from leansd.evaluation.rivals import (
     OURS,
     RIVALS,
@@ -53,13 +52,13 @@ from leansd.evaluation.runs import FULL, run_calls
 from leansd.evaluation.standings import (
     PREDICTED,
     BenchPoint,
+    find_contest,
     find_margin,
     rate_point,
     read_front,
     read_points,
     read_standings,
     tabulate_margins,
-    tabulate_summary,
 )
 from leansd.plans.methods import chebyshev
 from leansd.plans.plan import Tuned
@@ -238,9 +237,9 @@ def test_a_package_changes_the_run_and_leaves_nothing_behind(package):
 
 
 def test_a_rival_that_is_not_there_is_left_out_and_said(pipe, context):
-    rival = Rival("ghost", "", lambda context: [], package="ghost-sd", module="ghost_sd")
+    rival = Rival("ghost", lambda context: [], "ghost_sd")
     prepared = prepare(pipe, replace(context, own=()), [rival, RIVALS["fewer"]])
-    assert prepared.left_out == {"ghost": "ghost-sd is not installed (pip install ghost-sd)"}
+    assert prepared.left_out == {"ghost": "ghost_sd is not installed (pip install ghost_sd)"}
     assert [each.name for each in prepared.cases] == ["full", "3 steps", "2 steps", "1 steps"]
 
 
@@ -274,7 +273,7 @@ def test_pictures_are_those_of_the_pipeline_alone_and_times_are_of_every_round(p
     assert standing.names == ["full", "lean", "3 steps", "2 steps", "1 steps"]
     assert set(standing.list_points(FULL)) == {"ours", "fewer"}
     assert len(tabulate_margins(standing).rows) == 6
-    assert tabulate_summary([standing]).rows[0][0] == str(CONTEST)
+    assert standing.title == str(CONTEST)
     # What is computed, which no busy machine changes, decides a table of its own.
     assert [standing.find(f"{n} steps", PREDICTED).value for n in (3, 2, 1)] == [4 / 3, 2, 4]
     (margin,) = standing.find_margins(speeds=(2.0,), by=PREDICTED)
@@ -286,7 +285,7 @@ def test_a_package_that_fails_is_left_out_but_ours_must_not_fail(pipe, context):
         raise RuntimeError("sizes must match\nat line 3")
 
     broken = Case("broken", 4, enter=fail, family="deepcache")
-    prepared = prepare(pipe, context, [Rival("broken", "", lambda context: [broken])])
+    prepared = prepare(pipe, context, [Rival("broken", lambda context: [broken])])
     comparison, records = hold_one(prepared)
     assert comparison.left_out == {"broken": "failed here: RuntimeError: sizes must match"}
     assert {record.plan for record in records} == {"full", "lean"}
@@ -302,9 +301,8 @@ def test_records_of_a_contest_take_the_place_of_older_ones(pipe, context, tmp_pa
     assert drop_done([prepared], path) == [prepared]
     _, records = hold_one(prepared)
     other = [record.model_copy(update={"subject": "other"}) for record in records]
-    put_contest(path, other)
-    put_contest(path, records)
-    put_contest(path, records)
+    for each in (other, records, records):
+        put_records(path, each, find_contest)
     assert len(load_records(path)) == 2 * len(records)
     assert drop_done([prepared], path) == []
 

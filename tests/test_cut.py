@@ -29,7 +29,7 @@ from leansd.tuning.cutting import (
     study_removals,
 )
 from leansd.tuning.host import tap
-from leansd.tuning.removals import Removal, Removals, list_removals
+from leansd.tuning.removals import Removal, Removals, choose_item, list_removals
 from pages import read_page
 from tiny import tiny_pipeline, tiny_unet, tiny_xl_unet
 
@@ -84,8 +84,10 @@ def test_every_choice_is_a_legal_surgery(make):
     every = {each.name: each for each in removals}
     for seed in range(2):
         draw = random.Random(seed)
-        weights = {each: (draw.random(), draw.randint(1, 100)) for each in removals}
-        front = removals.make_tree(weights.__getitem__).front
+        items = {
+            each: choose_item(each.name, draw.random(), draw.randint(1, 100)) for each in removals
+        }
+        front = removals.solve(items.__getitem__)
         for choice in front[:: max(1, len(front) // 25)] + front[-1:]:
             taken = [every[name] for name in choice.names]
             lay_out_surgery(sources, make_surgery(taken))
@@ -165,7 +167,7 @@ def test_a_unet_that_follows_a_plan_is_refused():
 @pytest.fixture(scope="module")
 def study() -> Study:
     pipe = tiny_pipeline(unet=tiny_unet(**SMALL))
-    return study_removals(pipe, ["a cat", "a dog"], of="macs", **RUN)
+    return study_removals(pipe.unet, keep_calls(pipe, ["a cat", "a dog"], **RUN), "macs")
 
 
 def test_a_cut_keeps_its_budget_and_can_be_operated(study):

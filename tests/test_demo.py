@@ -23,7 +23,7 @@ def demo(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_demo_compares_every_preset(demo, capsys, monkeypatch):
-    monkeypatch.setattr("leansd.cli.terminal.hush_libraries", lambda: None)
+    monkeypatch.setattr("leansd.cli.options.hush_libraries", lambda: None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     out = demo / "out"

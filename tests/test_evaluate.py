@@ -364,7 +364,7 @@ def test_mistakes_are_told(pipe, tmp_path):
 
 @pytest.fixture
 def run(capsys, monkeypatch):
-    monkeypatch.setattr("leansd.cli.terminal.hush_libraries", lambda: None)
+    monkeypatch.setattr("leansd.cli.options.hush_libraries", lambda: None)
 
     def call(*arguments):
         code = main(["evaluate", *map(str, arguments)])

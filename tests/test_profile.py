@@ -338,7 +338,7 @@ def test_progress_is_told_from_the_first_unit_of_the_warm_up_on():
 
 
 def test_the_command_writes_report_and_records(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("leansd.cli.terminal.hush_libraries", lambda: None)
+    monkeypatch.setattr("leansd.cli.options.hush_libraries", lambda: None)
     tiny_vae(seed=1).save_pretrained(tmp_path / "vae")
     tiny_pipeline().save_pretrained(tmp_path / "model")
     model, out = str(tmp_path / "model"), tmp_path / "out"

@@ -10,11 +10,15 @@ from leansd.evaluation.runs import FULL
 from leansd.evaluation.standings import (
     MEASURED,
     PREDICTED,
+    SPEEDS,
+    Margin,
+    Standing,
     read_front,
     read_standings,
-    tabulate_summary,
+    show_margin,
 )
 from leansd.plans.presets import SPEED_PRESETS
+from leansd.text import Table
 from tabulation.cells import RESULTS, get, get_number, tabulate_ratio
 
 FLOW_RIVALS = {
@@ -142,13 +146,30 @@ def tabulate_bench() -> str:
     )
     standings = read_standings(records)
     tables = (
-        f"{told}\n\n{tabulate_summary(standings, by).markdown()}\n"
+        f"{told}\n\n{tabulate_margins(standings, by).markdown()}\n"
         for told, by in (
             ("At equal time, by the clock:", MEASURED),
             ("At equal computing, by what is computed (adaptive plans left out):", PREDICTED),
         )
     )
     return f"{circumstances}\n\n" + "\n".join(tables)
+
+
+def tabulate_margins(standings: Sequence[Standing], by: str) -> Table:
+    """The margin table of a README: a row a contest, a column a speed."""
+    rows = [
+        (standing.title, *(summarise_margin(each) for each in standing.find_margins(by=by)))
+        for standing in standings
+    ]
+    columns = ("ours and the best rival, dB to full", *(f"at {speed:g}x" for speed in SPEEDS))
+    return Table(columns, tuple(rows))
+
+
+def summarise_margin(margin: Margin) -> str:
+    """Both and the difference, in few words."""
+    ours = "–" if margin.ours is None else f"{margin.ours.quality:.1f}"
+    rival = "–" if margin.rival is None else f"{margin.rival.quality:.1f} ({margin.family})"
+    return f"{ours} / {rival}: {show_margin(margin)}"
 
 
 def tabulate_flow() -> str:

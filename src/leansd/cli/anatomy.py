@@ -1,5 +1,6 @@
 """`leansd anatomy`: where a UNet keeps its weights and spends its time."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,10 +8,12 @@ import typer
 
 from leansd.cli.command import Result, argument, command, option
 from leansd.cli.options import DeviceOptions, complete_shape
+from leansd.cli.terminal import follow, note
+from leansd.files import check_folder
+from leansd.plans.anatomy import Anatomy
 
 if TYPE_CHECKING:
     from leansd.evaluation.inner_timing import UnitTimes
-    from leansd.plans.anatomy import Anatomy
 
 app = typer.Typer(add_completion=False)
 
@@ -46,7 +49,6 @@ def show_anatomy(
     """
     from leansd.evaluation.records import stamp
     from leansd.evaluation.redundancy import list_records, read_spent, tabulate_spent
-    from leansd.files import check_folder
     from leansd.report.nets import report_anatomy, summarise_anatomy
     from leansd.unets import open_anatomy
 
@@ -71,9 +73,7 @@ def show_anatomy(
     )
 
 
-def _list_facts(anatomy: "Anatomy", times: "UnitTimes | None") -> dict[str, Any]:
-    from dataclasses import asdict
-
+def _list_facts(anatomy: Anatomy, times: "UnitTimes | None") -> dict[str, Any]:
     return {
         "units": len(anatomy.units) - 2,
         "ends": 2,
@@ -93,7 +93,6 @@ def _time(
     model: str, place: DeviceOptions, batch: int, latent: int | None, tokens: int, repeats: int
 ) -> "UnitTimes":
     """Times units here; the first call warms up and says how long it will take."""
-    from leansd.cli.terminal import follow, note
     from leansd.evaluation.inner_timing import time_units
     from leansd.unets import open_unet
 

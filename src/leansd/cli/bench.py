@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -15,10 +17,15 @@ from leansd.cli.options import (
     DeviceOptions,
     Force,
     ModelOption,
+    Opening,
     SeedsForSpread,
     complete_plan,
     complete_sampler,
 )
+from leansd.cli.terminal import follow, note, warn
+from leansd.errors import LeansdError
+from leansd.files import check_file, check_folder
+from leansd.text import describe_duration
 
 if TYPE_CHECKING:
     from leansd.evaluation.bench import BenchSettings, PreparedContest
@@ -64,7 +71,6 @@ class Field:
         Raises:
             LeansdError: there is no such sampler, or runs are too long.
         """
-        from leansd.errors import LeansdError
         from leansd.evaluation.bench import STEPS, check_plans
         from leansd.runtime.samplers import check_sampler
 
@@ -105,9 +111,7 @@ def bench(
 
     Every contest is on record when it is over; the same command goes on with the next.
     """
-    from leansd.cli.options import Opening
     from leansd.evaluation.bench import choose_lineup, drop_done, list_contests, prepare
-    from leansd.files import check_file, check_folder
 
     # Everything that can be wrong is found before a weight is read.
     check_file(out)
@@ -147,9 +151,7 @@ def bench(
 
 
 def _choose_settings(model: str, field: Field, calls: Calls, clip: Path | None) -> "BenchSettings":
-    from functools import cache, partial
 
-    from leansd.cli.terminal import warn
     from leansd.evaluation.bench import BenchSettings, choose_plans
     from leansd.evaluation.extractors import find_embedder
     from leansd.evaluation.prompt_sets import choose_prompts, read_prompts
@@ -178,9 +180,7 @@ def _hold(
     waiting: "Sequence[PreparedContest]", settings: "BenchSettings", out: Path, which: str
 ) -> None:
     """Holds contests; says before how long they take, and what goes on."""
-    from leansd.cli.terminal import follow, note
     from leansd.evaluation.bench import estimate, hold, time_step
-    from leansd.text import describe_duration
 
     step = time_step(waiting[0], settings) if waiting else 0.0
     lengths = estimate(waiting, settings, step)
@@ -221,7 +221,6 @@ def _give_standings(
     report: Path,
     device: Any,
 ) -> Result:
-    from textwrap import fill
 
     from leansd.evaluation.standings import (
         describe_quality,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from leansd.cli.terminal import PlanText, fit, keep_silent, show, show_json
+from leansd.files import number_files, write_file
 from leansd.text import Table
 
 if TYPE_CHECKING:
@@ -189,8 +190,6 @@ def _present(name: str, result: Result, as_json: bool, always_json: bool) -> int
 
 def _put_beside(result: Result) -> Result:
     """The same with the next names that are free for all pages and records."""
-    from leansd.files import number_files
-
     groups = {name: getattr(result, name) for name in ("pages", "records", "content")}
     free = number_files([path for group in groups.values() for path in group])
     return replace(
@@ -202,8 +201,6 @@ def _put_beside(result: Result) -> Result:
 def _write(result: Result) -> list[Path]:
     others: list[Path] = []
     if result.content:
-        from leansd.files import write_file
-
         others = [write_file(path, content) for path, content in result.content.items()]
     if not result.pages and not result.records:
         return others

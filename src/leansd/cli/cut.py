@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from leansd.cli.command import Result, command, option
-from leansd.cli.options import Calls, ModelArgument, Opening, offer
+from leansd.cli.options import Calls, ModelArgument, Opening, keep_default, offer
+from leansd.cli.terminal import follow, note
+from leansd.files import check_file, stand_beside
 
 if TYPE_CHECKING:
     from leansd.tuning.cutting import Cut
@@ -66,9 +69,6 @@ def cut_unet(
 
     What goes is a surgery: leansd operate builds the lighter UNet from it, to be trained.
     """
-    from leansd.cli.options import keep_default
-    from leansd.cli.terminal import follow, note
-    from leansd.files import check_file, stand_beside
     from leansd.tuning.cutting import CALLS, cut
 
     # Everything that can be wrong is found before a weight is read.
@@ -104,7 +104,6 @@ def cut_unet(
 
 
 def _give_cut(found: "Cut", pipe: Any, facts: dict[str, Any], out: Path, page: Path) -> Result:
-    from textwrap import fill
 
     from leansd.anatomy import dissect
     from leansd.report.nets import describe_cut, report_cut

@@ -19,13 +19,17 @@ from leansd.cli.options import (
     complete_plan,
     offer,
 )
+from leansd.cli.terminal import follow, hush_libraries, note
+from leansd.emoji.prompts import GRID_PROMPTS
+from leansd.errors import LeansdError
+from leansd.files import check_folder
+from leansd.plans.plan import Plan
 
 if TYPE_CHECKING:
     from leansd.evaluation.compare import Case
     from leansd.evaluation.evaluation import Evaluation
     from leansd.evaluation.fidelity import Lpips
     from leansd.evaluation.quality import Embedder
-    from leansd.plans.plan import Plan
 
 app = typer.Typer(add_completion=False)
 CALLS = Calls(count=64, seed=1000)
@@ -69,7 +73,7 @@ class References:
         if CONVERGED in self.names and sampler is not None:
             require_convergence(sampler)
 
-    def list_cases(self, pipe: Any, plans: "Sequence[Plan]", steps: int) -> "Cases":
+    def list_cases(self, pipe: Any, plans: Sequence[Plan], steps: int) -> "Cases":
         """Plans, rivals and references as the comparison engine takes them."""
         from leansd.evaluation.compare import Case
         from leansd.evaluation.evaluation import list_cases, make_reference
@@ -188,9 +192,6 @@ def evaluate_plans(
     precision and recall. Stopped, the same command goes on where it was; what was drawn stays in
     OUT/drawn, what was seen in OUT/seen.
     """
-    from leansd.errors import LeansdError
-    from leansd.files import check_folder
-
     # Everything that can be wrong is found before a weight is read.
     check_folder(out)
     if (plan is None) == (scores.pictures is None):
@@ -220,8 +221,6 @@ class _Task:
 
 def _measure(task: _Task, out: Path) -> Result:
     """Plans against references."""
-    from leansd.cli.terminal import follow, note
-    from leansd.emoji.prompts import GRID_PROMPTS
     from leansd.evaluation.compare import Judging
     from leansd.evaluation.evaluation import evaluate_cases
     from leansd.evaluation.fidelity import list_metrics
@@ -332,8 +331,6 @@ def _score(
     scores: Scores, references: References, batch: int, device: str | None, out: Path
 ) -> Result:
     """The scores of a folder of pictures."""
-    from leansd.cli.terminal import follow, hush_libraries, note
-    from leansd.errors import LeansdError
     from leansd.evaluation.extraction import EXTRACTION, ExtractionConfig
     from leansd.evaluation.scoring import KEPT, carry_out, list_notes, plan_scoring
     from leansd.report.measurements import report_scores, tabulate_scores
@@ -389,7 +386,6 @@ def _score(
 
 
 def _split_weights(text: str) -> tuple[str, str]:
-    from leansd.errors import LeansdError
     from leansd.evaluation.extractors import EXTRACTORS
 
     name, sign, path = text.partition("=")

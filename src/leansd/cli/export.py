@@ -14,12 +14,17 @@ from leansd.cli.options import (
     complete_plan,
     complete_sampler,
     offer,
+    tell_notes,
 )
+from leansd.cli.terminal import follow, hush_libraries, warn
+from leansd.errors import LeansdError
+from leansd.files import check_file
+from leansd.plans.anatomy import Anatomy
+from leansd.plans.plan import Plan
+from leansd.plans.resolve import resolve_plan
 
 if TYPE_CHECKING:
     from leansd.exporting.exporter import Exported
-    from leansd.plans.anatomy import Anatomy
-    from leansd.plans.plan import Plan
 
 app = typer.Typer(add_completion=False)
 
@@ -45,7 +50,6 @@ class Graphs:
 
     def check(self) -> None:
         """Refuses a sampler that there is none of, and options of a plan that is not given."""
-        from leansd.errors import LeansdError
         from leansd.runtime.samplers import check_sampler
 
         asked = self.steps is not None or self.fit or self.sampler is not None
@@ -56,10 +60,8 @@ class Graphs:
         if self.sampler is not None:
             check_sampler(self.sampler)
 
-    def resolve(self, net: str, anatomy: "Anatomy") -> "Plan | None":
+    def resolve(self, net: str, anatomy: Anatomy) -> Plan | None:
         """The plan for the runs of a net, with what must be said of it told."""
-        from leansd.cli.options import tell_notes
-        from leansd.plans.resolve import resolve_plan
         from leansd.unets import outline_runs
 
         if self.plan is None:
@@ -95,10 +97,8 @@ def export_net(
 ) -> Result:
     """Export a net; for ONNX, check in ONNX Runtime that it gives what PyTorch gives."""
     from leansd.anatomy.reading import read_anatomy
-    from leansd.cli.terminal import follow, hush_libraries, warn
     from leansd.exporting import export
     from leansd.exporting.exporter import check_form, find_home
-    from leansd.files import check_file
     from leansd.loading import load_outline
     from leansd.report.nets import report_export, tabulate_files
 
@@ -133,7 +133,7 @@ def export_net(
     )
 
 
-def _list_facts(written: "Exported", plan: "Plan | None") -> dict[str, Any]:
+def _list_facts(written: "Exported", plan: Plan | None) -> dict[str, Any]:
     return {
         "folder": str(written.folder),
         "files": written.files,

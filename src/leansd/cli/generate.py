@@ -1,5 +1,6 @@
 """`leansd generate`: prompts in, pictures and a report out."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,13 +16,20 @@ from leansd.cli.options import (
     OwnGuidance,
     SizeOption,
     complete_plan,
+    open_nets,
     refuse_transformer,
+    tell_notes,
 )
+from leansd.cli.terminal import note, open_progress, warn
+from leansd.errors import LeansdError
+from leansd.files import check_folder, find_free, name_file, write_file, write_new
+from leansd.plans.anatomy import WHOLE
+from leansd.plans.plan import Plan
+from leansd.plans.resolve import PlanContext
+from leansd.version import __version__
 
 if TYPE_CHECKING:
     from leansd.drawing import Painting, Request
-    from leansd.plans.plan import Plan
-    from leansd.plans.resolve import PlanContext
     from leansd.report.plans import PicturePair
 
 app = typer.Typer(add_completion=False)
@@ -49,7 +57,7 @@ class Wanted:
         None, "Folder of another autoencoder, such as a small one, to decode with."
     )
 
-    def find_source(self) -> "Plan | str":
+    def find_source(self) -> Plan | str:
         """The plan that is asked for, that of a front looked up."""
         return self.plan if self.speedup is None else _read_front(self)
 
@@ -114,10 +122,6 @@ def generate_pictures(
     rows: PromptFile,
 ) -> Result:
     """Draw pictures from prompts, each as a PNG that carries its prompt, seed and plan."""
-    from leansd.errors import LeansdError
-    from leansd.files import check_folder
-    from leansd.plans.anatomy import WHOLE
-
     # Everything that can be wrong is found before a weight is read.
     if bool(prompts) == (rows.prompt_file is not None):
         raise LeansdError("give prompts, or a file of them by --prompts; one of the two")
@@ -149,13 +153,13 @@ class _Task:
     """What both ways share, checked."""
 
     model: str
-    source: "Plan | str"
+    source: Plan | str
     wanted: Wanted
     following: Following
     opening: Opening
-    context: "PlanContext"
+    context: PlanContext
 
-    def open(self) -> "tuple[Any, Plan]":
+    def open(self) -> tuple[Any, Plan]:
         """The pipeline, and the plan for its runs."""
         from leansd.evaluation.prompt_sets import find_guidance
         from leansd.loading import load_vae, set_vae
@@ -174,10 +178,7 @@ def _draw_prompts(
     task: _Task, requests: "Sequence[Request]", out: Path, *, overwrite: bool, compare: bool
 ) -> Result:
     """One file a picture."""
-    from leansd.cli.options import open_nets
-    from leansd.cli.terminal import open_progress
     from leansd.drawing import describe_report, explain_fault, place_init
-    from leansd.files import find_free
     from leansd.loading import as_image_to_image
 
     pipe, plan = task.open()
@@ -238,7 +239,7 @@ def _tell_places(written: Sequence[Any], pages: Mapping[Path, Any], out: Path) -
 def _paint_all(
     pipe: Any,
     requests: "Sequence[Request]",
-    plan: "Plan",
+    plan: Plan,
     nets: Mapping[str, Any],
     progress: Any,
 ) -> "Iterator[tuple[Request, Painting, PicturePair | None]]":
@@ -252,7 +253,7 @@ def _paint_all(
 def _compare_all(
     pipe: Any,
     requests: "Sequence[Request]",
-    plan: "Plan",
+    plan: Plan,
     nets: Mapping[str, Any],
     progress: Any,
 ) -> "Iterator[tuple[Request, Painting, PicturePair | None]]":
@@ -275,7 +276,7 @@ def _compare_all(
         yield request, painting, pair
 
 
-def _report_pairs(task: _Task, pairs: "Sequence[PicturePair]", plan: "Plan") -> Any:
+def _report_pairs(task: _Task, pairs: "Sequence[PicturePair]", plan: Plan) -> Any:
     from leansd.report.plans import report_pairs
 
     assert task.context.anatomy is not None
@@ -296,10 +297,9 @@ def _show_each(
         progress.remove_task(bar)
 
 
-def _list_facts(task: _Task, pipe: Any, request: "Request", plan: "Plan") -> dict[str, Any]:
+def _list_facts(task: _Task, pipe: Any, request: "Request", plan: Plan) -> dict[str, Any]:
     """What a picture says of itself."""
     from leansd.runtime.samplers import name_sampler
-    from leansd.version import __version__
 
     init = task.wanted.init
     return {
@@ -325,7 +325,6 @@ def _write_picture(
 ) -> Path:
     """`a-red-apple.balanced.seed0.png`; never over another picture of this run."""
     from leansd.drawing import encode_png
-    from leansd.files import find_free, name_file, write_file, write_new
 
     words = name_file(facts["prompt"].lower())
     path = out / f"{words}.{name_file(facts['plan'])}.seed{facts['seed']}.png"
@@ -337,10 +336,8 @@ def _write_picture(
 
 def _draw_rows(task: _Task, rows: PromptFile, file: Path, out: Path) -> Result:
     """Shards of pictures, those that are there already left out."""
-    import time
 
     from leansd.bulk.jobs import DRAWING, place_order, read_faults, run_job
-    from leansd.cli.terminal import note, open_progress
     from leansd.report.plans import report_job
 
     order = place_order(_read_rows(file, strict=rows.strict), out, _make_job(task, rows))
@@ -377,7 +374,6 @@ def _draw_rows(task: _Task, rows: PromptFile, file: Path, out: Path) -> Result:
 def _make_job(task: _Task, rows: PromptFile) -> Any:
     """What decides which pictures come out, as it travels to workers."""
     from leansd.bulk.jobs import BulkJob
-    from leansd.cli.options import tell_notes
     from leansd.drawing import parse_size
 
     wanted, opening = task.wanted, task.opening
@@ -411,8 +407,6 @@ def _make_job(task: _Task, rows: PromptFile) -> Any:
 def _read_rows(file: Path, *, strict: bool) -> Any:
     """The rows of a file; what is wrong with others is told."""
     from leansd.bulk.jobs import read_sheet
-    from leansd.cli.terminal import warn
-    from leansd.errors import LeansdError
 
     sheet, most = read_sheet(file), 5
     if sheet.flaws and strict:
@@ -428,9 +422,8 @@ def _read_rows(file: Path, *, strict: bool) -> Any:
     return sheet
 
 
-def _read_front(wanted: Wanted) -> "Plan":
+def _read_front(wanted: Wanted) -> Plan:
     """The plan of a tuned front for a speed-up; it says its number of steps itself."""
-    from leansd.errors import LeansdError
     from leansd.tuning.front import Front
 
     plan = Front.load(wanted.plan).at(speedup=wanted.speedup)

@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING
 import typer
 
 from leansd.cli.command import Result, argument, command, option, quote_command
+from leansd.cli.terminal import hush_libraries, note
+from leansd.errors import LeansdError
+from leansd.files import check_file, check_folder
 
 if TYPE_CHECKING:
     from leansd.incubation.recipe import Recipe
@@ -34,9 +37,6 @@ def incubate_recipe(
     ),
 ) -> Result:
     """Distil, assemble and distil again; accelerate launch -m leansd.cli for several GPUs."""
-    from leansd.cli.terminal import hush_libraries, note
-    from leansd.errors import LeansdError
-    from leansd.files import check_file, check_folder
     from leansd.incubation.recipe import load_recipe
 
     chosen = load_recipe(recipe, changes or ())

@@ -7,8 +7,10 @@ sections that all commands share, and give one man page for each command.
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from inspect import cleandoc
 from pathlib import Path
+from pydoc import pager
 from textwrap import fill
 from typing import Any
 
@@ -16,6 +18,8 @@ import typer
 
 from leansd.cli.command import PROGRAM, Result, argument, command, option, read_examples
 from leansd.cli.options import offer
+from leansd.errors import LeansdError
+from leansd.files import check_file, write_file
 
 app = typer.Typer(add_completion=False)
 
@@ -97,12 +101,8 @@ def show_manual(
     out: Path | None = option(None, "File to write; the terminal by default.", "--out", "-o"),
 ) -> Result | None:
     """Show every command with its options and examples, or write that as a file."""
-    from difflib import get_close_matches
-    from pydoc import pager
 
     from leansd.cli import open_program
-    from leansd.errors import LeansdError
-    from leansd.files import check_file, write_file
 
     if to not in FORMS:
         raise LeansdError(f"no form {to!r}: give {', '.join(FORMS)}")

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from leansd.cli.command import Result, argument, command, option
-from leansd.cli.options import ReportFile, complete_shape, complete_surgery
+from leansd.cli.options import ReportFile, complete_shape, complete_surgery, read_pairs
+from leansd.cli.terminal import hush_libraries
+from leansd.errors import LeansdError
+from leansd.files import check_file, writing
 from leansd.text import Table
 
 if TYPE_CHECKING:
@@ -49,7 +52,6 @@ def operate_on_unet(
     report: ReportFile = None,
 ) -> Result:
     """Cut a UNet, or assemble one from several, and write it."""
-    from leansd.errors import LeansdError
     from leansd.surgery.presets import PRESETS, find_surgery
 
     if surgery is None:
@@ -58,9 +60,7 @@ def operate_on_unet(
     if out is None and not only_preview:
         raise LeansdError("give --out a folder for the new UNet, or only look with --preview")
     chosen = find_surgery(surgery)
-    from leansd.cli.terminal import hush_libraries
     from leansd.exporting.graphs import check_out
-    from leansd.files import check_file
     from leansd.report.nets import report_surgery
     from leansd.surgery.preview import preview
     from leansd.unets import open_outline
@@ -102,8 +102,6 @@ def list_nets(model: str, others: Sequence[str]) -> dict[str, str]:
     Raises:
         LeansdError: one is not of this form, or a name comes twice.
     """
-    from leansd.cli.options import read_pairs
-    from leansd.errors import LeansdError
     from leansd.surgery.apply import BASE
 
     nets = read_pairs(others, "MODEL, light=nets/light")
@@ -117,8 +115,6 @@ def operate_into(
 ) -> list[Path]:
     """Operates, and writes the UNet with lineage, surgery and card; gives what was written."""
     from leansd.cards import Card, write_card
-    from leansd.errors import LeansdError
-    from leansd.files import writing
     from leansd.loading import is_unet_folder, load_with_unet
     from leansd.surgery.apply import BASE, operate
     from leansd.unets import open_unet

@@ -4,6 +4,8 @@ Those that travel together are one: a command takes a dataclass of options as on
 `leansd.cli.command`), and the dataclass does with them what every command would.
 """
 
+import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +14,17 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from leansd.cli.command import option
+from leansd.cli.terminal import hush_libraries, note, warn
+from leansd.errors import LeansdError
+from leansd.files import find_free
+from leansd.plans.anatomy import WHOLE
+from leansd.plans.plan import Plan
+from leansd.plans.presets import PRESETS
+from leansd.plans.resolve import PlanContext, Resolved, resolve_plan
 
 if TYPE_CHECKING:
     import torch
 
-    from leansd.plans.plan import Plan
-    from leansd.plans.resolve import PlanContext, Resolved
 
 # -- what a shell offers ---------------------------------------------------------------------------
 # What a shell offers for the value of an option: names that are known without importing torch.
@@ -64,8 +71,6 @@ def offer(*names: str) -> Completer:
 
 def complete_plan(incomplete: str) -> list[tuple[str, str]]:
     """Presets with what they do."""
-    from leansd.plans.presets import PRESETS
-
     return [(p.name, p.summary) for p in PRESETS.values() if p.name.startswith(incomplete)]
 
 
@@ -151,9 +156,6 @@ class DeviceOptions:
 
     def check(self) -> None:
         """Refuses what is not there, before a weight is read."""
-        from leansd.cli.terminal import hush_libraries, note
-        from leansd.errors import LeansdError
-
         hush_libraries()
         where = self.find_device()
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -235,12 +237,12 @@ class Fitting:
 
     def outline(
         self,
-        plan: "Plan | str",
+        plan: Plan | str,
         model: str,
         *,
         steps: int | None = None,
         sampler: str | None = None,
-    ) -> "tuple[Resolved, PlanContext]":
+    ) -> tuple[Resolved, PlanContext]:
         """The plan that is meant for runs of a model, as far as is known without its weights.
 
         Raises:
@@ -248,7 +250,6 @@ class Fitting:
                 sampler and `--force` is not given.
         """
         from leansd.loading import has_transformer
-        from leansd.plans.anatomy import WHOLE
         from leansd.unets import open_anatomy, outline_runs
 
         anatomy = WHOLE if has_transformer(model) else open_anatomy(model)
@@ -258,12 +259,12 @@ class Fitting:
 
     def settle(
         self,
-        plan: "Plan | str",
+        plan: Plan | str,
         pipe: Any,
-        context: "PlanContext",
+        context: PlanContext,
         guidance: float,
         strength: float = 1.0,
-    ) -> "Plan":
+    ) -> Plan:
         """The plan for the runs of an open pipeline, with what must be said of it told.
 
         Raises:
@@ -281,9 +282,7 @@ class Fitting:
         )
         return tell_notes(self._resolve(plan, known))
 
-    def _resolve(self, plan: "Plan | str", context: "PlanContext") -> "Resolved":
-        from leansd.plans.resolve import resolve_plan
-
+    def _resolve(self, plan: Plan | str, context: PlanContext) -> Resolved:
         resolved = resolve_plan(plan, context, fit=self.fit, force=self.force)
         if not self.force:
             resolved.require_tuned()
@@ -302,13 +301,8 @@ class Following(Fitting):
         return read_pairs(self.net or (), "FOLDER, light=runs/asdm/net")
 
 
-def tell_notes(resolved: "Resolved") -> "Plan":
+def tell_notes(resolved: Resolved) -> Plan:
     """Warns of what must be said of a plan, and gives the plan."""
-    import re
-    import warnings
-
-    from leansd.cli.terminal import warn
-
     for each in resolved.notes:
         warn(each)
         warnings.filterwarnings("ignore", re.escape(each))  # its runs would say it again
@@ -321,8 +315,6 @@ def read_pairs(given: Sequence[str], form: str) -> dict[str, str]:
     Raises:
         LeansdError: one is not of this form, or a name comes twice.
     """
-    from leansd.errors import LeansdError
-
     nets: dict[str, str] = {}
     for each in given:
         name, sign, path = each.partition("=")
@@ -350,7 +342,6 @@ class Calls:
         Raises:
             LeansdError: there are none for this model.
         """
-        from leansd.errors import LeansdError
         from leansd.evaluation.prompt_sets import read_prompts
         from leansd.loading import EMBEDDED
 
@@ -369,15 +360,11 @@ class Calls:
 
 def keep_default(path: Path, default: Path) -> Path:
     """The path; where it is only the default and something lies there, the next free name."""
-    from leansd.files import find_free
-
     return find_free(path) if path == default else path
 
 
 def refuse_transformer(option: str, model: str) -> NoReturn:
     """Refuses an option that is for UNets."""
-    from leansd.errors import LeansdError
-
     raise LeansdError(f"{option} is for UNets, and in {model} a transformer denoises")
 
 

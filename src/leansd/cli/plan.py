@@ -2,18 +2,27 @@
 
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 from leansd.cli.command import Result, argument, command, option
-from leansd.cli.options import Following, ReportFile, SamplerOption, complete_plan, complete_shape
-from leansd.cli.terminal import PlanText
+from leansd.cli.options import (
+    Following,
+    ReportFile,
+    SamplerOption,
+    complete_plan,
+    complete_shape,
+    tell_notes,
+)
+from leansd.cli.terminal import PlanText, hush_libraries
+from leansd.errors import LeansdError
+from leansd.files import check_file, write_file
+from leansd.plans.anatomy import Anatomy
+from leansd.plans.grid import draw_picture
+from leansd.plans.plan import Plan
+from leansd.plans.presets import PRESETS
 from leansd.text import Table
-
-if TYPE_CHECKING:
-    from leansd.plans.anatomy import Anatomy
-    from leansd.plans.plan import Plan
 
 app = typer.Typer(add_completion=False)
 FORMATS = (".png", ".svg", ".pdf")
@@ -50,9 +59,6 @@ def show_plan(
     """Show a plan as a grid of units and steps; save it, or a picture of it."""
     if plan is None:
         return _list_presets()
-    from leansd.cli.options import tell_notes
-    from leansd.cli.terminal import hush_libraries
-    from leansd.files import check_file, write_file
     from leansd.report.plans import report_plan
     from leansd.runtime.samplers import check_sampler
     from leansd.unets import predict_gain
@@ -89,17 +95,12 @@ def show_plan(
 
 
 def _list_presets() -> Result:
-    from leansd.plans.presets import PRESETS
-
     rows = {each.name: each.summary for each in PRESETS.values()}
     return Result({"presets": rows}, [Table(("preset", "summary"), tuple(rows.items()))])
 
 
-def _draw(plan: "Plan", anatomy: "Anatomy", path: Path) -> bytes:
+def _draw(plan: Plan, anatomy: Anatomy, path: Path) -> bytes:
     """The grid of a plan as the bytes of the file format that `path` ends in."""
-    from leansd.errors import LeansdError
-    from leansd.plans.grid import draw_picture
-
     form = path.suffix.lower()
     if form not in FORMATS:
         raise LeansdError(f"cannot draw {path}: the name must end in one of {', '.join(FORMATS)}")

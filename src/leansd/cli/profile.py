@@ -1,13 +1,16 @@
 """`leansd profile`: what everything costs on this machine, and what plans gain of it."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from leansd.cli.command import OnlyJson, Result, argument, command, option
-from leansd.cli.options import DeviceOptions, OwnGuidance, SizeOption, complete_shape
+from leansd.cli.options import DeviceOptions, Opening, OwnGuidance, SizeOption, complete_shape
+from leansd.cli.terminal import follow, note
+from leansd.files import check_folder
 
 if TYPE_CHECKING:
     from leansd.evaluation.prediction import OtherVae, Profiled
@@ -60,7 +63,6 @@ def profile_model(
     The last line on standard output is one JSON object.
     """
     from leansd.drawing import parse_size
-    from leansd.files import check_folder
     from leansd.report.measurements import report_profile
 
     # Everything that can be wrong is found before a weight is read.
@@ -81,9 +83,7 @@ def profile_model(
 def _measure(
     model: str, pipe: Any, runs: Runs, size: tuple[int, int] | None, autoencoder: Any
 ) -> "Profiled":
-    from functools import partial
 
-    from leansd.cli.terminal import follow
     from leansd.evaluation.prediction import Profiled, check_predictions, hold_out
     from leansd.evaluation.profile import prepare_probe
     from leansd.evaluation.records import stamp
@@ -131,8 +131,6 @@ def _list_records(profiled: "Profiled", model: str) -> "list[Record]":
 def _open(model: str, vae: str | None, place: DeviceOptions) -> tuple[Any, Any]:
     """The pipeline, and another autoencoder where one is asked for."""
     from leansd.anatomy.builtin import BUILTIN
-    from leansd.cli.options import Opening
-    from leansd.cli.terminal import note
     from leansd.evaluation.random_pipelines import build_stand_in, build_tiny_vae, check_stand_in
     from leansd.loading import check_vae, load_vae
 

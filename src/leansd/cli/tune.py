@@ -3,12 +3,26 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from leansd.cli.command import Result, command, option
-from leansd.cli.options import Calls, ModelArgument, NetsOption, Opening, refuse_transformer
+from leansd.cli.options import (
+    Calls,
+    ModelArgument,
+    NetsOption,
+    Opening,
+    keep_default,
+    open_nets,
+    read_pairs,
+    refuse_transformer,
+)
+from leansd.cli.terminal import follow, note
+from leansd.emoji.prompts import GRID_PROMPTS
+from leansd.errors import LeansdError
+from leansd.files import check_file, stand_beside
 
 if TYPE_CHECKING:
     from leansd.evaluation.records import Record
@@ -31,8 +45,6 @@ class Goal:
         Raises:
             LeansdError: there are several, or it cannot be reached by any plan.
         """
-        from leansd.errors import LeansdError
-
         given = {"speedup": self.speedup, "psnr": self.psnr, "ms": self.ms}
         goal = {name: value for name, value in given.items() if value is not None}
         if len(goal) > 1:
@@ -68,7 +80,6 @@ class Search:
         Raises:
             LeansdError: there are too few, or the runs start from pictures.
         """
-        from leansd.errors import LeansdError
         from leansd.evaluation.prompt_sets import choose_prompts, read_generic, read_prompts
         from leansd.loading import EMBEDDED
         from leansd.tuning.mix_fitting import choose_mix_calls
@@ -83,7 +94,6 @@ class Search:
 
     def read(self, goal: Mapping[str, float]) -> tuple[dict[str, Any], dict[str, str]]:
         """Arguments of `leansd.tune`, checked, and the folders of nets by name."""
-        from leansd.cli.options import read_pairs
         from leansd.tuning.tuner import SPEEDS
 
         speeds = _parse_speeds(self.speeds) if self.speeds is not None else SPEEDS
@@ -107,9 +117,6 @@ class Files:
 
     def check(self) -> tuple[Path, Path, Path, Path]:
         """Plan, front, journal and page; raises LeansdError where a file cannot be written."""
-        from leansd.cli.options import keep_default
-        from leansd.files import check_file, stand_beside
-
         journal = self.journal or stand_beside(self.out, ".journal.jsonl")
         out = keep_default(self.out, Path("plan.json"))
         front = self.front or stand_beside(out, ".front.json")
@@ -141,7 +148,6 @@ class Start:
     def open(self, steps: int) -> list[Any]:
         """The pictures; raises LeansdError where one cannot be read or no step is left."""
         from leansd.drawing import check_strength, open_picture
-        from leansd.errors import LeansdError
         from leansd.evaluation.picture_sets import PICTURES
 
         if self.init is None:
@@ -201,8 +207,6 @@ def tune_plans(
     One of --speedup, --psnr and --ms says which plan is written to OUT; 2 times faster by default.
     Stopped, the same command goes on where it was.
     """
-    from leansd.cli.options import open_nets
-    from leansd.cli.terminal import follow, note
     from leansd.report.plans import report_tuning
     from leansd.runtime.context import dissect_denoiser
     from leansd.runtime.samplers import name_sampler
@@ -265,7 +269,6 @@ def _check_model(opening: Opening, model: str, search: Search, files: Files) -> 
 
 
 def _show(found: "Front", chosen: "Point") -> list[Any]:
-    from textwrap import fill
 
     from leansd.report.plans import describe_choice, tabulate_front
 
@@ -286,7 +289,6 @@ def check_convergence(sampler: str | None) -> None:
 
 def _list_prompts(calls: Calls, model: str) -> list[str]:
     """All of a file's prompts, or 24 that are built in; enough to tune on some of them."""
-    from leansd.emoji.prompts import GRID_PROMPTS
     from leansd.evaluation.prompt_sets import read_generic
     from leansd.loading import EMBEDDED
     from leansd.tuning.tuner import split_calls
@@ -324,8 +326,6 @@ def _list_facts(found: "Front", chosen: "Point", drawn: Mapping[str, Any]) -> di
 
 def _parse_speeds(text: str) -> list[float]:
     """`1.5,2,3` as numbers above 1."""
-    from leansd.errors import LeansdError
-
     try:
         speeds = [float(part) for part in text.split(",")]
     except ValueError:

@@ -6,6 +6,8 @@ import typer
 
 from leansd.cli.command import command, option
 from leansd.cli.options import Device, complete_model
+from leansd.cli.terminal import hush_libraries, note, show, warn
+from leansd.errors import LeansdError
 
 app = typer.Typer(add_completion=False)
 
@@ -50,9 +52,6 @@ def serve_page(
     import os
     import threading
     from importlib.util import find_spec
-
-    from leansd.cli.terminal import hush_libraries, note, show, warn
-    from leansd.errors import LeansdError
 
     if find_spec("gradio") is None:
         raise LeansdError("the page needs gradio: pip install 'leansd[ui]'")

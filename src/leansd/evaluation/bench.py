@@ -33,7 +33,7 @@ from leansd.evaluation.quality import Embedder
 from leansd.evaluation.records import Record, get_field, load_records, put_records, stamp
 from leansd.evaluation.rivals import OURS, Contest, Rival, RivalContext, make_case
 from leansd.evaluation.runs import FULL, PipelineCall, expand_calls, run_calls, split_calls
-from leansd.evaluation.standings import MEASURED, PREDICTED
+from leansd.evaluation.standings import MEASURED, PREDICTED, find_contest
 from leansd.loading import as_image_to_image
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.plan import Plan
@@ -469,7 +469,7 @@ def hold(
             limits[limit] = comparison.references[CONVERGED]
         fields: Mapping[str, Any] = {**stamp(each.pipe.device), SETTINGS: each.fingerprint}
         records = list_records(each, settings, comparison, fields)
-        put_contest(path, records)
+        put_records(path, records, find_contest)
         on_end(each, records)
 
 
@@ -562,13 +562,3 @@ def describe_contest(contest: Contest) -> dict[str, Any]:
 def _tells_strength(contest: Contest) -> bool:
     """Whether records of a contest say its strength; those of the first one never did."""
     return contest.task == "image-to-image" and contest.strength != STRENGTH
-
-
-def put_contest(path: str | Path, records: Sequence[Record]) -> Path:
-    """Add the records of one contest, in the place of those of the same contest and model."""
-
-    def place(record: Record) -> tuple[Any, ...]:
-        fields = ("task", "sampler", "steps", "guidance", "strength")
-        return record.subject, *(get_field(record, name) for name in fields)
-
-    return put_records(path, records, place)

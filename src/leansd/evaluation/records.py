@@ -91,13 +91,6 @@ def name_device(device: str) -> str:
     return f"{device}: {_processor()}"
 
 
-def append_records(path: str | Path, records: Iterable[Record]) -> Path:
-    """Add records at the end of a file, after checking that what is there are records."""
-    path = Path(path)
-    kept = load_records(path) if path.exists() else []
-    return write_records(path, [*kept, *records])
-
-
 def put_records(
     path: str | Path, records: Sequence[Record], place: Callable[[Record], Hashable]
 ) -> Path:

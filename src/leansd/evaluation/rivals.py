@@ -21,7 +21,7 @@ from leansd.evaluation.compare import Case, Enter
 from leansd.plans.anatomy import HEAD, WHOLE, Anatomy
 from leansd.plans.compile import compile_plan, predict_speedup
 from leansd.plans.plan import Plan
-from leansd.plans.presets import PRESETS, preset
+from leansd.plans.presets import preset
 from leansd.plans.row import How
 from leansd.runtime.hooks import patch_method
 from leansd.runtime.samplers import make_scheduler
@@ -81,19 +81,14 @@ class Rival:
 
     Attributes:
         give: its cases; none where it has nothing to offer a contest.
-        package: what has to be installed, as pip calls it.
-        module: what is imported of it.
-        preset: what has to be there where it is a plan.
+        package: what has to be installed, and is imported by the same name.
         competes: whether it is held against ours; what builds on ours is only shown.
         is_for_unets: whether it reaches into a UNet, or goes by more than whole steps.
     """
 
     name: str
-    summary: str
     give: GiveCases
     package: str = ""
-    module: str = ""
-    preset: str = ""
     competes: bool = True
     is_for_unets: bool = False
 
@@ -101,10 +96,8 @@ class Rival:
         """Why it cannot take part, with a denoiser where one is given; empty where it can."""
         if self.is_for_unets and anatomy is WHOLE:
             return "it is for UNets"
-        if self.module and find_spec(self.module) is None:
+        if self.package and find_spec(self.package) is None:
             return f"{self.package} is not installed (pip install {self.package})"
-        if self.preset and self.preset not in PRESETS:
-            return f"there is no preset {self.preset}"
         return ""
 
 
@@ -405,14 +398,16 @@ def give_presets(name: str, label: str, long: PresetOptions, short: PresetOption
     return give
 
 
-def give_even(how: How, label: str, long: Sequence[int], short: Sequence[int]) -> GiveCases:
-    """Whole steps, one in so many computed and the last one, the others made in one way."""
+def give_even(how: How, label: str, intervals: Sequence[int]) -> GiveCases:
+    """In long contests whole steps, one in so many computed and the last one, the others made in
+    one way.
+    """
 
     def give(context: RivalContext) -> Iterable[Case]:
-        contest = context.contest
-        for interval in long if contest.is_long else short:
-            keys = {*range(0, contest.steps, interval), contest.steps - 1}
-            plan = Plan.between(keys, cut=HEAD, steps=contest.steps, how=how)
+        steps = context.contest.steps
+        for interval in intervals if context.contest.is_long else ():
+            keys = {*range(0, steps, interval), steps - 1}
+            plan = Plan.between(keys, cut=HEAD, steps=steps, how=how)
             yield make_case(context, plan, f"{label} 1:{interval}", label)
 
     return give
@@ -425,93 +420,45 @@ def _list_spectrum(hows: Sequence[str], growths: Sequence[float]) -> PresetOptio
 RIVALS: dict[str, Rival] = {
     rival.name: rival
     for rival in (
-        Rival("fewer", "fewer steps of the same sampler", give_fewer),
-        Rival("samplers", "fewer steps of other samplers", give_others),
-        Rival("aligned", "fewer steps of the same sampler at published times", give_aligned),
-        Rival(
-            "deepcache",
-            "the DeepCache package",
-            give_deepcache,
-            package="DeepCache",
-            module="DeepCache",
-            is_for_unets=True,
-        ),
-        Rival(
-            "tgate",
-            "the T-GATE package",
-            give_tgate,
-            package="tgate",
-            module="tgate",
-            is_for_unets=True,
-        ),
-        Rival(
-            "tgate-plan",
-            "T-GATE's schedule as a plan",
-            give_tgate_plans,
-            preset="tgate",
-            is_for_unets=True,
-        ),
-        Rival(
-            "tomesd",
-            "token merging",
-            give_tomesd,
-            package="tomesd",
-            module="tomesd",
-            is_for_unets=True,
-        ),
-        Rival(
-            "ours+tomesd",
-            "ours with token merging",
-            give_composed,
-            package="tomesd",
-            module="tomesd",
-            competes=False,
-            is_for_unets=True,
-        ),
+        Rival("fewer", give_fewer),
+        Rival("samplers", give_others),
+        Rival("aligned", give_aligned),
+        Rival("deepcache", give_deepcache, "DeepCache", is_for_unets=True),
+        Rival("tgate", give_tgate, "tgate", is_for_unets=True),
+        Rival("tgate-plan", give_tgate_plans, is_for_unets=True),
+        Rival("tomesd", give_tomesd, "tomesd", is_for_unets=True),
+        Rival("ours+tomesd", give_composed, "tomesd", competes=False, is_for_unets=True),
         Rival(
             "easycache",
-            "EasyCache's reuse of whole steps, as a plan",
             give_presets(
                 "easycache",
                 "easycache {threshold}",
                 [{"threshold": threshold} for threshold in (0.02, 0.05, 0.1, 0.2)],
                 [{"threshold": threshold} for threshold in (0.05, 0.1)],
             ),
-            preset="easycache",
             is_for_unets=True,
         ),
         Rival(
             "spectrum",
-            "Spectrum's forecast, as a plan",
             give_presets(
                 "spectrum",
                 "{how} {growth}",
                 _list_spectrum(("chebyshev", "chebyshev-line"), (0, 0.25, 0.75)),
                 _list_spectrum(("chebyshev-line",), (0, 0.75)),
             ),
-            preset="spectrum",
         ),
-        Rival(
-            "taylorseer",
-            "TaylorSeer's evenly spaced forecast, of the output, as a plan",
-            give_even("forecast", "taylorseer", (2, 3, 4), ()),
-        ),
-        Rival(
-            "residual",
-            "EasyCache's reuse of whole steps, evenly spaced, as a plan",
-            give_even("residual", "residual", (2, 3, 4), ()),
-        ),
+        # TaylorSeer's forecast, of the output; EasyCache's reuse of changes, evenly spaced.
+        Rival("taylorseer", give_even("forecast", "taylorseer", (2, 3, 4))),
+        Rival("residual", give_even("residual", "residual", (2, 3, 4))),
+        # As a plan: the callback of diffusers keeps one prompt of a batch.
         Rival(
             "guidance-cutoff",
-            "no guidance in the last part of the run, as a plan: the callback of diffusers keeps "
-            "one prompt of a batch",
             give_presets(
                 "guidance-cutoff",
                 "cutoff {share}",
                 [{"share": share} for share in (0.2, 0.4, 0.6)],
                 [],
             ),
-            preset="guidance-cutoff",
             is_for_unets=True,
         ),
     )

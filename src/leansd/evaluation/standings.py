@@ -12,7 +12,7 @@ from leansd.evaluation.compare import CONVERGED
 from leansd.evaluation.pareto import find_front
 from leansd.evaluation.quality import OTHER_SEEDS
 from leansd.evaluation.records import Record, get_field
-from leansd.evaluation.rivals import OURS, RIVALS
+from leansd.evaluation.rivals import OURS, RIVALS, Contest
 from leansd.evaluation.runs import FULL
 from leansd.text import Table
 
@@ -112,9 +112,8 @@ class Standing:
 
     @property
     def title(self) -> str:
-        task, sampler, steps, guidance, strength = (self.fields.get(name) for name in FIELDS)
-        told = f"{task}, {sampler}, {steps} steps, guidance {guidance:g}"
-        return told if strength is None else f"{told}, strength {strength:g}"
+        told = {name: self.fields[name] for name in FIELDS if name in self.fields}
+        return str(Contest(**told))
 
     @property
     def slug(self) -> str:
@@ -159,14 +158,15 @@ class Standing:
         return [find_margin(points.get(OURS, []), rivals, speed) for speed in speeds]
 
 
+def find_contest(record: Record) -> tuple[Any, ...]:
+    """What is the same in all records of one contest of one model."""
+    return record.subject, *(get_field(record, name) for name in FIELDS)
+
+
 def read_standings(records: Sequence[Record]) -> list[Standing]:
     """The standings of every contest: text-to-image first, by guidance, sampler and steps."""
-
-    def place(record: Record) -> tuple[Any, ...]:
-        return record.subject, *(get_field(record, name) for name in FIELDS)
-
     standings: list[Standing] = []
-    for key, group in groupby(records, key=place):
+    for key, group in groupby(records, key=find_contest):
         cells = {
             (record.plan, record.metric, get_field(record, "reference")): record for record in group
         }
@@ -220,23 +220,6 @@ def tabulate_all(standing: Standing) -> Table:
         for name in names
     ]
     return Table(("", "family", "speed-up", *heads), tuple(rows), standing.title)
-
-
-def tabulate_summary(standings: Sequence[Standing], by: str = MEASURED) -> Table:
-    """The margin table of a README: a row a contest, a column a speed."""
-    rows = [
-        (standing.title, *(summarise_margin(each) for each in standing.find_margins(by=by)))
-        for standing in standings
-    ]
-    columns = ("ours and the best rival, dB to full", *(f"at {speed:g}x" for speed in SPEEDS))
-    return Table(columns, tuple(rows))
-
-
-def summarise_margin(margin: Margin) -> str:
-    """Both and the difference, in few words."""
-    ours = "–" if margin.ours is None else f"{margin.ours.quality:.1f}"
-    rival = "–" if margin.rival is None else f"{margin.rival.quality:.1f} ({margin.family})"
-    return f"{ours} / {rival}: {show_margin(margin)}"
 
 
 def show_point(point: BenchPoint | None) -> str:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from leansd.evaluation.records import Record
 from leansd.evaluation.redundancy import Spent, tabulate_spent
 from leansd.exporting.exporter import Exported
-from leansd.files import write_file
 from leansd.plans.address import get_block
 from leansd.plans.anatomy import Anatomy
 from leansd.report.drawings import KINDS, Bar, draw_bars, draw_plan, draw_shape
@@ -17,8 +15,6 @@ from leansd.report.figures import (
     LIGHT,
     TEXT,
     add_key,
-    encode_png,
-    encode_svg,
     name_axes,
     open_axes,
     open_figure,
@@ -105,15 +101,6 @@ def _describe(spent: Spent) -> str:
         f"{text} Times are medians of whole UNet calls on {fields['batch']} samples of random "
         "inputs, every unit timed where it runs, after one call to warm up."
     )
-
-
-def write_figures(folder: Path, models: Sequence[Spent]) -> list[Path]:
-    """The two figures of several UNets as PNG and SVG: `blocks` and `units`."""
-    written: list[Path] = []
-    for name, figure in {"blocks": draw_blocks(models), "units": draw_units(models)}.items():
-        written.append(write_file(folder / f"{name}.png", encode_png(figure)))
-        written.append(write_file(folder / f"{name}.svg", encode_svg(figure)))
-    return written
 
 
 def draw_blocks(models: Sequence[Spent]) -> Figure:

@@ -38,7 +38,15 @@ from leansd.surgery.apply import BASE, operate
 from leansd.surgery.blueprint import Source, lay_out_surgery
 from leansd.surgery.edits import Surgery
 from leansd.text import Table
-from leansd.tuning.removals import Choice, Removal, Removals, find_best, list_removals
+from leansd.tuning.removals import (
+    Choice,
+    ChoiceFront,
+    Removal,
+    Removals,
+    choose_item,
+    find_best,
+    list_removals,
+)
 
 # -- recorded calls --------------------------------------------------------------------------------
 # UNet calls of real runs, kept, and how far another UNet's output of the same calls is off.
@@ -71,7 +79,6 @@ def keep_calls(
     seed: int = 0,
     batch: int = 8,
     settings: Mapping[str, Any] | None = None,
-    on_step: Callable[[int, int, int], None] | None = None,
 ) -> list[KeptCall]:
     """Run a pipeline in full and keep its UNet calls at `moments` steps, evenly spread.
 
@@ -104,9 +111,7 @@ def keep_calls(
         return output
 
     with ForwardHooks({"unet": pipe.unet}, around):
-        run_calls(
-            pipe, calls, steps, seed=seed, batch=batch, settings=settings, on_step=on_step
-        ).require_finite()
+        run_calls(pipe, calls, steps, seed=seed, batch=batch, settings=settings).require_finite()
     if not kept:
         raise LeansdError(
             "no UNet call belonged to a step of the scheduler: cuts are measured on pipelines that "
@@ -281,10 +286,13 @@ def cut(
     """
     check_budget(budget, of)
     expand_calls(calls, settings or {})
+    tell("drawing", 0.0)
+    kept = keep_calls(
+        pipe, calls, steps, moments=moments, seed=seed, batch=batch, settings=settings
+    )
     study = study_removals(
-        pipe, calls, of=of, cost=cost, steps=steps, moments=moments,
-        settings=settings, seed=seed, batch=batch, tell=lambda text, share: tell(text, 0.8 * share),
-    )  # fmt: skip
+        pipe.unet, kept, of, cost, tell=lambda text, share: tell(text, 0.1 + 0.7 * share)
+    )
     return study.choose(
         budget, tries=tries, name=name, tell=lambda text, share: tell(text, 0.8 + 0.2 * share)
     )
@@ -357,14 +365,15 @@ class Study:
         student, _ = operate(self.unet, make_surgery(removals))
         return measure_error(student, self.kept)
 
-    def _solve(self, barred: frozenset[str] = frozenset()) -> tuple[Choice, ...]:
+    def _solve(self, barred: frozenset[str] = frozenset()) -> ChoiceFront:
         """The knapsack's front, without the removals that are barred."""
-        ticks = {
-            each.removal: 0 if each.removal.name in barred else math.floor(each.saves * TICKS)
-            for each in self.candidates
-        }
-        tree = self.removals.make_tree(lambda removal: (self.errors[removal], ticks[removal]))
-        return tree.front
+        saves = {each.removal: each.saves for each in self.candidates}
+
+        def solve(removal: Removal) -> ChoiceFront:
+            ticks = 0 if removal.name in barred else math.floor(saves[removal] * TICKS)
+            return choose_item(removal.name, self.errors[removal], ticks)
+
+        return self.removals.solve(solve)
 
     def _descend(
         self, first: Choice, need: int, tries: int, tell: OnCutProgress
@@ -400,27 +409,17 @@ class Study:
 
 
 def study_removals(
-    pipe: Any,
-    calls: Sequence[PipelineCall] = CALLS,
-    *,
+    unet: UNet2DConditionModel,
+    kept: Sequence[KeptCall],
     of: Of = "ms",
     cost: CostModel | None = None,
-    steps: int = 30,
-    moments: int = 6,
-    settings: Mapping[str, Any] | None = None,
-    seed: int = 0,
-    batch: int = 8,
+    *,
     tell: OnCutProgress = lambda text, share: None,
 ) -> Study:
-    """Measure what every removal costs a UNet's output, and what it saves."""
-    tell("drawing", 0.0)
-    kept = keep_calls(
-        pipe, calls, steps, moments=moments, seed=seed, batch=batch, settings=settings
-    )
-    unet = pipe.unet
+    """Measure what every removal costs a UNet's output of kept calls, and what it saves."""
     sample = kept[0].args[0] if kept[0].args else kept[0].kwargs["sample"]
     anatomy = dissect(unet, latent=tuple(sample.shape[-2:]))
-    tell("timing", 0.1)
+    tell("timing", 0.0)
     prices = list_prices(unet, anatomy, of, cost, guided=kept[0].guidance is not None)
     sources = {BASE: Source.read(BASE, unet)}
     removals = list_removals(
@@ -430,7 +429,7 @@ def study_removals(
     study = Study(unet, anatomy, removals, {}, prices, kept)
     errors: dict[Removal, float] = {}
     for place, removal in enumerate(every):
-        tell(f"without {removal.name}", 0.15 + 0.85 * place / len(every))
+        tell(f"without {removal.name}", 0.05 + 0.95 * place / len(every))
         errors[removal] = study.measure([removal])
     return replace(study, errors=errors)
 

@@ -8,12 +8,11 @@ layer and the layer itself.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import reduce
 from itertools import combinations, product
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
@@ -24,8 +23,8 @@ from leansd.plans.anatomy import Anatomy, Unit
 # -- the knapsack ----------------------------------------------------------------------------------
 # Solved exactly: what to take so that enough is saved at the least error.
 #
-# Costs are whole ticks, errors add up. What excludes one another is a tree: an `Item` is taken or
-# left, the parts of `Every` are decided each for itself, of `Either` one way is gone. The answer is
+# Costs are whole ticks, errors add up. What excludes one another is a tree: an item is taken or
+# left, of every part it is decided for itself, of ways either one or another is gone. The answer is
 # the whole front: for every saving the least error, so one solution serves all budgets.
 
 
@@ -45,52 +44,20 @@ ChoiceFront: TypeAlias = tuple[Choice, ...]
 NOTHING = Choice(0, 0.0, ())
 
 
-class Node(ABC):
-    """A part of the problem; one that is in several places is solved once."""
-
-    @cached_property
-    def front(self) -> ChoiceFront:
-        """The best choices that there are in it."""
-        return self._solve()
-
-    @abstractmethod
-    def _solve(self) -> ChoiceFront: ...
+def choose_item(name: str, error: float, ticks: int) -> ChoiceFront:
+    """The front of what can be taken or left; errors are not negative."""
+    return (NOTHING, Choice(ticks, error, (name,))) if ticks > 0 else (NOTHING,)
 
 
-@dataclass(frozen=True)
-class Item(Node):
-    """What can be taken or left."""
-
-    name: str
-    error: float
-    """Not negative."""
-    ticks: int
-
-    def _solve(self) -> ChoiceFront:
-        taken = Choice(self.ticks, self.error, (self.name,))
-        return (NOTHING, taken) if self.ticks > 0 else (NOTHING,)
+def choose_every(parts: Iterable[ChoiceFront]) -> ChoiceFront:
+    """The front of parts that do not touch one another; each is decided for itself."""
+    return reduce(_combine, parts, (NOTHING,))
 
 
-@dataclass(frozen=True)
-class Every(Node):
-    """Parts that do not touch one another; each is decided for itself."""
-
-    parts: Sequence[Node]
-
-    def _solve(self) -> ChoiceFront:
-        return reduce(_combine, (part.front for part in self.parts), (NOTHING,))
-
-
-@dataclass(frozen=True)
-class Either(Node):
-    """Ways of which only one can be gone."""
-
-    ways: Sequence[Node]
-
-    def _solve(self) -> ChoiceFront:
-        choices = [choice for way in self.ways for choice in way.front]
-        ticks, errors = _list_numbers(choices)
-        return tuple(choices[place] for place in _list_best(ticks, errors))
+def choose_either(ways: Iterable[ChoiceFront]) -> ChoiceFront:
+    """The front of ways of which only one can be gone."""
+    choices = [choice for way in ways for choice in way]
+    return tuple(choices[place] for place in _list_best(*_list_numbers(choices)))
 
 
 def find_best(front: ChoiceFront, ticks: int) -> Choice | None:
@@ -145,10 +112,8 @@ class Removal:
         return any(covers(address, at) for address in self.addresses)
 
 
-class Weigh(Protocol):
-    """Error and ticks of a removal."""
-
-    def __call__(self, removal: Removal) -> tuple[float, int]: ...
+Solve: TypeAlias = Callable[[Removal], ChoiceFront]
+"""Gives the front of a removal by itself."""
 
 
 @dataclass(frozen=True)
@@ -171,21 +136,20 @@ class Removals:
         every += [removal for removal, _ in self.inner]
         return iter(dict.fromkeys(every))
 
-    def make_tree(self, weigh: Weigh) -> Node:
-        """The knapsack's problem."""
+    def solve(self, solve: Solve) -> ChoiceFront:
+        """The knapsack's front."""
         thinnings = [way for ways in self.levels for way in ways]
-        trees = {each: each.make_tree(weigh) for way in thinnings for each in way.attentions}
+        fronts = {each: each.solve(solve) for way in thinnings for each in way.attentions}
 
-        def make_way(way: Thinning) -> Node:
-            first = [_make_item(way.layers, weigh)] if way.layers is not None else []
-            return Every([*first, *(trees[each] for each in way.attentions)])
+        def solve_way(way: Thinning) -> ChoiceFront:
+            first = [solve(way.layers)] if way.layers is not None else []
+            return choose_every([*first, *(fronts[each] for each in way.attentions)])
 
-        *levels, middle = [Either([make_way(way) for way in ways]) for ways in self.levels]
+        *levels, middle = [choose_either(map(solve_way, ways)) for ways in self.levels]
         inner = [
-            Every([_make_item(removal, weigh), *levels[:first], middle])
-            for removal, first in self.inner
+            choose_every([solve(removal), *levels[:first], middle]) for removal, first in self.inner
         ]
-        return Either([Every([*levels, middle]), *inner])
+        return choose_either([choose_every([*levels, middle]), *inner])
 
 
 @dataclass(frozen=True)
@@ -208,15 +172,17 @@ class TransformerBlock:
     def every(self) -> tuple[Removal, ...]:
         return (*([self.whole] if self.whole is not None else []), *self.parts)
 
-    def make_parts(self, weigh: Weigh) -> Node:
+    def solve_parts(self, solve: Solve) -> ChoiceFront:
         """Any of its parts, never all of them: that is the block."""
-        items = [_make_item(part, weigh) for part in self.parts]
-        return Either([Every([*items[:kept], *items[kept + 1 :]]) for kept in range(len(items))])
+        items = [solve(part) for part in self.parts]
+        return choose_either(
+            choose_every([*items[:kept], *items[kept + 1 :]]) for kept in range(len(items))
+        )
 
-    def make_tree(self, weigh: Weigh) -> Node:
+    def solve(self, solve: Solve) -> ChoiceFront:
         """The whole, or parts."""
-        whole = [] if self.whole is None else [_make_item(self.whole, weigh)]
-        return Either([*whole, self.make_parts(weigh)])
+        whole = [] if self.whole is None else [solve(self.whole)]
+        return choose_either([*whole, self.solve_parts(solve)])
 
 
 @dataclass(frozen=True)
@@ -230,13 +196,14 @@ class Attention:
     def every(self) -> tuple[Removal, ...]:
         return (self.whole, *(each for block in self.blocks for each in block.every))
 
-    def make_tree(self, weigh: Weigh) -> Node:
-        trees = [block.make_tree(weigh) for block in self.blocks]
+    def solve(self, solve: Solve) -> ChoiceFront:
+        """The whole, or blocks."""
+        fronts = [block.solve(solve) for block in self.blocks]
         ways = [
-            Every([*trees[:kept], block.make_parts(weigh), *trees[kept + 1 :]])
+            choose_every([*fronts[:kept], block.solve_parts(solve), *fronts[kept + 1 :]])
             for kept, block in enumerate(self.blocks)
         ]
-        return Either([_make_item(self.whole, weigh), *ways])
+        return choose_either([solve(self.whole), *ways])
 
 
 def list_removals(anatomy: Anatomy, check: Callable[[Sequence[str]], object]) -> Removals:
@@ -325,8 +292,3 @@ def _read_attention(unit: Unit, anatomy: Anatomy) -> Attention:
         for at, inside in parts.items()
     )
     return Attention(Removal((unit.at,)), blocks)
-
-
-def _make_item(removal: Removal, weigh: Weigh) -> Item:
-    error, ticks = weigh(removal)
-    return Item(removal.name, error, ticks)
