@@ -13,6 +13,7 @@ from diffusers.pipelines.deprecated.stable_diffusion_attend_and_excite import (
 from diffusers.pipelines.deprecated.stable_diffusion_panorama import StableDiffusionPanoramaPipeline
 from diffusers.pipelines.deprecated.stable_diffusion_sag import StableDiffusionSAGPipeline
 from torch import nn
+from torch.nn.utils import prune
 
 import leansd
 from conformance.cases import STEPS, Call, build_controlnet, build_sd, text
@@ -176,19 +177,28 @@ def switch_freeu(pipe: Any, inputs: dict[str, Any]) -> None:
     pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.3, b2=1.4)
 
 
+def change_guidance(pipe: Any, inputs: dict[str, Any]) -> None:
+    pipe._guidance_scale = 9.0
+
+
+DROP = GATE.guide("drop", at=[1, 2, 3, 4])
 CHANGES = {
-    "encoder_hidden_states": (exchange_text, write_text),
-    "weights": (change_weights, load_lora, switch_freeu),
-    "cross_attention_kwargs": (change_scale,),
+    "encoder_hidden_states": (GATE, (exchange_text, write_text)),
+    "weights": (GATE, (change_weights, load_lora, switch_freeu)),
+    "cross_attention_kwargs": (GATE, (change_scale,)),
+    "the guidance scale": (DROP, (change_guidance,)),
 }
 
 
 @pytest.mark.parametrize(
-    ("what", "change"), [(what, each) for what, many in CHANGES.items() for each in many]
+    ("what", "plan", "change"),
+    [(what, plan, each) for what, (plan, many) in CHANGES.items() for each in many],
 )
-def test_what_changes_on_the_way_makes_a_full_step(pipe: Any, what: str, change: Any) -> None:
+def test_what_changes_on_the_way_makes_a_full_step(
+    pipe: Any, what: str, plan: Plan, change: Any
+) -> None:
     """After it everything is as if the steps before had been of another run."""
-    with leansd.inherit(pipe, GATE) as run:
+    with leansd.inherit(pipe, plan) as run:
         draw(pipe, on_step(change))
     report = run.report()
     assert report.full_calls == 2
@@ -334,16 +344,40 @@ def test_processors_that_mix_rows_are_left_whole(pipe: Any) -> None:
         assert torch.equal(draw(pipe, text()), plain)
 
 
-def test_a_unit_that_others_have_hooked_is_computed(pipe: Any) -> None:
+WHOLE = Plan.every(2, cut="head", steps=STEPS)
+HOOKED = {
+    "a unit": (REUSE, "mid_block.attentions.0"),
+    "a block": (REUSE, "mid_block"),
+    "a block of which a part is idle": (REUSE, "down_blocks.1"),
+    "what lies within a unit": (REUSE, "mid_block.attentions.0.transformer_blocks.0.attn2.to_q"),
+    "what lies within a part": (GATE, "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"),
+    "what is of no unit": (WHOLE, "time_embedding"),
+}
+
+
+@pytest.mark.parametrize("name", HOOKED)
+def test_what_others_have_hooked_is_computed(pipe: Any, name: str) -> None:
+    plan, path = HOOKED[name]
     seen: list[torch.Tensor] = []
-    attention = pipe.unet.mid_block.attentions[0]
-    handle = attention.register_forward_hook(lambda m, a, output: seen.append(output[0].clone()))
+
+    def see(module: Any, given: Any, output: Any) -> None:
+        seen.append((output if isinstance(output, torch.Tensor) else output[0]).clone())
+
+    handle = pipe.unet.get_submodule(path).register_forward_hook(see)
     plain = draw(pipe, text())
     expected, seen[:] = list(seen), []
-    with leansd.inherit(pipe, REUSE):
+    with leansd.inherit(pipe, plan):
         assert torch.equal(draw(pipe, text()), plain)
+    assert len(seen) == len(expected)
     assert all(map(torch.equal, seen, expected))
     handle.remove()
+    with leansd.inherit(pipe, plan):
+        assert not torch.equal(draw(pipe, text()), plain)
+
+
+def test_a_hook_that_makes_weights_watches_nothing(pipe: Any) -> None:
+    prune.l1_unstructured(pipe.unet.mid_block.resnets[0].conv1, "weight", amount=0.3)
+    plain = draw(pipe, text())
     with leansd.inherit(pipe, REUSE):
         assert not torch.equal(draw(pipe, text()), plain)
 

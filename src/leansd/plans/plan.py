@@ -312,6 +312,11 @@ class Plan:
         """Whether it does anything but compute guidance at some step."""
         return any(row.guidance != "compute" for row in self.rows)
 
+    @property
+    def drops_guidance(self) -> bool:
+        """Whether there is no guidance at some step, whatever its scale."""
+        return any(row.guidance == "drop" for row in self.rows)
+
     @cached_property
     def mixes(self) -> bool:
         """Whether the sampler is given mixed outputs at some step."""

@@ -208,7 +208,7 @@ class Follower:
         run.begun, self.last = True, run.stats
         run.stats.note_size(sample, arguments.text)
         lane = find_lane(self.pipe) if run.shares_lanes else None
-        signature = self._sign(arguments, lane)
+        signature = self._sign(arguments, lane, drops_guidance=run.plan.drops_guidance)
         reason = self._find_reason(run, arguments)
         latents = sample[:, : self.anatomy[HEAD].channels[1]]
         if lane == "rest":
@@ -468,11 +468,14 @@ class Follower:
             nets=self.nets.nets, start=start, rows=rows, moments=moments, guided=guided,
         )  # fmt: skip
 
-    def _sign(self, arguments: UNetArguments, lane: Lane | None) -> CallSignature:
+    def _sign(
+        self, arguments: UNetArguments, lane: Lane | None, *, drops_guidance: bool
+    ) -> CallSignature:
         sample = arguments.sample
         guided = lane is not None or is_guided(self.pipe, sample.shape[0])
         batch = (sample.shape, sample.dtype, sample.device, guided)
-        return CallSignature(batch, Conditions(arguments), self._read_states())
+        scale = find_scale(self.pipe) if drops_guidance and guided else None
+        return CallSignature(batch, Conditions(arguments), self._read_states(), scale)
 
     def _read_states(self) -> tuple[Any, ...]:
         return tuple(watch.read() for watch in self.watches)

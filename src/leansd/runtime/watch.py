@@ -18,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
-from leansd.plans.anatomy import Anatomy
+from leansd.plans.anatomy import HEAD, Anatomy
 from leansd.plans.liveness import Pattern
 from leansd.runtime.call import UNetArguments
 from leansd.runtime.finite import is_real
@@ -96,10 +96,7 @@ class UNetWatch:
 
     def __init__(self, unet: UNet2DConditionModel, anatomy: Anatomy) -> None:
         self._unet = unet
-        self._addressed = [
-            (unit.at, unit.reads[0] if unit in anatomy.parts else unit.at, unit.path)
-            for unit in (*anatomy.units, *anatomy.parts)
-        ]
+        self._anatomy = anatomy
         self._state = UNetState()
         self._children: list[Mapping[str, nn.Module | None]] = []
         self._modules: list[nn.Module | None] = []
@@ -113,7 +110,10 @@ class UNetWatch:
         self._adapters: list[Any] = []
         self._attentions: list[Any] = []
         self._settings: list[object] = []
-        self._watched: tuple[tuple[str, nn.Module], ...] = ()
+        self._observers: list[Mapping[int, Any]] = []
+        """Hooks on the modules inside, of those that were put there."""
+        self._observed: list[tuple[str, ...]] = []
+        """What has to be computed for each of them to see what it would see in a full call."""
         self._look()
 
     def read(self) -> UNetState:
@@ -137,8 +137,22 @@ class UNetWatch:
         self._adapters = [each for each in modules if isinstance(_get(each, "scaling"), dict)]
         self._attentions = [each for each in modules if hasattr(each, "processor")]
         self._settings = self._list_settings()
-        units = self._addressed
-        self._watched = tuple((home, self._unet.get_submodule(path)) for _, home, path in units)
+        self._observers, self._observed = [], []
+        for path, module in self._unet.named_modules():
+            if path:
+                self._observers += [module._forward_hooks, module._forward_pre_hooks]
+                self._observed += [self._find_needed(path)] * 2
+
+    def _find_needed(self, path: str) -> tuple[str, ...]:
+        """What is computed where the module at `path` gives what it gives in a full call."""
+        homes = {unit.path: unit.at for unit in (*self._anatomy.parts, *self._anatomy.units)}
+        above = path
+        while above:
+            if above in homes:
+                return (homes[above],)
+            above = above.rpartition(".")[0]
+        units = self._anatomy.units
+        return tuple(unit.at for unit in units if unit.path.startswith(f"{path}.")) or (HEAD,)
 
     def _is_unchanged(self) -> bool:
         modules = list(_list_values(self._children))
@@ -195,11 +209,14 @@ class UNetWatch:
         return self._parameters
 
     def find_observed(self, pattern: Pattern) -> str:
-        """A unit that others have hooked and that a call does not run; empty if there is none."""
-        for (at, _, _), (home, module) in zip(self._addressed, self._watched, strict=True):
-            runs = at in pattern.active and home in pattern.computed
-            if not runs and (module._forward_hooks or module._forward_pre_hooks):
-                return at
+        """What others have hooked and a call does not run; empty if there is nothing."""
+        if not any(self._observers):
+            return ""
+        for hooks, needed in zip(self._observers, self._observed, strict=True):
+            if hooks and not all(map(_is_torchs_own, hooks.values())):
+                for at in needed:
+                    if at not in pattern.active:
+                        return at
         return ""
 
 
@@ -212,9 +229,13 @@ class CallSignature:
     conditions: Conditions
     states: tuple[UNetState, ...]
     """Of the UNets that the plan runs."""
+    guidance: float | None = None
+    """The guidance scale, where the plan drops guidance: elsewhere the pipeline applies it."""
 
     def find_change(self, before: CallSignature) -> str:
         """What differs from `before`, in words; empty if nothing does."""
+        if self.guidance != before.guidance:
+            return "the guidance scale changed"
         if self.batch != before.batch:
             return "the batch changed"
         if self.states != before.states:
@@ -225,6 +246,11 @@ class CallSignature:
 
 def _list_values(tables: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
     return chain.from_iterable(each.values() for each in tables)
+
+
+def _is_torchs_own(hook: Any) -> bool:
+    """Whether a hook makes weights (pruning, weight norm): it looks at nothing."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.")
 
 
 def _get(module: nn.Module, name: str) -> object:
