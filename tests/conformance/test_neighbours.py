@@ -352,6 +352,7 @@ HOOKED = {
     "what lies within a unit": (REUSE, "mid_block.attentions.0.transformer_blocks.0.attn2.to_q"),
     "what lies within a part": (GATE, "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"),
     "what is of no unit": (WHOLE, "time_embedding"),
+    "what would see half a batch": (Plan.full(STEPS).guide("inherit", at=[2, 3]), "conv_in"),
 }
 
 

@@ -508,7 +508,7 @@ class Follower:
     def _find_observed(self, program: Program, index: int) -> str:
         call = program[index]
         watch = self.watches[[*self._list_nets()].index(call.net)] if self.watches else None
-        at = watch.find_observed(call.pattern) if watch is not None else ""
+        at = watch.find_observed(call) if watch is not None else ""
         return f"{at} is hooked" if at else ""
 
     def _list_nets(self) -> list[str]:

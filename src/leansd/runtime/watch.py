@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from leansd.plans.anatomy import HEAD, Anatomy
-from leansd.plans.liveness import Pattern
+from leansd.plans.liveness import Call
 from leansd.runtime.call import UNetArguments
 from leansd.runtime.finite import is_real
 from leansd.surgery.parts.gri import FULL, GRIAttnProcessor
@@ -208,14 +208,14 @@ class UNetWatch:
     def parameters(self) -> Sequence[nn.Parameter]:
         return self._parameters
 
-    def find_observed(self, pattern: Pattern) -> str:
-        """What others have hooked and a call does not run; empty if there is nothing."""
+    def find_observed(self, call: Call) -> str:
+        """What others have hooked and a call does not run for all rows; empty if there is none."""
         if not any(self._observers):
             return ""
         for hooks, needed in zip(self._observers, self._observed, strict=True):
             if hooks and not all(map(_is_torchs_own, hooks.values())):
                 for at in needed:
-                    if at not in pattern.active:
+                    if call.is_half or at not in call.pattern.active:
                         return at
         return ""
 
