@@ -1,4 +1,4 @@
-"""Plans of whole steps for pipelines with a transformer: SD3, FLUX, PixArt, Sana, all tiny."""
+"""Plans of whole steps for pipelines with a transformer, SD3 to Z-Image, all tiny."""
 
 from __future__ import annotations
 
@@ -162,6 +162,17 @@ def test_what_changes_midway_is_computed() -> None:
     assert run.report().full_calls == len(KEYS) + 1  # step 5
 
 
+def test_what_gives_more_than_one_tensor_is_computed_and_the_report_says_so() -> None:
+    pipe = make_sd3()
+    expected = draw(pipe, SD3, STEPS)
+    forward = pipe.transformer.forward
+    pipe.transformer.forward = lambda *args, **kwargs: (*forward(*args, **kwargs), 1)
+    with leansd.inherit(pipe, PLAN) as run:
+        assert torch.equal(draw(pipe, SD3, STEPS), expected)
+    assert (run.report().calls, run.report().full_calls) == (STEPS, STEPS)
+    assert "no one tensor" in next(iter(run.report().forced))
+
+
 def test_an_interrupted_call_leaves_nothing() -> None:
     pipe = make_sd3()
 
@@ -246,13 +257,14 @@ def test_what_is_for_unets_is_refused_before_the_first_step(
     assert "forward" not in vars(pipe.transformer)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "qwen", "z-image"])
 def test_tuning_finds_plans_of_whole_steps(name: str) -> None:
     make, arguments = PIPELINES[name]
     pipe = make()
     pipe.set_progress_bar_config(disable=True)
     texts = [draw_embedding(1, TOKENS, WIDTH, seed=seed) for seed in range(4)]
-    calls = [{**arguments, "prompt_embeds": text} for text in texts]
+    as_rows = isinstance(arguments["prompt_embeds"], list)
+    calls = [{**arguments, "prompt_embeds": [*text] if as_rows else text} for text in texts]
     cost = CostModel(
         "tiny", 4, (64, 64), {"head": {"whole": 0.1, "none": 0.0}}, {},
         fixed={"whole": 0.0, "none": 0.001},

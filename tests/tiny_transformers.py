@@ -7,17 +7,22 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 
 WIDTH, TOKENS, SIDE = 16, 6, 8
@@ -139,11 +144,65 @@ def make_sana() -> Any:
 
 SANA = {**PIXART, "height": 32, "width": 32}
 
+
+def make_qwen() -> Any:
+    """Two calls a step, whose guided output gets the conditional one's norm."""
+    torch.manual_seed(0)
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=WIDTH, axes_dims_rope=(8, 4, 4),
+    ).eval()  # fmt: skip
+    vae = AutoencoderKLQwenImage(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    ).eval()  # fmt: skip
+    return QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        transformer=transformer, vae=vae, text_encoder=None, tokenizer=None,
+    )  # fmt: skip
+
+
+QWEN = {
+    "prompt_embeds": draw_embedding(1, TOKENS, WIDTH),
+    "negative_prompt_embeds": draw_embedding(1, TOKENS, WIDTH, seed=2),
+    "prompt_embeds_mask": MASK.long(),
+    "negative_prompt_embeds_mask": MASK.long(),
+    "height": SIDE * 8,
+    "width": SIDE * 8,
+}
+
+
+def make_z_image() -> Any:
+    """Latents, text states and outputs are lists of rows."""
+    torch.manual_seed(0)
+    transformer = ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+        cap_feat_dim=WIDTH, axes_dims=[8, 4, 4], axes_lens=[64, 32, 32],
+    ).eval()  # fmt: skip
+    for name, weight in transformer.named_parameters():
+        if "pad_token" in name:
+            torch.nn.init.normal_(weight, std=0.02)
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), transformer=transformer,
+        vae=make_vae(), text_encoder=None, tokenizer=None,
+    )  # fmt: skip
+
+
+Z_IMAGE = {
+    "prompt_embeds": [draw_embedding(TOKENS, WIDTH)],
+    "negative_prompt_embeds": [draw_embedding(TOKENS, WIDTH, seed=2)],
+    "cfg_normalization": 1.0,
+    "height": SIDE * 8,
+    "width": SIDE * 8,
+}
+
 PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "sd3": (make_sd3, SD3),
     "flux": (make_flux, FLUX),
     "pixart": (make_pixart, PIXART),
     "sana": (make_sana, SANA),
+    "qwen": (make_qwen, QWEN),
+    "z-image": (make_z_image, Z_IMAGE),
 }
 
 

@@ -86,7 +86,7 @@ def inherit(
 
     Args:
         target: a diffusers pipeline with a `unet`, or a `UNet2DConditionModel`; or a pipeline with
-            a `transformer` (SD3, FLUX, PixArt, Sana), for plans of whole steps.
+            a `transformer` (SD3, FLUX, Qwen-Image, Z-Image), for plans of whole steps.
         plan: a `Plan`, the name of a preset (which fits itself to every run's step count) or the
             path of a plan file; or several that were tuned at other guidance scales or strengths,
             of which every run follows the nearest.

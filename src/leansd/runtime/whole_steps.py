@@ -1,4 +1,4 @@
-"""Plans of whole steps for pipelines whose denoiser is a transformer: SD3, FLUX, PixArt, Sana.
+"""Plans of whole steps for pipelines whose denoiser is a transformer, such as SD3's or FLUX's.
 
 Of such a denoiser nothing is known but its output, so a plan may inherit the head alone. The clock
 is the scheduler's own step index; what is played lies in `leansd.core`.
@@ -6,6 +6,7 @@ is the scheduler's own step index; what is played lies in `leansd.core`.
 
 from __future__ import annotations
 
+import inspect
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Mapping
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from leansd.core.devices import Stopwatch, start_stopwatch
 from leansd.core.player import Player
@@ -26,7 +28,7 @@ from leansd.runtime.context import count_depth, describe_runs, find_calling_pipe
 from leansd.runtime.hooks import ForwardHooks, PipelineEndHook
 from leansd.runtime.report import Report
 
-CONDITIONS = ("encoder_hidden_states", "pooled_projections", "skip_layers")
+CONDITIONS = ("encoder_hidden_states", "pooled_projections", "cap_feats", "skip_layers")
 """Arguments by which calls of one step are told apart and changes in the midst of a run noticed."""
 
 HELD = 16
@@ -51,7 +53,7 @@ class WholeRun:
         """Which of the calls of a step it is, and with what conditions."""
         self._ordinal = self._ordinal + 1 if index == self._index else 0
         self._index = index
-        given = [named[name] for name in CONDITIONS if named.get(name) is not None]
+        given = tree_leaves([named.get(name) for name in CONDITIONS])
         self._conditions = [*self._conditions[-HELD:], *given]
         told = (
             (id(each), each._version) if isinstance(each, torch.Tensor) else repr(each)
@@ -59,12 +61,22 @@ class WholeRun:
         )
         return self._ordinal, *told
 
+    def note_odd(self, index: int, stop: Callable[[], Stopwatch]) -> None:
+        """Count a call of which nothing can be kept."""
+        stats = self.player.stats
+        stats.calls.add(index)
+        stats.computed.add(index)
+        stats.forced["what the transformer takes or gives is no one tensor"] += 1
+        self.times.append((index, stop()))
+
 
 class WholeStepFollower:
     """Follows a plan with the calls of a pipeline's transformer."""
 
     def __init__(self, pipe: Any, transformer: nn.Module, source: Source) -> None:
         self.pipe, self.source, self.transformer = pipe, source, transformer
+        self._arguments = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
+        """Their names, the latents' first."""
         self.thread: int | None = None
         """Of the `with` block; a pipeline is one thread's at a time."""
         self.last: WholeRun | None = None
@@ -135,31 +147,37 @@ class WholeStepFollower:
     # -- a call of the transformer -----------------------------------------------------------------
 
     def _around(self, _: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        latents = args[0] if args else kwargs.get("hidden_states")
-        if not isinstance(latents, torch.Tensor) or find_calling_pipeline() is not self.pipe:
+        if find_calling_pipeline() is not self.pipe:
             return forward(*args, **kwargs)
-        run, index = self._find_run()
-        stop = start_stopwatch(latents.device)
-        in_tuple = not kwargs.get("return_dict", True)
-        odd: list[Any] = []
+        named = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
+        given = named.get(self._arguments[0])
+        latents, (run, index) = _stack(given), self._find_run()
+        stop = start_stopwatch(self.pipe.device if latents is None else latents.device)
+        key, odd = run.make_key(index, named), list[Any]()
 
         def compute() -> torch.Tensor:
             output = forward(*args, **kwargs)
             found = output if isinstance(output, tuple) else tuple(output.values())
-            if len(found) != 1 or not isinstance(found[0], torch.Tensor):
+            made = _stack(found[0]) if len(found) == 1 else None
+            if made is None:
                 odd.append(output)
                 raise _OddOutput
             if not isinstance(output, tuple):
                 run.wrap = type(output)
-            return found[0]
+            return made
 
+        if latents is None:
+            output = forward(*args, **kwargs)
+            run.note_odd(index, stop)
+            return output
         try:
-            key = run.make_key(index, kwargs)
             made = run.player.play(index, latents, compute, (key,))
         except _OddOutput:
+            run.note_odd(index, stop)
             return odd[0]
         run.times.append((index, stop()))
-        return (made,) if in_tuple else run.wrap(made)
+        rows: Any = made if isinstance(given, torch.Tensor) else list(made.unbind())
+        return run.wrap(rows) if named.get("return_dict", True) else (rows,)
 
     def _find_run(self) -> tuple[WholeRun, int]:
         """This thread's run, and which of its calls comes now."""
@@ -199,6 +217,17 @@ class WholeStepFollower:
 
 class _OddOutput(Exception):
     """The transformer gives something else than one tensor."""
+
+
+def _stack(rows: Any) -> torch.Tensor | None:
+    """Latents or outputs [B, ...], which come as one tensor or, in Z-Image, as a list of rows.
+
+    None for anything else: pictures of several sizes, lists of lists.
+    """
+    if isinstance(rows, list) and rows and all(isinstance(each, torch.Tensor) for each in rows):
+        same = all(each.shape == rows[0].shape for each in rows)
+        return torch.stack(rows) if same else None
+    return rows if isinstance(rows, torch.Tensor) else None
 
 
 _LOCK = threading.Lock()
