@@ -10,6 +10,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 from io import BytesIO
 from itertools import chain
@@ -23,7 +24,8 @@ from diffusers.models import embeddings
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from leansd.anatomy.inputs import PATCHES, TOKENS, make_inputs, pick_size
 from leansd.anatomy.reading import find_unet, read_anatomy
@@ -32,6 +34,10 @@ from leansd.plans.anatomy import Anatomy
 
 WITHOUT_PRODUCTS = {F.group_norm, F.layer_norm, F.silu, F.gelu}
 """Of the same shape as what they are given."""
+ELEMENTWISE = {torch.Tensor.add, torch.Tensor.mul, torch.Tensor.div}
+"""Of the same shape, where both sides have it or one is a number."""
+ATOMS = {int, float, str, bool, type(None)}
+CONTAINERS = {dict, set, list, OrderedDict}
 MOST_KNOWN = 16
 _KNOWN: dict[Hashable, dict[str, int]] = {}
 """Counts of the last structures: a run's report asks for the same one again and again."""
@@ -125,22 +131,81 @@ def count_macs(
 
 def _count(skeleton: UNet2DConditionModel, inputs: Mapping[str, Any]) -> dict[str, int]:
     """Multiply-accumulates by module path, of a call on the meta device."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, _ProductsOnly():
+    tally = _Tally(skeleton)
+    with torch.no_grad(), _Operators(tally), _Functions(tally):
         skeleton(**inputs)
-    counts: dict[str, int] = {}
-    for path, by_operator in counter.get_flop_counts().items():
-        # The counter prefixes the class name; "Global" is its own name for the whole.
-        inner = "" if path == "Global" else path.partition(".")[2]
-        if inner or path == "Global":
-            counts[inner] = sum(by_operator.values()) // 2
-    return counts
+    return tally.counts
 
 
-class _ProductsOnly(TorchFunctionMode):
-    """Leaves out functions without a product to count, which take long on the meta device."""
+class _Tally:
+    """Counts for every module that is at work."""
+
+    def __init__(self, skeleton: nn.Module) -> None:
+        self.counts: dict[str, int] = {"": 0}
+        self.at_work: list[str] = []
+        for path, module in skeleton.named_modules():
+            module.register_forward_pre_hook(partial(self._begin, path))
+            module.register_forward_hook(self._end)
+
+    def _begin(self, path: str, *_: Any) -> None:
+        self.at_work.append(path)
+
+    def _end(self, *_: Any) -> None:
+        self.at_work.pop()
+
+    def add(self, macs: int) -> None:
+        for path in self.at_work:
+            self.counts[path] = self.counts.get(path, 0) + macs
+
+
+class _Operators(TorchDispatchMode):
+    """Counts whatever operators a function comes to, by PyTorch's own formulas."""
+
+    def __init__(self, tally: _Tally) -> None:
+        super().__init__()
+        self.tally = tally
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.tally.add(count(*args, **(kwargs or {}), out_val=made) // 2)
+        return made
+
+
+class _Functions(TorchFunctionMode):
+    """Counts by shapes what would take long on the meta device, and leaves out what has no product.
+
+    Whatever does not fit goes on to PyTorch, which says so.
+    """
+
+    def __init__(self, tally: _Tally) -> None:
+        super().__init__()
+        self.tally = tally
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func in WITHOUT_PRODUCTS and args else func(*args, **(kwargs or {}))
+        if args and (func in WITHOUT_PRODUCTS or (func in ELEMENTWISE and _keeps_shape(*args))):
+            return args[0]
+        if func is F.linear and len(args) > 1 and args[0].shape[-1] == args[1].shape[-1]:
+            self.tally.add(args[0].numel() * args[1].shape[0])
+            return args[0].new_empty(*args[0].shape[:-1], args[1].shape[0])
+        if func is F.scaled_dot_product_attention and len(args) > 2 and _fit(*args[:3]):
+            query, key, value = args[:3]
+            self.tally.add(query.numel() * key.shape[2] + value.numel() * query.shape[2])
+            return query.new_empty(*query.shape[:3], value.shape[3])
+        return func(*args, **(kwargs or {}))
+
+
+def _keeps_shape(one: Any, other: Any = None, *_: Any) -> bool:
+    if not torch.is_tensor(one) or not one.is_floating_point():
+        return False
+    return isinstance(other, int | float) or getattr(other, "shape", None) == one.shape
+
+
+def _fit(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether [B, H, T, C] attend to [B, H, S, C] as they are."""
+    alike = query.dim() == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]
+    return alike and query.shape[3] == key.shape[3] and key.shape[2] == value.shape[2]
 
 
 def _write_down(skeleton: UNet2DConditionModel) -> Hashable | None:
@@ -148,12 +213,41 @@ def _write_down(skeleton: UNet2DConditionModel) -> Hashable | None:
     content = BytesIO()
     pickler = Pickler(content)
     pickler.fast = True  # every value in full, so that equal structures are equal bytes
+    pickler.dispatch_table = {
+        nn.Parameter: _reduce_tensor,
+        torch.Tensor: _reduce_tensor,
+    } | dict.fromkeys(_list_simple_kinds(skeleton), _reduce_module)
     try:
         pickler.dump(skeleton)
     except Exception:
         return None
     code = {(type(module), type(module).forward) for module in skeleton.modules()}
     return sha256(content.getvalue()).digest(), frozenset(code)
+
+
+def _reduce_tensor(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tuple, ((tuple(tensor.shape), tensor.dtype),)
+
+
+def _reduce_module(module: nn.Module) -> tuple[Any, ...]:
+    return type, (module.__class__,), vars(module)
+
+
+COPYING = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
+
+
+def _list_simple_kinds(unet: nn.Module) -> set[type]:
+    """The modules' classes that have no way of their own to be copied."""
+    return {
+        kind
+        for kind in {type(module) for module in unet.modules()}
+        if not any(
+            name in vars(base)
+            for base in kind.__mro__
+            if base not in (nn.Module, object)
+            for name in COPYING
+        )
+    }
 
 
 def copy_skeleton(
@@ -171,11 +265,15 @@ def copy_skeleton(
     for tensor in chain(unet.parameters(), unet.buffers()):
         memo[id(tensor)] = _to_meta(tensor, dtype)
     precision = dtype or unet.dtype
+    simple = _list_simple_kinds(unet)
+    copies: list[tuple[nn.Module, nn.Module]] = []
     for module in unet.modules():
         plain = _find_plain(module, precision)
         if plain is not None:
             memo[id(module)] = plain
-        # A dozen of these a module, mostly empty, would be most of what is copied.
+        elif type(module) in simple:
+            copies.append((module, nn.Module.__new__(type(module))))
+            memo[id(module)] = copies[-1][1]
         for name, own in vars(module).items():
             if isinstance(own, OrderedDict) and name.endswith("hooks"):
                 memo[id(own)] = OrderedDict()
@@ -188,11 +286,23 @@ def copy_skeleton(
         if hooks is not None:
             memo[id(hooks)] = None
     with _MetaCopies(dtype):
+        for module, made in copies:
+            vars(made).update({k: _copy(own, memo) for k, own in module.__getstate__().items()})
         skeleton = copy.deepcopy(unet, memo)
     remove_hook_from_module(skeleton, recurse=True)
     for module in skeleton.modules():
         module.__dict__.pop("forward", None)
     return skeleton
+
+
+def _copy(value: Any, memo: dict[int, Any]) -> Any:
+    """As deepcopy, which takes its time over the dozens of plain values that a module has."""
+    kind = type(value)
+    if kind in ATOMS:
+        return value
+    if kind in CONTAINERS and not value:
+        return kind()
+    return copy.deepcopy(value, memo)
 
 
 class _MetaCopies(TorchFunctionMode):
