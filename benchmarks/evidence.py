@@ -44,12 +44,14 @@ class Part:
         records: files of `benchmarks/results` that it writes.
         copies: what they leave elsewhere, and where it belongs.
         is_timed: it wants a quiet machine.
+        needs: a folder that somebody has to bring; its page in docs says from where.
     """
 
     commands: Sequence[str]
     records: Sequence[str] = ()
     copies: Sequence[tuple[str, str]] = ()
     is_timed: bool = False
+    needs: str = ""
 
 
 NETS = "--data runs/pictures"
@@ -105,6 +107,13 @@ PARTS = {
         is_timed=True,
     ),
     "bulk": Part(("benchmarks/bulk.py",), ("bulk.jsonl",), is_timed=True),
+    "scale": Part(("benchmarks/scale.py",), ("scale.jsonl",)),
+    "untuned": Part(
+        ("benchmarks/presets.py --model predecessor --results untuned",),
+        ("untuned.jsonl",),
+        is_timed=True,
+        needs="predecessor",
+    ),
     "joint": Part(("benchmarks/joint.py",), ("joint.jsonl",)),
     "incubation": Part(
         (f"benchmarks/incubation.py {NETS}", f"benchmarks/incubated.py {NETS}"),
@@ -140,6 +149,9 @@ def read_done(weights: str) -> list[str]:
 
 def make(name: str, part: Part, done: Sequence[str], weights: str) -> None:
     """Run a part's commands; note that it was begun, then that it is done."""
+    if part.needs and not (ROOT / part.needs).exists():
+        print(f"-- {name}: left out, since there is no {part.needs} (docs/benchmarks.md has it)")
+        return
     begun = f"{name}, begun"
     if begun not in done:
         for each in part.records:

@@ -14,6 +14,7 @@ from diffusers import UNet2DConditionModel
 from leansd.anatomy.inputs import make_inputs
 from leansd.plans import Anatomy
 from tiny import LATENT, TOKENS, tiny_scheduler
+from watching import watch_before
 
 OnStep = Callable[[int], None]
 
@@ -76,7 +77,7 @@ def count_calls(unet: UNet2DConditionModel, anatomy: Anatomy) -> Iterator[Counte
         inner = next((m for m in module.modules() if m is not module), None)
         if inner is not None:
             leaf = next(m for m in inner.modules() if not list(m.children()))
-            undo.append(leaf.register_forward_pre_hook(make_hook(unit.at)).remove)
+            undo.append(watch_before(leaf, make_hook(unit.at)).remove)
         else:
             # The ends are convolutions, with nothing inside to hook but this method.
             undo.append(_count_convolution(module, make_hook(unit.at)))

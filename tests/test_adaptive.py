@@ -24,6 +24,7 @@ from test_control import make_controlnet
 from test_control import make_pipeline as make_control_pipeline
 from test_inheritance import UNETS, Loop
 from tiny import TOKENS, WIDTH, shallow_unet, tiny_pipeline, tiny_unet
+from watching import watch, watch_before
 
 STEPS = 8
 ALWAYS, NEVER = 0.0, math.inf
@@ -87,7 +88,7 @@ def find_drifted(loop: Loop, keys: list[int], threshold: float, how: How) -> int
     class Drifted(Exception):
         pass
 
-    def watch(module: Any, args: Any, output: torch.Tensor) -> None:
+    def note(module: Any, args: Any, output: torch.Tensor) -> None:
         step = len(stems)
         stems.append(output.clone())
         last = stems[max(key for key in keys if key <= step)]
@@ -95,7 +96,7 @@ def find_drifted(loop: Loop, keys: list[int], threshold: float, how: How) -> int
         if step not in keys and drift >= threshold:
             raise Drifted
 
-    handle = loop.unet.conv_in.register_forward_hook(watch)
+    handle = watch(loop.unet.conv_in, note)
     try:
         with leansd.inherit(loop, Plan.between(keys, cut="up1.l0", steps=STEPS, how=how)):
             loop(STEPS)
@@ -225,8 +226,8 @@ def test_only_the_rows_that_need_it_run() -> None:
     unet = small_unet()
     loop = Batch(unet, (0, 1, 2))
     seen: list[int] = []
-    handle = unet.mid_block.resnets[0].norm1.register_forward_pre_hook(
-        lambda module, args: seen.append(args[0].shape[0])
+    handle = watch_before(
+        unet.mid_block.resnets[0].norm1, lambda module, args: seen.append(args[0].shape[0])
     )
     frame = Plan.between([0], cut="up1.l0", steps=STEPS)
     with leansd.inherit(loop, frame.guard("stem", threshold=0.03)) as run:
@@ -558,7 +559,7 @@ def test_easycache_equals_a_plain_loop(threshold: float, picture: int, channels:
 def test_the_unet_is_entered_where_a_picture_computes(channels: int) -> None:
     loop = Batch(small_unet(in_channels=channels), (0, 1, 2))
     entered: list[int] = []
-    handle = loop.unet.time_embedding.register_forward_pre_hook(lambda *_: entered.append(1))
+    handle = watch_before(loop.unet.time_embedding, lambda *_: entered.append(1))
     with leansd.inherit(loop, leansd.preset("easycache", threshold=0.3, steps=STEPS)) as run:
         loop()
     handle.remove()

@@ -30,6 +30,7 @@ from test_control import draw as draw_controlled
 from test_control import make_pipeline as make_control_pipeline
 from test_inheritance import Loop
 from tiny import SHALLOW, WIDTH, shallow_unet, tiny_pipeline, tiny_xl_unet
+from watching import watch, watch_before
 
 pytestmark = pytest.mark.slow
 
@@ -151,8 +152,9 @@ def test_a_new_way_to_inherit_is_one_entry(
     loop = Loop(shallow_unet())
     plan = Plan.between([0, 1, 2, 4], cut="mid", steps=STEPS, how=name)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    handle = loop.unet.mid_block.register_forward_hook(
-        lambda module, args, output: seen.append((args[0].clone(), output.clone()))
+    handle = watch(
+        loop.unet.mid_block,
+        lambda module, args, output: seen.append((args[0].clone(), output.clone())),
     )
     with leansd.inherit(loop, plan):
         expected = loop(STEPS)
@@ -521,7 +523,7 @@ def test_errors_of_the_caller_do_not_turn_compiling_off(
     loop, plan = Loop(unet), PLANS["reuse"]
     with leansd.inherit(loop, plan):
         expected = loop(STEPS)
-    handle = unet.mid_block.register_forward_pre_hook(fail)
+    handle = watch_before(unet.mid_block, fail)
     with (
         leansd.inherit(loop, plan, compile={"backend": counter}),
         warnings.catch_warnings(),

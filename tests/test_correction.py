@@ -15,6 +15,7 @@ from leansd.plans.liveness import Kept
 from leansd.runtime.clock import read_schedule
 from loops import sample
 from tiny import shallow_unet, tiny_pipeline, tiny_scheduler
+from watching import watch_before
 
 STEPS = 8
 KEYS = (0, 1, 2, 4, 7)
@@ -96,7 +97,7 @@ def test_a_call_that_computes_nothing_does_not_enter_the_unet() -> None:
         nonlocal entered
         entered += 1
 
-    handle = unet.time_embedding.register_forward_pre_hook(count)
+    handle = watch_before(unet.time_embedding, count)
     with leansd.inherit(unet, PLAN):
         sample(unet, STEPS)
     handle.remove()

@@ -16,6 +16,7 @@ from leansd.plans import Plan
 from leansd.plans.compile import compile_plan
 from leansd.runtime.clock import read_schedule
 from tiny import tiny_pipeline, tiny_scheduler
+from watching import watch_before
 
 STEPS = 6
 SCALE = 4.0
@@ -35,8 +36,8 @@ def draw(pipe: StableDiffusionPipeline, **options: Any) -> torch.Tensor:
 def watch_batches(pipe: StableDiffusionPipeline) -> tuple[list[int], Callable[[], None]]:
     """The number of rows of every UNet call that really ran, and how to stop watching."""
     seen: list[int] = []
-    handle = pipe.unet.mid_block.resnets[0].norm1.register_forward_pre_hook(
-        lambda module, args: seen.append(args[0].shape[0])
+    handle = watch_before(
+        pipe.unet.mid_block.resnets[0].norm1, lambda module, args: seen.append(args[0].shape[0])
     )
     return seen, handle.remove
 

@@ -16,6 +16,7 @@ from leansd.plans.compile import compile_plan
 from leansd.runtime.cache import unwrap
 from loops import count_calls, sample
 from tiny import tiny_pipeline, tiny_scheduler, tiny_unet, tiny_xl_unet
+from watching import watch, watch_before
 
 STEPS = 4
 UNETS = {"sd": tiny_unet, "sdxl": tiny_xl_unet}
@@ -155,7 +156,7 @@ def test_residual_is_present_input_plus_kept_change() -> None:
     def remember(module: Any, args: Any, output: torch.Tensor) -> None:
         seen.append((args[0].clone(), output.clone()))
 
-    handle = mid.register_forward_hook(remember)
+    handle = watch(mid, remember)
     with leansd.inherit(loop, Plan.every(2, cut="mid", steps=2, how="residual")):
         loop(2)
     handle.remove()
@@ -168,9 +169,7 @@ def test_residual_is_present_input_plus_kept_change() -> None:
 def test_forecast_is_the_line_over_log_snr() -> None:
     loop = Loop(tiny_unet())
     seen: list[torch.Tensor] = []
-    handle = loop.unet.mid_block.register_forward_hook(
-        lambda module, args, output: seen.append(output.clone())
-    )
+    handle = watch(loop.unet.mid_block, lambda module, args, output: seen.append(output.clone()))
     with leansd.inherit(loop, Plan.between([0, 1], cut="mid", steps=STEPS, how="forecast")):
         loop()
     handle.remove()
@@ -296,7 +295,7 @@ def test_exception_midway_leaves_nothing() -> None:
         raise RuntimeError("out of luck")
 
     run = leansd.inherit_(loop, Plan.every(2, cut="mid", steps=STEPS))
-    handle = loop.unet.up_blocks[2].register_forward_pre_hook(fail)
+    handle = watch_before(loop.unet.up_blocks[2], fail)
     with pytest.raises(RuntimeError, match="out of luck"):
         loop()
     handle.remove()

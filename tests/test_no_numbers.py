@@ -24,6 +24,7 @@ from leansd.tuning.error_model import calibrate
 from leansd.tuning.host import PipelineHost
 from loops import sample
 from tiny import shallow_unet, tiny_pipeline
+from watching import watch
 
 STEPS = 5
 REUSE = Plan.every(2, cut="up0.l0", steps=STEPS, name="reuse")
@@ -49,7 +50,7 @@ def spoil(pipe: Any, call: int, value: float = float("nan")) -> Iterator[None]:
         return output
 
     # Of no unit: what others have hooked is always computed.
-    handle = pipe.unet.conv_norm_out.register_forward_hook(hook)
+    handle = watch(pipe.unet.conv_norm_out, hook)
     try:
         yield
     finally:

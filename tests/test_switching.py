@@ -19,6 +19,7 @@ from leansd.plans.liveness import Net
 from leansd.runtime.nets import match_nets
 from loops import count_calls, sample
 from tiny import shallow_unet, tiny_pipeline, tiny_unet
+from watching import watch
 
 STEPS = 6
 LIGHT = leansd.Surgery("light").drop("dn0.l1", "up3.l1")
@@ -144,12 +145,8 @@ def sample_with_taken(
     """The light net at odd steps with one module's output from the own net's step before."""
     kept: list[torch.Tensor] = []
     hooks = [
-        own.get_submodule(path).register_forward_hook(
-            lambda module, given, output: kept.append(output.clone())
-        ),
-        light.get_submodule(path).register_forward_hook(
-            lambda module, given, output: kept[-1].clone()
-        ),
+        watch(own.get_submodule(path), lambda module, given, output: kept.append(output.clone())),
+        watch(light.get_submodule(path), lambda module, given, output: kept[-1].clone()),
     ]
     try:
         return sample_by_hand({"": own, "light": light}, ["", "light"] * 3)

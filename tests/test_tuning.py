@@ -62,6 +62,7 @@ from leansd.tuning.space import (
 )
 from leansd.tuning.trials import Journal, Trial, TrialRunner, polish, replay, try_plan
 from tiny import shallow_unet, tiny_pipeline, tiny_scheduler
+from watching import watch_before
 
 STEPS = 8
 PROMPTS = ("a boat", "a tree", "a cat", "a house")
@@ -381,7 +382,7 @@ def test_a_replay_ends_where_the_plan_does_and_computes_only_its_end(pipe, how) 
     assert torch.allclose(whole, goal, rtol=1e-3, atol=1e-3)
     moved = plan.correct({5: (0.6, -0.1)})
     entered = []
-    handle = pipe.unet.time_embedding.register_forward_pre_hook(lambda *_: entered.append(1))
+    handle = watch_before(pipe.unet.time_embedding, lambda *_: entered.append(1))
     ended, _ = replay(moved, bench, seen, since=5, past=past)
     handle.remove()
     assert len(entered) == 3  # the first, which every run computes, and two key steps

@@ -19,6 +19,7 @@ from leansd.plans import Anatomy, Plan
 from leansd.plans.anatomy import HEAD
 from leansd.plans.compile import compile_plan
 from leansd.plans.liveness import Call
+from watching import watch_before
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def count_branches(pipe: Any) -> Iterator[dict[bool, int]]:
     def count(*_: Any) -> None:
         counts[pipe.guider.is_conditional] += 1
 
-    handle = pipe.unet.conv_norm_out.register_forward_pre_hook(count)
+    handle = watch_before(pipe.unet.conv_norm_out, count)
     try:
         yield counts
     finally:
