@@ -26,6 +26,7 @@ def pytest_collection_finish() -> None:
     trace.propagate = True
     # Modules stay to the end; to look through them for garbage again and again takes long.
     gc.freeze()
+    gc.set_threshold(10_000, 20, 20)  # seldom: pipelines are thousands of objects without a cycle
     gc.enable()
 
 
