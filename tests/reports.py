@@ -29,7 +29,8 @@ from leansd.incubation.recipe import load_recipe
 from leansd.incubation.training_log import TrainingLog, paste_grid, read_run
 from leansd.plans.plan import Plan
 from leansd.plans.presets import PRESETS, SPEED_PRESETS, preset
-from leansd.report import Provenance, ReportPage, measurements, nets, plans, training
+from leansd.report import measurements, nets, plans, training
+from leansd.report.page import Provenance, ReportPage
 from leansd.shards import DrawnPicture, name_shard, pack_shard
 from leansd.surgery.edits import Surgery
 from leansd.tuning.cutting import Cut, CutCandidate

@@ -102,7 +102,7 @@ def test_a_stopped_job_goes_on(model: str, prompts: Path, tmp_path: Path) -> Non
     def die(job: BulkJob, parts: Sequence[ShardTask]) -> Iterator[tuple[ShardTask, DrawnShard]]:
         drawer = Drawer(job)
         for part in (parts[2], parts[0]):
-            yield part, drawer.draw(part)
+            yield part, drawer(part)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

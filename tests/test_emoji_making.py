@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from models.emoji.data import (
     split_pairs,
     write_captions,
 )
+from models.emoji.evaluation import measure_frechet
 from models.emoji.judge import Judge, JudgeLearner, load_judge, rank_names
 from models.emoji.muon import make_optimizer, orthogonalize
 from models.emoji.recipe import Recipe
@@ -341,6 +344,21 @@ def test_muon_brings_singular_values_near_one() -> None:
     optimizer.step()
     assert not torch.equal(layer.weight, before)
     assert "momentum" in optimizer.state[layer.weight]
+
+
+def test_the_frechet_distance_is_that_of_gaussians_in_the_judges_features() -> None:
+    judge: Any = SimpleNamespace(look=lambda pixels: pixels.mean((2, 3))[:, :2])
+    torch.manual_seed(0)
+    one, other = (torch.randint(0, most, (40, 3, 64, 64), dtype=torch.uint8) for most in (256, 200))
+    (mean, spread), (other_mean, other_spread) = (
+        (seen.mean(0), torch.cov(seen.T))
+        for seen in (judge.look(each / 255).double() for each in (one, other))
+    )
+    overlap = torch.linalg.eigvals(spread @ other_spread).sqrt().real.sum()
+    apart = (mean - other_mean).square().sum()
+    expected = apart + spread.trace() + other_spread.trace() - 2 * overlap
+    assert measure_frechet(judge, one, other) == pytest.approx(float(expected), rel=1e-4)
+    assert measure_frechet(judge, one, one) == pytest.approx(0, abs=1e-8)
 
 
 def test_the_card_is_written_from_what_was_measured(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Incubation's parts: recipes, noise, losses, averages, projections."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from leansd.incubation.noise import DiffusionSchedule, draw_noise
 from leansd.incubation.recipe import BUNDLED, load_recipe
 from leansd.incubation.training_state import Ema, read_peak
 from leansd.incubation.vgg import Vgg, fit_projection, load_vgg, project_latents
+from leansd.plans.presets import PRESETS, Preset, preset
 from leansd.surgery.apply import operate
 from leansd.surgery.lineage import Origin, Pair
 from tiny import shallow_unet, tiny_scheduler
@@ -267,13 +269,31 @@ def test_a_loss_that_cannot_be_had_says_why() -> None:
         build_loss("vgg", {"weights": "random"}, make_setting())
 
 
-def test_an_error_inside_a_loss_is_not_the_users_option(monkeypatch: pytest.MonkeyPatch) -> None:
+def break_loss(patch: pytest.MonkeyPatch) -> Callable[..., Any]:
     def build(context: LossContext, at: str = "") -> Any:
         raise TypeError("build() got something odd")
 
-    monkeypatch.setitem(LOSSES, "broken", build)  # pyright: ignore[reportArgumentType]
+    patch.setitem(LOSSES, "broken", build)  # pyright: ignore[reportArgumentType]
+    return lambda **options: build_loss("broken", options, make_setting())
+
+
+def break_preset(patch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    def build(steps: int, blocks: int, at: str = "") -> Any:
+        raise TypeError("build() got something odd")
+
+    patch.setitem(PRESETS, "broken", Preset("broken", "", build))
+    return lambda **options: preset("broken", **options)
+
+
+@pytest.mark.parametrize("break_one", [break_loss, break_preset])
+def test_an_error_inside_a_builder_is_not_the_users_option(
+    break_one: Callable[[pytest.MonkeyPatch], Callable[..., Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = break_one(monkeypatch)
     with pytest.raises(TypeError, match="something odd"):
-        build_loss("broken", {"at": "mid"}, make_setting())
+        build(at="mid")
+    with pytest.raises(LeansdError, match=r"broken has no option 'ta' .there are at"):
+        build(ta="mid")
 
 
 def test_vgg_counts_what_noise_hides_less() -> None:

@@ -10,7 +10,6 @@ from leansd.evaluation.records import (
     load_records,
     put_records,
     stamp,
-    tabulate,
     write_records,
 )
 from leansd.files import check_file, check_folder, write_file
@@ -78,20 +77,6 @@ def test_missing_and_binary_files_are_told(tmp_path):
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(LeansdError, match="cannot read"):
         load_records(tmp_path / "bytes")
-
-
-def test_tabulate_puts_fields_in_rows_and_columns():
-    table = tabulate(
-        [
-            make_record(),
-            make_record(metric="ssim", value=0.5, unit=""),
-            make_record(plan="fast", value=25.0),
-        ]
-    )
-    assert table.columns == ("plan", "psnr [dB]", "ssim")
-    assert table.rows == (("balanced", "31.5", "0.5"), ("fast", "25", ""))
-    with pytest.raises(LeansdError, match="no field 'colour'"):
-        tabulate([make_record()], row="colour")
 
 
 def test_a_table_is_aligned_text_and_markdown():

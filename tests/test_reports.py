@@ -18,17 +18,6 @@ from leansd.evaluation.redundancy import list_records, read_spent
 from leansd.plans.methods import METHODS
 from leansd.plans.plan import Plan
 from leansd.plans.presets import preset
-from leansd.report import (
-    AttachedFile,
-    Chart,
-    Drawing,
-    Listing,
-    PictureGrid,
-    Prose,
-    ReportPage,
-    render_page,
-    write_report,
-)
 from leansd.report.drawings import draw_heat, draw_plan
 from leansd.report.figures import (
     embed_svg,
@@ -39,7 +28,19 @@ from leansd.report.figures import (
     open_figure,
 )
 from leansd.report.nets import report_anatomy, report_surgery
-from leansd.report.page import LOUDER, subtract_pictures
+from leansd.report.page import (
+    LOUDER,
+    AttachedFile,
+    Chart,
+    Drawing,
+    Listing,
+    PictureGrid,
+    Prose,
+    ReportPage,
+    render_page,
+    subtract_pictures,
+    write_report,
+)
 from leansd.report.plans import PicturePair, report_pairs, report_plan
 from leansd.report.plots import PlotPoint, average_points, plot_tradeoff
 from leansd.surgery.edits import Surgery

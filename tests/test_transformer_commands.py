@@ -188,14 +188,14 @@ def test_the_page_draws_by_plans_of_whole_steps(studio: Studio) -> None:
         plan = studio.resolve("balanced", settings).plan
         grid = lay_out_grid(plan, known.anatomy)
         assert [line.at for line in grid.lines] == ["head"]
-        drawn = studio.draw(settings, plan, rounds=1, job=Job())
-        numbers = drawn.entry.numbers
+        drawn, _ = studio.draw(settings, plan, rounds=1, job=Job())
+        numbers = drawn.numbers
         assert numbers.full_calls == len(plan.keys) < numbers.calls == STEPS
         assert numbers.predicted == pytest.approx(studio.forecast(plan, known).unet)
         assert "balanced" in fragments.show_forecast(plan, studio.forecast(plan, known))
         assert len(fragments.list_beats(plan, known.anatomy)) == STEPS
     # What the page draws in full is what the pipeline draws.
-    full, _ = drawn.entry.open_pictures()
+    full, _ = drawn.open_pictures()
     pipe = leansd.load(studio.folders.find_model("sd3"), device="cpu")
     set_sampler(pipe, "flow-unipc")
     request = Request(prompt="a", steps=STEPS, guidance=4, seed=3)
@@ -207,7 +207,7 @@ def test_a_step_of_a_transformer_is_turned_on_the_page(studio: Studio) -> None:
     turned = turn_key(plan, known.anatomy, 3)
     assert turned.keys == (0, 1, 2, *range(4, STEPS))
     settings = Settings(model="sd3", prompt="a", steps=STEPS, guidance=1)
-    kept = studio.draw(settings, turned, rounds=1, job=Job()).entry
+    kept, _ = studio.draw(settings, turned, rounds=1, job=Job())
     assert kept.numbers.full_calls == STEPS - 1
     assert studio.forecast(turned.guide("drop", at=[4]), known).unet == pytest.approx(20 / 19)
 
@@ -237,11 +237,11 @@ def test_the_page_refuses_by_one_sentence_what_is_for_unets(
 
 def test_the_page_tunes_a_transformer(studio: Studio) -> None:
     settings = Settings(model="sd3", prompt="a", steps=8, guidance=4)
-    tuned = studio.tune(
+    front, chosen = studio.tune(
         settings, ["a", "b", "c", "d"], speedup=1.2, tries=0, job=Job(),
         on_progress=lambda text, share: None,
     )  # fmt: skip
-    assert "<svg" in fragments.show_front(tuned)
+    assert "<svg" in fragments.show_front(front, chosen)
 
 
 def test_the_page_goes_over_from_one_model_to_another(studio: Studio) -> None:

@@ -298,8 +298,8 @@ def test_a_stopped_job_ends_a_run_at_its_next_step(studio):
     assert steps[-1] == ("lean", 2)
     assert not studio.folders.history.exists()
     # The pipeline is as it was, and asks its next job.
-    drawn = studio.draw(settings, plan, rounds=1, job=Job())
-    assert drawn.entry.numbers.calls == STEPS
+    drawn, _ = studio.draw(settings, plan, rounds=1, job=Job())
+    assert drawn.numbers.calls == STEPS
 
 
 # -- the studio ----------------------------------------------------------------------------------
@@ -309,13 +309,13 @@ def test_both_runs_draw_what_they_draw_alone(studio):
     settings = make_settings(seed=3)
     plan = studio.resolve("deepcache", settings).plan
     told = []
-    drawn = studio.draw(settings, plan, rounds=2, job=Job(), on_progress=told.append)
-    full, lean = drawn.entry.open_pictures()
+    drawn, _ = studio.draw(settings, plan, rounds=2, job=Job(), on_progress=told.append)
+    full, lean = drawn.open_pictures()
     pipe = tiny_pipeline(unet=shallow_unet())
     request = Request(prompt="a red apple", steps=STEPS, guidance=4.0, seed=3)
     assert list(full.getdata()) == list(paint(pipe, request).image.getdata())
     assert list(lean.getdata()) == list(paint(pipe, request, plan).image.getdata())
-    numbers = drawn.entry.numbers
+    numbers = drawn.numbers
     assert len(numbers.full) == len(numbers.lean) == 2
     assert (numbers.calls, numbers.full_calls) == (STEPS, len(plan.keys))
     begun = [each.case for each in told if each.step == 0]
@@ -325,9 +325,9 @@ def test_both_runs_draw_what_they_draw_alone(studio):
 def test_a_full_plan_changes_nothing(studio):
     settings = make_settings()
     plan = studio.resolve("full", settings).plan
-    drawn = studio.draw(settings, plan, rounds=1, job=Job())
-    assert drawn.entry.numbers.psnr == 100
-    assert drawn.entry.numbers.speedup > 0
+    drawn, _ = studio.draw(settings, plan, rounds=1, job=Job())
+    assert drawn.numbers.psnr == 100
+    assert drawn.numbers.speedup > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -341,8 +341,8 @@ def test_a_run_in_half_precision(shelf, tmp_path, monkeypatch, dtype):
     model = studio.open("tiny")
     plan = studio.resolve("deepcache", settings).plan
     assert studio.forecast(plan, model).unet > 1
-    drawn = studio.draw(settings, plan, rounds=1, job=Job())
-    assert drawn.entry.numbers.predicted > 1
+    drawn, _ = studio.draw(settings, plan, rounds=1, job=Job())
+    assert drawn.numbers.predicted > 1
     fragments.show_anatomy(model)
     fragments.show_profile(studio.profile(settings, job=Job(), on_progress=print))
 
@@ -365,12 +365,12 @@ def test_pictures_of_no_numbers_are_told(studio, first, told):
         return output * torch.nan if len(calls) > 2 + first else output
 
     handle = pipe.unet.conv_out.register_forward_hook(spoil)
-    drawn = studio.draw(settings, plan, rounds=1, job=Job())
+    drawn, warnings = studio.draw(settings, plan, rounds=1, job=Job())
     handle.remove()
-    assert len(drawn.warnings) == 1
-    assert told in drawn.warnings[0]
-    assert told in fragments.show_numbers(drawn.entry, drawn.warnings)
-    assert list_entries(studio.folders.history)[0].numbers == drawn.entry.numbers
+    assert len(warnings) == 1
+    assert told in warnings[0]
+    assert told in fragments.show_numbers(drawn, warnings)
+    assert list_entries(studio.folders.history)[0].numbers == drawn.numbers
 
 
 def test_what_could_not_be_counted_fails_nothing(studio, anatomy):
@@ -386,7 +386,7 @@ def test_what_could_not_be_counted_fails_nothing(studio, anatomy):
 def test_the_history_gives_everything_back(studio):
     settings = make_settings(seed=5, negative="blue", sampler="euler")
     plan = change_cells(Plan.full(STEPS), studio.open("tiny").anatomy, [("up0.l1", 2)], "reuse")
-    kept = studio.draw(settings, plan, rounds=1, job=Job()).entry
+    kept, _ = studio.draw(settings, plan, rounds=1, job=Job())
     (entry,) = list_entries(studio.folders.history)
     assert entry.settings == settings
     assert entry.plan.fingerprint == plan.fingerprint
@@ -456,13 +456,13 @@ def test_tuning_can_be_stopped_and_goes_on(studio):
     with pytest.raises(Stopped):
         studio.tune(settings, prompts, speedup=1.5, tries=0, job=job, on_progress=stop_late)
     told = []
-    tuned = studio.tune(
+    front, chosen = studio.tune(
         settings, prompts, speedup=1.5, tries=0, job=Job(),
         on_progress=lambda text, share: told.append(share),
     )  # fmt: skip
     assert told[-1] == 1
-    assert tuned.chosen.speedup * 1.02 >= 1.5
-    assert "<svg" in fragments.show_front(tuned)
+    assert chosen.speedup * 1.02 >= 1.5
+    assert "<svg" in fragments.show_front(front, chosen)
 
 
 # -- fragments -----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from transformers import CLIPModel, CLIPTokenizer
 
 from leansd.emoji.prompts import GRID_PROMPTS
+from leansd.evaluation.quality import frechet_distance, measure_gaussian
 from models.emoji.autoencoder import measure_psnr
 from models.emoji.data import STYLES, Pair, Pictures, write_captions
 from models.emoji.denoiser import NOISE
@@ -31,16 +32,7 @@ def measure_frechet(judge: Judge, real: torch.Tensor, other: torch.Tensor) -> fl
 
     In the judge's features: it is FID's distance, and no FID.
     """
-    moments = []
-    for pictures in (real, other):
-        features = look_at(judge, pictures).double()
-        moments.append((features.mean(0), torch.cov(features.T)))
-    (mean, spread), (mean_other, spread_other) = moments
-    values, vectors = torch.linalg.eigh(spread)
-    root = vectors @ torch.diag(values.clamp_min(0).sqrt()) @ vectors.T
-    both = torch.linalg.eigvalsh(root @ spread_other @ root).clamp_min(0).sqrt().sum()
-    apart = (mean - mean_other).square().sum()
-    return float(apart + spread.trace() + spread_other.trace() - 2 * both)
+    return frechet_distance(*(measure_gaussian(look_at(judge, each)) for each in (real, other)))
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from leansd.errors import LeansdError, OutputError
+from leansd.errors import LeansdError, OutputError, read_cause
 
 Job = TypeVar("Job")
 Task = TypeVar("Task")
@@ -201,10 +201,9 @@ def connect(address: str) -> Any:
         # `local` is Ray's own word: without it a cluster that happens to run here would be taken.
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # Ray raises its bare class where a node does not come up in time
-        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise LeansdError(
-            f"no Ray cluster answers at {address}: {first}; start one with `ray start --head`, or "
-            "give --ray local"
+            f"no Ray cluster answers at {address}: {read_cause(error)}; start one with "
+            "`ray start --head`, or give --ray local"
         ) from error
     return ray
 

@@ -219,14 +219,12 @@ def name_file(words: str, *, otherwise: str = "picture") -> str:
     return f"{name}-" if name.casefold() in _RESERVED else name
 
 
-def name_files(words: Iterable[str], *, otherwise: str = "picture") -> list[str]:
+def name_files(words: Iterable[str]) -> list[str]:
     """Returns a name for each of several words, no two alike where case does not count."""
     taken: set[str] = set()
     names: list[str] = []
     for each in words:
-        name = next(
-            n for n in _list_names(name_file(each, otherwise=otherwise)) if _fold(n) not in taken
-        )
+        name = next(name for name in _list_names(name_file(each)) if _fold(name) not in taken)
         names.append(name)
         taken.add(_fold(name))
     return names

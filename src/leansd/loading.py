@@ -7,9 +7,11 @@ import json
 import logging
 import os
 import re
+import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeAlias
@@ -31,7 +33,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from leansd.errors import LeansdError
+from leansd.emoji.location import EMBEDDED, model_folder, net_folder
+from leansd.errors import LeansdError, read_cause
 from leansd.model_files import INDEX, check_file, describe_folder, find_snapshot, read_folder
 from leansd.runtime.context import find_transformer
 from leansd.runtime.samplers import name_sampler
@@ -43,7 +46,6 @@ from leansd.surgery.checkpoints import (
     share_weights,
 )
 
-EMBEDDED = "emoji"
 NETS = {"emoji-light": "light", "emoji-lean": "lean"}
 """The embedded model's further UNets for `load_unet`, and the folders in it that they lie in."""
 FORMS = (
@@ -80,7 +82,22 @@ def load(
         LeansdError: there is no such model or device, it cannot be read, holds anything but
             safetensors, or has neither a `UNet2DConditionModel` nor a transformer.
     """
-    return _load_checked(model, device, dtype, _require_denoiser)
+    device = find_device(device)
+    dtype = dtype or find_dtype(device)
+    where = locate(model)
+    if isinstance(where, str):
+        pipe = _load_from_hub(where, dtype)
+    elif where.is_dir():
+        pipe = _load_folder(where, dtype, quiet=str(model) == EMBEDDED)
+    else:
+        pipe = _load_file(where, dtype)
+    if find_transformer(pipe) is None:
+        _require_unet(pipe, model)
+    if str(model) == EMBEDDED:
+        pipe.set_progress_bar_config(disable=True)
+    if pipe.dtype != dtype:  # releases of diffusers before `dtype=` pass it over
+        pipe.to(dtype)
+    return pipe.to(device)
 
 
 def load_with_unet(
@@ -90,7 +107,9 @@ def load_with_unet(
     dtype: torch.dtype | None = None,
 ) -> DiffusionPipeline:
     """As `load`, for what works on UNets: a transformer as the denoiser is refused."""
-    return _load_checked(model, device, dtype, _require_unet)
+    pipe = load(model, device=device, dtype=dtype)
+    _require_unet(pipe, model)
+    return pipe
 
 
 def has_transformer(model: str | Path) -> bool:
@@ -109,29 +128,6 @@ def has_transformer(model: str | Path) -> bool:
     return "transformer" in told and "unet" not in told
 
 
-def _load_checked(
-    model: str | Path,
-    device: str | torch.device | None,
-    dtype: torch.dtype | None,
-    require: Callable[[DiffusionPipeline, str | Path], None],
-) -> DiffusionPipeline:
-    device = find_device(device)
-    dtype = dtype or find_dtype(device)
-    where = locate(model)
-    if isinstance(where, str):
-        pipe = _load_from_hub(where, dtype)
-    elif where.is_dir():
-        pipe = _load_folder(where, dtype, quiet=str(model) == EMBEDDED)
-    else:
-        pipe = _load_file(where, dtype)
-    require(pipe, model)
-    if str(model) == EMBEDDED:
-        pipe.set_progress_bar_config(disable=True)
-    if pipe.dtype != dtype:  # releases of diffusers before `dtype=` pass it over
-        pipe.to(dtype)
-    return pipe.to(device)
-
-
 def load_outline(model: str | Path) -> UNet2DConditionModel:
     """The UNet of a model on the meta device: its whole shape, read from its config alone.
 
@@ -140,8 +136,6 @@ def load_outline(model: str | Path) -> UNet2DConditionModel:
     """
     require_name(model)
     if str(model) in NETS:
-        from leansd.emoji.location import net_folder
-
         model = net_folder(NETS[str(model)])
     if is_unet_folder(model):
         return _build_outline(Path(model).expanduser() / "config.json", model)
@@ -221,7 +215,10 @@ def load_unet(
     dtype = dtype or find_dtype(device)
     require_name(folder)
     if str(folder) in (EMBEDDED, *NETS):
-        own: Any = _open_embedded(str(folder), dtype)
+        with silent_loading():
+            own: Any = open_unet(model_folder() / "unet", dtype)
+        if str(folder) != EMBEDDED:
+            own = open_delta(net_folder(NETS[str(folder)]), own)
         return own.to(device)
     home = Path(folder).expanduser()
     home = find_snapshot(home) or home
@@ -234,7 +231,7 @@ def load_unet(
     except _FAILURES as error:
         if isinstance(error, LeansdError):
             raise
-        raise LeansdError(f"cannot open the UNet in {home}: {_first(error)}") from error
+        raise LeansdError(f"cannot open the UNet in {home}: {read_cause(error)}") from error
 
 
 def _check_beside(
@@ -251,14 +248,6 @@ def _check_beside(
             f"the UNet that it is to stand beside is on {there} in {beside.dtype}, and what the "
             "two have in common is held once: leave device and dtype out, or open it without beside"
         )
-
-
-def _open_embedded(name: str, dtype: torch.dtype) -> UNet2DConditionModel:
-    from leansd.emoji.location import model_folder, net_folder
-
-    with silent_loading():
-        own = open_unet(model_folder() / "unet", dtype)
-    return own if name == EMBEDDED else open_delta(net_folder(NETS[name]), own)
 
 
 def load_vae(folder: str | Path, *, dtype: torch.dtype | None = None) -> Autoencoder:
@@ -292,7 +281,9 @@ def load_vae(folder: str | Path, *, dtype: torch.dtype | None = None) -> Autoenc
                 variant=None if None in found else found[0],
             )
     except _FAILURES as error:
-        raise LeansdError(f"cannot open the autoencoder in {folder}: {_first(error)}") from error
+        raise LeansdError(
+            f"cannot open the autoencoder in {folder}: {read_cause(error)}"
+        ) from error
     return vae.eval()
 
 
@@ -372,8 +363,6 @@ def locate(model: str | Path) -> Path | str:
     require_name(model)
     text = str(model)
     if text == EMBEDDED:
-        from leansd.emoji.location import model_folder
-
         return model_folder()
     path = Path(text).expanduser()
     path = path.parent if path.name == INDEX and path.is_file() else path
@@ -434,12 +423,8 @@ def _load_folder(folder: Path, dtype: torch.dtype, *, quiet: bool) -> DiffusionP
     if contents.variant is not None:
         options["variant"] = contents.variant
     try:
-        with _held_back_logs(drop=quiet):
-            if not quiet:
-                pipe = _open(folder, dtype, local_files_only=True, **options)
-            else:
-                with silent_loading():
-                    pipe = _open(folder, dtype, local_files_only=True, **options)
+        with _held_back_logs(drop=quiet), silent_loading() if quiet else nullcontext():
+            pipe = _open(folder, dtype, local_files_only=True, **options)
     except _FAILURES as error:
         raise LeansdError(_explain(folder, error)) from error
     if contents.absent:
@@ -455,32 +440,25 @@ def _held_back_logs(*, drop: bool = False) -> Iterator[None]:
     Where opening fails, our sentence is all that is said. The embedded model's remarks are dropped:
     diffusers remarks on a small autoencoder that is as it should be.
     """
-    held: list[tuple[logging.Handler, logging.LogRecord]] = []
-    handlers = [
-        handler
-        for name in ("diffusers", "transformers")
-        for handler in logging.getLogger(name).handlers
-    ]
-    holds: list[tuple[logging.Handler, Callable[..., bool]]] = []
-    for handler in handlers:
-
-        def hold(record: logging.LogRecord, handler: logging.Handler = handler) -> bool:
-            held.append((handler, record))
-            return False
-
-        handler.addFilter(hold)
-        holds.append((handler, hold))
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    own = {logger: logger.handlers for logger in loggers}
+    held: list[MemoryHandler] = []
+    for logger, handlers in own.items():
+        holding = [MemoryHandler(sys.maxsize, sys.maxsize, each) for each in handlers]
+        logger.handlers = [*holding]
+        held += holding
     try:
         yield
     except BaseException:
-        held.clear()
+        drop = True
         raise
     finally:
-        for handler, hold in holds:
-            handler.removeFilter(hold)
-    if not drop:
-        for handler, record in held:
-            handler.handle(record)
+        for logger, handlers in own.items():
+            logger.handlers = handlers
+        for each in held:
+            if drop:
+                each.buffer.clear()
+            each.close()
 
 
 def _load_from_hub(name: str, dtype: torch.dtype) -> DiffusionPipeline:
@@ -515,7 +493,7 @@ def _load_file(file: Path, dtype: torch.dtype) -> DiffusionPipeline:
             return kind.from_single_file(str(file), dtype=dtype)
     except _FAILURES as error:
         raise LeansdError(
-            f"cannot open {file}: {_first(error)}; a single file holds weights alone, its "
+            f"cannot open {file}: {read_cause(error)}; a single file holds weights alone, its "
             f"configuration and tokenizer come from the hub, so where there is no network fetch "
             "them once before, or give a folder in the diffusers layout"
         ) from error
@@ -529,7 +507,7 @@ def _open(model: str | Path, dtype: torch.dtype, **options: Any) -> DiffusionPip
 
 def _explain(model: str | Path, error: Exception) -> str:
     if isinstance(model, Path) and model.exists():
-        return f"cannot open the model in {model}: {_first(error)}"
+        return f"cannot open the model in {model}: {read_cause(error)}"
     if constants.HF_HUB_OFFLINE:
         return (
             f"model {model} is not on this machine and HF_HUB_OFFLINE keeps the hub out of reach: "
@@ -538,19 +516,8 @@ def _explain(model: str | Path, error: Exception) -> str:
     if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError | ConnectionError):
         return f"model {model} is not on this machine and the hub cannot be reached: {FORMS}"
     if isinstance(error, HfHubHTTPError):
-        return f"no model {model} on the hub, or no access to it: {_first(error)}"
-    return f"cannot open model {model}: {_first(error)}"
-
-
-def _first(error: Exception) -> str:
-    """The first line of a library's message, which may run over many."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
-
-
-def _require_denoiser(pipe: DiffusionPipeline, model: str | Path) -> None:
-    if find_transformer(pipe) is None:
-        _require_unet(pipe, model)
+        return f"no model {model} on the hub, or no access to it: {read_cause(error)}"
+    return f"cannot open model {model}: {read_cause(error)}"
 
 
 def _require_unet(pipe: DiffusionPipeline, model: str | Path) -> None:

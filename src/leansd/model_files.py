@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from leansd.errors import LeansdError
+from leansd.errors import LeansdError, read_cause
 from leansd.surgery.checkpoints import POINTER, find_variant, is_pointer
 
 INDEX = "model_index.json"
@@ -64,9 +64,8 @@ def find_snapshot(folder: Path) -> Path | None:
     for found in (*(snapshots / name for name in names), *newest):
         if (found / INDEX).is_file() or (found / "config.json").is_file():
             return found
-    raise LeansdError(
-        f"{folder} is a hub cache without a whole model: fetch {_name_repository(folder)} again"
-    )
+    name = folder.name.removeprefix("models--").replace("--", "/")
+    raise LeansdError(f"{folder} is a hub cache without a whole model: fetch {name} again")
 
 
 def describe_folder(folder: Path) -> str:
@@ -149,8 +148,8 @@ def check_file(file: Path) -> frozenset[str]:
         with safe_open(file, framework="pt") as weights:
             keys = frozenset(weights.keys())
     except (SafetensorError, OSError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise LeansdError(f"{file} is not a readable .safetensors file: {first}") from error
+        why = read_cause(error)
+        raise LeansdError(f"{file} is not a readable .safetensors file: {why}") from error
     if any(mark in key for key in keys for mark in _LORA_MARKS):
         raise LeansdError(
             f"{file} is a LoRA, not a model: open the model that it is for, then {_LORA}"
@@ -167,10 +166,6 @@ def check_file(file: Path) -> frozenset[str]:
             f"{min(keys, default='missing')}): give one, or a folder in the diffusers layout"
         )
     return keys
-
-
-def _name_repository(cache: Path) -> str:
-    return cache.name.removeprefix("models--").replace("--", "/")
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -48,11 +48,8 @@ class Table:
         """The table for a README."""
         rule = ["---:" if self.is_numeric(i) else "---" for i in range(len(self.columns))]
         lines = (self.columns, rule, *self.rows)
-        return "\n".join("| " + " | ".join(_escape(c) for c in line) + " |" for line in lines)
-
-
-def _escape(cell: str) -> str:
-    return cell.replace("|", "\\|")
+        escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+        return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
 UNITS = (("d", 24 * 60 * 60), ("h", 60 * 60), ("min", 60), ("s", 1))

@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from difflib import get_close_matches
 from functools import cached_property
 from hashlib import sha256
 from itertools import groupby
@@ -35,18 +36,18 @@ from leansd.loading import as_image_to_image, load_unet, load_vae, load_with_une
 from leansd.plans.plan import Plan
 from leansd.runtime.samplers import name_sampler, set_sampler
 from leansd.shards import DrawnPicture, name_shard, pack_shard
-from leansd.text import explain_validation, suggest_name
+from leansd.text import explain_validation
 from leansd.version import __version__
 
 # -- rows of prompts -------------------------------------------------------------------------------
 
 
-def _spell(given: Any) -> Any:
-    """A number as its digits: tables from databases have numbers for ids."""
-    return str(given) if type(given) is int else given
-
-
-Id = Annotated[str, BeforeValidator(_spell), Field(pattern=r"^\w[\w.-]*$", max_length=200)]
+Id = Annotated[
+    str,
+    # Tables from databases have numbers for ids.
+    BeforeValidator(lambda given: str(given) if type(given) is int else given),
+    Field(pattern=r"^\w[\w.-]*$", max_length=200),
+]
 
 OTHER_NAMES = {
     "negative": "negative_prompt",
@@ -183,8 +184,7 @@ def _find_meant(key: str) -> str | None:
         return plain
     if plain in OTHER_NAMES:
         return OTHER_NAMES[plain]
-    hint = suggest_name(plain, KEYS)
-    return hint.split("did you mean ")[1].split("?")[0] if "did you mean" in hint else None
+    return next(iter(get_close_matches(plain, KEYS, n=1)), None)
 
 
 # Readers give the number of every line and what stands there: a mapping, what is wrong, or None.
@@ -451,20 +451,16 @@ class Drawer:
             name: load_unet(folder, beside=self.pipe.unet) for name, folder in job.nets.items()
         }
 
-    def draw(self, part: ShardTask) -> DrawnShard:
-        """A whole shard."""
+    def __call__(self, part: ShardTask) -> DrawnShard:
+        """A whole shard. Who shares a batch follows from the places of the rows in it."""
+        asked = [(item, self._make_request(item)) for item in part.items]
         faults: dict[str, str] = {}
-        return DrawnShard(pack_shard(self._draw_items(part.items, faults)), faults)
-
-    def _draw_items(
-        self, items: Sequence[PictureTask], faults: dict[str, str]
-    ) -> Iterator[DrawnPicture]:
-        """Every picture. Who shares a batch follows from the places of the rows in their shard."""
-        asked = [(item, self._make_request(item)) for item in items]
+        drawn: list[DrawnPicture] = []
         for _, group in groupby(asked, key=lambda each: each[1].kind):
-            alike = list(group)
-            for begin in range(0, len(alike), self.job.batch):
-                yield from self._draw_batch(alike[begin : begin + self.job.batch], faults)
+            alike, count = list(group), self.job.batch
+            for begin in range(0, len(alike), count):
+                drawn += self._draw_batch(alike[begin : begin + count], faults)
+        return DrawnShard(pack_shard(drawn), faults)
 
     def _make_request(self, item: PictureTask) -> Request:
         job, row = self.job, item.row
@@ -517,12 +513,7 @@ class Drawer:
         return other
 
 
-def open_drawer(job: BulkJob) -> Callable[[ShardTask], DrawnShard]:
-    """What draws the shards of a job."""
-    return Drawer(job).draw
-
-
-DRAWING = TaskKind[BulkJob, ShardTask, DrawnShard](open_drawer)
+DRAWING = TaskKind[BulkJob, ShardTask, DrawnShard](Drawer)
 """Drawing shards, here or on Ray."""
 
 
@@ -542,16 +533,13 @@ def run_job(
 
     def keep(part: ShardTask, shard: DrawnShard) -> None:
         if shard.faults:
-            _keep_faults(folder, shard.faults)
+            known = {**read_faults(folder), **shard.faults}
+            rows = ({"id": at, "fault": why} for at, why in known.items())
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            write_file(folder / FAULTS, "".join(lines))
         write_file(folder / part.name, shard.content)
 
     finish_tasks(work, job, parts, keep, on_part, "the shards")
-
-
-def _keep_faults(folder: Path, faults: Mapping[str, str]) -> None:
-    known = {**read_faults(folder), **faults}
-    lines = [json.dumps({"id": at, "fault": why}, ensure_ascii=False) for at, why in known.items()]
-    write_file(folder / FAULTS, "".join(f"{line}\n" for line in lines))
 
 
 def read_faults(folder: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -20,9 +20,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from yaml import YAMLError
 
 from leansd.anatomy import dissect
+from leansd.emoji.location import EMBEDDED
 from leansd.errors import LeansdError
 from leansd.files import write_file
-from leansd.loading import EMBEDDED, is_unet_folder, locate
+from leansd.loading import is_unet_folder, locate
 from leansd.surgery.light_unet import LightUNet2DConditionModel
 from leansd.surgery.lineage import Lineage
 from leansd.version import __version__
@@ -109,7 +110,8 @@ def render_card(
 ) -> str:
     """The text of a card."""
     licences = {name: find_licence(model) for name, model in card.nets.items()}
-    inherited = join_licences(licences.values())
+    different = set(licences.values())
+    inherited = different.pop() if len(different) == 1 else SEVERAL if different else UNKNOWN
     models = [model for model in card.nets.values() if is_hub_id(model)]
     data = ModelCardData(
         **asdict(inherited),
@@ -217,12 +219,6 @@ def find_licence(model: str | Path) -> Licence:
     if not named:
         return UNKNOWN
     return Licence(str(named), data.get("license_name"), data.get("license_link"))
-
-
-def join_licences(licences: Iterable[Licence]) -> Licence:
-    """The licence of what is made of several nets: theirs if it is one, else all of them."""
-    different = set(licences)
-    return different.pop() if len(different) == 1 else SEVERAL if different else UNKNOWN
 
 
 def _find_card(model: str | Path) -> Path | None:

@@ -24,6 +24,7 @@ from leansd.cli.options import (
 )
 from leansd.cli.terminal import follow, note, warn
 from leansd.errors import LeansdError
+from leansd.evaluation.prompt_sets import choose_prompts, read_prompts
 from leansd.files import check_file, check_folder
 from leansd.text import describe_duration
 
@@ -154,7 +155,6 @@ def _choose_settings(model: str, field: Field, calls: Calls, clip: Path | None) 
 
     from leansd.evaluation.bench import BenchSettings, choose_plans
     from leansd.evaluation.extractors import find_embedder
-    from leansd.evaluation.prompt_sets import choose_prompts, read_prompts
     from leansd.evaluation.rivals import choose_rivals
     from leansd.tuning.front import read_plans
 

@@ -22,7 +22,7 @@ from leansd.text import Table
 
 if TYPE_CHECKING:
     from leansd.evaluation.records import Record
-    from leansd.report import ReportPage
+    from leansd.report.page import ReportPage
 
 PROGRAM = "leansd"
 
@@ -205,7 +205,7 @@ def _write(result: Result) -> list[Path]:
     if not result.pages and not result.records:
         return others
     from leansd.evaluation.records import stamp, write_records
-    from leansd.report import Provenance, write_report
+    from leansd.report.page import Provenance, write_report
 
     origin = Provenance(quote_command(), stamp(result.device))
     pages = [write_report(path, page, origin) for path, page in result.pages.items()]

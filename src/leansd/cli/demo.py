@@ -8,7 +8,9 @@ import typer
 from leansd.cli.command import OnlyJson, Result, command, option
 from leansd.cli.options import Force, GuidanceOption, ModelOption, Opening
 from leansd.cli.terminal import follow, note, warn
+from leansd.emoji.location import EMBEDDED
 from leansd.emoji.prompts import PROMPTS
+from leansd.evaluation.prompt_sets import GUIDANCE
 from leansd.files import check_folder
 from leansd.plans.presets import SPEED_PRESETS
 from leansd.plans.resolve import resolve_plan
@@ -44,8 +46,6 @@ def show_demo(
     """
     from leansd.evaluation.demo import list_cases, run_demo
     from leansd.evaluation.extractors import find_embedder
-    from leansd.evaluation.prompt_sets import GUIDANCE
-    from leansd.loading import EMBEDDED
     from leansd.runtime.context import describe_runs
     from leansd.unets import open_anatomy
 

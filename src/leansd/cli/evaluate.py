@@ -1,7 +1,7 @@
 """`leansd evaluate`: how true and how good pictures are, those of plans or those of a folder."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,10 @@ from leansd.cli.options import (
     SeedsForSpread,
     complete_plan,
     offer,
+    read_pairs,
 )
 from leansd.cli.terminal import follow, hush_libraries, note
+from leansd.emoji.location import EMBEDDED
 from leansd.emoji.prompts import GRID_PROMPTS
 from leansd.errors import LeansdError
 from leansd.files import check_folder
@@ -73,8 +75,10 @@ class References:
         if CONVERGED in self.names and sampler is not None:
             require_convergence(sampler)
 
-    def list_cases(self, pipe: Any, plans: Sequence[Plan], steps: int) -> "Cases":
-        """Plans, rivals and references as the comparison engine takes them."""
+    def list_cases(
+        self, pipe: Any, plans: Sequence[Plan], steps: int
+    ) -> "tuple[list[Case], list[Case]]":
+        """What is measured, and what it is held against."""
         from leansd.evaluation.compare import Case
         from leansd.evaluation.evaluation import list_cases, make_reference
         from leansd.evaluation.runs import FULL
@@ -91,17 +95,7 @@ class References:
 
         given = list_cases(pipe, plans, steps)
         cases = [Case(each.name, each.steps, each.plan, sampler=own) for each in given]
-        return Cases(
-            cases + [make(name) for name in self.rival or ()], [make(n) for n in self.names]
-        )
-
-
-@dataclass(frozen=True)
-class Cases:
-    """What is measured, and what it is held against."""
-
-    contestants: "Sequence[Case]"
-    references: "Sequence[Case]"
+        return [*cases, *map(make, self.rival or ())], list(map(make, self.names))
 
 
 @dataclass(frozen=True)
@@ -113,10 +107,10 @@ class Judges:
     lpips: Path | None = option(None, "AlexNet weights of torchvision, for LPIPS.")
 
     @property
-    def weights(self) -> list[str]:
-        """`NAME=PATH` each, as scores of a folder take them."""
+    def weights(self) -> dict[str, Path]:
+        """By name, as scores of a folder take them."""
         given = {"clip": self.clip, "lpips": self.lpips}
-        return [f"{name}={path}" for name, path in given.items() if path is not None]
+        return {name: path for name, path in given.items() if path is not None}
 
     def open(self, model: str) -> "tuple[Embedder | None, Lpips | None]":
         """The CLIP and the LPIPS that there are."""
@@ -197,8 +191,7 @@ def evaluate_plans(
     if (plan is None) == (scores.pictures is None):
         raise LeansdError("give --plan to measure plans, or --pictures to score a folder")
     if plan is None:
-        own = replace(scores, weights=[*judges.weights, *(scores.weights or ())])
-        return _score(own, references, calls.batch, opening.device, out)
+        return _score(scores, references, judges, calls.batch, opening.device, out)
     if (calls.count or 2) < 2:
         raise LeansdError("a set needs 2 pictures at least: give --count 2 or more")
     opening.check_model(model)
@@ -224,7 +217,7 @@ def _measure(task: _Task, out: Path) -> Result:
     from leansd.evaluation.compare import Judging
     from leansd.evaluation.evaluation import evaluate_cases
     from leansd.evaluation.fidelity import list_metrics
-    from leansd.loading import EMBEDDED
+    from leansd.runtime.samplers import name_sampler
 
     model, calls, references = task.model, task.calls, task.references
     prompts = calls.list_prompts(model, GRID_PROMPTS if model == EMBEDDED else ())
@@ -236,23 +229,23 @@ def _measure(task: _Task, out: Path) -> Result:
     embedder, lpips = task.judges.open(model)
 
     pipe = task.opening.open(model)
-    references.check(task.steps, _name_sampler(pipe))
+    references.check(task.steps, name_sampler(pipe))
     if embedder is not None:
         embedder.clip.to(pipe.device)
     scale = calls.find_guidance(pipe, model)
     pairs = zip(task.plans, outlined, strict=True)
     plans = [fitting.settle(each, pipe, known, scale) for each, known in pairs]
-    cases = references.list_cases(pipe, plans, task.steps)
+    cases, held = references.list_cases(pipe, plans, task.steps)
     is_told = calls.guidance is not None or model == EMBEDDED
-    names = ", ".join(each.name for each in cases.contestants)
+    names = ", ".join(each.name for each in cases)
     note(f"drawing {len(prompts)} pictures on {pipe.device}, each with {names}")
     with follow("steps of pictures") as bar:
         evaluation = evaluate_cases(
             pipe,
-            cases.contestants,
+            cases,
             prompts,
             subject=model,
-            references=cases.references,
+            references=held,
             seed=calls.seed,
             batch=calls.batch,
             settings={"guidance_scale": scale} if is_told else {},
@@ -265,19 +258,13 @@ def _measure(task: _Task, out: Path) -> Result:
         "steps": task.steps,
         "seed": calls.seed,
         "count": len(prompts),
-        "sampler": _name_sampler(pipe),
+        "sampler": name_sampler(pipe),
         "references": references.names,
         "clip": embedder.name if embedder is not None else None,
         "lpips": lpips is not None,
-        "plans": [each.name for each in cases.contestants],
+        "plans": [each.name for each in cases],
     }
     return _give_evaluation(evaluation, facts, prompts, out, pipe.device)
-
-
-def _name_sampler(pipe: Any) -> str:
-    from leansd.runtime.samplers import name_sampler
-
-    return name_sampler(pipe)
 
 
 SHOWN = {
@@ -328,7 +315,12 @@ def _give_evaluation(
 
 
 def _score(
-    scores: Scores, references: References, batch: int, device: str | None, out: Path
+    scores: Scores,
+    references: References,
+    judges: Judges,
+    batch: int,
+    device: str | None,
+    out: Path,
 ) -> Result:
     """The scores of a folder of pictures."""
     from leansd.evaluation.extraction import EXTRACTION, ExtractionConfig
@@ -347,7 +339,7 @@ def _score(
         scores.pictures,
         reference,
         metrics,
-        dict(_split_weights(each) for each in scores.weights or ()),
+        judges.weights | read_pairs("--weights", scores.weights or (), "PATH, clip=nets/clip"),
         config=ExtractionConfig(
             {}, scores.resize, batch, scores.threads or (1 if scores.ray else 0), device
         ),
@@ -383,14 +375,3 @@ def _score(
         | ({out / "values.jsonl": scored.values} if scored.values else {}),
         device=Opening(device).find_device(),
     )
-
-
-def _split_weights(text: str) -> tuple[str, str]:
-    from leansd.evaluation.extractors import EXTRACTORS
-
-    name, sign, path = text.partition("=")
-    if not sign or not path:
-        raise LeansdError(
-            f"weights {text!r}: give NAME=PATH with a name of {', '.join(EXTRACTORS)}"
-        )
-    return name, path

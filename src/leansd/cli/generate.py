@@ -22,6 +22,7 @@ from leansd.cli.options import (
 )
 from leansd.cli.terminal import note, open_progress, warn
 from leansd.errors import LeansdError
+from leansd.evaluation.prompt_sets import find_guidance
 from leansd.files import check_folder, find_free, name_file, write_file, write_new
 from leansd.plans.anatomy import WHOLE
 from leansd.plans.plan import Plan
@@ -161,7 +162,6 @@ class _Task:
 
     def open(self) -> tuple[Any, Plan]:
         """The pipeline, and the plan for its runs."""
-        from leansd.evaluation.prompt_sets import find_guidance
         from leansd.loading import load_vae, set_vae
 
         vae = load_vae(self.wanted.vae) if self.wanted.vae is not None else None
@@ -178,7 +178,7 @@ def _draw_prompts(
     task: _Task, requests: "Sequence[Request]", out: Path, *, overwrite: bool, compare: bool
 ) -> Result:
     """One file a picture."""
-    from leansd.drawing import describe_report, explain_fault, place_init
+    from leansd.drawing import describe_report, explain_fault, paint, place_init
     from leansd.loading import as_image_to_image
 
     pipe, plan = task.open()
@@ -190,23 +190,30 @@ def _draw_prompts(
     faults: list[str] = []
     pairs: list[PicturePair] = []
     with open_progress() as progress:
-        paint_all = _compare_all if compare else _paint_all
-        for request, painting, pair in paint_all(pipe, requests, plan, nets, progress):
+        for request, follow in _show_each(requests, progress):
+            if compare:
+                is_warm = request is not requests[0]
+                pair, painting = _compare(pipe, plan, nets, request, follow, is_warm=is_warm)
+                pairs += [pair] if not painting.fault else []
+            else:
+                painting = paint(pipe, request, plan, follow, nets)
             facts = _list_facts(task, pipe, request, plan)
             if painting.fault:
                 why = explain_fault(pipe, request, painting, plan)
                 faults.append(f"{request.prompt[:60]!r} with seed {request.seed}: {why}")
                 continue
-            if pair is not None:
-                pairs.append(pair)
             path = _write_picture(out, painting, facts, {at for at, *_ in written}, overwrite)
             written.append((path, painting, facts))
             told = f"{path}  {painting.seconds:.2f} s"
             progress.console.print(told, highlight=False, markup=False, soft_wrap=True)
-    page = out / "report.html"
-    if pairs and not overwrite:
-        page = find_free(page)
-    pages = {page: _report_pairs(task, pairs, plan)} if pairs else {}
+    pages: dict[Path, Any] = {}
+    if pairs:
+        from leansd.report.plans import report_pairs
+
+        page, anatomy = out / "report.html", task.context.anatomy
+        assert anatomy is not None
+        pages[page if overwrite else find_free(page)] = report_pairs(pairs, plan, anatomy)
+    places = ", ".join([f"{len(written)} pictures in {out}", *map(str, pages)])
     return Result(
         facts={
             "pictures": [
@@ -225,62 +232,37 @@ def _draw_prompts(
         pages=pages,
         device=pipe.device,
         files=[path for path, *_ in written] if len(written) < 2 else [],
-        wrote="" if len(written) < 2 else _tell_places(written, pages, out),
+        wrote="" if len(written) < 2 else places,
         failure="; ".join([f"{len(faults)} of {len(requests)} pictures show nothing", *faults])
         if faults
         else "",
     )
 
 
-def _tell_places(written: Sequence[Any], pages: Mapping[Path, Any], out: Path) -> str:
-    return ", ".join([f"{len(written)} pictures in {out}", *map(str, pages)])
-
-
-def _paint_all(
+def _compare(
     pipe: Any,
-    requests: "Sequence[Request]",
     plan: Plan,
     nets: Mapping[str, Any],
-    progress: Any,
-) -> "Iterator[tuple[Request, Painting, PicturePair | None]]":
-    """Every request after the plan."""
-    from leansd.drawing import paint
-
-    for request, follow in _show_each(requests, progress):
-        yield request, paint(pipe, request, plan, follow, nets), None
-
-
-def _compare_all(
-    pipe: Any,
-    requests: "Sequence[Request]",
-    plan: Plan,
-    nets: Mapping[str, Any],
-    progress: Any,
-) -> "Iterator[tuple[Request, Painting, PicturePair | None]]":
-    """Every request in full and after the plan."""
+    request: "Request",
+    follow: "Callable[[float, float], None]",
+    *,
+    is_warm: bool,
+) -> "tuple[PicturePair, Painting]":
+    """A request in full and after the plan."""
     from leansd.drawing import Painting, find_fault, paint
     from leansd.evaluation.compare import LEAN, compare_pair
     from leansd.evaluation.runs import FULL
     from leansd.report.plans import PicturePair
 
-    for request, follow in _show_each(requests, progress):
-        drawn = compare_pair(
-            pipe, plan, request.arguments, request.seed,
-            nets=nets, is_warm=request is not requests[0],
-            on_progress=lambda far, follow=follow: follow(far.done, far.total),
-        )  # fmt: skip
-        pair = PicturePair(request, drawn[FULL], drawn[LEAN])
-        painting = Painting(pair.planned.images[0], pair.seconds[1], pair.planned.attachment)
-        if LEAN in drawn.faults or find_fault(painting.image):
-            painting = paint(pipe, request, plan, nets=nets)  # says at which step, and of what
-        yield request, painting, pair
-
-
-def _report_pairs(task: _Task, pairs: "Sequence[PicturePair]", plan: Plan) -> Any:
-    from leansd.report.plans import report_pairs
-
-    assert task.context.anatomy is not None
-    return report_pairs(pairs, plan, task.context.anatomy)
+    drawn = compare_pair(
+        pipe, plan, request.arguments, request.seed, nets=nets, is_warm=is_warm,
+        on_progress=lambda far: follow(far.done, far.total),
+    )  # fmt: skip
+    pair = PicturePair(request, drawn[FULL], drawn[LEAN])
+    painting = Painting(pair.planned.images[0], pair.seconds[1], pair.planned.attachment)
+    if LEAN in drawn.faults or find_fault(painting.image):
+        painting = paint(pipe, request, plan, nets=nets)  # says at which step, and of what
+    return pair, painting
 
 
 def _show_each(

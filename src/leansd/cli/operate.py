@@ -104,7 +104,7 @@ def list_nets(model: str, others: Sequence[str]) -> dict[str, str]:
     """
     from leansd.surgery.apply import BASE
 
-    nets = read_pairs(others, "MODEL, light=nets/light")
+    nets = read_pairs("--net", others, "MODEL, light=nets/light")
     if BASE in nets:
         raise LeansdError(f"--net {BASE}={nets[BASE]}: {BASE} is the net operated on")
     return {BASE: model, **nets}

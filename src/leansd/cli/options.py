@@ -15,7 +15,9 @@ import typer
 
 from leansd.cli.command import option
 from leansd.cli.terminal import hush_libraries, note, warn
+from leansd.emoji.location import EMBEDDED
 from leansd.errors import LeansdError
+from leansd.evaluation.prompt_sets import find_guidance, read_prompts
 from leansd.files import find_free
 from leansd.plans.anatomy import WHOLE
 from leansd.plans.plan import Plan
@@ -176,10 +178,6 @@ class DeviceOptions:
 
         return getattr(torch, self.dtype) if self.dtype is not None else None
 
-    def as_arguments(self) -> dict[str, Any]:
-        """What `leansd.load` and its like are given."""
-        return {"device": self.device, "dtype": self.precision}
-
 
 @dataclass(frozen=True)
 class Opening(DeviceOptions):
@@ -201,13 +199,13 @@ class Opening(DeviceOptions):
         """The pipeline with its sampler, and without bars of its own."""
         from leansd.loading import load
 
-        return self._set_up(load(model, **self.as_arguments()))
+        return self._set_up(load(model, device=self.device, dtype=self.precision))
 
     def open_with_unet(self, model: str) -> Any:
         """The same, where a transformer as the denoiser is refused."""
         from leansd.loading import load_with_unet
 
-        return self._set_up(load_with_unet(model, **self.as_arguments()))
+        return self._set_up(load_with_unet(model, device=self.device, dtype=self.precision))
 
     def _set_up(self, pipe: Any) -> Any:
         from leansd.runtime.samplers import set_sampler
@@ -298,7 +296,7 @@ class Following(Fitting):
     @property
     def nets(self) -> dict[str, str]:
         """Folders of UNets by the names that plans call them by."""
-        return read_pairs(self.net or (), "FOLDER, light=runs/asdm/net")
+        return read_pairs("--net", self.net or (), "FOLDER, light=runs/asdm/net")
 
 
 def tell_notes(resolved: Resolved) -> Plan:
@@ -309,8 +307,8 @@ def tell_notes(resolved: Resolved) -> Plan:
     return resolved.plan
 
 
-def read_pairs(given: Sequence[str], form: str) -> dict[str, str]:
-    """What `--net NAME=FOLDER` says, by name.
+def read_pairs(typed: str, given: Sequence[str], form: str) -> dict[str, str]:
+    """What `--net NAME=FOLDER` and its like say, by name.
 
     Raises:
         LeansdError: one is not of this form, or a name comes twice.
@@ -319,9 +317,9 @@ def read_pairs(given: Sequence[str], form: str) -> dict[str, str]:
     for each in given:
         name, sign, path = each.partition("=")
         if not (name and sign and path):
-            raise LeansdError(f"--net {each} names no net; give NAME={form}")
+            raise LeansdError(f"{typed} {each} names nothing; give NAME={form}")
         if name in nets:
-            raise LeansdError(f"--net {each}: {name} is given twice")
+            raise LeansdError(f"{typed} {each}: {name} is given twice")
         nets[name] = path
     return nets
 
@@ -342,9 +340,6 @@ class Calls:
         Raises:
             LeansdError: there are none for this model.
         """
-        from leansd.evaluation.prompt_sets import read_prompts
-        from leansd.loading import EMBEDDED
-
         if self.prompts is None and model != EMBEDDED and not own:
             raise LeansdError(f"no prompts for {model}: give --prompts FILE, one prompt a line")
         texts = list(own) if self.prompts is None else read_prompts(self.prompts)
@@ -353,8 +348,6 @@ class Calls:
 
     def find_guidance(self, pipe: Any, model: str) -> float:
         """The guidance scale of the calls."""
-        from leansd.evaluation.prompt_sets import find_guidance
-
         return find_guidance(pipe, model) if self.guidance is None else self.guidance
 
 

@@ -58,7 +58,8 @@ def show_plan(
 ) -> Result:
     """Show a plan as a grid of units and steps; save it, or a picture of it."""
     if plan is None:
-        return _list_presets()
+        rows = {each.name: each.summary for each in PRESETS.values()}
+        return Result({"presets": rows}, [Table(("preset", "summary"), tuple(rows.items()))])
     from leansd.report.plans import report_plan
     from leansd.runtime.samplers import check_sampler
     from leansd.unets import predict_gain
@@ -92,11 +93,6 @@ def show_plan(
         files=files,
         pages={report: report_plan(chosen, anatomy, speedup)} if report is not None else {},
     )
-
-
-def _list_presets() -> Result:
-    rows = {each.name: each.summary for each in PRESETS.values()}
-    return Result({"presets": rows}, [Table(("preset", "summary"), tuple(rows.items()))])
 
 
 def _draw(plan: Plan, anatomy: Anatomy, path: Path) -> bytes:

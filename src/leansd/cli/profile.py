@@ -13,7 +13,7 @@ from leansd.cli.terminal import follow, note
 from leansd.files import check_folder
 
 if TYPE_CHECKING:
-    from leansd.evaluation.prediction import OtherVae, Profiled
+    from leansd.evaluation.prediction import Profiled
     from leansd.evaluation.profile import Probe
     from leansd.evaluation.records import Record
 
@@ -84,8 +84,8 @@ def _measure(
     model: str, pipe: Any, runs: Runs, size: tuple[int, int] | None, autoencoder: Any
 ) -> "Profiled":
 
-    from leansd.evaluation.prediction import Profiled, check_predictions, hold_out
-    from leansd.evaluation.profile import prepare_probe
+    from leansd.evaluation.prediction import OtherVae, Profiled, check_predictions, hold_out
+    from leansd.evaluation.profile import prepare_probe, time_decoder
     from leansd.evaluation.records import stamp
     from leansd.runtime.samplers import name_sampler
 
@@ -105,7 +105,10 @@ def _measure(
         cost, predictions = check_predictions(
             probe, plans, rounds=runs.repeats, on_progress=bar.share
         )
-        other = _time_other(probe, autoencoder, runs.vae, runs.repeats)
+        other = None
+        if runs.vae is not None:
+            decode = time_decoder(probe, autoencoder, rounds=runs.repeats)
+            other = OtherVae(runs.vae, decode, is_trained=runs.vae != "tiny")
     return Profiled(
         cost=cost,
         anatomy=_dissect(pipe, probe, model),
@@ -155,18 +158,6 @@ def _open(model: str, vae: str | None, place: DeviceOptions) -> tuple[Any, Any]:
         moved: Any = other
         moved.to(device=pipe.device, dtype=pipe.dtype)
     return pipe, other
-
-
-def _time_other(
-    probe: "Probe", autoencoder: Any, vae: str | None, repeats: int
-) -> "OtherVae | None":
-    from leansd.evaluation.prediction import OtherVae
-    from leansd.evaluation.profile import time_decoder
-
-    if vae is None or autoencoder is None:
-        return None
-    decode = time_decoder(probe, autoencoder, rounds=repeats)
-    return OtherVae(vae, decode, is_trained=vae != "tiny")
 
 
 def _dissect(pipe: Any, probe: "Probe", model: str) -> Any:

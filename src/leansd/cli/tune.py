@@ -20,8 +20,11 @@ from leansd.cli.options import (
     refuse_transformer,
 )
 from leansd.cli.terminal import follow, note
+from leansd.emoji.location import EMBEDDED
 from leansd.emoji.prompts import GRID_PROMPTS
 from leansd.errors import LeansdError
+from leansd.evaluation.picture_sets import PICTURES
+from leansd.evaluation.prompt_sets import choose_prompts, read_generic, read_prompts
 from leansd.files import check_file, stand_beside
 
 if TYPE_CHECKING:
@@ -80,8 +83,6 @@ class Search:
         Raises:
             LeansdError: there are too few, or the runs start from pictures.
         """
-        from leansd.evaluation.prompt_sets import choose_prompts, read_generic, read_prompts
-        from leansd.loading import EMBEDDED
         from leansd.tuning.mix_fitting import choose_mix_calls
 
         given = None if calls.prompts is None else read_prompts(calls.prompts)
@@ -97,7 +98,7 @@ class Search:
         from leansd.tuning.tuner import SPEEDS
 
         speeds = _parse_speeds(self.speeds) if self.speeds is not None else SPEEDS
-        folders = read_pairs(self.net or (), "FOLDER, light=runs/asdm/net")
+        folders = read_pairs("--net", self.net or (), "FOLDER, light=runs/asdm/net")
         found = {"tries": self.tries, "speeds": speeds, "attend": self.attend or ()}
         return found | {name: goal.get(name) for name in ("speedup", "ms")}, folders
 
@@ -148,7 +149,6 @@ class Start:
     def open(self, steps: int) -> list[Any]:
         """The pictures; raises LeansdError where one cannot be read or no step is left."""
         from leansd.drawing import check_strength, open_picture
-        from leansd.evaluation.picture_sets import PICTURES
 
         if self.init is None:
             return []
@@ -254,8 +254,10 @@ def tune_plans(
 def _check_model(opening: Opening, model: str, search: Search, files: Files) -> None:
     """Refuses what there is not, and what reaches into a UNet where a transformer denoises."""
     from leansd.loading import has_transformer
+    from leansd.runtime.samplers import check_sampler, require_convergence
 
-    check_convergence(opening.sampler)
+    if opening.sampler is not None:
+        require_convergence(check_sampler(opening.sampler))
     opening.check_model(model)
     given = {
         "--attend": search.attend,
@@ -279,18 +281,8 @@ def _show(found: "Front", chosen: "Point") -> list[Any]:
     ]
 
 
-def check_convergence(sampler: str | None) -> None:
-    """Refuses a sampler that there is none of, or whose runs have no limit."""
-    from leansd.runtime.samplers import check_sampler, require_convergence
-
-    if sampler is not None:
-        require_convergence(check_sampler(sampler))
-
-
 def _list_prompts(calls: Calls, model: str) -> list[str]:
     """All of a file's prompts, or 24 that are built in; enough to tune on some of them."""
-    from leansd.evaluation.prompt_sets import read_generic
-    from leansd.loading import EMBEDDED
     from leansd.tuning.tuner import split_calls
 
     count = calls.count or (24 if calls.prompts is None else None)

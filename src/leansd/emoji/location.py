@@ -6,6 +6,9 @@ from pathlib import Path
 
 from leansd.errors import LeansdError
 
+EMBEDDED = "emoji"
+"""The name of the model that comes along."""
+
 
 def model_folder() -> Path:
     """Return the embedded model's folder, in the plain diffusers layout."""

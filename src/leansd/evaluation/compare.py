@@ -24,13 +24,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from leansd.anatomy.reading import fingerprint_module
-from leansd.errors import LeansdError
-from leansd.evaluation.fidelity import PSNR, SSIM, FidelityMetric, Measure
-from leansd.evaluation.fingerprints import (
-    fingerprint_call,
-    fingerprint_case,
-    fingerprint_pipe,
-)
+from leansd.errors import LeansdError, read_cause
+from leansd.evaluation.fidelity import PSNR, SSIM, FidelityMetric, Measure, as_images
+from leansd.evaluation.fingerprints import fingerprint_call, fingerprint_case, fingerprint_pipe
 from leansd.evaluation.quality import Embedder, QualityJudge, embed_pictures
 from leansd.evaluation.runs import (
     FULL,
@@ -44,7 +40,7 @@ from leansd.evaluation.runs import (
     sampled_by,
     split_calls,
 )
-from leansd.evaluation.timing import Ratio, Timing, compare_timings, rotate
+from leansd.evaluation.timing import Ratio, Timing, check_count, compare_timings, rotate
 from leansd.files import write_file
 from leansd.plans.plan import Plan
 from leansd.runtime import Attachment, Report
@@ -164,7 +160,7 @@ class Compared:
 
     @cached_property
     def images(self) -> tuple[Image.Image, ...]:
-        return tuple(Image.fromarray(each.permute(1, 2, 0).numpy()) for each in self.pictures)
+        return tuple(as_images(self.pictures))
 
     def find(self, metric: str, reference: str | None = FULL) -> Measure | None:
         """A measure against a reference; None as reference for those that have none."""
@@ -465,9 +461,7 @@ class _Drawer:
         left_out: dict[str, str],
     ) -> dict[str, Drawings]:
         """All cases on every batch in turns; fills in times and which cases failed."""
-        if rounds.count < 1:
-            raise LeansdError(f"{rounds.count} timing rounds: at least 1 is needed")
-        self.turns = rounds.count * len(self.parts)
+        self.turns = check_count(rounds.count, "timing rounds") * len(self.parts)
         steps = sum(case.steps for case in cases)
         self.total += steps * rounds.count * len(self.calls)
         racing = list(cases)
@@ -478,7 +472,7 @@ class _Drawer:
             except Exception as error:
                 if not case.may_fail:
                     raise
-                left_out[case.name] = f"failed here: {_first_line(error)}"
+                left_out[case.name] = f"failed here: {type(error).__name__}: {read_cause(error)}"
                 racing.remove(case)
                 return None
 
@@ -593,8 +587,3 @@ def _read_drawn(path: Path) -> tuple[Tensor, Tensor] | None:
 def _join(parts: Sequence[Drawings]) -> Drawings:
     latents, pictures = ([getattr(part, of) for part in parts] for of in ("latents", "pictures"))
     return Drawings(torch.cat(latents), torch.cat(pictures))
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

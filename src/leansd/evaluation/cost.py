@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from leansd.errors import LeansdError
-from leansd.evaluation.records import Record
+from leansd.evaluation.records import Record, get_field
 from leansd.plans.address import get_block
 from leansd.plans.anatomy import HEAD, STEM
 from leansd.plans.liveness import Call, Kept, Program
@@ -72,7 +72,7 @@ class CostModel:
     @property
     def full_call(self) -> float:
         """Seconds of a UNet call that computes everything for the whole batch and keeps nothing."""
-        units = sum(times["whole"] for at, times in self.units.items() if not _is_part(at))
+        units = sum(times["whole"] for at, times in self.units.items() if at.count(".") < 3)
         return units + sum(times["whole"] for times in self.blocks.values()) + self.fixed["whole"]
 
     @property
@@ -213,7 +213,12 @@ class CostModel:
         """
         rows = [record for record in records if record.plan == PLAN]
         profiles = {
-            (row.subject, _get(row, "pictures"), _get(row, "width"), _get(row, "height"))
+            (
+                row.subject,
+                get_field(row, "pictures"),
+                get_field(row, "width"),
+                get_field(row, "height"),
+            )
             for row in rows
         }
         if len(profiles) != 1:
@@ -235,7 +240,9 @@ class CostModel:
             blocks=_gather(rows, "block_overhead"),
             output_bytes=_gather_bytes(rows, "output_bytes"),
             peak_bytes=_gather_bytes(rows, "peak_bytes"),
-            fixed={_get(row, "batch"): row.value for row in rows if row.metric == "call_overhead"},
+            fixed={
+                get_field(row, "batch"): row.value for row in rows if row.metric == "call_overhead"
+            },
             per_byte=values["copy_time"],
             **stages,
         )
@@ -368,19 +375,11 @@ def _scale_times(times: Times, factor: float) -> Times:
     }
 
 
-def _is_part(at: str) -> bool:
-    return at.count(".") > 2
-
-
-def _get(record: Record, name: str) -> Any:
-    return (record.model_extra or {}).get(name)
-
-
 def _gather(rows: Iterable[Record], metric: str) -> dict[str, dict[GuidedRows, float]]:
     table: dict[str, dict[GuidedRows, float]] = {}
     for row in rows:
         if row.metric == metric and row.at is not None:
-            table.setdefault(row.at, {})[_get(row, "batch")] = row.value
+            table.setdefault(row.at, {})[get_field(row, "batch")] = row.value
     return table
 
 

@@ -181,13 +181,35 @@ def evaluate_cases(
         shown=SHOWN,
         on_progress=on_progress,
     ).require_finite()
+    anatomy = dissect_denoiser(pipe)
+    default = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
+    shared = {
+        **stamp(pipe.device),
+        "subject": subject,
+        "seed": seed,
+        "calls": len(calls),
+        "guidance": settings.get("guidance_scale", default.default if default else None),
+    }
+
+    def count_calls(case: Case) -> int:
+        return len(lay_out_run(case.scheduler or pipe.scheduler, case.steps).timesteps)
+
     full = cases[0]
-    common = _Common(pipe, subject, seed, len(calls), settings)
     records: list[Record] = []
     values: list[Record] = []
     for each in comparison:
-        base = common.describe(each.case, full)
-        gain = common.predict(each.case, full)
+        case = each.case
+        scheduler = case.scheduler or full.scheduler or pipe.scheduler
+        base = {
+            **shared,
+            "plan": case.name,
+            "fingerprint": case.fingerprint,
+            "steps": case.steps,
+            "sampler": case.sampler or type(scheduler).__name__,
+        }
+        gain = count_calls(full) / count_calls(case)
+        if case.plan is not None:
+            gain *= predict_speedup(compile_plan(case.plan, anatomy).calls, anatomy)
         if isfinite(gain):
             records.append(Record(**base, metric="predicted_speedup", value=gain, unit="x"))
         for measure in each.measures:
@@ -197,47 +219,3 @@ def evaluate_cases(
     own = {each.case.name: each.pictures for each in comparison}
     pictures = {FULL: own[FULL]} | drawn | own
     return Evaluation(records, values, pictures, comparison.left_out)
-
-
-class _Common:
-    """The fields that all records of an evaluation share, and what a case adds to them."""
-
-    def __init__(
-        self,
-        pipe: DiffusionPipeline,
-        subject: str,
-        seed: int,
-        calls: int,
-        settings: Mapping[str, Any],
-    ) -> None:
-        self.pipe = pipe
-        self.anatomy = dissect_denoiser(pipe)
-        default = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
-        guidance = settings.get("guidance_scale", default.default if default is not None else None)
-        self.fields = {
-            **stamp(pipe.device),
-            "subject": subject,
-            "seed": seed,
-            "calls": calls,
-            "guidance": guidance,
-        }
-
-    def describe(self, case: Case, full: Case) -> dict[str, Any]:
-        scheduler = case.scheduler or full.scheduler or self.pipe.scheduler
-        return {
-            **self.fields,
-            "plan": case.name,
-            "fingerprint": case.fingerprint,
-            "steps": case.steps,
-            "sampler": case.sampler or type(scheduler).__name__,
-        }
-
-    def predict(self, case: Case, full: Case) -> float:
-        """How many times fewer multiply-accumulates of the UNet than the full run."""
-        gain = self._count_calls(full) / self._count_calls(case)
-        if case.plan is not None:
-            gain *= predict_speedup(compile_plan(case.plan, self.anatomy).calls, self.anatomy)
-        return gain
-
-    def _count_calls(self, case: Case) -> int:
-        return len(lay_out_run(case.scheduler or self.pipe.scheduler, case.steps).timesteps)

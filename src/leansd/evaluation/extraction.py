@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from leansd.cluster import RunTasks, TaskKind, finish_tasks
+from leansd.cluster import RunTasks, TaskKind
 from leansd.errors import LeansdError
 from leansd.evaluation.extractors import EXTRACTORS, Extract, batch_samples
 from leansd.evaluation.picture_sets import (
@@ -71,10 +71,11 @@ class Features:
                 missing.append(ExtractionTask(part, left))
         return missing
 
-    def put(self, part: PictureGroup, extractor: str, seen: Mapping[str, Tensor]) -> None:
-        """Keep what an extractor saw in a part."""
-        content = {name: value.contiguous() for name, value in seen.items()}
-        write_file(self.locate(part, extractor), save(content))
+    def keep(self, task: ExtractionTask, seen: ExtractedFeatures) -> None:
+        """Keep what extractors saw in a part."""
+        for extractor, values in seen.items():
+            content = {name: value.contiguous() for name, value in values.items()}
+            write_file(self.locate(task.part, extractor), save(content))
 
     def read(self, extractor: str, name: str = POOLED) -> Iterator[Tensor]:
         """One kind of features [n, ...], part by part, in the order of the set."""
@@ -246,25 +247,3 @@ class Extraction:
 
 EXTRACTION = TaskKind[ExtractionConfig, ExtractionTask, ExtractedFeatures](Extraction, read_task)
 """Looking at parts, here or on Ray; files are read where the command runs."""
-
-
-def fill_features(
-    features: Features,
-    extractors: Sequence[str],
-    config: ExtractionConfig,
-    *,
-    work: RunExtraction = EXTRACTION.run_here,
-    on_part: Callable[[PictureGroup], None] = lambda part: None,
-) -> None:
-    """Extract at what has not been looked at yet, and keep each part as it comes.
-
-    Raises:
-        LeansdError: a picture or weights cannot be read; what was seen before is kept.
-    """
-
-    def keep(task: ExtractionTask, seen: ExtractedFeatures) -> None:
-        for name, values in seen.items():
-            features.put(task.part, name, values)
-
-    tasks = features.list_missing(extractors)
-    finish_tasks(work, config, tasks, keep, lambda task: on_part(task.part), "the features")

@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
@@ -20,18 +21,12 @@ from huggingface_hub import try_to_load_from_cache
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from leansd.emoji.location import model_folder
+from leansd.emoji.location import EMBEDDED, model_folder
 from leansd.errors import LeansdError
 from leansd.evaluation.fidelity import LPIPS_SOURCE, find_lpips_weights, open_lpips
 from leansd.evaluation.picture_sets import PictureBytes
-from leansd.evaluation.quality import (
-    Embedder,
-    clip_score,
-    embed_pictures,
-    embed_prompts,
-    open_clip,
-)
-from leansd.loading import EMBEDDED, locate, silent_loading
+from leansd.evaluation.quality import Embedder, clip_score, embed_pictures, embed_prompts, open_clip
+from leansd.loading import locate, silent_loading
 
 
 @dataclass(frozen=True)
@@ -49,13 +44,6 @@ class PictureBatch:
     others: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class _OpenedSample:
-    picture: Image.Image
-    prompt: str | None
-    other: Image.Image | None
-
-
 def batch_samples(
     samples: Sequence[PictureBytes], count: int, size: int | None
 ) -> Iterator[PictureBatch]:
@@ -68,15 +56,13 @@ def batch_samples(
         LeansdError: one is no picture, or its partner is of another size.
     """
     opened = (_open_sample(sample, size) for sample in samples)
-    for _, group in groupby(opened, key=lambda each: each.picture.size):
+    for _, group in groupby(opened, key=lambda each: each[0].size):
         alike = list(group)
         for begin in range(0, len(alike), count):
-            some = alike[begin : begin + count]
-            others = [each.other for each in some if each.other is not None]
+            pictures, prompts, found = zip(*alike[begin : begin + count], strict=True)
+            others = [each for each in found if each is not None]
             yield PictureBatch(
-                _stack_pictures([each.picture for each in some]),
-                tuple(each.prompt for each in some),
-                _stack_pictures(others) if others else None,
+                _stack_pictures(pictures), prompts, _stack_pictures(others) if others else None
             )
 
 
@@ -107,20 +93,21 @@ def find_prompt(facts: bytes | None, picture: Image.Image) -> str | None:
     return text if isinstance(text, str) and text else None
 
 
-def _open_sample(sample: PictureBytes, size: int | None) -> _OpenedSample:
+def _open_sample(
+    sample: PictureBytes, size: int | None
+) -> tuple[Image.Image, str | None, Image.Image | None]:
+    """A picture, its prompt and its partner."""
     picture = open_picture(sample.picture, sample.id)
-    other = open_picture(sample.other, f"beside {sample.id}") if sample.other is not None else None
-    opened = _OpenedSample(
-        _fit_picture(picture, size),
-        find_prompt(sample.facts, picture),
-        _fit_picture(other, size) if other is not None else None,
-    )
-    if opened.other is not None and opened.other.size != opened.picture.size:
-        raise LeansdError(
-            f"picture {sample.id} is {opened.picture.size} and its partner {opened.other.size} "
-            "pixels: give --resize N to compare both at N x N"
-        )
-    return opened
+    prompt, other = find_prompt(sample.facts, picture), None
+    fitted = _fit_picture(picture, size)
+    if sample.other is not None:
+        other = _fit_picture(open_picture(sample.other, f"beside {sample.id}"), size)
+        if other.size != fitted.size:
+            raise LeansdError(
+                f"picture {sample.id} is {fitted.size} and its partner {other.size} pixels: give "
+                "--resize N to compare both at N x N"
+            )
+    return fitted, prompt, other
 
 
 def _fit_picture(picture: Image.Image, size: int | None) -> Image.Image:
@@ -264,8 +251,12 @@ def find_clip() -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def extract_by_clip(embedder: Embedder, device: torch.device) -> Extract:
+def open_clip_extractor(
+    open_folder: Callable[[Path], Embedder], folder: Path, device: torch.device
+) -> Extract:
     """Pooled features [n, width] of pictures, and their scores [n]: NaN without a prompt."""
+    with silent_loading():
+        embedder = open_folder(folder)
     embedder.clip.to(device)
 
     def extract(batch: PictureBatch) -> dict[str, Tensor]:
@@ -278,13 +269,6 @@ def extract_by_clip(embedder: Embedder, device: torch.device) -> Extract:
         return {"pooled": seen.features, "scores": scores}
 
     return extract
-
-
-def open_clip_folder(folder: Path, device: torch.device) -> Extract:
-    """A CLIP on a device."""
-    with silent_loading():
-        embedder = open_clip(folder)
-    return extract_by_clip(embedder, device)
 
 
 # -- the CLIP that the embedded model carries ---------------------------------------------------
@@ -301,32 +285,17 @@ def open_own_clip(folder: Path, name: str) -> Embedder:
     return Embedder(name, own, side, normalize_floats, lambda prompts: tokenize(tokenizer, prompts))
 
 
-def open_tiny_clip(folder: Path, device: torch.device) -> Extract:
-    """The tiny CLIP on a device, from its `clip` folder."""
-    with silent_loading():
-        embedder = open_own_clip(folder.parent, TINY_CLIP_NAME)
-    return extract_by_clip(embedder, device)
-
-
 def find_embedder(model: str | Path, clip: str | Path | None = None) -> Embedder | None:
     """The CLIP in the folder `clip`, or else the model's own; None where there is neither."""
     if clip is not None:
         return open_clip(clip)
-    folder = _find_own_clip(model)
-    if folder is None:
+    folder = locate(model)
+    if not (isinstance(folder, Path) and (folder / "clip" / "config.json").is_file()):
         return None
     with silent_loading():
         return open_own_clip(
             folder, TINY_CLIP_NAME if str(model) == EMBEDDED else f"CLIP of {folder.name}"
         )
-
-
-def _find_own_clip(model: str | Path) -> Path | None:
-    """The model's folder where it has a `clip`, as the embedded model does."""
-    folder = locate(model)
-    if isinstance(folder, Path) and (folder / "clip" / "config.json").is_file():
-        return folder
-    return None
 
 
 # -- LPIPS --------------------------------------------------------------------------------------
@@ -354,7 +323,7 @@ EXTRACTORS: dict[str, Extractor] = {
     "clip": Extractor(
         f"a CLIPModel of transformers with its tokenizer, such as a copy of https://hf.co/{USUAL_CLIP}",
         find_clip,
-        open_clip_folder,
+        partial(open_clip_extractor, open_clip),
         lambda folder, _: (
             folder.resolve().name if folder.parent.name != "snapshots" else USUAL_CLIP
         ),
@@ -369,7 +338,7 @@ EXTRACTORS: dict[str, Extractor] = {
     "tiny-clip": Extractor(
         "the embedded model",
         lambda: model_folder() / "clip",
-        open_tiny_clip,
+        partial(open_clip_extractor, lambda folder: open_own_clip(folder.parent, TINY_CLIP_NAME)),
         lambda _, __: TINY_CLIP_NAME,
         form="folder",
     ),

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from PIL.Image import Image
+from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.image import (
     peak_signal_noise_ratio,
@@ -23,7 +23,7 @@ from torchmetrics.functional.image import (
 from leansd.errors import LeansdError
 from leansd.evaluation.records import Record
 
-Pictures: TypeAlias = Tensor | Sequence[Image]
+Pictures: TypeAlias = Tensor | Sequence[Image.Image]
 Lpips: TypeAlias = Callable[[Pictures, Pictures], Tensor]
 """Learned perceptual distance (arXiv 1801.03924), one a picture, shape [n]; 0 is equal."""
 
@@ -50,6 +50,11 @@ def as_batch(pictures: Pictures) -> Tensor:
         raise LeansdError(f"pictures of several sizes in one batch: {sorted(sizes)}")
     stacked = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 255
+
+
+def as_images(pictures: Tensor) -> list[Image.Image]:
+    """8-bit pictures [n, 3, H, W] as PIL has them."""
+    return [Image.fromarray(each.permute(1, 2, 0).contiguous().numpy()) for each in pictures]
 
 
 def psnr(pictures: Pictures, reference: Pictures) -> Tensor:

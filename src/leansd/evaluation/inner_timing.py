@@ -20,7 +20,7 @@ from leansd.anatomy.inputs import TOKENS, make_inputs, pick_size
 from leansd.anatomy.reading import read_anatomy
 from leansd.core.devices import Stopwatch, start_stopwatch
 from leansd.errors import LeansdError
-from leansd.evaluation.timing import Timing, wait_for
+from leansd.evaluation.timing import Timing, check_count, wait_for
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.compile import compile_plan
 from leansd.plans.liveness import Program
@@ -225,13 +225,6 @@ def check_timing(device: torch.device) -> None:
         raise LeansdError(
             f"calls on {device.type} cannot be timed from inside; use device cpu or cuda"
         )
-
-
-def check_count(count: int, what: str) -> int:
-    """The count itself, if it is one."""
-    if count < 1:
-        raise LeansdError(f"{count} {what}: at least 1 is needed")
-    return count
 
 
 def _compile_as_run(pipe: Any, plan: Plan, batch: int) -> Program:

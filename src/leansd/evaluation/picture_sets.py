@@ -60,6 +60,11 @@ class PictureEntry:
     other: FileRange | None = None
     """The picture that it is compared with."""
 
+    def read(self) -> PictureBytes:
+        """The files."""
+        facts, other = (each and each.read() for each in (self.facts, self.other))
+        return PictureBytes(self.id, self.picture.read(), facts, other)
+
 
 @dataclass(frozen=True)
 class PictureGroup:
@@ -220,19 +225,6 @@ class PictureBytes:
     other: bytes | None = None
 
 
-def read_samples(entries: Sequence[PictureEntry]) -> list[PictureBytes]:
-    """The files of some pictures."""
-    return [
-        PictureBytes(
-            entry.id,
-            entry.picture.read(),
-            entry.facts.read() if entry.facts is not None else None,
-            entry.other.read() if entry.other is not None else None,
-        )
-        for entry in entries
-    ]
-
-
 @dataclass(frozen=True)
 class ExtractionTask:
     """A part, and which extractors are still to look at it."""
@@ -243,7 +235,7 @@ class ExtractionTask:
 
 def read_task(task: ExtractionTask) -> tuple[list[PictureBytes], tuple[str, ...]]:
     """The files of a task's pictures, and who is to look at them."""
-    return read_samples(task.part.entries), task.extractors
+    return [entry.read() for entry in task.part.entries], task.extractors
 
 
 def read_facts(entry: PictureEntry) -> dict[str, Any]:

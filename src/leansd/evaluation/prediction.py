@@ -13,11 +13,11 @@ from itertools import count
 from typing import Any
 
 from leansd.evaluation.cost import CostModel
-from leansd.evaluation.inner_timing import RunLaps, check_count, time_run
+from leansd.evaluation.inner_timing import RunLaps, time_run
 from leansd.evaluation.profile import Probe
 from leansd.evaluation.records import Record
 from leansd.evaluation.runs import FULL
-from leansd.evaluation.timing import Ratio, Timing, compare_timings, rotate
+from leansd.evaluation.timing import Ratio, Timing, check_count, compare_timings, rotate
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.compile import compile_plan
 from leansd.plans.liveness import Program
@@ -95,7 +95,9 @@ def check_predictions(
     for turn in range(rounds):
         probes.append(probe.run(tell("probing")))
         for name in rotate(names, turn):
-            runs[name].append(_run_latents(probe, plans[name], tell(name)))
+            last = {"num_inference_steps": plans[name].steps, "output_type": "latent"}
+            asked = {**probe.arguments, **last}
+            runs[name].append(time_run(probe.pipe, plans[name], asked, on_call=tell(name)))
     cost = probe.model_costs(probes)
     return cost, tuple(_judge(cost, plans[name], runs[name], runs[names[0]]) for name in names)
 
@@ -130,15 +132,13 @@ def find_worst(predictions: Sequence[Prediction]) -> float:
     return max(abs(each.speedup_ratio - 1) for each in predictions)
 
 
-def _run_latents(probe: Probe, plan: Plan, on_call: Callable[[], None]) -> RunLaps:
-    last = {"num_inference_steps": plan.steps, "output_type": "latent"}
-    return time_run(probe.pipe, plan, {**probe.arguments, **last}, on_call=on_call)
-
-
 def _judge(
     cost: CostModel, plan: Plan, runs: Sequence[RunLaps], full: Sequence[RunLaps]
 ) -> Prediction:
-    measured, base = (_sum_calls(each) for each in (runs, full))
+    measured, base = (
+        Timing(tuple(sum(call.seconds for call in run.calls) for run in each))
+        for each in (runs, full)
+    )
     program = runs[0].program
     return Prediction(
         plan=plan,
@@ -147,10 +147,6 @@ def _judge(
         predicted_speedup=cost.predict_unet_speedup(program),
         measured_speedup=compare_timings(base, measured),
     )
-
-
-def _sum_calls(runs: Sequence[RunLaps]) -> Timing:
-    return Timing(tuple(sum(call.seconds for call in run.calls) for run in runs))
 
 
 # -- what a profile says ---------------------------------------------------------------------------

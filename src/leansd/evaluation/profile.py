@@ -29,14 +29,8 @@ from leansd.evaluation.cost import (
     name_gated,
     scale_calls,
 )
-from leansd.evaluation.inner_timing import (
-    RunLaps,
-    check_count,
-    check_timing,
-    measure_peaks,
-    time_run,
-)
-from leansd.evaluation.timing import time_cases
+from leansd.evaluation.inner_timing import RunLaps, check_timing, measure_peaks, time_run
+from leansd.evaluation.timing import check_count, time_cases
 from leansd.plans.address import get_block
 from leansd.plans.anatomy import HEAD, STEM, Anatomy
 from leansd.plans.liveness import Call
@@ -112,8 +106,35 @@ class Probe:
 
     def model_costs(self, runs: Sequence[RunLaps]) -> CostModel:
         """The cost model that fits these probing runs."""
-        return model_costs(
-            runs, subject=self.subject, pictures=self.pictures, size=self.size, peaks=self.peaks
+        calls = runs[0].program.calls
+        cost = CostModel(
+            subject=self.subject,
+            pictures=self.pictures,
+            size=self.size,
+            units=_take_medians(lap for run in runs for lap in _list_unit_laps(run)),
+            blocks=_take_medians(lap for run in runs for lap in _list_block_laps(run)),
+            output_bytes=runs[0].output_bytes,
+            peak_bytes=self.peaks,
+        )
+        # The first call also compiles the plan; that is a cost of the run.
+        first, *others = [_observe(runs, place) for place in range(len(calls))]
+        cost = fit_overheads(cost, others)
+        cost = scale_calls(
+            cost,
+            median(
+                sum(lap.seconds for lap in run.calls[1:]) / cost.predict_unet(run.program.calls[1:])
+                for run in runs
+            ),
+        )
+        late = max(0.0, first.seconds - cost.predict_call(first.call))
+        gaps = [call.gap for run in runs for call in run.calls if call.gap is not None]
+        per_step = median(gaps)
+        return replace(
+            cost,
+            text=median(run.text for run in runs),
+            decode=median(run.decode for run in runs),
+            per_step=per_step,
+            other=late + max(0.0, median(_find_rest(run, per_step) for run in runs)),
         )
 
 
@@ -233,53 +254,12 @@ def make_probing_plan(anatomy: Anatomy, *, guided: bool, attend: Sequence[str] =
     return replace(plan, rows=(*plan.rows, *further))
 
 
-def model_costs(
-    runs: Sequence[RunLaps],
-    *,
-    subject: str,
-    pictures: int,
-    size: tuple[int, int],
-    peaks: Mapping[str, int] | None = None,
-) -> CostModel:
-    """A cost model from timed probing runs."""
-    calls = runs[0].program.calls
-    cost = CostModel(
-        subject=subject,
-        pictures=pictures,
-        size=size,
-        units=_take_medians(lap for run in runs for lap in _list_unit_laps(run)),
-        blocks=_take_medians(lap for run in runs for lap in _list_block_laps(run)),
-        output_bytes=runs[0].output_bytes,
-        peak_bytes=dict(peaks or {}),
-    )
-    # The first call also compiles the plan; that is a cost of the run.
-    first, *others = [_observe(runs, place) for place in range(len(calls))]
-    cost = fit_overheads(cost, others)
-    cost = scale_calls(cost, median(_find_factor(cost, run) for run in runs))
-    late = max(0.0, first.seconds - cost.predict_call(first.call))
-    gaps = [call.gap for run in runs for call in run.calls if call.gap is not None]
-    per_step = median(gaps)
-    return replace(
-        cost,
-        text=median(run.text for run in runs),
-        decode=median(run.decode for run in runs),
-        per_step=per_step,
-        other=late + max(0.0, median(_find_rest(run, per_step) for run in runs)),
-    )
-
-
 def _observe(runs: Sequence[RunLaps], place: int) -> Observed:
     """Medians of one call of the probing run; what is besides the units is paired with them."""
     call = runs[0].program.calls[place]
     laps = [run.calls[place] for run in runs]
     besides = [lap.seconds - sum(lap.inside[at] for at in call.pattern.computed) for lap in laps]
     return Observed(call, median(lap.seconds for lap in laps), median(besides))
-
-
-def _find_factor(cost: CostModel, run: RunLaps) -> float:
-    """How much longer a run's calls took than the model says, all but the first together."""
-    measured = sum(lap.seconds for lap in run.calls[1:])
-    return measured / cost.predict_unet(run.program.calls[1:])
 
 
 def _find_rest(run: RunLaps, per_step: float) -> float:

@@ -6,9 +6,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from leansd.emoji.location import EMBEDDED
 from leansd.emoji.prompts import THINGS
 from leansd.errors import LeansdError
-from leansd.loading import EMBEDDED
 
 _SUBJECTS = (
     "a lighthouse on a cliff at dusk",

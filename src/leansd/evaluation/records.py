@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, mo
 
 from leansd.errors import LeansdError
 from leansd.files import write_file
-from leansd.text import Table, explain_validation
+from leansd.text import explain_validation
 from leansd.version import __version__
 
 Scalar = str | int | float | bool | None
@@ -121,32 +121,6 @@ def load_records(path: str | Path) -> list[Record]:
 def get_field(record: Record, name: str) -> Any:
     """A field that not every record has."""
     return (record.__pydantic_extra__ or {}).get(name)
-
-
-def tabulate(records: Iterable[Record], *, row: str = "plan", column: str = "metric") -> Table:
-    """The values of `records` as a table: one row and one column for each value of two fields.
-
-    The latest record wins where two fall into one cell.
-    """
-    cells: dict[tuple[Scalar, Scalar], str] = {}
-    rows: dict[Scalar, None] = {}
-    columns: dict[Scalar, str] = {}
-    for record in records:
-        fields = record.model_dump()
-        missing = [name for name in (row, column) if name not in fields]
-        if missing:
-            raise LeansdError(
-                f"a record has no field {missing[0]!r}; it has {', '.join(sorted(fields))}"
-            )
-        at = fields[row], fields[column]
-        rows[at[0]] = None
-        columns[at[1]] = record.unit if column == "metric" else ""
-        cells[at] = f"{record.value:.4g}"
-    heads = (f"{name} [{unit}]" if unit else str(name) for name, unit in columns.items())
-    return Table(
-        columns=(row, *heads),
-        rows=tuple((str(r), *(cells.get((r, c), "") for c in columns)) for r in rows),
-    )
 
 
 def _parse(text: str, path: Path) -> Iterator[Record]:

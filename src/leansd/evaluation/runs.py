@@ -17,7 +17,7 @@ from torch import Tensor
 
 from leansd.drawing import seed_generator
 from leansd.errors import LeansdError
-from leansd.evaluation.timing import wait_for
+from leansd.evaluation.timing import check_count, wait_for
 from leansd.plans.plan import Plan
 from leansd.runtime import Attachment, inherit
 from leansd.runtime.attachment import NO_NETS
@@ -172,8 +172,7 @@ def expand_calls(
 
 def split_calls(calls: Sequence[PipelineCall], batch: int) -> list[range]:
     """The places of the calls that run together: neighbours that are alike, up to `batch`."""
-    if batch < 1:
-        raise LeansdError(f"a batch of {batch}: at least 1 is needed")
+    check_count(batch, "calls at once")
     parts: list[range] = []
     shape: Any = None
     for place, arguments in enumerate(expand_calls(calls)):
@@ -202,11 +201,10 @@ def _join(calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The arguments of one pipeline call that does the work of several; one stays as it is."""
     if len(calls) == 1:
         return dict(calls[0])
-    return {name: _join_values([call[name] for call in calls]) for name in calls[0]}
-
-
-def _join_values(values: list[Any]) -> Any:
-    return values if isinstance(values[0], str) else torch.cat(values)
+    values = {name: [call[name] for call in calls] for name in calls[0]}
+    return {
+        name: each if isinstance(each[0], str) else torch.cat(each) for name, each in values.items()
+    }
 
 
 def _run_together(

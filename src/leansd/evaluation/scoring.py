@@ -8,18 +8,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from leansd.cluster import finish_tasks
 from leansd.errors import LeansdError
 from leansd.evaluation.extraction import (
     EXTRACTION,
     ExtractionConfig,
     Features,
     RunExtraction,
-    Statistics,
-    fill_features,
     load_statistics,
 )
 from leansd.evaluation.extractors import EXTRACTORS, fingerprint_weights, require_weights
-from leansd.evaluation.picture_sets import PictureSet, digest, list_pictures, read_facts
+from leansd.evaluation.picture_sets import (
+    ExtractionTask,
+    PictureSet,
+    digest,
+    list_pictures,
+    read_facts,
+)
 from leansd.evaluation.records import Record, stamp
 from leansd.evaluation.set_metrics import METRICS, Reference, ReferenceKind, Score
 from leansd.loading import find_device
@@ -165,7 +170,14 @@ def plan_scoring(
         if any(METRICS[name].against is ReferenceKind.PARTNERS for name in metrics):
             paired = Features(keep, drawn.pictures.pair(other.pictures), marks)
     elif reference is not None:
-        other = _read_statistics(Path(reference), metrics, marks)
+        other = load_statistics(reference, marks)
+        whole = (ReferenceKind.FEATURES, ReferenceKind.PARTNERS)
+        lacking = [name for name in metrics if METRICS[name].against in whole]
+        if lacking:
+            raise LeansdError(
+                f"{lacking[0]} needs the reference's pictures, and {reference} has only "
+                "statistics: give --reference FOLDER"
+            )
     return Scoring(
         tuple(metrics),
         replace(config, weights={name: str(path.resolve()) for name, path in paths.items()}),
@@ -193,13 +205,14 @@ def carry_out(
     total = sum(len(task.part.entries) for task in tasks)
     done = 0
 
-    def count(part: Any) -> None:
+    def count(task: ExtractionTask) -> None:
         nonlocal done
-        done += len(part.entries)
+        done += len(task.part.entries)
         on_pictures(done, total)
 
-    for features, extractors in looks:
-        fill_features(features, extractors, scoring.config, work=work, on_part=count)
+    for features, names in looks:
+        missing = features.list_missing(names)
+        finish_tasks(work, scoring.config, missing, features.keep, count, "the features")
     base = _describe(scoring)
     entries = [entry.id for entry in scoring.pictures.entries]
     scores: dict[str, Sequence[Score]] = {}
@@ -317,17 +330,6 @@ def _describe_metric(scoring: Scoring, name: str) -> dict[str, Any]:
     return fields
 
 
-def _read_statistics(path: Path, metrics: Sequence[str], marks: Mapping[str, str]) -> Statistics:
-    statistics = load_statistics(path, marks)
-    for name in metrics:
-        if METRICS[name].against in (ReferenceKind.FEATURES, ReferenceKind.PARTNERS):
-            raise LeansdError(
-                f"{name} needs the reference's pictures, and {path} has only statistics: "
-                "give --reference FOLDER"
-            )
-    return statistics
-
-
 def list_notes(scoring: Scoring, *, asked: bool) -> list[str]:
     """What a reader of the numbers should know.
 
@@ -343,15 +345,12 @@ def list_notes(scoring: Scoring, *, asked: bool) -> list[str]:
             "measured in the eyes of the tiny CLIP only, which knows emoji: numbers of papers need "
             "other weights"
         )
-        needed = dict.fromkeys(
-            each.extractor for name, each in METRICS.items() if not name.startswith(TINY)
-        )
+        users: dict[str, list[str]] = {}
+        for name, metric in METRICS.items():
+            if not name.startswith(TINY):
+                users.setdefault(metric.extractor, []).append(name)
         notes += [
-            f"--weights {name}=PATH: {EXTRACTORS[name].weights} ({', '.join(_list_users(name))})"
-            for name in needed
+            f"--weights {name}=PATH: {EXTRACTORS[name].weights} ({', '.join(names)})"
+            for name, names in users.items()
         ]
     return notes
-
-
-def _list_users(extractor: str) -> list[str]:
-    return [name for name, metric in METRICS.items() if metric.extractor == extractor]

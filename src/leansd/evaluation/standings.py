@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any
@@ -191,8 +191,8 @@ def tabulate_margins(standing: Standing) -> Table:
         (
             f"{margin.speed:g}x",
             reference,
-            show_point(margin.ours),
-            show_rival(margin),
+            "–" if (ours := margin.ours) is None else f"{ours.quality:.1f} dB ({ours.name})",
+            "–" if (best := margin.rival) is None else f"{best.quality:.1f} dB ({margin.family})",
             show_margin(margin),
         )
         for reference in standing.references
@@ -210,26 +210,22 @@ def tabulate_all(standing: Standing) -> Table:
         for head, (metric, reference, _) in COLUMNS.items()
         if any(standing.find(name, metric, reference) for name in names)
     ]
+
+    def show(name: str, head: str) -> str:
+        metric, reference, form = COLUMNS[head]
+        record = standing.find(name, metric, reference)
+        return "" if record is None else f"{record.value:{form}}"
+
     rows = [
         (
             name,
             standing.get_family(name),
             show_speed(standing, name),
-            *_list_cells(standing, name, heads),
+            *(show(name, head) for head in heads),
         )
         for name in names
     ]
     return Table(("", "family", "speed-up", *heads), tuple(rows), standing.title)
-
-
-def show_point(point: BenchPoint | None) -> str:
-    return "–" if point is None else f"{point.quality:.1f} dB ({point.name})"
-
-
-def show_rival(margin: Margin) -> str:
-    if margin.rival is None:
-        return "–"
-    return f"{margin.rival.quality:.1f} dB ({margin.family})"
 
 
 def show_margin(margin: Margin) -> str:
@@ -257,28 +253,11 @@ def describe_quality(standing: Standing) -> str:
     margin = standing.find_margins(speeds=(2.0,))[0]
     if margin.ours is None:
         return ""
-    parts = [
-        f"{head} {own.value:{form}}, full {full.value:{form}} ±{spread:{form}}"
-        for head, own, full, spread, form in _list_spreads(standing, margin.ours.name)
-    ]
-    return f"sets at 2x ({margin.ours.name}): {'; '.join(parts)}" if parts else ""
-
-
-def _list_spreads(
-    standing: Standing, name: str
-) -> Iterator[tuple[str, Record, Record, float, str]]:
+    name, parts = margin.ours.name, list[str]()
     for head in ("retrieval", "Fréchet (CLIP), other seeds"):
         metric, reference, form = COLUMNS[head]
         own, full = (standing.find(each, metric, reference) for each in (name, FULL))
         spread = get_field(full, "seed_spread") if full is not None else None
         if own is not None and full is not None and spread is not None:
-            yield head, own, full, float(spread), form
-
-
-def _list_cells(standing: Standing, name: str, heads: Sequence[str]) -> list[str]:
-    cells: list[str] = []
-    for head in heads:
-        metric, reference, form = COLUMNS[head]
-        record = standing.find(name, metric, reference)
-        cells.append("" if record is None else f"{record.value:{form}}")
-    return cells
+            parts.append(f"{head} {own.value:{form}}, full {full.value:{form}} ±{spread:{form}}")
+    return f"sets at 2x ({name}): {'; '.join(parts)}" if parts else ""

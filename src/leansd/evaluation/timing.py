@@ -56,6 +56,13 @@ def rotate(cases: Sequence[Each], turn: int) -> list[Each]:
     return [*cases[shift:], *cases[:shift]]
 
 
+def check_count(count: int, what: str) -> int:
+    """The count itself, if it is one."""
+    if count < 1:
+        raise LeansdError(f"{count} {what}: at least 1 is needed")
+    return count
+
+
 def time_cases(
     cases: Mapping[str, Callable[[int], Any]],
     *,
@@ -67,8 +74,7 @@ def time_cases(
 
     Warm-up rounds are called with round 0 and not counted.
     """
-    if rounds < 1:
-        raise LeansdError(f"{rounds} timing rounds: at least 1 is needed")
+    check_count(rounds, "timing rounds")
     if not cases:
         raise LeansdError("nothing to time: give at least one case")
     for _ in range(warmup):

@@ -44,9 +44,7 @@ def draw_plan(plan: Plan, anatomy: Anatomy, caption: str = "", *, name: str = "p
     return Drawing(name, draw_picture(plan, anatomy), f"Plan {plan.name}: {told}", caption)
 
 
-def draw_heat(
-    rows: Mapping[str, Mapping[int, float]], caption: str, *, name: str, unit: str = ""
-) -> Drawing:
+def draw_heat(rows: Mapping[str, Mapping[int, float]], caption: str, *, name: str) -> Drawing:
     """A heat map: a line a name, a column a step, stronger for more, on a logarithmic scale."""
     steps = 1 + max((step for row in rows.values() for step in row), default=0)
     values = [value for row in rows.values() for value in row.values() if value > 0]
@@ -64,9 +62,9 @@ def draw_heat(
     _mark_steps(axes, steps)
     axes.set_yticks([place + 0.5 for place in range(len(rows))], list(rows))
     axes.tick_params(axis="y", labelsize=min(TEXT - 0.5, line - 0.6))
-    _add_scale(axes, low, high, unit)
+    _add_scale(axes, low, high)
     most = max(rows, key=lambda each: max(rows[each].values(), default=0.0), default="")
-    alt = f"{caption}: from {low:.2g} to {high:.2g}{unit}, most at {most}."
+    alt = f"{caption}: from {low:.2g} to {high:.2g}, most at {most}."
     return Drawing(name, figure, alt, caption)
 
 
@@ -78,7 +76,7 @@ def _find_level(value: float, low: float, high: float) -> int:
     return 1 + round(share * (LEVELS - 1))
 
 
-def _add_scale(axes: Axes, low: float, high: float, unit: str) -> None:
+def _add_scale(axes: Axes, low: float, high: float) -> None:
     """All strengths below the axes, between the least and the most."""
     box = axes.get_window_extent()
     place = (60 / box.width, -46 / box.height, 120 / box.width, 9 / box.height)
@@ -89,8 +87,9 @@ def _add_scale(axes: Axes, low: float, high: float, unit: str) -> None:
         strength = (level + 1) / LEVELS
         fill_cells(scale, [(0, level, 1)], LIGHT["mark"], thick=1, gap=0, strength=strength)
     for x, align, value in ((-0.5, "right", low), (LEVELS + 0.5, "left", high)):
-        text = f"{value:.2g}{unit}"
-        scale.text(x, 0.5, text, ha=align, va="center", size=TEXT - 0.5, color=LIGHT["soft"])
+        scale.text(
+            x, 0.5, f"{value:.2g}", ha=align, va="center", size=TEXT - 0.5, color=LIGHT["soft"]
+        )
 
 
 def _mark_steps(axes: Axes, steps: int) -> None:

@@ -14,7 +14,7 @@ from leansd.incubation.recipe import Recipe, Stage
 from leansd.incubation.training_log import LogRow, describe_row, read_run
 from leansd.incubation.training_run import open_run, run_stages
 from leansd.incubation.training_state import read_processes
-from leansd.report import Provenance, write_report
+from leansd.report.page import Provenance, write_report
 from leansd.report.training import report_training
 
 PAGE = "report.html"

@@ -12,8 +12,9 @@ from PIL import Image
 from leansd.evaluation.compare import CONVERGED
 from leansd.evaluation.evaluation import Evaluation
 from leansd.evaluation.extractors import find_prompt, open_picture
+from leansd.evaluation.fidelity import as_images
 from leansd.evaluation.pareto import find_front
-from leansd.evaluation.picture_sets import PictureEntry, read_samples
+from leansd.evaluation.picture_sets import PictureEntry
 from leansd.evaluation.prediction import (
     EXAMPLE,
     Profiled,
@@ -48,7 +49,6 @@ from leansd.report.page import (
     Prose,
     ReportPage,
     Section,
-    as_images,
     attach_records,
     count,
     show_differences,
@@ -533,7 +533,7 @@ def _show_extremes(scoring: Scoring, scored: Scored) -> Iterator[PictureGrid]:
 
 def _show_entries(title: str, entries: Sequence[PictureEntry], heads: Sequence[str]) -> PictureGrid:
     """Pictures under their heads and prompts, with what they are compared with below."""
-    samples = read_samples(entries)
+    samples = [entry.read() for entry in entries]
     pictures = [open_picture(sample.picture, sample.id) for sample in samples]
     prompts = [find_prompt(s.facts, each) for s, each in zip(samples, pictures, strict=True)]
     columns = [

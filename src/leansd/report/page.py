@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
-from torch import Tensor
 
 from leansd.evaluation.records import Record
 from leansd.files import write_file
@@ -188,11 +188,6 @@ def subtract_pictures(one: Image.Image, other: Image.Image, times: int = LOUDER)
     return Image.fromarray(apart.astype(np.uint8))
 
 
-def as_images(pictures: Tensor) -> list[Image.Image]:
-    """8-bit pictures [n, 3, H, W] for a page."""
-    return [Image.fromarray(each.permute(1, 2, 0).contiguous().numpy()) for each in pictures]
-
-
 # -- the page --------------------------------------------------------------------------------------
 
 SHOWN = 384
@@ -209,21 +204,17 @@ def write_report(path: str | Path, report: ReportPage, origin: Provenance) -> Pa
         stem = f"{path.stem}-{drawing.name}"
         write_file(path.with_name(f"{stem}.svg"), vectors[drawing.name])
         write_file(path.with_name(f"{stem}.png"), encode_png(drawing.figure))
-    return write_file(path, _render(report, origin, vectors))
+    return write_file(path, render_page(report, origin, vectors))
 
 
-def render_page(report: ReportPage, origin: Provenance) -> str:
-    """A report as HTML."""
-    return _render(report, origin, {each.name: encode_svg(each.figure) for each in report.drawings})
+def render_page(
+    report: ReportPage, origin: Provenance, vectors: Mapping[str, str] = MappingProxyType({})
+) -> str:
+    """A report as HTML.
 
-
-def render_section(section: Section) -> str:
-    """One section as HTML without its title and notes, for other pages."""
-    sections: Any = _open_templates({}).get_template("sections.html.j2").module
-    return getattr(sections, section.kind)(section)
-
-
-def _render(report: ReportPage, origin: Provenance, vectors: Mapping[str, str]) -> str:
+    Args:
+        vectors: SVGs by the names of drawings; others are made.
+    """
     return (
         _open_templates(vectors)
         .get_template("page.html.j2")
@@ -237,12 +228,14 @@ def _render(report: ReportPage, origin: Provenance, vectors: Mapping[str, str]) 
     )
 
 
-def _open_templates(vectors: Mapping[str, str]) -> Environment:
-    """The templates, with what they put pictures, files and drawings into a page by.
+def render_section(section: Section) -> str:
+    """One section as HTML without its title and notes, for other pages."""
+    sections: Any = _open_templates({}).get_template("sections.html.j2").module
+    return getattr(sections, section.kind)(section)
 
-    Args:
-        vectors: SVGs by the names of drawings; others are made.
-    """
+
+def _open_templates(vectors: Mapping[str, str]) -> Environment:
+    """The templates, with what they put pictures, files and drawings into a page by."""
 
     def embed_drawing(drawing: Drawing) -> str:
         svg = vectors.get(drawing.name) or encode_svg(drawing.figure)
@@ -257,7 +250,7 @@ def _open_templates(vectors: Mapping[str, str]) -> Environment:
     )
     pages.filters |= {
         "picture": _embed_picture,
-        "download": _embed_text,
+        "download": lambda text: _embed_bytes("text/plain;charset=utf-8", text.encode()),
         "figure": embed_drawing,
     }
     return pages
@@ -280,10 +273,6 @@ def _embed_picture(image: Image.Image) -> str:
     out, is_small = BytesIO(), max(shown.size) <= SMALL
     shown.save(out, "PNG" if is_small else "WEBP", **({} if is_small else {"quality": 88}))
     return _embed_bytes("image/png" if is_small else "image/webp", out.getvalue())
-
-
-def _embed_text(text: str) -> str:
-    return _embed_bytes("text/plain;charset=utf-8", text.encode())
 
 
 def _embed_bytes(kind: str, content: bytes) -> str:

@@ -441,19 +441,12 @@ def _list_corrections(plan: Plan) -> str:
 def tabulate_front(front: Front, chosen: Point | None = None) -> Table:
     """Every point, and beside it what the other kind, tuned or plain, reaches at its speed."""
     rows: list[tuple[str, ...]] = []
-    for point in front.points:
+    for point, row in zip(front.points, front.tabulate().rows, strict=True):
+        speed, took, close, *others, name = row
         rival = front.find_rival(point)
-        rows.append(
-            (
-                f"{point.speedup:.2f}x",
-                f"{point.milliseconds:.0f}",
-                f"{point.psnr:.1f}",
-                f"{rival.psnr:.1f}" if rival is not None else "–",
-                str(point.plan.steps),
-                str(len(point.plan.keys)),
-                point.plan.name + (" <" if point is chosen else ""),
-            )
-        )
+        beside = f"{rival.psnr:.1f}" if rival is not None else "–"
+        mark = " <" if point is chosen else ""
+        rows.append((speed, took, close, beside, *others, name + mark))
     columns = ("speed-up", "ms", "PSNR, dB", "or", "steps", "in full", "plan")
     return Table(columns, tuple(rows))
 

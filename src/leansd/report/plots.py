@@ -251,13 +251,9 @@ def _mark_borders(axes: Axes, borders: Mapping[str, float]) -> None:
 
 def _mark_values(axes: Axes, *, is_log: bool) -> None:
     """Short numbers at the left, 1, 2 and 5 of every power of ten where it is a logarithm's."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import LogLocator, NullLocator
 
     if is_log:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(_show_value))
-
-
-def _show_value(value: float, place: int | None) -> str:
-    return f"{value:.3g}"
+    axes.yaxis.set_major_formatter("{x:.3g}")

@@ -28,6 +28,7 @@ from leansd.errors import LeansdError
 from leansd.evaluation.cost import CostModel
 from leansd.evaluation.inner_timing import time_units
 from leansd.evaluation.runs import PipelineCall, expand_calls, run_calls
+from leansd.evaluation.timing import check_count
 from leansd.plans.anatomy import Anatomy
 from leansd.runtime.cache import map_rows
 from leansd.runtime.clock import SchedulerClock
@@ -89,8 +90,7 @@ def keep_calls(
         raise LeansdError(
             "release the plan that the UNet follows first: a cut is of the whole UNet"
         )
-    if moments < 1:
-        raise LeansdError(f"{moments} moments: at least 1 is needed")
+    check_count(moments, "moments")
     clock = SchedulerClock(pipe)
     kept: list[KeptCall] = []
     start = 0
@@ -124,8 +124,12 @@ def keep_calls(
 def measure_error(unet: UNet2DConditionModel, kept: Sequence[KeptCall]) -> float:
     """The mean over calls of the squared error of a UNet's guided output, over the output's own."""
     # Read at once, when all calls are under way.
-    errors: list[float] = torch.stack([_measure_one(unet, call) for call in kept]).tolist()
-    return sum(errors) / len(kept)
+    errors: list[Tensor] = []
+    for call in kept:
+        output = make_exact(guide_batch(unet(*call.args, **call.kwargs)[0], call.guidance))
+        true = make_exact(call.output)
+        errors.append((output - true).square().sum() / true.square().sum())
+    return sum(torch.stack(errors).tolist()) / len(kept)
 
 
 def guide_batch(noise: Tensor, scale: float | None) -> Tensor:
@@ -134,12 +138,6 @@ def guide_batch(noise: Tensor, scale: float | None) -> Tensor:
         return noise.clone()
     rest, cond = noise.chunk(2)
     return guide(rest, cond, scale).output
-
-
-def _measure_one(unet: UNet2DConditionModel, call: KeptCall) -> Tensor:
-    output = make_exact(guide_batch(unet(*call.args, **call.kwargs)[0], call.guidance))
-    true = make_exact(call.output)
-    return (output - true).square().sum() / true.square().sum()
 
 
 def _spread(count: int, moments: int) -> set[int]:
@@ -233,13 +231,6 @@ class Cut:
                 )
                 for each in rows
             ),
-        )
-
-    def __str__(self) -> str:
-        return (
-            f"{self.surgery.name}: {self.cost:.1%} of the {NAMES[self.of]} left, error "
-            f"{self.measured_error:.4f} (predicted {self.predicted_error:.4f}), without "
-            + ", ".join(each.name for each in self.removals)
         )
 
 

@@ -96,7 +96,10 @@ class _Watch:
         """On the device, where they are added up."""
         self._pipe = pipe
         self._clock = SchedulerClock(pipe)
-        self._patterns = {cut: _cut(anatomy, cut) for cut in cuts}
+        self._patterns = {
+            cut: find_pattern(anatomy, dict.fromkeys(anatomy.select(cut).addresses, "reuse"))
+            for cut in cuts
+        }
         self._kept = {at for pattern in self._patterns.values() for at in pattern.inherited}
         self._now: dict[str, Tensor] = {}
         self._past: list[dict[str, Tensor]] = []
@@ -184,7 +187,3 @@ class _Watch:
         sums = self._sums[tuple(fields.items())]
         for place, tensor in enumerate((difference, whole)):
             sums[place] = sums[place] + make_exact(tensor).square().sum()
-
-
-def _cut(anatomy: Anatomy, cut: str) -> Pattern:
-    return find_pattern(anatomy, dict.fromkeys(anatomy.select(cut).addresses, "reuse"))

@@ -92,11 +92,11 @@ def calibrate(
     finals, runs = draw()
     finals.require_finite()
     course = host.respond(steps, len(runs[0]))
-    error_gain = (
-        _measure_error_gain(runs, draw)
-        if like is None
-        else _borrow_error_gain(like, course.log_snr)
-    )
+    if like is None:
+        error_gain = _measure_error_gain(runs, draw)
+    else:
+        inside = np.interp(course.log_snr, like.log_snr, like.error_gain[:-1])
+        error_gain = np.append(inside, 1.0)
     outputs = stack_outputs(runs)
     products = outputs @ outputs.T / outputs.shape[1]
     return Calibration(
@@ -116,12 +116,6 @@ def stack_outputs(runs: Sequence[SchedulerRun]) -> np.ndarray:
         torch.cat([run[place].output.flatten() for run in runs]) for place in range(len(runs[0]))
     ]
     return torch.stack(outputs).cpu().double().numpy()
-
-
-def _borrow_error_gain(like: Calibration, log_snr: np.ndarray) -> np.ndarray:
-    """Another calibration's error_gain at these places in log-SNR, [n + 1]."""
-    inside = np.interp(log_snr, like.log_snr, like.error_gain[:-1])
-    return np.append(inside, 1.0)
 
 
 def _measure_error_gain(runs: Sequence[SchedulerRun], draw: Draw) -> np.ndarray:

@@ -38,6 +38,15 @@ class Point:
         """Whether it only takes fewer steps."""
         return all(row == Row() for row in self.plan.rows)
 
+    def to_dict(self) -> dict[str, Any]:
+        """What files say of it."""
+        return {
+            "speedup": round(self.speedup, 3),
+            "milliseconds": round(self.milliseconds, 2),
+            "psnr": round(self.psnr, 2),
+            "plan": self.plan.to_dict(),
+        }
+
 
 @dataclass(frozen=True)
 class Front:
@@ -146,17 +155,17 @@ class Front:
 
     def save(self, path: str | Path) -> None:
         """Write the whole front as JSON, a plan a point."""
-        document = FrontDocument(
-            subject=self.subject,
-            sampler=self.sampler,
-            steps=self.steps,
-            points=[_make_point_document(point) for point in self.points],
-            dominated=[_make_point_document(point) for point in self.dominated],
-        )
-        fields = [json.dumps(document.model_dump(exclude={"points", "dominated"}))[1:-1]]
-        for name, group in (("points", document.points), ("dominated", document.dominated)):
-            lines = [json.dumps(each.model_dump(exclude_defaults=True)) for each in group]
-            fields.append(f'"{name}": [\n' + ",\n".join(lines) + "\n]")
+        head = {
+            "format": "leansd-front",
+            "version": 1,
+            "subject": self.subject,
+            "sampler": self.sampler,
+            "steps": self.steps,
+        }
+        fields = [json.dumps(head)[1:-1]]
+        for name, points in (("points", self.points), ("dominated", self.dominated)):
+            lines = ",\n".join(json.dumps(point.to_dict()) for point in points)
+            fields.append(f'"{name}": [\n{lines}\n]')
         write_file(path, "{" + ", ".join(fields) + "}\n")
 
     @classmethod
@@ -218,12 +227,3 @@ class FrontDocument(BaseModel):
 
 def _rate(point: Point) -> tuple[float, float]:
     return point.speedup, point.psnr
-
-
-def _make_point_document(point: Point) -> PointDocument:
-    return PointDocument(
-        speedup=round(point.speedup, 3),
-        milliseconds=round(point.milliseconds, 2),
-        psnr=round(point.psnr, 2),
-        plan=point.plan.to_dict(),
-    )

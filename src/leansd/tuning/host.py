@@ -79,8 +79,9 @@ def tap(scheduler: Any, steer: Steer | None = None) -> Iterator[list[SchedulerRu
         run = runs[-1]
 
         def foresee(other: Tensor) -> Tensor:
-            double = _copy_plain(scheduler)
-            return double.step(other, timestep, sample, *args, **kwargs)[0]
+            double = copy.copy(scheduler)  # in its present state, and without the tap
+            vars(double).pop("step", None)
+            return copy.deepcopy(double).step(other, timestep, sample, *args, **kwargs)[0]
 
         if steer is not None:
             output = steer(len(runs) - 1, len(run), Seen(moment, sample, output, sample), foresee)
@@ -93,13 +94,6 @@ def tap(scheduler: Any, steer: Steer | None = None) -> Iterator[list[SchedulerRu
         yield runs
     finally:
         hook.release()
-
-
-def _copy_plain(scheduler: Any) -> Any:
-    """A copy of a tapped scheduler, in its present state and without the tap."""
-    double = copy.copy(scheduler)
-    vars(double).pop("step", None)
-    return copy.deepcopy(double)
 
 
 # -- hosts -----------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ class StartBatch:
     def of(cls, starts: Sequence[RunStart], device: Any, begin: float = 1.0) -> StartBatch:
         """The batch of some pictures; `begin` scales what they start from."""
         first = starts[0]
-        named = _to(_join([each.named for each in starts], first.lanes), device)
+        named = _join([each.named for each in starts], first.lanes, device)
         goals = send(torch.stack([each.goal for each in starts]), device)
         sample = named["sample"][-len(starts) :, : goals.shape[1]].float()
         return cls(named, first.lanes, first.scale, sample * begin, goals)
@@ -143,29 +143,21 @@ class StartBatch:
         return guided.output, cast(Tensor, guided.difference)
 
 
-def _join(parts: Sequence[Any], lanes: int) -> Any:
-    """Nested arguments of several pictures as those of a batch."""
+def _join(parts: Sequence[Any], lanes: int, device: Any) -> Any:
+    """Nested arguments of several pictures as those of a batch, on a device."""
     first = parts[0]
     if isinstance(first, Tensor):
         has_rows = first.ndim > 0 and first.shape[0] == lanes
-        return join_rows([cast(Tensor, each) for each in parts]) if has_rows else first
+        return send(
+            join_rows([cast(Tensor, each) for each in parts]) if has_rows else first, device
+        )
     if isinstance(first, Mapping):
         named = cast(Sequence[Mapping[str, Any]], parts)
-        return {key: _join([each[key] for each in named], lanes) for key in named[0]}
+        return {key: _join([each[key] for each in named], lanes, device) for key in named[0]}
     if isinstance(first, list | tuple):
         listed = cast(Sequence[Sequence[Any]], parts)
-        return [_join(each, lanes) for each in zip(*listed, strict=True)]
+        return [_join(each, lanes, device) for each in zip(*listed, strict=True)]
     return first
-
-
-def _to(tree: Any, device: Any) -> Any:
-    if isinstance(tree, Tensor):
-        return send(tree, device)
-    if isinstance(tree, Mapping):
-        return {key: _to(each, device) for key, each in cast(Mapping[str, Any], tree).items()}
-    if isinstance(tree, list):
-        return [_to(each, device) for each in cast(list[Any], tree)]
-    return tree
 
 
 @contextmanager

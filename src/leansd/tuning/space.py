@@ -230,9 +230,9 @@ class Candidate:
         return replace(self, proposal=Proposal(segments, error, self.proposal.ticks))
 
 
-def build_plan(proposal: Proposal, calibration: Calibration, name: str = "tuned") -> Plan:
+def build_plan(proposal: Proposal, calibration: Calibration) -> Plan:
     """A proposal as a plan for the sampler's whole step count, without corrections."""
-    plan = Plan.full(calibration.steps, name=name)
+    plan = Plan.full(calibration.steps, name="tuned")
     start = calibration.steps - calibration.count
     for segment in proposal.segments:
         between = [start + step for step in range(segment.key.step + 1, segment.end)]

@@ -78,7 +78,9 @@ class Journal:
             for line in text.splitlines():
                 journal._read(line)
             if text and not text.endswith("\n"):
-                journal._end_line()
+                # What is written next must not stick to a line that a killed tuning has begun.
+                with journal.path.open("a", encoding="utf-8") as file:
+                    file.write("\n")
         return journal
 
     def _read(self, line: str) -> None:
@@ -137,12 +139,6 @@ class Journal:
                 f"cannot write {self.path}: {error.strerror or error}; what is in it stays, and "
                 "the same tuning goes on from there"
             ) from error
-
-    def _end_line(self) -> None:
-        """What is written next must not stick to a line that a killed tuning has begun."""
-        assert self.path is not None
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("\n")
 
 
 # -- fitting ---------------------------------------------------------------------------------------

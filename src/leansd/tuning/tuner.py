@@ -199,7 +199,15 @@ def tune(
     host = PipelineHost(pipe, batch, config.settings, nets, sampler)
     require_tunable(pipe.scheduler, steps)
     progress = Progress(tell, tries, config.wanted_speeds, len(grids), bool(further))
-    known = Journal.open(journal, _describe_case(host, config, fitted, checked))
+    case = {
+        **host.describe(),
+        "steps": steps,
+        "seed": seed,
+        "calls": expand_calls(fitted),
+        "held out": expand_calls(checked),
+        "attend": list(attend),
+    }
+    known = Journal.open(journal, case)
     mixer = None
     if further and host.anatomy is WHOLE:
         raise LeansdError("mixes are fitted through a UNet: tune a transformer without")
@@ -241,23 +249,6 @@ def tune_host(tuning: Tuning) -> Front:
     return Front.of(host.tuned.unet, host.tuned.sampler, config.steps, points)
 
 
-def _describe_case(
-    host: Host,
-    config: TuneConfig,
-    fitted: Sequence[PipelineCall],
-    checked: Sequence[PipelineCall],
-) -> dict[str, Any]:
-    """What tells one tuning from another in a journal."""
-    return {
-        **host.describe(),
-        "steps": config.steps,
-        "seed": config.seed,
-        "calls": expand_calls(fitted),
-        "held out": expand_calls(checked),
-        "attend": list(config.attend),
-    }
-
-
 def _measure_costs(
     host: PipelineHost,
     config: TuneConfig,
@@ -279,18 +270,13 @@ def _measure_costs(
         cost = profile(pipe, call=example, pictures=pictures, attend=config.attend)
         journal.note_cost(cost, pipe.device)
     for name in (name for name in config.nets if name not in cost.nets):
-        own = profile(_exchange(pipe, config.nets[name]), call=example, pictures=pictures)
+        other = copy.copy(pipe)
+        other.unet = config.nets[name]
+        own = profile(other, call=example, pictures=pictures)
         journal.note_cost(own, pipe.device, name)
         cost = replace(cost, nets={**cost.nets, name: own})
     progress.add("profiled", 2)
     return cost
-
-
-def _exchange(pipe: Any, unet: UNet2DConditionModel) -> Any:
-    """The pipeline with another UNet."""
-    other = copy.copy(pipe)
-    other.unet = unet
-    return other
 
 
 def _pick_finalists(
@@ -413,10 +399,16 @@ class _Tuner(Tuning):
                 trial.plan, name=f"tuned {speed:.3g}x", tuned=self._describe(trial.plan.steps)
             )
             point = self._check(plan)
-            finals.append((self._average(trial.psnr, point.psnr), point))
+            # Over all calls: the held-out ones alone are too few to tell near plans apart.
+            ours, theirs = len(self.fit.calls), len(self.check.calls)
+            finals.append((ours * trial.psnr + theirs * point.psnr, point))
         if finals:
             best = max(finals, key=lambda each: each[0])[1]
-            points += [best, *self._mix(best.plan)]
+            points.append(best)
+            if self.mixer is not None:
+                share = MIXING / (self.mixer.config.iterations + 3)
+                mixed = self.mixer.improve(best.plan, lambda text: self.progress.add(text, share))
+                points += [] if mixed is None else [self._check(mixed)]
         return points
 
     def _describe(self, steps: int) -> Tuned:
@@ -425,19 +417,6 @@ class _Tuner(Tuning):
         whole = found.count == steps
         levels = tuple(round(float(each), 4) for each in found.log_snr) if whole else ()
         return replace(self.host.tuned, log_snr=levels)
-
-    def _mix(self, plan: Plan) -> list[Point]:
-        """The plan with mixes, where they were asked for and help."""
-        if self.mixer is None:
-            return []
-        share = MIXING / (self.mixer.config.iterations + 3)
-        mixed = self.mixer.improve(plan, lambda text: self.progress.add(text, share))
-        return [] if mixed is None else [self._check(mixed)]
-
-    def _average(self, fitted: float, checked: float) -> float:
-        """Over all calls: the held-out ones alone are too few to tell near plans apart."""
-        ours, theirs = len(self.fit.calls), len(self.check.calls)
-        return (ours * fitted + theirs * checked) / (ours + theirs)
 
     def _list_plain(self, speed: float) -> list[int]:
         """The most steps of a plain run that is so fast."""

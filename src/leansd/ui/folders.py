@@ -17,9 +17,9 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from leansd.drawing import encode_png
+from leansd.emoji.location import EMBEDDED
 from leansd.errors import LeansdError
 from leansd.files import check_folder, name_file, write_file
-from leansd.loading import EMBEDDED
 from leansd.plans.plan import Plan
 
 OWN_SAMPLER = "the model's own"
@@ -61,10 +61,6 @@ class Folders:
     @property
     def history(self) -> Path:
         return self.home / "history"
-
-    def find_journal(self, model: str) -> Path:
-        """Where a tuning on a model is kept, so that a stopped one goes on."""
-        return self.home / "tuning" / f"{name_file(model, otherwise='model')}.jsonl"
 
     # -- models --------------------------------------------------------------------------------
 

@@ -19,8 +19,9 @@ from leansd.report.measurements import draw_unit_times
 from leansd.report.page import Chart, Drawing, Listing, render_section
 from leansd.report.plans import plot_front
 from leansd.text import Table
+from leansd.tuning.front import Front, Point
 from leansd.ui.folders import HistoryEntry
-from leansd.ui.studio import Forecast, KnownModel, TunedFront
+from leansd.ui.studio import Forecast, KnownModel
 
 NAMES = {FULL: "Full run", LEAN: "With the plan"}
 
@@ -188,9 +189,8 @@ def show_profile(profiled: Profiled) -> str:
     )
 
 
-def show_front(tuned: TunedFront) -> str:
+def show_front(front: Front, chosen: Point) -> str:
     """What a tuning found, as a plot: tuned plans, and runs of fewer steps."""
-    front, chosen = tuned.front, tuned.chosen
     points = (*front.points, *front.dominated)
     names = {
         id(each): each.plan.name if each.is_plain else f"{len(each.plan.keys)} in full"

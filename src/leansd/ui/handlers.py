@@ -20,6 +20,7 @@ from leansd.plans.liveness import GUIDANCE
 from leansd.plans.plan import Plan
 from leansd.report.plans import describe_choice
 from leansd.text import explain_validation
+from leansd.tuning.front import Front, Point
 from leansd.ui import fragments
 from leansd.ui.folders import OWN_SAMPLER, HistoryEntry, Settings, list_entries, read_entry
 from leansd.ui.job_queue import Done, JobQueue, Stopped, follow
@@ -53,7 +54,7 @@ SHOW_RESULTS = (
 def connect(parts: Parts, handlers: Handlers) -> None:
     """Everything that happens on the page; called inside its blocks."""
     # A handler reads what it likes, and names what it may change.
-    forecasts = [parts.forecast, parts.prediction]
+    forecasts = [parts.forecast, parts.plan_forecast]
     plan = [parts.plan, parts.grid, *forecasts, parts.lanes]
     model = [parts.sampler, parts.guidance, parts.anatomy, parts.costs, parts.prompts]
     history = [parts.gallery, parts.keys]
@@ -167,7 +168,7 @@ class Handlers:
     ) -> Changes:
         forecast = self.studio.forecast(plan, model, guided=settings.guidance > 1)
         shown = fragments.show_forecast(plan, forecast, notes)
-        return dict.fromkeys((self.parts.forecast, self.parts.prediction), shown)
+        return dict.fromkeys((self.parts.forecast, self.parts.plan_forecast), shown)
 
     def show_model(self, model: KnownModel, sampler: str) -> Changes:
         parts = self.parts
@@ -416,7 +417,7 @@ class Handlers:
             progress,
             lambda drawn: {
                 **show(),
-                **self.show_entry(drawn.entry, drawn.warnings),
+                **self.show_entry(*drawn),
                 **self.show_history(),
             },
             lambda: show("stopped"),
@@ -429,11 +430,11 @@ class Handlers:
         job = self.jobs.find(str(request.session_hash))
         lines = [line.strip() for line in (given[parts.prompts] or "").splitlines()]
 
-        def finish(tuned: Any) -> Changes:
-            plan = tuned.chosen.plan.rename(f"tuned {speed:g}x")
-            said = f"{describe_choice(tuned.front, tuned.chosen)}. It is the plan in hand now."
+        def finish(tuned: tuple[Front, Point]) -> Changes:
+            plan = tuned[1].plan.rename(f"tuned {speed:g}x")
+            said = f"{describe_choice(*tuned)}. It is the plan in hand now."
             return {
-                parts.tuning: fragments.show_note(said) + fragments.show_front(tuned),
+                parts.tuning: fragments.show_note(said) + fragments.show_front(*tuned),
                 parts.steps: plan.steps,
                 parts.plan_name: None,
                 parts.save_name: plan.name,

@@ -71,6 +71,8 @@ def lay_out(models: list[str]) -> Parts:
                 ):
                     with gr.Tab(title, id=title.lower()):
                         fill(parts)
+    for name, part in vars(parts).items():
+        part.elem_id = name.replace("_", "-")
     return parts
 
 
@@ -79,41 +81,34 @@ def _html(text: str = "", **options: Any) -> gr.HTML:
 
 
 def _lay_out_settings(parts: Parts, models: list[str]) -> None:
-    parts.prompt = gr.Textbox(BEGIN, label="Prompt", lines=2, max_length=2000, elem_id="prompt")
+    parts.prompt = gr.Textbox(BEGIN, label="Prompt", lines=2, max_length=2000)
     with gr.Row():
-        parts.draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=120)
-        parts.stop = gr.Button("Stop", interactive=False, elem_id="stop", min_width=80)
-    parts.turn = _html(elem_id="turn", visible=False)
-    parts.model = _choose(models, "Model", "model")
+        parts.draw = gr.Button("Draw", variant="primary", min_width=120)
+        parts.stop = gr.Button("Stop", interactive=False, min_width=80)
+    parts.turn = _html(visible=False)
+    parts.model = _choose(models, "Model")
     parts.plan_name = _choose(
-        ["balanced"],
-        "Plan",
-        "plan-name",
-        "What is computed at which step. Edit it in the Plan tab.",
+        ["balanced"], "Plan", "What is computed at which step. Edit it in the Plan tab."
     )
-    parts.forecast = _html(elem_id="forecast")
-    parts.steps = gr.Slider(2, MOST_STEPS, 30, step=1, label="Steps", elem_id="steps")
-    parts.guidance = gr.Slider(1, 15, 4, step=0.5, label="Guidance", elem_id="guidance")
+    parts.forecast = _html()
+    parts.steps = gr.Slider(2, MOST_STEPS, 30, step=1, label="Steps")
+    parts.guidance = gr.Slider(1, 15, 4, step=0.5, label="Guidance")
     with gr.Row(elem_classes="aligned"):
-        parts.seed = gr.Number(
-            0, label="Seed", precision=0, minimum=0, elem_id="seed", min_width=120
-        )
-        parts.dice = gr.Button("Another seed", elem_id="dice", min_width=80)
+        parts.seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=120)
+        parts.dice = gr.Button("Another seed", min_width=80)
     with gr.Accordion("More", open=False):
-        parts.negative = gr.Textbox(label="Negative prompt", max_length=2000, elem_id="negative")
-        parts.sampler = _choose([OWN_SAMPLER, *SAMPLERS], "Sampler", "sampler")
+        parts.negative = gr.Textbox(label="Negative prompt", max_length=2000)
+        parts.sampler = _choose([OWN_SAMPLER, *SAMPLERS], "Sampler")
         told = "Both runs take turns so many times; the speed-up is the median."
-        parts.rounds = gr.Slider(1, 9, 1, step=1, label="Rounds", elem_id="rounds", info=told)
+        parts.rounds = gr.Slider(1, 9, 1, step=1, label="Rounds", info=told)
 
 
-def _choose(choices: list[str], label: str, name: str, info: str | None = None) -> gr.Dropdown:
-    return gr.Dropdown(
-        choices, value=choices[0], label=label, elem_id=name, filterable=False, info=info
-    )
+def _choose(choices: list[str], label: str, info: str | None = None) -> gr.Dropdown:
+    return gr.Dropdown(choices, value=choices[0], label=label, filterable=False, info=info)
 
 
 def _lay_out_pictures(parts: Parts) -> None:
-    parts.lanes = _html(elem_id="lanes")
+    parts.lanes = _html()
     look: dict[str, Any] = {
         "interactive": False,
         "height": 300,
@@ -122,41 +117,36 @@ def _lay_out_pictures(parts: Parts) -> None:
         "elem_classes": "picture",
     }
     with gr.Row(elem_classes="pictures"):
-        parts.full = gr.Image(label="Full run", elem_id="full", **look)
-        parts.lean = gr.Image(label="With the plan", elem_id="lean", **look)
-    parts.numbers = _html(elem_id="numbers")
+        parts.full = gr.Image(label="Full run", **look)
+        parts.lean = gr.Image(label="With the plan", **look)
+    parts.numbers = _html()
     parts.slider = gr.ImageSlider(
         label="Before and after: the full run left, the plan right",
         interactive=False,
         max_height=420,
-        elem_id="slider",
         visible=False,
     )
 
 
 def _lay_out_plan(parts: Parts) -> None:
     with gr.Row():
-        parts.tier = gr.Radio(
-            list(TIERS), value="layer", label="Rows", elem_id="tier", min_width=180
-        )
+        parts.tier = gr.Radio(list(TIERS), value="layer", label="Rows", min_width=180)
         parts.brush = gr.Radio(
             [(label, name) for name, label in list_brushes().items()],
             value="forecast",
             label="A click sets",
-            elem_id="brush",
             min_width=280,
             scale=2,
         )
-    parts.prediction = _html(elem_id="plan-forecast")
+    parts.plan_forecast = _html()
     parts.grid = gr.HTML(
         {},
         html_template='<div class="grid-box"></div>',
         js_on_load=(ASSETS / "grid.js").read_text(encoding="utf-8"),
         apply_default_css=False,
         padding=False,
-        elem_id="grid",
     )
-    parts.cell = _html(elem_id="cell")
+    parts.cell = _html()
     marks = "".join(
         f'<span><i class="{name}"></i>{state.label}</span>'
         for name, state in get_states().items()
@@ -169,19 +159,11 @@ def _lay_out_plan(parts: Parts) -> None:
     )
     with gr.Row(elem_classes="aligned"):
         parts.save_name = gr.Textbox(
-            label="Name",
-            max_length=LONGEST,
-            placeholder="my plan",
-            elem_id="save-name",
-            min_width=160,
+            label="Name", max_length=LONGEST, placeholder="my plan", min_width=160
         )
-        parts.save = gr.Button("Save", elem_id="save", min_width=80)
-        parts.download = gr.DownloadButton(
-            "Download", elem_id="download", min_width=80, interactive=False
-        )
-        parts.upload = gr.UploadButton(
-            "Load a file", file_types=[".json"], elem_id="upload", min_width=80
-        )
+        parts.save = gr.Button("Save", min_width=80)
+        parts.download = gr.DownloadButton("Download", min_width=80, interactive=False)
+        parts.upload = gr.UploadButton("Load a file", file_types=[".json"], min_width=80)
 
 
 def _lay_out_tuning(parts: Parts) -> None:
@@ -192,34 +174,24 @@ def _lay_out_tuning(parts: Parts) -> None:
         "<code>leansd tune</code> takes larger budgets.</p>"
     )
     with gr.Row():
-        parts.speed = gr.Slider(
-            1.2, 4, 2, step=0.1, label="Times faster", elem_id="speed", min_width=200
-        )
+        parts.speed = gr.Slider(1.2, 4, 2, step=0.1, label="Times faster", min_width=200)
         told = "Moves of key steps that are tried."
-        parts.tries = gr.Slider(
-            0, 8, 1, step=1, label="Effort", elem_id="tries", min_width=200, info=told
-        )
+        parts.tries = gr.Slider(0, 8, 1, step=1, label="Effort", min_width=200, info=told)
     parts.prompts = gr.Textbox(
-        label=f"Prompts, one a line, 4 to {MOST_PROMPTS}",
-        lines=6,
-        max_lines=10,
-        max_length=20_000,
-        elem_id="prompts",
+        label=f"Prompts, one a line, 4 to {MOST_PROMPTS}", lines=6, max_lines=10, max_length=20_000
     )
     with gr.Row():
-        parts.tune = gr.Button("Tune", variant="primary", elem_id="tune", min_width=120)
-        parts.tune_stop = gr.Button("Stop", interactive=False, elem_id="tune-stop", min_width=80)
-    parts.tuning = _html(elem_id="tuning")
+        parts.tune = gr.Button("Tune", variant="primary", min_width=120)
+        parts.tune_stop = gr.Button("Stop", interactive=False, min_width=80)
+    parts.tuning = _html()
 
 
 def _lay_out_costs(parts: Parts) -> None:
-    parts.anatomy = _html(elem_id="anatomy")
+    parts.anatomy = _html()
     with gr.Row():
-        parts.measure = gr.Button("Time it on this machine", variant="primary", elem_id="measure")
-        parts.measure_stop = gr.Button(
-            "Stop", interactive=False, elem_id="measure-stop", min_width=80
-        )
-    parts.costs = _html(elem_id="costs")
+        parts.measure = gr.Button("Time it on this machine", variant="primary")
+        parts.measure_stop = gr.Button("Stop", interactive=False, min_width=80)
+    parts.costs = _html()
 
 
 def _lay_out_history(parts: Parts) -> None:
@@ -235,5 +207,4 @@ def _lay_out_history(parts: Parts) -> None:
         object_fit="contain",
         allow_preview=False,
         interactive=False,
-        elem_id="gallery",
     )

@@ -66,14 +66,6 @@ def make_theme() -> Base:
     ).set(button_primary_background_fill="*primary_600", block_label_text_size="*text_sm")
 
 
-def build_page(studio: Studio, jobs: JobQueue) -> gr.Blocks:
-    """The page with its handlers."""
-    parts = lay_out(studio.folders.list_models())
-    with parts.blocks:
-        connect(parts, Handlers(studio, jobs, parts))
-    return parts.blocks
-
-
 @contextmanager
 def serving(studio: Studio, door: Door, *, limit: int) -> Iterator[str]:
     """Serve the page from a thread of its own inside a `with` block; gives its address.
@@ -88,7 +80,10 @@ def serving(studio: Studio, door: Door, *, limit: int) -> Iterator[str]:
     scratch = Path(tempfile.mkdtemp(prefix="leansd-ui-")).resolve()
     known = {name: os.environ.get(name) for name in ("GRADIO_TEMP_DIR", "GRADIO_CACHE_DIR")}
     os.environ |= dict.fromkeys(known, str(scratch))
-    blocks = build_page(studio, JobQueue(limit))
+    parts = lay_out(folders.list_models())
+    blocks: gr.Blocks = parts.blocks
+    with blocks:
+        connect(parts, Handlers(studio, JobQueue(limit), parts))
     shown = [folders.plans, folders.history]
     # Shared, gradio's own page fetches its files from gradio's server.
     guards = [] if door.share else [Middleware(Guard)]

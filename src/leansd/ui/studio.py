@@ -22,6 +22,7 @@ from leansd.evaluation.profile import profile
 from leansd.evaluation.prompt_sets import find_guidance
 from leansd.evaluation.records import stamp
 from leansd.evaluation.runs import FULL
+from leansd.files import name_file
 from leansd.loading import load
 from leansd.plans.anatomy import WHOLE, Anatomy
 from leansd.plans.compile import compile_plan, predict_speedup
@@ -86,22 +87,6 @@ class Forecast:
     """Of the whole pipeline call, where it was profiled here."""
     seconds: float | None = None
     """Of the whole pipeline call, where it was profiled here."""
-
-
-@dataclass(frozen=True)
-class DrawnComparison:
-    """A comparison that is in the history, and what must be said of it."""
-
-    entry: HistoryEntry
-    warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class TunedFront:
-    """What a tuning found, and the point of its front that was asked for."""
-
-    front: Front
-    chosen: Point
 
 
 @dataclass
@@ -235,8 +220,8 @@ class Studio:
         rounds: int,
         job: Job,
         on_progress: OnProgress = lambda progress: None,
-    ) -> DrawnComparison:
-        """Draw in full and by the plan, in turns, and keep both in the history.
+    ) -> tuple[HistoryEntry, tuple[str, ...]]:
+        """Draw in full and by the plan, in turns; the entry of the history, and what to say of it.
 
         Raises:
             LeansdError: there is no prompt, or the plan is for another number of steps.
@@ -265,7 +250,7 @@ class Studio:
             numbers = read_numbers(comparison)
         pictures = comparison[FULL].images[0], comparison[LEAN].images[0]
         entry = keep_entry(self.folders.history, settings, plan, numbers, pictures)
-        return DrawnComparison(entry, (*list_faults(comparison), *notes))
+        return entry, (*list_faults(comparison), *notes)
 
     def profile(
         self, settings: Settings, *, job: Job, on_progress: Callable[[int, int], None]
@@ -307,8 +292,8 @@ class Studio:
         tries: int,
         job: Job,
         on_progress: Callable[[str, float], None],
-    ) -> TunedFront:
-        """Find the plan that loses least at a speed, with a small budget; a stopped one goes on.
+    ) -> tuple[Front, Point]:
+        """A front, and its plan that loses least at a speed; a stopped tuning goes on.
 
         Raises:
             LeansdError: there are too few prompts, or no plan is that fast.
@@ -335,10 +320,10 @@ class Studio:
                 seed=settings.seed,
                 batch=TUNING_BATCH,
                 sampler=name_sampler(opened.pipe),
-                journal=self.folders.find_journal(settings.model),
+                journal=self.folders.home / "tuning" / f"{name_file(settings.model)}.jsonl",
                 tell=on_progress,
             )
-        return TunedFront(front, front.find(speedup=speedup))
+        return front, front.find(speedup=speedup)
 
 
 def make_call(settings: Settings) -> dict[str, Any]:
