@@ -23,7 +23,7 @@ from leansd.cli import main
 from leansd.evaluation import extraction
 from leansd.evaluation.extraction import Features, load_statistics, save_statistics
 from leansd.evaluation.extractors import PictureBatch, open_alexnet
-from leansd.evaluation.picture_sets import PictureSet, list_pictures
+from leansd.evaluation.picture_sets import ExtractionTask, PictureSet, list_pictures
 from leansd.evaluation.quality import (
     Gaussian,
     fold_gaussian,
@@ -305,17 +305,17 @@ def test_a_stopped_scoring_goes_on(
     tmp_path: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = measure(drawn, tmp_path=tmp_path / "a", metrics=["tiny-clip"])
-    honest = Features.put
+    honest = Features.keep
     puts: list[int] = []
 
-    def put(self: Features, part: Any, *rest: Any) -> None:
+    def keep(self: Features, task: ExtractionTask, *rest: Any) -> None:
         if len(puts) == 2:
             raise KeyboardInterrupt
-        puts.append(part.number)
-        honest(self, part, *rest)
+        puts.append(task.part.number)
+        honest(self, task, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Features, "put", put)
+        patch.setattr(Features, "keep", keep)
         with pytest.raises(KeyboardInterrupt):
             measure(drawn, tmp_path=tmp_path / "b", metrics=["tiny-clip"])
     looked = count_looks(monkeypatch)

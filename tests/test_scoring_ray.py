@@ -9,6 +9,7 @@ import pytest
 
 from leansd.errors import LeansdError
 from leansd.evaluation.extraction import EXTRACTION, ExtractionConfig, Features
+from leansd.evaluation.picture_sets import ExtractionTask
 from leansd.evaluation.scoring import carry_out, plan_scoring
 from leansd.shards import list_shards
 from test_bulk_ray import cluster, head, list_workers  # noqa: F401
@@ -40,14 +41,14 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, acts: list[Callable[[], None]])
     """The parts that come back; after each of the first something happens."""
     parts: list[int] = []
     left = iter(acts)
-    honest = Features.put
+    honest = Features.keep
 
-    def put(self: Features, part: Any, *rest: Any) -> None:
-        honest(self, part, *rest)
-        parts.append(part.number)
+    def keep(self: Features, task: ExtractionTask, *rest: Any) -> None:
+        honest(self, task, *rest)
+        parts.append(task.part.number)
         next(left, lambda: None)()
 
-    monkeypatch.setattr(Features, "put", put)
+    monkeypatch.setattr(Features, "keep", keep)
     return parts
 
 
