@@ -206,13 +206,10 @@ def _draw_prompts(
             written.append((path, painting, facts))
             told = f"{path}  {painting.seconds:.2f} s"
             progress.console.print(told, highlight=False, markup=False, soft_wrap=True)
-    pages: dict[Path, Any] = {}
-    if pairs:
-        from leansd.report.plans import report_pairs
-
-        page, anatomy = out / "report.html", task.context.anatomy
-        assert anatomy is not None
-        pages[page if overwrite else find_free(page)] = report_pairs(pairs, plan, anatomy)
+    page = out / "report.html"
+    if pairs and not overwrite:
+        page = find_free(page)
+    pages = {page: _report_pairs(task, pairs, plan)} if pairs else {}
     places = ", ".join([f"{len(written)} pictures in {out}", *map(str, pages)])
     return Result(
         facts={
@@ -263,6 +260,13 @@ def _compare(
     if LEAN in drawn.faults or find_fault(painting.image):
         painting = paint(pipe, request, plan, nets=nets)  # says at which step, and of what
     return pair, painting
+
+
+def _report_pairs(task: _Task, pairs: "Sequence[PicturePair]", plan: Plan) -> Any:
+    from leansd.report.plans import report_pairs
+
+    assert task.context.anatomy is not None
+    return report_pairs(pairs, plan, task.context.anatomy)
 
 
 def _show_each(
