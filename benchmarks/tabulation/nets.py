@@ -37,7 +37,7 @@ def tabulate_cuts() -> str:
         if name == "full":
             continue
         numbers = [
-            f"{cells[way.format(name), 'output_error']:.4f} | "
+            f"{cells[way.format(name), 'output_error']:.2g} | "
             f"{cells[way.format(name), 'psnr']:.1f} dB"
             for way in ways.values()
         ]
