@@ -141,7 +141,7 @@ def test_what_is_tuned_is_evaluated_and_held_against_rivals(
 
     code, out, err = run(
         "evaluate", model, "--plan", "own.json", "--plan", "full", "--rival", "flow-dpm++2m:4",
-        "--steps", 8, "--converged-steps", 12, "--json", *shared,
+        "--steps", 8, "--converged-steps", 12, "--count", 2, "--json", *shared,
     )  # fmt: skip
     assert code == 0, err
     found = json.loads(out.splitlines()[-1])
@@ -152,7 +152,7 @@ def test_what_is_tuned_is_evaluated_and_held_against_rivals(
 
     code, out, err = run(
         "bench", "--model", model, "--quick", "--steps", 8, "--plans", "own.json",
-        "--converged-steps", 12, "--out", "bench.jsonl", "--json", *shared,
+        "--converged-steps", 12, "--count", 2, "--out", "bench.jsonl", "--json", *shared,
     )  # fmt: skip
     assert code == 0, err
     (contest,) = json.loads(out.splitlines()[-1])["contests"]
