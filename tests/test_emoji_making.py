@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,14 +71,28 @@ def toy_pictures(size: int = 16) -> Pictures:
     return Pictures(split, pixels[1:-1], pixels[[0, -1]], noise.byte())
 
 
-@pytest.fixture
-def toys(monkeypatch: pytest.MonkeyPatch) -> Pictures:
+@pytest.fixture(scope="module")
+def toys() -> Iterator[Pictures]:
     pictures = toy_pictures()
-    monkeypatch.setattr(recipes, "read_pictures", lambda *_: pictures)
     torch.manual_seed(1)
     sentences = torch.nn.functional.normalize(torch.randn(len(NAMES), 384), dim=-1)
-    monkeypatch.setattr(recipes, "embed_sentences", lambda _: sentences)
-    return pictures
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipes, "read_pictures", lambda *_: pictures)
+        patch.setattr(recipes, "embed_sentences", lambda _: sentences)
+        yield pictures
+
+
+@pytest.fixture(scope="module")
+def first_step(toys: Pictures, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step, which tests begin from in a folder of their own."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    recipes.train_model(TINY, folder, steps=1)
+    return folder
+
+
+@pytest.fixture
+def begun(first_step: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(first_step, tmp_path / "run"))
 
 
 def test_concepts_are_sorted_within_their_groups_and_named_once() -> None:
@@ -170,25 +186,24 @@ def test_a_stage_that_is_cut_off_goes_on_bit_equal(toys: Pictures, tmp_path: Pat
     assert steps[0] == steps[1] == [1, 2, 3, 4, 5, 6]
 
 
-def test_the_decay_is_a_branch_and_the_model_is_its_average(toys: Pictures, tmp_path: Path) -> None:
-    recipes.train_model(TINY, tmp_path, steps=3)
-    trunk = (tmp_path / "unet" / "state.pt").read_bytes()
-    recipes.decay_model(TINY, tmp_path, 2)
-    assert (tmp_path / "unet" / "state.pt").read_bytes() == trunk
-    assert load_state(tmp_path / "unet-decayed" / "state.pt")["step"] == 5
-    pipe = recipes.load_run(tmp_path, TINY)
+def test_the_decay_is_a_branch_and_the_model_is_its_average(toys: Pictures, begun: Path) -> None:
+    recipes.train_model(TINY, begun, steps=3)
+    trunk = (begun / "unet" / "state.pt").read_bytes()
+    recipes.decay_model(TINY, begun, 2)
+    assert (begun / "unet" / "state.pt").read_bytes() == trunk
+    assert load_state(begun / "unet-decayed" / "state.pt")["step"] == 5
+    pipe = recipes.load_run(begun, TINY)
     image = pipe("a dog, noto style", num_inference_steps=2, output_type="pt").images
     assert image.shape == (1, 3, 16, 16)
     assert {"vae", "text", "unet", "unet-decayed"} == set(
-        recipes.describe_run(tmp_path, TINY)["stages"]
+        recipes.describe_run(begun, TINY)["stages"]
     )
 
 
 def test_the_flow_model_trains_on_what_its_pipeline_feeds_it_and_opens(
-    toys: Pictures, tmp_path: Path
+    toys: Pictures, begun: Path, tmp_path: Path
 ) -> None:
-    recipes.train_model(TINY, tmp_path, steps=1)
-    pipe = flow.build_flow_pipeline(recipes.load_run(tmp_path, TINY))
+    pipe = flow.build_flow_pipeline(recipes.load_run(begun, TINY))
     untrained = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
     flow.train_flow(pipe, toys, tmp_path / "flow", 3)
     trained = pipe.transformer.state_dict()
@@ -214,18 +229,17 @@ def test_the_flow_model_trains_on_what_its_pipeline_feeds_it_and_opens(
 
 
 def test_the_eyes_are_those_of_the_text_tower_and_go_with_the_model(
-    toys: Pictures, tmp_path: Path
+    toys: Pictures, begun: Path, tmp_path: Path
 ) -> None:
     from models.emoji.eyes import clip_score
 
     from leansd.emoji.clip import load_clip
 
     with pytest.raises(LeansdError, match="no trained text tower yet"):
-        recipes.train_eyes(TINY, tmp_path, 1)
-    recipes.train_model(TINY, tmp_path, steps=1)
-    recipes.train_eyes(TINY, tmp_path, 2)
-    pipe = recipes.load_run(tmp_path, TINY)
-    size = save_model(pipe, tmp_path / "model", recipes.load_eyes(TINY, tmp_path))
+        recipes.train_eyes(TINY, tmp_path / "none", 1)
+    recipes.train_eyes(TINY, begun, 2)
+    pipe = recipes.load_run(begun, TINY)
+    size = save_model(pipe, tmp_path / "model", recipes.load_eyes(TINY, begun))
     assert 0 < size < 40
     clip, tokenizer = load_clip(tmp_path / "model")
     text = pipe.text_encoder.state_dict()
@@ -307,7 +321,7 @@ def test_the_judge_learns_toys_and_is_loaded_as_it_was(tmp_path: Path) -> None:
 
 
 def test_the_commands_lead_from_a_run_to_a_card(
-    toys: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    toys: Pictures, begun: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr("models.emoji.data.read_pictures", lambda *_: toys)
     names = recipes.name_pairs(toys.split.train)
@@ -315,7 +329,7 @@ def test_the_commands_lead_from_a_run_to_a_card(
     monkeypatch.setitem(recipes.RECIPES, "emoji", TINY)
 
     def run(*words: str) -> int:
-        monkeypatch.setattr("sys.argv", ["emoji", *words, "--out", str(tmp_path)])
+        monkeypatch.setattr("sys.argv", ["emoji", *words, "--out", str(begun)])
         return command.main()
 
     assert run("evaluate") == 2
@@ -323,13 +337,13 @@ def test_the_commands_lead_from_a_run_to_a_card(
     for words in ("train --steps 2", "eyes --steps 2", "assemble", "judge --steps 2"):
         assert run(*words.split()) == 0
     assert run("evaluate", "--steps", "2", "--count", "4") == 0
-    result = json.loads((tmp_path / "model" / "evaluation.json").read_text())
+    result = json.loads((begun / "model" / "evaluation.json").read_text())
     assert (result["train"]["count"], result["held_out"]["count"]) == (4, 2)
     assert len(result["losses"]["held_out"]) == 10
     assert result["judge"]["style"] == "emojione"
     assert result["train"]["retrieval"]["choices"] == 4
     for name in ("README.md", "grid.png", "neighbours.png", "clip/model.safetensors"):
-        assert (tmp_path / "model" / name).is_file()
+        assert (begun / "model" / name).is_file()
 
 
 def test_muon_brings_singular_values_near_one() -> None:
