@@ -106,7 +106,7 @@ def cut_unet(
 def _give_cut(found: "Cut", pipe: Any, facts: dict[str, Any], out: Path, page: Path) -> Result:
 
     from leansd.anatomy import dissect
-    from leansd.report.nets import describe_cut, report_cut
+    from leansd.report.nets import report_cut
     from leansd.surgery.preview import preview
 
     return Result(
@@ -114,7 +114,7 @@ def _give_cut(found: "Cut", pipe: Any, facts: dict[str, Any], out: Path, page: P
         shown=[
             found.tabulate(),
             str(preview(pipe.unet, found.surgery)),
-            fill(describe_cut(found), 80),
+            fill(str(found), 80),
         ],
         files=[out],
         pages={page: report_cut(found, dissect(pipe.unet, name=facts["model"]))},

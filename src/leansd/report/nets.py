@@ -300,7 +300,7 @@ def report_cut(cut: Cut, anatomy: Anatomy) -> ReportPage:
         ),
         measured=f"what every part that can go does to the output of {anatomy.name}'s UNet",
         sections=[
-            Chart("What goes", [shape], [describe_cut(cut)]),
+            Chart("What goes", [shape], [str(cut)]),
             Chart(
                 "Error over cost",
                 [plot],
@@ -332,15 +332,6 @@ def report_cut(cut: Cut, anatomy: Anatomy) -> ReportPage:
             ),
         ],
         attachments=[attach_surgery(cut.surgery)],
-    )
-
-
-def describe_cut(cut: Cut) -> str:
-    """What comes of it, in a sentence."""
-    return (
-        f"{cut.cost:.1%} of the {NAMES[cut.of]} are left for a budget of {cut.budget:.1%}; the "
-        f"output's squared error is {cut.measured_error:.2%} of the output, where the sum of what "
-        f"goes is {cut.predicted_error:.2%}."
     )
 
 

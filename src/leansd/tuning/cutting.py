@@ -233,6 +233,13 @@ class Cut:
             ),
         )
 
+    def __str__(self) -> str:
+        return (
+            f"{self.cost:.1%} of the {NAMES[self.of]} are left for a budget of {self.budget:.1%}; "
+            f"the output's squared error is {self.measured_error:.2%} of the output, where the sum "
+            f"of what goes is {self.predicted_error:.2%}."
+        )
+
 
 NAMES: Mapping[Of, str] = {"ms": "milliseconds", "macs": "MACs", "params": "parameters"}
 
