@@ -14,7 +14,7 @@ import leansd
 from leansd.anatomy import read_anatomy
 from leansd.cli import main
 from leansd.plans.presets import PRESETS, SPEED_PRESETS
-from leansd.plans.resolve import Resolved, resolve_plan
+from leansd.plans.resolve import PlanContext, Resolved, resolve_plan
 from leansd.runtime.context import describe_runs
 from leansd.runtime.samplers import set_sampler
 from leansd.shards import read_shard
@@ -50,7 +50,9 @@ def expect(pipe, name: str, sampler: str, steps: int) -> Resolved:
     """What every face must make of a preset's name."""
     set_sampler(pipe, sampler)
     nets = {} if name in ALONE else {"light": read(pipe)}
-    return resolve_plan(name, describe_runs(pipe, steps, anatomy=read(pipe), nets=nets))
+    return resolve_plan(
+        name, describe_runs(pipe, PlanContext(steps, anatomy=read(pipe), nets=nets))
+    )
 
 
 OPENED = cache(open_anatomy)
@@ -213,9 +215,10 @@ def test_plans_tuned_elsewhere_are_told_and_refused(pipe, model, run, tmp_path, 
     own = leansd.Plan(plan.rows, "own", None, Tuned("euler", fingerprint_module(pipe.unet), 5.0))
     other = leansd.Plan(plan.rows, "other", None, Tuned("euler", "another"))
     set_sampler(pipe, "euler")
-    assert resolve_plan(own, describe_runs(pipe, 4, guidance=5.0)).notes == ()
+    assert resolve_plan(own, describe_runs(pipe, PlanContext(4, guidance=5.0))).notes == ()
     assert (
-        "tuned at guidance 5, not 3" in resolve_plan(own, describe_runs(pipe, guidance=3)).notes[0]
+        "tuned at guidance 5, not 3"
+        in resolve_plan(own, describe_runs(pipe, PlanContext(guidance=3))).notes[0]
     )
     found = resolve_plan(other, describe_runs(pipe))
     assert "other weights" in found.notes[0]

@@ -13,7 +13,7 @@ from leansd.anatomy import read_anatomy
 from leansd.errors import LeansdError
 from leansd.plans import Anatomy, Plan
 from leansd.plans.compile import compile_plan
-from leansd.runtime.cache import unwrap
+from leansd.runtime.arguments import unwrap
 from loops import count_calls, sample
 from tiny import tiny_pipeline, tiny_scheduler, tiny_unet, tiny_xl_unet
 from watching import watch, watch_before

@@ -307,7 +307,7 @@ def test_plans_survive_a_file(tmp_path: Path) -> None:
         (lambda d: d.update(format="x"), "format"),
         (lambda d: d.update(version=99), "has plan format 99, this leansd reads up to 2"),
         (lambda d: d.update(steps=3), "says 3 steps and has 4 rows"),
-        (lambda d: d["rows"][1]["inherit"].update(mid="magic"), "rows.1.inherit.mid"),
+        (lambda d: d["rows"][1]["inherit"].update(mid="magic"), "step 1, mid: unknown how 'magic'"),
         (lambda d: d["rows"][0].update(inherit={"mid": "reuse"}), "step 0 cannot inherit mid"),
         (lambda d: d.update(colour="red"), "colour: there is no such key"),
     ],

@@ -13,7 +13,7 @@ from leansd.emoji.prompts import PROMPTS
 from leansd.evaluation.prompt_sets import GUIDANCE
 from leansd.files import check_folder
 from leansd.plans.presets import SPEED_PRESETS
-from leansd.plans.resolve import resolve_plan
+from leansd.plans.resolve import PlanContext, resolve_plan
 
 if TYPE_CHECKING:
     from leansd.evaluation.demo import Demo
@@ -54,7 +54,7 @@ def show_demo(
     anatomy = open_anatomy(model)
     pipe = opening.open_with_unet(model)
     chosen = prompts or list(PROMPTS)
-    context = describe_runs(pipe, steps, anatomy=anatomy)
+    context = describe_runs(pipe, PlanContext(steps, anatomy=anatomy))
     resolved = {name: resolve_plan(name, context, force=force) for name in SPEED_PRESETS}
     for line in dict.fromkeys(line for each in resolved.values() for line in each.notes):
         warn(line)

@@ -7,7 +7,7 @@ Those that travel together are one: a command takes a dataclass of options as on
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -270,14 +270,7 @@ class Fitting:
         """
         from leansd.runtime.context import describe_runs
 
-        known = describe_runs(
-            pipe,
-            context.steps,
-            anatomy=context.anatomy,
-            nets=context.nets,
-            guidance=guidance,
-            strength=strength,
-        )
+        known = describe_runs(pipe, replace(context, guidance=guidance, strength=strength))
         return tell_notes(self._resolve(plan, known))
 
     def _resolve(self, plan: Plan | str, context: PlanContext) -> Resolved:

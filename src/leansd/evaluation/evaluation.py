@@ -33,7 +33,7 @@ from leansd.evaluation.records import Record, stamp
 from leansd.evaluation.runs import FULL, PipelineCall, expand_calls
 from leansd.plans.compile import compile_plan, predict_speedup
 from leansd.plans.plan import Plan
-from leansd.plans.resolve import resolve_plan
+from leansd.plans.resolve import PlanContext, resolve_plan
 from leansd.runtime.clock import lay_out_run
 from leansd.runtime.context import describe_runs, dissect_denoiser
 
@@ -115,7 +115,7 @@ def evaluate(
 
 def list_cases(pipe: DiffusionPipeline, plans: Sequence[Plan | str], steps: int) -> list[Case]:
     """The full run, then every plan, checked against the UNet."""
-    context = describe_runs(pipe, steps)
+    context = describe_runs(pipe, PlanContext(steps))
     cases = [Case(FULL, steps)]
     for source in plans:
         resolved = resolve_plan(source, context)

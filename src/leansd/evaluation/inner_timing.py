@@ -26,7 +26,7 @@ from leansd.plans.compile import compile_plan
 from leansd.plans.liveness import Program
 from leansd.plans.plan import Plan
 from leansd.runtime import ForwardHooks, inherit
-from leansd.runtime.cache import unwrap
+from leansd.runtime.arguments import unwrap
 from leansd.runtime.clock import read_schedule
 from leansd.runtime.guidance import is_guided
 

@@ -236,7 +236,7 @@ class GraphSection(torch.nn.Module):
         self.names = tuple(names)
         """The UNet's own inputs, in order."""
         self._forward = forward
-        self._run = write_run(graph.structure, engine.shapes, engine.run_lanes, engine.pick_latents)
+        self._run = write_run(graph.structure, engine.shapes, engine.run_lanes)
 
     @property
     def inputs(self) -> tuple[str, ...]:

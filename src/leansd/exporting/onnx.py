@@ -46,7 +46,8 @@ from leansd.loading import load_outline
 from leansd.plans.anatomy import HEAD
 from leansd.plans.liveness import GUIDANCE, Kept
 from leansd.plans.plan import Plan
-from leansd.runtime.call import UNetArguments, UNetCall
+from leansd.runtime.arguments import UNetArguments
+from leansd.runtime.call import UNetCall
 from leansd.runtime.guidance import run_step, wrap_output
 from leansd.runtime.report import Report
 from leansd.runtime.run import Follower

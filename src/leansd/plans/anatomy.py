@@ -81,6 +81,7 @@ class Anatomy:
     uncounted: str = field(default="", compare=False)
     """Why the MACs could not be counted, "not counted, because ..."; empty where they could."""
     by_address: dict[str, Unit] = field(init=False, repr=False, compare=False)
+    """Units, and then their parts."""
 
     def __post_init__(self) -> None:
         rows = {unit.at: unit for unit in (*self.units, *self.parts)}

@@ -23,7 +23,7 @@ from leansd.plans.liveness import (
     find_pattern,
     find_probe,
 )
-from leansd.plans.methods import GUIDANCE_METHODS, METHODS, NO_CORRECTION, Correction, Mix
+from leansd.plans.methods import GUIDANCE_METHODS, METHODS, NO_CORRECTION, Correction
 from leansd.plans.row import (
     CELL,
     OWN,
@@ -33,8 +33,9 @@ from leansd.plans.row import (
     How,
     Row,
     Schedule,
-    resolve_all_gates,
-    resolve_rows,
+    pair_anatomies,
+    resolve_gates,
+    resolve_row,
 )
 
 Sources = Mapping[str, tuple[tuple[Kept, ...], ...]]
@@ -79,8 +80,9 @@ def compile_plan(
     )  # fmt: skip
     rows = range(len(plan.rows)) if rows is None else rows
     anatomies = {name: net.anatomy for name, net in nets.items()}
-    resolved = resolve_rows(plan.rows, anatomy, anatomies)
-    gates = resolve_all_gates(plan.rows, anatomy, anatomies)
+    steps = list(pair_anatomies(plan.rows, anatomy, anatomies))
+    resolved = [resolve_row(*each) for each in steps]
+    gates = [resolve_gates(*each) for each in steps]
     there = {**nets, OWN: Net(anatomy)}
     # Mixes tell the lanes apart, and so do calls that leave one out.
     by_lane = any(row.guidance != "compute" or row.mix is not None for row in plan.rows)
@@ -107,7 +109,7 @@ def compile_plan(
             releases=frozenset(kept for kept, last in last_use.items() if last == draft.index),
             correct=draft.row.correction if draft.corrects else NO_CORRECTION,
             corrects=draft.corrects,
-            mix=None if start else draft.mix,
+            mix=None if start else draft.row.mix,
             recomputed=draft.index in upgrades,
             attend=gates[rows[draft.index]],
             net=draft.row.net,
@@ -130,10 +132,6 @@ class _Draft:
     sources: Sources
     corrects: tuple[tuple[Kept, ...], ...]
 
-    @property
-    def mix(self) -> Mix | None:
-        return self.row.mix
-
     def list_read(self) -> Iterator[Kept]:
         """What is read of earlier calls."""
         made = chain.from_iterable(chain.from_iterable(self.sources.values()))
@@ -142,7 +140,7 @@ class _Draft:
 
 def _check_mix(step: int, drafts: Sequence[_Draft]) -> None:
     """Refuse a mix that does not count the outputs that there are."""
-    mix, computed = drafts[-1].mix, sum(HEAD in draft.pattern.active for draft in drafts)
+    mix, computed = drafts[-1].row.mix, sum(HEAD in draft.pattern.active for draft in drafts)
     if mix is not None and len(mix.guided) != computed:
         raise LeansdError(
             f"step {step} mixes {len(mix.guided)} outputs, and {computed} are computed by then: "
@@ -195,7 +193,7 @@ class _Trace:
 
     def _switch(self, net: Net) -> None:
         """Go on with another UNet, which inherits from units of its own only."""
-        own = {net.name(at) for at in (*_list_addresses(net.anatomy), GUIDANCE)}
+        own = {net.name(at) for at in (*net.anatomy.by_address, GUIDANCE)}
         self._computed_at = {
             (name, lane): calls for (name, lane), calls in self._computed_at.items() if name in own
         }
@@ -243,11 +241,6 @@ def _pick_lanes(guidance: Guidance, *, guides: bool) -> tuple[Lane, ...]:
     if not guides:
         return WHOLE
     return BOTH if guidance == "compute" else ("cond",)
-
-
-def _list_addresses(anatomy: Anatomy) -> Iterator[str]:
-    """Units and their parts."""
-    return chain(anatomy.addresses, (part.at for part in anatomy.parts))
 
 
 def _group(draft: _Draft, items: Iterable[Kept]) -> dict[str, tuple[Kept, ...]]:
@@ -314,8 +307,7 @@ def count_attention(part: Unit, attend: Attend, size: tuple[int, int]) -> int:
     return projections + REGIONS * 2 * cells**2 * channels
 
 
-# -- structures: calls that one graph serves -------------------------------------------------------
-# Structures: what UNet calls have in common that one graph serves, so that it is compiled once.
+# -- structures: what calls have in common that one graph serves, so that it is compiled once ------
 #
 # Calls with the same pattern differ in which earlier calls they inherit from and in whether
 # anybody reads what they keep. A structure forgets the first, counting back from the latest

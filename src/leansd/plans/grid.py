@@ -17,7 +17,7 @@ from leansd.plans.address import get_block
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.compile import compile_plan
 from leansd.plans.liveness import GUIDANCE, Net
-from leansd.plans.methods import GUIDANCE_METHODS, METHODS
+from leansd.plans.methods import GUIDANCE_METHODS, METHODS, Method
 from leansd.plans.row import OWN, Attend, Schedule, list_nets
 
 if TYPE_CHECKING:
@@ -45,20 +45,13 @@ _OTHERS = {
     "full-attention": State("f", "full attention", "#23408f", "#3d5fc0"),
     "elsewhere": State(":", "another net runs", "#f3f4f7", "#22252c"),
 }
-ATTEND_STATES: dict[Attend | None, str] = {
-    None: "compute",
-    "gri": "gri",
-    "full": "full-attention",
-}
+ATTEND_STATES: dict[Attend | None, str] = {None: "compute", "gri": "gri", "full": "full-attention"}
 GUIDANCE_STATES: dict[str, str] = {"compute": "compute", **GUIDANCE_METHODS, "drop": "idle"}
 
 
-def get_states() -> dict[str, State]:
+def get_states() -> dict[str, State | Method]:
     """All that cells can say: computed, every way of `METHODS` to inherit, and the rest."""
-    methods = {
-        name: State(each.mark, each.label, each.colour, each.dark) for name, each in METHODS.items()
-    }
-    return {**_COMPUTED, **methods, **_OTHERS}
+    return {**_COMPUTED, **METHODS, **_OTHERS}
 
 
 def list_states(plan: Schedule, anatomy: Anatomy) -> dict[str, list[str]]:
@@ -216,7 +209,7 @@ def _mark_rows(axes: Any, names: Mapping[str, Any], *, by_block: bool) -> None:
     axes.set_yticks(places, labels)
 
 
-def _add_legend(axes: Any, used: Mapping[str, State], height: float) -> None:
+def _add_legend(axes: Any, used: Mapping[str, State | Method], height: float) -> None:
     from matplotlib.patches import Patch
 
     axes.legend(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +19,8 @@ from leansd.errors import LeansdError
 from leansd.plans import keysteps
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.grid import draw_picture, draw_text
-from leansd.plans.methods import METHODS, NO_CORRECTION, Correction, Mix
+from leansd.plans.methods import NO_CORRECTION, Correction, Mix
 from leansd.plans.row import (
-    ATTENDS,
     OWN,
     Attend,
     Drift,
@@ -32,12 +31,14 @@ from leansd.plans.row import (
     Row,
     check_row,
     list_nets,
-    resolve_all_gates,
-    resolve_rows,
+    pair_anatomies,
+    resolve_gates,
+    resolve_row,
 )
 from leansd.text import suggest_name
 
 NO_NETS: Mapping[str, Anatomy] = MappingProxyType({})
+FORMAT = "leansd-plan"
 VERSION = 2
 """Of the file format; a change that an older reader would not understand raises it."""
 PLAIN_VERSION = 1
@@ -115,8 +116,6 @@ class Plan:
     @classmethod
     def full(cls, steps: int, *, name: str = "full") -> Plan:
         """Every unit at every step: bit-equal to no plan."""
-        if steps < 1:
-            raise LeansdError(f"a plan needs at least one step, not {steps}")
         return cls((Row(),) * steps, name)
 
     @classmethod
@@ -141,26 +140,16 @@ class Plan:
 
         A later call overrules an earlier one where both cover a unit.
         """
-        steps = self._check_steps(at)
-        if 0 in steps and patterns:
-            raise LeansdError(
-                f"step 0 cannot inherit {patterns[0]}: nothing was computed before it"
-            )
-        rows = list(self.rows)
-        for step in steps:
-            inherit = dict(rows[step].inherit)
-            for pattern in patterns:
-                inherit.pop(pattern, None)  # to the end: later entries overrule
-                inherit[pattern] = how
-            rows[step] = replace(rows[step], inherit=inherit)
-        return replace(self, rows=tuple(rows))
+
+        def overrule(row: Row, _: int) -> Row:
+            kept = {each: before for each, before in row.inherit.items() if each not in patterns}
+            return replace(row, inherit={**kept, **dict.fromkeys(patterns, how)})
+
+        return self._change(at, overrule)
 
     def guide(self, guidance: Guidance, *, at: int | Iterable[int]) -> Plan:
         """This plan with classifier-free guidance handled otherwise at the steps `at`."""
-        rows = list(self.rows)
-        for step in self._check_steps(at):
-            rows[step] = replace(rows[step], guidance=guidance)
-        return replace(self, rows=tuple(rows))
+        return self._change(at, lambda row, _: replace(row, guidance=guidance))
 
     def guard(self, probe: str, *, threshold: float, measure: Measure = "change") -> Plan:
         """This plan as a frame: a picture inherits only while its drift is below `threshold`.
@@ -184,12 +173,13 @@ class Plan:
         Args:
             weights: `(line, last)` by step, or `line` alone.
         """
-        rows = list(self.rows)
-        for step in self._check_steps(weights):
+
+        def move_on(row: Row, step: int) -> Row:
             given = weights[step]
             pair = Correction(*given) if isinstance(given, tuple) else Correction(given)
-            rows[step] = replace(rows[step], correct=pair)
-        return replace(self, rows=tuple(rows))
+            return replace(row, correct=pair)
+
+        return self._change(weights, move_on)
 
     def mix(self, rows: Mapping[int, Mix]) -> Plan:
         """This plan with the sampler given a mix of all that was computed, at some steps.
@@ -202,10 +192,7 @@ class Plan:
         Args:
             rows: by step, each with a weight for every output computed up to then.
         """
-        changed = list(self.rows)
-        for step in self._check_steps(rows):
-            changed[step] = replace(changed[step], correct=rows[step])
-        return replace(self, rows=tuple(changed))
+        return self._change(rows, lambda row, step: replace(row, correct=rows[step]))
 
     def attend(self, *patterns: str, by: Attend, at: int | Iterable[int]) -> Plan:
         """This plan with self-attentions computed `by` GRI or in full at the steps `at`.
@@ -218,11 +205,12 @@ class Plan:
         Args:
             patterns: what self-attentions are or lie in, `dn0.l0.attn.t0.sa` or `dn0.*.attn`.
         """
-        rows = list(self.rows)
-        for step in self._check_steps(at):
-            kept = {each: how for each, how in rows[step].attend.items() if each not in patterns}
-            rows[step] = replace(rows[step], attend={**kept, **dict.fromkeys(patterns, by)})
-        return replace(self, rows=tuple(rows))
+
+        def overrule(row: Row, _: int) -> Row:
+            kept = {each: before for each, before in row.attend.items() if each not in patterns}
+            return replace(row, attend={**kept, **dict.fromkeys(patterns, by)})
+
+        return self._change(at, overrule)
 
     def switch(self, net: str, *, at: int | Iterable[int]) -> Plan:
         """This plan with another UNet running at the steps `at`.
@@ -233,17 +221,18 @@ class Plan:
         Args:
             net: its name among the `nets` of `leansd.inherit`; `""` for the pipeline's own UNet.
         """
-        rows = list(self.rows)
-        for step in self._check_steps(at):
-            rows[step] = replace(rows[step], net=net)
-        return replace(self, rows=tuple(rows))
+        return self._change(at, lambda row, _: replace(row, net=net))
 
-    def _check_steps(self, at: int | Iterable[int]) -> set[int]:
+    def _change(self, at: int | Iterable[int], change: Callable[[Row, int], Row]) -> Plan:
+        """This plan with other rows at the steps `at`."""
         steps = {at} if isinstance(at, int) else set(at)
         outside = sorted(step for step in steps if not 0 <= step < self.steps)
         if outside:
             raise LeansdError(f"step {outside[0]} lies outside a plan of {self.steps} steps")
-        return steps
+        rows = enumerate(self.rows)
+        return replace(
+            self, rows=tuple(change(row, step) if step in steps else row for step, row in rows)
+        )
 
     def rename(self, name: str) -> Plan:
         return replace(self, name=name)
@@ -260,8 +249,6 @@ class Plan:
         """
         if steps == self.steps:
             return self
-        if steps < 1:
-            raise LeansdError(f"a plan needs at least one step, not {steps}")
         if self.mixes:
             raise LeansdError(
                 f"plan {self.name} mixes outputs as fitted to {self.steps} steps, so it cannot be "
@@ -344,7 +331,7 @@ class Plan:
             LeansdError: an address matches nothing in this UNet, or a unit cannot inherit that way.
                 The message names the step and the address. Or there is no such net.
         """
-        return resolve_rows(self.rows, anatomy, nets)
+        return tuple(resolve_row(*each) for each in pair_anatomies(self.rows, anatomy, nets))
 
     def resolve_gates(
         self, anatomy: Anatomy, nets: Mapping[str, Anatomy] = NO_NETS
@@ -354,7 +341,7 @@ class Plan:
         Raises:
             LeansdError: an address matches no self-attention of this UNet.
         """
-        return resolve_all_gates(self.rows, anatomy, nets)
+        return tuple(resolve_gates(*each) for each in pair_anatomies(self.rows, anatomy, nets))
 
     def draw(self, anatomy: Anatomy | None = None, *, picture: str | Path | None = None) -> str:
         """The plan as a grid in text: of a UNet's units, or without one of what the plan names.
@@ -407,7 +394,7 @@ class Plan:
         tuned = self.tuned
         newer = self.mixes or (tuned is not None and (tuned.log_snr or tuned.strength is not None))
         version = VERSION if newer else PLAIN_VERSION
-        head: dict[str, Any] = {"format": "leansd-plan", "version": version, "name": self.name}
+        head: dict[str, Any] = {"format": FORMAT, "version": version, "name": self.name}
         values = self.to_dict()
         head |= {key: value for key, value in values.items() if key != "rows"}
         if self.drift is not None:
@@ -463,47 +450,69 @@ def _interpolate(values: list[int], position: float) -> float:
 
 
 def _read_plan(values: object) -> Plan:
-    known = ("format", "version", "name", "steps", "drift", "tuned", "rows")
-    head = _read_keys(values, "", known, needed=("steps", "rows"))
-    if head.get("format", "leansd-plan") != "leansd-plan":
-        raise LeansdError(f"format: {head['format']!r} is not 'leansd-plan'")
-    version = _read_number(head.get("version", VERSION), "version")
+    fields = _read_fields(
+        values, "", ("steps", "rows"),
+        format=_read_format, version=_read_version, name=_read_text, steps=_read_number,
+        drift=_read_drift, tuned=_read_tuned, rows=_read_rows,
+    )  # fmt: skip
+    steps, rows = fields.pop("steps"), fields["rows"]
+    if steps != len(rows):
+        raise LeansdError(f"it says {steps:g} steps and has {len(rows)} rows")
+    return Plan(**{key: value for key, value in fields.items() if key not in ("format", "version")})
+
+
+def _read_fields(
+    values: object, place: str, needed: Sequence[str] = (), **readers: Callable[[object, str], Any]
+) -> dict[str, Any]:
+    """What an object of JSON says that has all it needs, and no key that means nothing here."""
+    if not isinstance(values, dict):
+        _refuse(place or "the file", values, "an object")
+    found = cast(dict[str, object], values)
+    before = f"{place}." if place else ""
+    for key in found:
+        if key not in readers:
+            raise LeansdError(f"{before}{key}: there is no such key{suggest_name(key, readers)}")
+    for key in needed:
+        if found.get(key) is None:
+            raise LeansdError(f"{before}{key} is missing")
+    there = {key: read for key, read in readers.items() if found.get(key) is not None}
+    return {key: read(found[key], f"{before}{key}") for key, read in there.items()}
+
+
+def _read_format(value: object, place: str) -> None:
+    if value != FORMAT:
+        _refuse(place, value, repr(FORMAT))
+
+
+def _read_version(value: object, place: str) -> None:
+    version = _read_number(value, place)
     if version > VERSION:
         raise LeansdError(
             f"it has plan format {version:g}, this leansd reads up to {VERSION}; upgrade leansd"
         )
-    rows = _read_list(head["rows"], "rows")
-    if head["steps"] != len(rows):
-        raise LeansdError(f"it says {head['steps']} steps and has {len(rows)} rows")
-    drift, tuned = head.get("drift"), head.get("tuned")
-    return Plan(
-        tuple(_read_row(row, f"rows.{step}") for step, row in enumerate(rows)),
-        _read_text(head.get("name", "plan"), "name"),
-        None if drift is None else _read_drift(drift),
-        None if tuned is None else _read_tuned(tuned),
-    )
 
 
-def _read_row(values: object, place: str) -> Row:
-    row = _read_keys(values, place, ("inherit", "guidance", "correct", "attend", "net"))
-    return Row(
-        _read_words(row.get("inherit", {}), f"{place}.inherit", METHODS),
-        cast(Guidance, _read_text(row.get("guidance", "compute"), f"{place}.guidance")),
-        _read_correct(row.get("correct", (0.0, 0.0)), f"{place}.correct"),
-        cast(Gates, _read_words(row.get("attend", {}), f"{place}.attend", ATTENDS)),
-        _read_text(row.get("net", OWN), f"{place}.net"),
-    )
+def _read_rows(values: object, place: str) -> tuple[Row, ...]:
+    return tuple(
+        Row(
+            **_read_fields(
+                row, f"{place}.{step}",
+                inherit=_read_words, guidance=_read_text, correct=_read_correct,
+                attend=_read_words, net=_read_text,
+            )
+        )
+        for step, row in enumerate(_read_list(values, place))
+    )  # fmt: skip
 
 
 def _read_correct(values: object, place: str) -> Correction | Mix:
     """Two numbers, or a mix."""
     if isinstance(values, dict):
-        known = ("start", "guided", "difference")
-        mix = _read_keys(cast(object, values), place, known, needed=("guided",))
+        mix, read = cast(object, values), _read_numbers
         return Mix(
-            _read_number(mix.get("start", 0.0), f"{place}.start"),
-            _read_numbers(mix["guided"], f"{place}.guided"),
-            _read_numbers(mix.get("difference", ()), f"{place}.difference"),
+            **_read_fields(
+                mix, place, ("guided",), start=_read_number, guided=read, difference=read
+            )
         )
     correct = _read_numbers(values, place)
     if len(correct) != 2:
@@ -511,44 +520,21 @@ def _read_correct(values: object, place: str) -> Correction | Mix:
     return Correction(*correct)
 
 
-def _read_drift(values: object) -> Drift:
-    known = ("probe", "threshold", "measure")
-    drift = _read_keys(values, "drift", known, needed=("probe", "threshold"))
+def _read_drift(values: object, place: str) -> Drift:
+    needed, text = ("probe", "threshold"), _read_text
     return Drift(
-        _read_text(drift["probe"], "drift.probe"),
-        _read_number(drift["threshold"], "drift.threshold"),
-        cast(Measure, _read_text(drift.get("measure", "change"), "drift.measure")),
+        **_read_fields(values, place, needed, probe=text, threshold=_read_number, measure=text)
     )
 
 
-def _read_tuned(values: object) -> Tuned:
-    known = ("sampler", "unet", "guidance", "log_snr", "strength")
-    tuned = _read_keys(values, "tuned", known, needed=("sampler", "unet"))
-    guidance, strength = tuned.get("guidance"), tuned.get("strength")
+def _read_tuned(values: object, place: str) -> Tuned:
     return Tuned(
-        _read_text(tuned["sampler"], "tuned.sampler"),
-        _read_text(tuned["unet"], "tuned.unet"),
-        None if guidance is None else _read_number(guidance, "tuned.guidance"),
-        _read_numbers(tuned.get("log_snr", ()), "tuned.log_snr"),
-        None if strength is None else _read_number(strength, "tuned.strength"),
-    )
-
-
-def _read_keys(
-    values: object, place: str, known: Sequence[str], needed: Sequence[str] = ()
-) -> dict[str, Any]:
-    """An object of JSON that has the keys that it needs, and none that means nothing here."""
-    if not isinstance(values, dict):
-        _refuse(place or "the file", values, "an object")
-    found = cast(dict[str, Any], values)
-    before = f"{place}." if place else ""
-    for key in found:
-        if key not in known:
-            raise LeansdError(f"{before}{key}: there is no such key{suggest_name(key, known)}")
-    for key in needed:
-        if key not in found:
-            raise LeansdError(f"{before}{key} is missing")
-    return found
+        **_read_fields(
+            values, place, ("sampler", "unet"),
+            sampler=_read_text, unet=_read_text, guidance=_read_number,
+            log_snr=_read_numbers, strength=_read_number,
+        )
+    )  # fmt: skip
 
 
 def _read_list(value: object, place: str) -> list[Any]:
@@ -557,15 +543,11 @@ def _read_list(value: object, place: str) -> list[Any]:
     return list(cast(Iterable[Any], value))
 
 
-def _read_words(value: object, place: str, known: Collection[str]) -> dict[str, str]:
+def _read_words(value: object, place: str) -> dict[str, str]:
     if not isinstance(value, dict):
         _refuse(place, value, "an object")
     items = cast(dict[str, object], value).items()
-    words = {key: _read_text(each, f"{place}.{key}") for key, each in items}
-    for key, word in words.items():
-        if word not in known:
-            _refuse(f"{place}.{key}", word, f"one of {', '.join(known)}")
-    return words
+    return {key: _read_text(each, f"{place}.{key}") for key, each in items}
 
 
 def _read_text(value: object, place: str) -> str:

@@ -14,13 +14,12 @@ from typing import Any
 
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import HEAD, WHOLE, Anatomy
-from leansd.plans.plan import Plan
+from leansd.plans.plan import Plan, Tuned
 from leansd.plans.presets import DEFAULT_SAMPLER, PRESETS, Preset
 from leansd.plans.presets.tuned import list_tuned_samplers
 from leansd.text import suggest_name
 
-# -- noise levels ----------------------------------------------------------------------------------
-# Noise levels that a plan was tuned for, and the same plan at others.
+# -- noise levels that a plan was tuned for, and the same plan at others ---------------------------
 #
 # A sampler's settings (spacing of time steps, Karras sigmas, another model's noise schedule) place
 # the steps of a run at other noise levels. A key step is worth what it is at its noise level,
@@ -111,6 +110,11 @@ class PlanContext:
     def up_blocks(self) -> int:
         return self.blocks if self.anatomy is None else self.anatomy.up_blocks
 
+    def has_other_sampler(self, tuned: Tuned | None) -> bool:
+        """Whether a plan was tuned for another sampler; what is not known is none."""
+        names = {self.sampler, self.scheduler} - {""}
+        return tuned is not None and bool(names) and tuned.sampler not in names
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -154,12 +158,10 @@ class PlanChoice:
 
         def rate(plan: Plan) -> tuple[float, ...]:
             tuned = plan.tuned
-            names = {context.sampler, context.scheduler} - {""}
-            other = tuned is not None and bool(names) and tuned.sampler not in names
             share = None if tuned is None else tuned.share
             guidance = None if tuned is None else tuned.guidance
             return (
-                other,
+                context.has_other_sampler(tuned),
                 _measure_gap(share, context.strength),
                 _measure_gap(guidance, context.guidance),
             )
@@ -257,8 +259,6 @@ def resolve_plan(
     else:
         plan = _stretch(found, context.steps or found.steps, fit=fit)
         elsewhere = _list_elsewhere(plan, context)
-        if elsewhere and plan.mixes:
-            _require_sampler(plan, context)
         notes = [f"{each}: nothing says that it is any good here" for each in elsewhere]
         plan, moved = _carry(plan, context)
         notes += moved
@@ -341,9 +341,8 @@ def _stretch(plan: Plan, steps: int, *, fit: bool) -> Plan:
 def _carry(plan: Plan, context: PlanContext) -> tuple[Plan, list[str]]:
     """The plan at the noise levels of the run, and what to say of it."""
     then = plan.tuned.log_snr if plan.tuned is not None else ()
-    if len(then) != plan.steps or len(context.log_snr) != plan.steps:
-        return plan, []
-    if not differ(then, context.log_snr):
+    known = len(then) == len(context.log_snr) == plan.steps
+    if not known or not differ(then, context.log_snr):
         return plan, []
     moved = carry_over(plan, then, context.log_snr)
     return moved, [
@@ -352,24 +351,22 @@ def _carry(plan: Plan, context: PlanContext) -> tuple[Plan, list[str]]:
     ]
 
 
-def _require_sampler(plan: Plan, context: PlanContext) -> None:
-    """Refuse a plan whose weights are another sampler's."""
-    names = {context.sampler, context.scheduler} - {""}
-    if plan.tuned is not None and names and plan.tuned.sampler not in names:
-        raise LeansdError(
-            f"plan {plan.name} mixes outputs as fitted to sampler {plan.tuned.sampler}: use that "
-            f"one, or tune a plan for {context.sampler or context.scheduler}"
-        )
-
-
 def _list_elsewhere(plan: Plan, context: PlanContext) -> list[str]:
-    """What a plan was tuned for and these runs are not, as far as it is known."""
+    """What a plan was tuned for and these runs are not, as far as it is known.
+
+    Raises:
+        LeansdError: the plan mixes outputs, and its weights are another sampler's.
+    """
     tuned, found = plan.tuned, list[str]()
     if tuned is None:
         return found
-    names = {context.sampler, context.scheduler} - {""}
-    if names and tuned.sampler not in names:
+    if context.has_other_sampler(tuned):
         own = context.sampler or context.scheduler
+        if plan.mixes:
+            raise LeansdError(
+                f"plan {plan.name} mixes outputs as fitted to sampler {tuned.sampler}: use that "
+                f"one, or tune a plan for {own}"
+            )
         found.append(f"plan {plan.name} was tuned for sampler {tuned.sampler}, not {own}")
     unet = context.find_unet() if tuned.unet and context.find_unet is not None else None
     if unet is not None and tuned.unet != unet:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NoReturn, Protocol, get_args
+from typing import Literal, Protocol, get_args
 
 from leansd.errors import LeansdError
 from leansd.plans.address import covers
-from leansd.plans.anatomy import HEAD, STEM, Anatomy
+from leansd.plans.anatomy import HEAD, STEM, Anatomy, Selection, Unit
 from leansd.plans.methods import METHODS, NO_CORRECTION, Correction, Mix
 
 How = str
@@ -115,7 +115,12 @@ def check_row(step: int, row: Row) -> None:
             f"step {step}: a correction needs both halves of a guided batch; "
             f"it cannot go with guidance {row.guidance!r}"
         )
-    check_gates(step, row.attend)
+    for pattern, attend in row.attend.items():
+        if attend not in ATTENDS:
+            known = ", ".join(ATTENDS)
+            raise LeansdError(
+                f"step {step}, {pattern}: cannot attend by {attend!r}; there are {known}"
+            )
     for pattern, how in row.inherit.items():
         if how not in METHODS:
             known = ", ".join(METHODS)
@@ -130,33 +135,28 @@ def resolve_row(step: int, row: Row, anatomy: Anatomy) -> dict[str, How]:
     """
     resolved: dict[str, How] = {}
     for pattern, how in row.inherit.items():
-        try:
-            units = anatomy.select(pattern)
-        except LeansdError as error:
-            raise LeansdError(f"step {step}: {error}") from None
-        for unit in units:
-            if METHODS[how].of_change and len(unit.at.split(".")) > 3:
-                raise LeansdError(
-                    f"step {step}: {unit.at} is itself added to its input; use reuse or forecast"
-                )
-            stem = anatomy.by_address.get(STEM, unit) if unit.at == HEAD else unit
-            given = stem.channels[0]
-            # Further channels of the UNet's input (masks, other pictures) follow the latents.
-            fits = given >= unit.channels[1] if unit.at == HEAD else given == unit.channels[1]
-            if METHODS[how].of_change and not fits:
-                raise LeansdError(
-                    f"step {step}: {unit.at} cannot inherit its residual: it takes "
-                    f"{given} channels, gives {unit.channels[1]}; use reuse or forecast"
-                )
-            if METHODS[how].of_change and unit.kind.endswith("sampler"):
-                raise LeansdError(
-                    f"step {step}: {unit.at} cannot inherit its residual: it changes the size; "
-                    "use reuse or forecast"
-                )
+        for unit in _select(step, pattern, anatomy):
+            why = _explain_no_change(unit, anatomy) if METHODS[how].of_change else ""
+            if why:
+                raise LeansdError(f"step {step}: {unit.at} {why}; use reuse or forecast")
             resolved[unit.at] = how
     if any(row.correct) and HEAD in resolved:
         raise LeansdError(f"step {step} inherits {HEAD}: there is no computed output to correct")
     return resolved
+
+
+def _explain_no_change(unit: Unit, anatomy: Anatomy) -> str:
+    """Why what a unit adds to its input cannot be inherited; empty where it can."""
+    if len(unit.at.split(".")) > 3:
+        return "is itself added to its input"
+    stem = anatomy.by_address.get(STEM, unit) if unit.at == HEAD else unit
+    given, made = stem.channels[0], unit.channels[1]
+    # Further channels of the UNet's input (masks, other pictures) follow the latents.
+    if given != made and not (unit.at == HEAD and given > made):
+        return f"cannot inherit its residual: it takes {given} channels, gives {made}"
+    if unit.kind.endswith("sampler"):
+        return "cannot inherit its residual: it changes the size"
+    return ""
 
 
 def _order(choices: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -165,41 +165,31 @@ def _order(choices: Mapping[str, str]) -> list[tuple[str, str]]:
     return entries if len(set(choices.values())) > 1 else sorted(entries)
 
 
-def check_gates(step: int, gates: Gates) -> None:
-    """Refuse an attention that there is not."""
-    for pattern, attend in gates.items():
-        if attend not in ATTENDS:
-            known = ", ".join(ATTENDS)
-            raise LeansdError(
-                f"step {step}, {pattern}: cannot attend by {attend!r}; there are {known}"
-            )
-
-
-def resolve_gates(step: int, gates: Gates, anatomy: Anatomy) -> dict[str, Attend]:
+def resolve_gates(step: int, row: Row, anatomy: Anatomy) -> dict[str, Attend]:
     """The self-attentions that a row gates, by full address.
 
     Raises:
         LeansdError: an address matches nothing, or nothing that is a self-attention.
     """
-    own = [part.at for part in anatomy.parts if part.kind == SELF_ATTENTION] if gates else []
+    own = [part.at for part in anatomy.parts if part.kind == SELF_ATTENTION] if row.attend else []
     resolved: dict[str, Attend] = {}
-    for pattern, attend in gates.items():
+    for pattern, attend in row.attend.items():
         covered = [at for at in own if covers(pattern, at)]
         if not covered:
-            _explain_nothing(step, pattern, anatomy)
+            found = _select(step, pattern, anatomy).addresses
+            raise LeansdError(
+                f"step {step}: {pattern!r} ({found[0]}) is no self-attention; only those can be "
+                "gated, the likes of dn0.*.attn and dn0.*.sa"
+            )
         resolved.update(dict.fromkeys(covered, attend))
     return resolved
 
 
-def _explain_nothing(step: int, pattern: str, anatomy: Anatomy) -> NoReturn:
+def _select(step: int, pattern: str, anatomy: Anatomy) -> Selection:
     try:
-        found = anatomy.select(pattern).addresses
+        return anatomy.select(pattern)
     except LeansdError as error:
         raise LeansdError(f"step {step}: {error}") from None
-    raise LeansdError(
-        f"step {step}: {pattern!r} ({found[0]}) is no self-attention; only those can be gated, the "
-        "likes of dn0.*.attn and dn0.*.sa"
-    )
 
 
 # -- drift: a plan with one is a frame ---------------------------------------------------------
@@ -262,26 +252,14 @@ def list_nets(rows: Sequence[Row]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(row.net for row in rows if row.net != OWN))
 
 
-def resolve_rows(
-    rows: Sequence[Row], anatomy: Anatomy, nets: Mapping[str, Anatomy]
-) -> tuple[dict[str, How], ...]:
-    """For every step, the units that inherit and how (see `Plan.resolve`)."""
-    each_step = _pair_anatomies(rows, anatomy, nets)
-    return tuple(resolve_row(step, row, each) for step, row, each in each_step)
-
-
-def resolve_all_gates(
-    rows: Sequence[Row], anatomy: Anatomy, nets: Mapping[str, Anatomy]
-) -> tuple[Gates, ...]:
-    """For every step, the self-attentions that are gated (see `Plan.resolve_gates`)."""
-    each_step = _pair_anatomies(rows, anatomy, nets)
-    return tuple(resolve_gates(step, row.attend, each) for step, row, each in each_step)
-
-
-def _pair_anatomies(
+def pair_anatomies(
     rows: Sequence[Row], own: Anatomy, nets: Mapping[str, Anatomy]
 ) -> Iterator[tuple[int, Row, Anatomy]]:
-    """Every step with the UNet that it runs."""
+    """Every step, its row and the UNet that it runs.
+
+    Raises:
+        LeansdError: there is no such net.
+    """
     known = {**nets, OWN: own}
     for step, row in enumerate(rows):
         if row.net not in known:

@@ -21,9 +21,10 @@ import torch
 from leansd.plans.anatomy import HEAD
 from leansd.plans.liveness import Call, Lane, Program
 from leansd.plans.row import SAMPLE, Drift, Measure
-from leansd.runtime.cache import join_rows, map_rows, split_rows, unwrap
-from leansd.runtime.call import CacheBranch, Signature, UNetCall, UNetStep
+from leansd.runtime.arguments import join_rows, map_rows, split_rows, unwrap
+from leansd.runtime.call import CacheBranch, UNetCall, UNetStep
 from leansd.runtime.clock import CallPosition
+from leansd.runtime.watch import CallSignature
 
 Rows = Mapping[Lane, torch.Tensor]
 """A picture's part of a tensor, lane by lane."""
@@ -180,7 +181,7 @@ class AdaptiveBranch(CacheBranch):
             each.branch.clear()
             each.metric.clear()
 
-    def start_over(self, program: Program, signature: Signature, pictures: int) -> None:
+    def start_over(self, program: Program, signature: CallSignature, pictures: int) -> None:
         super().start_over(program, signature, pictures)
         make = METRICS[self._drift.measure]
         self._pictures = tuple(SampleState(CacheBranch(), make()) for _ in range(pictures))

@@ -1,14 +1,11 @@
-"""One UNet call under a plan: its arguments, what every unit does in it, and what a run keeps."""
+"""One UNet call under a plan: what every unit does in it, and what a run keeps."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from diffusers import UNet2DConditionModel
 
 from leansd.core.schedule import CallSchedule
 from leansd.core.store import History
@@ -16,67 +13,9 @@ from leansd.core.weighing import PlannedCall, find_method
 from leansd.plans.anatomy import HEAD
 from leansd.plans.liveness import GUIDANCE, Call, Kept, Lane, Program
 from leansd.plans.methods import METHODS
-from leansd.runtime.cache import Shape, unwrap
+from leansd.runtime.arguments import Shape, unwrap
 from leansd.runtime.clock import CallPosition
-
-ARGUMENTS = tuple(inspect.signature(UNet2DConditionModel.forward).parameters)[1:]
-"""Names of the arguments of a UNet, in their order."""
-POSITIONAL = ("sample", "timestep", "encoder_hidden_states")
-"""Those that are handed on by position, as hooks of others expect them."""
-
-
-@dataclass(frozen=True)
-class UNetArguments:
-    """The arguments of one UNet call, read once."""
-
-    named: Mapping[str, Any]
-    """Those that were given, by name."""
-
-    @classmethod
-    def bind(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> UNetArguments:
-        return cls({**dict(zip(ARGUMENTS, args, strict=False)), **kwargs})
-
-    @property
-    def is_complete(self) -> bool:
-        return "sample" in self.named and "timestep" in self.named
-
-    @property
-    def sample(self) -> torch.Tensor:
-        """The UNet's input [B, C, H, W]."""
-        return self.named["sample"]
-
-    @property
-    def timestep(self) -> Any:
-        return self.named["timestep"]
-
-    @property
-    def text(self) -> torch.Tensor | None:
-        """The text states [B, tokens, width]."""
-        return self.named.get("encoder_hidden_states")
-
-    @property
-    def in_dataclass(self) -> bool:
-        """Whether the output is wanted in a dataclass, not in a tuple."""
-        return self.named.get("return_dict", True)
-
-    @property
-    def adds_in_place(self) -> bool:
-        """Whether the UNet's forward will add a T2I-Adapter's features in place."""
-        if self.named.get("down_intrablock_additional_residuals") is not None:
-            return True
-        return (
-            self.named.get("down_block_additional_residuals") is not None
-            and self.named.get("mid_block_additional_residual") is None
-        )
-
-    def replace(self, **named: Any) -> UNetArguments:
-        return UNetArguments({**self.named, **named})
-
-    def call(self, forward: Callable[..., Any]) -> Any:
-        """What `forward` makes of them."""
-        first = [self.named[name] for name in POSITIONAL if name in self.named]
-        others = {name: each for name, each in self.named.items() if name not in POSITIONAL}
-        return forward(*first, **others)
+from leansd.runtime.watch import CallSignature
 
 
 class UNetStep(Protocol):
@@ -127,19 +66,6 @@ class UNetStep(Protocol):
         ...
 
 
-class Signature(Protocol):
-    """What enters a call besides the latents."""
-
-    @property
-    def states(self) -> tuple[object, ...]:
-        """Of the UNets that the plan runs."""
-        ...
-
-    def find_change(self, before: Any) -> str:
-        """What differs from `before`, in words; empty if nothing does."""
-        ...
-
-
 class CacheBranch(History):
     """The state of one run for one of the calls that a pipeline makes at each step.
 
@@ -151,11 +77,11 @@ class CacheBranch(History):
         super().__init__()
         self.shapes: dict[str, dict[str, Shape]] = {}
         """Of what units and parts give, for each net."""
-        self._signature: Signature | None = None
-        self._rest: Signature | None = None
+        self._signature: CallSignature | None = None
+        self._rest: CallSignature | None = None
         """That of the unconditional calls, where a pipeline makes them apart."""
 
-    def find_break(self, index: int, signature: Signature) -> str:
+    def find_break(self, index: int, signature: CallSignature) -> str:
         """Why the call `index` cannot go on from the one before, in words; empty where it can."""
         if self._signature is None or not self.follows(index):
             return "a call is out of order"
@@ -165,13 +91,13 @@ class CacheBranch(History):
         """Whether the UNets are not what they were when the branch began."""
         return self._signature is not None and self._signature.states != states
 
-    def start_over(self, program: Program, signature: Signature, pictures: int) -> None:
+    def start_over(self, program: Program, signature: CallSignature, pictures: int) -> None:
         """Forget everything and follow `program`, whose first call computes in full."""
         self.begin(program)
         self.shapes.clear()
         self._signature, self._rest = signature, None
 
-    def completes(self, index: int, signature: Signature) -> bool:
+    def completes(self, index: int, signature: CallSignature) -> bool:
         """Whether this is the unconditional call to the conditional one just made."""
         goes_on = self._rest is None or not signature.find_change(self._rest)
         self._rest = signature

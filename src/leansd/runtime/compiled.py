@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
@@ -25,8 +25,8 @@ from leansd.errors import LeansdError
 from leansd.plans.compile import Structure, list_structures
 from leansd.plans.liveness import Call, Kept
 from leansd.plans.methods import METHODS, Method
-from leansd.runtime.cache import OutputShapes, Shape
-from leansd.runtime.call import CacheBranch, UNetArguments, UNetCall, UNetStep
+from leansd.runtime.arguments import OutputShapes, Shape, UNetArguments
+from leansd.runtime.call import CacheBranch, UNetCall, UNetStep
 
 OPTIONS = ("backend", "mode", "options", "dynamic")
 """What of `torch.compile` may be chosen; `fullgraph` is always on."""
@@ -110,32 +110,17 @@ class TracedCall(UNetCall):
         return combine([noise, *tensors], self._weights[tuple(sources)])
 
 
-class RunLanes(Protocol):
-    """The engine's way of running a call, with its units following `step`."""
-
-    def __call__(
-        self, step: UNetStep, arguments: UNetArguments, forward: Callable[..., Any]
-    ) -> Any: ...
-
-
-PickLatents = Callable[[torch.Tensor], torch.Tensor]
-"""The channels [B, C, H, W] of a UNet's input that its output stands for."""
+RunLanes = Callable[[UNetStep, UNetArguments, Callable[..., Any]], Any]
+"""The engine's way of running a call with the UNet's own forward, its units following the step."""
 
 
 class CompiledCalls:
     """The compiled calls of one UNet under one choice of `torch.compile`'s options."""
 
     def __init__(
-        self,
-        run_lanes: RunLanes,
-        pick_latents: PickLatents,
-        shapes: OutputShapes,
-        options: Mapping[str, Any],
+        self, run_lanes: RunLanes, shapes: OutputShapes, options: Mapping[str, Any]
     ) -> None:
-        self._run_lanes = run_lanes
-        self._pick_latents = pick_latents
-        self._options = options
-        self._shapes = shapes
+        self._run_lanes, self._shapes, self._options = run_lanes, shapes, options
         self._clones = uses_cuda_graphs(options)
         self._runs: dict[Structure, Callable[..., Any]] = {}
         self._list_structures = lru_cache(maxsize=64)(list_structures)
@@ -213,13 +198,13 @@ class CompiledCalls:
     def _find_run(self, structure: Structure) -> Callable[..., Any]:
         with self._lock:
             if structure not in self._runs:
-                run = write_run(structure, self._shapes, self._run_lanes, self._pick_latents)
+                run = write_run(structure, self._shapes, self._run_lanes)
                 self._runs[structure] = torch.compile(run, fullgraph=True, **self._options)
             return self._runs[structure]
 
 
 def write_run(
-    structure: Structure, output_shapes: OutputShapes, run_lanes: RunLanes, pick: PickLatents
+    structure: Structure, output_shapes: OutputShapes, run_lanes: RunLanes
 ) -> Callable[..., Any]:
     """The function of one structure, which gives the UNet's output and what it keeps."""
 
@@ -230,8 +215,8 @@ def write_run(
         weights: torch.Tensor | None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         sample = named["sample"]
-        shapes = output_shapes.make_shapes(sample)
-        step = TracedCall(structure, given, weights, shapes, pick(sample))
+        shapes, latents = output_shapes.make_shapes(sample), output_shapes.pick_latents(sample)
+        step = TracedCall(structure, given, weights, shapes, latents)
         output = run_lanes(step, UNetArguments({**named, "return_dict": False}), forward)
         keeps = structure.call.keeps.values()
         return output[0], [step.branch.cache.read(kept) for each in keeps for kept in each]

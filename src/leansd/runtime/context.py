@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -13,10 +14,10 @@ from torch import nn
 from leansd.anatomy.counting import dissect
 from leansd.anatomy.reading import fingerprint_module, read_anatomy
 from leansd.plans.anatomy import WHOLE, Anatomy
-from leansd.plans.plan import NO_NETS
 from leansd.plans.resolve import PlanContext
 from leansd.runtime.samplers import name_sampler
 
+NOTHING_KNOWN = PlanContext()
 INSIDE = ("torch", "leansd.runtime")
 """Modules whose frames are no pipeline's."""
 
@@ -40,28 +41,9 @@ def dissect_denoiser(pipe: Any, name: str = "UNet") -> Anatomy:
     return dissect(pipe.unet, name=name) if find_transformer(pipe) is None else WHOLE
 
 
-def describe_runs(
-    pipe: Any,
-    steps: int | None = None,
-    *,
-    anatomy: Anatomy | None = None,
-    nets: Mapping[str, Anatomy] = NO_NETS,
-    guidance: float | None = None,
-    strength: float | None = None,
-    log_snr: Sequence[float] = (),
-) -> PlanContext:
-    """The context of a pipeline's runs, for `leansd.plans.resolve.resolve_plan`.
-
-    Args:
-        steps: of the sampler; None for those of a plan file.
-        anatomy: of what denoises, where it was read already.
-        nets: anatomies of the other UNets that a plan may run, by name.
-        guidance: the guidance scale, where it is known.
-        strength: how much of its steps a run has, where it is known.
-        log_snr: at every step, where the scheduler has laid them out.
-    """
-
-    denoiser = find_denoiser(pipe)
+def describe_runs(pipe: Any, known: PlanContext = NOTHING_KNOWN) -> PlanContext:
+    """What is `known` of a pipeline's runs, and what the pipeline says of them."""
+    denoiser, anatomy = find_denoiser(pipe), known.anatomy
     if anatomy is None:
         anatomy = read_anatomy(denoiser) if find_transformer(pipe) is None else WHOLE
 
@@ -71,15 +53,11 @@ def describe_runs(
         absent = any(value.is_meta for value in denoiser.parameters())
         return None if absent else fingerprint_module(denoiser)
 
-    return PlanContext(
-        steps=steps,
+    return replace(
+        known,
         sampler=name_sampler(pipe),
         scheduler=type(pipe.scheduler).__name__,
         anatomy=anatomy,
-        nets=nets,
-        guidance=guidance,
-        strength=strength,
-        log_snr=log_snr,
         find_unet=find_unet,
     )
 

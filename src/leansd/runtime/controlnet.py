@@ -17,8 +17,7 @@ from torch import nn
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.liveness import Call, Net, Program
 from leansd.plans.row import OWN
-from leansd.runtime.cache import Shape
-from leansd.runtime.call import UNetArguments
+from leansd.runtime.arguments import Shape, UNetArguments
 from leansd.runtime.hooks import ForwardHooks
 from leansd.runtime.nets import DOWN_RESIDUALS
 from leansd.runtime.report import ControlCounts

@@ -21,10 +21,10 @@ from leansd.anatomy.reading import read_anatomy
 from leansd.core.devices import Stopwatch, start_stopwatch
 from leansd.errors import LeansdError
 from leansd.plans.address import get_layer
-from leansd.plans.anatomy import HEAD, Anatomy
+from leansd.plans.anatomy import Anatomy
 from leansd.plans.row import OWN, Attend
-from leansd.runtime.cache import OutputShapes
-from leansd.runtime.call import UNetArguments, UNetStep
+from leansd.runtime.arguments import OutputShapes, UNetArguments
+from leansd.runtime.call import UNetStep
 from leansd.runtime.compiled import CompiledCalls, TraceSlot, freeze
 from leansd.runtime.context import find_calling_pipeline
 from leansd.runtime.controlnet import ControlHook
@@ -32,8 +32,8 @@ from leansd.runtime.guidance import run_step
 from leansd.runtime.hooks import (
     PLAIN,
     ForwardHooks,
-    PipelineEndHook,
     exchange_forward,
+    hook_pipeline_end,
     patch_method,
 )
 from leansd.runtime.nets import select_residuals
@@ -73,7 +73,6 @@ class Engine:
     def __init__(self, unet: UNet2DConditionModel) -> None:
         self.unet = unet
         self.anatomy: Anatomy = read_anatomy(unet)
-        self._channels = self.anatomy[HEAD].channels[1]
         self.followers: tuple[Follower, ...] = ()
         self.guests: tuple[Follower, ...] = ()
         """Followers of other UNets whose plans run this one at some steps."""
@@ -85,7 +84,7 @@ class Engine:
         self._blocks = _list_block_outputs(self.anatomy)
         self._paths = self._list_paths()
         self._places = self._list_places()
-        self._end_hook = PipelineEndHook(unet, self._end_call)
+        self._end_hook = hook_pipeline_end(unet, self._end_call)
         self._paused = pause_compiled(unet)
         self.hooks = ForwardHooks({}, self._around)
         # Last: from here on other threads come in.
@@ -106,7 +105,7 @@ class Engine:
         if not self.hooks.resume(self._list_modules()):
             return False
         self._places = self._list_places()
-        self._end_hook = PipelineEndHook(self.unet, self._end_call)
+        self._end_hook = hook_pipeline_end(self.unet, self._end_call)
         self._paused = pause_compiled(self.unet)
         return True
 
@@ -140,10 +139,6 @@ class Engine:
             if self.followers or self.guests:  # not released meanwhile
                 self.hooks.renew(self._list_modules())
                 self._places = self._list_places()
-
-    def pick_latents(self, sample: torch.Tensor) -> torch.Tensor:
-        """The channels [B, C, H, W] of the UNet's input that its output stands for."""
-        return sample[:, : self._channels]
 
     # -- a call of the UNet ----------------------------------------------------------------------
 
@@ -255,9 +250,7 @@ class Engine:
         key = freeze(options)
         if key not in self._compiled:
             with LOCK:
-                self._compiled.setdefault(
-                    key, CompiledCalls(self.run_lanes, self.pick_latents, self.shapes, options)
-                )
+                self._compiled.setdefault(key, CompiledCalls(self.run_lanes, self.shapes, options))
         return self._compiled[key]
 
     def _has_freeu(self) -> bool:

@@ -17,8 +17,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from leansd.core.weighing import find_method
 from leansd.plans.anatomy import HEAD, STEM, Anatomy
 from leansd.plans.liveness import GUIDANCE, Lane
-from leansd.runtime.cache import map_rows
-from leansd.runtime.call import UNetArguments, UNetCall, UNetStep, keep_for_rest
+from leansd.runtime.arguments import UNetArguments, map_rows
+from leansd.runtime.call import UNetCall, UNetStep, keep_for_rest
 
 LATENTS_FIRST = ("InstructPix2Pix", "SuperResolution")
 """In the names of pipelines that put a picture of as many channels behind the latents."""

@@ -129,18 +129,25 @@ class PatchedMethod:
 
 
 def patch_method(
-    owner: Any, name: str, around: Around, *, slots: tuple[str, ...] = (), label: str = ""
+    owner: Any,
+    name: str,
+    around: Around,
+    *,
+    slots: tuple[str, ...] = (),
+    label: str = "",
+    otherwise: Forward | None = None,
 ) -> PatchedMethod:
     """Put `around` around the method `name` of an instance, until it is released.
 
     Args:
         slots: attributes that may hold the method, its own name first.
         label: what `around` is told as the name; the method's own by default.
+        otherwise: stands for the method of an instance that has none.
     """
     slots = slots or (name,)
     link = HookLink(label or name, around, was_set=slots[0] in vars(owner))
     place = _find_place(owner, slots)
-    before = getattr(*place)
+    before = getattr(*place) if otherwise is None else getattr(*place, otherwise)
     patched = functools.partial(call_around, link, before)
     functools.update_wrapper(patched, before)
     setattr(*place, patched)
@@ -250,30 +257,15 @@ class ForwardHooks:
         self.release()
 
 
-class PipelineEndHook:
+def hook_pipeline_end(module: nn.Module, on_end: Callable[[], None]) -> PatchedMethod:
     """`on_end` called whenever a pipeline call ends that has `module` among its components."""
 
-    def __init__(self, module: nn.Module, on_end: Callable[[], None]) -> None:
-        self._module = module
-        self._before = vars(module).get(ENDED)
-        self._link = HookLink(ENDED, on_end)
-        self._patched = functools.partial(end_call, self._link, getattr(module, ENDED, None))
-        setattr(module, ENDED, self._patched)
-
-    def release(self) -> None:
-        """Put back what was there. A second release does nothing."""
-        self._link.around = None
-        if vars(self._module).get(ENDED) is not self._patched:
-            return
-        delattr(self._module, ENDED)
-        if self._before is not None:
-            setattr(self._module, ENDED, self._before)
-
-
-def end_call(link: HookLink, before: Callable[..., None] | None, *args: Any, **kwargs: Any) -> None:
-    """What a pipeline calls at its end, on the module or on a copy of it."""
-    if before is not None:
+    def around(_: str, before: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         before(*args, **kwargs)
-    on_end = link.around
-    if on_end is not None:
         on_end()
+
+    return patch_method(module, ENDED, around, otherwise=_do_nothing)
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    """What a module without a method of its own does at the end of a pipeline's call."""

@@ -20,7 +20,7 @@ from leansd.errors import LeansdError
 from leansd.plans.anatomy import HEAD, Anatomy
 from leansd.plans.liveness import GUIDANCE, Net
 from leansd.plans.row import OWN
-from leansd.runtime.call import UNetArguments
+from leansd.runtime.arguments import UNetArguments
 
 EMBEDDINGS = ("time_embedding", "add_embedding", "class_embedding", "encoder_hid_proj")
 """What units are given besides each other's outputs and the text, by attribute of the UNet."""

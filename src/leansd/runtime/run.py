@@ -9,8 +9,8 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import Any
 from weakref import WeakSet
 
@@ -28,9 +28,10 @@ from leansd.plans.liveness import Lane, Program
 from leansd.plans.methods import METHODS
 from leansd.plans.plan import Plan
 from leansd.plans.resolve import PlanChoice, PlanContext, Resolved, Source, resolve_plan
-from leansd.plans.row import SAMPLE
+from leansd.plans.row import OWN, SAMPLE
 from leansd.runtime.adaptive import AdaptiveBranch
-from leansd.runtime.call import CacheBranch, UNetArguments, UNetStep
+from leansd.runtime.arguments import UNetArguments
+from leansd.runtime.call import CacheBranch, UNetStep
 from leansd.runtime.clock import CallPosition, Clock, LoopClock, SchedulerClock, is_view
 from leansd.runtime.context import count_depth, describe_runs, find_calling_pipeline
 from leansd.runtime.controlnet import ControlResiduals, UpcomingCall, complete_residuals
@@ -166,7 +167,8 @@ class Follower:
         self._state = _ThreadState()
         self._warned: set[str] = set()
         self._latents = WeakSet[LatentsWatch]()
-        self._compile = lru_cache(maxsize=64)(self._make_program)
+        compile_ = partial(compile_plan, anatomy=self.anatomy, nets=nets.nets)
+        self._compile = lru_cache(maxsize=64)(compile_)
         plans = source.plans if isinstance(source, PlanChoice) else (source,)
         for plan in plans:
             if isinstance(plan, Plan):
@@ -325,9 +327,7 @@ class Follower:
             is_full = is_full or bool(self._find_observed(program, position.index))
             return UpcomingCall(position.index, program, residuals, nets, is_full)
         guided = guides(self.pipe) if run.two_halves is None else run.two_halves
-        program = self._compile(
-            plan, position.index, position.schedule.rows, position.schedule.moments, guided
-        )
+        program = self._compile_from(plan, position, guided=guided)
         return UpcomingCall(
             position.index, program, residuals, nets, is_full=True, keeps_all=plan.guides
         )
@@ -384,16 +384,13 @@ class Follower:
         nets = {name: net.anatomy for name, net in self.nets.nets.items()}
         context = PlanContext(steps, anatomy=self.anatomy, nets=nets)
         if self.pipe is not None:
-            guidance = find_scale(self.pipe) if guides(self.pipe) else None
-            context = describe_runs(
-                self.pipe,
-                steps,
-                anatomy=self.anatomy,
-                nets=nets,
-                guidance=guidance,
+            known = replace(
+                context,
+                guidance=find_scale(self.pipe) if guides(self.pipe) else None,
                 strength=1 - schedule.rows[position.index] / steps,
                 log_snr=schedule.log_snr if len(schedule.log_snr) == steps else (),
             )
+            context = describe_runs(self.pipe, known)
         try:
             resolved = resolve_plan(self.source, context)
         except LeansdError:
@@ -420,11 +417,11 @@ class Follower:
         apart: bool,
     ) -> None:
         """Let a branch begin anew with this call, which is computed in full."""
-        plan, schedule = run.plan, position.schedule
+        plan = run.plan
         guided = apart or is_guided(self.pipe, sample.shape[0])
         if not apart and (plan.guides or plan.mixes or plan.drift is not None):
             guided = run.two_halves = has_two_halves(self.pipe, sample)
-        program = self._compile(plan, position.index, schedule.rows, schedule.moments, guided)
+        program = self._compile_from(plan, position, guided=guided)
         pictures = count_pictures(self.pipe, sample.shape[0], two_halves=guided)
         branch.start_over(program, signature, pictures)
 
@@ -455,18 +452,12 @@ class Follower:
         run.latents = LatentsWatch(plan, pipe)
         self._latents.add(run.latents)
 
-    def _make_program(
-        self,
-        plan: Plan,
-        start: int,
-        rows: tuple[int, ...],
-        moments: tuple[float, ...],
-        guided: bool,
-    ) -> Program:
-        return compile_plan(
-            plan, self.anatomy,
-            nets=self.nets.nets, start=start, rows=rows, moments=moments, guided=guided,
-        )  # fmt: skip
+    def _compile_from(self, plan: Plan, position: CallPosition, *, guided: bool) -> Program:
+        """The calls of a run from this one on."""
+        index, schedule = position.index, position.schedule
+        return self._compile(
+            plan, start=index, rows=schedule.rows, moments=schedule.moments, guided=guided
+        )
 
     def _sign(
         self, arguments: UNetArguments, lane: Lane | None, *, drops_guidance: bool
@@ -507,12 +498,9 @@ class Follower:
 
     def _find_observed(self, program: Program, index: int) -> str:
         call = program[index]
-        watch = self.watches[[*self._list_nets()].index(call.net)] if self.watches else None
-        at = watch.find_observed(call) if watch is not None else ""
+        watches = dict(zip((OWN, *self.nets.unets), self.watches, strict=False))
+        at = watches[call.net].find_observed(call) if watches else ""
         return f"{at} is hooked" if at else ""
-
-    def _list_nets(self) -> list[str]:
-        return ["", *self.nets.unets]
 
 
 def _needs_latents(plan: Plan, anatomy: Any) -> bool:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten
 
 from leansd.plans.anatomy import HEAD, Anatomy
 from leansd.plans.liveness import Call
-from leansd.runtime.call import UNetArguments
+from leansd.runtime.arguments import UNetArguments
 from leansd.runtime.finite import is_real
 from leansd.surgery.parts.gri import FULL, GRIAttnProcessor
 

@@ -22,10 +22,10 @@ from leansd.core.player import Player
 from leansd.core.schedule import CallSchedule
 from leansd.errors import LeansdError
 from leansd.plans.plan import Plan
-from leansd.plans.resolve import Resolved, Source, resolve_plan
+from leansd.plans.resolve import PlanContext, Resolved, Source, resolve_plan
 from leansd.runtime.clock import read_schedule
 from leansd.runtime.context import count_depth, describe_runs, find_calling_pipeline
-from leansd.runtime.hooks import ForwardHooks, PipelineEndHook
+from leansd.runtime.hooks import ForwardHooks, PatchedMethod, hook_pipeline_end
 from leansd.runtime.report import Report
 
 CONDITIONS = ("encoder_hidden_states", "pooled_projections", "cap_feats", "skip_layers")
@@ -83,7 +83,7 @@ class WholeStepFollower:
         self._runs: dict[tuple[int, int], WholeRun] = {}
         """By thread, and by how many calls of the pipeline lie within one another there."""
         self._hooks: ForwardHooks | None = None
-        self._end: PipelineEndHook | None = None
+        self._end: PatchedMethod | None = None
         self._warned: set[str] = set()
         if isinstance(source, Plan):
             self._resolve(source.steps)
@@ -97,7 +97,7 @@ class WholeStepFollower:
                 )
             _ATTACHED[id(self.pipe)] = self
             self._hooks = ForwardHooks({"transformer": self.transformer}, self._around)
-            self._end = PipelineEndHook(self.transformer, self._forget)
+            self._end = hook_pipeline_end(self.transformer, self._forget)
 
     def release(self) -> None:
         with _LOCK:
@@ -196,7 +196,7 @@ class WholeStepFollower:
         return run, index
 
     def _resolve(self, steps: int, guidance: float | None = None) -> Resolved:
-        context = describe_runs(self.pipe, steps, guidance=guidance)
+        context = describe_runs(self.pipe, PlanContext(steps, guidance=guidance))
         resolved = resolve_plan(self.source, context)
         for note in resolved.notes:
             if note not in self._warned:

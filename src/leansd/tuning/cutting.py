@@ -30,7 +30,7 @@ from leansd.evaluation.inner_timing import time_units
 from leansd.evaluation.runs import PipelineCall, expand_calls, run_calls
 from leansd.evaluation.timing import check_count
 from leansd.plans.anatomy import Anatomy
-from leansd.runtime.cache import map_rows
+from leansd.runtime.arguments import map_rows
 from leansd.runtime.clock import SchedulerClock
 from leansd.runtime.engine import list_followers
 from leansd.runtime.guidance import is_guided

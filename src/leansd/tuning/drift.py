@@ -23,7 +23,7 @@ from leansd.plans.anatomy import HEAD, Anatomy
 from leansd.plans.liveness import Pattern, find_pattern
 from leansd.plans.methods import METHODS, weigh
 from leansd.plans.row import How
-from leansd.runtime.cache import Shape, unwrap
+from leansd.runtime.arguments import Shape, unwrap
 from leansd.runtime.clock import CallPosition, SchedulerClock
 from leansd.runtime.engine import list_followers
 from leansd.runtime.guidance import is_guided

@@ -20,8 +20,7 @@ from leansd.core.devices import send
 from leansd.core.mixing import guide
 from leansd.errors import LeansdError
 from leansd.evaluation.runs import PipelineCall, run_calls
-from leansd.runtime.cache import join_rows, map_rows
-from leansd.runtime.call import UNetArguments
+from leansd.runtime.arguments import UNetArguments, join_rows, map_rows
 from leansd.runtime.clock import SchedulerClock
 from leansd.runtime.guidance import find_scale, guides, has_two_halves
 from leansd.runtime.hooks import ForwardHooks

@@ -233,10 +233,8 @@ class Studio:
                 f"plan {plan.name} is for {plan.steps} steps, not {settings.steps}: choose it again"
             )
         with self._work_on(settings, job) as opened:
-            context = describe_runs(
-                opened.pipe, anatomy=opened.model.anatomy, guidance=settings.guidance
-            )
-            notes = resolve_plan(plan, context).notes
+            known = PlanContext(anatomy=opened.model.anatomy, guidance=settings.guidance)
+            notes = resolve_plan(plan, describe_runs(opened.pipe, known)).notes
             comparison = compare_pair(
                 opened.pipe,
                 plan,

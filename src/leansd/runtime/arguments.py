@@ -1,4 +1,4 @@
-"""What outputs of units look like, and the rows of a batch by picture."""
+"""The arguments of a UNet call, what outputs of units look like, the rows of a batch by picture."""
 
 from __future__ import annotations
 
@@ -10,7 +10,66 @@ from typing import Any, cast
 import torch
 from diffusers import UNet2DConditionModel
 
-from leansd.plans.anatomy import Anatomy
+from leansd.plans.anatomy import HEAD, Anatomy
+
+ARGUMENTS = tuple(inspect.signature(UNet2DConditionModel.forward).parameters)[1:]
+"""Names of the arguments of a UNet, in their order."""
+POSITIONAL = ("sample", "timestep", "encoder_hidden_states")
+"""Those that are handed on by position, as hooks of others expect them."""
+
+
+@dataclass(frozen=True)
+class UNetArguments:
+    """The arguments of one UNet call, read once."""
+
+    named: Mapping[str, Any]
+    """Those that were given, by name."""
+
+    @classmethod
+    def bind(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> UNetArguments:
+        return cls({**dict(zip(ARGUMENTS, args, strict=False)), **kwargs})
+
+    @property
+    def is_complete(self) -> bool:
+        return "sample" in self.named and "timestep" in self.named
+
+    @property
+    def sample(self) -> torch.Tensor:
+        """The UNet's input [B, C, H, W]."""
+        return self.named["sample"]
+
+    @property
+    def timestep(self) -> Any:
+        return self.named["timestep"]
+
+    @property
+    def text(self) -> torch.Tensor | None:
+        """The text states [B, tokens, width]."""
+        return self.named.get("encoder_hidden_states")
+
+    @property
+    def in_dataclass(self) -> bool:
+        """Whether the output is wanted in a dataclass, not in a tuple."""
+        return self.named.get("return_dict", True)
+
+    @property
+    def adds_in_place(self) -> bool:
+        """Whether the UNet's forward will add a T2I-Adapter's features in place."""
+        if self.named.get("down_intrablock_additional_residuals") is not None:
+            return True
+        return (
+            self.named.get("down_block_additional_residuals") is not None
+            and self.named.get("mid_block_additional_residual") is None
+        )
+
+    def replace(self, **named: Any) -> UNetArguments:
+        return UNetArguments({**self.named, **named})
+
+    def call(self, forward: Callable[..., Any]) -> Any:
+        """What `forward` makes of them."""
+        first = [self.named[name] for name in POSITIONAL if name in self.named]
+        others = {name: each for name, each in self.named.items() if name not in POSITIONAL}
+        return forward(*first, **others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +110,7 @@ class OutputShapes:
         for unit in (*anatomy.units, *anatomy.parts):
             takes = inspect.signature(unet.get_submodule(unit.path).forward).parameters
             self._rows[unit.at] = unit.channels[1], unit.scale, "return_dict" in takes
+        self._latents = anatomy[HEAD].channels[1]
         self._scale = max(unit.scale for unit in anatomy)
         # Padded on all sides, a downsampler halves and rounds up.
         self._rounds_up = unet.config.get("downsample_padding") == 1
@@ -58,6 +118,10 @@ class OutputShapes:
     def suit(self, sample: torch.Tensor) -> bool:
         """Whether they are known for this sample [B, C, H, W]."""
         return self._rounds_up or all(side % self._scale == 0 for side in sample.shape[-2:])
+
+    def pick_latents(self, sample: torch.Tensor) -> torch.Tensor:
+        """The channels [B, C, H, W] of the UNet's input that its output stands for."""
+        return sample[:, : self._latents]
 
     def make_shapes(self, sample: torch.Tensor) -> dict[str, Shape]:
         """The shape of each unit's output; of a part's, only whether it is in a tuple."""
