@@ -16,6 +16,7 @@ from leansd.surgery.parts.condconv import (
     CondConv2d,
     CondConvResnet,
     Inputs,
+    Kernels,
     build_router,
     convolve_grouped,
     convolve_merged,
@@ -74,14 +75,11 @@ def test_three_ways_agree(rows: int) -> None:
     inputs, own, experts = draw(3, 5, 7, 6), draw(4, 5, 3, 3), draw(2, 4, 5, 3, 3)
     routing, bias = draw(rows, 2), draw(4)
     every = routing.expand(3, -1)
-    given = inputs, own, experts
-    stacked = convolve_stacked(*given, routing, bias, **GEOMETRY)
-    grouped = convolve_grouped(*given, every, bias, **GEOMETRY)
+    kernels = Kernels(own, experts, bias, GEOMETRY)
+    stacked = convolve_stacked(inputs, kernels, routing)
+    grouped = convolve_grouped(inputs, kernels, every)
     torch.testing.assert_close(stacked, grouped, atol=1e-5, rtol=1e-5)
-    one_by_one = [
-        convolve_merged(inputs[i : i + 1], own, experts, every[i : i + 1], bias, **GEOMETRY)
-        for i in range(3)
-    ]
+    one_by_one = [convolve_merged(inputs[i : i + 1], kernels, every[i : i + 1]) for i in range(3)]
     torch.testing.assert_close(torch.cat(one_by_one), grouped, atol=1e-5, rtol=1e-5)
 
 

@@ -23,7 +23,11 @@ from leansd.plans.resolve import PlanContext, find_source, resolve_plan
 from leansd.runtime.samplers import check_sampler, name_sampler
 from leansd.surgery.edits import read_name
 from leansd.surgery.fold import fold
-from leansd.surgery.light_unet import LightUNet2DConditionModel
+from leansd.surgery.light_unet import (
+    LightUNet2DConditionModel,
+    build_outline,
+    read_config,
+)
 
 # -- stock diffusers -------------------------------------------------------------------------------
 
@@ -65,10 +69,9 @@ def to_plain(unet: UNet2DConditionModel) -> UNet2DConditionModel:
             )
     if any(each["by"] == MERGED for each in replaced):
         unet = fold(unet, range(TIMESTEPS))
-    config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    config = read_config(unet)
     config.pop("structure", None)
-    with torch.device("meta"):
-        plain = UNet2DConditionModel(**config)
+    plain = build_outline(config)
     plain.load_state_dict(unet.state_dict(), assign=True)
     return plain.train(unet.training)
 
@@ -110,10 +113,8 @@ def write_plain(
 
 def _require_described(plain: UNet2DConditionModel) -> None:
     """Refuse a net whose files would not open: one that is quantised, or has a LoRA loaded."""
-    config = {name: value for name, value in plain.config.items() if not name.startswith("_")}
     try:
-        with torch.device("meta"):
-            outline = UNet2DConditionModel(**config)
+        outline = build_outline(read_config(plain))
     except ValueError as error:  # an IP-Adapter leaves a config that no UNet can be built by
         raise LeansdError(
             f"stock diffusers builds no UNet of this config: {error}; unload the net's adapters"

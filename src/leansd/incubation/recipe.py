@@ -28,7 +28,7 @@ from pydantic import (
 from leansd.errors import LeansdError
 from leansd.incubation.losses import check_loss
 from leansd.surgery.apply import BASE
-from leansd.surgery.edits import Surgery, write_name
+from leansd.surgery.edits import Surgery, Texts, write_name
 from leansd.surgery.presets import find_surgery
 from leansd.text import explain_validation
 
@@ -45,13 +45,6 @@ SCHEDULES: Mapping[ScheduleName, Callable[[float], float]] = {
     "cosine": lambda progress: 0.5 + 0.5 * math.cos(math.pi * progress),
 }
 """A factor of a learning rate or a loss's weight, by the share of a stage that is done, [0, 1)."""
-
-
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-Addresses = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 
 
 class _Frozen(BaseModel):
@@ -80,7 +73,7 @@ class Stage(_Frozen):
     operated on."""
     mode: Literal["end-to-end", "decoupled"] = "end-to-end"
     """Decoupled, only the blocks that train are computed, on the teacher's features."""
-    train: Addresses | None = None
+    train: Texts | None = None
     """Addresses or globs; by default all but what came frozen from the teacher."""
     steps: int = Field(gt=0)
     cached: int | None = Field(default=None, gt=0)
@@ -128,7 +121,7 @@ class TrainerSettings(_Frozen):
 class ValidationSettings(_Frozen):
     """Pictures of teacher and student from the same seeds."""
 
-    prompts: Addresses = ()
+    prompts: Texts = ()
     every: int = Field(default=1000, gt=0)
     steps: int = Field(default=20, gt=0)
     guidance: float = 5.0

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -16,7 +16,7 @@ from leansd.errors import LeansdError
 from leansd.plans.anatomy import Anatomy
 from leansd.surgery.blueprint import Blueprint, Source, lay_out_surgery, make_lineage
 from leansd.surgery.edits import Surgery
-from leansd.surgery.light_unet import LightUNet2DConditionModel, replace_place
+from leansd.surgery.light_unet import build_outline, replace_place
 from leansd.surgery.lineage import Lineage, Origin
 from leansd.surgery.parts import AddressedUNet, find_replacement
 from leansd.surgery.presets import find_surgery
@@ -107,7 +107,8 @@ def plan_operation(nets: NetOrNets, surgery: Surgery | str | Path) -> Operation:
     build = make_config(blueprint)
     lineage = make_lineage(blueprint, surgery.name, surgery.fingerprint)
     structure = None if build.is_plain else build.structure
-    bare = AddressedUNet.read(_build(build.config, structure and {**structure, "replace": []}))
+    bare_structure = structure and {**structure, "replace": []}
+    bare = AddressedUNet.read(build_outline(build.config, bare_structure))
     _check_outline(blueprint, bare.anatomy)
     came = [
         path
@@ -116,7 +117,7 @@ def plan_operation(nets: NetOrNets, surgery: Surgery | str | Path) -> Operation:
         for path in find_replacement(each.by).reaches(bare.anatomy[each.at].path)
     ]
     donors = map_tensors(bare, lineage, named, skip=came)
-    outline = _build(build.config, structure) if build.replaced else bare.unet
+    outline = build_outline(build.config, structure) if build.replaced else bare.unet
     return Operation(surgery, named, blueprint, build, lineage, donors, bare, outline)
 
 
@@ -191,14 +192,6 @@ def _explain(at: str, donor: Donor, found: torch.Tensor | None, wanted: torch.Te
         "it has one, operate before it is quantised, or open it with the config that it was saved "
         "with"
     )
-
-
-def _build(config: Mapping[str, Any], structure: Mapping[str, Any] | None) -> UNet2DConditionModel:
-    """The network of a config, and a structure where there is one, on the meta device."""
-    with torch.device("meta"):
-        if structure is None:
-            return UNet2DConditionModel(**config)
-        return LightUNet2DConditionModel(structure, **config)
 
 
 def _check_outline(blueprint: Blueprint, anatomy: Anatomy) -> None:

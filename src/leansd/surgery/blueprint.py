@@ -10,8 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import singledispatch
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from diffusers import UNet2DConditionModel
 
@@ -20,6 +19,7 @@ from leansd.errors import LeansdError
 from leansd.plans.address import SEPARATOR, covers, get_block, get_layer, select
 from leansd.plans.anatomy import HEAD, STEM, Anatomy, Unit
 from leansd.surgery.edits import Drop, Replace, Surgery, Take, read_name
+from leansd.surgery.light_unet import read_config
 from leansd.surgery.lineage import Lineage, Origin
 from leansd.surgery.parts import find_replacement
 
@@ -48,7 +48,7 @@ class Source:
     @classmethod
     def read(cls, name: str, net: UNet2DConditionModel) -> Source:
         """A net as data, without its adapters."""
-        config: dict[str, Any] = {k: v for k, v in net.config.items() if not k.startswith("_")}
+        config = read_config(net)
         if config.get("encoder_hid_dim_type") == "ip_image_proj":
             has_text = getattr(net, "text_encoder_hid_proj", None) is not None
             config["encoder_hid_dim_type"] = "text_proj" if has_text else None
@@ -154,24 +154,17 @@ class Blueprint:
         """The pieces of a block of the finished net."""
         return tuple(piece for piece in self.pieces if get_block(piece.at) == block)
 
-    def count_blocks(self, side: str) -> int:
-        """How many blocks there are down (`dn`) or up (`up`) in the finished net."""
-        return len({get_block(each.at) for each in self.pieces if each.at.startswith(side)})
-
 
 def list_pieces(name: str, source: Source) -> tuple[Piece, ...]:
     """All units of a net."""
     anatomy = source.anatomy
-    parts: dict[str, list[str]] = {}
-    for part in anatomy.parts:
-        parts.setdefault(part.reads[0], []).append(part.at)
     return tuple(
         Piece(
             place=unit.at,
             origin=Origin(name, unit.at),
             unit=unit,
-            skip=anatomy.by_address[unit.reads[1]].channels[1] if len(unit.reads) > 1 else 0,
-            parts=tuple(parts.get(unit.at, ())),
+            skip=sum(anatomy.by_address[at].channels[1] for at in unit.reads[1:]),
+            parts=tuple(part.at for part in anatomy.parts if part.reads[0] == unit.at),
             replaced=tuple(each for each in source.replaced if covers(unit.at, each.at)),
         )
         for unit in anatomy
@@ -203,14 +196,18 @@ def _naming(what: str) -> Iterator[None]:
         raise LeansdError(f"{what}: {error}") from None
 
 
-@singledispatch
-def apply_edit(edit: object, blueprint: Blueprint) -> Blueprint:
+def apply_edit(edit: Drop | Take | Replace, blueprint: Blueprint) -> Blueprint:
     """The blueprint after one edit."""
-    raise TypeError(f"{type(edit).__name__} is no edit")
+    match edit:
+        case Drop():
+            return _drop(edit, blueprint)
+        case Take():
+            return _take(edit, blueprint)
+        case Replace():
+            return _replace(edit, blueprint)
 
 
-@apply_edit.register
-def _(edit: Drop, blueprint: Blueprint) -> Blueprint:
+def _drop(edit: Drop, blueprint: Blueprint) -> Blueprint:
     for pattern in edit.drop:
         gone = set(blueprint.select(pattern))
         for end in (STEM, HEAD):
@@ -225,8 +222,7 @@ def _(edit: Drop, blueprint: Blueprint) -> Blueprint:
     return blueprint
 
 
-@apply_edit.register
-def _(edit: Take, blueprint: Blueprint) -> Blueprint:
+def _take(edit: Take, blueprint: Blueprint) -> Blueprint:
     source = blueprint.sources.get(edit.source)
     if source is None:
         raise LeansdError(
@@ -237,8 +233,9 @@ def _(edit: Take, blueprint: Blueprint) -> Blueprint:
     whole = list_pieces(edit.source, source)
     taken: dict[str, Piece] = {}
     for pattern in edit.take:
-        for at in _select_in(edit.source, pattern, source.anatomy):
-            taken[at] = next(piece for piece in whole if piece.place == at)
+        with _naming(f"net {edit.source}"):
+            found = select(pattern, source.anatomy.addresses)
+        taken |= {piece.place: piece for piece in whole if piece.place in found}
     for name, place in here.items():
         if not any(covers(name, at) for at in taken):
             raise LeansdError(f"{name} is said to be called {place}, but is not taken")
@@ -260,8 +257,7 @@ def _(edit: Take, blueprint: Blueprint) -> Blueprint:
     return after
 
 
-@apply_edit.register
-def _(edit: Replace, blueprint: Blueprint) -> Blueprint:
+def _replace(edit: Replace, blueprint: Blueprint) -> Blueprint:
     replacement = find_replacement(edit.by)
     anatomies = {name: source.anatomy for name, source in blueprint.sources.items()}
     for pattern in edit.replace:
@@ -342,12 +338,6 @@ def _check_layers(blueprint: Blueprint, gone: set[str]) -> None:
             raise LeansdError(
                 f"{resnet} cannot be dropped without its attention; drop {layer}, the whole layer"
             )
-
-
-def _select_in(net: str, pattern: str, anatomy: Anatomy) -> tuple[str, ...]:
-    """The units of another net under a pattern."""
-    with _naming(f"net {net}"):
-        return select(pattern, anatomy.addresses)
 
 
 def _rename(at: str, names: Mapping[str, str], *, barred: Iterable[str] = ()) -> str | None:
@@ -446,21 +436,18 @@ def _find_scales(pieces: Iterable[Piece]) -> dict[str, int]:
             scale *= 2
         if piece.unit.kind == "upsampler":
             if scale == 1:
-                _refuse_scale(
-                    f"{piece.place} would make more than the latents' size", "drop it, too"
+                raise LeansdError(
+                    f"unbalanced samplers: {piece.place} would make more than the latents' size; "
+                    "drop it, too"
                 )
             scale //= 2
         scales[piece.place] = scale
     if scale != 1:
-        _refuse_scale(
-            f"the output would have 1/{scale} of the latents' sides",
-            "drop as many samplers on the way down as on the way up",
+        raise LeansdError(
+            f"unbalanced samplers: the output would have 1/{scale} of the latents' sides; drop as "
+            "many samplers on the way down as on the way up"
         )
     return scales
-
-
-def _refuse_scale(what: str, remedy: str) -> NoReturn:
-    raise LeansdError(f"unbalanced samplers: {what}; {remedy}")
 
 
 def _check_blocks(pieces: tuple[Piece, ...]) -> None:

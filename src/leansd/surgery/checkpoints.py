@@ -225,7 +225,9 @@ def share_weights(unet: UNet2DConditionModel, other: UNet2DConditionModel) -> in
         there.setdefault(_sign(parameter), []).append(parameter)
     shared = 0
     for parameter in unet.parameters():
-        twin = _find_twin(parameter, there.get(_sign(parameter), []))
+        alike = there.get(_sign(parameter), [])
+        same = (each for each in alike if torch.equal(each.to(parameter.device), parameter))
+        twin = next(same, None)
         if twin is None:
             parameter.data = parameter.data.to(device)
         else:
@@ -233,13 +235,6 @@ def share_weights(unet: UNet2DConditionModel, other: UNet2DConditionModel) -> in
             shared += parameter.nbytes
     nn.Module.to(unet, device=device)  # buffers
     return shared
-
-
-def _find_twin(tensor: Tensor, candidates: list[nn.Parameter]) -> nn.Parameter | None:
-    for each in candidates:
-        if torch.equal(each.to(tensor.device), tensor):
-            return each
-    return None
 
 
 def _sign(tensor: Tensor) -> object:

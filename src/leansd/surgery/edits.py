@@ -53,12 +53,12 @@ def _rename(by: Any) -> Any:
     return by
 
 
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-Addresses = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)]
-"""Addresses or globs; a file may hold a single one without brackets."""
+Texts = Annotated[
+    tuple[str, ...], BeforeValidator(lambda each: [each] if isinstance(each, str) else each)
+]
+"""Some texts; a file may hold a single one without brackets."""
+Addresses = Annotated[Texts, Field(min_length=1)]
+"""Addresses or globs."""
 
 
 class _Frozen(BaseModel):

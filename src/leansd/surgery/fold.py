@@ -13,7 +13,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from leansd.errors import LeansdError
-from leansd.surgery.light_unet import LightUNet2DConditionModel
+from leansd.surgery.light_unet import build_outline, read_config
 from leansd.surgery.parts.condconv import CondConvResnet, TimeRouter, merge_kernels
 
 REPLACED_BY = "condconv"
@@ -105,10 +105,8 @@ def _fold_resnet(
 
 def _build_plain(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """What `unet` is without its conditional convolutions, on the meta device."""
-    config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
-    structure = dict(config.pop("structure", None) or {})
+    config = read_config(unet)
+    structure = config.pop("structure", None) or {}
     left = [each for each in structure.get("replace", ()) if each["by"] != REPLACED_BY]
-    with torch.device("meta"):
-        if left or structure.get("drop"):
-            return LightUNet2DConditionModel({**structure, "replace": left}, **config)
-        return UNet2DConditionModel(**config)
+    is_light = left or structure.get("drop")
+    return build_outline(config, {**structure, "replace": left} if is_light else None)

@@ -72,6 +72,21 @@ class LightUNet2DConditionModel(UNet2DConditionModel):
 LightUNet2DConditionModel.__module__ = "leansd"
 
 
+def read_config(unet: UNet2DConditionModel) -> dict[str, Any]:
+    """The entries that a UNet is built by, without diffusers' own notes."""
+    return {name: value for name, value in unet.config.items() if not name.startswith("_")}
+
+
+def build_outline(
+    config: Mapping[str, Any], structure: Mapping[str, Any] | None = None
+) -> UNet2DConditionModel:
+    """The network of a config, on the meta device; a plain one without a structure."""
+    with torch.device("meta"):
+        if structure is None:
+            return UNet2DConditionModel(**config)
+        return LightUNet2DConditionModel(structure, **config)
+
+
 def drop_places(unet: UNet2DConditionModel, addresses: Iterable[str]) -> None:
     """Take modules out, in place; all addresses are those before anything is taken out.
 

@@ -69,24 +69,6 @@ class BuildConfig:
         return {"drop": list(self.drop), "replace": replaced}
 
 
-class Depths(NamedTuple):
-    """The numbers of transformer blocks of a block's attentions, in the order of its layers."""
-
-    at: str
-    counts: tuple[int | None, ...]
-    """None for a layer that has none or is not there; empty for a block without attention."""
-
-    @property
-    def known(self) -> tuple[int, ...]:
-        return tuple(count for count in self.counts if count is not None)
-
-    @property
-    def filled(self) -> list[int]:
-        """A number for every layer; those of no account are as others."""
-        spare = self.known[0] if self.known else 1
-        return [spare if count is None else count for count in self.counts]
-
-
 class Slot(NamedTuple):
     """A layer that the config builds, and the rows that it is for; without any it is dropped."""
 
@@ -115,11 +97,16 @@ class Block:
                 yield f"{layer}.attn"
 
     @property
-    def depths(self) -> Depths:
-        """How many transformer blocks each layer has; None where that is of no account."""
+    def depths(self) -> tuple[int, ...]:
+        """How many transformer blocks its attentions have, in the order of its layers."""
+        return tuple(len(slot.attention.blocks) for slot in self.slots if slot.attention)
+
+    @property
+    def all_depths(self) -> list[int]:
+        """The same for every layer, where it has attention; what is of no account is as others."""
+        spare = self.depths[0] if self.depths else 1
         slots = self.slots if self.has_attention else ()
-        rows = (slot.attention for slot in slots)
-        return Depths(self.at, tuple(len(row.blocks) if row else None for row in rows))
+        return [len(slot.attention.blocks) if slot.attention else spare for slot in slots]
 
 
 def make_config(blueprint: Blueprint) -> BuildConfig:
@@ -133,7 +120,8 @@ def make_config(blueprint: Blueprint) -> BuildConfig:
     if blueprint.is_untouched:
         return BuildConfig(source.config, source.drop, replaced)
     _check_families(blueprint)
-    base, levels = source.config, blueprint.count_blocks("dn")
+    base = source.config
+    levels = len({get_block(row.at) for row in blueprint.pieces if row.at.startswith("dn")})
     channels = [blueprint.list_block(f"dn{level}")[0].unit.channels[1] for level in range(levels)]
     counts = [_count_layers(blueprint, level, levels) for level in range(levels)]
     down = [_fill_down(blueprint, level, counts[level]) for level in range(levels)]
@@ -154,9 +142,7 @@ def make_config(blueprint: Blueprint) -> BuildConfig:
     for name in BY_LEVEL:
         entries = [_find_entry(blueprint, name, level, levels) for level in range(levels)]
         config[name] = _write_like(base[name], entries)
-    depths, extra = choose_depths(
-        [each.depths for each in down], mid.depths, [each.depths for each in up]
-    )
+    depths, extra = choose_depths(down, mid, up)
     if isinstance(depths, Sequence):
         depths = _write_like(base["transformer_layers_per_block"], depths)
         config["transformer_layers_per_block"] = depths
@@ -309,7 +295,7 @@ def _plain(value: Any) -> Any:
 
 
 def choose_depths(
-    down: Sequence[Depths], mid: Depths, up: Sequence[Depths]
+    down: Sequence[Block], mid: Block, up: Sequence[Block]
 ) -> tuple[list[int] | dict[str, Any], tuple[str, ...]]:
     """One number a level if that will do, else both config entries; and what they build too much.
 
@@ -319,8 +305,8 @@ def choose_depths(
     deepest = len(down) - 1
     flat: list[int] = []
     for level, (one, other) in enumerate(zip(down, up, strict=True)):
-        middle = mid.known if level == deepest else ()
-        numbers = {*one.known, *other.known, *middle}
+        middle = mid.depths if level == deepest else ()
+        numbers = {*one.depths, *other.depths, *middle}
         if len(numbers) > 1:
             return _nest(down, mid, up)
         flat.append(numbers.pop() if numbers else 1)
@@ -328,13 +314,13 @@ def choose_depths(
 
 
 def _nest(
-    down: Sequence[Depths], mid: Depths, up: Sequence[Depths]
+    down: Sequence[Block], mid: Block, up: Sequence[Block]
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    ways = [[each.filled for each in way] for way in (down, up)]
+    ways = [[each.all_depths for each in way] for way in (down, up)]
     extra: list[str] = []
-    if mid.known:
+    if mid.depths:
         # The middle block and the first layer of the last level share a number: the larger.
-        wanted, last = mid.known[0], ways[0][-1]
+        wanted, last = mid.depths[0], ways[0][-1]
         if not last:
             last.append(wanted)
         shared = max(wanted, last[0])

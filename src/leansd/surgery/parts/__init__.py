@@ -43,22 +43,6 @@ class AddressedUNet:
 Nets: TypeAlias = Mapping[str, AddressedUNet]
 
 
-def _inherit_nothing(
-    student: AddressedUNet, at: str, nets: Nets, origin: Origin, options: Options
-) -> None:
-    """What has no weights of its own, or takes those that it finds, inherits nothing more."""
-
-
-def _keep_options(origin: Origin, options: Options, anatomies: Mapping[str, Anatomy]) -> Options:
-    """What has the same options at every place keeps them as they are given."""
-    return options
-
-
-def _reach_itself(path: str) -> tuple[str, ...]:
-    """What stands in a place changes nothing beside it."""
-    return (path,)
-
-
 @dataclass(frozen=True)
 class Replacement:
     """How one kind of module comes into a UNet in the place of another."""
@@ -69,13 +53,17 @@ class Replacement:
     build: Callable[[AddressedUNet, str, Options], None]
     """Puts it at an address of a UNet, in the place of what is there. It follows from structure
     and options alone, so that a saved net is built again, and works on the meta device."""
-    inherit: Callable[[AddressedUNet, str, Nets, Origin, Options], None] = _inherit_nothing
+    inherit: Callable[[AddressedUNet, str, Nets, Origin, Options], None] = (
+        lambda student, at, nets, origin, options: None
+    )
     """Fills what `build` could not take over: student, address in it, the nets by name, where in
     them the place comes from, options."""
-    resolve_options: Callable[[Origin, Options, Mapping[str, Anatomy]], Options] = _keep_options
+    resolve_options: Callable[[Origin, Options, Mapping[str, Anatomy]], Options] = (
+        lambda origin, options, anatomies: options
+    )
     """All options of one place: where it comes from, the options that an edit gives, and the nets'
     anatomies by name. What it makes is plain JSON, and what `build` and `inherit` are given."""
-    reaches: Callable[[str], tuple[str, ...]] = _reach_itself
+    reaches: Callable[[str], tuple[str, ...]] = lambda path: (path,)
     """The paths of the modules that it changes, by the path of its place."""
 
 

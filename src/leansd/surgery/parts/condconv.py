@@ -22,7 +22,8 @@ for what that layer reads is not zero.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
@@ -42,20 +43,20 @@ from leansd.surgery.parts.experts import (
 )
 
 
-class Convolution(Protocol):
-    """A way to compute a conditional convolution; `geometry` is that of `conv2d`."""
+class Kernels(NamedTuple):
+    """What a conditional convolution convolves with."""
 
-    def __call__(
-        self,
-        inputs: torch.Tensor,
-        own: torch.Tensor,
-        experts: torch.Tensor,
-        routing: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        **geometry: Any,
-    ) -> torch.Tensor:
-        """Inputs [B, I, H, W], own [O, I, h, w], experts [K, O, I, h, w], routing [R, K]."""
-        ...
+    own: torch.Tensor
+    """[O, I, h, w]."""
+    experts: torch.Tensor
+    """[K, O, I, h, w]."""
+    bias: torch.Tensor | None = None
+    geometry: Mapping[str, Any] = MappingProxyType({})
+    """Stride, padding and dilation of `conv2d`."""
+
+
+Convolution = Callable[[torch.Tensor, Kernels, torch.Tensor], torch.Tensor]
+"""A way to compute one: inputs [B, I, H, W], kernels, routing [R, K]."""
 
 
 def merge_kernels(own: torch.Tensor, experts: torch.Tensor, routing: torch.Tensor) -> torch.Tensor:
@@ -67,53 +68,31 @@ def merge_kernels(own: torch.Tensor, experts: torch.Tensor, routing: torch.Tenso
     return (own.flatten() * own_share + routing @ experts.flatten(1)).unflatten(1, own.shape)
 
 
-def convolve_merged(
-    inputs: torch.Tensor,
-    own: torch.Tensor,
-    experts: torch.Tensor,
-    routing: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    **geometry: Any,
-) -> torch.Tensor:
+def convolve_merged(inputs: torch.Tensor, by: Kernels, routing: torch.Tensor) -> torch.Tensor:
     """One kernel for the whole batch: a routing of one row."""
-    (kernel,) = merge_kernels(own, experts, routing)
-    return F.conv2d(inputs, kernel, bias, **geometry)
+    (kernel,) = merge_kernels(by.own, by.experts, routing)
+    return F.conv2d(inputs, kernel, by.bias, **by.geometry)
 
 
-def convolve_grouped(
-    inputs: torch.Tensor,
-    own: torch.Tensor,
-    experts: torch.Tensor,
-    routing: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    **geometry: Any,
-) -> torch.Tensor:
+def convolve_grouped(inputs: torch.Tensor, by: Kernels, routing: torch.Tensor) -> torch.Tensor:
     """A kernel for each sample, as the groups of one convolution: no more products than plain."""
-    kernels = merge_kernels(own, experts, routing)
-    joined = F.conv2d(
-        inputs.flatten(0, 1).unsqueeze(0), kernels.flatten(0, 1), groups=len(kernels), **geometry
-    )
-    outputs = joined.squeeze(0).unflatten(0, (len(kernels), -1))
-    return outputs if bias is None else outputs + bias[:, None, None]
+    kernels = merge_kernels(by.own, by.experts, routing)
+    rows, groups = inputs.flatten(0, 1).unsqueeze(0), len(kernels)
+    joined = F.conv2d(rows, kernels.flatten(0, 1), groups=groups, **by.geometry)
+    outputs = joined.squeeze(0).unflatten(0, (groups, -1))
+    return outputs if by.bias is None else outputs + by.bias[:, None, None]
 
 
-def convolve_stacked(
-    inputs: torch.Tensor,
-    own: torch.Tensor,
-    experts: torch.Tensor,
-    routing: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    **geometry: Any,
-) -> torch.Tensor:
+def convolve_stacked(inputs: torch.Tensor, by: Kernels, routing: torch.Tensor) -> torch.Tensor:
     """What each expert adds to the own kernel's output, weighed afterwards.
 
     It computes K + 1 times the products, all in dense convolutions, and needs no kernel for each
     sample: for training, where each sample has a time step of its own.
     """
-    differences = (experts - own).flatten(0, 1)
-    added = F.conv2d(inputs, differences, **geometry).unflatten(1, (len(experts), -1))
+    differences = (by.experts - by.own).flatten(0, 1)
+    added = F.conv2d(inputs, differences, **by.geometry).unflatten(1, (len(by.experts), -1))
     weighed = (routing[:, :, None, None, None] * added).sum(1)
-    return F.conv2d(inputs, own, bias, **geometry) + weighed
+    return F.conv2d(inputs, by.own, by.bias, **by.geometry) + weighed
 
 
 def pick_convolution(routing: torch.Tensor) -> Convolution:
@@ -157,17 +136,9 @@ class CondConv2d(nn.Conv2d):
         """`input` [B, I, H, W] convolved as the routing [R, K] says, R being 1 or B."""
         if routing is None or self.experts is None:
             return super().forward(input)
-        convolve = pick_convolution(routing)
-        return convolve(
-            input,
-            self.weight,
-            self.experts,
-            routing,
-            self.bias,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-        )
+        geometry = {name: getattr(self, name) for name in ("stride", "padding", "dilation")}
+        kernels = Kernels(self.weight, self.experts, self.bias, geometry)
+        return pick_convolution(routing)(input, kernels, routing)
 
 
 def _copy_kernel(kernel: torch.Tensor, count: int) -> nn.Parameter:
@@ -279,19 +250,11 @@ def _make_zero(layer: nn.Linear) -> nn.Linear:
     return layer
 
 
-def _route_by_time(resnet: Any, experts: int) -> TimeRouter:
-    return TimeRouter(resnet.time_emb_proj.in_features, experts)
-
-
-def _route_by_image(resnet: ResnetBlock2D, experts: int) -> ImageRouter:
-    return ImageRouter(resnet.in_channels, experts)
-
-
-ROUTERS: Mapping[str, Callable[[ResnetBlock2D, int], nn.Module]] = {
-    "time": _route_by_time,
-    "image": _route_by_image,
+ROUTERS: Mapping[str, Callable[[Any, int], nn.Module]] = {
+    "time": lambda resnet, experts: TimeRouter(resnet.time_emb_proj.in_features, experts),
+    "image": lambda resnet, experts: ImageRouter(resnet.in_channels, experts),
 }
-"""What a routing can follow from, by name."""
+"""What a routing can follow from, by name: makes the router of a ResNet and so many experts."""
 
 
 def build_router(routing: str, resnet: ResnetBlock2D, experts: int) -> nn.Module:
@@ -319,8 +282,7 @@ def fill_experts(
         LeansdError: there are not as many donors as experts, or a kernel does not fit.
     """
     firsts, seconds = resnet.conv1.experts, resnet.conv2.experts
-    # A conditional ResNet has experts.
-    assert firsts is not None
+    assert firsts is not None  # a conditional ResNet has experts
     assert seconds is not None
     if len(donors) != len(firsts):
         raise LeansdError(f"{len(donors)} donors for {len(firsts)} experts")
