@@ -13,6 +13,7 @@ from torch import Tensor
 
 from leansd.anatomy.inputs import make_inputs
 from leansd.errors import LeansdError
+from leansd.incubation import training_run
 from leansd.incubation.data.batches import Batch, Conditioning, RandomLatents
 from leansd.incubation.noise import DiffusionSchedule, NoiseDraw
 from leansd.incubation.recipe import Recipe
@@ -203,7 +204,8 @@ def work_until_dead(folder: Path, recipe: Recipe, moves: int, looks: int) -> Non
             die()
 
     die_before_moving(moves)
-    run_stages(make_run(folder, recipe), make_validation=lambda *_: ValidationHook(1, look))
+    training_run.make_validation = lambda *_: ValidationHook(1, look)  # this process is to die
+    run_stages(make_run(folder, recipe))
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(

@@ -23,7 +23,6 @@ from leansd.incubation.data.kinds import (
     CachedData,
     DataContext,
     Dataset,
-    FillProgress,
     FillReporter,
     open_source,
     read_options,
@@ -559,8 +558,8 @@ def test_drawn_latents_are_drawn_once_and_more_are_added(tmp_path: Path, pipe: A
     options = {"kind": "drawn", "prompts": str(prompts), "steps": 2, "sampler": "ddim"}
     dataset = prepare(pipe, tmp_path / "cache", **options, other=0.5)
     told = []
-    dataset.fill(on_progress=told.append)
-    assert [each.samples for each in told] == [3]
+    dataset.fill(on_progress=lambda *far: told.append(far))
+    assert [samples for _, _, _, samples, _ in told] == [3]
     source = dataset.open()
     assert len(source) == 3
     kept = read_files(dataset.cache.folder)
@@ -669,7 +668,7 @@ def test_progress_has_a_rate_and_what_is_left() -> None:
     times = iter([0.0, 10.0, 20.0, 60.0])
     tell = FillReporter(said.append, lambda: next(times))
     for done, samples in ((4, 400), (4, 450), (6, 600)):
-        tell(FillProgress("00006", done, 8, samples, 3))
+        tell("00006", done, 8, samples, 3)
     assert said == [
         "00006: 6 of 8 shards, 600 samples in the cache, 3 left out, 4.0 samples/s, 50 s left"
     ]

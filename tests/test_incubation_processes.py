@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from leansd.incubation import training_run
 from leansd.incubation.trainer import ValidationHook
 from leansd.incubation.training_run import NET, run_stages
 from leansd.loading import load_unet
@@ -36,7 +37,8 @@ def take_part(folder: Path, rank: int, port: int, stops_after: int | None) -> No
         if step == stops_after:
             os._exit(7)
 
-    run_stages(run, make_validation=lambda *_: ValidationHook(1, stop))
+    training_run.make_validation = lambda *_: ValidationHook(1, stop)
+    run_stages(run)
     os._exit(0)
 
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from conformance.cases import STEPS, Call
 from conformance.samplers import Sampler
-from leansd.core.store import FeatureCache
+from leansd.core.outputs import FeatureCache
 from leansd.plans import Anatomy, Plan, preset
 from leansd.plans.anatomy import HEAD
 from leansd.plans.compile import compile_plan

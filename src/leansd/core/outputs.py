@@ -1,18 +1,180 @@
-"""Outputs made of kept ones: the whole arithmetic of inheritance and correction.
+"""Outputs: what a run keeps of them, and those that are made of kept ones.
 
-An output that is not computed is a weighted sum of kept ones by `leansd.plans.methods.METHODS`.
+An output that is not computed is a weighted sum of kept ones by `leansd.plans.methods.METHODS`; a
+mix is what a sampler gets in the place of one that is. Where outputs are mixed, everything is
+weighed in single precision at least, and rounded once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 
 from leansd.core.schedule import CallSchedule
-from leansd.core.store import FeatureCache
-from leansd.plans.liveness import GUIDANCE, Call, Kept
-from leansd.plans.methods import GUIDANCE_METHODS, METHODS, Method
+from leansd.plans.liveness import GUIDANCE, Call, Kept, Program
+from leansd.plans.methods import GUIDANCE_METHODS, METHODS, Method, Mix
+
+# -- mixes -----------------------------------------------------------------------------------------
+
+
+class Guided(NamedTuple):
+    """One output as mixes know it, both [B, C, H, W]."""
+
+    output: torch.Tensor
+    """What guidance makes of the two halves."""
+    difference: torch.Tensor | None
+    """Conditional minus unconditional; None without guidance."""
+
+
+def guide(rest: torch.Tensor, cond: torch.Tensor, scale: float) -> Guided:
+    """Classifier-free guidance of two halves [B, C, H, W], as pipelines do it."""
+    difference = cond - rest
+    return Guided(rest + scale * difference, difference)
+
+
+def solve_rest(mixed: torch.Tensor, cond: torch.Tensor, scale: float) -> torch.Tensor:
+    """The unconditional output of which guidance by a scale above 1 makes `mixed`."""
+    return (scale * make_precise(cond) - mixed) / (scale - 1)
+
+
+class OutputHistory:
+    """What mixes are made of: what a run began with, and every output computed since.
+
+    Args:
+        start: what the UNet was given at the run's first step, [B, C, H, W].
+    """
+
+    def __init__(self, start: torch.Tensor) -> None:
+        self._start = make_precise(start)
+        self._outputs: list[Guided] = []
+        self.held: torch.Tensor | None = None
+        """The conditional output, while the unconditional one of the same step is computed."""
+
+    def __len__(self) -> int:
+        return len(self._outputs)
+
+    @property
+    def bytes(self) -> int:
+        kept = [self._start, *(each for pair in self._outputs for each in pair)]
+        return sum(each.nbytes for each in kept if each is not None)
+
+    def note(self, output: Guided) -> None:
+        """Take a computed output, which is the history's from now on."""
+        self._outputs.append(output)
+
+    def mix(self, row: Mix) -> torch.Tensor:
+        """The weighted sum [B, C, H, W]; the output itself where only that has a weight, of one."""
+        terms = [(self._start, row.start)]
+        terms += [(each.output, own) for each, own in zip(self._outputs, row.guided, strict=True)]
+        apart = row.difference or (0.0,) * len(self)
+        for each, weight in zip(self._outputs, apart, strict=True):
+            if each.difference is not None:
+                terms.append((each.difference, weight))
+        (first, lead), *others = [term for term in terms if term[1]] or terms[:1]
+        total = first * lead
+        for tensor, weight in others:
+            total = total + tensor * weight
+        return total
+
+
+def make_precise(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in single precision at least."""
+    tensor = tensor.detach()
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+
+
+# -- what a run keeps, and where it is in its plan -------------------------------------------------
+
+
+class FeatureCache:
+    """Kept tensors of one run by (unit, call). Nobody outside ever holds one of them.
+
+    Tensors are copied on the way in and on the way out, since the code between units may write in
+    place; that is two copies of what a plan keeps, not of the UNet's activations.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[Kept, torch.Tensor] = {}
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
+    def keep(self, kept: Kept, output: torch.Tensor, given: torch.Tensor | None = None) -> None:
+        """Keep `output`, or what was added to what was `given`: one lane of both [B, C, H, W]."""
+        source = output.detach()
+        self.put(kept, source.clone() if given is None else source - given)
+
+    def put(self, kept: Kept, tensor: torch.Tensor) -> None:
+        """Keep `tensor` itself, which nobody else holds."""
+        self._tensors[kept] = tensor
+
+    def has(self, items: Iterable[Kept]) -> bool:
+        return all(kept in self._tensors for kept in items)
+
+    def read(self, kept: Kept) -> torch.Tensor:
+        """The kept tensor itself, for reading only."""
+        return self._tensors[kept]
+
+    def release(self, items: Iterable[Kept]) -> None:
+        for kept in items:
+            self._tensors.pop(kept, None)
+
+    def retain(self, items: Collection[Kept]) -> None:
+        """Release all others."""
+        self.release([kept for kept in self._tensors if kept not in items])
+
+    def clear(self) -> None:
+        self._tensors.clear()
+
+
+class History:
+    """One sequence of calls, each of which goes on from the one before, and what they keep."""
+
+    def __init__(self) -> None:
+        self.cache = FeatureCache()
+        self.outputs: OutputHistory | None = None
+        """Where outputs are mixed, those so far."""
+        self.program: Program | None = None
+        self.last = -1
+        """Number of the call that was made last."""
+
+    @property
+    def bytes(self) -> int:
+        return self.cache.bytes + (self.outputs.bytes if self.outputs is not None else 0)
+
+    def follows(self, index: int) -> bool:
+        """Whether this is the next call."""
+        return self.program is not None and index == self.last + 1
+
+    def begin(self, program: Program) -> None:
+        """Forget everything and follow `program`, whose first call computes in full."""
+        self.clear()
+        self.program = program
+
+    def clear(self) -> None:
+        """Keep nothing any more."""
+        self.cache.clear()
+        self.outputs = None
+
+
+# -- inherited and corrected outputs, and what stands in the place of idle ones --------------------
+
+
+def make_placeholder(
+    size: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, writable: bool
+) -> torch.Tensor:
+    """NaN in this shape: nobody reads it, and if somebody did it would show.
+
+    It takes no memory unless it has to be `writable`, for code that works in place (FreeU,
+    T2I-Adapter).
+    """
+    if writable:
+        return torch.full(size, torch.nan, dtype=dtype, device=device)
+    return torch.full((), torch.nan, dtype=dtype, device=device).expand(size)
+
 
 Weight = float | torch.Tensor
 

@@ -11,15 +11,14 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from operator import is_
 from typing import Any
 
 import torch
 
+from leansd.core.outputs import History, PlannedCall, find_method, make_placeholder
 from leansd.core.schedule import CallSchedule
-from leansd.core.store import History
-from leansd.core.weighing import PlannedCall, find_method
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import HEAD, WHOLE, Anatomy
 from leansd.plans.compile import compile_plan
@@ -97,7 +96,11 @@ class Player:
         self._tracks: dict[tuple[torch.device, Hashable], _Track] = {}
         self._lock = threading.Lock()
         self._thread = _ThreadState()
-        self._compile = lru_cache(maxsize=64)(self._make_program)
+        rows, moments = schedule.rows, schedule.moments
+        compile_ = partial(
+            compile_plan, self.plan, anatomy, rows=rows, moments=moments, guided=False
+        )
+        self._compile = lru_cache(maxsize=64)(compile_)
 
     @property
     def batch(self) -> PlayedBatch | None:
@@ -207,7 +210,7 @@ class Player:
         except _InDoubt as doubt:
             self._force(str(doubt))
             for turn in turns:
-                turn.doubt(self._compile(turn.call.index))
+                turn.doubt(self._compile(start=turn.call.index))
             self._thread.batch = None
             return compute()
         finally:
@@ -225,18 +228,12 @@ class Player:
         elif track.program is not None and track.signature != signature:
             why = "shape, precision or device have changed"
         if why or track.program is None:
-            track.begin(self._compile(call))
+            track.begin(self._compile(start=call))
             track.signature = signature
         if why:
             self.stats.forced[why] += 1
         track.last = call
         return _Turn(track, latents, self.schedule)
-
-    def _make_program(self, start: int) -> Program:
-        rows, moments = self.schedule.rows, self.schedule.moments
-        return compile_plan(
-            self.plan, self.anatomy, start=start, rows=rows, moments=moments, guided=False
-        )
 
     def _force(self, why: str) -> None:
         with self._lock:
@@ -312,9 +309,7 @@ class _Turn(PlannedCall):
         """NaN for what nobody reads, in the shape of `count` conditionings."""
         (batch, *rest), dtype = self._track.shapes[at]
         size, device = (count * batch, *rest), self._latents.device
-        if writable:
-            return torch.full(size, torch.nan, dtype=dtype, device=device)
-        return torch.full((), torch.nan, dtype=dtype, device=device).expand(size)
+        return make_placeholder(size, dtype, device, writable=writable)
 
     def keeps_change(self, at: str) -> bool:
         """Whether a later call reads what this unit adds to its input."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -90,15 +90,8 @@ def describe_losses(unet: UNet2DConditionModel) -> tuple[str, ...]:
     return tuple(f"{' '.join(places[by])}: {text}" for by, text in losses.items() if places[by])
 
 
-def write_plain(
-    unet: UNet2DConditionModel,
-    folder: Path,
-    describe: Callable[[Path, UNet2DConditionModel], object] = lambda folder, plain: None,
-) -> None:
-    """Write a net as a folder that `UNet2DConditionModel.from_pretrained` opens.
-
-    Args:
-        describe: writes what else belongs into the folder, given the plain net.
+def write_plain(unet: UNet2DConditionModel, folder: Path, card: Card) -> None:
+    """Write a net and its card as a folder that `UNet2DConditionModel.from_pretrained` opens.
 
     Raises:
         LeansdError: see `to_plain`.
@@ -108,7 +101,7 @@ def write_plain(
     with writing(folder) as draft:
         draft.mkdir()
         plain.save_pretrained(draft)
-        describe(draft, plain)
+        write_card(draft, card, plain, before=unet)
 
 
 def _require_described(plain: UNet2DConditionModel) -> None:
@@ -188,7 +181,7 @@ def export(
     if to == "diffusers":
         losses = describe_losses(unet)
         card = Card(home.name, nets, "plain", losses=losses)
-        write_plain(unet, home, lambda draft, plain: write_card(draft, card, plain, before=unet))
+        write_plain(unet, home, card)
         return Exported(home, _measure(home), losses=losses)
     chosen = None
     if source is not None:
@@ -198,9 +191,7 @@ def export(
         for note in resolved.notes:
             warnings.warn(note, stacklevel=2)
     card = Card(home.name, nets, "onnx")
-    difference = write_onnx(
-        unet, home, chosen, tell, lambda draft, unet: write_card(draft, card, unet)
-    )
+    difference = write_onnx(unet, home, chosen, card, tell)
     return Exported(home, _measure(home), chosen, difference)
 
 
@@ -227,27 +218,20 @@ def _measure(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
 
 
-class OpenedNet(NamedTuple):
-    """A UNet and, where it is known, the short name of the sampler that it is used with."""
-
-    unet: UNet2DConditionModel
-    sampler: str
-
-
-def open_net(net: Any) -> OpenedNet:
-    """Open what `export` was given, in float32 where it has to be read.
+def open_net(net: Any) -> tuple[UNet2DConditionModel, str]:
+    """What `export` was given, in float32 where it has to be read, and the sampler it is used with.
 
     Raises:
         LeansdError: there is no UNet in it.
     """
     if isinstance(net, UNet2DConditionModel):
-        return OpenedNet(net, "")
+        return net, ""
     if isinstance(getattr(net, "unet", None), UNet2DConditionModel):
-        return OpenedNet(net.unet, name_sampler(net))
+        return net.unet, name_sampler(net)
     if not isinstance(net, str | Path):
         raise LeansdError(f"no UNet in a {type(net).__name__}: give a UNet or a pipeline; {NETS}")
     unet = load_unet(find_home(net), device="cpu", dtype=torch.float32)
-    return OpenedNet(unet, read_sampler(net))
+    return unet, read_sampler(net)
 
 
 def name_source(net: Any) -> str:

@@ -6,7 +6,6 @@ The weights are in one file beside the graphs, which may be larger than ONNX's 2
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from leansd.anatomy.reading import read_anatomy
+from leansd.cards import Card, write_card
 from leansd.core.devices import start_stopwatch
 from leansd.errors import LeansdError
 from leansd.exporting.graphs import (
@@ -71,13 +71,10 @@ def write_onnx(
     unet: UNet2DConditionModel,
     folder: Path,
     plan: Plan | None,
+    card: Card,
     tell: OnExport,
-    describe: Callable[[Path, UNet2DConditionModel], object] = lambda folder, unet: None,
 ) -> float:
     """Write `unet` and the graphs that `plan` needs into `folder`; gives the largest difference.
-
-    Args:
-        describe: writes what else belongs into the folder.
 
     Raises:
         LeansdError: a package is missing, the UNet or the plan cannot be written as ONNX, or ONNX
@@ -88,16 +85,15 @@ def write_onnx(
     graphs = list_graphs(read_anatomy(unet), plan)
     with writing(folder) as draft, open_sections(unet, graphs) as sections:
         draft.mkdir()
-        job = _Job(draft, sections, tell)
-        job.write()
-        difference = job.check()
+        _write_graphs(draft, sections, tell)
+        difference = _check_graphs(draft, sections, tell)
         entries = tuple(_make_entry(place, graph) for place, graph in enumerate(graphs))
         table = ExportTable(leansd=__version__, difference=difference, graphs=entries)
         (draft / TABLE).write_text(table.model_dump_json(indent=1) + "\n", encoding="utf-8")
         unet.save_config(draft)
         if plan is not None:
             plan.save(draft / PLAN)
-        describe(draft, unet)
+        write_card(draft, card, unet)
     return difference
 
 
@@ -127,51 +123,38 @@ def _make_entry(place: int, graph: Graph) -> GraphEntry:
     return GraphEntry(file=name_file(place), given=tuple(given), kept=tuple(kept))
 
 
-@dataclass
-class _Job:
-    """Writing and checking some graphs of one UNet."""
+def _write_graphs(folder: Path, sections: Sequence[GraphSection], tell: OnExport) -> None:
+    stages = 1 + 2 * len(sections)
+    tell("writing the weights", 0, stages)
+    weights = {ROOT + name: each for name, each in sections[0].unet.state_dict().items()}
+    places = write_weights(folder / WEIGHTS, weights)
+    inputs = _draw_all(sections[0], *TRACED)
+    for place, section in enumerate(sections):
+        tell(f"tracing {name_file(place)}", 1 + place, stages)
+        path = folder / name_file(place)
+        trace(section, [inputs[name] for name in section.inputs], path)
+        bind_weights(path, weights, places)
 
-    folder: Path
-    sections: Sequence[GraphSection]
-    """The first computes everything, and so gives what the others are given."""
-    tell: OnExport
-    done: int = 0
 
-    def write(self) -> None:
-        self._begin("writing the weights")
-        unet = self.sections[0].unet
-        weights = {ROOT + name: each for name, each in unet.state_dict().items()}
-        places = write_weights(self.folder / WEIGHTS, weights)
-        inputs = self._draw(*TRACED)
-        for place, section in enumerate(self.sections):
-            self._begin(f"tracing {name_file(place)}")
-            path = self.folder / name_file(place)
-            trace(section, [inputs[name] for name in section.inputs], path)
-            bind_weights(path, weights, places, WEIGHTS)
+def _check_graphs(folder: Path, sections: Sequence[GraphSection], tell: OnExport) -> float:
+    """The largest difference between ONNX Runtime and PyTorch in all graphs."""
+    every = [_draw_all(sections[0], *at) for at in CHECKED]
+    worst, count = 0.0, len(sections)
+    for place, section in enumerate(sections):
+        tell(f"checking {name_file(place)}", 1 + count + place, 1 + 2 * count)
+        session = Session(folder / name_file(place), ["CPUExecutionProvider"])
+        worst = max(worst, *(compare(section, session, inputs) for inputs in every))
+    return worst
 
-    def check(self) -> float:
-        """The largest difference between ONNX Runtime and PyTorch in all graphs."""
-        every = [self._draw(*at) for at in CHECKED]
-        worst = 0.0
-        for place, section in enumerate(self.sections):
-            self._begin(f"checking {name_file(place)}")
-            session = Session(self.folder / name_file(place), ["CPUExecutionProvider"])
-            worst = max(worst, *(compare(section, session, inputs) for inputs in every))
-        return worst
 
-    def _draw(self, batch: int, size: tuple[int, int]) -> dict[str, torch.Tensor]:
-        """Random inputs of the UNet, and features like those that it makes of them.
+def _draw_all(full: GraphSection, batch: int, size: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Random inputs of the UNet, and features like those that the full graph makes of them.
 
-        They have the other sign, so that a graph that made them itself would be seen.
-        """
-        full = self.sections[0]
-        inputs = draw_inputs(full.unet, batch=batch, size=size)
-        made = full(*(inputs[name] for name in full.inputs))
-        return inputs | {name: -each for name, each in zip(full.outputs, made, strict=True)}
-
-    def _begin(self, stage: str) -> None:
-        self.tell(stage, self.done, 1 + 2 * len(self.sections))
-        self.done += 1
+    They have the other sign, so that a graph that made them itself would be seen.
+    """
+    inputs = draw_inputs(full.unet, batch=batch, size=size)
+    made = full(*(inputs[name] for name in full.inputs))
+    return inputs | {name: -each for name, each in zip(full.outputs, made, strict=True)}
 
 
 def compare(section: GraphSection, session: Session, inputs: Mapping[str, torch.Tensor]) -> float:
@@ -222,9 +205,8 @@ def bind_weights(
     path: Path,
     tensors: Mapping[str, torch.Tensor],
     places: Mapping[str, WeightRange],
-    location: str,
 ) -> None:
-    """Make constants, found in the file `location`, of those inputs that are weights."""
+    """Make constants, found in the file of weights, of those inputs that are weights."""
     import onnx
 
     model = onnx.load(path, load_external_data=False)
@@ -237,11 +219,11 @@ def bind_weights(
             graph.input.append(each)
         elif each.name in used:
             constant = graph.initializer.add()
-            constant.CopyFrom(_describe(each.name, tensors[each.name], places[each.name], location))
+            constant.CopyFrom(_describe(each.name, tensors[each.name], places[each.name]))
     path.write_bytes(model.SerializeToString())
 
 
-def _describe(name: str, tensor: torch.Tensor, place: WeightRange, location: str) -> Any:
+def _describe(name: str, tensor: torch.Tensor, place: WeightRange) -> Any:
     import onnx
 
     described = onnx.TensorProto(
@@ -250,7 +232,7 @@ def _describe(name: str, tensor: torch.Tensor, place: WeightRange, location: str
         data_type=onnx.helper.np_dtype_to_tensor_dtype(tensor.detach().cpu().numpy().dtype),
         data_location=onnx.TensorProto.EXTERNAL,
     )
-    for key, value in {"location": location, **place._asdict()}.items():
+    for key, value in {"location": WEIGHTS, **place._asdict()}.items():
         described.external_data.add(key=key, value=str(value))
     return described
 

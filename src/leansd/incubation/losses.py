@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from leansd.anatomy import read_anatomy
-from leansd.core.mixing import guide
+from leansd.core.outputs import guide
 from leansd.errors import LeansdError
 from leansd.incubation.data.batches import PAIR, Batch
 from leansd.incubation.noise import DiffusionSchedule

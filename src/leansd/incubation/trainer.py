@@ -10,6 +10,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,11 +167,8 @@ class StageTrainer:
 
     def run(self, on_log: OnLog | None = None, validation: ValidationHook | None = None) -> None:
         """Train to the end."""
-        stream = self._resume()
-        try:
+        with closing(self._resume()) as stream:
             self._run_steps(stream, on_log, validation)
-        finally:
-            stream.close()
         if self.ema is not None:
             self.ema.copy_to(self.unet)
         if self.cache is not None and self.accelerator.is_main_process:

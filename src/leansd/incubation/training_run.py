@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from leansd.errors import LeansdError
 from leansd.evaluation.fidelity import psnr
 from leansd.files import check_folder, holding, write_file, writing
 from leansd.incubation.data.batches import DataSource
-from leansd.incubation.data.kinds import DataContext, open_source
+from leansd.incubation.data.kinds import DataContext, Note, open_source, tell_nobody
 from leansd.incubation.noise import DiffusionSchedule
 from leansd.incubation.recipe import TEACHER, Recipe, Stage, ValidationSettings, load_recipe
 from leansd.incubation.students import StageNet, Student, make_student, open_net, save_net
@@ -50,11 +50,6 @@ from leansd.loading import load_with_unet
 RECIPE, PROJECTION = "recipe.yaml", "projection.safetensors"
 FITTED_BATCHES = 4
 OnLog = Callable[[Stage, LogRow], None]
-Note = Callable[[str], None]
-
-
-def keep_quiet(message: str) -> None:
-    """Nobody is told."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +63,6 @@ class TrainingRun:
     source: DataSource
 
 
-MakeValidation = Callable[
-    [TrainingRun, Stage, Student, UNet2DConditionModel], ValidationHook | None
-]
-
-
 def incubate(
     recipe: Recipe | str | Path,
     folder: str | Path,
@@ -80,7 +70,7 @@ def incubate(
     pipe: Any = None,
     resume: bool = False,
     on_log: OnLog | None = None,
-    note: Note = keep_quiet,
+    note: Note = tell_nobody,
 ) -> Path:
     """Distil a lighter UNet as a recipe says, and write it to `folder/net`.
 
@@ -110,7 +100,7 @@ def open_run(
     *,
     pipe: Any = None,
     resume: bool = False,
-    note: Note = keep_quiet,
+    note: Note = tell_nobody,
 ) -> TrainingRun:
     """Load the teacher, claim the folder and prepare the data; nothing is trained yet.
 
@@ -199,12 +189,7 @@ def draw_prompts(
         pipe.register_modules(unet=before)
 
 
-def run_stages(
-    run: TrainingRun,
-    *,
-    on_log: OnLog | None = None,
-    make_validation: MakeValidation = make_validation,
-) -> Path:
+def run_stages(run: TrainingRun, *, on_log: OnLog | None = None) -> Path:
     """Run all stages, each from its last checkpoint; what is done is not done again.
 
     Returns:
@@ -214,10 +199,10 @@ def run_stages(
         LeansdError: what training raises, or another run is at work there.
     """
     with _hold(run.folder):
-        return _run_stages(run, on_log, make_validation)
+        return _run_stages(run, on_log)
 
 
-def _run_stages(run: TrainingRun, on_log: OnLog | None, make_validation: MakeValidation) -> Path:
+def _run_stages(run: TrainingRun, on_log: OnLog | None) -> Path:
     recipe, settings, folder = run.recipe, run.recipe.trainer, run.folder
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     # `accelerate launch` and its config decide where and how.
@@ -337,11 +322,8 @@ def find_projection(run: TrainingRun, accelerator: Accelerator) -> Tensor | None
 @torch.no_grad()
 def fit_to_decoder(run: TrainingRun, device: torch.device) -> Tensor:
     """Fit a projection to the autoencoder's decodings of the first samples."""
-    stream = run.source.open(batch=4, seed=run.recipe.seed)
-    try:
+    with closing(run.source.open(batch=4, seed=run.recipe.seed)) as stream:
         latents = torch.cat([next(stream).latents for _ in range(FITTED_BATCHES)])
-    finally:
-        stream.close()
     vae = copy.deepcopy(run.pipe.vae).eval()
     nn.Module.to(vae, device, torch.float32)  # diffusers' own warns where it has nothing to warn of
     scaled = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0)

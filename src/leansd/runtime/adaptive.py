@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 
@@ -30,26 +30,6 @@ Rows = Mapping[Lane, torch.Tensor]
 """A picture's part of a tensor, lane by lane."""
 
 
-class DriftMetric(Protocol):
-    def measure(self, probe: Rows) -> torch.Tensor:
-        """The drift at a call that may inherit, a scalar; NaN where it is not known yet."""
-        ...
-
-    def settle(self, probe: Rows, output: Rows, *, computed: bool) -> None:
-        """Note a call: its probe and, if the picture was `computed` in full, the UNet's output.
-
-        `probe` is the metric's to keep, `output` is not.
-        """
-        ...
-
-    @property
-    def bytes(self) -> int: ...
-
-    def clear(self) -> None:
-        """Keep nothing any more: no later call inherits."""
-        ...
-
-
 class ChangeMetric:
     """The relative change of the probe since the picture was last computed in full."""
 
@@ -57,9 +37,14 @@ class ChangeMetric:
         self._then: dict[Lane, torch.Tensor] = {}
 
     def measure(self, probe: Rows) -> torch.Tensor:
+        """The drift at a call that may inherit, a scalar; NaN where it is not known yet."""
         return _sum_change(probe, self._then) / _sum_size(self._then, probe)
 
     def settle(self, probe: Rows, output: Rows, *, computed: bool) -> None:
+        """Note a call: its probe and, if the picture was `computed` in full, the UNet's output.
+
+        `probe` is the metric's to keep, `output` is not.
+        """
         if computed:
             self._then.update(probe)
 
@@ -68,6 +53,7 @@ class ChangeMetric:
         return _count_bytes(self._then.values())
 
     def clear(self) -> None:
+        """Keep nothing any more: no later call inherits."""
         self._then.clear()
 
 
@@ -115,6 +101,7 @@ class PredictedMetric:
         self._rate, self._sum, self._next = None, 0.0, 0.0
 
 
+DriftMetric = ChangeMetric | PredictedMetric
 METRICS: dict[Measure, Callable[[], DriftMetric]] = {
     "change": ChangeMetric,
     "predicted": PredictedMetric,

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from diffusers import UNet2DConditionModel
 
+from leansd.core.outputs import make_placeholder
 from leansd.plans.anatomy import HEAD, Anatomy
 
 ARGUMENTS = tuple(inspect.signature(UNet2DConditionModel.forward).parameters)[1:]
@@ -91,15 +92,9 @@ class Shape:
         return (tensor,) if self.in_tuple else tensor
 
     def make_placeholder(self, batch: int, *, writable: bool) -> torch.Tensor:
-        """NaN in this shape: nobody reads it, and if somebody did it would show.
-
-        It takes no memory unless it has to be `writable`, for code that works in place (FreeU,
-        T2I-Adapter).
-        """
+        """What stands for an output of this shape that nobody reads, for `batch` rows."""
         size = (batch, *self.size[1:])
-        if writable:
-            return torch.full(size, torch.nan, dtype=self.dtype, device=self.device)
-        return torch.full((), torch.nan, dtype=self.dtype, device=self.device).expand(size)
+        return make_placeholder(size, self.dtype, self.device, writable=writable)
 
 
 class OutputShapes:

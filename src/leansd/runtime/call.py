@@ -7,9 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
+from leansd.core.outputs import History, PlannedCall, find_method
 from leansd.core.schedule import CallSchedule
-from leansd.core.store import History
-from leansd.core.weighing import PlannedCall, find_method
 from leansd.plans.anatomy import HEAD
 from leansd.plans.liveness import GUIDANCE, Call, Kept, Lane, Program
 from leansd.plans.methods import METHODS

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -30,20 +30,6 @@ class CallPosition:
     """Whether a new run begins with it."""
 
 
-class Clock(Protocol):
-    def locate(self, timestep: Any) -> CallPosition | None:
-        """Place a call by its time step; None where it belongs to no run that this clock knows."""
-        ...
-
-    def peek(self, timestep: Any) -> CallPosition | None:
-        """What `locate` will say of a call that is yet to come; the clock does not advance."""
-        ...
-
-    def owns(self, timestep: Any) -> bool:
-        """Whether the time step is certainly one of this clock's."""
-        ...
-
-
 class SchedulerClock:
     """The clock of a pipeline: reads the schedule whenever its scheduler lays one out."""
 
@@ -56,9 +42,11 @@ class SchedulerClock:
         self._reader = _TimestepReader()
 
     def owns(self, timestep: Any) -> bool:
+        """Whether the time step is certainly one of this clock's."""
         return find_in_storage(timestep, self._pipe.scheduler.timesteps) is not None
 
     def locate(self, timestep: Any) -> CallPosition | None:
+        """Place a call by its time step; None where it belongs to no run that this clock knows."""
         position = self.peek(timestep)
         if position is not None:
             self._last = position.index
@@ -66,6 +54,7 @@ class SchedulerClock:
         return position
 
     def peek(self, timestep: Any) -> CallPosition | None:
+        """What `locate` will say of a call that is yet to come; the clock does not advance."""
         schedule = self._schedule
         if schedule is None or not self._goes_on(schedule, timestep):
             if not _is_laid_out(self._pipe.scheduler):
@@ -126,6 +115,9 @@ class LoopClock:
         self._last = moment
         index = len(self._log_snr) - 1
         return CallPosition(schedule, index, starts) if index < self._steps else None
+
+
+Clock = SchedulerClock | LoopClock
 
 
 def find_in_storage(timestep: Any, timesteps: Any) -> int | None:

@@ -19,8 +19,14 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch._dynamo.exc import TorchDynamoException
 
-from leansd.core.store import FeatureCache
-from leansd.core.weighing import Weight, combine, find_method, list_correction, list_weights
+from leansd.core.outputs import (
+    FeatureCache,
+    Weight,
+    combine,
+    find_method,
+    list_correction,
+    list_weights,
+)
 from leansd.errors import LeansdError
 from leansd.plans.compile import Structure, list_structures
 from leansd.plans.liveness import Call, Kept
@@ -159,8 +165,13 @@ class CompiledCalls:
             if isinstance(error, TorchDynamoException):
                 self._broken.add(self._find_structure(own))
             warnings.warn(
-                f"a UNet call of this pattern runs eagerly, since its graph failed: "
-                f"{_name_cause(error)}",
+                # The beginning: PyTorch explains at length.
+                textwrap.shorten(
+                    "a UNet call of this pattern runs eagerly, since its graph failed: "
+                    f"{type(error).__name__}: {error}",
+                    width=360,
+                    placeholder=" ...",
+                ),
                 stacklevel=2,
             )
             return output
@@ -285,8 +296,3 @@ def _weigh(
     # Made on the GPU, the copy would wait for all that it has to do.
     made = torch.tensor(weights, dtype=dtype).to(sample.device, non_blocking=True)
     return made if weights else None
-
-
-def _name_cause(error: Exception) -> str:
-    """The beginning of what went wrong, which PyTorch explains at length."""
-    return textwrap.shorten(f"{type(error).__name__}: {error}", width=300, placeholder=" ...")

@@ -20,7 +20,7 @@ from leansd.plans.row import OWN
 from leansd.runtime.arguments import Shape, UNetArguments
 from leansd.runtime.hooks import ForwardHooks
 from leansd.runtime.nets import DOWN_RESIDUALS
-from leansd.runtime.report import ControlCounts
+from leansd.runtime.report import RunStats
 from leansd.runtime.watch import Conditions
 
 MID_RESIDUAL = "mid_block_additional_residual"
@@ -50,7 +50,7 @@ class _Residuals:
 class ControlResiduals:
     """The state of a ControlNet in one run of one pipeline."""
 
-    counts: ControlCounts
+    stats: RunStats
     branches: dict[int, _Residuals] = field(default_factory=dict[int, _Residuals])
     """By the place of the call in its step: guidance branches may be called apart."""
     index: int = -1
@@ -58,16 +58,11 @@ class ControlResiduals:
     replay: Callable[[], Any] | None = None
     """Runs the ControlNet after all, where the last call of it gave what was kept."""
 
-    @property
-    def bytes(self) -> int:
-        kept = (tensor for each in self.branches.values() for tensor in each.tensors.values())
-        return sum(tensor.nbytes for tensor in kept)
-
     def count(self, index: int) -> int:
         """Which of the calls at this step it is."""
         self.ordinal = self.ordinal + 1 if index == self.index else 0
         self.index = index
-        self.counts.calls += 1
+        self.stats.control_calls += 1
         return self.ordinal
 
 
@@ -124,7 +119,7 @@ class ControlHook:
             state.replay = lambda: forward(*args, **kwargs)
             last.tensors = {place: last.tensors[place] for place in reads}
             return given
-        state.counts.runs += 1
+        state.stats.control_runs += 1
         state.replay = None
         residuals = forward(*args, **kwargs)
         tensors = [*residuals[0], residuals[1]]
@@ -142,7 +137,7 @@ def complete_residuals(state: ControlResiduals, arguments: UNetArguments) -> UNe
     """
     if state.replay is None or arguments.named.get(MID_RESIDUAL) is None:
         return arguments
-    state.counts.runs += 1
+    state.stats.control_runs += 1
     down, mid = state.replay()
     state.replay = None
     batch = arguments.named[MID_RESIDUAL].shape[0]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
-from leansd.core.weighing import find_method
+from leansd.core.outputs import find_method
 from leansd.plans.anatomy import HEAD, STEM, Anatomy
 from leansd.plans.liveness import GUIDANCE, Lane
 from leansd.runtime.arguments import UNetArguments, map_rows
@@ -117,7 +117,8 @@ def _run_lanes(step: UNetStep, arguments: UNetArguments, forward: Callable[..., 
     if step.apart is not None:
         return _run_apart(step, arguments, run)
     if step.call.is_half:
-        half = take_conditional(dict(arguments.named), arguments.sample.shape[0])
+        batch = arguments.sample.shape[0]
+        half = map_rows(arguments.named, batch, lambda tensor: tensor[batch // 2 :])
         return complete(step, run(UNetArguments(half)))
     output = run(arguments)
     keep_difference(step, output[0])
@@ -147,11 +148,6 @@ def _run_apart(
         cache.keep(difference, cache.read(kept), output[0])
     cache.release([kept])
     return output
-
-
-def take_conditional(inputs: Any, batch: int) -> Any:
-    """The second half of every tensor with `batch` rows in (nested) arguments of a UNet."""
-    return map_rows(inputs, batch, lambda tensor: tensor[batch // 2 :])
 
 
 def keep_difference(step: UNetStep, noise: torch.Tensor) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from leansd.core.mixing import Guided, OutputHistory, guide, make_precise, solve_rest
+from leansd.core.outputs import Guided, OutputHistory, guide, make_precise, solve_rest
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import HEAD, STEM, Anatomy
 from leansd.plans.liveness import Program
@@ -15,6 +15,7 @@ from leansd.runtime.call import UNetCall
 from leansd.runtime.context import count_depth, find_calling_pipeline
 from leansd.runtime.guidance import find_scale, guides
 from leansd.runtime.hooks import patch_method
+from leansd.runtime.watch import read_version
 
 
 def begin_mixing(
@@ -123,7 +124,7 @@ class LatentsWatch:
             )
         result = own(*args, **kwargs)
         last = result[0]
-        self._last, self._version = last, _read_version(last)
+        self._last, self._version = last, read_version(last)
         return result
 
     def _find_caller(self) -> tuple[int, int]:
@@ -131,13 +132,9 @@ class LatentsWatch:
 
     def _is_last(self, sample: Any) -> bool:
         last = self._last
-        if sample is last and _read_version(last) == self._version:
+        if sample is last and read_version(last) == self._version:
             return True
         # Another tensor with the same values will do; the device is waited for only here.
         if sample is last or not isinstance(sample, torch.Tensor) or last is None:
             return False
         return sample.shape == last.shape and torch.equal(sample.to(last.dtype), last)
-
-
-def _read_version(tensor: Any) -> int:
-    return 0 if tensor.is_inference() else tensor._version

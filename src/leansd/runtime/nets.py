@@ -96,7 +96,7 @@ def name_units(
     seen: Mapping[str, tuple[UNet2DConditionModel, Anatomy]],
 ) -> dict[str, str]:
     """What the units and parts of a net are called: as those of the first net that has the same."""
-    names = {at: f"{name}:{at}" for at in list_addresses(anatomy)}
+    names = {at: f"{name}:{at}" for at in anatomy.by_address}
     names[GUIDANCE] = f"{name}:{GUIDANCE}"
     for other, (theirs, there) in reversed(list(seen.items())):
         if not share_embeddings(unet, theirs):
@@ -107,11 +107,6 @@ def name_units(
         if found.get(HEAD) == HEAD:
             names[GUIDANCE] = GUIDANCE if other == OWN else f"{other}:{GUIDANCE}"
     return names
-
-
-def list_addresses(anatomy: Anatomy) -> list[str]:
-    """Units and their parts."""
-    return [*anatomy.addresses, *(part.at for part in anatomy.parts)]
 
 
 def share_embeddings(one: nn.Module, other: nn.Module) -> bool:

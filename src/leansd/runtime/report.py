@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from types import MappingProxyType
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -19,8 +18,6 @@ from leansd.plans.liveness import Call, Net
 from leansd.plans.plan import Plan
 from leansd.plans.row import OWN
 from leansd.runtime.finite import NOT_FINITE, FiniteWatch, is_real
-
-NO_UNETS: Mapping[str, UNet2DConditionModel] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -98,20 +95,14 @@ class Report:
         return f"{measured} ({self.uncounted or f'predicted {self.predicted_speedup:.2f}x'})"
 
 
-class ControlCounts:
-    """How often a run called a ControlNet, and how often it ran."""
-
-    calls = 0
-    runs = 0
-
-
 class RunStats:
     """Counts a run as it goes."""
 
     def __init__(self, plan: Plan, notes: tuple[str, ...] = ()) -> None:
         self.plan = plan
         self.notes = notes
-        self.control = ControlCounts()
+        self.control_calls = self.control_runs = 0
+        """How often the run called a ControlNet, and how often that ran."""
         self.calls: list[tuple[Call, ...]] = []
         self.times: list[Stopwatch] = []
         self.forced: Counter[str] = Counter()
@@ -158,7 +149,7 @@ class RunStats:
         self.tokens = text.shape[1] if text is not None else 0
 
     def summarise(
-        self, unet: UNet2DConditionModel, others: Mapping[str, UNet2DConditionModel] = NO_UNETS
+        self, unet: UNet2DConditionModel, others: Mapping[str, UNet2DConditionModel]
     ) -> Report:
         counts = [_count_units(calls) for calls in self.calls]
         computed, inherited, idle = (sum(each) for each in zip(*counts, strict=True))
@@ -183,8 +174,8 @@ class RunStats:
             predicted_speedup=predict_speedup(every, anatomy, nets),
             measured_speedup=self._find_full_seconds(seconds) * len(seconds) / sum(seconds),
             seconds=sum(seconds),
-            control_calls=self.control.calls,
-            control_runs=self.control.runs,
+            control_calls=self.control_calls,
+            control_runs=self.control_runs,
             guarded=guarded,
             drifted=drifted,
             gated=sum(any(call.gates for call in calls) for calls in self.calls),

@@ -373,7 +373,7 @@ class Follower:
             resolved = self._resolve_plan(position)
             plan = resolved.plan
             stats = RunStats(plan, resolved.notes)
-            run = Run(position.schedule, plan, stats, ControlResiduals(stats.control))
+            run = Run(position.schedule, plan, stats, ControlResiduals(stats))
             self._state.run = run
         return run
 

@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 import diffusers
@@ -11,6 +10,7 @@ from diffusers import DiffusionPipeline
 
 from leansd.errors import LeansdError
 from leansd.runtime.clock import is_flow
+from leansd.text import suggest_name
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,7 @@ def list_samplers(scheduler: Any) -> tuple[str, ...]:
 def check_sampler(name: str) -> str:
     """The name itself if there is such a sampler."""
     if name not in SAMPLERS:
-        near = get_close_matches(name, SAMPLERS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise LeansdError(f"no sampler {name!r}{hint} (there are {', '.join(SAMPLERS)})")
+        raise LeansdError(f"no sampler {name!r}{suggest_name(name, SAMPLERS)}")
     return name
 
 

@@ -44,7 +44,7 @@ class Conditions:
             if name not in STEPWISE:
                 # Held, so that no other tensor gets the same memory meanwhile.
                 leaves, spec = tree_flatten(each)
-                self._named[name] = leaves, [_read_version(leaf) for leaf in leaves], spec
+                self._named[name] = leaves, [read_version(leaf) for leaf in leaves], spec
 
     def find_change(self, before: Conditions) -> str:
         """The name of an argument that differs from `before`; empty if there is none."""
@@ -57,7 +57,7 @@ class Conditions:
         return ""
 
 
-def _read_version(value: Any) -> int:
+def read_version(value: Any) -> int:
     if not isinstance(value, torch.Tensor) or value.is_inference():
         return 0
     return value._version
@@ -68,7 +68,7 @@ def _are_same(one: Any, one_version: int, other: Any, other_version: int) -> boo
         return one is other or (type(one) is type(other) and bool(one == other))
     if one.shape != other.shape or one.dtype != other.dtype or one.device != other.device:
         return False
-    if _read_version(one) != one_version or _read_version(other) != other_version:
+    if read_version(one) != one_version or read_version(other) != other_version:
         return False
     if _locate(one) == _locate(other):
         return one_version == other_version
@@ -98,22 +98,6 @@ class UNetWatch:
         self._unet = unet
         self._anatomy = anatomy
         self._state = UNetState()
-        self._children: list[Mapping[str, nn.Module | None]] = []
-        self._modules: list[nn.Module | None] = []
-        self._owners: list[Mapping[str, nn.Parameter | None]] = []
-        self._slots: list[nn.Parameter | None] = []
-        self._parameters: list[nn.Parameter] = []
-        self._versions: list[int] = []
-        self._counted: list[nn.Parameter] = []
-        """Those that count their changes, and how many each had: this is read at every call."""
-        self._counts: list[int] = []
-        self._adapters: list[Any] = []
-        self._attentions: list[Any] = []
-        self._settings: list[object] = []
-        self._observers: list[Mapping[int, Any]] = []
-        """Hooks on the modules inside, of those that were put there."""
-        self._observed: list[tuple[str, ...]] = []
-        """What has to be computed for each of them to see what it would see in a full call."""
         self._look()
 
     def read(self) -> UNetState:
@@ -131,13 +115,18 @@ class UNetWatch:
         self._owners = [each._parameters for each in modules if each._parameters]
         self._slots = list(_list_values(self._owners))
         self._parameters = self._list_parameters()
-        self._versions = [_read_version(each) for each in self._parameters]
+        self._versions = [read_version(each) for each in self._parameters]
+        # Those that count their changes, and how many each had: this is read at every call.
         self._counted = [each for each in self._parameters if not each.is_inference()]
         self._counts = list(map(_count_changes, self._counted))
-        self._adapters = [each for each in modules if isinstance(_get(each, "scaling"), dict)]
-        self._attentions = [each for each in modules if hasattr(each, "processor")]
+        adapters = (each for each in modules if isinstance(vars(each).get("scaling"), dict))
+        self._adapters: list[Any] = list(adapters)
+        self._attentions: list[Any] = [each for each in modules if hasattr(each, "processor")]
         self._settings = self._list_settings()
-        self._observers, self._observed = [], []
+        self._observers: list[Mapping[int, Any]] = []
+        """Hooks on the modules inside, of those that were put there."""
+        self._observed: list[tuple[str, ...]] = []
+        """What has to be computed for each of them to see what it would see in a full call."""
         for path, module in self._unet.named_modules():
             if path:
                 self._observers += [module._forward_hooks, module._forward_pre_hooks]
@@ -165,7 +154,7 @@ class UNetWatch:
             parameters = self._list_parameters()
             if len(parameters) != len(self._parameters):
                 return False
-            versions = map(_read_version, parameters)
+            versions = map(read_version, parameters)
             rows = zip(self._parameters, self._versions, parameters, versions, strict=True)
             if not all(_are_one(*row) for row in rows):
                 return False
@@ -251,10 +240,6 @@ def _list_values(tables: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
 def _is_torchs_own(hook: Any) -> bool:
     """Whether a hook makes weights (pruning, weight norm): it looks at nothing."""
     return str(getattr(hook, "__module__", "")).startswith("torch.")
-
-
-def _get(module: nn.Module, name: str) -> object:
-    return vars(module).get(name)
 
 
 def _are_one(before: Any, before_version: int, now: Any, now_version: int) -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from leansd.anatomy.counting import dissect
 from leansd.core.devices import make_exact
-from leansd.core.mixing import guide
+from leansd.core.outputs import guide
 from leansd.errors import LeansdError
 from leansd.evaluation.cost import CostModel
 from leansd.evaluation.inner_timing import time_units

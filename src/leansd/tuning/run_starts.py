@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from leansd.core.devices import send
-from leansd.core.mixing import guide
+from leansd.core.outputs import guide
 from leansd.errors import LeansdError
 from leansd.evaluation.runs import PipelineCall, run_calls
 from leansd.runtime.arguments import UNetArguments, join_rows, map_rows

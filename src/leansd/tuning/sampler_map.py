@@ -16,8 +16,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from leansd.core.outputs import find_method, list_correction, list_weights
 from leansd.core.schedule import CallSchedule
-from leansd.core.weighing import find_method, list_correction, list_weights
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import HEAD, Anatomy
 from leansd.plans.compile import compile_plan

@@ -47,16 +47,11 @@ SECONDS = 30.0
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class FillProgress:
-    """How far a filling has come, over this rank's shards."""
+Note = Callable[[str], None]
 
-    shard: str
-    done: int
-    """Shards that are finished."""
-    shards: int
-    samples: int
-    flaws: int
+
+def tell_nobody(message: str) -> None:
+    """A `Note` that goes nowhere."""
 
 
 class FillReporter:
@@ -67,24 +62,25 @@ class FillReporter:
         clock: tells seconds.
     """
 
-    def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = monotonic) -> None:
+    def __init__(self, say: Note, clock: Callable[[], float] = monotonic) -> None:
         self.say, self.clock = say, clock
         self.began = self.told = clock()
-        self.first: FillProgress | None = None
-        """What the cache had already, at least."""
+        self.first: tuple[int, int] | None = None
+        """Samples and shards that the cache had already, at least."""
 
-    def __call__(self, progress: FillProgress) -> None:
+    def __call__(self, shard: str, done: int, shards: int, samples: int, flaws: int) -> None:
+        """How far it is: `done` of this rank's `shards` are finished, others begun."""
         now = self.clock()
         if self.first is None:
-            self.first, self.began = progress, now
-        new, shards = progress.samples - self.first.samples, progress.done - self.first.done
+            self.first, self.began = (samples, done), now
+        new, finished = samples - self.first[0], done - self.first[1]
         if now - self.told < SECONDS or not new:
             return
         self.told, took = now, now - self.began
-        left = (progress.shards - progress.done) / shards * took if shards else None
+        left = (shards - done) / finished * took if finished else None
         self.say(
-            f"{progress.shard}: {progress.done} of {progress.shards} shards, {progress.samples} "
-            f"samples in the cache, {progress.flaws} left out, {new / took:.1f} samples/s"
+            f"{shard}: {done} of {shards} shards, {samples} samples in the cache, "
+            f"{flaws} left out, {new / took:.1f} samples/s"
             + ("" if left is None else f", {describe_duration(left)} left")
         )
 
@@ -104,13 +100,14 @@ class Dataset:
         *,
         rank: int = 0,
         world: int = 1,
-        on_progress: Callable[[FillProgress], Any] = lambda progress: None,
+        on_progress: Callable[[str, int, int, int, int], None] = lambda *progress: None,
     ) -> None:
         """Encode what the cache does not have yet.
 
         Args:
             rank, world: of several processes, each takes every `world`-th shard. Wait for all
                 before the cache is read.
+            on_progress: is told how far it is, as a `FillReporter` takes it.
 
         Raises:
             LeansdError: a shard cannot be read or the disk is full; what is done is kept.
@@ -122,7 +119,7 @@ class Dataset:
         for done, shard in enumerate(own):
             for part_samples, part_flaws in self._fill_shard(shard):
                 samples, flaws = samples + part_samples, flaws + part_flaws
-                on_progress(FillProgress(shard.name, done, len(own), samples, flaws))
+                on_progress(shard.name, done, len(own), samples, flaws)
         if flaws:
             total = samples + flaws
             log.warning("%d of %d samples are left out; their files say why", flaws, total)
@@ -182,7 +179,7 @@ class DataContext:
     world: int = 1
     wait: Callable[[], None] = lambda: None
     """For all processes."""
-    note: Callable[[str], None] = lambda message: None
+    note: Note = tell_nobody
 
 
 class RandomData(BaseModel):
