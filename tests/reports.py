@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers.utils import make_image_grid
 from PIL import Image
 
 import leansd
@@ -26,7 +27,7 @@ from leansd.evaluation.timing import Ratio, Timing
 from leansd.exporting.exporter import Exported
 from leansd.incubation.estimate import Estimate, StageCost
 from leansd.incubation.recipe import load_recipe
-from leansd.incubation.training_log import TrainingLog, paste_grid, read_run
+from leansd.incubation.training_log import TrainingLog, read_run
 from leansd.plans.plan import Plan
 from leansd.plans.presets import PRESETS, SPEED_PRESETS, preset
 from leansd.report import measurements, nets, plans, training
@@ -249,8 +250,8 @@ def write_run(folder: Path, *, ended: bool = True) -> TrainingLog:
             rows.append(json.dumps(row) + "\n")
         (folder / stage / "losses.jsonl").write_text("".join(rows))
         for step in range(100, last + 1, 100):
-            rows = [[draw(seed, shift) for seed in range(2)] for shift in (0, 8 - step / 100)]
-            paste_grid(rows).save(seen / f"step-{step:08d}.png")
+            drawn = [draw(seed, shift) for shift in (0, 8 - step / 100) for seed in range(2)]
+            make_image_grid(drawn, 2, 2).save(seen / f"step-{step:08d}.png")
             with (seen / "losses.jsonl").open("a") as log:
                 log.write(json.dumps({"step": step, "psnr": 12 + step / 50}) + "\n")
     return read_run(recipe, folder, ended=ended)

@@ -77,7 +77,7 @@ def test_a_difference_may_change_stages_by_their_names(write: Any) -> None:
         ("stages.dark.steps=4", "there is no dark"),
         ("stages.light.nets={original: dark}", "wants net 'dark'"),
         ("stages.light.losses.vgg.options={wieghts: random}", "did you mean weights"),
-        ("stages.light.losses.mid.options={at: mid}", "loss mid has no option 'at': it has none"),
+        ("stages.light.losses.mid.options={at: mid}", "loss mid has no option 'at'; it has none"),
         ("trainer", "give key=value"),
         ("=4", "give key=value"),
         ("stages.foo=1", "there is no foo, but light, 0"),

@@ -375,7 +375,7 @@ def test_take_and_replace_are_refused_with_the_address() -> None:
             make.replace("dn0.l0.attn", by="skip"),
             "dn0.l0.attn is no part of a transformer block",
         ),
-        (make.replace("dn0.*.sa", by="skip", share=1), "skip takes no options; leave 'share' out"),
+        (make.replace("dn0.*.sa", by="skip", share=1), "skip has no option 'share'; it has none"),
     ):
         with pytest.raises(LeansdError) as error:
             leansd.operate(nets, surgery)

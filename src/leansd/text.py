@@ -10,6 +10,8 @@ from difflib import get_close_matches
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from leansd.errors import LeansdError
+
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
@@ -83,6 +85,19 @@ def suggest_name(name: str, known: Iterable[str]) -> str:
     near = get_close_matches(name, names, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"{hint} (there are {', '.join(names)})"
+
+
+def refuse_unknown(what: str, options: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse options that there are not.
+
+    Raises:
+        LeansdError: there is one; the message names those that `what` has.
+    """
+    names = list(known)
+    for option in options:
+        if option not in names:
+            offer = suggest_name(option, names) if names else "; it has none"
+            raise LeansdError(f"{what} has no option {option!r}{offer}")
 
 
 def explain_validation(error: ValidationError) -> str:

@@ -41,6 +41,10 @@ WORN_BY = {
 """UNets of diffusers that cannot be read, and whose they are."""
 
 
+Layer = tuple[nn.Module, nn.Module | None]
+"""A ResNet and, where there is one, its attention."""
+
+
 class SkippedAttention(nn.Module):
     """Stands where a block's forward calls an attention that was dropped: no unit, no weight."""
 
@@ -93,41 +97,51 @@ def read_anatomy(unet: UNet2DConditionModel, *, name: str = "UNet") -> Anatomy:
         LeansdError: it is no `UNet2DConditionModel`, or a block is built in a way not known here.
     """
     unet = find_unet(unet)
-    units = tuple(_walk(unet))
+    units = _walk(unet)
     parts = tuple(part for row in units for part in _list_parts(unet, row))
     params = sum(parameter.numel() for parameter in unet.parameters())
     return Anatomy(units, parts, name=name, params=params)
 
 
-def _walk(unet: Any) -> Iterator[Unit]:
+class _Walk:
+    """The units of a UNet, as the hidden state comes through them."""
+
+    def __init__(self) -> None:
+        self.units: list[Unit] = []
+        self.scale = 1
+
+    def add(self, module: Any, at: str, path: str, *skips: str) -> str:
+        """A unit that takes what the last one gave, and skips; gives its address."""
+        last = self.units[-1] if self.units else None
+        reads = () if last is None else (last.at, *skips)
+        self.units.append(_make_unit(module, at, path, self.scale, reads, last))
+        return at
+
+    def add_layer(self, layer: Layer, at: str, path: str, number: int, *skips: str) -> str:
+        """A ResNet and, where there is one, its attention; gives the address of the last unit."""
+        resnet, attention = layer
+        end = self.add(resnet, f"{at}.res", f"{path}.resnets.{number}", *skips)
+        if attention is not None:
+            end = self.add(attention, f"{at}.attn", f"{path}.attentions.{number}")
+        return end
+
+
+def _walk(unet: Any) -> tuple[Unit, ...]:
     """Follow the hidden state through the UNet, pushing and popping skips as its forward does."""
-    scale = 1
-    stem = _make_unit(unet.conv_in, STEM, "conv_in", scale, ())
-    yield stem
-    last, skips = stem, [stem]
+    walk = _Walk()
+    skips = [walk.add(unet.conv_in, STEM, "conv_in")]
     for index, block in enumerate(unet.down_blocks):
         at, path = f"dn{index}", f"down_blocks.{index}"
         for number, layer in enumerate(_list_layers(block, path)):
-            for unit in _walk_layer(layer, f"{at}.l{number}", path, number, scale, (last.at,)):
-                yield unit
-                last = unit
-            skips.append(last)
+            skips.append(walk.add_layer(layer, f"{at}.l{number}", path, number))
         if block.downsamplers:
-            scale *= 2
-            last = _make_unit(
-                block.downsamplers[0],
-                f"{at}.down",
-                f"{path}.downsamplers.0",
-                scale,
-                (last.at,),
-                last,
-            )
-            yield last
-            skips.append(last)
+            walk.scale *= 2
+            skips.append(walk.add(block.downsamplers[0], f"{at}.down", f"{path}.downsamplers.0"))
     if unet.mid_block is not None:
-        for unit in _walk_mid(unet.mid_block, scale, last):
-            yield unit
-            last = unit
+        # A ResNet, then pairs of attention and ResNet; the attention belongs to the layer before.
+        layers = zip_longest(unet.mid_block.resnets, _list_attentions(unet.mid_block))
+        for number, layer in enumerate(layers):
+            walk.add_layer(layer, f"mid.l{number}", "mid_block", number)
     for index, block in enumerate(unet.up_blocks):
         at, path = f"up{index}", f"up_blocks.{index}"
         for number, layer in enumerate(_list_layers(block, path)):
@@ -135,24 +149,19 @@ def _walk(unet: Any) -> Iterator[Unit]:
                 raise LeansdError(
                     f"{at}.l{number} has no skip left to read: the blocks are unbalanced"
                 )
-            reads = (last.at, skips.pop().at)
-            for unit in _walk_layer(layer, f"{at}.l{number}", path, number, scale, reads):
-                yield unit
-                last = unit
+            walk.add_layer(layer, f"{at}.l{number}", path, number, skips.pop())
         if block.upsamplers:
-            scale //= 2
-            last = _make_unit(
-                block.upsamplers[0], f"{at}.up", f"{path}.upsamplers.0", scale, (last.at,), last
-            )
-            yield last
+            walk.scale //= 2
+            walk.add(block.upsamplers[0], f"{at}.up", f"{path}.upsamplers.0")
     if skips:
         raise LeansdError(
-            f"the output of {skips[-1].at} is read by no up block: the blocks are unbalanced"
+            f"the output of {skips[-1]} is read by no up block: the blocks are unbalanced"
         )
-    yield _make_unit(unet.conv_out, HEAD, "conv_out", scale, (last.at,))
+    walk.add(unet.conv_out, HEAD, "conv_out")
+    return tuple(walk.units)
 
 
-def _list_layers(block: nn.Module, path: str) -> list[tuple[nn.Module, nn.Module | None]]:
+def _list_layers(block: nn.Module, path: str) -> list[Layer]:
     """The layers of a block: a ResNet each and, where there is one, its attention."""
     resnets = list(getattr(block, "resnets", ()))
     attentions = _list_attentions(block)
@@ -166,37 +175,6 @@ def _list_attentions(block: Any) -> list[nn.Module | None]:
     """A block's attentions, None for one that was dropped."""
     attentions = getattr(block, "attentions", ())
     return [None if isinstance(each, SkippedAttention) else each for each in attentions]
-
-
-def _walk_layer(
-    layer: tuple[nn.Module, nn.Module | None],
-    at: str,
-    path: str,
-    number: int,
-    scale: int,
-    reads: tuple[str, ...],
-) -> Iterator[Unit]:
-    resnet, attention = layer
-    unit = _make_unit(resnet, f"{at}.res", f"{path}.resnets.{number}", scale, reads)
-    yield unit
-    if attention is not None:
-        path = f"{path}.attentions.{number}"
-        yield _make_unit(attention, f"{at}.attn", path, scale, (unit.at,), unit)
-
-
-def _walk_mid(block: Any, scale: int, last: Unit) -> Iterator[Unit]:
-    """A ResNet, then pairs of attention and ResNet; the attention belongs to the layer before."""
-    attentions = _list_attentions(block)
-    for number, resnet in enumerate(block.resnets):
-        last = _make_unit(
-            resnet, f"mid.l{number}.res", f"mid_block.resnets.{number}", scale, (last.at,)
-        )
-        yield last
-        attention = attentions[number] if number < len(attentions) else None
-        if attention is not None:
-            path = f"mid_block.attentions.{number}"
-            last = _make_unit(attention, f"mid.l{number}.attn", path, scale, (last.at,), last)
-            yield last
 
 
 PARTS = {"attn1": "sa", "attn2": "ca", "ff": "ff"}
@@ -233,20 +211,21 @@ def _make_unit(
     path: str,
     scale: int,
     reads: tuple[str, ...],
-    before: Unit | None = None,
+    before: Unit | None,
 ) -> Unit:
-    """A row for `module`; one that states no channels has those of the unit before it."""
+    """A row for `module`; attentions and samplers that state no channels have those before."""
+    kind = KINDS[at.rsplit(".", 1)[-1]]
     inner: Any = getattr(module, "base_layer", module)  # of a convolution that has a LoRA
     if isinstance(inner, nn.Conv2d):
         channels = (inner.in_channels, inner.out_channels)
     elif isinstance(getattr(module, "in_channels", None), int):
         channels = (module.in_channels, module.out_channels or module.in_channels)
-    elif before is not None:
+    elif before is not None and kind not in ("resnet", "conv"):
         channels = (before.channels[1], before.channels[1])
     else:
         raise LeansdError(f"{path} is a {type(module).__name__}, whose channels are not known here")
     params = sum(parameter.numel() for parameter in module.parameters())
-    return Unit(at, KINDS[at.rsplit(".", 1)[-1]], path, channels, scale, params, reads)
+    return Unit(at, kind, path, channels, scale, params, reads)
 
 
 # -- fingerprints of weights -----------------------------------------------------------------------

@@ -43,7 +43,11 @@ def start_stopwatch(device: torch.device) -> Callable[[], Stopwatch]:
 
         def end_on_device() -> Stopwatch:
             last.record()
-            return lambda: _measure_events(first, last)
+            return end_after_wait
+
+        def end_after_wait() -> float:
+            last.synchronize()
+            return first.elapsed_time(last) / 1000
 
         return end_on_device
     started = time.perf_counter()
@@ -53,8 +57,3 @@ def start_stopwatch(device: torch.device) -> Callable[[], Stopwatch]:
         return lambda: seconds
 
     return end
-
-
-def _measure_events(first: torch.cuda.Event, last: torch.cuda.Event) -> float:
-    last.synchronize()
-    return first.elapsed_time(last) / 1000

@@ -248,15 +248,11 @@ class GraphSection(torch.nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         named = dict(zip(self.names, tensors, strict=False))
-        given = _sort(self.graph, tensors[len(self.names) :])
+        features = dict(zip(self.graph.given, tensors[len(self.names) :], strict=True))
+        sources = self.graph.structure.sources
+        given = [features[kept.unit, kept.what] for each in sources for kept in each]
         noise, made = self._run(self._forward, nest(named), given, None)
         return (noise, *made)
-
-
-def _sort(graph: Graph, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The given tensors in the order that the graph's structure takes them."""
-    named = dict(zip(graph.given, tensors, strict=True))
-    return [named[kept.unit, kept.what] for each in graph.structure.sources for kept in each]
 
 
 def nest(named: Mapping[str, torch.Tensor]) -> dict[str, Any]:

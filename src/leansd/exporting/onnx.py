@@ -27,7 +27,6 @@ from leansd.exporting.graphs import (
     TABLE,
     WEIGHTS,
     ExportTable,
-    Graph,
     GraphEntry,
     GraphSection,
     Session,
@@ -87,7 +86,14 @@ def write_onnx(
         draft.mkdir()
         _write_graphs(draft, sections, tell)
         difference = _check_graphs(draft, sections, tell)
-        entries = tuple(_make_entry(place, graph) for place, graph in enumerate(graphs))
+        entries = tuple(
+            GraphEntry(
+                file=name_file(place),
+                given=tuple(map(name_feature, graph.given)),
+                kept=tuple(map(name_feature, graph.kept)),
+            )
+            for place, graph in enumerate(graphs)
+        )
         table = ExportTable(leansd=__version__, difference=difference, graphs=entries)
         (draft / TABLE).write_text(table.model_dump_json(indent=1) + "\n", encoding="utf-8")
         unet.save_config(draft)
@@ -116,11 +122,6 @@ def _check(unet: UNet2DConditionModel) -> None:
         )
     if unet.dtype != torch.float32:
         raise LeansdError(f"the UNet is in {unet.dtype}: export it in float32 (unet.float())")
-
-
-def _make_entry(place: int, graph: Graph) -> GraphEntry:
-    given, kept = ([name_feature(each) for each in some] for some in (graph.given, graph.kept))
-    return GraphEntry(file=name_file(place), given=tuple(given), kept=tuple(kept))
 
 
 def _write_graphs(folder: Path, sections: Sequence[GraphSection], tell: OnExport) -> None:

@@ -28,7 +28,7 @@ from leansd.plans.address import get_block, select
 from leansd.plans.anatomy import HEAD, Anatomy, Unit
 from leansd.runtime.hooks import Forward, ForwardHooks
 from leansd.surgery.lineage import Lineage, Pair
-from leansd.text import explain_validation, suggest_name
+from leansd.text import explain_validation, refuse_unknown, suggest_name
 
 # -- features --------------------------------------------------------------------------------------
 # Outputs of units by address, and units fed with another UNet's: both by patched forwards.
@@ -383,10 +383,7 @@ def check_loss(name: str, options: Mapping[str, Any]) -> None:
     if name not in LOSSES:
         raise LeansdError(f"no loss {name!r}{suggest_name(name, LOSSES)}")
     _, *known = inspect.signature(LOSSES[name]).parameters
-    for option in options:
-        if option not in known:
-            offer = suggest_name(option, known) if known else ": it has none"
-            raise LeansdError(f"loss {name} has no option {option!r}{offer}")
+    refuse_unknown(f"loss {name}", options, known)
 
 
 def build_loss(name: str, options: Mapping[str, Any], context: LossContext) -> Loss:

@@ -28,7 +28,7 @@ from pydantic import (
 from leansd.errors import LeansdError
 from leansd.incubation.losses import check_loss
 from leansd.surgery.apply import BASE
-from leansd.surgery.edits import Surgery, Texts, write_name
+from leansd.surgery.edits import Surgery, Texts, read_yaml, write_name
 from leansd.surgery.presets import find_surgery
 from leansd.text import explain_validation
 
@@ -243,14 +243,7 @@ def find_recipe(source: str | Path) -> Path:
 
 
 def _read_document(path: Path, deep: int) -> dict[str, Any]:
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LeansdError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise LeansdError(f"{path} is no recipe: it is not YAML") from error
-    if not isinstance(document, dict):
-        raise LeansdError(f"{path} is no recipe: it holds no keys")
+    document = read_yaml(path, "recipe")
     _find_surgery_files(document.get("stages"), path.parent)
     base = document.pop("base", None)
     if base is None:

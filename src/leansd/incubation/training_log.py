@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -71,18 +71,8 @@ def name_grid(step: int) -> str:
     return f"step-{step:08d}.png"
 
 
-def paste_grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Rows of pictures of one size as one picture."""
-    width, height = rows[0][0].size
-    grid = Image.new("RGB", (width * len(rows[0]), height * len(rows)))
-    for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            grid.paste(picture, (x * width, y * height))
-    return grid
-
-
 def read_grid(path: Path, columns: int) -> list[list[Image.Image]]:
-    """The rows of pictures that a grid was pasted from."""
+    """The rows of pictures that a grid was made of."""
     with Image.open(path) as file:
         grid: Image.Image = file.convert("RGB")
     wide, tall = grid.width // columns, grid.height // GRID_ROWS

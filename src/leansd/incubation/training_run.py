@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 from diffusers import UNet2DConditionModel
+from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import Tensor, nn
 
@@ -36,12 +37,12 @@ from leansd.incubation.students import StageNet, Student, make_student, open_net
 from leansd.incubation.trainer import StageContext, ValidationHook, prepare_teacher, train_stage
 from leansd.incubation.training_log import (
     FILE,
+    GRID_ROWS,
     NET,
     VALIDATION,
     LogRow,
     LossLog,
     name_grid,
-    paste_grid,
 )
 from leansd.incubation.training_state import read_processes, reporting
 from leansd.incubation.vgg import fit_projection, load_projection, save_projection
@@ -161,7 +162,7 @@ def make_validation(
         path = home / name_grid(step)
         try:
             home.mkdir(parents=True, exist_ok=True)
-            paste_grid([original, trained]).save(path)
+            make_image_grid([*original, *trained], GRID_ROWS, len(original)).save(path)
         except OSError as error:
             raise LeansdError(f"cannot write {path}: {error.strerror or error}") from error
         LossLog(home / FILE).add({"step": step, "psnr": float(psnr(trained, original).mean())})

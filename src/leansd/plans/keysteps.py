@@ -7,6 +7,7 @@ and DeepCache (arXiv 2312.00858, non-uniform 1:N).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
@@ -17,7 +18,7 @@ KeySteps = tuple[int, ...]
 
 def uniform(steps: int, interval: int) -> KeySteps:
     """Every `interval`-th step."""
-    _check_count("interval", interval)
+    _check_interval(interval)
     return tuple(range(0, steps, interval))
 
 
@@ -45,7 +46,7 @@ def centred_power(steps: int, keys: int, centre: float, power: float = 1.4) -> K
         raise LeansdError(f"centre must lie in the run of {steps} steps, not at {centre}")
     first, last = -(centre ** (1 / power)), (steps - centre) ** (1 / power)
     values = [first + (last - first) * index / keys for index in range(keys)]
-    return place(steps, [centre + _signed_power(value, power) for value in values])
+    return place(steps, [centre + math.copysign(abs(value) ** power, value) for value in values])
 
 
 def staged(steps: int, intervals: Mapping[int, int]) -> KeySteps:
@@ -53,7 +54,7 @@ def staged(steps: int, intervals: Mapping[int, int]) -> KeySteps:
     if 0 not in intervals:
         raise LeansdError("staged intervals need one that starts at step 0, as in {0: 2, 10: 4}")
     for interval in intervals.values():
-        _check_count("interval", interval)
+        _check_interval(interval)
     keys: list[int] = []
     starts = sorted(start for start in intervals if start < steps)
     for start, stop in zip(starts, [*starts[1:], steps], strict=True):
@@ -84,10 +85,6 @@ def explicit(steps: int, keys: Iterable[int]) -> KeySteps:
     return tuple(chosen)
 
 
-def _signed_power(value: float, power: float) -> float:
-    return abs(value) ** power if value >= 0 else -(abs(value) ** power)
-
-
 def place(steps: int, positions: Sequence[float]) -> KeySteps:
     """Rising positions as distinct steps, the first of them 0, each moved as little as needed."""
     placed: list[int] = []
@@ -98,9 +95,9 @@ def place(steps: int, positions: Sequence[float]) -> KeySteps:
     return (0, *placed[1:])
 
 
-def _check_count(name: str, value: int) -> None:
-    if value < 1:
-        raise LeansdError(f"{name} must be at least 1, not {value}")
+def _check_interval(interval: int) -> None:
+    if interval < 1:
+        raise LeansdError(f"interval must be at least 1, not {interval}")
 
 
 def _check_keys(steps: int, keys: int) -> None:

@@ -12,17 +12,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import nn
 
+from leansd.anatomy.reading import read_anatomy
+from leansd.errors import LeansdError
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.liveness import Call, Net, Program
 from leansd.plans.row import OWN
 from leansd.runtime.arguments import Shape, UNetArguments
 from leansd.runtime.hooks import ForwardHooks
-from leansd.runtime.nets import DOWN_RESIDUALS
 from leansd.runtime.report import RunStats
 from leansd.runtime.watch import Conditions
 
+DOWN_RESIDUALS = "down_block_additional_residuals"
 MID_RESIDUAL = "mid_block_additional_residual"
 
 
@@ -88,21 +91,26 @@ class ControlHook:
         self,
         anatomy: Anatomy,
         controlnet: nn.Module,
-        peek: Callable[[UNetArguments], UpcomingCall | None],
+        find_follower: Callable[[tuple[Any, ...], Any], Any],
     ) -> None:
         """
         Args:
             anatomy: of the pipeline's UNet.
-            peek: tells what the UNet call after this call of the ControlNet will do.
+            find_follower: tells whose call one at a time step is.
         """
         self._anatomy = anatomy
-        self._peek = peek
+        self._find_follower = find_follower
+        self.followers: tuple[Any, ...] = ()
+        """Those whose pipelines have the ControlNet."""
         self.hooks = ForwardHooks({"control": controlnet}, self._around)
 
     def _around(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         arguments = UNetArguments.bind(args, kwargs)
         wanted_tuple = arguments.is_complete and not kwargs.get("return_dict", True)
-        coming = self._peek(arguments) if wanted_tuple else None
+        follower = None
+        if wanted_tuple:
+            follower = self._find_follower(self.followers, arguments.timestep)
+        coming: UpcomingCall | None = follower.peek(arguments) if follower is not None else None
         if coming is None:
             return forward(*args, **kwargs)
         state = coming.residuals
@@ -148,6 +156,28 @@ def complete_residuals(state: ControlResiduals, arguments: UNetArguments) -> UNe
         return torch.cat([torch.zeros_like(residual), residual]) if half else residual
 
     return arguments.replace(**{DOWN_RESIDUALS: [*map(fit, down)], MID_RESIDUAL: fit(mid)})
+
+
+def select_residuals(
+    arguments: UNetArguments, own: UNet2DConditionModel, unet: UNet2DConditionModel
+) -> UNetArguments:
+    """A call's arguments with a ControlNet's residuals for the skips that another UNet has.
+
+    A ControlNet made for the pipeline's own UNet has one for each of its skips; the other takes
+    those of the same addresses.
+    """
+    residuals = arguments.named.get(DOWN_RESIDUALS)
+    if residuals is None:
+        return arguments
+    mine, theirs = (list(find_readers(read_anatomy(each)))[:-1] for each in (own, unet))
+    if len(residuals) != len(mine) or mine == theirs:
+        return arguments
+    missing = [at for at in theirs if at not in mine]
+    if missing:
+        raise LeansdError(
+            f"the ControlNet has nothing for {missing[0]}, which the pipeline's own UNet has not"
+        )
+    return arguments.replace(**{DOWN_RESIDUALS: [residuals[mine.index(at)] for at in theirs]})
 
 
 def runs_control(call: Call) -> bool:

@@ -27,7 +27,7 @@ from leansd.runtime.arguments import OutputShapes, UNetArguments
 from leansd.runtime.call import UNetStep
 from leansd.runtime.compiled import CompiledCalls, TraceSlot, freeze
 from leansd.runtime.context import find_calling_pipeline
-from leansd.runtime.controlnet import ControlHook
+from leansd.runtime.controlnet import ControlHook, select_residuals
 from leansd.runtime.guidance import run_step
 from leansd.runtime.hooks import (
     PLAIN,
@@ -36,7 +36,6 @@ from leansd.runtime.hooks import (
     hook_pipeline_end,
     patch_method,
 )
-from leansd.runtime.nets import select_residuals
 from leansd.runtime.run import Follower, find_follower
 from leansd.runtime.watch import UNetWatch
 from leansd.surgery.parts.gri import attend, call_at_size, find_processor
@@ -322,7 +321,7 @@ def _list_block_outputs(
 
 _ENGINES: WeakValueDictionary[int, Engine] = WeakValueDictionary()
 """By the id of the UNet, which the engine keeps alive."""
-_CONTROLS: WeakValueDictionary[int, SharedControl] = WeakValueDictionary()
+_CONTROLS: WeakValueDictionary[int, ControlHook] = WeakValueDictionary()
 """By the id of the ControlNet, which the hook keeps alive."""
 ANCHOR = "_leansd_engine"
 """Where a UNet keeps the engine that has compiled it."""
@@ -339,18 +338,6 @@ class EngineAnchor:
 
     def __reduce__(self) -> tuple[type[EngineAnchor], tuple[()]]:
         return EngineAnchor, ()
-
-
-class SharedControl:
-    """The hook of a ControlNet for all followers whose pipelines have it."""
-
-    def __init__(self, anatomy: Anatomy, controlnet: nn.Module) -> None:
-        self.followers: tuple[Follower, ...] = ()
-        self.hook = ControlHook(anatomy, controlnet, self._peek)
-
-    def _peek(self, arguments: UNetArguments) -> Any:
-        follower = find_follower(self.followers, arguments.timestep)
-        return follower.peek(arguments) if follower is not None else None
 
 
 def attach(follower: Follower) -> None:
@@ -380,7 +367,8 @@ def attach(follower: Follower) -> None:
         if isinstance(controlnet, nn.Module):
             control = _CONTROLS.get(id(controlnet))
             if control is None:
-                control = _CONTROLS[id(controlnet)] = SharedControl(engine.anatomy, controlnet)
+                control = ControlHook(engine.anatomy, controlnet, find_follower)
+                _CONTROLS[id(controlnet)] = control
             control.followers += (follower,)
 
 
@@ -397,7 +385,7 @@ def detach(follower: Follower) -> None:
         for key, control in list(_CONTROLS.items()):
             control.followers = _leave_out(control.followers, follower)
             if not control.followers:
-                control.hook.hooks.release()
+                control.hooks.release()
                 del _CONTROLS[key]
     if follower.bypass is not None:
         follower.bypass.release()

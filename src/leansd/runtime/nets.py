@@ -20,7 +20,6 @@ from leansd.errors import LeansdError
 from leansd.plans.anatomy import HEAD, Anatomy
 from leansd.plans.liveness import GUIDANCE, Net
 from leansd.plans.row import OWN
-from leansd.runtime.arguments import UNetArguments
 
 EMBEDDINGS = ("time_embedding", "add_embedding", "class_embedding", "encoder_hid_proj")
 """What units are given besides each other's outputs and the text, by attribute of the UNet."""
@@ -178,34 +177,3 @@ def are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one.data_ptr() == other.data_ptr() and one.shape == other.shape:
         return True
     return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
-
-
-DOWN_RESIDUALS = "down_block_additional_residuals"
-
-
-def select_residuals(
-    arguments: UNetArguments, own: UNet2DConditionModel, unet: UNet2DConditionModel
-) -> UNetArguments:
-    """A call's arguments with a ControlNet's residuals for the skips that another UNet has.
-
-    A ControlNet made for the pipeline's own UNet has one for each of its skips; the other takes
-    those of the same addresses.
-    """
-    residuals = arguments.named.get(DOWN_RESIDUALS)
-    if residuals is None:
-        return arguments
-    mine, theirs = (list_skips(read_anatomy(each)) for each in (own, unet))
-    if len(residuals) != len(mine) or mine == theirs:
-        return arguments
-    missing = [at for at in theirs if at not in mine]
-    if missing:
-        raise LeansdError(
-            f"the ControlNet has nothing for {missing[0]}, which the pipeline's own UNet has not"
-        )
-    return arguments.replace(**{DOWN_RESIDUALS: [residuals[mine.index(at)] for at in theirs]})
-
-
-def list_skips(anatomy: Anatomy) -> list[str]:
-    """The units whose outputs are skips, in the order they are made."""
-    read = {at for unit in anatomy if unit.at.startswith("up") for at in unit.reads[1:]}
-    return [unit.at for unit in anatomy if unit.at in read]

@@ -61,6 +61,26 @@ Addresses = Annotated[Texts, Field(min_length=1)]
 """Addresses or globs."""
 
 
+def read_yaml(path: str | Path, kind: str) -> dict[str, Any]:
+    """The keys of a YAML or JSON file.
+
+    Args:
+        kind: what it should be, for messages.
+
+    Raises:
+        LeansdError: it is missing, or holds no keys.
+    """
+    try:
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LeansdError(f"cannot read the {kind} {path}: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise LeansdError(f"{path} is no {kind}: it is not YAML") from error
+    if not isinstance(document, dict):
+        raise LeansdError(f"{path} is no {kind}: it holds no keys")
+    return document
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
@@ -189,16 +209,9 @@ class Surgery(_Frozen):
         Raises:
             LeansdError: it is missing or no surgery; the message names the place.
         """
+        document = {"name": Path(path).stem} | read_yaml(path, "surgery")
         try:
-            document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise LeansdError(f"cannot read the surgery {path}: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise LeansdError(f"{path} is not a surgery file: it is not YAML") from error
-        if not isinstance(document, dict):
-            raise LeansdError(f"{path} is not a surgery file: it holds no name and edits")
-        try:
-            return cls.model_validate({"name": Path(path).stem} | document)
+            return cls.model_validate(document)
         except ValidationError as error:
             raise LeansdError(
                 f"{path} is not a valid surgery file: {explain_validation(error)}"

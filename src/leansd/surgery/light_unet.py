@@ -99,8 +99,11 @@ def drop_places(unet: UNet2DConditionModel, addresses: Iterable[str]) -> None:
     for at in sorted(gone):
         block = _find_block(unet, at)
         is_block = any(each.startswith(at + ".sa") or each == at + ".ff" for each in units)
-        if at in layers and at.endswith((".down", ".up")):
-            _drop_sampler(unet, block, at)
+        if at in layers and at.endswith(".down"):
+            block.downsamplers = None
+        elif at in layers and at.endswith(".up"):
+            block.upsamplers = None
+            unet.num_upsamplers -= 1
         elif at in units and at.endswith(".attn"):
             block.attentions[int(_get_number(at, 1))] = SkippedAttention()
         elif not (at in layers or is_block):
@@ -120,14 +123,6 @@ def replace_place(net: AddressedUNet, at: str, *, by: str, options: Mapping[str,
     replacement = find_replacement(by)
     replacement.validate(net.anatomy[at], options)
     replacement.build(net, at, options)
-
-
-def _drop_sampler(unet: UNet2DConditionModel, block: Any, at: str) -> None:
-    if at.endswith(".down"):
-        block.downsamplers = None
-    else:
-        block.upsamplers = None
-        unet.num_upsamplers -= 1
 
 
 def _thin(modules: nn.ModuleList, prefix: str, gone: set[str]) -> nn.ModuleList:

@@ -53,7 +53,7 @@ class Lineage(BaseModel):
     @property
     def units(self) -> tuple[str, ...]:
         """The units of the operated net, in running order."""
-        return tuple(at for at in self.origins if not _is_inside(at))
+        return tuple(at for at in self.origins if at.count(".") <= 2)  # deeper are their blocks
 
     def pairs(self) -> tuple[Pair, ...]:
         """What to distil: for each block the output that ends it, and what it stands for.
@@ -139,11 +139,6 @@ class Lineage(BaseModel):
                 break
             last = at
         return Origin(origin.net, last)
-
-
-def _is_inside(at: str) -> bool:
-    """Whether an address is deeper than a unit."""
-    return at.count(".") > 2
 
 
 def _find_file(path: str | Path) -> Path:

@@ -128,7 +128,7 @@ def preview(
             for name, value in plan.build.config.items()
             if value != base.config.get(name)
         },
-        seconds=None if cost is None else _predict(rows, before, after, _read_seconds(cost)),
+        seconds=None if cost is None else _predict(rows, before, after, cost),
     )
 
 
@@ -167,15 +167,12 @@ def _join(names: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _read_seconds(cost: Measured | Mapping[str, float]) -> Mapping[str, float]:
-    if isinstance(cost, Measured):
-        return {at: times["whole"] for at, times in cost.units.items()}
-    return cost
-
-
 def _predict(
-    rows: Iterable[Piece], before: Anatomy, after: Anatomy, seconds: Mapping[str, float]
+    rows: Iterable[Piece], before: Anatomy, after: Anatomy, cost: Measured | Mapping[str, float]
 ) -> tuple[float, float]:
+    seconds = cost
+    if isinstance(cost, Measured):
+        seconds = {at: times["whole"] for at, times in cost.units.items()}
     missing = [unit.at for unit in before if unit.at not in seconds]
     if missing:
         raise LeansdError(f"the cost has no time of {missing[0]}; profile the net operated on")

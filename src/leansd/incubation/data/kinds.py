@@ -38,7 +38,7 @@ from leansd.incubation.data.samples import (
     list_tars,
 )
 from leansd.incubation.recipe import DataConfig
-from leansd.text import describe_duration, explain_validation, suggest_name
+from leansd.text import describe_duration, explain_validation, refuse_unknown, suggest_name
 
 # -- filling a cache -------------------------------------------------------------------------------
 
@@ -303,12 +303,8 @@ def read_options(config: DataConfig) -> RandomData | CachedData:
     if config.kind not in KINDS:
         raise LeansdError(f"data: no kind {config.kind!r}{suggest_name(config.kind, KINDS)}")
     kind = KINDS[config.kind]
-    for name in config.options:
-        if name not in kind.model_fields:
-            known = [each for each in kind.model_fields if each != "kind"]
-            raise LeansdError(
-                f"data: {config.kind} has no option {name!r}{suggest_name(name, known)}"
-            )
+    known = [each for each in kind.model_fields if each != "kind"]
+    refuse_unknown(f"data: {config.kind}", config.options, known)
     try:
         return kind.model_validate({"kind": config.kind, **config.options})
     except ValidationError as error:

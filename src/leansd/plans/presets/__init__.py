@@ -17,7 +17,7 @@ from leansd.errors import LeansdError
 from leansd.plans.plan import Plan
 from leansd.plans.presets import published, tuned
 from leansd.plans.presets.tuned import DEFAULT_SAMPLER, SPEED_PRESETS
-from leansd.text import suggest_name
+from leansd.text import refuse_unknown, suggest_name
 
 __all__ = ["DEFAULT_SAMPLER", "PRESETS", "SPEED_PRESETS", "Preset", "preset"]
 
@@ -50,96 +50,60 @@ class Preset:
         Raises:
             LeansdError: there is no such option, or its value means nothing.
         """
-        for option in options:
-            if option not in self.options:
-                there = suggest_name(option, self.options) if self.options else "; it has none"
-                raise LeansdError(f"preset {self.name} has no option {option!r}{there}")
+        refuse_unknown(f"preset {self.name}", options, self.options)
         given = {"sampler": sampler, **options} if self.by_sampler else options
         return self.build(steps=steps, blocks=blocks, **given).rename(self.name)
 
 
-_TABLE = (
-    Preset("full", "every unit at every step; bit-equal to no plan", tuned.build_full),
-    *(
-        Preset(
-            name,
-            f"about {speed.speedup:g}x with DDIM, Euler or DPM-Solver++ 2M, where it is tuned",
-            tuned.build_tuned(name),
-        )
-        for name, speed in SPEED_PRESETS.items()
+_PUBLISHED: dict[Callable[..., Plan], str] = {
+    published.build_deepcache: "DeepCache's uniform 1:N schedule (options interval, branch)",
+    published.build_deepcache_power: (
+        "DeepCache's non-uniform schedule, the sign minded (centre, power)"
     ),
-    Preset(
-        "deepcache",
-        "DeepCache's uniform 1:N schedule (options interval, branch)",
-        published.build_deepcache,
+    published.build_deepcache_exact: (
+        "DeepCache's paper-era non-uniform schedule as its code computes it"
     ),
-    Preset(
-        "deepcache-power",
-        "DeepCache's non-uniform schedule, the sign minded (centre, power)",
-        published.build_deepcache_power,
+    published.build_encoder: "Faster-Diffusion's encoder propagation (option keys)",
+    published.build_tgate: (
+        "T-GATE: cross-attention inherits from a gate on, guidance may drop there"
     ),
-    Preset(
-        "deepcache-exact",
-        "DeepCache's paper-era non-uniform schedule as its code computes it",
-        published.build_deepcache_exact,
+    published.build_pab: "Pyramid Attention Broadcast (options spatial, cross, start, stop)",
+    published.build_guidance_cutoff: "no guidance in the last part of the run (option share)",
+    published.build_spectrum: (
+        "Spectrum's forecast by Chebyshev polynomials (window, growth, warm_up, how)"
     ),
-    Preset(
-        "encoder",
-        "Faster-Diffusion's encoder propagation (option keys)",
-        published.build_encoder,
+    published.build_easycache: (
+        "EasyCache's whole-step reuse by predicted change (threshold, warm_up)"
     ),
-    Preset(
-        "tgate",
-        "T-GATE: cross-attention inherits from a gate on, guidance may drop there",
-        published.build_tgate,
+    published.build_light_early: (
+        "a light net at first, the pipeline's own late (options share, net)"
     ),
-    Preset(
-        "pab",
-        "Pyramid Attention Broadcast (options spatial, cross, start, stop)",
-        published.build_pab,
+    published.build_light_late: (
+        "the pipeline's own at first, a light net late (options share, net)"
     ),
-    Preset(
-        "guidance-cutoff",
-        "no guidance in the last part of the run (option share)",
-        published.build_guidance_cutoff,
+    published.build_stitch: "T-Stitch's shares, the smallest net first (options nets, shares)",
+    published.build_tstitch_exact: (
+        "T-Stitch's share as its code counts it, a step more (options share, net)"
     ),
-    Preset(
-        "spectrum",
-        "Spectrum's forecast by Chebyshev polynomials (window, growth, warm_up, how)",
-        published.build_spectrum,
-    ),
-    Preset(
-        "easycache",
-        "EasyCache's whole-step reuse by predicted change (threshold, warm_up)",
-        published.build_easycache,
-    ),
-    Preset(
-        "light-early",
-        "a light net at first, the pipeline's own late (options share, net)",
-        published.build_light_early,
-    ),
-    Preset(
-        "light-late",
-        "the pipeline's own at first, a light net late (options share, net)",
-        published.build_light_late,
-    ),
-    Preset(
-        "stitch",
-        "T-Stitch's shares, the smallest net first (options nets, shares)",
-        published.build_stitch,
-    ),
-    Preset(
-        "tstitch-exact",
-        "T-Stitch's share as its code counts it, a step more (options share, net)",
-        published.build_tstitch_exact,
-    ),
-    Preset(
-        "turns",
-        'a net for every step, as OMS-DPM lists them (option names, OWN is "")',
-        published.build_turns,
-    ),
-)
-PRESETS: dict[str, Preset] = {each.name: each for each in _TABLE}
+    published.build_turns: 'a net for every step, as OMS-DPM lists them (option names, OWN is "")',
+}
+"""By what builds them, `build_NAME`: their summaries."""
+_SPEED = "about {:g}x with DDIM, Euler or DPM-Solver++ 2M, where it is tuned"
+
+PRESETS: dict[str, Preset] = {
+    each.name: each
+    for each in (
+        Preset("full", "every unit at every step; bit-equal to no plan", tuned.build_full),
+        *(
+            Preset(name, _SPEED.format(speed.speedup), tuned.build_tuned(name))
+            for name, speed in SPEED_PRESETS.items()
+        ),
+        *(
+            Preset(build.__name__.removeprefix("build_").replace("_", "-"), summary, build)
+            for build, summary in _PUBLISHED.items()
+        ),
+    )
+}
 
 
 def preset(

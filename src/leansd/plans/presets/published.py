@@ -55,7 +55,9 @@ def build_encoder(*, steps: int, blocks: int, keys: Sequence[int] | None = None)
 
     Its key steps for 50 steps, dense early and late, are scaled to any step count.
     """
-    chosen = keysteps.explicit(steps, keys if keys is not None else _scale_encoder_keys(steps))
+    if keys is None:
+        keys = [min(steps - 1, round(key * steps / 50)) for key in ENCODER_KEYS]
+    chosen = keysteps.explicit(steps, keys)
     others = [step for step in range(steps) if step not in chosen]
     return Plan.full(steps).inherit("stem", "dn*", "mid", at=others)
 
@@ -183,10 +185,6 @@ def _find_branch(branch: int, blocks: int) -> str:
 
 ENCODER_KEYS = (0, 1, 2, 3, 5, 10, 15, 25, 35, 40)
 """Of a run of 50 steps."""
-
-
-def _scale_encoder_keys(steps: int) -> list[int]:
-    return sorted({min(steps - 1, round(key * steps / 50)) for key in ENCODER_KEYS})
 
 
 # -- plans that switch nets ------------------------------------------------------------------------

@@ -5,7 +5,7 @@ A new one is a module that holds a `REPLACEMENT`, and a line in `HOMES`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, TypeAlias
@@ -86,16 +86,3 @@ def find_replacement(by: str) -> Replacement:
     if by not in HOMES:
         raise LeansdError(f"no replacement is called {by!r}{suggest_name(by, HOMES)}")
     return import_module(HOMES[by]).REPLACEMENT
-
-
-def check_options(by: str, options: Options, known: Sequence[str]) -> None:
-    """Refuse options that a replacement does not have.
-
-    Raises:
-        LeansdError: there is one.
-    """
-    unknown = sorted({*options} - {*known})
-    if unknown:
-        if not known:
-            raise LeansdError(f"{by} takes no options; leave {unknown[0]!r} out")
-        raise LeansdError(f"{by} has no option {unknown[0]!r}; there are {', '.join(known)}")

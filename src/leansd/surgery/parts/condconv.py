@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import Anatomy, Unit
 from leansd.surgery.lineage import Origin
-from leansd.surgery.parts import AddressedUNet, Options, Replacement, check_options
+from leansd.surgery.parts import AddressedUNet, Options, Replacement
 from leansd.surgery.parts.experts import (
     Inputs,
     align_resnet,
@@ -41,6 +41,7 @@ from leansd.surgery.parts.experts import (
     list_donors,
     read_inputs,
 )
+from leansd.text import refuse_unknown
 
 
 class Kernels(NamedTuple):
@@ -303,7 +304,7 @@ def validate(unit: Unit, options: Options) -> None:
     """Refuse what is no ResNet, and options that are none."""
     if unit.kind != "resnet":
         raise LeansdError(f"{unit.at} is no ResNet; condconv is for the likes of *.res")
-    check_options("condconv", options, OPTIONS)
+    refuse_unknown("condconv", options, OPTIONS)
     routing = options.get("routing", "time")
     if routing not in ROUTERS:
         raise LeansdError(f"condconv has no routing {routing!r}; there are {', '.join(ROUTERS)}")

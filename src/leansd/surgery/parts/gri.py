@@ -33,7 +33,8 @@ from leansd.errors import LeansdError
 from leansd.plans.address import covers
 from leansd.plans.anatomy import Unit
 from leansd.plans.row import CELL, REGIONS, SELF_ATTENTION, Attend
-from leansd.surgery.parts import AddressedUNet, Options, Replacement, check_options
+from leansd.surgery.parts import AddressedUNet, Options, Replacement
+from leansd.text import refuse_unknown
 
 Size = tuple[int, int]
 Result = TypeVar("Result")
@@ -259,7 +260,7 @@ def validate(unit: Unit, options: Options) -> None:
         raise LeansdError(
             f"{unit.at} is no self-attention; gri is for the likes of *.attn and *.attn.*.sa"
         )
-    check_options("gri", options, ("mode",))
+    refuse_unknown("gri", options, ("mode",))
     mode = options.get("mode", next(iter(MODES)))
     if mode not in MODES:
         raise LeansdError(f"gri has no mode {mode!r}; there are {', '.join(MODES)}")

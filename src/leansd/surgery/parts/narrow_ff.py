@@ -12,14 +12,15 @@ from torch import nn
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import Unit
 from leansd.surgery.lineage import Origin
-from leansd.surgery.parts import AddressedUNet, Options, Replacement, check_options
+from leansd.surgery.parts import AddressedUNet, Options, Replacement
+from leansd.text import refuse_unknown
 
 
 def validate(unit: Unit, options: Options) -> None:
     """Refuse what is no feed-forward, and a share that leaves nothing or adds."""
     if unit.kind != "feed-forward":
         raise LeansdError(f"{unit.at} is no feed-forward; narrow-ff is for the likes of *.ff")
-    check_options("narrow-ff", options, ("share",))
+    refuse_unknown("narrow-ff", options, ("share",))
     share = options.get("share")
     if not isinstance(share, int | float) or not 0 < share <= 1:
         raise LeansdError(

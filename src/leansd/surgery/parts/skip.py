@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import Unit
-from leansd.surgery.parts import AddressedUNet, Options, Replacement, check_options
+from leansd.surgery.parts import AddressedUNet, Options, Replacement
+from leansd.text import refuse_unknown
 
 NORMS = {"attn1": "norm1", "attn2": "norm2", "ff": "norm3"}
 """What a transformer block normalises the input of its parts with, by their names in diffusers."""
@@ -34,7 +35,7 @@ def validate(unit: Unit, options: Options) -> None:
             f"{unit.at} is no part of a transformer block; skip is for the likes of *.sa, *.ca and "
             "*.ff, drop takes out what is larger"
         )
-    check_options("skip", options, ())
+    refuse_unknown("skip", options, ())
 
 
 def build(net: AddressedUNet, at: str, options: Options) -> None:
