@@ -18,14 +18,15 @@ from leansd.incubation.data.batches import Batch, Conditioning, RandomLatents
 from leansd.incubation.noise import DiffusionSchedule, NoiseDraw
 from leansd.incubation.recipe import Recipe
 from leansd.incubation.step import (
+    StageNet,
     StudentUNet,
     TeacherUNet,
     build_losses,
+    make_student,
     run_student,
     run_teacher,
     sum_losses,
 )
-from leansd.incubation.students import StageNet, make_student
 from leansd.incubation.trainer import (
     NonfiniteGuard,
     StageContext,

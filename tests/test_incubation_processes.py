@@ -74,7 +74,7 @@ def test_two_processes_equal_one_and_resume(tmp_path: Path) -> None:
 
 def read_start() -> torch.Tensor:
     """The student's weights before its first step."""
-    from leansd.incubation.students import StageNet, make_student
+    from leansd.incubation.step import StageNet, make_student
 
     stage = write_recipe(LIGHT).stages[0]
     student = make_student(stage, {"teacher": StageNet(make_run(Path()).pipe.unet)})

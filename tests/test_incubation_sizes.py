@@ -13,7 +13,7 @@ from leansd.anatomy.inputs import make_inputs
 from leansd.incubation.data.batches import Batch
 from leansd.incubation.noise import DiffusionSchedule
 from leansd.incubation.recipe import Recipe
-from leansd.incubation.students import StageNet, make_student
+from leansd.incubation.step import StageNet, make_student
 from leansd.incubation.trainer import StageContext, prepare_teacher, train_stage
 from tiny import LATENT, tiny_scheduler
 

@@ -25,14 +25,17 @@ from leansd.incubation.data.batches import PAIR, Batch
 from leansd.incubation.noise import DiffusionSchedule, NoiseDraw
 from leansd.incubation.recipe import TEACHER, Recipe, Stage
 from leansd.incubation.step import (
+    StageNet,
+    Student,
     StudentUNet,
     TeacherUNet,
     build_losses,
     call_unet,
+    make_student,
+    outline_net,
     run_student,
     run_teacher,
 )
-from leansd.incubation.students import StageNet, Student, make_student, outline_net
 from leansd.incubation.training_state import pack_batch, read_processes
 from leansd.loading import find_dtype
 from leansd.text import describe_duration

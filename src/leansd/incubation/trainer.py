@@ -28,6 +28,7 @@ from leansd.incubation.losses import StepOutputs
 from leansd.incubation.noise import DiffusionSchedule, NoiseDraw, draw_noise
 from leansd.incubation.recipe import Stage, TrainerSettings
 from leansd.incubation.step import (
+    Student,
     StudentUNet,
     TeacherBatch,
     TeacherUNet,
@@ -36,7 +37,6 @@ from leansd.incubation.step import (
     run_teacher,
     sum_losses,
 )
-from leansd.incubation.students import Student
 from leansd.incubation.training_log import FILE, LogRow, LossLog
 from leansd.incubation.training_state import (
     Checkpoints,

@@ -33,7 +33,7 @@ from leansd.incubation.data.batches import DataSource
 from leansd.incubation.data.kinds import DataContext, Note, open_source, tell_nobody
 from leansd.incubation.noise import DiffusionSchedule
 from leansd.incubation.recipe import TEACHER, Recipe, Stage, ValidationSettings, load_recipe
-from leansd.incubation.students import StageNet, Student, make_student, open_net, save_net
+from leansd.incubation.step import StageNet, Student, make_student, open_net, save_net
 from leansd.incubation.trainer import StageContext, ValidationHook, prepare_teacher, train_stage
 from leansd.incubation.training_log import (
     FILE,

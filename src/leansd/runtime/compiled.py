@@ -102,7 +102,8 @@ class TracedCall(UNetCall):
             branch.cache.put(kept, tensor)
         self._weights: dict[tuple[Kept, ...], list[torch.Tensor]] = {}
         left = [] if weights is None else list(weights.unbind())
-        for each, count in _count_weights(structure.call, sources):
+        for method, each in _list_weighed(structure.call, sources):
+            count = len(each) + (method is None)  # a correction weighs the output itself, too
             self._weights[each], left = left[:count], left[count:]
 
     def weigh(
@@ -255,24 +256,17 @@ def _gather(cache: FeatureCache, sources: Sequence[Sequence[Kept]]) -> list[torc
     return gathered
 
 
-def _list_methods(call: Call) -> list[Method | None]:
-    """For each tuple of a structure's sources how it is made; None for a correction."""
-    made = [find_method(call, at) for at, lanes in call.sources.items() for _ in lanes]
-    return [*made, *(None for _ in call.corrects)]
-
-
-def _count_weights(
+def _list_weighed(
     call: Call, sources: Sequence[tuple[Kept, ...]]
-) -> Iterator[tuple[tuple[Kept, ...], int]]:
-    """Sources that go together, and how many weights they have: a correction's one more.
+) -> Iterator[tuple[Method | None, tuple[Kept, ...]]]:
+    """Sources that go together and have weights, and what is made of them: None for a correction.
 
     What is a copy of one output needs none.
     """
-    for method, each in zip(_list_methods(call), sources, strict=True):
-        if method is None:
-            yield each, len(each) + 1
-        elif len(each) > 1 or not method.is_exact:
-            yield each, len(each)
+    made = [find_method(call, at) for at, lanes in call.sources.items() for _ in lanes]
+    for method, each in zip([*made, *(None for _ in call.corrects)], sources, strict=True):
+        if method is None or len(each) > 1 or not method.is_exact:
+            yield method, each
 
 
 def _weigh(
@@ -281,16 +275,16 @@ def _weigh(
     step: UNetCall,
     sample: torch.Tensor,
 ) -> torch.Tensor | None:
-    """The weights of all sources that need some, as `_count_weights` counts them, [weights]."""
+    """The weights of all sources that need some, in the order of `_list_weighed`, [weights]."""
     assert step.schedule is not None
     weights: list[float] = []
-    for method, each in zip(_list_methods(structure.call), sources, strict=True):
+    for method, each in _list_weighed(structure.call, sources):
         real = tuple(dict.fromkeys(each))  # one that stands in for others counts once
         rest = (0.0,) * (len(each) - len(real))
         if method is None:
             lead, known = list_correction(step.call, real, step.schedule)
             weights += [lead, *known, *rest]
-        elif len(each) > 1 or not method.is_exact:
+        else:
             weights += [*list_weights(method, real, step.call.index, step.schedule), *rest]
     dtype = torch.promote_types(sample.dtype, torch.float32)
     # Made on the GPU, the copy would wait for all that it has to do.

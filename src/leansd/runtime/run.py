@@ -36,6 +36,8 @@ from leansd.runtime.clock import CallPosition, Clock, LoopClock, SchedulerClock,
 from leansd.runtime.context import count_depth, describe_runs, find_calling_pipeline
 from leansd.runtime.controlnet import ControlResiduals, UpcomingCall, complete_residuals
 from leansd.runtime.guidance import (
+    LatentsWatch,
+    begin_mixing,
     count_pictures,
     exchange,
     find_lane,
@@ -44,15 +46,11 @@ from leansd.runtime.guidance import (
     guides,
     has_two_halves,
     is_guided,
-)
-from leansd.runtime.hooks import PatchedMethod
-from leansd.runtime.mixed_calls import (
-    LatentsWatch,
-    begin_mixing,
     mix_output,
     refuse,
     require_mixable,
 )
+from leansd.runtime.hooks import PatchedMethod
 from leansd.runtime.nets import NO_OTHERS, NetSet
 from leansd.runtime.report import Report, RunStats
 from leansd.runtime.watch import CallSignature, Conditions, UNetWatch, wants_gradients

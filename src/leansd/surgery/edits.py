@@ -182,13 +182,8 @@ class Surgery(_Frozen):
 
     def to_document(self) -> dict[str, Any]:
         """Name and edits as plain JSON values, what is empty left out."""
-        return self.model_dump(mode="json", by_alias=True, exclude_defaults=True) | {
-            "name": self.name,
-            "edits": [
-                edit.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-                for edit in self.edits
-            ],
-        }
+        options: Any = {"mode": "json", "by_alias": True, "exclude_defaults": True}
+        return {"name": self.name, "edits": [edit.model_dump(**options) for edit in self.edits]}
 
     def write(self) -> str:
         """Name and edits as YAML."""

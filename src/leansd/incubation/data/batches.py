@@ -39,6 +39,12 @@ class Conditioning:
         """The same in single precision."""
         return Conditioning(self.text.float(), {k: rows.float() for k, rows in self.added.items()})
 
+    def pack(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Plain tensors by name, as they are kept on disk: `text`, `text.NAME`."""
+        added = {f"text.{name}": rows for name, rows in self.added.items()}
+        tensors = {"text": self.text, **added}
+        return {name: rows.to(dtype).contiguous() for name, rows in tensors.items()}
+
 
 @dataclass(frozen=True)
 class Batch:

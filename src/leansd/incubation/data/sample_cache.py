@@ -71,11 +71,10 @@ def pack_part(
     """
     captions = [torch.tensor([conditions[c] for c in each.captions]) for each, _ in good]
     tensors = {
-        "text": encoded.text.to(dtype),
+        **encoded.pack(dtype),
         "caption": torch.cat(captions) if captions else torch.zeros(0, dtype=torch.int64),
         "first": torch.tensor([0, *map(len, captions)]).cumsum(0),
     }
-    tensors |= {f"text.{name}": rows.to(dtype) for name, rows in encoded.added.items()}
     if good:
         latents = [each for _, each in good]
         tensors["mean"] = torch.stack([each.mean for each in latents]).to(dtype)
@@ -252,9 +251,7 @@ class Cache:
 
     def write_empty(self, conditions: Conditioning) -> None:
         """Keep the empty prompt, one row."""
-        rows = {"text": conditions.text, **{f"text.{k}": v for k, v in conditions.added.items()}}
-        content = save({name: value.to(self.dtype).contiguous() for name, value in rows.items()})
-        _write(self.folder / "empty.safetensors", content)
+        _write(self.folder / "empty.safetensors", save(conditions.pack(self.dtype)))
 
     def read_empty(self) -> Conditioning | None:
         """The empty prompt; None where it is not kept."""
