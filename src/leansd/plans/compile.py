@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
 from math import nan
 
 from leansd.errors import LeansdError
@@ -17,7 +16,6 @@ from leansd.plans.liveness import (
     Kept,
     Lane,
     Net,
-    Pattern,
     Program,
     What,
     find_pattern,
@@ -37,8 +35,6 @@ from leansd.plans.row import (
     resolve_gates,
     resolve_row,
 )
-
-Sources = Mapping[str, tuple[tuple[Kept, ...], ...]]
 
 WHOLE: tuple[Lane, ...] = ("all",)
 BOTH: tuple[Lane, ...] = ("rest", "cond")
@@ -87,60 +83,35 @@ def compile_plan(
     # Mixes tell the lanes apart, and so do calls that leave one out.
     by_lane = any(row.guidance != "compute" or row.mix is not None for row in plan.rows)
     trace = _Trace(moments, guides=guided and by_lane)
-    drafts: list[_Draft] = []
+    calls: list[Call] = []
     for index in range(start, len(rows)):
         row = plan.rows[rows[index]]
         inherits = {} if index == start or index in upgrades else resolved[rows[index]]
         guidance: Guidance = row.guidance if guided and index > start else "compute"
-        drafts.append(trace.take(index, row, there[row.net], inherits, guidance))
+        calls.append(trace.take(index, row, there[row.net], inherits, guidance))
         if not start:
-            _check_mix(rows[index], drafts)
-    patterns = [draft.pattern for draft in drafts]
-    probe = find_probe(plan.drift, anatomy, patterns) if plan.drift is not None else None
-    last_use = {kept: draft.index for draft in drafts for kept in draft.list_read()}
-    calls = tuple(
-        Call(
-            index=draft.index,
-            pattern=draft.pattern,
-            lanes=draft.lanes,
-            guidance=draft.guidance,
-            sources=draft.sources,
-            keeps=_group(draft, (kept for kept in last_use if kept.call == draft.index)),
-            releases=frozenset(kept for kept, last in last_use.items() if last == draft.index),
-            correct=draft.row.correction if draft.corrects else NO_CORRECTION,
-            corrects=draft.corrects,
-            mix=None if start else draft.row.mix,
-            recomputed=draft.index in upgrades,
-            attend=gates[rows[draft.index]],
-            net=draft.row.net,
+            _check_mix(rows[index], calls)
+    probe = None
+    if plan.drift is not None:
+        probe = find_probe(plan.drift, anatomy, [call.pattern for call in calls])
+    last_use = {kept: call.index for call in calls for kept in call.list_read()}
+    whole = tuple(
+        replace(
+            call,
+            keeps=_list_keeps(call, there[call.net], last_use),
+            releases=frozenset(kept for kept, last in last_use.items() if last == call.index),
+            mix=None if start else call.mix,
+            recomputed=call.index in upgrades,
+            attend=gates[rows[call.index]],
         )
-        for draft in drafts
+        for call in calls
     )
-    return Program(start, calls, probe, upgrades, retrace)
+    return Program(start, whole, probe, upgrades, retrace)
 
 
-@dataclass(frozen=True)
-class _Draft:
-    """A call before it is known what later ones read of it."""
-
-    index: int
-    row: Row
-    net: Net
-    pattern: Pattern
-    lanes: tuple[Lane, ...]
-    guidance: Guidance
-    sources: Sources
-    corrects: tuple[tuple[Kept, ...], ...]
-
-    def list_read(self) -> Iterator[Kept]:
-        """What is read of earlier calls."""
-        made = chain.from_iterable(chain.from_iterable(self.sources.values()))
-        return chain(made, chain.from_iterable(self.corrects))
-
-
-def _check_mix(step: int, drafts: Sequence[_Draft]) -> None:
+def _check_mix(step: int, calls: Sequence[Call]) -> None:
     """Refuse a mix that does not count the outputs that there are."""
-    mix, computed = drafts[-1].row.mix, sum(HEAD in draft.pattern.active for draft in drafts)
+    mix, computed = calls[-1].mix, sum(HEAD in call.pattern.active for call in calls)
     if mix is not None and len(mix.guided) != computed:
         raise LeansdError(
             f"step {step} mixes {len(mix.guided)} outputs, and {computed} are computed by then: "
@@ -162,8 +133,11 @@ class _Trace:
 
     def take(
         self, index: int, row: Row, net: Net, inherits: Mapping[str, How], guidance: Guidance
-    ) -> _Draft:
-        """The next call, with what it can inherit of what its row says."""
+    ) -> Call:
+        """The next call, with what it can inherit of what its row says.
+
+        What later ones read of it is not known yet.
+        """
         if net is not self._net:
             self._switch(net)
         if guidance in GUIDANCE_METHODS and not self._knows(GUIDANCE, ("cond",)):
@@ -189,7 +163,11 @@ class _Trace:
                 self._note(at, lane, index)
         if guidance == "compute":
             self._note(GUIDANCE, "cond", index)
-        return _Draft(index, row, net, pattern, lanes, guidance, sources, corrects)
+        return Call(
+            index, pattern, lanes, guidance, sources, {}, frozenset(),
+            correct=row.correction if corrects else NO_CORRECTION,
+            corrects=corrects, mix=row.mix, net=row.net,
+        )  # fmt: skip
 
     def _switch(self, net: Net) -> None:
         """Go on with another UNet, which inherits from units of its own only."""
@@ -243,11 +221,13 @@ def _pick_lanes(guidance: Guidance, *, guides: bool) -> tuple[Lane, ...]:
     return BOTH if guidance == "compute" else ("cond",)
 
 
-def _group(draft: _Draft, items: Iterable[Kept]) -> dict[str, tuple[Kept, ...]]:
-    """What is to be kept, by the address that it has in the call's UNet."""
-    places = {draft.net.name(at): at for at in (*draft.pattern.active, GUIDANCE)}
+def _list_keeps(call: Call, net: Net, read: Iterable[Kept]) -> dict[str, tuple[Kept, ...]]:
+    """What of all that is read a call has to keep, by the address that it has in its UNet."""
+    places = {net.name(at): at for at in (*call.pattern.active, GUIDANCE)}
     grouped: dict[str, tuple[Kept, ...]] = {}
-    for kept in items:
+    for kept in read:
+        if kept.call != call.index:
+            continue
         at = places[kept.unit]
         grouped[at] = (*grouped.get(at, ()), kept)
     return grouped

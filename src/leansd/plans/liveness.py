@@ -11,9 +11,10 @@ inherits or drops guidance, only the conditional lane runs, and what is kept is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
@@ -101,6 +102,11 @@ class Call:
     """Self-attentions that attend otherwise than the UNet has them, wherever they are computed."""
     net: str = OWN
     """The UNet that runs; units are called by its addresses, what is kept by names of all nets."""
+
+    def list_read(self) -> Iterator[Kept]:
+        """What is read of earlier calls."""
+        made = chain.from_iterable(chain.from_iterable(self.sources.values()))
+        return chain(made, chain.from_iterable(self.corrects))
 
     @property
     def inherits(self) -> bool:
