@@ -170,18 +170,17 @@ def _join(names: Mapping[str, str]) -> dict[str, str]:
 def _predict(
     rows: Iterable[Piece], before: Anatomy, after: Anatomy, cost: Measured | Mapping[str, float]
 ) -> tuple[float, float]:
-    seconds = cost
     if isinstance(cost, Measured):
-        seconds = {at: times["whole"] for at, times in cost.units.items()}
-    missing = [unit.at for unit in before if unit.at not in seconds]
+        cost = {at: times["whole"] for at, times in cost.units.items()}
+    missing = [unit.at for unit in before if unit.at not in cost]
     if missing:
         raise LeansdError(f"the cost has no time of {missing[0]}; profile the net operated on")
     left = 0.0
     for row in rows:
         unit = _find_like(row, before)
         share = after.by_address[row.at].macs / unit.macs if unit.macs else 1.0
-        left += seconds[unit.at] * share
-    return sum(seconds[unit.at] for unit in before), left
+        left += cost[unit.at] * share
+    return sum(cost[unit.at] for unit in before), left
 
 
 def _find_like(row: Piece, before: Anatomy) -> Unit:
