@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from leansd.core.schedule import CallSchedule
+from leansd.plans.anatomy import HEAD
 from leansd.plans.liveness import GUIDANCE, Call, Kept, Program
 from leansd.plans.methods import GUIDANCE_METHODS, METHODS, Method, Mix
 
@@ -187,6 +188,19 @@ class PlannedCall:
         self.call = call
         self.schedule = schedule
         """The run's; None where a graph is traced, which has it from its arguments."""
+
+    @property
+    def skips_unet(self) -> bool:
+        """Whether the denoiser's output follows from its input and what is kept alone."""
+        return HEAD in self.call.pattern.inherited
+
+    def list_keeps(self, at: str) -> Sequence[Kept]:
+        """What to keep of a unit."""
+        return self.call.keeps.get(at, ())
+
+    def keeps_change(self, at: str) -> bool:
+        """Whether a later call reads what a unit adds to its input."""
+        return any(kept.what == "change" for kept in self.list_keeps(at))
 
     def fill(
         self, method: Method, sources: Sequence[Kept], given: torch.Tensor | None = None

@@ -124,7 +124,7 @@ class Player:
             keys: an identity for each conditioning, in the order of the batch.
         """
         turns = self._take_all(call, latents, keys)
-        if turns is not None and all(turn.inherits for turn in turns):
+        if turns is not None and all(turn.skips_unet for turn in turns):
             made = _join([turn.inherit() for turn in turns])
             self._count(call)
             return made
@@ -260,15 +260,11 @@ class _Turn(PlannedCall):
         self._latents = latents
 
     @property
-    def inherits(self) -> bool:
-        return HEAD in self.call.pattern.inherited
-
-    @property
     def is_ready(self) -> bool:
         """Whether all that the call is made from is there."""
         call = self.call
         known = all(self.store.has(sources) for (sources,) in call.sources.values())
-        return known and (self.inherits or call.pattern.idle <= self._track.shapes.keys())
+        return known and (self.skips_unet or call.pattern.idle <= self._track.shapes.keys())
 
     def upgrade(self) -> None:
         """Compute this call, and all that follows from it."""
@@ -302,7 +298,7 @@ class _Turn(PlannedCall):
         looks = output.shape, output.dtype
         if self._track.shapes.setdefault(at, looks) != looks:
             raise _InDoubt("what the denoiser's units give has another shape")
-        for kept in self.call.keeps.get(at, ()):
+        for kept in self.list_keeps(at):
             self.store.keep(kept, output, given if kept.what == "change" else None)
 
     def make_placeholder(self, at: str, count: int, *, writable: bool) -> torch.Tensor:
@@ -311,18 +307,13 @@ class _Turn(PlannedCall):
         size, device = (count * batch, *rest), self._latents.device
         return make_placeholder(size, dtype, device, writable=writable)
 
-    def keeps_change(self, at: str) -> bool:
-        """Whether a later call reads what this unit adds to its input."""
-        return any(kept.what == "change" for kept in self.call.keeps.get(at, ()))
-
     def remember_input(self) -> torch.Tensor | None:
         """The input, where a later call reads the change of it: the denoiser may overwrite it."""
-        kept = self.call.keeps.get(HEAD, ())
-        return self._latents.clone() if any(each.what == "change" for each in kept) else None
+        return self._latents.clone() if self.keeps_change(HEAD) else None
 
     def settle(self, output: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
         """Keep what is read later of a computed output, and correct it."""
-        for kept in self.call.keeps.get(HEAD, ()):
+        for kept in self.list_keeps(HEAD):
             before = given[:, : output.shape[1]] if given is not None else None
             self.store.keep(kept, output, before if kept.what == "change" else None)
         if self.call.corrects:

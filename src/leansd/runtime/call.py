@@ -202,10 +202,6 @@ class UNetCall(PlannedCall):
             ]
         )
 
-    def keeps_change(self, at: str) -> bool:
-        """Whether a later call reads what this unit adds to its input."""
-        return any(kept.what == "change" for kept in self.list_keeps(at))
-
     def list_keeps(self, at: str) -> list[Kept]:
         """What to keep of a unit, of the lanes in this batch."""
         return [kept for kept in self.call.keeps.get(at, ()) if kept.lane in self.lanes]
@@ -223,10 +219,6 @@ class UNetCall(PlannedCall):
     def join(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         (tensor,) = tensors
         return tensor
-
-    @property
-    def skips_unet(self) -> bool:
-        return HEAD in self.call.pattern.inherited
 
     def skips(self, units: Sequence[str]) -> bool:
         pattern = self.call.pattern

@@ -67,26 +67,26 @@ class Report:
     """What the plan was tuned for and this run was not, and the like, as it was warned of."""
 
     def __str__(self) -> str:
-        control = ""
-        if self.control_calls:
-            control = f"ControlNet ran {self.control_runs} of {self.control_calls} times; "
-        drift = ""
-        if self.guarded:
-            drift = f"{self.drifted} of {self.guarded} times a picture drifted and was computed; "
-        gates = f"self-attentions gated in {self.gated} calls; " if self.gated else ""
-        nets = f", {self.switched} by another net" if self.switched else ""
-        forced = "".join(
-            f"{count} computed in full because {why}; " for why, count in self.forced.items()
-        )
         units = self.computed + self.inherited + self.idle
-        fault = "".join(f"{each}; " for each in (self.fault, *self.notes) if each)
-        return (
-            f"plan {self.plan.name}: {fault}{self.calls} UNet calls, "
-            f"{self.full_calls} in full{nets}; "
+        nets = f", {self.switched} by another net" if self.switched else ""
+        told = [each for each in (self.fault, *self.notes) if each]
+        told += [
+            f"{self.calls} UNet calls, {self.full_calls} in full{nets}",
             f"of {units} unit runs {self.computed} computed, {self.inherited} inherited, "
-            f"{self.idle} idle; {self.bytes_kept / 2**20:.2f} MiB kept; {forced}{control}{drift}"
-            f"{gates}UNet {self.seconds:.2f} s, speed-up {self._describe_speedup()}"
-        )
+            f"{self.idle} idle",
+            f"{self.bytes_kept / 2**20:.2f} MiB kept",
+        ]
+        told += [f"{count} computed in full because {why}" for why, count in self.forced.items()]
+        if self.control_calls:
+            told.append(f"ControlNet ran {self.control_runs} of {self.control_calls} times")
+        if self.guarded:
+            told.append(
+                f"{self.drifted} of {self.guarded} times a picture drifted and was computed"
+            )
+        if self.gated:
+            told.append(f"self-attentions gated in {self.gated} calls")
+        told.append(f"UNet {self.seconds:.2f} s, speed-up {self._describe_speedup()}")
+        return f"plan {self.plan.name}: {'; '.join(told)}"
 
     def _describe_speedup(self) -> str:
         measured = f"{self.measured_speedup:.2f}x"

@@ -115,9 +115,9 @@ class CondConv2d(nn.Conv2d):
 
     experts: nn.Parameter | None
 
-    def __init__(self, *args: Any, experts: int = 0, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.experts = _copy_kernel(self.weight, experts) if experts else None
+        self.experts = None
 
     @classmethod
     def take_over(cls, conv: nn.Conv2d, experts: int) -> CondConv2d:
@@ -130,7 +130,8 @@ class CondConv2d(nn.Conv2d):
             raise LeansdError("only convolutions of one group and zero padding can have experts")
         conditional = cls(**_describe_convolution(conv))
         conditional.weight, conditional.bias = conv.weight, conv.bias
-        conditional.experts = _copy_kernel(conv.weight, experts)
+        copies = conv.weight.detach().expand(experts, *conv.weight.shape).clone()
+        conditional.experts = nn.Parameter(copies, requires_grad=conv.weight.requires_grad)
         return conditional
 
     def forward(self, input: torch.Tensor, routing: torch.Tensor | None = None) -> torch.Tensor:
@@ -140,11 +141,6 @@ class CondConv2d(nn.Conv2d):
         geometry = {name: getattr(self, name) for name in ("stride", "padding", "dilation")}
         kernels = Kernels(self.weight, self.experts, self.bias, geometry)
         return pick_convolution(routing)(input, kernels, routing)
-
-
-def _copy_kernel(kernel: torch.Tensor, count: int) -> nn.Parameter:
-    copies = kernel.detach().expand(count, *kernel.shape).clone()
-    return nn.Parameter(copies, requires_grad=kernel.requires_grad)
 
 
 def _describe_convolution(conv: nn.Conv2d) -> dict[str, Any]:
