@@ -77,7 +77,7 @@ def test_a_file_may_be_short(tmp_path: Path) -> None:
         ("edits: [{drop: []}]", "edits.0.drop.drop: Value should have at least 1"),
         ("edits: 3", "edits: Input should be a valid"),
         ("name: a\nedit: []", "edit: Extra inputs"),
-        ("[1, 2]", "no name and edits"),
+        ("[1, 2]", "holds no keys"),
         ("a: [", "not YAML"),
     ],
 )

@@ -22,7 +22,7 @@ from diffusers import UNet2DConditionModel
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from leansd.anatomy.inputs import make_inputs
-from leansd.errors import LeansdError
+from leansd.errors import LeansdError, read_cause
 from leansd.files import check_folder
 from leansd.plans.anatomy import HEAD, Anatomy
 from leansd.plans.compile import Structure
@@ -329,8 +329,7 @@ def trace(section: GraphSection, inputs: Sequence[torch.Tensor], path: Path) -> 
                 do_constant_folding=False,
             )
         except (RuntimeError, torch.onnx.errors.OnnxExporterError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise LeansdError(f"the UNet cannot be written as ONNX: {reason}") from error
+            raise LeansdError(f"the UNet cannot be written as ONNX: {read_cause(error)}") from error
 
 
 def _free(name: str, tensor: torch.Tensor) -> dict[int, str]:
@@ -372,7 +371,7 @@ class Session:
                 str(path), options, providers=list(providers or known)
             )
         except Exception as error:  # ONNX Runtime's own classes share no base but this
-            raise LeansdError(f"ONNX Runtime cannot open {path}: {_first(error)}") from error
+            raise LeansdError(f"ONNX Runtime cannot open {path}: {read_cause(error)}") from error
         self.inputs = tuple(each.name for each in self._session.get_inputs())
         self.outputs = tuple(each.name for each in self._session.get_outputs())
 
@@ -385,10 +384,8 @@ class Session:
         try:
             made = self._session.run(list(outputs), feeds)
         except Exception as error:
-            raise LeansdError(f"ONNX Runtime cannot run {self._path}: {_first(error)}") from error
+            raise LeansdError(
+                f"ONNX Runtime cannot run {self._path}: {read_cause(error)}"
+            ) from error
         device = inputs["sample"].device
         return [torch.from_numpy(each).to(device) for each in made]
-
-
-def _first(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from leansd.core.devices import send
-from leansd.errors import LeansdError
+from leansd.errors import LeansdError, read_cause
 from leansd.files import OLD, PARTIAL, discard, writing
 from leansd.incubation.data.batches import Batch
 from leansd.incubation.noise import NoiseDraw
@@ -145,9 +145,8 @@ def reporting(what: str, last: Path | None = None) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError, LeansdError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         intact = f"; {last} is whole: make room and resume" if last is not None else ""
-        raise LeansdError(f"{what}: {reason}{intact}") from error
+        raise LeansdError(f"{what}: {read_cause(error)}{intact}") from error
 
 
 @dataclass(frozen=True)
