@@ -3,9 +3,13 @@
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from typing import Any
+
+import pytest
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["test_incubation", "leansd.report.incubating"])
@@ -13,6 +17,11 @@ SERVER.set_forkserver_preload(["test_incubation", "leansd.report.incubating"])
 
 def start(work: Callable[..., None], *args: Any) -> BaseProcess:
     """Begin a function of a module in a process of one thread, as tests are run in."""
+    with pytest.MonkeyPatch.context() as patch:
+        # The server itself does not look where pytest found the tests' modules, and says nothing:
+        # every process would import them, and PyTorch, anew.
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        forkserver.ensure_running()
     process = SERVER.Process(target=work_alone, args=(work, args))
     process.start()
     return process
