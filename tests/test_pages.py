@@ -40,6 +40,8 @@ PLAIN: dict[str, Any] = {
     "layers_per_block": 1,
 }
 """Four blocks, as the pages' addresses have it, of few units: each takes seconds to compile."""
+SLIM: dict[str, Any] = {"layers_per_block": 1}
+"""All kinds of units, each once a block, where a page names no second layer."""
 SMALL: dict[str, Any] = {
     "block_out_channels": (32, 64),
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -103,6 +105,8 @@ def build_pipe(chapter: Chapter) -> Any:
         return tiny_pipeline(unet=tiny_unet(**PLAIN))
     if chapter.uses("onnx"):
         return tiny_pipeline(unet=tiny_unet(**SMALL))
+    if not any(map(chapter.uses, ("l1", "Surgery", "operate", "DeepCache"))):
+        return tiny_pipeline(unet=tiny_unet(**SLIM))
     return tiny_pipeline()
 
 
