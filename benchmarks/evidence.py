@@ -107,6 +107,9 @@ PARTS = {
         is_timed=True,
     ),
     "bulk": Part(("benchmarks/bulk.py",), ("bulk.jsonl",), is_timed=True),
+    "judged plans": Part(
+        ("-m models.emoji plans",), ("judged-plans.jsonl",), needs="runs/emoji/judge"
+    ),
     "scale": Part(("benchmarks/scale.py",), ("scale.jsonl",)),
     "untuned": Part(
         ("benchmarks/presets.py --model predecessor --results untuned",),
@@ -150,7 +153,7 @@ def read_done(weights: str) -> list[str]:
 def make(name: str, part: Part, done: Sequence[str], weights: str) -> None:
     """Run a part's commands; note that it was begun, then that it is done."""
     if part.needs and not (ROOT / part.needs).exists():
-        print(f"-- {name}: left out, since there is no {part.needs} (docs/benchmarks.md has it)")
+        print(f"-- {name}: left out, as there is no {part.needs}; its page says from where")
         return
     begun = f"{name}, begun"
     if begun not in done:

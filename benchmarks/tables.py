@@ -47,6 +47,7 @@ TABLES: dict[str, tuple[Callable[[], str], str]] = {
     "goals": (incubated.tabulate_goals, "incubation"),
     "ingredients": (incubated.tabulate_ingredients, "incubation"),
     "lighter": (incubated.tabulate_lighter, "incubation"),
+    "judged-plans": (plans.tabulate_judged_plans, "judged-plans"),
     "joint": (plans.tabulate_joint, "joint"),
     "few-calls": (plans.tabulate_few_calls, "few-calls"),
     "modes": (nets.tabulate_modes, "modes"),

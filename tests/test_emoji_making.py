@@ -15,7 +15,7 @@ from diffusers import StableDiffusion3Pipeline
 from models.emoji import __main__ as command
 from models.emoji import flow
 from models.emoji import recipe as recipes
-from models.emoji.assembly import save_model
+from models.emoji.assembly import load_pipeline, save_model
 from models.emoji.card import write_card
 from models.emoji.data import (
     CONCEPTS,
@@ -39,6 +39,7 @@ from models.emoji.stages import load_state, save_json, train_stage
 import leansd
 from leansd.emoji.prompts import GRID_PROMPTS
 from leansd.errors import LeansdError
+from leansd.evaluation.records import load_records
 
 TINY = Recipe(
     size=16,
@@ -342,6 +343,15 @@ def test_the_commands_lead_from_a_run_to_a_card(
     assert len(result["losses"]["held_out"]) == 10
     assert result["judge"]["style"] == "emojione"
     assert result["train"]["retrieval"]["choices"] == 4
+    records = tmp_path / "judged.jsonl"
+    monkeypatch.setattr(leansd, "load", lambda *_, **__: load_pipeline(tmp_path / "model"))
+    assert run("plans", "--steps", "10", "--count", "3", "--results", str(records)) == 0
+    cells = {(each.plan, each.metric): each for each in load_records(records)}
+    assert (cells["full", "lost"].value, cells["full", "won"].value) == (0, 0)
+    turbo = cells["turbo", "top1"].model_extra
+    assert turbo is not None
+    assert 0 < turbo["calls"] < 10
+    assert (f"{turbo['calls']} steps", "top1") in cells
     for name in ("README.md", "grid.png", "neighbours.png", "clip/model.safetensors"):
         assert (begun / "model" / name).is_file()
 

@@ -51,6 +51,30 @@ def tabulate_presets() -> str:
     return "\n".join(parts)
 
 
+def tabulate_judged_plans() -> str:
+    """What an independent classifier names right under presets, and in as many plain steps."""
+    records = load_records(RESULTS / "judged-plans.jsonl")
+    parts: list[str] = []
+    for sampler in dict.fromkeys(get(record, "sampler") for record in records):
+        chosen = [record for record in records if get(record, "sampler") == sampler]
+        cells = {(record.plan, record.metric): record for record in chosen}
+        first = chosen[0]
+        parts.append(
+            f"**{sampler}**, {get(first, 'steps')} steps, guidance {get(first, 'guidance'):g}, "
+            f"{get(first, 'pictures')} training captions:\n"
+        )
+        parts += ["| | UNet calls | named right | lost | won |", "|---|---|---|---|---|"]
+        for plan in dict.fromkeys(record.plan for record in chosen):
+            top1, lost, won = (cells[plan, metric] for metric in ("top1", "lost", "won"))
+            name = f"**{plan}**" if plan in SPEED_PRESETS else plan
+            parts.append(
+                f"| {name} | {get(top1, 'calls')} | {top1.value:.1%} | {lost.value:.0f} "
+                f"| {won.value:.0f} |"
+            )
+        parts.append("")
+    return "\n".join(parts)
+
+
 def tabulate_headline() -> str:
     """For each sampler: the preset for twice the speed beside as few steps of the same sampler."""
     return tabulate_beside_fewer(load_records(RESULTS / "presets.jsonl"), ("balanced",))

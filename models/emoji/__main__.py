@@ -265,6 +265,38 @@ def evaluate(
 
 
 @app.command()
+def plans(
+    out: Out = RUN,
+    recipe: Name = "emoji",
+    sampler: Annotated[list[str], typer.Option(help="Repeat for several.")] = ["dpm++2m"],  # noqa: B006
+    count: Annotated[int, typer.Option(min=2, help="Training captions to draw.")] = 200,
+    steps: Annotated[int, typer.Option(min=2)] = 30,
+    results: Annotated[Path, typer.Option(help="Records.")] = Path(
+        "benchmarks/results/judged-plans.jsonl"
+    ),
+    data: Data = None,
+    threads: Threads = 0,
+) -> None:
+    """What OUT/judge names in the bundled model's pictures under presets, and in fewer steps."""
+    import leansd
+    from leansd.evaluation.records import put_records
+    from models.emoji.data import read_pictures
+    from models.emoji.evaluation import choose_pairs
+    from models.emoji.judge import load_judge
+    from models.emoji.judged_plans import judge_plans
+    from models.emoji.recipe import choose_recipe
+
+    _set_threads(threads, "cpu")
+    own, pipe = load_judge(out / "judge" / "state.pt"), leansd.load("emoji", device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    pairs = read_pictures(data, out, choose_recipe(recipe).size, print).split.train
+    chosen = [pairs[place] for place in choose_pairs(pairs, count, seed=0)]
+    for each in sampler:
+        records = judge_plans(pipe, own, chosen, sampler=each, steps=steps)
+        put_records(results, records, lambda record: (record.model_extra or {}).get("sampler"))
+
+
+@app.command()
 def flow(
     out: Out = Path("runs/flow"),
     steps: Annotated[int, typer.Option(min=1, help="Training steps of 32 pictures.")] = 2200,
