@@ -46,6 +46,7 @@ NETS = {
     "light": ("#94a3b8", "-"),
     "assembled": ("#0f766e", "-"),
     "full": (OURS, "-"),
+    "no GRI": ("#65a30d", "-"),
     "1112 GRI": ("#0369a1", "-"),
     "1112": ("#be185d", "-"),
     "direct": ("#334155", "--"),
@@ -57,11 +58,12 @@ NETS = {
 """Which nets are drawn, in which colour and line; dashed ones are trained end to end."""
 WAYS = {
     "full": ("light", "assembled", "full"),
+    "no GRI": ("light", "assembled", "no GRI"),
     "direct": ("direct",),
     "bk": ("bk",),
     "lean": ("lean",),
 }
-"""Trainings of equal compute, as the arms that follow each other."""
+"""Trainings, as the arms that follow each other."""
 
 
 def draw_plan() -> Figure:
@@ -179,7 +181,7 @@ def plot_group(
 
 
 def draw_incubation() -> Figure:
-    """What training is worth: the nets' errors by time step, and how those of three ways fell."""
+    """What training is worth: the nets' errors by time step, and how those of trainings fell."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     plot_errors(left, load_records(RESULTS / "incubation.jsonl"))
@@ -198,8 +200,9 @@ def plot_errors(axes: Axes, records: list[Record]) -> None:
         if record.metric == "teacher_error" and record.plan in NETS:
             moment = (record.model_extra or {})["timestep"]
             found.setdefault(record.plan, {}).setdefault(moment, []).append(record.value)
-    for plan, (colour, style) in NETS.items():
-        means = {moment: mean(values) for moment, values in found.get(plan, {}).items()}
+    for plan in (each for each in NETS if each in found):
+        colour, style = NETS[plan]
+        means = {moment: mean(values) for moment, values in found[plan].items()}
         axes.plot(list(means), list(means.values()), style, color=colour, label=plan)
     axes.set_yscale("log")
     axes.set_xlabel("time step (1000 is noise)")
@@ -209,7 +212,7 @@ def plot_errors(axes: Axes, records: list[Record]) -> None:
 
 
 def plot_curves(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    """The output loss of trainings of equal compute, stage after stage, a line a seed."""
+    """The output loss of trainings, stage after stage where there are records, a line a seed."""
     for name, arms in WAYS.items():
         colour, _ = NETS[name]
         for seed in sorted({row["seed"] for row in rows}):
@@ -222,7 +225,7 @@ def plot_curves(axes: Axes, rows: list[dict[str, Any]]) -> None:
                 )  # fmt: skip
                 start += max((row["step"] for row in own), default=0)
     axes.set_yscale("log")
-    axes.set_xlabel("training step, of equal compute in all")
+    axes.set_xlabel("training step")
     axes.set_title("output loss while training", loc="left", fontsize=10)
     axes.grid(color="#e2e8f0")
     hide_frame(axes)

@@ -343,8 +343,8 @@ def test_the_commands_lead_from_a_run_to_a_card(
     assert len(result["losses"]["held_out"]) == 10
     assert result["judge"]["style"] == "emojione"
     assert result["train"]["retrieval"]["choices"] == 4
-    records = tmp_path / "judged.jsonl"
-    monkeypatch.setattr(leansd, "load", lambda *_, **__: load_pipeline(tmp_path / "model"))
+    records = begun / "judged.jsonl"
+    monkeypatch.setattr(leansd, "load", lambda *_, **__: load_pipeline(begun / "model"))
     assert run("plans", "--steps", "10", "--count", "3", "--results", str(records)) == 0
     cells = {(each.plan, each.metric): each for each in load_records(records)}
     assert (cells["full", "lost"].value, cells["full", "won"].value) == (0, 0)
