@@ -62,6 +62,8 @@ def drawn_once(make: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(make)
     def give(*args: Any, **options: Any) -> Any:
+        if torch.get_default_device().type != "cpu" or torch.get_default_dtype() != torch.float32:
+            return make(*args, **options)  # on a device that is not there, or in its precision
         words = repr((args, sorted(options.items())))
         if words not in moulds:
             moulds[words] = Mould(make(*args, **options))
