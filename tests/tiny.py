@@ -16,6 +16,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 WIDTH = 32  # of the text embedding
@@ -56,14 +57,20 @@ class Caster(pickle.Unpickler):
         return torch.nn.Parameter(self.weights[pid].clone())
 
 
+def _draws_plainly() -> bool:
+    """Whether a net made now is the processor's own, in single precision, and no fake one."""
+    plain = torch.get_default_device().type == "cpu" and torch.get_default_dtype() == torch.float32
+    return plain and _get_current_dispatch_mode() is None
+
+
 def drawn_once(make: Callable[..., Any]) -> Callable[..., Any]:
     """Each call gives a net of its own; equal calls draw their equal weights once."""
     moulds: dict[str, Mould] = {}
 
     @wraps(make)
     def give(*args: Any, **options: Any) -> Any:
-        if torch.get_default_device().type != "cpu" or torch.get_default_dtype() != torch.float32:
-            return make(*args, **options)  # on a device that is not there, or in its precision
+        if not _draws_plainly():
+            return make(*args, **options)
         words = repr((args, sorted(options.items())))
         if words not in moulds:
             moulds[words] = Mould(make(*args, **options))
