@@ -96,7 +96,8 @@ class UNetWatch:
 
     def __init__(self, unet: UNet2DConditionModel, anatomy: Anatomy) -> None:
         self._unet = unet
-        self._anatomy = anatomy
+        self._units = {unit.path: unit.at for unit in anatomy.units}
+        self._homes = {unit.path: unit.at for unit in anatomy.parts} | self._units
         self._state = UNetState()
         self._look()
 
@@ -134,14 +135,13 @@ class UNetWatch:
 
     def _find_needed(self, path: str) -> tuple[str, ...]:
         """What is computed where the module at `path` gives what it gives in a full call."""
-        homes = {unit.path: unit.at for unit in (*self._anatomy.parts, *self._anatomy.units)}
         above = path
         while above:
-            if above in homes:
-                return (homes[above],)
+            if above in self._homes:
+                return (self._homes[above],)
             above = above.rpartition(".")[0]
-        units = self._anatomy.units
-        return tuple(unit.at for unit in units if unit.path.startswith(f"{path}.")) or (HEAD,)
+        inside = (at for home, at in self._units.items() if home.startswith(f"{path}."))
+        return tuple(inside) or (HEAD,)
 
     def _is_unchanged(self) -> bool:
         modules = list(_list_values(self._children))
