@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
@@ -42,12 +43,17 @@ from leansd.version import __version__
 # -- rows of prompts -------------------------------------------------------------------------------
 
 
-Id = Annotated[
-    str,
-    # Tables from databases have numbers for ids.
-    BeforeValidator(lambda given: str(given) if type(given) is int else given),
-    Field(pattern=r"^\w[\w.-]*$", max_length=200),
-]
+def _read_id(given: object) -> object:
+    """An id as text: tables from databases have numbers; it names files, so it is no path."""
+    text = str(given) if type(given) is int else given
+    if isinstance(text, str) and not (re.fullmatch(r"\w[\w.-]*", text) and len(text) <= 200):
+        raise ValueError(
+            "give at most 200 letters, digits, '_', '-' and '.', none of the last two first"
+        )
+    return text
+
+
+Id = Annotated[str, BeforeValidator(_read_id)]
 
 OTHER_NAMES = {
     "negative": "negative_prompt",
