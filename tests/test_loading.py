@@ -218,6 +218,10 @@ FOLDERS = {
         lambda copy: (copy / "model_index.json").write_text("{"),
         "model_index.json is damaged: it is not JSON",
     ),
+    "damaged configuration": (
+        lambda copy: (copy / "unet" / "config.json").write_text("{"),
+        "unet/config.json is damaged: it is not JSON",
+    ),
     "variants that differ": (
         lambda copy: (
             rename_weights(copy, "unet", ".fp16.safetensors"),

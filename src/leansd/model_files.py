@@ -123,6 +123,7 @@ def read_folder(folder: Path) -> Contents:
         if not (folder / name).is_dir():
             raise LeansdError(f"{folder} has no folder {name}, which its {INDEX} names")
         if (folder / name / "config.json").is_file():
+            _read_json(folder / name / "config.json")  # diffusers would not say which is damaged
             variants[name] = find_variant(folder / name, what=f"the {name} in {folder}")
     lacking = [found for found in variants.values() if None not in found]
     if not lacking:
