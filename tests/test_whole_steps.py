@@ -30,6 +30,7 @@ from tiny_transformers import (
     make_sd3,
     make_sd3_img2img,
 )
+from watching import watch_before
 
 STEPS = 10
 KEYS = (0, 1, 2, 4, 6, 9)
@@ -42,7 +43,7 @@ class Counter:
     def __init__(self, pipe: Any) -> None:
         self.calls = 0
         first = next(each for each in pipe.transformer.modules() if type(each) is torch.nn.Linear)
-        first.register_forward_pre_hook(self._count)
+        watch_before(first, self._count)
 
     def _count(self, *_: Any) -> None:
         self.calls += 1
@@ -171,6 +172,22 @@ def test_what_gives_more_than_one_tensor_is_computed_and_the_report_says_so() ->
         assert torch.equal(draw(pipe, SD3, STEPS), expected)
     assert (run.report().calls, run.report().full_calls) == (STEPS, STEPS)
     assert "no one tensor" in next(iter(run.report().forced))
+
+
+def test_what_others_have_hooked_is_computed() -> None:
+    pipe = make_sd3()
+    expected = draw(pipe, SD3, STEPS)
+    seen: list[torch.Tensor] = []
+    inner = pipe.transformer.transformer_blocks[0].attn
+    handle = inner.register_forward_hook(lambda _, given, output: seen.append(output[0]))
+    with leansd.inherit(pipe, PLAN) as run:
+        assert torch.equal(draw(pipe, SD3, STEPS), expected)
+    assert len(seen) == run.report().full_calls == STEPS
+    assert next(iter(run.report().forced)) == "a module of the transformer is hooked"
+    handle.remove()
+    with leansd.inherit(pipe, PLAN) as run:
+        draw(pipe, SD3, STEPS)
+    assert run.report().full_calls == len(KEYS)
 
 
 def test_an_interrupted_call_leaves_nothing() -> None:

@@ -202,7 +202,7 @@ class UNetWatch:
         if not any(self._observers):
             return ""
         for hooks, needed in zip(self._observers, self._observed, strict=True):
-            if hooks and not all(map(_is_torchs_own, hooks.values())):
+            if is_hooked(hooks):
                 for at in needed:
                     if call.is_half or at not in call.pattern.active:
                         return at
@@ -237,9 +237,10 @@ def _list_values(tables: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
     return chain.from_iterable(each.values() for each in tables)
 
 
-def _is_torchs_own(hook: Any) -> bool:
-    """Whether a hook makes weights (pruning, weight norm): it looks at nothing."""
-    return str(getattr(hook, "__module__", "")).startswith("torch.")
+def is_hooked(hooks: Mapping[int, Any]) -> bool:
+    """Whether anybody looks; hooks of PyTorch's own make weights (pruning, weight norm)."""
+    modules = (str(getattr(each, "__module__", "")) for each in hooks.values())
+    return not all(module.startswith("torch.") for module in modules)
 
 
 def _are_one(before: Any, before_version: int, now: Any, now_version: int) -> bool:

@@ -27,6 +27,7 @@ from leansd.runtime.clock import read_schedule
 from leansd.runtime.context import count_depth, describe_runs, find_calling_pipeline
 from leansd.runtime.hooks import ForwardHooks, PatchedMethod, hook_pipeline_end
 from leansd.runtime.report import Report
+from leansd.runtime.watch import is_hooked
 
 CONDITIONS = ("encoder_hidden_states", "pooled_projections", "cap_feats", "skip_layers")
 """Arguments by which calls of one step are told apart and changes in the midst of a run noticed."""
@@ -38,8 +39,16 @@ HELD = 16
 class WholeRun:
     """One run of a pipeline."""
 
-    def __init__(self, plan: Plan, schedule: CallSchedule, notes: tuple[str, ...]) -> None:
+    def __init__(
+        self, plan: Plan, schedule: CallSchedule, notes: tuple[str, ...], transformer: nn.Module
+    ) -> None:
         self.notes = notes
+        self._hooks = [
+            hooks
+            for module in transformer.modules()
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)
+            if module is not transformer
+        ]
         self.schedule = schedule
         self.player = Player(plan, schedule)
         self.times: list[tuple[int, Stopwatch]] = []
@@ -60,6 +69,12 @@ class WholeRun:
             for each in given
         )
         return self._ordinal, *told
+
+    def heed_hooks(self, device: torch.device, key: Hashable) -> None:
+        """Have the next call computed if others have hooked what lies inside the transformer."""
+        if any(self._hooks) and any(map(is_hooked, self._hooks)):
+            self.player.forget(device, (key,))
+            self.player.stats.forced["a module of the transformer is hooked"] += 1
 
     def note_odd(self, index: int, stop: Callable[[], Stopwatch]) -> None:
         """Count a call of which nothing can be kept."""
@@ -170,6 +185,7 @@ class WholeStepFollower:
             output = forward(*args, **kwargs)
             run.note_odd(index, stop)
             return output
+        run.heed_hooks(latents.device, key)
         try:
             made = run.player.play(index, latents, compute, (key,))
         except _OddOutput:
@@ -188,7 +204,7 @@ class WholeStepFollower:
                 run.player.clear()
             schedule = read_schedule(scheduler)
             resolved = self._resolve(schedule.steps, getattr(self.pipe, "_guidance_scale", None))
-            run = WholeRun(resolved.plan, schedule, resolved.notes)
+            run = WholeRun(resolved.plan, schedule, resolved.notes, self.transformer)
             self.last = self._runs[call] = run
         index = getattr(scheduler, "step_index", None)
         if index is None:
