@@ -96,7 +96,14 @@ PARTS = {
         ),
         is_timed=True,
     ),
-    "few calls": Part(("benchmarks/few_calls.py --iterations 40",), ("few-calls.jsonl",)),
+    "few calls": Part(
+        (
+            "benchmarks/few_calls.py --iterations 40",
+            "benchmarks/few_calls.py --iterations 40 --guidance 7.5 "
+            "--plans benchmarks/results/fronts/dpm++2m-30-g7.5.json",
+        ),
+        ("few-calls.jsonl",),
+    ),
     "cuts": Part(("benchmarks/cuts.py",), ("cuts.jsonl",)),
     "prediction": Part(
         (

@@ -329,11 +329,17 @@ def tabulate_joint() -> str:
 
 def tabulate_few_calls() -> str:
     """Tuned plans with few UNet calls before and after mixes were fitted, beside fewer steps."""
-    every = load_records(RESULTS / "few-calls.jsonl")
-    first = every[0]
-    setting = ("sampler", "steps", "guidance", "calls")
-    records = [each for each in every if all(get(each, f) == get(first, f) for f in setting)]
+    settings: dict[tuple[object, ...], list[Record]] = {}
+    for each in load_records(RESULTS / "few-calls.jsonl"):
+        place = tuple(get(each, field) for field in ("sampler", "steps", "guidance", "calls"))
+        settings.setdefault(place, []).append(each)
+    return "\n".join(map(_tabulate_few_calls_of, settings.values()))
+
+
+def _tabulate_few_calls_of(records: Sequence[Record]) -> str:
+    """The same of one setting."""
     cells = {(get(each, "unet_calls"), each.plan, each.metric): each for each in records}
+    first = records[0]
     calls, held = get_number(first, "calls"), get_number(first, "held_out")
     lines = [
         f"{first.subject}, {get(first, 'sampler')}, {get(first, 'steps')} steps, guidance "
