@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from diffusers import StableDiffusionPipeline
 
+from leansd.evaluation.compare import Case
 from leansd.evaluation.prompt_sets import GUIDANCE
 from leansd.evaluation.records import Record, stamp
 from leansd.evaluation.runs import FULL, run_calls
-from leansd.plans.plan import Plan
 from leansd.plans.presets import SPEED_PRESETS, preset
 from leansd.runtime.samplers import set_sampler
 from models.emoji.data import Pair, write_captions
@@ -22,13 +22,13 @@ from models.emoji.judge import Judge, rank_names
 from models.emoji.recipe import name_pairs
 
 
-def list_contestants(steps: int, sampler: str) -> Iterator[tuple[str, int, Plan | None]]:
-    """Name, steps and plan: the full run, and each preset beside as many plain steps."""
-    yield FULL, steps, None
+def list_cases(steps: int, sampler: str) -> Iterator[Case]:
+    """The full run, and each preset beside as many plain steps."""
+    yield Case(FULL, steps)
     for name in SPEED_PRESETS:
         plan = preset(name, steps, sampler=sampler)
-        yield name, steps, plan
-        yield f"{len(plan.keys)} steps", len(plan.keys), None
+        yield Case(name, steps, plan)
+        yield Case(f"{len(plan.keys)} steps", len(plan.keys))
 
 
 def judge_plans(
@@ -42,10 +42,10 @@ def judge_plans(
     seed: int = 0,
     say: Callable[[str], None] = print,
 ) -> list[Record]:
-    """Every contestant draws the same captions from the same seeds.
+    """Every case draws the same captions from the same seeds.
 
     `top1` is the share that is named right; `lost` and `won` are pictures that are named right in
-    the full run alone, and under the contestant alone.
+    the full run alone, and in the case alone.
     """
     set_sampler(pipe, sampler)
     captions = [write_captions(pair)[0] for pair in pairs]
@@ -55,9 +55,10 @@ def judge_plans(
     }  # fmt: skip
     records: list[Record] = []
     full: torch.Tensor | None = None
-    for name, count, plan in list_contestants(steps, sampler):
-        settings = {"guidance_scale": guidance}
-        drawn = run_calls(pipe, captions, count, plan, seed=seed, batch=20, settings=settings)
+    settings = {"guidance_scale": guidance}
+    for case in list_cases(steps, sampler):
+        plan = case.plan
+        drawn = run_calls(pipe, captions, case.steps, plan, seed=seed, batch=20, settings=settings)
         pixels = drawn.pictures.mul(255).round().to(torch.uint8)
         right = torch.tensor(rank_names(judge, pixels, name_pairs(pairs))) == 0
         full = right if full is None else full
@@ -66,11 +67,14 @@ def judge_plans(
             "lost": float((full & ~right).sum()),
             "won": float((right & ~full).sum()),
         }
-        say(f"{sampler} {name}: " + ", ".join(f"{key} {value:g}" for key, value in values.items()))
+        say(
+            f"{sampler} {case.name}: "
+            + ", ".join(f"{key} {value:g}" for key, value in values.items())
+        )
         fields = {
-            **shared, "plan": name, "fingerprint": plan.fingerprint if plan is not None else "",
-            "steps": count, "calls": len(plan.keys) if plan is not None else count,
-            "unit": "",
+            **shared, "plan": case.name, "steps": case.steps, "unit": "",
+            "fingerprint": plan.fingerprint if plan is not None else "",
+            "calls": len(plan.keys) if plan is not None else case.steps,
         }  # fmt: skip
         records += [Record(**fields, metric=key, value=value) for key, value in values.items()]
     return records

@@ -128,10 +128,9 @@ class UNetWatch:
         """Hooks on the modules inside, of those that were put there."""
         self._observed: list[tuple[str, ...]] = []
         """What has to be computed for each of them to see what it would see in a full call."""
-        for path, module in self._unet.named_modules():
-            if path:
-                self._observers += [module._forward_hooks, module._forward_pre_hooks]
-                self._observed += [self._find_needed(path)] * 2
+        for path, hooks in list_hooks(self._unet):
+            self._observers.append(hooks)
+            self._observed.append(self._find_needed(path))
 
     def _find_needed(self, path: str) -> tuple[str, ...]:
         """What is computed where the module at `path` gives what it gives in a full call."""
@@ -235,6 +234,14 @@ class CallSignature:
 
 def _list_values(tables: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
     return chain.from_iterable(each.values() for each in tables)
+
+
+def list_hooks(net: nn.Module) -> Iterator[tuple[str, Mapping[int, Any]]]:
+    """The path of every module inside, and where its hooks stand, also those still to come."""
+    for path, module in net.named_modules():
+        if path:
+            yield path, module._forward_hooks
+            yield path, module._forward_pre_hooks
 
 
 def is_hooked(hooks: Mapping[int, Any]) -> bool:

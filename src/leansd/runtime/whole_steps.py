@@ -27,13 +27,10 @@ from leansd.runtime.clock import read_schedule
 from leansd.runtime.context import count_depth, describe_runs, find_calling_pipeline
 from leansd.runtime.hooks import ForwardHooks, PatchedMethod, hook_pipeline_end
 from leansd.runtime.report import Report
-from leansd.runtime.watch import is_hooked
+from leansd.runtime.watch import is_hooked, list_hooks
 
 CONDITIONS = ("encoder_hidden_states", "pooled_projections", "cap_feats", "skip_layers")
 """Arguments by which calls of one step are told apart and changes in the midst of a run noticed."""
-
-HELD = 16
-"""Conditions that are held: those of the step before and of this one."""
 
 
 class WholeRun:
@@ -43,27 +40,22 @@ class WholeRun:
         self, plan: Plan, schedule: CallSchedule, notes: tuple[str, ...], transformer: nn.Module
     ) -> None:
         self.notes = notes
-        self._hooks = [
-            hooks
-            for module in transformer.modules()
-            for hooks in (module._forward_hooks, module._forward_pre_hooks)
-            if module is not transformer
-        ]
+        self._hooks = [hooks for _, hooks in list_hooks(transformer)]
         self.schedule = schedule
         self.player = Player(plan, schedule)
         self.times: list[tuple[int, Stopwatch]] = []
         self.wrap: Callable[[torch.Tensor], Any] = Transformer2DModelOutput
         """How the transformer gives an output where not in a tuple."""
         self._index, self._ordinal = -1, 0
-        self._conditions: list[Any] = []
-        """Held, so that no other tensor gets the identity of one of them."""
+        self._conditions: dict[int, list[Any]] = {}
+        """Of the last step's calls: held, so that no other tensor gets the identity of one."""
 
     def make_key(self, index: int, named: Mapping[str, Any]) -> Hashable:
         """Which of the calls of a step it is, and with what conditions."""
         self._ordinal = self._ordinal + 1 if index == self._index else 0
         self._index = index
         given = tree_leaves([named.get(name) for name in CONDITIONS])
-        self._conditions = [*self._conditions[-HELD:], *given]
+        self._conditions[self._ordinal] = given
         told = (
             (id(each), each._version) if isinstance(each, torch.Tensor) else repr(each)
             for each in given
