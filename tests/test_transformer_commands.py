@@ -1,18 +1,16 @@
 """Commands on a model whose denoiser is a transformer, from its folder as users have it."""
 
+import functools
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
+from diffusers import QwenImagePipeline, ZImagePipeline
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 import leansd
 from leansd.cli import main
@@ -26,8 +24,7 @@ from leansd.ui.folders import OWN_SAMPLER, Folders, Settings
 from leansd.ui.job_queue import Job, JobQueue
 from leansd.ui.plan_grid import lay_out_grid, turn_key
 from leansd.ui.studio import Studio
-from tiny import TOKENS, tiny_tokenizer
-from tiny_transformers import SIDE, WIDTH, make_vae
+from tiny_transformers import TEXTS, save_model
 
 STEPS = 20
 
@@ -35,28 +32,7 @@ STEPS = 20
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion 3 without its third text encoder, in a folder."""
-    torch.manual_seed(0)
-    text = CLIPTextConfig(
-        vocab_size=100, hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=TOKENS, bos_token_id=0, eos_token_id=1,
-        projection_dim=WIDTH,
-    )  # fmt: skip
-    transformer = SD3Transformer2DModel(
-        sample_size=SIDE, patch_size=1, in_channels=4, out_channels=4, num_layers=1,
-        attention_head_dim=8, num_attention_heads=2, caption_projection_dim=WIDTH,
-        joint_attention_dim=2 * WIDTH, pooled_projection_dim=2 * WIDTH, pos_embed_max_size=SIDE,
-    )  # fmt: skip
-    torch.nn.init.normal_(transformer.proj_out.weight, std=0.3)
-    pipe = StableDiffusion3Pipeline(
-        transformer=transformer, vae=make_vae(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        text_encoder=CLIPTextModelWithProjection(text), tokenizer=tiny_tokenizer(),
-        text_encoder_2=CLIPTextModelWithProjection(text), tokenizer_2=tiny_tokenizer(),
-        text_encoder_3=None, tokenizer_3=None,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("models") / "sd3"
-    pipe.save_pretrained(folder)
-    return folder
+    return save_model("sd3", tmp_path_factory.mktemp("models") / "sd3")
 
 
 @pytest.fixture
@@ -93,11 +69,75 @@ def test_generate_draws_by_a_plan_and_says_what_ran(run: Any, model: Path, tmp_p
     assert pictures[0] != pictures[1]
 
 
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_kind_of_transformer_draws_and_its_guidance_reaches_it(
+    run: Any, tmp_path: Path, name: str
+) -> None:
+    """Rows together are drawn as prompts alone; guidance is on without a negative prompt."""
+    folder = save_model(name, tmp_path / "model")
+    rows = tmp_path / "rows.jsonl"
+    asked = ({"id": word, "prompt": f"a {word}", "seed": 0} for word in ("pear", "plum"))
+    rows.write_text("\n".join(map(json.dumps, asked)))
+    shared = ("--model", folder, "--steps", 10, "--size", 64, "--json")
+    facts: list[dict[str, Any]] = []
+    for guidance in (1, 3, 6):
+        code, out, err = run(
+            "generate", "a pear", "a plum", "--guidance", guidance, "--plan", "balanced",
+            "--out", tmp_path / str(guidance), *shared,
+        )  # fmt: skip
+        assert code == 0, err
+        facts += json.loads(out.splitlines()[-1])["pictures"]
+    assert [each["guidance"] for each in facts] == [1, 1, 3, 3, 6, 6]
+    assert all(each["computed"] < 10 == each["calls"] for each in facts)
+    drawn = [_read_pixels(Path(each["path"]).read_bytes()) for each in facts]
+    assert len({each.tobytes() for each in drawn}) == 6
+    code, _, err = run(
+        "generate", "--prompts", rows, "--guidance", 3, "--plan", "balanced",
+        "--out", tmp_path / "shards", *shared,
+    )  # fmt: skip
+    assert code == 0, err
+    with tarfile.open(tmp_path / "shards" / "shard-000000.tar") as shard:
+        files = {each.name: shard.extractfile(each).read() for each in shard}
+    for own, (name, content) in zip(drawn[2:4], _list_pngs(files), strict=True):
+        furthest = int(np.abs(_read_pixels(content) - own).max())
+        assert furthest <= 1, name
+
+
+@pytest.mark.parametrize("name", ["qwen", "z-image"])
+def test_the_page_draws_and_tunes_what_has_guidance_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    kind = {"qwen": QwenImagePipeline, "z-image": ZImagePipeline}[name]
+    plain = kind.__call__
+
+    @functools.wraps(plain)
+    def draw_small(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return plain(self, *args, height=64, width=64, **kwargs)
+
+    monkeypatch.setattr(kind, "__call__", draw_small)
+    save_model(name, tmp_path / "models" / name)
+    studio = Studio(Folders.open(tmp_path / "home", tmp_path / "models"), "cpu")
+    known = studio.open(name)
+    assert (known.guidance, known.size) == ({"qwen": 4, "z-image": 5}[name], (1024, 1024))
+    plan = Plan.full(6).inherit("head", at=[2, 4], how="forecast")
+    shown: list[bytes] = []
+    for guidance in (1, 4):
+        settings = Settings(model=name, prompt="a", steps=6, guidance=guidance)
+        drawn, _ = studio.draw(settings, plan, rounds=1, job=Job())
+        assert (drawn.numbers.full_calls, drawn.numbers.calls) == (4, 6)
+        shown.append(drawn.open_pictures()[0].tobytes())
+    assert shown[0] != shown[1]
+    front, _ = studio.tune(
+        settings, ["a", "b", "c", "d"], speedup=1.1, tries=0, job=Job(),
+        on_progress=lambda text, share: None,
+    )  # fmt: skip
+    assert front.points
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [
         (("generate", "a pear", "--plan", "deepcache", "--steps", 12), "is for UNets"),
-        (("generate", "--prompts", "rows.txt"), "--prompts is for UNets"),
         (("profile",), "without a UNet2DConditionModel"),
         (("tune", "--calls", 40), "--calls is for UNets"),
         (("tune", "--drift", "drift.jsonl"), "--drift is for UNets"),
@@ -266,6 +306,14 @@ def test_the_page_goes_over_from_one_model_to_another(studio: Studio) -> None:
     changes = handlers.pick_model(shown)
     assert changes[parts.sampler]["value"] == OWN_SAMPLER
     assert "deepcache" in changes[parts.plan_name]["choices"]
+
+
+def _read_pixels(content: bytes) -> Any:
+    return np.asarray(Image.open(io.BytesIO(content))).astype(int)
+
+
+def _list_pngs(files: dict[str, bytes]) -> list[tuple[str, bytes]]:
+    return sorted(each for each in files.items() if each[0].endswith(".png"))
 
 
 def _read(change: Any) -> Any:

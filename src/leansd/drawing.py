@@ -27,6 +27,9 @@ from leansd.runtime.finite import NOT_FINITE, FiniteWatch
 
 OnStep = Callable[[int, int], None]
 
+LARGE = 1024
+"""The side in pixels of pictures of pipelines that do not say theirs, such as Z-Image's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -114,6 +117,41 @@ def paint(
     return paint_together(pipe, [request], plan, on_step, nets)[0]
 
 
+def name_guidance(pipe: Any) -> str:
+    """The argument that guides calls of a pipeline.
+
+    It is `guidance_scale`, but for Qwen-Image and its like, where that is for distilled nets alone.
+    """
+    known = inspect.signature(type(pipe).__call__).parameters
+    usual = known.get("guidance_scale")
+    has_own = "true_cfg_scale" in known and (usual is None or usual.default is None)
+    return "true_cfg_scale" if has_own else "guidance_scale"
+
+
+def find_scale(pipe: Any, asked: float | None = None) -> float | None:
+    """The guidance scale of calls: the one that is asked for, or the pipeline's own."""
+    if asked is not None:
+        return asked
+    known = inspect.signature(type(pipe).__call__).parameters.get(name_guidance(pipe))
+    return None if known is None or known.default is None else float(known.default)
+
+
+def fit_arguments(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call as a pipeline takes them: `guidance_scale` by the name that guides there.
+
+    Where that is another, nothing is guided without a negative prompt: it becomes a blank.
+    """
+    fitted, name = dict(arguments), name_guidance(pipe)
+    if name == "guidance_scale":
+        return fitted
+    scale = fitted[name] = find_scale(pipe, fitted.pop("guidance_scale", fitted.get(name)))
+    is_bare = "prompt" in fitted and not any(each.startswith("negative") for each in fitted)
+    if is_bare and scale is not None and scale > 1:
+        prompt = fitted["prompt"]
+        fitted["negative_prompt"] = " " if isinstance(prompt, str) else [" "] * len(prompt)
+    return fitted
+
+
 def seed_generator(seed: int) -> torch.Generator:
     """The source of a picture's noise: on the CPU, so that a seed is the same on every device."""
     return torch.Generator("cpu").manual_seed(seed)
@@ -141,7 +179,7 @@ def paint_together(
     start = time.perf_counter()
     following = inherit(pipe, plan, nets=nets) if plan is not None else nullcontext()
     with torch.no_grad(), following as run:
-        output = pipe(**options)
+        output = pipe(**fit_arguments(pipe, options))
     seconds = time.perf_counter() - start
     flagged = getattr(output, "nsfw_content_detected", None) or [False] * len(requests)
     bad = watch.find_bad(len(requests))
@@ -246,7 +284,8 @@ def describe_report(report: Report) -> dict[str, int | float]:
 def default_size(pipe: Any) -> tuple[int, int]:
     """The width and height a pipeline draws when it is not told."""
     config = find_denoiser(pipe).config
-    side = config.get("sample_size") or pipe.default_sample_size
+    side = config.get("sample_size") or getattr(pipe, "default_sample_size", None)
+    side = side or LARGE // pipe.vae_scale_factor
     height, width = (side, side) if isinstance(side, int) else side
     return width * pipe.vae_scale_factor, height * pipe.vae_scale_factor
 

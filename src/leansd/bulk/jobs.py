@@ -27,13 +27,14 @@ from leansd.drawing import (
     Request,
     check_strength,
     explain_fault,
+    find_scale,
     open_picture,
     paint_together,
     place_init,
 )
 from leansd.errors import LeansdError
 from leansd.files import name_files, write_file
-from leansd.loading import as_image_to_image, load_unet, load_vae, load_with_unet, set_vae
+from leansd.loading import as_image_to_image, load, load_unet, load_vae, set_vae
 from leansd.plans.plan import Plan
 from leansd.runtime.samplers import name_sampler, set_sampler
 from leansd.shards import DrawnPicture, name_shard, pack_shard
@@ -446,7 +447,7 @@ class Drawer:
         if job.threads:
             torch.set_num_threads(job.threads)
         dtype = getattr(torch, job.dtype) if job.dtype is not None else None
-        self.pipe: Any = load_with_unet(job.model, device=job.device, dtype=dtype)
+        self.pipe: Any = load(job.model, device=job.device, dtype=dtype)
         self.pipe.set_progress_bar_config(disable=True)
         if job.sampler is not None:
             set_sampler(self.pipe, job.sampler)
@@ -502,7 +503,7 @@ class Drawer:
             "sampler": name_sampler(pipe),
         }
         drawn = paint_together(pipe, requests, self.plan, nets=self.nets)
-        guidance = {"guidance": getattr(pipe, "guidance_scale", self.job.guidance)}
+        guidance = {"guidance": find_scale(pipe, self.job.guidance)}
         for (item, request), painting in zip(asked, drawn, strict=True):
             if painting.fault:
                 faults[item.row.id] = explain_fault(pipe, request, painting, self.plan)

@@ -17,14 +17,11 @@ from leansd.cli.options import (
     SizeOption,
     complete_plan,
     open_nets,
-    refuse_transformer,
     tell_notes,
 )
 from leansd.cli.terminal import note, open_progress, warn
 from leansd.errors import LeansdError
-from leansd.evaluation.prompt_sets import find_guidance
 from leansd.files import check_folder, find_free, name_file, write_file, write_new
-from leansd.plans.anatomy import WHOLE
 from leansd.plans.plan import Plan
 from leansd.plans.resolve import PlanContext
 from leansd.version import __version__
@@ -138,8 +135,6 @@ def generate_pictures(
     base = wanted.make_request(resolved.plan.steps)
     task = _Task(model, source, wanted, following, opening, context)
     if rows.prompt_file is not None:
-        if context.anatomy is WHOLE:
-            refuse_transformer("--prompts", model)
         return _draw_rows(task, rows, rows.prompt_file, out)
     chosen = [
         replace(base, prompt=prompt, seed=wanted.seed + turn)
@@ -162,14 +157,14 @@ class _Task:
 
     def open(self) -> tuple[Any, Plan]:
         """The pipeline, and the plan for its runs."""
+        from leansd.drawing import find_scale
         from leansd.loading import load_vae, set_vae
 
         vae = load_vae(self.wanted.vae) if self.wanted.vae is not None else None
         pipe = self.opening.open(self.model)
         if vae is not None:
             set_vae(pipe, vae)
-        own = self.wanted.guidance
-        guidance = find_guidance(pipe, model="") if own is None else own
+        guidance = find_scale(pipe, self.wanted.guidance) or 1.0
         strength = self.wanted.strength if self.wanted.init is not None else 1.0
         return pipe, self.following.settle(self.source, pipe, self.context, guidance, strength)
 
@@ -285,6 +280,7 @@ def _show_each(
 
 def _list_facts(task: _Task, pipe: Any, request: "Request", plan: Plan) -> dict[str, Any]:
     """What a picture says of itself."""
+    from leansd.drawing import find_scale
     from leansd.runtime.samplers import name_sampler
 
     init = task.wanted.init
@@ -294,7 +290,7 @@ def _list_facts(task: _Task, pipe: Any, request: "Request", plan: Plan) -> dict[
         "seed": request.seed,
         "steps": request.steps,
         "sampler": name_sampler(pipe),
-        "guidance": getattr(pipe, "guidance_scale", request.guidance),
+        "guidance": find_scale(pipe, request.guidance),
         "model": task.model,
         "plan": plan.name,
         "nets": " ".join(task.following.net or ()) or None,

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -347,11 +347,6 @@ class Calls:
 def keep_default(path: Path, default: Path) -> Path:
     """The path; where it is only the default and something lies there, the next free name."""
     return find_free(path) if path == default else path
-
-
-def refuse_transformer(option: str, model: str) -> NoReturn:
-    """Refuses an option that is for UNets."""
-    raise LeansdError(f"{option} is for UNets, and in {model} a transformer denoises")
 
 
 def open_nets(pipe: Any, folders: Mapping[str, str]) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from leansd.cli.options import (
     keep_default,
     open_nets,
     read_pairs,
-    refuse_transformer,
 )
 from leansd.cli.terminal import follow, note
 from leansd.emoji.location import EMBEDDED
@@ -267,7 +266,7 @@ def _check_model(opening: Opening, model: str, search: Search, files: Files) -> 
     }
     for name, value in given.items():
         if value and has_transformer(model):
-            refuse_transformer(name, model)
+            raise LeansdError(f"{name} is for UNets, and in {model} a transformer denoises")
 
 
 def _show(found: "Front", chosen: "Point") -> list[Any]:

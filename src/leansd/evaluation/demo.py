@@ -14,6 +14,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from PIL.Image import Image
 
+from leansd.drawing import find_scale
 from leansd.evaluation.compare import Case, Compared, Judging, OnProgress, Rounds, compare_runs
 from leansd.evaluation.quality import Embedder
 from leansd.evaluation.records import Record, stamp
@@ -123,7 +124,7 @@ def run_demo(
         prompts=tuple(prompts),
         seed=seed,
         steps=cases[0].steps,
-        guidance=float(getattr(pipe, "guidance_scale", guidance or 0.0)),
+        guidance=find_scale(pipe, guidance) or 0.0,
         sampler=name_sampler(pipe),
         size=entries[0].pictures[0].size,
         circumstances=stamp(pipe.device),

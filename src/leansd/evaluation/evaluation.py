@@ -7,7 +7,6 @@ only copies the full run's own discretisation error wins nothing under the secon
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from leansd.drawing import find_scale
 from leansd.errors import LeansdError
 from leansd.evaluation.compare import (
     CONVERGED,
@@ -182,13 +182,12 @@ def evaluate_cases(
         on_progress=on_progress,
     ).require_finite()
     anatomy = dissect_denoiser(pipe)
-    default = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
     shared = {
         **stamp(pipe.device),
         "subject": subject,
         "seed": seed,
         "calls": len(calls),
-        "guidance": settings.get("guidance_scale", default.default if default else None),
+        "guidance": find_scale(pipe, settings.get("guidance_scale")),
     }
 
     def count_calls(case: Case) -> int:

@@ -1,6 +1,5 @@
 """Prompts and guidance where the user gives none, and prompts from files."""
 
-import inspect
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -60,10 +59,9 @@ def read_prompts(path: str | Path, *, least: int = 2) -> list[str]:
 
 def find_guidance(pipe: Any, model: str) -> float:
     """The guidance scale that a model is used with where the user names none."""
-    if model == EMBEDDED:
-        return GUIDANCE
-    default = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
-    return float(default)
+    from leansd.drawing import find_scale
+
+    return GUIDANCE if model == EMBEDDED else find_scale(pipe) or 1.0
 
 
 @cache

@@ -398,6 +398,10 @@ def give_presets(name: str, label: str, long: PresetOptions, short: PresetOption
     return give
 
 
+EVEN = (2, 3, 4, 6)
+"""One step in so many is computed: of 30 steps 16, 11, 9, 6."""
+
+
 def give_even(how: How, label: str, intervals: Sequence[int]) -> GiveCases:
     """In long contests whole steps, one in so many computed and the last one, the others made in
     one way.
@@ -443,13 +447,13 @@ RIVALS: dict[str, Rival] = {
             give_presets(
                 "spectrum",
                 "{how} {growth}",
-                _list_spectrum(("chebyshev", "chebyshev-line"), (0, 0.25, 0.75)),
-                _list_spectrum(("chebyshev-line",), (0, 0.75)),
+                _list_spectrum(("chebyshev", "chebyshev-line"), (0, 0.25, 0.75, 2.5)),
+                _list_spectrum(("chebyshev-line",), (0, 0.75, 2.5)),
             ),
         ),
         # TaylorSeer's forecast, of the output; EasyCache's reuse of changes, evenly spaced.
-        Rival("taylorseer", give_even("forecast", "taylorseer", (2, 3, 4))),
-        Rival("residual", give_even("residual", "residual", (2, 3, 4))),
+        Rival("taylorseer", give_even("forecast", "taylorseer", EVEN)),
+        Rival("residual", give_even("residual", "residual", EVEN)),
         # As a plan: the callback of diffusers keeps one prompt of a batch.
         Rival(
             "guidance-cutoff",

@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from leansd.drawing import seed_generator
+from leansd.drawing import fit_arguments, seed_generator
 from leansd.errors import LeansdError
 from leansd.evaluation.timing import check_count, wait_for
 from leansd.plans.plan import Plan
@@ -225,7 +225,7 @@ def _run_together(
 
     generators = [seed_generator(seed) for seed in seeds]
     pictures = pipe(
-        **arguments,
+        **fit_arguments(pipe, arguments),
         num_inference_steps=steps,
         generator=generators if len(seeds) > 1 else generators[0],
         output_type="pt",
