@@ -468,7 +468,7 @@ COMMANDS_TO_RUN = {
     ],
     "tune": [
         "MODEL", "--prompts", "PROMPTS", "--count", 4, "--steps", 4, "--speeds", "1.5",
-        "--tries", 0, "--sampler", "ddim",
+        "--psnr", 1, "--tries", 0, "--sampler", "ddim",
     ],
     "bench": [
         "--model", "MODEL", "--quick", "--rivals", "fewer", "--sampler", "ddim", "--steps", 4,

@@ -128,7 +128,7 @@ def test_the_page_draws_and_tunes_what_has_guidance_of_its_own(
         shown.append(drawn.open_pictures()[0].tobytes())
     assert shown[0] != shown[1]
     front, _ = studio.tune(
-        settings, ["a", "b", "c", "d"], speedup=1.1, tries=0, job=Job(),
+        settings, ["a", "b", "c", "d"], speedup=1.01, tries=0, job=Job(),
         on_progress=lambda text, share: None,
     )  # fmt: skip
     assert front.points
@@ -168,8 +168,8 @@ def test_what_is_tuned_is_evaluated_and_held_against_rivals(
     Path("prompts.txt").write_text("a pear\na plum\na quince\na medlar\n")
     shared = ("--prompts", "prompts.txt", "--guidance", 3)
     code, out, err = run(
-        "tune", model, "--steps", 8, "--tries", 0, "--speeds", "2", "--out", "plan.json",
-        "--json", *shared,
+        "tune", model, "--steps", 8, "--tries", 0, "--speeds", "2", "--psnr", 1,
+        "--out", "plan.json", "--json", *shared,
     )  # fmt: skip
     assert code == 0, err
     assert json.loads(out.splitlines()[-1])["sampler"] == "flow-euler"
@@ -278,7 +278,7 @@ def test_the_page_refuses_by_one_sentence_what_is_for_unets(
 def test_the_page_tunes_a_transformer(studio: Studio) -> None:
     settings = Settings(model="sd3", prompt="a", steps=8, guidance=4)
     front, chosen = studio.tune(
-        settings, ["a", "b", "c", "d"], speedup=1.2, tries=0, job=Job(),
+        settings, ["a", "b", "c", "d"], speedup=1.01, tries=0, job=Job(),
         on_progress=lambda text, share: None,
     )  # fmt: skip
     assert "<svg" in fragments.show_front(front, chosen)
