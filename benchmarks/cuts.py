@@ -27,7 +27,7 @@ from leansd.errors import LeansdError
 from leansd.evaluation.fidelity import psnr
 from leansd.evaluation.prompt_sets import GUIDANCE
 from leansd.evaluation.records import Record, stamp, write_records
-from leansd.evaluation.runs import run_calls
+from leansd.evaluation.runs import CallSet, run_calls
 from leansd.surgery.edits import Surgery
 from leansd.surgery.presets import PRESETS
 from leansd.text import Table
@@ -90,14 +90,14 @@ def main(
     pipe: Any = leansd.load(model)
     pipe.set_progress_bar_config(disable=True)
     settings = {"guidance_scale": guidance}
-    shared = {"settings": settings, "batch": 8}
+    shared: dict[str, Any] = {"settings": settings, "batch": 8}
     chosen_on = [THINGS[(place * 7) % len(THINGS)] for place in range(calibration)]
     held_out = [thing for thing in THINGS if thing not in chosen_on][::3][:pictures]
     with Progress() as progress:
         task = progress.add_task("study", total=100)
         study = study_removals(
             pipe.unet,
-            keep_calls(pipe, chosen_on, steps, moments=moments, **shared),
+            keep_calls(pipe, CallSet(chosen_on, **shared), steps, moments=moments),
             "macs",
             tell=lambda text, share: progress.update(
                 task, description=text, completed=round(100 * share)
@@ -105,8 +105,9 @@ def main(
         )
     contestants = list_contestants(study, list(PRESETS), tries)
     times = list_prices(pipe.unet, study.anatomy, "ms")
-    kept = keep_calls(pipe, held_out, steps, moments=moments, seed=HELD_OUT, **shared)
-    full = run_calls(pipe, held_out, steps, seed=HELD_OUT, **shared).pictures
+    asked = CallSet(held_out, HELD_OUT, **shared)
+    kept = keep_calls(pipe, asked, steps, moments=moments)
+    full = run_calls(pipe, asked, steps).pictures
     stood = stamp(pipe.device)
     records: list[Record] = []
     rows: list[tuple[str, ...]] = []
@@ -115,7 +116,7 @@ def main(
         student, _ = leansd.operate(pipe.unet, surgery)
         light = copy.copy(pipe)
         light.unet = student
-        drawn = run_calls(light, held_out, steps, seed=HELD_OUT, **shared).pictures
+        drawn = run_calls(light, asked, steps).pictures
         ratios = psnr(drawn, full)
         error = measure_error(student, kept)
         values = {

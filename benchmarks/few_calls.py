@@ -30,7 +30,7 @@ from leansd.errors import LeansdError
 from leansd.evaluation.fidelity import psnr
 from leansd.evaluation.prompt_sets import GUIDANCE
 from leansd.evaluation.records import Record, get_field, put_records, stamp
-from leansd.evaluation.runs import run_calls
+from leansd.evaluation.runs import CallSet, run_calls
 from leansd.loading import load
 from leansd.plans.anatomy import HEAD
 from leansd.plans.plan import Plan
@@ -183,7 +183,9 @@ def main(
         raw, goals = torch.load(kept, weights_only=True)
         starts = [RunStart(**each) for each in raw]
     else:
-        starts, pictures = record_starts(pipe, asked, steps, seed=SEED, batch=8, settings=settings)
+        starts, pictures = record_starts(
+            pipe, CallSet(asked, seed=SEED, batch=8, settings=settings), steps
+        )
         goals = pictures[count:]
         torch.save(([vars(each) for each in starts[:count]], goals), kept)
     held = asked[count:]
@@ -195,7 +197,11 @@ def main(
 
     def measure(name: str, plan: Plan | None, run: int, own: Any = None, **facts: Any) -> None:
         drawn = run_calls(
-            pipe, held, run, plan, seed=SEED + count, batch=8, scheduler=own, settings=settings
+            pipe,
+            CallSet(held, seed=SEED + count, batch=8, settings=settings),
+            run,
+            plan,
+            scheduler=own,
         ).pictures
         found = average(drawn, goals)
         print(name, found, flush=True)

@@ -64,7 +64,7 @@ from leansd.evaluation.records import (
     stamp,
     write_records,
 )
-from leansd.evaluation.runs import run_calls
+from leansd.evaluation.runs import CallSet, run_calls
 from leansd.evaluation.timing import compare_timings, time_cases
 from leansd.files import write_file
 from leansd.incubation.noise import DiffusionSchedule, make_generator
@@ -172,7 +172,7 @@ def draw(ground: Ground, unet: UNet2DConditionModel, steps: int, seed: int) -> T
     try:
         settings = {"guidance_scale": GUIDANCE}
         finals = run_calls(
-            ground.pipe, ground.captions, steps, seed=seed, batch=16, settings=settings
+            ground.pipe, CallSet(ground.captions, seed=seed, batch=16, settings=settings), steps
         )
     finally:
         ground.pipe.unet = before

@@ -37,7 +37,7 @@ from leansd.evaluation.records import (
     stamp,
     write_records,
 )
-from leansd.evaluation.runs import RunOutputs, run_calls
+from leansd.evaluation.runs import CallSet, RunOutputs, run_calls
 from leansd.evaluation.timing import compare_timings, time_cases
 from leansd.loading import load, load_unet
 from leansd.plans.compile import compile_plan
@@ -101,9 +101,12 @@ class Arena:
     def run(self, plan: Plan, calls: Sequence[str], seed: int) -> RunOutputs:
         settings = {"guidance_scale": GUIDANCE}
         return run_calls(
-            self.pipe, calls, plan.steps, plan,
-            seed=seed, batch=CALLS, settings=settings, nets=self.nets,
-        )  # fmt: skip
+            self.pipe,
+            CallSet(calls, seed=seed, batch=CALLS, settings=settings),
+            plan.steps,
+            plan,
+            nets=self.nets,
+        )
 
     @cached_property
     def _goals(self) -> dict[int, torch.Tensor]:

@@ -20,12 +20,12 @@ from rich.progress import Progress
 from leansd.anatomy import dissect
 from leansd.cli.terminal import hush_libraries
 from leansd.emoji.prompts import PROMPTS
-from leansd.evaluation.compare import Case
+from leansd.evaluation.compare import Case, Rounds
 from leansd.evaluation.demo import list_records, run_demo
 from leansd.evaluation.extractors import find_embedder
 from leansd.evaluation.prompt_sets import GUIDANCE
 from leansd.evaluation.records import write_records
-from leansd.evaluation.runs import FULL
+from leansd.evaluation.runs import FULL, CallSet
 from leansd.loading import load
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.presets import SPEED_PRESETS, preset
@@ -71,14 +71,12 @@ def main(
             task = progress.add_task(sampler, total=None)
             demo = run_demo(
                 pipe,
-                chosen,
                 list_cases(anatomy, steps, sampler),
+                CallSet(chosen, seed, 1, {"guidance_scale": guidance}),
                 subject=Path(model).name,
                 anatomy=anatomy,
-                seed=seed,
-                guidance=guidance,
                 embedder=find_embedder(model),
-                rounds=1,
+                rounds=Rounds(1, budget=90.0),
                 on_progress=lambda far, progress=progress, task=task: progress.update(
                     task, completed=far.done, total=far.total
                 ),

@@ -48,7 +48,7 @@ from leansd.evaluation.rivals import (
     choose_rivals,
     make_case,
 )
-from leansd.evaluation.runs import FULL, run_calls
+from leansd.evaluation.runs import FULL, CallSet, run_calls
 from leansd.evaluation.standings import (
     PREDICTED,
     BenchPoint,
@@ -227,11 +227,11 @@ PACKAGES = {"DeepCache": apply_deepcache(2, 0), "tgate": apply_tgate(2), "tomesd
 def test_a_package_changes_the_run_and_leaves_nothing_behind(package):
     pytest.importorskip(package)
     pipe = tiny_pipeline()
-    before = run_calls(pipe, PROMPTS, 6)
+    before = run_calls(pipe, CallSet(PROMPTS), 6)
     parts = {name: (type(part), sorted(vars(part))) for name, part in pipe.unet.named_modules()}
     with PACKAGES[package](pipe) as called:
-        assert not torch.equal(run_calls(called, PROMPTS, 6).latents, before.latents)
-    assert torch.equal(run_calls(pipe, PROMPTS, 6).latents, before.latents)
+        assert not torch.equal(run_calls(called, CallSet(PROMPTS), 6).latents, before.latents)
+    assert torch.equal(run_calls(pipe, CallSet(PROMPTS), 6).latents, before.latents)
     after = {name: (type(part), sorted(vars(part))) for name, part in pipe.unet.named_modules()}
     assert after == parts
 
@@ -264,9 +264,12 @@ def test_pictures_are_those_of_the_pipeline_alone_and_times_are_of_every_round(p
     comparison, records = hold_one(prepared)
     for name, steps, plan in ((FULL, 4, None), ("lean", 4, context.own[0]), ("2 steps", 2, None)):
         alone = run_calls(
-            pipe, PROMPTS, steps, plan, batch=1, scheduler=make_scheduler(pipe, "ddim"),
-            settings={"guidance_scale": 3.0},
-        )  # fmt: skip
+            pipe,
+            CallSet(PROMPTS, batch=1, settings={"guidance_scale": 3.0}),
+            steps,
+            plan,
+            scheduler=make_scheduler(pipe, "ddim"),
+        )
         assert torch.equal(comparison[name].pictures, alone.pictures.mul(255).round().byte())
         assert len(comparison[name].timing.seconds) == len(PROMPTS)
     (standing,) = read_standings(records)

@@ -8,9 +8,9 @@ import torch
 import leansd
 from leansd import LeansdError, Plan
 from leansd.evaluation import compare
-from leansd.evaluation.compare import CONVERGED, ONCE, Case, Rounds, compare_runs
+from leansd.evaluation.compare import CONVERGED, ONCE, Case, Judging, Rounds, compare_runs
 from leansd.evaluation.demo import list_cases, run_demo
-from leansd.evaluation.runs import FULL, RunOutputs, run_calls
+from leansd.evaluation.runs import FULL, CallSet, RunOutputs, run_calls
 from leansd.evaluation.timing import Timing, compare_timings
 from leansd.plans.presets import SPEED_PRESETS
 from leansd.runtime.engine import list_followers
@@ -34,12 +34,18 @@ def as_bytes(pictures):
 @pytest.mark.parametrize("timed", [True, False])
 def test_every_case_draws_what_the_pipeline_draws_alone(pipe, timed):
     found = compare_runs(
-        pipe, CASES, PROMPTS, seed=5, settings={"guidance_scale": 3.0},
-        references=[FULL, Case(CONVERGED, 8)], rounds=Rounds(2) if timed else None,
-    )  # fmt: skip
+        pipe,
+        CASES,
+        CallSet(PROMPTS, seed=5, batch=1, settings={"guidance_scale": 3.0}),
+        rounds=Rounds(2) if timed else None,
+        judging=Judging(references=[FULL, Case(CONVERGED, 8)]),
+    )
     for case in CASES:
         alone = run_calls(
-            pipe, PROMPTS, case.steps, case.plan, seed=5, batch=1, settings={"guidance_scale": 3.0}
+            pipe,
+            CallSet(PROMPTS, seed=5, batch=1, settings={"guidance_scale": 3.0}),
+            case.steps,
+            case.plan,
         )
         assert torch.equal(found[case.name].pictures, as_bytes(alone.pictures))
         assert found[case.name].images[0].size == (32, 32)
@@ -53,16 +59,24 @@ def test_every_case_draws_what_the_pipeline_draws_alone(pipe, timed):
         assert found[FULL].speedup.median == 1
     # What a reference drew serves another comparison.
     again = compare_runs(
-        pipe, CASES[:1], PROMPTS, seed=5, settings={"guidance_scale": 3.0},
-        references=[Case(CONVERGED, 999)], known=found.references, rounds=ONCE if timed else None,
-    )  # fmt: skip
+        pipe,
+        CASES[:1],
+        CallSet(PROMPTS, seed=5, batch=1, settings={"guidance_scale": 3.0}),
+        rounds=ONCE if timed else None,
+        judging=Judging(references=[Case(CONVERGED, 999)], known=found.references),
+    )
     assert again[FULL].mean("psnr", CONVERGED) == found[FULL].mean("psnr", CONVERGED)
 
 
 def test_the_order_turns_and_progress_is_told_to_the_end(pipe):
     told = []
     compare_runs(
-        pipe, CASES, PROMPTS, rounds=Rounds(2, is_warm=True), on_progress=told.append, references=()
+        pipe,
+        CASES,
+        CallSet(PROMPTS, batch=1),
+        rounds=Rounds(2, is_warm=True),
+        on_progress=told.append,
+        judging=Judging(references=()),
     )
     begun = [far.case for far in told if far.step == 0]
     a, b, c = (case.name for case in CASES)
@@ -74,11 +88,13 @@ def test_the_order_turns_and_progress_is_told_to_the_end(pipe):
 
 
 def test_every_call_may_have_its_own_seed(pipe):
-    found = compare_runs(pipe, CASES[:1], ["pizza", "pizza"], seed=[7, 3], rounds=None)
-    alone = [run_calls(pipe, ["pizza"], STEPS, seed=seed).pictures for seed in (7, 3)]
+    found = compare_runs(
+        pipe, CASES[:1], CallSet(["pizza", "pizza"], seed=[7, 3], batch=1), rounds=None
+    )
+    alone = [run_calls(pipe, CallSet(["pizza"], seed=seed), STEPS).pictures for seed in (7, 3)]
     assert torch.equal(found[FULL].pictures, as_bytes(torch.cat(alone)))
     with pytest.raises(LeansdError, match="1 seeds for 2 calls"):
-        compare_runs(pipe, CASES[:1], PROMPTS, seed=[7])
+        compare_runs(pipe, CASES[:1], CallSet(PROMPTS, seed=[7], batch=1))
 
 
 @pytest.mark.parametrize("timed", [True, False])
@@ -90,18 +106,22 @@ def test_a_stop_leaves_the_pipeline_as_it_was(pipe, timed):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compare_runs(pipe, CASES, PROMPTS, rounds=ONCE if timed else None, on_progress=stop)
+        compare_runs(
+            pipe, CASES, CallSet(PROMPTS, batch=1), rounds=ONCE if timed else None, on_progress=stop
+        )
     assert pipe.scheduler is before
     assert not list_followers(pipe.unet)
 
 
 def test_names_are_told_apart(pipe):
     with pytest.raises(LeansdError, match="two cases are called 'full'"):
-        compare_runs(pipe, [CASES[0], Case(FULL, 9)], PROMPTS)
+        compare_runs(pipe, [CASES[0], Case(FULL, 9)], CallSet(PROMPTS, batch=1))
     with pytest.raises(LeansdError, match="two cases are called 'lean'"):
-        compare_runs(pipe, CASES, PROMPTS, references=[Case("lean", 9)])
+        compare_runs(
+            pipe, CASES, CallSet(PROMPTS, batch=1), judging=Judging(references=[Case("lean", 9)])
+        )
     with pytest.raises(LeansdError, match="no reference 'none'"):
-        compare_runs(pipe, CASES, PROMPTS, references=["none"])
+        compare_runs(pipe, CASES, CallSet(PROMPTS, batch=1), judging=Judging(references=["none"]))
 
 
 # -- times -------------------------------------------------------------------------------------
@@ -130,7 +150,13 @@ def simulate(monkeypatch, pipe, costs, seed, rounds):
 
     monkeypatch.setattr(compare, "run_calls", run)
     cases = [Case(name, STEPS, None if name == FULL else LEAN.rename(name)) for name in costs]
-    return compare_runs(pipe, cases, ["pizza"] * 8, rounds=Rounds(rounds), references=())
+    return compare_runs(
+        pipe,
+        cases,
+        CallSet(["pizza"] * 8, batch=1),
+        rounds=Rounds(rounds),
+        judging=Judging(references=()),
+    )
 
 
 def test_what_is_faster_shows_as_faster_with_other_work_on_the_machine(pipe, monkeypatch):
@@ -153,7 +179,12 @@ def test_the_demo_draws_in_rounds_and_within_its_time(pipe):
     cases = list_cases(anatomy, STEPS, plans)
     for rounds, budget, held in ((2, None, 2), (3, 0.0, 1)):
         demo = run_demo(
-            pipe, PROMPTS, cases, subject="tiny", anatomy=anatomy, rounds=rounds, budget=budget
+            pipe,
+            cases,
+            CallSet(PROMPTS, batch=1),
+            subject="tiny",
+            anatomy=anatomy,
+            rounds=Rounds(rounds, budget),
         )
         assert demo.rounds == held
         assert all(len(each.timing.seconds) == held * len(PROMPTS) for each in demo.entries)

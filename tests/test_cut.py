@@ -15,6 +15,7 @@ from leansd.errors import LeansdError
 from leansd.evaluation.inner_timing import time_units
 from leansd.evaluation.records import stamp
 from leansd.evaluation.redundancy import list_records, read_cost
+from leansd.evaluation.runs import CallSet
 from leansd.loading import as_image_to_image
 from leansd.surgery.apply import BASE
 from leansd.surgery.blueprint import Source, lay_out_surgery
@@ -40,7 +41,6 @@ SMALL = {
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
 """Two levels: few removals, each a fraction of a second."""
-RUN = {"steps": 4, "moments": 2, "settings": {"guidance_scale": 3.0}}
 
 
 def read_removals(unet) -> tuple[Removals, dict]:
@@ -126,7 +126,9 @@ def test_a_part_of_a_transformer_block_saves_what_it_computes():
 def test_kept_calls_hold_what_the_scheduler_was_given():
     pipe = tiny_pipeline(unet=tiny_unet(**SMALL))
     with tap(pipe.scheduler) as runs:
-        kept = keep_calls(pipe, ["a cat", "a dog"], 4, moments=2, settings={"guidance_scale": 3.0})
+        kept = keep_calls(
+            pipe, CallSet(["a cat", "a dog"], settings={"guidance_scale": 3.0}), 4, moments=2
+        )
     assert [call.step for call in kept] == [1, 3]
     for call in kept:
         assert call.guidance == 3.0
@@ -139,7 +141,7 @@ def test_kept_calls_hold_what_the_scheduler_was_given():
 def test_image_to_image_is_measured_on_the_steps_that_it_takes(strength, expected):
     pipe = as_image_to_image(tiny_pipeline(unet=tiny_unet(**SMALL)))
     calls = [{"prompt": "a cat", "image": torch.rand(1, 3, 32, 32)}]
-    kept = keep_calls(pipe, calls, 10, moments=3, settings={"strength": strength})
+    kept = keep_calls(pipe, CallSet(calls, settings={"strength": strength}), 10, moments=3)
     start = 10 - int(10 * strength)
     assert [call.step for call in kept] == expected
     assert all(start <= call.step < 10 for call in kept)
@@ -147,7 +149,7 @@ def test_image_to_image_is_measured_on_the_steps_that_it_takes(strength, expecte
 
 def test_without_guidance_the_output_is_the_output():
     pipe = tiny_pipeline(unet=tiny_unet(**SMALL))
-    kept = keep_calls(pipe, ["a cat"], 2, moments=1, settings={"guidance_scale": 1.0})
+    kept = keep_calls(pipe, CallSet(["a cat"], settings={"guidance_scale": 1.0}), 2, moments=1)
     assert kept[0].guidance is None
     assert kept[0].output.shape[0] == 1
     noise = torch.randn(2, 4, 8, 8)
@@ -158,7 +160,7 @@ def test_without_guidance_the_output_is_the_output():
 def test_a_unet_that_follows_a_plan_is_refused():
     pipe = tiny_pipeline(unet=tiny_unet(**SMALL))
     with leansd.inherit(pipe, leansd.Plan.full(2)), pytest.raises(LeansdError, match="release"):
-        keep_calls(pipe, ["a cat"], 2)
+        keep_calls(pipe, CallSet(["a cat"]), 2)
 
 
 # -- cuts --------------------------------------------------------------------------------------
@@ -167,7 +169,13 @@ def test_a_unet_that_follows_a_plan_is_refused():
 @pytest.fixture(scope="module")
 def study() -> Study:
     pipe = tiny_pipeline(unet=tiny_unet(**SMALL))
-    return study_removals(pipe.unet, keep_calls(pipe, ["a cat", "a dog"], **RUN), "macs")
+    return study_removals(
+        pipe.unet,
+        keep_calls(
+            pipe, CallSet(["a cat", "a dog"], settings={"guidance_scale": 3.0}), 4, moments=2
+        ),
+        "macs",
+    )
 
 
 def test_a_cut_keeps_its_budget_and_can_be_operated(study):

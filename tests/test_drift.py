@@ -6,7 +6,7 @@ import torch
 import leansd
 from leansd.errors import LeansdError
 from leansd.evaluation.records import Record
-from leansd.evaluation.runs import run_calls
+from leansd.evaluation.runs import CallSet, run_calls
 from leansd.tuning.drift import measure_drift
 from leansd.tuning.host import tap
 from tiny import tiny_pipeline
@@ -35,7 +35,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def records(pipe) -> list[Record]:
-    return measure_drift(pipe, CALLS, STEPS, seed=3, batch=2, cuts=["up2"], subject="tiny")
+    return measure_drift(pipe, CallSet(CALLS, seed=3, batch=2), STEPS, cuts=["up2"], subject="tiny")
 
 
 def test_a_constant_unit_does_not_drift_and_others_do(records) -> None:
@@ -58,9 +58,9 @@ def test_every_unit_of_every_step_is_on_record(records, pipe) -> None:
 
 def test_the_error_of_repeating_the_output_is_that_of_the_scheduler_s_input() -> None:
     pipe = tiny_pipeline()
-    drift = measure_drift(pipe, CALLS, STEPS, seed=3, batch=2, settings=PLAIN)
+    drift = measure_drift(pipe, CallSet(CALLS, seed=3, batch=2, settings=PLAIN), STEPS)
     with tap(pipe.scheduler) as runs:
-        run_calls(pipe, CALLS, STEPS, seed=3, batch=2, settings=PLAIN)
+        run_calls(pipe, CallSet(CALLS, seed=3, batch=2, settings=PLAIN), STEPS)
     for gap in (1, 2, 3):
         found = find(drift, "cut_error", at="head", how="reuse", gap=gap)
         for step in range(gap, STEPS):
@@ -74,12 +74,12 @@ def test_the_error_of_repeating_the_output_is_that_of_the_scheduler_s_input() ->
 def test_the_error_of_a_cut_is_that_of_a_plan_s_step(how) -> None:
     """Up to the step that inherits, a plan's run is the full one."""
     pipe = tiny_pipeline()
-    drift = measure_drift(pipe, CALLS, STEPS, seed=3, settings=PLAIN, cuts=["up1"])
+    drift = measure_drift(pipe, CallSet(CALLS, seed=3, settings=PLAIN), STEPS, cuts=["up1"])
     plan = leansd.Plan.full(STEPS).inherit("up1", at=3, how=how)
     outputs = []
     for each in (None, plan):
         with tap(pipe.scheduler) as runs:
-            run_calls(pipe, CALLS, STEPS, each, seed=3, settings=PLAIN)
+            run_calls(pipe, CallSet(CALLS, seed=3, settings=PLAIN), STEPS, each)
         outputs.append(runs[0][3].output.double())
     full, cut = outputs
     error = float((cut - full).norm() / full.norm())
@@ -89,28 +89,28 @@ def test_the_error_of_a_cut_is_that_of_a_plan_s_step(how) -> None:
 
 
 def test_watchers_of_a_scheduler_nest_and_leave_in_any_order(pipe) -> None:
-    before = run_calls(pipe, CALLS[:1], 2).latents
+    before = run_calls(pipe, CallSet(CALLS[:1]), 2).latents
     outer = tap(pipe.scheduler)
     inner = tap(pipe.scheduler, lambda run, index, seen, step: seen.output)
     first, second = outer.__enter__(), inner.__enter__()
-    assert torch.equal(run_calls(pipe, CALLS[:1], 2).latents, before)
+    assert torch.equal(run_calls(pipe, CallSet(CALLS[:1]), 2).latents, before)
     outer.__exit__(None, None, None)
-    assert torch.equal(run_calls(pipe, CALLS[:1], 2).latents, before)
+    assert torch.equal(run_calls(pipe, CallSet(CALLS[:1]), 2).latents, before)
     inner.__exit__(None, None, None)
     assert [len(first), len(second)] == [1, 2]
     assert "step" not in vars(pipe.scheduler)
-    assert torch.equal(run_calls(pipe, CALLS[:1], 2).latents, before)
+    assert torch.equal(run_calls(pipe, CallSet(CALLS[:1]), 2).latents, before)
 
 
 def test_the_run_that_is_watched_is_the_full_run(pipe) -> None:
-    before = run_calls(pipe, CALLS[:1], STEPS).latents
+    before = run_calls(pipe, CallSet(CALLS[:1]), STEPS).latents
     forwards = [vars(module).get("forward") for module in pipe.unet.modules()]
     with tap(pipe.scheduler) as runs:
-        measure_drift(pipe, CALLS[:1], STEPS)
+        measure_drift(pipe, CallSet(CALLS[:1]), STEPS)
     assert torch.equal(runs[0][-1].previous, before)
     assert [vars(module).get("forward") for module in pipe.unet.modules()] == forwards
 
 
 def test_drift_under_a_plan_is_refused(pipe) -> None:
     with leansd.inherit(pipe, "balanced"), pytest.raises(LeansdError, match="full runs"):
-        measure_drift(pipe, CALLS, STEPS)
+        measure_drift(pipe, CallSet(CALLS), STEPS)

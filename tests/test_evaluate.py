@@ -1,6 +1,7 @@
 """Evaluation: many calls from fixed seeds, fidelity to references, quality of sets, resumption."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import leansd
 from leansd import LeansdError, Plan
 from leansd.cli import main
 from leansd.evaluation.compare import Case
-from leansd.evaluation.evaluation import evaluate_cases, list_cases, make_reference
+from leansd.evaluation.evaluation import FIDELITY, evaluate_cases, list_cases, make_reference
 from leansd.evaluation.extractors import find_embedder
 from leansd.evaluation.fidelity import CEILING, explain_missing_lpips, open_lpips
 from leansd.evaluation.prompt_sets import read_prompts
@@ -26,7 +27,7 @@ from leansd.evaluation.quality import (
     rank_prompts,
 )
 from leansd.evaluation.records import load_records
-from leansd.evaluation.runs import run_calls, split_calls
+from leansd.evaluation.runs import CallSet, run_calls
 from leansd.runtime.samplers import make_scheduler
 from pages import read_page
 from tiny import WIDTH, shallow_unet, tiny_pipeline, tiny_tokenizer
@@ -79,7 +80,7 @@ def find_value(records, plan, metric, reference=None):
 
 
 def test_a_run_is_the_pipeline_itself_from_consecutive_seeds(pipe):
-    finals = run_calls(pipe, PROMPTS, STEPS, seed=5, batch=1)
+    finals = run_calls(pipe, CallSet(PROMPTS, seed=5, batch=1), STEPS)
     for place, prompt in enumerate(PROMPTS):
         options = {
             "num_inference_steps": STEPS,
@@ -95,8 +96,8 @@ def test_a_run_is_the_pipeline_itself_from_consecutive_seeds(pipe):
 
 @pytest.mark.parametrize("plan", [None, TURBO], ids=["full", "turbo"])
 def test_results_do_not_depend_on_the_batch_but_for_rounding(pipe, plan):
-    alone = run_calls(pipe, PROMPTS, STEPS, plan, batch=1)
-    together = run_calls(pipe, PROMPTS, STEPS, plan, batch=8)
+    alone = run_calls(pipe, CallSet(PROMPTS, batch=1), STEPS, plan)
+    together = run_calls(pipe, CallSet(PROMPTS, batch=8), STEPS, plan)
     assert len(together.seconds) == 1
     torch.testing.assert_close(together.latents, alone.latents, atol=2e-4, rtol=1e-3)
     torch.testing.assert_close(together.pictures, alone.pictures, atol=2e-3, rtol=0)
@@ -115,7 +116,7 @@ def test_like_calls_run_together_and_others_alone():
         {"prompt": "e", "guidance_scale": 3.0},
         *"fghi",
     ]
-    parts = [(part.start, part.stop) for part in split_calls(calls, 3)]
+    parts = [(part.start, part.stop) for part in CallSet(calls, batch=3).parts]
     assert parts == [(0, 2), (2, 3), (3, 5), (5, 6), (6, 7), (7, 8), (8, 11), (11, 12)]
 
 
@@ -123,17 +124,17 @@ def test_calls_may_be_arguments(pipe):
     embeds = [pipe.encode_prompt(p, "cpu", 1, False)[0] for p in PROMPTS]
     none = pipe.encode_prompt("", "cpu", 1, False)[0]
     calls = [{"prompt_embeds": e, "negative_prompt_embeds": none} for e in embeds]
-    by_embeds = run_calls(pipe, calls, STEPS, settings={"guidance_scale": 3.0})
-    by_prompt = run_calls(pipe, PROMPTS, STEPS, settings={"guidance_scale": 3.0})
+    by_embeds = run_calls(pipe, CallSet(calls, settings={"guidance_scale": 3.0}), STEPS)
+    by_prompt = run_calls(pipe, CallSet(PROMPTS, settings={"guidance_scale": 3.0}), STEPS)
     assert len(by_embeds.seconds) == 1
     torch.testing.assert_close(by_embeds.latents, by_prompt.latents, atol=1e-4, rtol=1e-3)
 
 
 def test_another_scheduler_is_for_the_run_only(pipe):
     own = pipe.scheduler
-    other = run_calls(pipe, PROMPTS[:1], STEPS, scheduler=make_scheduler(pipe, "euler"))
+    other = run_calls(pipe, CallSet(PROMPTS[:1]), STEPS, scheduler=make_scheduler(pipe, "euler"))
     assert pipe.scheduler is own
-    assert not torch.allclose(other.latents, run_calls(pipe, PROMPTS[:1], STEPS).latents)
+    assert not torch.allclose(other.latents, run_calls(pipe, CallSet(PROMPTS[:1]), STEPS).latents)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ def test_another_scheduler_is_for_the_run_only(pipe):
 )
 def test_calls_that_cannot_be_run_are_told(pipe, calls, said):
     with pytest.raises(LeansdError, match=said):
-        run_calls(pipe, calls, 1, settings={"guidance_scale": 1.0})
+        run_calls(pipe, CallSet(calls, settings={"guidance_scale": 1.0}), 1)
 
 
 # -- fidelity and quality ----------------------------------------------------------------------
@@ -224,7 +225,7 @@ def test_quality_of_sets_has_the_spread_of_the_full_run(pipe, clip_folder):
         assert find_value(records, name, "frechet", "full").value == pytest.approx(0, abs=1e-6)
         assert find_value(records, name, "frechet", OTHER_SEEDS).value > 0
     score = find_value(records, "full", "clip_score")
-    sets = [run_calls(pipe, PROMPTS, STEPS, seed=1000 + 3 * n).pictures for n in range(3)]
+    sets = [run_calls(pipe, CallSet(PROMPTS, seed=1000 + 3 * n), STEPS).pictures for n in range(3)]
     prompts = embed_prompts(embedder, PROMPTS)
     means = []
     for pictures in sets:
@@ -294,13 +295,14 @@ def go(pipe):
         evaluation = evaluate_cases(
             target,
             list_cases(target, [TURBO], STEPS),
-            PROMPTS,
+            CallSet(PROMPTS, 1000, batch),
             subject="tiny",
-            references=[make_reference(name, STEPS, 8) for name in ("full", "converged")],
-            settings={},
-            batch=batch,
             keep=keep,
             on_progress=on_progress,
+            judging=replace(
+                FIDELITY,
+                references=[make_reference(name, STEPS, 8) for name in ("full", "converged")],
+            ),
         )
         both = (*evaluation.records, *evaluation.values)
         return [r.model_copy(update={"time": ""}).line() for r in both], work

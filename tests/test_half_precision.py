@@ -16,7 +16,7 @@ from leansd.evaluation.bench import BenchSettings, PreparedContest, compare_cont
 from leansd.evaluation.compare import Case
 from leansd.evaluation.records import stamp
 from leansd.evaluation.rivals import Contest
-from leansd.evaluation.runs import FULL
+from leansd.evaluation.runs import FULL, CallSet
 from leansd.plans import Plan
 from leansd.tuning.drift import measure_drift
 from tiny import shallow_unet, tiny_pipeline
@@ -75,7 +75,7 @@ def test_what_measures_measures(pipe: Any) -> None:
     assert {each.plan for each in records} == {FULL, "reuse", WHOLE.name}
     cost = leansd.profile(pipe, repeats=1)
     assert cost.predict_speedup is not None
-    assert measure_drift(pipe, CALLS[:1], STEPS)
+    assert measure_drift(pipe, CallSet(CALLS[:1]), STEPS)
     settings = BenchSettings(
         "tiny", CALLS, [], lambda contest, blocks: (), batch=1, spread_sets=0, converged_steps=6
     )

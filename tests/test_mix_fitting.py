@@ -13,7 +13,7 @@ import leansd
 from leansd.anatomy.builtin import open_builtin
 from leansd.errors import LeansdError
 from leansd.evaluation.cost import CostModel
-from leansd.evaluation.runs import run_calls
+from leansd.evaluation.runs import CallSet, run_calls
 from leansd.plans.plan import Plan
 from leansd.tuning import Front, mix_fitting, tuner
 from leansd.tuning.mix_fitting import FitState, MixConfig, MixFit
@@ -44,7 +44,7 @@ def make_pipe(sampler: str = "dpm++2m") -> Any:
 def make_fit(sampler: str = "dpm++2m", scale: float = 3.0, **config: Any) -> MixFit:
     pipe = make_pipe(sampler)
     starts, _ = record_starts(
-        pipe, PROMPTS, STEPS, seed=0, batch=4, settings={"guidance_scale": scale}
+        pipe, CallSet(PROMPTS, seed=0, batch=4, settings={"guidance_scale": scale}), STEPS
     )
     plan = PlanMap.of(PLAN, read_sampler(pipe.scheduler, STEPS), leansd.dissect(pipe.unet))
     return MixFit(pipe.unet, plan, starts, config=MixConfig(**{"batch": 2, "rate": 0.05} | config))
@@ -52,7 +52,7 @@ def make_fit(sampler: str = "dpm++2m", scale: float = 3.0, **config: Any) -> Mix
 
 def draw(sampler: str, plan: Plan, scale: float = 3.0) -> torch.Tensor:
     settings = {"guidance_scale": scale}
-    return run_calls(make_pipe(sampler), PROMPTS, STEPS, plan, settings=settings).latents
+    return run_calls(make_pipe(sampler), CallSet(PROMPTS, settings=settings), STEPS, plan).latents
 
 
 def take_through(fit: MixFit) -> torch.Tensor:
@@ -145,7 +145,7 @@ def test_a_full_run_that_is_no_number_is_told(monkeypatch: pytest.MonkeyPatch) -
     with torch.no_grad():
         pipe.unet.conv_out.bias.fill_(np.nan)
     with pytest.raises(LeansdError, match="NaN"):
-        record_starts(pipe, PROMPTS[:1], 2, seed=0, batch=1, settings={})
+        record_starts(pipe, CallSet(PROMPTS[:1], seed=0, batch=1, settings={}), 2)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from leansd.cli import main
 from leansd.errors import LeansdError
 from leansd.evaluation.compare import Case, compare_runs
 from leansd.evaluation.evaluation import evaluate
-from leansd.evaluation.runs import FULL
+from leansd.evaluation.runs import FULL, CallSet
 from leansd.incubation.training_log import LossLog
 from leansd.plans import Plan
 from leansd.text import encode_json
@@ -111,7 +111,7 @@ def test_what_gives_no_numbers_is_not_measured(pipe: Any) -> None:
     cases = [Case(FULL, STEPS), Case("reuse", STEPS, REUSE), Case("whole", STEPS, WHOLE)]
 
     def compare() -> Any:
-        return compare_runs(pipe, cases, ["a", "b"], rounds=None, batch=2)
+        return compare_runs(pipe, cases, CallSet(["a", "b"], batch=2), rounds=None)
 
     assert not compare().require_finite().left_out
     with spoil(pipe, 0):
@@ -132,7 +132,7 @@ def test_nothing_is_tuned_or_cut_on_a_model_without_numbers(pipe: Any) -> None:
     with spoil(pipe, 0), pytest.raises(LeansdError, match="fails in float32"):
         calibrate(PipelineHost(pipe), ["a"], STEPS, seed=0)
     with spoil(pipe, 0), pytest.raises(LeansdError, match="fails in float32"):
-        keep_calls(pipe, ["a"], STEPS)
+        keep_calls(pipe, CallSet(["a"]), STEPS)
 
 
 def test_json_has_null_for_what_is_no_number(tmp_path: Path) -> None:

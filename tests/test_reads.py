@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 import leansd
 from accelerator import Accelerator, OnDevice, simulate
 from leansd.evaluation.profile import profile
-from leansd.evaluation.runs import run_calls
+from leansd.evaluation.runs import CallSet, run_calls
 from leansd.incubation.recipe import Recipe
 from leansd.incubation.trainer import StageTrainer
 from leansd.incubation.training_run import incubate
@@ -335,7 +335,9 @@ def test_a_tuning_reads_what_a_run_came_to(
 
 
 def make_fit(pipe: Any, pictures: int) -> MixFit:
-    starts, _ = record_starts(pipe, "abcd", SHORT, seed=0, batch=4, settings={"guidance_scale": 3})
+    starts, _ = record_starts(
+        pipe, CallSet("abcd", seed=0, batch=4, settings={"guidance_scale": 3}), SHORT
+    )
     plan = Plan.between([0, 1, 3], cut="head", steps=SHORT, how="forecast")
     here = PlanMap.of(plan, read_sampler(pipe.scheduler, SHORT), leansd.dissect(pipe.unet))
     config = MixConfig(batch=4, rate=0.05, iterations=3)
@@ -366,7 +368,7 @@ def test_a_fit_of_mixes_waits_once_an_iteration(pictures: int, device: Accelerat
 
 def test_drift_is_read_when_the_runs_are_over(device: Accelerator) -> None:
     pipe = make_pipe().to("cuda")
-    seen = count_own(device, lambda: measure_drift(pipe, ["a"], steps=SHORT))
+    seen = count_own(device, lambda: measure_drift(pipe, CallSet(["a"]), steps=SHORT))
     assert seen["drift.read_sums"] == 1
     assert seen.keys() <= {"drift.read_sums", "runs._run_together", *ONCE_A_RUN}
 

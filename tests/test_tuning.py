@@ -28,7 +28,7 @@ from leansd.anatomy.reading import fingerprint_module
 from leansd.errors import LeansdError
 from leansd.evaluation.cost import CostModel
 from leansd.evaluation.fidelity import psnr
-from leansd.evaluation.runs import run_calls
+from leansd.evaluation.runs import CallSet, run_calls
 from leansd.loading import as_image_to_image
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.methods import METHODS, weigh
@@ -513,11 +513,13 @@ def test_image_to_image_is_tuned_for_the_steps_that_it_takes(
     whole = cost.predict_full_run(6)
     points = [*front.points, *front.dominated]
     assert {point.is_plain for point in points} == {True, False}
-    full = run_calls(other, calls, 10, settings=settings, seed=10_005).pictures
+    full = run_calls(other, CallSet(calls, seed=10_005, settings=settings), 10).pictures
     for point in points:
         assert point.speedup * point.milliseconds == pytest.approx(1000 * whole)
         steps = point.plan.steps
-        ours = run_calls(other, calls, steps, point.plan, settings=settings, seed=10_005).pictures
+        ours = run_calls(
+            other, CallSet(calls, seed=10_005, settings=settings), steps, point.plan
+        ).pictures
         assert point.psnr == pytest.approx(float(psnr(ours, full).mean()), abs=0.01)
         with leansd.inherit(other, point.plan) as run:
             other(**calls[0], num_inference_steps=steps, **settings)
@@ -797,9 +799,9 @@ def test_plans_are_tuned_under_a_controlnet(pipe, cost, monkeypatch) -> None:
     )  # fmt: skip
     assert [set(call) for call in profiled] == [{"prompt", "image", *SETTINGS}]
     assert front.points
-    full = run_calls(other, calls, STEPS, settings=SETTINGS, seed=10_005).pictures
+    full = run_calls(other, CallSet(calls, seed=10_005, settings=SETTINGS), STEPS).pictures
     for point in front.points:
         ours = run_calls(
-            other, calls, point.plan.steps, point.plan, settings=SETTINGS, seed=10_005
+            other, CallSet(calls, seed=10_005, settings=SETTINGS), point.plan.steps, point.plan
         ).pictures
         assert point.psnr == pytest.approx(float(psnr(ours, full).mean()), abs=0.01)

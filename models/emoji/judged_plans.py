@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 from leansd.evaluation.compare import Case
 from leansd.evaluation.prompt_sets import GUIDANCE
 from leansd.evaluation.records import Record, stamp
-from leansd.evaluation.runs import FULL, run_calls
+from leansd.evaluation.runs import FULL, CallSet, run_calls
 from leansd.plans.presets import SPEED_PRESETS, preset
 from leansd.runtime.samplers import set_sampler
 from models.emoji.data import Pair, write_captions
@@ -58,7 +58,9 @@ def judge_plans(
     settings = {"guidance_scale": guidance}
     for case in list_cases(steps, sampler):
         plan = case.plan
-        drawn = run_calls(pipe, captions, case.steps, plan, seed=seed, batch=20, settings=settings)
+        drawn = run_calls(
+            pipe, CallSet(captions, seed=seed, batch=20, settings=settings), case.steps, plan
+        )
         pixels = drawn.pictures.mul(255).round().to(torch.uint8)
         right = torch.tensor(rank_names(judge, pixels, name_pairs(pairs))) == 0
         full = right if full is None else full

@@ -46,11 +46,13 @@ def show_demo(
     """
     from leansd.evaluation.demo import list_cases, run_demo
     from leansd.evaluation.extractors import find_embedder
+    from leansd.evaluation.runs import CallSet
     from leansd.runtime.context import describe_runs
     from leansd.unets import open_anatomy
 
     check_folder(out)
     opening.check_model(model)
+    guidance = GUIDANCE if guidance is None and model == EMBEDDED else guidance
     anatomy = open_anatomy(model)
     pipe = opening.open_with_unet(model)
     chosen = prompts or list(PROMPTS)
@@ -64,12 +66,10 @@ def show_demo(
     with follow("") as bar:
         demo = run_demo(
             pipe,
-            chosen,
             cases,
+            CallSet(chosen, seed, 1, {} if guidance is None else {"guidance_scale": guidance}),
             subject=model,
             anatomy=anatomy,
-            seed=seed,
-            guidance=GUIDANCE if guidance is None and model == EMBEDDED else guidance,
             embedder=find_embedder(model),
             on_progress=lambda far: bar.count(far.done, far.total, far.case),
         )

@@ -217,6 +217,7 @@ def _measure(task: _Task, out: Path) -> Result:
     from leansd.evaluation.compare import Judging
     from leansd.evaluation.evaluation import evaluate_cases
     from leansd.evaluation.fidelity import list_metrics
+    from leansd.evaluation.runs import CallSet
     from leansd.runtime.samplers import name_sampler
 
     model, calls, references = task.model, task.calls, task.references
@@ -243,14 +244,10 @@ def _measure(task: _Task, out: Path) -> Result:
         evaluation = evaluate_cases(
             pipe,
             cases,
-            prompts,
+            CallSet(prompts, calls.seed, calls.batch, {"guidance_scale": scale} if is_told else {}),
             subject=model,
-            references=held,
-            seed=calls.seed,
-            batch=calls.batch,
-            settings={"guidance_scale": scale} if is_told else {},
             keep=out / "drawn",
-            judging=Judging(list_metrics(lpips), embedder, task.judges.seeds_for_spread),
+            judging=Judging(list_metrics(lpips), embedder, task.judges.seeds_for_spread, held),
             on_progress=lambda far: bar.count(far.done, far.total),
         )
     facts = {

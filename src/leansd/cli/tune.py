@@ -24,6 +24,7 @@ from leansd.emoji.prompts import GRID_PROMPTS
 from leansd.errors import LeansdError
 from leansd.evaluation.picture_sets import PICTURES
 from leansd.evaluation.prompt_sets import choose_prompts, read_generic, read_prompts
+from leansd.evaluation.runs import CallSet
 from leansd.files import check_file, stand_beside
 
 if TYPE_CHECKING:
@@ -237,7 +238,7 @@ def tune_plans(
             tell=bar.share,
         )
         found.save(front)
-        drifts = files.measure_drift(bar, pipe, asked[:4], steps, **drawn, subject=model)
+        drifts = files.measure_drift(bar, pipe, CallSet(asked[:4], **drawn), steps, subject=model)
     chosen = found.find(**wanted)
     chosen.plan.save(out)
     return Result(

@@ -32,7 +32,7 @@ from leansd.evaluation.fingerprints import fingerprint_call, fingerprint_case, f
 from leansd.evaluation.quality import Embedder
 from leansd.evaluation.records import Record, get_field, load_records, put_records, stamp
 from leansd.evaluation.rivals import OURS, Contest, Rival, RivalContext, make_case
-from leansd.evaluation.runs import FULL, PipelineCall, expand_calls, run_calls, split_calls
+from leansd.evaluation.runs import FULL, CallSet, PipelineCall, expand_calls, run_calls
 from leansd.evaluation.standings import MEASURED, PREDICTED, find_contest
 from leansd.loading import as_image_to_image
 from leansd.plans.anatomy import Anatomy
@@ -147,12 +147,14 @@ def draw_inputs(
     """
     pictures = run_calls(
         pipe,
-        [*prompts[1:], prompts[0]],
+        CallSet(
+            [*prompts[1:], prompts[0]],
+            seed,
+            batch,
+            {**(arguments or {}), "guidance_scale": guidance},
+        ),
         INPUT_STEPS,
-        seed=seed,
-        batch=batch,
         scheduler=scheduler,
-        settings={**(arguments or {}), "guidance_scale": guidance},
     ).pictures
     return [
         {"prompt": prompt, "image": picture}
@@ -385,6 +387,12 @@ def fingerprint_contest(prepared: PreparedContest, settings: BenchSettings, weig
     )
 
 
+def list_calls(prepared: PreparedContest, settings: BenchSettings) -> CallSet:
+    """What every case of a contest draws."""
+    arguments = list_settings(prepared.contest, settings.arguments)
+    return CallSet(prepared.calls, settings.seed, settings.batch, arguments)
+
+
 def drop_done(prepared: Sequence[PreparedContest], path: Path) -> list[PreparedContest]:
     """The contests that a file of records does not hold yet."""
     records = load_records(path) if path.exists() else []
@@ -397,17 +405,15 @@ def drop_done(prepared: Sequence[PreparedContest], path: Path) -> list[PreparedC
 
 def time_step(prepared: PreparedContest, settings: BenchSettings) -> float:
     """Seconds that a step of a full batch takes here, from one run after a warm-up."""
-    part = split_calls(prepared.calls, settings.batch)[0]
+    calls = list_calls(prepared, settings)
     spent = 0.0
     for _ in range(2):
         start = time.perf_counter()
         compare_runs(
             prepared.pipe,
             prepared.cases[:1],
-            [prepared.calls[place] for place in part],
-            batch=len(part),
-            settings=list_settings(prepared.contest, settings.arguments),
-            references=(),
+            calls.pick(calls.parts[0]),
+            judging=Judging(references=()),
             rounds=None,
         )
         spent = time.perf_counter() - start
@@ -488,13 +494,14 @@ def compare_contest(
     return compare_runs(
         prepared.pipe,
         prepared.cases,
-        prepared.calls,
-        seed=settings.seed,
-        batch=settings.batch,
-        settings=list_settings(prepared.contest, settings.arguments),
-        references=(FULL, converged) if has_limit(prepared.contest) else (FULL,),
-        judging=Judging(list_metrics(), settings.embedder, prepared.spread_sets),
-        known={CONVERGED: limit} if limit is not None else {},
+        list_calls(prepared, settings),
+        judging=Judging(
+            list_metrics(),
+            settings.embedder,
+            prepared.spread_sets,
+            references=(FULL, converged) if has_limit(prepared.contest) else (FULL,),
+            known={CONVERGED: limit} if limit is not None else {},
+        ),
         on_progress=on_progress,
     ).require_finite()
 

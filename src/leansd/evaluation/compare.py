@@ -30,15 +30,12 @@ from leansd.evaluation.fingerprints import fingerprint_call, fingerprint_case, f
 from leansd.evaluation.quality import Embedder, QualityJudge, embed_pictures
 from leansd.evaluation.runs import (
     FULL,
+    CallSet,
     PipelineCall,
     RunOutputs,
-    Seeds,
-    expand_calls,
-    expand_seeds,
     explain_no_numbers,
     run_calls,
     sampled_by,
-    split_calls,
 )
 from leansd.evaluation.timing import Ratio, Timing, check_count, compare_timings, rotate
 from leansd.files import write_file
@@ -217,11 +214,15 @@ class Judging:
         metrics: of each picture, beside every reference's.
         embedder: a CLIP, for the quality of sets.
         spread_sets: further sets of the full run from other seeds, to tell chance from effect.
+        references: names of cases, or cases that are drawn to be compared with only.
+        known: what references drew before.
     """
 
     metrics: Sequence[FidelityMetric] = (PSNR, SSIM)
     embedder: Embedder | None = None
     spread_sets: int = 0
+    references: Sequence[str | Case] = (FULL,)
+    known: Mapping[str, Drawings] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -245,42 +246,32 @@ ONCE, PLAIN = Rounds(), Judging()
 def compare_runs(
     pipe: DiffusionPipeline,
     cases: Sequence[Case],
-    calls: Sequence[PipelineCall],
+    calls: CallSet,
     *,
-    seed: Seeds = 0,
-    batch: int = 1,
-    settings: Mapping[str, Any] | None = None,
-    references: Sequence[str | Case] = (FULL,),
     judging: Judging = PLAIN,
     rounds: Rounds | None = ONCE,
     keep: str | Path | None = None,
     shown: int | None = None,
-    known: Mapping[str, Drawings] | None = None,
     on_progress: OnProgress = lambda progress: None,
 ) -> Comparison:
     """Draw all calls in every case and compare the pictures, and the times where they are taken.
 
     Args:
         cases: the one called `full`, where there is one, is what times are held against.
-        calls: prompts, or pipeline arguments; call `i` has seed `seed + i`, or `seed[i]`.
-        settings: arguments of every call, such as `guidance_scale`.
-        references: names of cases, or cases that are drawn to be compared with only.
         rounds: how cases are timed; None for one after the other, untimed.
         keep: a folder for what is drawn untimed; the same comparison goes on from there.
         shown: how many pictures of each case are handed on; all by default.
-        known: what references drew before.
 
     Raises:
         LeansdError: two cases share a name, a reference is unknown, or a call cannot be run.
     """
     by_name = {each.name: each for each in cases}
-    held = [_find_reference(each, by_name) for each in references]
+    held = [_find_reference(each, by_name) for each in judging.references]
     require_distinct([*cases, *(each for each in held if each.name not in by_name)])
     require_distinct(held)
     embedder = judging.embedder
-    drawer = _Drawer(pipe, calls, seed, batch, settings or {}, keep, on_progress)
-    full = by_name.get(FULL)
-    known = dict(known or {})
+    drawer = _Drawer(pipe, calls, keep, on_progress)
+    full, known = by_name.get(FULL), judging.known
     beside = [each for each in held if each.name not in by_name and each.name not in known]
     has_sets = embedder is not None and full is not None
     sets = range(1, judging.spread_sets + 1) if has_sets else range(0)
@@ -302,7 +293,7 @@ def compare_runs(
     if embedder is not None and full is not None:
         judge = QualityJudge(
             embedder,
-            find_prompts(calls),
+            calls.prompts,
             embed_pictures(embedder, drawn[FULL].pictures),
             [embed_pictures(embedder, drawer.draw(full, number).pictures) for number in sets],
         )
@@ -350,8 +341,8 @@ def compare_pair(
     return compare_runs(
         pipe,
         [Case(FULL, plan.steps), Case(LEAN, plan.steps, plan, nets=nets)],
-        [call] * rounds,  # the same one in every turn: as many pairs of times
-        seed=[seed] * rounds,
+        # The same one in every turn: as many pairs of times.
+        CallSet([call] * rounds, [seed] * rounds, batch=1),
         rounds=Rounds(is_warm=is_warm),
         on_progress=on_progress,
     )
@@ -369,13 +360,6 @@ def compare_drawings(
             pairs = zip(drawn.pictures.split(PART), reference.pictures.split(PART), strict=True)
             values = torch.cat([metric.compare(a.float() / 255, b.float() / 255) for a, b in pairs])
         yield Measure(metric.name, metric.unit, values, fields)
-
-
-def find_prompts(calls: Sequence[PipelineCall]) -> list[str] | None:
-    """The prompts of the calls; None where some have none that can be read."""
-    prompts = [call.get("prompt") for call in expand_calls(calls)]
-    read = [prompt for prompt in prompts if isinstance(prompt, str)]
-    return read if len(read) == len(prompts) else None
 
 
 def require_distinct(cases: Sequence[Case]) -> None:
@@ -402,18 +386,12 @@ class _Drawer:
     def __init__(
         self,
         pipe: DiffusionPipeline,
-        calls: Sequence[PipelineCall],
-        seed: Seeds,
-        batch: int,
-        settings: Mapping[str, Any],
+        calls: CallSet,
         keep: str | Path | None,
         on_progress: OnProgress,
     ) -> None:
-        self.pipe, self.calls, self.settings = pipe, calls, settings
-        self.on_progress = on_progress
-        self.seeds = expand_seeds(seed, len(calls))
-        self.arguments = expand_calls(calls, settings)
-        self.parts = split_calls(calls, batch)
+        self.pipe, self.calls, self.on_progress = pipe, calls, on_progress
+        self.seeds, self.arguments, self.parts = calls.seeds, calls.arguments, calls.parts
         self.keep = Path(keep) if keep is not None else None
         self.weights = fingerprint_pipe(pipe) if keep is not None else ""
         self.attachments: dict[str, Attachment] = {}
@@ -539,18 +517,12 @@ class _Drawer:
         with sampled_by(self.pipe, scheduler), case.enter(self.pipe) as called:
             return run_calls(
                 called,
-                [self.calls[place] for place in part],
+                self.calls.pick(part, number),
                 case.steps,
                 case.plan,
-                seed=[self._find_seed(place, number) for place in part],
-                batch=len(part),
-                settings=self.settings,
                 nets=case.nets,
                 on_step=on_step,
             )
-
-    def _find_seed(self, place: int, number: int) -> int:
-        return self.seeds[place] + number * len(self.calls)
 
     def _name_files(self, case: Case, number: int) -> list[Path]:
         """A file a call, named by all that its content follows from; none where nothing is kept."""
@@ -563,12 +535,12 @@ class _Drawer:
             "steps": case.steps,
             "scheduler": type(scheduler).__name__,
             "options": dict(scheduler.config),
-            "settings": dict(self.settings),
+            "settings": dict(self.calls.settings),
         }
         if case.nets:
             facts["nets"] = {name: fingerprint_module(net) for name, net in case.nets.items()}
         folder = self.keep / fingerprint_case(facts)
-        seeds = [self._find_seed(place, number) for place in range(len(self.calls))]
+        seeds = self.calls.pick(range(len(self.calls)), number).seeds
         return [
             folder / f"{seed}-{fingerprint_call(each, seed)}.safetensors"
             for seed, each in zip(seeds, self.arguments, strict=True)

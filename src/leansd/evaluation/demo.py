@@ -18,7 +18,7 @@ from leansd.drawing import find_scale
 from leansd.evaluation.compare import Case, Compared, Judging, OnProgress, Rounds, compare_runs
 from leansd.evaluation.quality import Embedder
 from leansd.evaluation.records import Record, stamp
-from leansd.evaluation.runs import FULL
+from leansd.evaluation.runs import FULL, CallSet
 from leansd.evaluation.timing import Ratio, Timing
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.compile import compile_plan, predict_speedup
@@ -28,9 +28,7 @@ from leansd.runtime.samplers import name_sampler
 from leansd.text import Table
 
 FEWER = "fewer steps"
-ROUNDS = 3
-BUDGET = 90.0
-"""Seconds that the timed rounds may take: another one begins only if it should end in time."""
+ROUNDS = Rounds(3, budget=90.0)
 
 
 @dataclass(frozen=True)
@@ -91,40 +89,34 @@ def list_cases(anatomy: Anatomy, steps: int, plans: Mapping[str, Plan]) -> list[
 
 def run_demo(
     pipe: DiffusionPipeline,
-    prompts: Sequence[str],
     cases: Sequence[Case],
+    calls: CallSet,
     *,
     subject: str,
     anatomy: Anatomy,
-    seed: int = 0,
-    guidance: float | None = None,
     embedder: Embedder | None = None,
-    rounds: int = ROUNDS,
-    budget: float | None = BUDGET,
+    rounds: Rounds = ROUNDS,
     on_progress: OnProgress = lambda progress: None,
 ) -> Demo:
     """Draw every prompt in every case, the first of which is the full run.
 
-    Prompt `i` has seed `seed + i`. Every case draws every prompt once a round; of the rounds the
-    fastest run of a prompt counts, and a speed-up is the median over the prompts.
+    Of the rounds the fastest run of a prompt counts; a speed-up is the median over the prompts.
     """
     comparison = compare_runs(
         pipe,
         cases,
-        prompts,
-        seed=seed,
-        settings={"guidance_scale": guidance} if guidance is not None else {},
+        calls,
         judging=Judging(embedder=embedder),
-        rounds=Rounds(rounds, budget),
+        rounds=rounds,
         on_progress=on_progress,
     ).require_finite()
     entries = tuple(_make_entry(each, cases[0].steps) for each in comparison)
     return Demo(
         subject=subject,
-        prompts=tuple(prompts),
-        seed=seed,
+        prompts=tuple(calls.prompts or ()),
+        seed=calls.seeds[0],
         steps=cases[0].steps,
-        guidance=find_scale(pipe, guidance) or 0.0,
+        guidance=find_scale(pipe, calls.settings.get("guidance_scale")) or 0.0,
         sampler=name_sampler(pipe),
         size=entries[0].pictures[0].size,
         circumstances=stamp(pipe.device),

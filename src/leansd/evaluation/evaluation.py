@@ -30,7 +30,7 @@ from leansd.evaluation.compare import (
 from leansd.evaluation.fidelity import Lpips, list_metrics
 from leansd.evaluation.quality import Embedder
 from leansd.evaluation.records import Record, stamp
-from leansd.evaluation.runs import FULL, PipelineCall, expand_calls
+from leansd.evaluation.runs import FULL, CallSet, PipelineCall
 from leansd.plans.compile import compile_plan, predict_speedup
 from leansd.plans.plan import Plan
 from leansd.plans.resolve import PlanContext, resolve_plan
@@ -99,14 +99,15 @@ def evaluate(
     evaluation = evaluate_cases(
         pipe,
         list_cases(pipe, [plans] if isinstance(plans, Plan | str) else plans, steps),
-        calls,
+        CallSet(calls, seed, batch, settings or {}),
         subject=subject or type(pipe).__name__,
-        references=[make_reference(each, steps, converged_steps) for each in references],
-        seed=seed,
-        batch=batch,
-        settings=settings or {},
         keep=keep,
-        judging=Judging(list_metrics(lpips), embedder, spread_sets),
+        judging=Judging(
+            list_metrics(lpips),
+            embedder,
+            spread_sets,
+            [make_reference(each, steps, converged_steps) for each in references],
+        ),
     )
     for why in evaluation.left_out.values():
         warnings.warn(f"left out: {why}", stacklevel=2)
@@ -150,31 +151,23 @@ def make_reference(reference: str | Case, steps: int, converged_steps: int) -> C
 def evaluate_cases(
     pipe: DiffusionPipeline,
     cases: Sequence[Case],
-    calls: Sequence[PipelineCall],
+    calls: CallSet,
     *,
     subject: str,
-    references: Sequence[Case],
-    seed: int = 1000,
-    batch: int = 8,
-    settings: Mapping[str, Any],
-    keep: str | Path | None = None,
     judging: Judging = FIDELITY,
+    keep: str | Path | None = None,
     on_progress: OnProgress = lambda progress: None,
 ) -> Evaluation:
     """Run all cases, the first of which is the full run, and compare.
 
     Only the references' pictures, and those of the case at hand, are in memory at a time.
     """
-    if len(expand_calls(calls, settings)) < 2:
+    if len(calls.arguments) < 2:
         raise LeansdError("1 call makes no set: give at least 2, by prompts or by --count")
     comparison = compare_runs(
         pipe,
         cases,
         calls,
-        seed=seed,
-        batch=batch,
-        settings=settings,
-        references=references,
         judging=judging,
         rounds=None,
         keep=keep,
@@ -185,9 +178,9 @@ def evaluate_cases(
     shared = {
         **stamp(pipe.device),
         "subject": subject,
-        "seed": seed,
+        "seed": calls.seed,
         "calls": len(calls),
-        "guidance": find_scale(pipe, settings.get("guidance_scale")),
+        "guidance": find_scale(pipe, calls.settings.get("guidance_scale")),
     }
 
     def count_calls(case: Case) -> int:

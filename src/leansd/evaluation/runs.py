@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -86,48 +86,110 @@ def explain_no_numbers(latents: Tensor) -> str:
     )
 
 
+@dataclass(frozen=True)
+class CallSet:
+    """Pipeline calls that are drawn together; each gives one picture.
+
+    Call `i` draws its noise from seed `seed + i`, or from `seed[i]`, on the CPU, whatever the
+    batch: but for rounding, results do not depend on `batch`.
+
+    Attributes:
+        calls: prompts, or pipeline arguments.
+        batch: how many run at once, see `parts`.
+        settings: arguments that all calls share, such as `guidance_scale`.
+    """
+
+    calls: Sequence[PipelineCall]
+    seed: Seeds = 0
+    batch: int = 8
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any], hash=False)
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+    @property
+    def arguments(self) -> list[dict[str, Any]]:
+        """Every call as arguments of its own, without those that all share; checked."""
+        return expand_calls(self.calls, self.settings)
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each call.
+
+        Raises:
+            LeansdError: seeds are given one by one, and not as many as calls.
+        """
+        if isinstance(self.seed, int):
+            return list(range(self.seed, self.seed + len(self)))
+        if len(self.seed) != len(self):
+            raise LeansdError(
+                f"{len(self.seed)} seeds for {len(self)} calls: give a seed for each, or the first"
+            )
+        return list(self.seed)
+
+    @property
+    def parts(self) -> list[range]:
+        """The places of the calls that run together.
+
+        Neighbours do, up to `batch`, that have the same arguments where every one is text or a
+        tensor whose first dimension is 1; others run alone.
+        """
+        check_count(self.batch, "calls at once")
+        parts: list[range] = []
+        shape: Any = None
+        for place, arguments in enumerate(self.arguments):
+            last, shape = shape, _read_shape(arguments)
+            if parts and shape is not None and shape == last and len(parts[-1]) < self.batch:
+                parts[-1] = range(parts[-1].start, place + 1)
+            else:
+                parts.append(range(place, place + 1))
+        return parts
+
+    @property
+    def prompts(self) -> list[str] | None:
+        """The prompt of each call; None where some have none that can be read."""
+        prompts = [call.get("prompt") for call in self.arguments]
+        read = [prompt for prompt in prompts if isinstance(prompt, str)]
+        return read if len(read) == len(prompts) else None
+
+    def pick(self, places: Sequence[int], number: int = 0) -> CallSet:
+        """Some of the calls as one batch, with the seeds of their `number`th set."""
+        seeds = [self.seeds[place] + number * len(self) for place in places]
+        return CallSet([self.calls[place] for place in places], seeds, len(places), self.settings)
+
+
 def run_calls(
     pipe: DiffusionPipeline,
-    calls: Sequence[PipelineCall],
+    calls: CallSet,
     steps: int,
     plan: Plan | str | None = None,
     *,
-    seed: Seeds = 0,
-    batch: int = 8,
     scheduler: Any | None = None,
-    settings: Mapping[str, Any] | None = None,
     nets: Mapping[str, UNet2DConditionModel] = NO_NETS,
     on_step: OnStep | None = None,
 ) -> RunOutputs:
     """Run every call, with the plan or without.
 
-    Call `i` draws its noise from seed `seed + i`, or from `seed[i]`, on the CPU, whatever the
-    batch: but for rounding, results do not depend on `batch`.
-
     Args:
-        calls: neighbours run as one batch where they have the same arguments and every one is text
-            or a tensor whose first dimension is 1; others run alone.
         scheduler: takes the place of the pipeline's own for this run.
-        settings: arguments that all calls share, such as `guidance_scale`.
         nets: UNets that the plan switches to.
 
     Raises:
         LeansdError: there are no calls, a call sets what is set here, or the results differ in
             size.
     """
-    arguments = expand_calls(calls, settings or {})
+    arguments, seeds = calls.arguments, calls.seeds
     latents: list[Tensor] = []
     pictures: list[Tensor] = []
     seconds: list[float] = []
-    seeds = expand_seeds(seed, len(calls))
     following = inherit(pipe, plan, nets=nets) if plan is not None else nullcontext()
     with sampled_by(pipe, scheduler), following as attachment:
-        for places in split_calls(calls, batch):
+        for places in calls.parts:
             wait_for(pipe.device)
             start = time.perf_counter()
             last, picture = _run_together(
                 pipe,
-                _join([arguments[place] for place in places]) | dict(settings or {}),
+                _join([arguments[place] for place in places]) | dict(calls.settings),
                 steps,
                 [seeds[place] for place in places],
                 on_step,
@@ -136,21 +198,6 @@ def run_calls(
             latents.append(last)
             pictures.append(picture)
     return RunOutputs(_stack(latents), _stack(pictures), tuple(seconds), attachment)
-
-
-def expand_seeds(seed: Seeds, count: int) -> list[int]:
-    """A seed for each of `count` calls: consecutive ones from a first, or those given.
-
-    Raises:
-        LeansdError: as many seeds are not given.
-    """
-    if isinstance(seed, int):
-        return list(range(seed, seed + count))
-    if len(seed) != count:
-        raise LeansdError(
-            f"{len(seed)} seeds for {count} calls: give a seed for each, or the first"
-        )
-    return list(seed)
 
 
 def expand_calls(
@@ -168,20 +215,6 @@ def expand_calls(
                     "every call gives one picture"
                 )
     return expanded
-
-
-def split_calls(calls: Sequence[PipelineCall], batch: int) -> list[range]:
-    """The places of the calls that run together: neighbours that are alike, up to `batch`."""
-    check_count(batch, "calls at once")
-    parts: list[range] = []
-    shape: Any = None
-    for place, arguments in enumerate(expand_calls(calls)):
-        last, shape = shape, _read_shape(arguments)
-        if parts and shape is not None and shape == last and len(parts[-1]) < batch:
-            parts[-1] = range(parts[-1].start, place + 1)
-        else:
-            parts.append(range(place, place + 1))
-    return parts
 
 
 def _read_shape(arguments: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -27,7 +27,7 @@ from leansd.core.outputs import guide
 from leansd.errors import LeansdError
 from leansd.evaluation.cost import CostModel
 from leansd.evaluation.inner_timing import time_units
-from leansd.evaluation.runs import PipelineCall, expand_calls, run_calls
+from leansd.evaluation.runs import CallSet, PipelineCall, expand_calls, run_calls
 from leansd.evaluation.timing import check_count
 from leansd.plans.anatomy import Anatomy
 from leansd.runtime.arguments import map_rows
@@ -73,13 +73,10 @@ class KeptCall:
 
 def keep_calls(
     pipe: Any,
-    calls: Sequence[PipelineCall],
+    calls: CallSet,
     steps: int,
     *,
     moments: int = 6,
-    seed: int = 0,
-    batch: int = 8,
-    settings: Mapping[str, Any] | None = None,
 ) -> list[KeptCall]:
     """Run a pipeline in full and keep its UNet calls at `moments` steps, evenly spread.
 
@@ -111,7 +108,7 @@ def keep_calls(
         return output
 
     with ForwardHooks({"unet": pipe.unet}, around):
-        run_calls(pipe, calls, steps, seed=seed, batch=batch, settings=settings).require_finite()
+        run_calls(pipe, calls, steps).require_finite()
     if not kept:
         raise LeansdError(
             "no UNet call belonged to a step of the scheduler: cuts are measured on pipelines that "
@@ -283,11 +280,10 @@ def cut(
         LeansdError: the budget is out of reach; the message says what can be reached.
     """
     check_budget(budget, of)
-    expand_calls(calls, settings or {})
+    drawn = CallSet(calls, seed, batch, settings or {})
+    expand_calls(calls, drawn.settings)
     tell("drawing", 0.0)
-    kept = keep_calls(
-        pipe, calls, steps, moments=moments, seed=seed, batch=batch, settings=settings
-    )
+    kept = keep_calls(pipe, drawn, steps, moments=moments)
     study = study_removals(
         pipe.unet, kept, of, cost, tell=lambda text, share: tell(text, 0.1 + 0.7 * share)
     )

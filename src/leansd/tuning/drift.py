@@ -18,7 +18,7 @@ from leansd.anatomy.reading import read_anatomy
 from leansd.core.devices import make_exact
 from leansd.errors import LeansdError
 from leansd.evaluation.records import Record, stamp
-from leansd.evaluation.runs import PipelineCall, run_calls
+from leansd.evaluation.runs import CallSet, run_calls
 from leansd.plans.anatomy import HEAD, Anatomy
 from leansd.plans.liveness import Pattern, find_pattern
 from leansd.plans.methods import METHODS, weigh
@@ -39,12 +39,9 @@ REACH = max(GAPS) * max(METHODS[how].depth for how in WAYS)
 
 def measure_drift(
     pipe: Any,
-    calls: Sequence[PipelineCall],
+    calls: CallSet,
     steps: int,
     *,
-    seed: int = 0,
-    batch: int = 8,
-    settings: Mapping[str, Any] | None = None,
     cuts: Sequence[str] | None = None,
     subject: str = "",
 ) -> list[Record]:
@@ -69,13 +66,13 @@ def measure_drift(
     watch = _Watch(pipe, anatomy, dict.fromkeys([*chosen, HEAD]))
     modules = {unit.at: pipe.unet.get_submodule(unit.path) for unit in anatomy.units}
     with ForwardHooks({UNET: pipe.unet, **modules}, watch.around):
-        run_calls(pipe, calls, steps, seed=seed, batch=batch, settings=settings)
+        run_calls(pipe, calls, steps)
     shared: dict[str, Any] = {
         **stamp(pipe.device),
         "subject": subject or type(pipe).__name__,
         "plan": "no plan",
         "unit": "",
-        "seed": seed,
+        "seed": calls.seed,
         "steps": steps,
         "sampler": type(pipe.scheduler).__name__,
         "calls": len(calls),

@@ -22,7 +22,7 @@ from leansd.anatomy.reading import fingerprint_module, read_anatomy
 from leansd.errors import LeansdError
 from leansd.evaluation.cost import CostModel
 from leansd.evaluation.records import name_device
-from leansd.evaluation.runs import PipelineCall, RunOutputs, run_calls
+from leansd.evaluation.runs import CallSet, PipelineCall, RunOutputs, run_calls
 from leansd.plans.anatomy import HEAD, WHOLE, Anatomy
 from leansd.plans.liveness import Net
 from leansd.plans.plan import Plan, Tuned
@@ -209,9 +209,12 @@ class PipelineHost:
     ) -> tuple[RunOutputs, list[SchedulerRun]]:
         with tap(self.pipe.scheduler, steer) as runs:
             finals = run_calls(
-                self.pipe, calls, steps, plan,
-                seed=seed, batch=self.batch, settings=self.settings, nets=self.unets,
-            )  # fmt: skip
+                self.pipe,
+                CallSet(calls, seed, self.batch, self.settings),
+                steps,
+                plan,
+                nets=self.unets,
+            )
         return finals, runs
 
     def respond(self, steps: int, calls: int | None = None) -> Course:

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from leansd.core.devices import send
 from leansd.errors import LeansdError
 from leansd.evaluation.fidelity import psnr
-from leansd.evaluation.runs import PipelineCall, expand_calls
+from leansd.evaluation.runs import CallSet, PipelineCall, expand_calls
 from leansd.plans.plan import Plan
 from leansd.tuning.host import PipelineHost
 from leansd.tuning.run_starts import (
@@ -469,12 +469,7 @@ class PlanMixer:
                 return [RunStart(**each) for each in starts], pictures
         host = self.host
         starts, pictures = record_starts(
-            host.pipe,
-            self.calls,
-            self.steps,
-            seed=self.seed,
-            batch=host.batch,
-            settings=host.settings,
+            host.pipe, CallSet(self.calls, self.seed, host.batch, host.settings), self.steps
         )
         if self._file is not None:
             self._file.parent.mkdir(parents=True, exist_ok=True)

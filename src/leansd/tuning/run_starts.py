@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from leansd.core.devices import send
 from leansd.core.outputs import guide
 from leansd.errors import LeansdError
-from leansd.evaluation.runs import PipelineCall, run_calls
+from leansd.evaluation.runs import CallSet, run_calls
 from leansd.runtime.arguments import UNetArguments, join_rows, map_rows
 from leansd.runtime.clock import SchedulerClock
 from leansd.runtime.guidance import find_scale, guides, has_two_halves
@@ -47,12 +47,8 @@ class RunStart:
 
 def record_starts(
     pipe: Any,
-    calls: Sequence[PipelineCall],
+    calls: CallSet,
     steps: int,
-    *,
-    seed: int,
-    batch: int,
-    settings: Mapping[str, Any],
 ) -> tuple[list[RunStart], Tensor]:
     """Run calls in full; their starts, and their pictures [N, 3, H, W].
 
@@ -79,7 +75,7 @@ def record_starts(
         return forward(*args, **kwargs)
 
     with ForwardHooks({"unet": pipe.unet}, around):
-        finals = run_calls(pipe, calls, steps, seed=seed, batch=batch, settings=settings)
+        finals = run_calls(pipe, calls, steps)
     if not finals.latents.isfinite().all():
         raise LeansdError("a full run ends with numbers that are none (NaN): try another precision")
     goals = iter(finals.latents.float())
