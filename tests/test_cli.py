@@ -244,7 +244,14 @@ def test_generate_takes_its_steps_from_a_plan_file(run, shallow, tmp_path):
     assert json.loads(out.splitlines()[-1])["pictures"][0]["steps"] == 3
 
 
-def test_generate_tells_what_is_wrong_before_it_draws(fails, model, tmp_path):
+def test_generate_tells_what_is_wrong_before_a_weight_is_read(fails, model, tmp_path, monkeypatch):
+    open_model = loading.load
+
+    def load(name, **options):
+        assert str(name) != str(model), "its weights are read"
+        return open_model(name, **options)
+
+    monkeypatch.setattr(loading, "load", load)
     (tmp_path / "file").write_text("no picture, no plan")
     leansd.preset("turbo", 5).save(tmp_path / "plan.json")
     leansd.Plan.full(4).inherit("up2.attn", at=1).save(tmp_path / "other.json")

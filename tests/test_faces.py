@@ -13,6 +13,8 @@ from PIL import Image
 import leansd
 from leansd.anatomy import read_anatomy
 from leansd.cli import main
+from leansd.cli.options import Following
+from leansd.evaluation.evaluation import list_cases
 from leansd.plans.presets import PRESETS, SPEED_PRESETS
 from leansd.plans.resolve import PlanContext, Resolved, resolve_plan
 from leansd.runtime.context import describe_runs
@@ -120,6 +122,28 @@ def test_plan_command_shows_the_plan_that_names_mean(
     assert shown["fingerprint"] == expected.plan.fingerprint
     assert shown["plan"] == expected.plan.name
     assert all(note in told for note in expected.notes)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_commands_and_evaluate_settle_on_the_plan_that_names_mean(
+    pipe, model, monkeypatch: pytest.MonkeyPatch, sampler: str
+) -> None:
+    """What generate, rows, evaluate and plan ask before and after a model is open."""
+    monkeypatch.setattr("leansd.unets.open_anatomy", OPENED)
+    monkeypatch.setattr("leansd.runtime.context.read_anatomy", lambda _: read(pipe))
+    for name, steps in product(PRESETS, STEPS):
+        expected = expect(pipe, name, sampler, steps)
+        alone = name in ALONE
+        fitting = Following(False, False, None if alone else [f"light={model}"])
+        outlined, context = fitting.outline(name, str(model), steps=steps, sampler=sampler)
+        settled = fitting.settle(name, pipe, context, 7.5)
+        found = {outlined.plan.fingerprint, settled.fingerprint}
+        if alone:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found.add(list_cases(pipe, [name], steps)[-1].fingerprint)
+        assert found == {expected.plan.fingerprint}, (name, steps)
+        assert outlined.notes == expected.notes, (name, steps)
 
 
 @pytest.mark.slow

@@ -8,10 +8,10 @@ own are `:`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from leansd.plans.address import get_block
 from leansd.plans.anatomy import Anatomy
@@ -137,6 +137,9 @@ POINT = 72
 TEXT = 8.5
 PAPER, SOFT = "#ffffff", "#5a606c"
 
+Cell: TypeAlias = tuple[float, float, float]
+"""A row, where in it the cell begins, and its length."""
+
 
 def draw_picture(plan: Schedule, anatomy: Anatomy | None = None) -> Figure:
     """The grid as a figure of matplotlib: of a UNet's units, or of what the plan names."""
@@ -163,30 +166,48 @@ def draw_picture(plan: Schedule, anatomy: Anatomy | None = None) -> Figure:
         if any(state in row for row in states.values())
     }
     for state, each in used.items():
-        _fill_cells(axes, states, state, each.colour)
+        fill_cells(axes, _list_cells(states, state), each.colour)
     _mark_steps(axes, len(plan.rows))
     _mark_rows(axes, states, by_block=anatomy is not None)
-    _add_legend(axes, used, len(states) * line)
+    add_colours(axes, {each.label: each.colour for each in used.values()}, y=34, columns=4)
     return figure
 
 
-def _fill_cells(axes: Any, states: Mapping[str, Sequence[str]], state: str, colour: str) -> None:
-    """All cells in one state as one shape, neighbouring steps as one cell."""
+def _list_cells(states: Mapping[str, Sequence[str]], state: str) -> Iterator[Cell]:
+    """All cells in one state, neighbouring steps as one."""
+    for row, marks in enumerate(states.values()):
+        begin = 0
+        for each, run in groupby(marks):
+            length = len(list(run))
+            if each == state:
+                yield row, begin, length
+            begin += length
+
+
+def fill_cells(
+    axes: Any,
+    cells: Iterable[Cell],
+    colour: str,
+    *,
+    thick: float = 0.86,
+    gap: float = 0.08,
+    strength: float = 1.0,
+) -> None:
+    """Fill cells of a grid, whose row `n` reaches from `n` to `n + 1`, as one shape."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 
     corners: list[tuple[float, float]] = []
     codes: list[Any] = []
-    for row, marks in enumerate(states.values()):
-        begin = 0
-        for each, run in groupby(marks):
-            end = begin + len(list(run))
-            if each == state:
-                low, high, right = row, row + 0.86, end - 0.08
-                corners += [(begin, low), (right, low), (right, high), (begin, high), (begin, low)]
-                codes += [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY]
-            begin = end
-    axes.add_patch(PathPatch(Path(corners, codes), facecolor=colour, edgecolor="none", linewidth=0))
+    for row, begin, length in cells:
+        end, low, high = begin + length - gap, row, row + thick
+        corners += [(begin, low), (end, low), (end, high), (begin, high), (begin, low)]
+        codes += [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY]
+    if corners:
+        shape = Path(corners, codes)
+        axes.add_patch(
+            PathPatch(shape, facecolor=colour, edgecolor="none", linewidth=0, alpha=strength)
+        )
 
 
 def _mark_steps(axes: Any, steps: int) -> None:
@@ -209,12 +230,31 @@ def _mark_rows(axes: Any, names: Mapping[str, Any], *, by_block: bool) -> None:
     axes.set_yticks(places, labels)
 
 
-def _add_legend(axes: Any, used: Mapping[str, State | Method], height: float) -> None:
+def add_key(axes: Any, *, y: float, columns: int, **options: Any) -> None:
+    """What the colours and lines of axes are called, `y` points below them.
+
+    Args:
+        options: of matplotlib's `legend`; by default, all that has a label is named.
+    """
+    look = {"handlelength": 1.0, "handleheight": 1.0, "labelcolor": SOFT}
+    axes.legend(
+        loc="upper left",
+        bbox_to_anchor=(0, -y / axes.get_window_extent().height),
+        ncols=columns,
+        fontsize=TEXT,
+        frameon=False,
+        borderpad=0,
+        borderaxespad=0,
+        handletextpad=0.5,
+        columnspacing=1.4,
+        labelspacing=0.35,
+        **look | options,
+    )
+
+
+def add_colours(axes: Any, names: Mapping[str, str], *, y: float, columns: int) -> None:
+    """Squares in the colours that `names` has for texts, `y` points below the axes."""
     from matplotlib.patches import Patch
 
-    axes.legend(
-        handles=[Patch(facecolor=each.colour, label=each.label) for each in used.values()],
-        loc="upper left", bbox_to_anchor=(0, -34 / height), ncols=4, fontsize=TEXT, frameon=False,
-        borderpad=0, borderaxespad=0, handletextpad=0.5, columnspacing=1.4, labelspacing=0.35,
-        handlelength=1.0, handleheight=1.0, labelcolor=SOFT,
-    )  # fmt: skip
+    squares = [Patch(facecolor=colour, label=text) for text, colour in names.items()]
+    add_key(axes, y=y, columns=columns, handles=squares)

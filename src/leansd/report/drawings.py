@@ -9,18 +9,9 @@ from typing import TYPE_CHECKING
 
 from leansd.plans.address import get_layer
 from leansd.plans.anatomy import Anatomy, Unit
-from leansd.plans.grid import draw_picture
+from leansd.plans.grid import Cell, add_colours, draw_picture, fill_cells
 from leansd.plans.plan import Plan
-from leansd.report.figures import (
-    LIGHT,
-    TEXT,
-    Cell,
-    add_colours,
-    fill_cells,
-    name_axes,
-    open_axes,
-    open_figure,
-)
+from leansd.report.figures import LIGHT, TEXT, name_axes, open_axes, open_figure
 from leansd.report.page import Drawing
 
 if TYPE_CHECKING:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal
 
 from markupsafe import Markup, escape
 
-from leansd.plans.grid import get_states
+from leansd.plans.grid import POINT, get_states
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,15 +73,10 @@ def list_series() -> Iterator[tuple[str, str]]:
 
 # -- figures ---------------------------------------------------------------------------------------
 
-POINT = 72
-"""Of an inch: figures are measured in points, as their text is."""
 RESOLUTION = 160
 """Dots per inch of PNG files."""
 TEXT = 9.0
 """Size of most text."""
-
-Cell: TypeAlias = tuple[float, float, float]
-"""A row, where in it the cell begins, and its length."""
 
 
 def open_figure(width: float, height: float) -> Figure:
@@ -111,62 +106,6 @@ def name_axes(axes: Axes, x: str = "", y: str = "") -> None:
     """What is along the sides, with its unit."""
     axes.set_xlabel(x, fontsize=TEXT, color=LIGHT["soft"], labelpad=5)
     axes.set_ylabel(y, fontsize=TEXT, color=LIGHT["soft"], labelpad=5)
-
-
-def add_key(axes: Axes, *, y: float, columns: int, **options: Any) -> None:
-    """What the colours and lines of axes are called, `y` points below them.
-
-    Args:
-        options: of matplotlib's `legend`; by default, all that has a label is named.
-    """
-    look = {"handlelength": 1.0, "handleheight": 1.0, "labelcolor": LIGHT["soft"]}
-    axes.legend(
-        loc="upper left",
-        bbox_to_anchor=(0, -y / axes.get_window_extent().height),
-        ncols=columns,
-        fontsize=TEXT - 0.5,
-        frameon=False,
-        borderpad=0,
-        borderaxespad=0,
-        handletextpad=0.5,
-        columnspacing=1.4,
-        labelspacing=0.35,
-        **look | options,
-    )
-
-
-def add_colours(axes: Axes, names: Mapping[str, str], *, y: float, columns: int) -> None:
-    """Squares in the colours that `names` has for texts, `y` points below the axes."""
-    from matplotlib.patches import Patch
-
-    squares = [Patch(facecolor=colour, label=text) for text, colour in names.items()]
-    add_key(axes, y=y, columns=columns, handles=squares)
-
-
-def fill_cells(
-    axes: Axes,
-    cells: Iterable[Cell],
-    colour: str,
-    *,
-    thick: float = 0.86,
-    gap: float = 0.08,
-    strength: float = 1.0,
-) -> None:
-    """Fill cells of a grid, whose row `n` reaches from `n` to `n + 1`, as one shape."""
-    from matplotlib.patches import PathPatch
-    from matplotlib.path import Path
-
-    corners: list[tuple[float, float]] = []
-    codes: list[Any] = []
-    for row, begin, length in cells:
-        end, low, high = begin + length - gap, row, row + thick
-        corners += [(begin, low), (end, low), (end, high), (begin, high), (begin, low)]
-        codes += [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY]
-    if corners:
-        shape = Path(corners, codes)
-        axes.add_patch(
-            PathPatch(shape, facecolor=colour, edgecolor="none", linewidth=0, alpha=strength)
-        )
 
 
 def encode_svg(figure: Figure) -> str:

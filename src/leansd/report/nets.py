@@ -10,8 +10,9 @@ from leansd.evaluation.redundancy import Spent, tabulate_spent
 from leansd.exporting.exporter import Exported
 from leansd.plans.address import get_block
 from leansd.plans.anatomy import Anatomy
+from leansd.plans.grid import add_key
 from leansd.report.drawings import KINDS, Bar, draw_bars, draw_plan, draw_shape
-from leansd.report.figures import LIGHT, TEXT, add_key, name_axes, open_axes, open_figure
+from leansd.report.figures import LIGHT, TEXT, name_axes, open_axes, open_figure
 from leansd.report.page import (
     AttachedFile,
     Chart,

@@ -7,15 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from leansd.report.figures import (
-    LIGHT,
-    TEXT,
-    add_key,
-    list_series,
-    name_axes,
-    open_axes,
-    open_figure,
-)
+from leansd.plans.grid import add_key
+from leansd.report.figures import LIGHT, TEXT, list_series, name_axes, open_axes, open_figure
 from leansd.report.page import Drawing
 
 if TYPE_CHECKING:
