@@ -85,10 +85,12 @@ def test_names_mean_tuned_plans_where_there_are_some(pipe, sampler: str) -> None
             assert leansd.preset(name, steps) == tuned
 
 
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_inherit_runs_the_plan_that_names_mean(
-    pipe, monkeypatch: pytest.MonkeyPatch, sampler: str
+    pipe, monkeypatch: pytest.MonkeyPatch, sampler: str, whole: bool
 ) -> None:
+    """Every preset at every step count; quickly, of those that are not tuned one count each."""
     counted = cache(leansd.dissect)(pipe.unet)
     monkeypatch.setattr("leansd.runtime.report.dissect", lambda *_, **__: counted)
     text = torch.zeros(2, 7, pipe.unet.config.cross_attention_dim)
@@ -96,6 +98,7 @@ def test_inherit_runs_the_plan_that_names_mean(
     turn = SAMPLERS.index(sampler)
     others = [name for name in PRESETS if name not in SPEED_PRESETS][turn :: len(SAMPLERS)]
     runs = [*product(SPEED_PRESETS, STEPS), *((name, STEPS[turn]) for name in others)]
+    runs = list(product(PRESETS, STEPS)) if whole else runs
     for name, steps in runs:
         expected = expect(pipe, name, sampler, steps)
         nets = {} if name in ALONE else {"light": tiny_unet()}
