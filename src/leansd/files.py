@@ -201,7 +201,7 @@ NAME_BYTES = 120
 _RESERVED = {"con", "prn", "aux", "nul"} | {f"{d}{n}" for d in ("com", "lpt") for n in range(10)}
 
 
-def name_file(words: str, *, otherwise: str = "picture") -> str:
+def name_file(words: str) -> str:
     """Returns a file name, without an ending, from a user's words: `a-red-apple`, `猫`.
 
     Letters and digits of every script stay, each run of anything else is one `-`, so the name has
@@ -211,7 +211,7 @@ def name_file(words: str, *, otherwise: str = "picture") -> str:
     text = unicodedata.normalize("NFC", words)
     # Marks belong to the letters before them: without them many scripts are other words.
     kept = "".join(c if unicodedata.category(c)[0] in "LNM" or c == "_" else "-" for c in text)
-    name = re.sub("-+", "-", kept).strip("-") or otherwise
+    name = re.sub("-+", "-", kept).strip("-") or "picture"
     if len(name.encode()) > NAME_BYTES:
         digest = sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
         short = name.encode()[: NAME_BYTES - len(digest) - 1].decode(errors="ignore")

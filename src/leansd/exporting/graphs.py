@@ -22,6 +22,7 @@ from diffusers import UNet2DConditionModel
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from leansd.anatomy.inputs import make_inputs
+from leansd.drawing import seed_generator
 from leansd.errors import LeansdError, read_cause
 from leansd.files import check_folder
 from leansd.plans.anatomy import HEAD, Anatomy
@@ -266,7 +267,7 @@ def draw_inputs(
     unet: UNet2DConditionModel, *, batch: int, size: tuple[int, int], tokens: int = 77
 ) -> dict[str, torch.Tensor]:
     """Random inputs of a UNet by the names that graphs have for them."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seed_generator(0)
     drawn = make_inputs(unet, size=size, tokens=tokens, batch=batch, generator=generator)
     drawn |= drawn.pop("added_cond_kwargs", {})
     # Whole numbers up to a million are exact in float32, and some samplers' are not whole.

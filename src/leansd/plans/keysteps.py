@@ -95,6 +95,13 @@ def place(steps: int, positions: Sequence[float]) -> KeySteps:
     return (0, *placed[1:])
 
 
+def interpolate(values: Sequence[float], position: float) -> float:
+    """`values` at a fractional index, held constant beyond the ends."""
+    position = min(max(position, 0.0), len(values) - 1.0)
+    low = min(int(position), len(values) - 2)
+    return values[low] + (values[low + 1] - values[low]) * (position - low)
+
+
 def _check_interval(interval: int) -> None:
     if interval < 1:
         raise LeansdError(f"interval must be at least 1, not {interval}")

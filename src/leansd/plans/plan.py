@@ -263,7 +263,7 @@ class Plan:
         count = min(steps, max(1, round(len(old_keys) * scale)))
         ends = [*old_keys, self.steps]
         parts = [len(old_keys) * part / count for part in range(count)]
-        keys = keysteps.place(steps, [_interpolate(ends, part) * scale for part in parts])
+        keys = keysteps.place(steps, [keysteps.interpolate(ends, part) * scale for part in parts])
         key_rows = iter([self.rows[old_keys[int(part)]] for part in parts])
         rows = tuple(
             next(key_rows)
@@ -438,12 +438,6 @@ def _describe_row(row: Row) -> dict[str, Any]:
 
 def _list_values(drift: Drift) -> tuple[str, float, str]:
     return drift.probe, float(drift.threshold), drift.measure
-
-
-def _interpolate(values: list[int], position: float) -> float:
-    """`values` at a fractional index."""
-    index = min(int(position), len(values) - 2)
-    return values[index] + (values[index + 1] - values[index]) * (position - index)
 
 
 # -- reading files -----------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from leansd.core.schedule import CallSchedule, assign_rows, list_log_snr
+from leansd.plans.keysteps import interpolate
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class LoopClock:
             schedule = CallSchedule(None, tuple(map(float, rows)), rows, self._steps, self._log_snr)
             self._schedule, starts = schedule, True
         if starts or moment != self._last:
-            self._log_snr.append(_interpolate(_list_stable_diffusion_log_snr(), moment))
+            self._log_snr.append(interpolate(_list_stable_diffusion_log_snr(), moment))
         self._last = moment
         index = len(self._log_snr) - 1
         return CallPosition(schedule, index, starts) if index < self._steps else None
@@ -241,7 +242,7 @@ def _log_snr(scheduler: Any, moments: Sequence[float]) -> tuple[float, ...]:
         return tuple(-moment for moment in moments)
     alphas = [min(max(alpha, 1e-8), 1 - 1e-8) for alpha in table.tolist()]
     points = [math.log(alpha / (1 - alpha)) for alpha in alphas]
-    return tuple(_interpolate(points, moment) for moment in moments)
+    return tuple(interpolate(points, moment) for moment in moments)
 
 
 @lru_cache(maxsize=1)
@@ -257,10 +258,3 @@ def _list_stable_diffusion_log_snr(count: int = 1000) -> list[float]:
         signal *= 1 - root * root
         points.append(math.log(signal / (1 - signal)))
     return points
-
-
-def _interpolate(points: Sequence[float], position: float) -> float:
-    """`points` at a fractional index, held constant beyond the ends."""
-    position = min(max(position, 0.0), len(points) - 1.0)
-    low = min(int(position), len(points) - 2)
-    return points[low] + (points[low + 1] - points[low]) * (position - low)

@@ -14,7 +14,6 @@ from types import MappingProxyType, SimpleNamespace
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
-import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
@@ -31,6 +30,7 @@ from leansd.runtime.clock import SchedulerClock, lay_out_run, read_schedule
 from leansd.runtime.context import find_denoiser, find_transformer
 from leansd.runtime.hooks import patch_method
 from leansd.runtime.nets import match_nets
+from leansd.tuning.sampler_map import run_scheduler
 
 # -- what a scheduler does -------------------------------------------------------------------------
 # A tap on a pipeline's scheduler: what every step is given and makes of it, and a way to steer.
@@ -286,14 +286,7 @@ def measure_response(scheduler: Any, steps: int, start: int = 0) -> np.ndarray:
     if start and hasattr(double, "set_begin_index"):
         double.set_begin_index(start)
     count = len(timesteps)
-    sample = torch.zeros(count + 1, 1, 1, 1, dtype=torch.float64)
-    rows = [sample]
-    for index, timestep in enumerate(timesteps):
-        impulse = torch.zeros_like(sample)
-        impulse[index] = 1
-        sample = double.step(impulse, timestep, sample, return_dict=False)[0]
-        rows.append(sample)
-    response = torch.stack(rows)[:, :, 0, 0, 0].numpy()
+    response, _ = run_scheduler(double, timesteps, np.eye(count, count + 1), np.zeros(count + 1))
     if np.abs(response[:, count]).max() > 0:  # the one without any impulse
         raise LeansdError(
             f"{type(scheduler).__name__} adds noise at every step, so runs cannot be compared step "

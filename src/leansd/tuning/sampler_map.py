@@ -8,7 +8,6 @@ are those of `Mix`: x_T, the guided outputs e, and the differences of the lanes 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -24,7 +23,7 @@ from leansd.plans.compile import compile_plan
 from leansd.plans.liveness import Call
 from leansd.plans.methods import METHODS, Mix
 from leansd.plans.plan import Plan
-from leansd.runtime.clock import read_schedule
+from leansd.runtime.clock import lay_out_run, read_schedule
 
 Matrix: TypeAlias = np.ndarray
 DIGITS = 9
@@ -55,8 +54,7 @@ def read_sampler(scheduler: Any, steps: int) -> SamplerMap:
     Raises:
         LeansdError: it is not linear, adds noise, or calls the UNet more than once a step.
     """
-    double = copy.deepcopy(scheduler)
-    double.set_timesteps(steps)
+    double = lay_out_run(scheduler, steps)
     schedule = read_schedule(double)
     count = len(double.timesteps)
     if schedule.steps != count or len(set(schedule.moments)) != count:
@@ -66,16 +64,9 @@ def read_sampler(scheduler: Any, steps: int) -> SamplerMap:
     given = np.zeros((count, count + 3))
     given[:, :count] = np.eye(count)
     given[:, -1] = draw.normal(size=count)
-    sample = torch.zeros(count + 3, 1, 1, 1, dtype=torch.float64)
-    sample[count] = sample[-1] = float(getattr(double, "init_noise_sigma", 1.0))
-    rows, scales = [sample], list[float]()
-    for index, timestep in enumerate(double.timesteps):
-        one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-        scales.append(float(double.scale_model_input(one, timestep)))
-        output = torch.from_numpy(given[index]).reshape(-1, 1, 1, 1)
-        sample = double.step(output, timestep, sample, return_dict=False)[0].double()
-        rows.append(sample)
-    seen = torch.stack(rows)[:, :, 0, 0, 0].numpy()
+    begin = np.zeros(count + 3)
+    begin[count] = begin[-1] = float(getattr(double, "init_noise_sigma", 1.0))
+    seen, scales = run_scheduler(double, double.timesteps, given, begin)
     if np.abs(seen[:, count + 1]).max() > 0:
         raise LeansdError(
             f"{_name(scheduler)} adds noise at every step; what it draws is not known to a plan"
@@ -87,7 +78,27 @@ def read_sampler(scheduler: Any, steps: int) -> SamplerMap:
             f"{_name(scheduler)} is not linear in the UNet's outputs: rows are sums of them; take "
             "a sampler without thresholding or clip_sample"
         )
-    return SamplerMap(schedule, start, response, np.array(scales))
+    return SamplerMap(schedule, start, response, scales)
+
+
+def run_scheduler(
+    scheduler: Any, timesteps: torch.Tensor, outputs: Matrix, begin: Matrix
+) -> tuple[Matrix, Matrix]:
+    """Runs of single pixels at once: their samples [n + 1, k], and what the UNet is given for one.
+
+    Args:
+        outputs: [n, k], of the UNet at each time step.
+        begin: [k], the first samples.
+    """
+    scale = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
+    sample = torch.from_numpy(begin).reshape(-1, 1, 1, 1)
+    rows, scales = [sample], list[float]()
+    for timestep, given in zip(timesteps, outputs, strict=True):
+        scales.append(float(scale(torch.ones(1, 1, 1, 1, dtype=torch.float64), timestep)))
+        output = torch.from_numpy(given).reshape(-1, 1, 1, 1)
+        sample = scheduler.step(output, timestep, sample, return_dict=False)[0].double()
+        rows.append(sample)
+    return torch.stack(rows)[:, :, 0, 0, 0].numpy(), np.array(scales)
 
 
 def _name(scheduler: Any) -> str:
