@@ -67,7 +67,7 @@ class Request:
 
     @property
     def shared(self) -> dict[str, Any]:
-        """Those of them that are the same for all requests of a kind."""
+        """The arguments that are the same for all requests of a kind."""
         shared: dict[str, Any] = {}
         if self.guidance is not None:
             shared["guidance_scale"] = self.guidance

@@ -28,7 +28,7 @@ class DrawnPicture:
     picture: Image.Image
     facts: Mapping[str, Any]
     name: str = ""
-    """Of its files, without an ending and so without a dot; its id by default."""
+    """The name of its files, without an ending and so without a dot; its id by default."""
 
 
 def pack_shard(drawn: Iterable[DrawnPicture]) -> bytes:

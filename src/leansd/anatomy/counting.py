@@ -33,9 +33,9 @@ from leansd.errors import LeansdError
 from leansd.plans.anatomy import Anatomy
 
 WITHOUT_PRODUCTS = {F.group_norm, F.layer_norm, F.silu, F.gelu}
-"""Of the same shape as what they are given."""
+"""Functions whose output has the shape of their input, and no matrix product."""
 ELEMENTWISE = {torch.Tensor.add, torch.Tensor.mul, torch.Tensor.div}
-"""Of the same shape, where both sides have it or one is a number."""
+"""Functions of two operands: their output has the shape of the larger one."""
 ATOMS = {int, float, str, bool, type(None)}
 CONTAINERS = {dict, set, list, OrderedDict}
 MOST_KNOWN = 16
@@ -48,7 +48,7 @@ class Ledger:
     """Multiply-accumulates of one forward on one sample."""
 
     by_path: Mapping[str, int]
-    """By module path in the UNet, every level of it; `""` is the whole."""
+    """MACs by module path in the UNet, every level of it; `""` is the whole."""
     size: tuple[int, int]
     """Latent (height, width)."""
     tokens: int

@@ -78,7 +78,7 @@ class PromptRow(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
     number: int
-    """Its place in the file, from 0, malformed rows counted: its seed follows from it."""
+    """The row's place in the file, from 0, malformed rows counted: its seed follows from it."""
     id: Id
     prompt: str
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
@@ -289,18 +289,18 @@ class BulkJob:
     count: int = 1
     """Pictures a row, each a seed further."""
     negative: str | None = None
-    """Of rows that say none."""
+    """The negative prompt of rows that have none."""
     init: str | None = None
     """A picture that rows start from that name none."""
     strength: float = 0.8
-    """Of rows with a picture to start from that do not say."""
+    """The strength of rows that start from a picture and give none."""
     vae: str | None = None
     """Folder of another autoencoder."""
     batch: int = 8
     shard: int = 256
     """Pictures of a shard."""
     threads: int = 0
-    """Of torch on a CPU, whose sums depend on them; 0 for as many as there are."""
+    """Threads of torch on a CPU, on which its sums depend; 0 for as many as there are."""
     device: str | None = None
     dtype: str | None = None
     home: str = "."
@@ -323,7 +323,7 @@ class PictureTask(NamedTuple):
     row: PromptRow
     seed: int
     name: str
-    """Of its files in the shard."""
+    """The name of its files in the shard."""
 
 
 @dataclass(frozen=True)

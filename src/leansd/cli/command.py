@@ -189,7 +189,7 @@ def _present(name: str, result: Result, as_json: bool, always_json: bool) -> int
 
 
 def _put_beside(result: Result) -> Result:
-    """The same with the next names that are free for all pages and records."""
+    """The result with the next names that are free for all its pages and records."""
     groups = {name: getattr(result, name) for name in ("pages", "records", "content")}
     free = number_files([path for group in groups.values() for path in group])
     return replace(

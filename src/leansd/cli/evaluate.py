@@ -108,7 +108,7 @@ class Judges:
 
     @property
     def weights(self) -> dict[str, Path]:
-        """By name, as scores of a folder take them."""
+        """Weights by the extractor's name, as scores of a folder take them."""
         given = {"clip": self.clip, "lpips": self.lpips}
         return {name: path for name, path in given.items() if path is not None}
 

@@ -167,7 +167,7 @@ def _type_option(option: Any) -> str:
 
 
 def _describe(parameter: Any) -> str:
-    """Its help, and the default where it says something: no value and a flag off are no news."""
+    """A parameter's help, and its default where that says something: not a flag off."""
     text, default = " ".join((parameter.help or "").split()), parameter.default
     remarks = ["Required."] if parameter.required else []
     if default is True:

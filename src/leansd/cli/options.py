@@ -37,7 +37,7 @@ Completer = Callable[[str], Iterable[str]]
 
 MODELS = ("emoji",)
 SHAPES = ("sd15", "sd21-base", "sdxl")
-"""Of `leansd.anatomy.builtin`, which needs torch."""
+"""Names of `leansd.anatomy.builtin`, repeated since that needs torch."""
 SAMPLERS = (
     "ddim",
     "ddpm",
@@ -57,7 +57,7 @@ SAMPLERS = (
     "flow-dpm++2m",
     "flow-unipc",
 )
-"""Of `leansd.runtime.samplers`, which needs diffusers."""
+"""Names of `leansd.runtime.samplers`, repeated since that needs diffusers."""
 DEVICES = ("cpu", "cuda", "mps")
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -202,7 +202,7 @@ class Opening(DeviceOptions):
         return self._set_up(load(model, device=self.device, dtype=self.precision))
 
     def open_with_unet(self, model: str) -> Any:
-        """The same, where a transformer as the denoiser is refused."""
+        """An open pipeline with a UNet: a transformer as the denoiser is refused."""
         from leansd.loading import load_with_unet
 
         return self._set_up(load_with_unet(model, device=self.device, dtype=self.precision))
@@ -282,7 +282,7 @@ class Fitting:
 
 @dataclass(frozen=True)
 class Following(Fitting):
-    """The same, where a plan may switch to other UNets."""
+    """How a plan is fitted to its runs, where it may switch to other UNets."""
 
     net: NetsOption = None
 

@@ -134,11 +134,11 @@ class ProgressBar:
         self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def count(self, done: float, total: float, text: str | None = None) -> None:
-        """So much of so much is done."""
+        """Moves the bar: `done` of `total` is done."""
         self._progress.update(self._task, completed=int(done), total=total, description=text)
 
     def share(self, text: str, share: float) -> None:
-        """Of all work this share is done, and `text` comes next."""
+        """Moves the bar to a share of all work; `text` comes next."""
         done = round(100 * share)
         self._progress.update(self._task, description=text, completed=done, total=100)
 

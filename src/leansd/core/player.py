@@ -34,9 +34,9 @@ class PlayerStats:
 
     calls: set[int] = field(default_factory=set[int])
     computed: set[int] = field(default_factory=set[int])
-    """Of these, those that called the denoiser."""
+    """The calls that called the denoiser."""
     partial: set[int] = field(default_factory=set[int])
-    """Of these, those in which some of its units were not computed."""
+    """The computed calls in which some units were not."""
     forced: Counter[str] = field(default_factory=Counter[str])
     """How often something was computed although the plan goes on, by why."""
     bytes_kept: int = 0
@@ -57,7 +57,7 @@ class _Track(History):
         self.is_ambiguous = False
         """Whether it came twice at one call: tiles, or a step tried again."""
         self.shapes: dict[str, tuple[torch.Size, torch.dtype]] = {}
-        """Of what units give."""
+        """Shape and precision of units' outputs, by address."""
 
     def clear(self) -> None:
         super().clear()

@@ -20,7 +20,7 @@ Prediction = Literal["noise", "flow"]
 LEAST = 1e-6
 """Noise below this share counts as this, so that the log-SNR of a last step is finite."""
 MOST = 1 - 1e-3
-"""As does a flow's noise above this share, where it begins with nothing else."""
+"""Noise of a flow above this share counts as this: its first step has nothing else."""
 
 
 @dataclass(frozen=True, eq=False)

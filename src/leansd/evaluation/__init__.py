@@ -1,0 +1,1 @@
+"""Measurements: comparisons on the same seeds, scores of sets, profiles, benchmarks, records."""

@@ -48,10 +48,10 @@ STEPS = (20, 30, 50)
 LONG = 30
 """The step count at which the first sampler is run by all variants of all rivals."""
 GUIDANCES = (7.5, 8.0)
-"""Besides the model's own: that of Stable Diffusion's pipelines, and with 30 steps the setting of
-A-SDM's tables (arXiv 2406.00210)."""
+"""Guidance scales besides the model's own: that of Stable Diffusion's pipelines, and with 30 steps
+that of A-SDM's tables (arXiv 2406.00210)."""
 STRENGTH, OTHER_STRENGTH = 0.6, 0.8
-"""Of image-to-image; records and fronts of the first do not say it."""
+"""Strengths of image-to-image; records and fronts do not name the first one."""
 INPUT_SEED = 10_000_000
 INPUT_STEPS = 20
 OWN_SETTING = re.compile(r"-(g[\d.]+|image-to-image(-s[\d.]+)?)")

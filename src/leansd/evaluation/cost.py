@@ -62,7 +62,7 @@ class CostModel:
     per_step: float = 0.0
     """Scheduler and pipeline between two UNet calls."""
     nets: Mapping[str, CostModel] = field(default_factory=dict)
-    """Of the UNets that plans switch to, in the place of the pipeline's own; not in the records."""
+    """Cost models of UNets that plans switch to, by name; they are not in the records."""
 
     @property
     def overhead_per_run(self) -> float:
@@ -138,7 +138,7 @@ class CostModel:
         return self.predict_full_run(len(program.calls)) / self.predict_run(program)
 
     def predict_unet_speedup(self, program: Program) -> float:
-        """The same of the UNet alone: what the speed-up tends to as the rest gets cheaper."""
+        """The speed-up of the UNet alone, which the whole tends to as the rest gets cheaper."""
         return len(program.calls) * self.full_call / self.predict_unet(program.calls)
 
     # -- records -----------------------------------------------------------------------------

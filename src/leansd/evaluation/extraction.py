@@ -204,12 +204,12 @@ class ExtractionConfig:
     """What the middle square of every picture is made first, in pixels."""
     batch: int = 32
     threads: int = 0
-    """Of torch on a CPU, whose sums depend on them; 0 for as many as there are."""
+    """Threads of torch on a CPU, on which its sums depend; 0 for as many as there are."""
     device: str | None = None
 
 
 ExtractedFeatures: TypeAlias = Mapping[str, Mapping[str, Tensor]]
-"""By extractor and name, tensors [n, ...]."""
+"""Tensors [n, ...] by extractor and name."""
 RunExtraction: TypeAlias = RunTasks[ExtractionConfig, ExtractionTask, ExtractedFeatures]
 
 

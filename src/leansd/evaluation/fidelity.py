@@ -161,7 +161,7 @@ class FidelityMetric:
     name: str
     unit: str
     compare: Callable[[Tensor, Tensor], Tensor]
-    """Both [n, C, h, w], pictures in 0..1; gives [n]."""
+    """Values [n] of two sets [n, C, h, w]; pictures are in 0..1."""
     of: Literal["pictures", "latents"] = "pictures"
 
 

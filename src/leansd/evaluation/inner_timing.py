@@ -252,7 +252,7 @@ class UnitTimes:
     """Latent (height, width)."""
     tokens: int
     units: Mapping[str, Timing]
-    """By address; the parts' time is in their unit's too."""
+    """Times by address; the time of parts is in their unit's, too."""
     call: Timing
     """Whole calls, what is besides the units included."""
 

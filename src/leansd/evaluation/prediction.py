@@ -35,7 +35,7 @@ class Prediction:
     predicted: float
     """Seconds in the UNet, all calls of a run."""
     measured: Timing
-    """The same as measured, one a round."""
+    """The seconds that were measured, one a round."""
     predicted_speedup: float
     """Over the full run, UNet alone."""
     measured_speedup: Ratio
@@ -202,7 +202,7 @@ class Profiled:
 
     @cached_property
     def gains(self) -> tuple[Gain, ...]:
-        """Of no plan at all, the speed presets, and DeepCache's schedule."""
+        """What plans gain: no plan at all, the speed presets, and DeepCache's schedule."""
         names = ("full", *SPEED_PRESETS, "deepcache")
         return tuple(self._predict_gain(self.resolve(name)) for name in names)
 

@@ -71,6 +71,6 @@ def read_generic() -> tuple[str, ...]:
 
 
 def choose_prompts(model: str, count: int, given: Sequence[str] | None = None) -> list[str]:
-    """So many prompts, those given or the model's, in turns."""
+    """`count` prompts, those given or the model's own, in turns."""
     texts = given or (THINGS if model == EMBEDDED else SCENES)
     return [texts[place % len(texts)] for place in range(count)]

@@ -33,18 +33,18 @@ class Spent:
     params: Mapping[str, float]
     macs: Mapping[str, float]
     seconds: Mapping[str, float]
-    """Of one call; empty where it was not timed."""
+    """Seconds of one call by unit; empty where it was not timed."""
     whole: Mapping[str, float]
-    """By metric: parameters, MACs and seconds of the UNet, those outside the units included."""
+    """Totals by metric: parameters, MACs and seconds of the UNet, outside the units as well."""
     fields: Mapping[str, Any]
-    """Of the records: latent size, samples a call, device."""
+    """Fields of the records: latent size, samples a call, device."""
 
     @property
     def blocks(self) -> list[str]:
         return [at for at in dict.fromkeys(map(get_block, self.kinds)) if at not in (STEM, HEAD)]
 
     def share(self, metric: str, block: str) -> float:
-        """Of a block in the whole UNet's parameters or MACs."""
+        """A block's share of the whole UNet's parameters or MACs."""
         numbers = {"params": self.params, "macs": self.macs}[metric]
         inside = sum(value for at, value in numbers.items() if get_block(at) == block)
         return inside / (self.whole[f"unet_{metric}"] or 1)

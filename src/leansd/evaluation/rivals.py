@@ -133,7 +133,7 @@ SHARES = {
 }
 """Times fewer steps, in long contests and in others."""
 OTHER_SHARES = {True: (1.4, 1.8, 2.3, 3.2), False: (1.8, 2.3, 3.2)}
-"""The same with other samplers."""
+"""Times fewer steps with other samplers."""
 
 
 CALLS = (5, 6, 7, 8, 9, 10, 12, 15)
@@ -305,7 +305,7 @@ def give_tgate(context: RivalContext) -> Iterable[Case]:
 
 
 def give_tgate_plans(context: RivalContext) -> Iterable[Case]:
-    """Its schedule as plans: without the package's caching of self-attention before the gate."""
+    """The schedule as plans: without the package's caching of self-attention before the gate."""
     for gate in list_gates(context):
         plan = preset("tgate", context.contest.steps, blocks=context.anatomy.up_blocks, gate=gate)
         yield make_case(context, plan, f"tgate {gate}, as a plan", "tgate-plan")
@@ -350,7 +350,7 @@ def apply_tgate(gate: int) -> Enter:
 # It makes every step cheaper rather than steps fewer, so it composes with all others.
 
 RATIO = 0.5
-"""Of tokens that are merged away, the package's own default."""
+"""The share of tokens that are merged away, the package's own default."""
 
 
 def give_tomesd(context: RivalContext) -> Iterable[Case]:

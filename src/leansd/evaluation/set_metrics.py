@@ -192,7 +192,7 @@ def measure_precision_and_recall(
 
 
 def square_distances(one: Tensor, two: Tensor) -> Tensor:
-    """Of every row of [n, d] to every row of [m, d], [n, m]."""
+    """Squared distances [n, m] of every row of [n, d] to every row of [m, d]."""
     sizes = one.square().sum(1)[:, None] + two.square().sum(1)
     return (sizes - 2 * one @ two.T).clamp_min_(0)
 
@@ -267,4 +267,4 @@ METRICS: dict[str, SetMetric] = {
         "embedded model's tiny CLIP, which knows emoji only.",
     ),
 }
-"""By the names that `--metrics` takes."""
+"""Metrics by the names that `--metrics` takes."""

@@ -18,12 +18,12 @@ from leansd.text import Table
 
 SPEEDS = (1.5, 2.0, 3.0)
 SLACK = 0.01
-"""Of speeds that are the same: ten calls of thirty and twenty forecasts take 0.1 % longer than ten
-steps, and no clock tells more."""
+"""The difference up to which speeds are the same: ten calls of thirty and twenty forecasts take
+0.1 % longer than ten steps, and no clock tells more."""
 MEASURED, PREDICTED = "speedup", "predicted_speedup"
 """How fast contestants are: by the clock, whose noise counts, or by what they compute."""
 FIELDS = ("task", "sampler", "steps", "guidance", "strength")
-"""That tell contests apart; a strength is told where it is not the usual one."""
+"""Fields that tell contests apart; a strength is told where it is not the usual one."""
 COLUMNS = {
     "PSNR": ("psnr", FULL, ".1f"),
     "to converged": ("psnr", CONVERGED, ".1f"),
@@ -34,7 +34,7 @@ COLUMNS = {
     "Fréchet (CLIP)": ("frechet", FULL, ".3f"),
     "Fréchet (CLIP), other seeds": ("frechet", OTHER_SEEDS, ".3f"),
 }
-"""Of the whole table: metric, reference and form."""
+"""Columns of the whole table: metric, reference and form."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Margin:
 
     @property
     def value(self) -> float | None:
-        """By how much ours is better."""
+        """The lead of ours over the rival, in dB."""
         if self.ours is None or self.rival is None:
             return None
         return self.ours.quality - self.rival.quality

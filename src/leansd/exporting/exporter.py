@@ -35,7 +35,7 @@ MERGED, FORGOTTEN = "condconv", "gri"
 """Replacements that a plain net can do without: kernels that can be merged, and an attention
 processor, which has no weights."""
 TIMESTEPS = 1000
-"""Of the noise schedule that UNets are trained on, all of which merged kernels have to serve."""
+"""Time steps of the noise schedule that UNets are trained on; merged kernels serve all of them."""
 
 
 def to_plain(unet: UNet2DConditionModel) -> UNet2DConditionModel:

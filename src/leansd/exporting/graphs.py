@@ -222,7 +222,7 @@ AXES = {
 }
 """The inputs that every graph may have, and their dimensions that are free."""
 ADDED = ("text_embeds", "time_ids")
-"""Those that SDXL's UNet takes as `added_cond_kwargs`."""
+"""The inputs that SDXL's UNet takes as `added_cond_kwargs`."""
 
 
 class GraphSection(torch.nn.Module):

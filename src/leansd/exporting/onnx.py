@@ -59,7 +59,7 @@ TRACED = (2, (11, 13))
 """Batch and size of the latents that graphs are traced at: no level of the UNet has equal sides,
 and none halves evenly, so that nothing is taken for a constant that is none."""
 CHECKED = ((1, (16, 24)), (3, (10, 15)))
-"""Those that every graph is checked at."""
+"""Batches and sizes that every graph is checked at."""
 TOLERANCE = 1e-3
 """The largest difference that is let through, in units of the tensor's largest value if above 1."""
 ALIGNMENT = 64

@@ -43,7 +43,7 @@ from leansd.unets import open_outline
 
 GIB = 2**30
 BYTES = {"no": 4, "bf16": 2}
-"""Of a number of a frozen net."""
+"""Bytes of a frozen net's number, by precision."""
 FULL = 4
 """Bytes of a float32: what trains is kept in it, whatever the precision."""
 MOMENTS = {"adamw": 2 * FULL, "adamw8bit": 2}
@@ -62,12 +62,12 @@ class StageCost:
     samples: int
     parameters: int
     trained: int
-    """Of the parameters."""
+    """Parameters that are trained."""
     teacher_macs: int
-    """Of one sample's forward; so is the next."""
+    """MACs of one sample's forward, here and of the student."""
     student_macs: int
     backward_macs: int
-    """Of one sample's way back."""
+    """MACs of one sample's backward."""
     weights: int
     """Bytes of teacher and student, gradients, optimizer and averages."""
     activations: int
@@ -79,12 +79,12 @@ class StageCost:
 
     @property
     def macs(self) -> int:
-        """Of one sample that both see."""
+        """MACs of one sample in both nets."""
         return self.teacher_macs + self.student_macs + self.backward_macs
 
     @property
     def all_macs(self) -> int:
-        """Of the whole stage."""
+        """MACs of the whole stage."""
         own = self.student_macs + self.backward_macs
         return self.taught * self.teacher_macs + self.samples * own
 
@@ -273,7 +273,7 @@ class KeptTensors:
     def __init__(self, net: nn.Module) -> None:
         self.own = {id(each) for each in net.parameters()}
         self.alive: dict[int, Tensor] = {}
-        """By id, which is a tensor's own as long as it lives."""
+        """Tensors by their id, which is theirs as long as they live."""
 
     def add(self, tensor: Tensor) -> Tensor:
         base = tensor if tensor._base is None else tensor._base

@@ -174,12 +174,12 @@ class StepOutputs:
     """[B, C, h, w]; so is `teacher`."""
     teacher: Tensor
     student_features: Features
-    """By the student's addresses, [B, C', h', w']."""
+    """Features by the student's addresses, [B, C', h', w']."""
     teacher_features: Features
-    """By the teacher's addresses."""
+    """Features by the teacher's addresses."""
 
     def drop_features(self) -> StepOutputs:
-        """The same without gradients and features: a picture's worth of numbers, to be kept."""
+        """The outputs without gradients and features: a picture's worth of numbers, to be kept."""
         return replace(
             self, student=self.student.detach(), student_features={}, teacher_features={}
         )
@@ -214,7 +214,7 @@ class LossContext:
     """What losses are built from."""
 
     lineage: Lineage
-    """Of the student, traced back to the teacher."""
+    """The student's origins in the teacher."""
     pairs: tuple[Pair, ...]
     """What is to be distilled: block ends, or all that leaves trained blocks."""
     projection: Tensor | None = None
@@ -358,7 +358,7 @@ LOSSES: Mapping[str, Callable[..., Loss]] = {
 
 
 def pick_pairs(context: LossContext, at: str | Sequence[str] | None) -> tuple[Pair, ...]:
-    """Those of a context under addresses or globs of the student.
+    """The pairs of a context under addresses or globs of the student.
 
     Raises:
         LeansdError: nothing is compared there.

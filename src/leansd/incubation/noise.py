@@ -20,12 +20,12 @@ Parts = tuple[int | str, ...]
 
 
 def hash_repr(parts: Parts) -> bytes:
-    """Of noise, and of latents that are random."""
+    """The hash for noise, and for latents that are random."""
     return blake2b(repr(parts).encode(), digest_size=8).digest()
 
 
 def hash_words(parts: Parts) -> bytes:
-    """Of data: what a cache holds and a run has seen follows from it."""
+    """The hash for data: what a cache holds and a run has seen follows from it."""
     return sha256(" ".join(map(str, parts)).encode()).digest()[:8]
 
 
@@ -70,7 +70,7 @@ def draw_noise(
 
 
 Mix = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""Of two tensors [B, C, h, w], and the shares of signal and noise [B, 1, 1, 1]."""
+"""A mix of two tensors [B, C, h, w] by the shares of signal and noise [B, 1, 1, 1]."""
 
 TARGETS: dict[str, Mix] = {
     "epsilon": lambda clean, noise, signal, deviation: noise,
@@ -96,7 +96,7 @@ class DiffusionSchedule:
 
     @classmethod
     def read(cls, scheduler: Any) -> DiffusionSchedule:
-        """That of any diffusers scheduler.
+        """The schedule of a diffusers scheduler.
 
         Raises:
             LeansdError: it is none of variance-preserving diffusion.
@@ -114,7 +114,7 @@ class DiffusionSchedule:
         return len(self.alphas)
 
     def to(self, device: torch.device | str) -> DiffusionSchedule:
-        """The same on another device."""
+        """The schedule on another device."""
         return DiffusionSchedule(self.alphas.to(device), self.prediction)
 
     def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ def open_net(folder: Path) -> StageNet:
 
 
 def outline_net(folder: Path) -> StageNet:
-    """The same on the meta device, for counting."""
+    """A saved net's outline on the meta device, for counting."""
     return StageNet(load_outline(folder), *_read_origin(folder))
 
 
@@ -287,7 +287,7 @@ class TeacherUNet:
     def __call__(
         self, noised: Tensor, timesteps: Tensor, text: Tensor, added: Mapping[str, Tensor]
     ) -> tuple[Tensor, Features]:
-        """As a student's forward."""
+        """The student's output and features."""
         dtype = self.unet.dtype
         added = {name: tensor.to(dtype) for name, tensor in added.items()}
         with self._taps.watching() as features:

@@ -88,10 +88,10 @@ class StageLog:
 
     name: str
     steps: int
-    """That it is to take."""
+    """The steps that the stage is to take."""
     rows: tuple[LogRow, ...]
     psnr: Mapping[int, float]
-    """Of the student's pictures to the teacher's, in dB, by step."""
+    """PSNR of the student's pictures to the teacher's, in dB, by step."""
     grids: Mapping[int, Path]
     """Files of their pictures, the teacher's above, by step."""
 
@@ -117,7 +117,7 @@ class TrainingLog:
     state: RunState
     stages: tuple[StageLog, ...]
     prompts: tuple[str, ...] = ()
-    """Of the pictures on the way."""
+    """Prompts of the pictures on the way."""
 
     @property
     def starts(self) -> dict[str, int]:

@@ -159,7 +159,7 @@ class Position:
     row: int = 0
     """Steps skipped since the last good one."""
     sums: Mapping[str, float] = field(default_factory=dict[str, float])
-    """Of what was not logged yet, over `count` steps."""
+    """Sums of what was not logged yet, over `count` steps."""
     count: int = 0
 
 

@@ -20,10 +20,10 @@ from leansd.emoji.location import model_folder
 from leansd.errors import LeansdError
 
 CONVOLUTIONS = (2, 2, 3, 3, 3)
-"""By stage; a stage ends before the pooling that halves the picture."""
+"""Convolutions by stage; a stage ends before the pooling that halves the picture."""
 STAGES = len(CONVOLUTIONS)
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet's channels in [0, 1], which its VGG was trained with."""
+"""Mean and deviation of ImageNet's channels in [0, 1], which VGG was trained with."""
 IMAGENET, EMOJI, RANDOM = "imagenet", "emoji", "random"
 RANDOM_WIDTHS = (8, 16, 32, 32, 32)
 _KERNEL = re.compile(r"features\.(\d+)\.weight")

@@ -127,7 +127,7 @@ class _Trace:
         self._guides = guides
         self._net: Net | None = None
         self._computed_at: dict[tuple[str, Lane], tuple[int, ...]] = {}
-        """By name among all nets: the calls, latest first."""
+        """Calls that computed something, by its name among all nets and its lane; latest first."""
         self._inherits = False
         """Whether the head was inherited since it was last computed."""
 

@@ -129,11 +129,11 @@ def _draw_ruler(steps: int) -> str:
 # -- picture -----------------------------------------------------------------------------------
 
 WIDTH = 400.0
-"""Of a picture, in points: what a phone shows without scrolling."""
+"""Width of a picture, in points: what a phone shows without scrolling."""
 LINE = 6.6
 MARGINS = {"left": 52.0, "right": 6.0, "top": 4.0, "bottom": 58.0}
 POINT = 72
-"""Of an inch."""
+"""Points of an inch."""
 TEXT = 8.5
 PAPER, SOFT = "#ffffff", "#5a606c"
 

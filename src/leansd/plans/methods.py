@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 ALL = sys.maxsize
-"""As a depth: every output computed so far in the run."""
+"""A depth: every output computed so far in the run."""
 
 Axis = Literal["log_snr", "call"]
 """Along what outputs are placed: log(signal power / noise power), or the number of the call."""
@@ -111,11 +111,11 @@ class Method:
     """How many computed outputs it draws on, at most."""
     weights: Weights
     mark: str
-    """Of a cell in a text grid, one character."""
+    """The character of a cell in a text grid."""
     label: str
     """In legends."""
     colour: str
-    """Of a cell in a picture, on white."""
+    """The colour of a cell in a picture, on white."""
     dark: str
     """On a dark page."""
     axis: Axis = "log_snr"
@@ -157,7 +157,7 @@ METHODS: dict[str, Method] = {
         axis="call", is_exact=False,
     ),
 }  # fmt: skip
-"""By the word that plans say."""
+"""Ways by the word that plans have for them."""
 
 
 class Correction(NamedTuple):
@@ -167,9 +167,9 @@ class Correction(NamedTuple):
     """
 
     line: float = 0.0
-    """Of the forecast by the line through the last two outputs computed before."""
+    """Weight of the forecast by the line through the last two outputs computed before."""
     last: float = 0.0
-    """Of the last of them as it was."""
+    """Weight of the last output computed before, as it was."""
 
     @property
     def lead(self) -> float:
@@ -177,7 +177,7 @@ class Correction(NamedTuple):
         return 1 + self.line + self.last
 
     def weights(self, now: float, then: Sequence[float]) -> tuple[float, ...]:
-        """Those of the outputs before, by their log-SNR, latest first."""
+        """The weights of the outputs before, by their log-SNR, latest first."""
         first, *others = (-self.line * weight for weight in lagrange(now, then))
         return (first - self.last, *others)
 
@@ -190,7 +190,7 @@ class Correction(NamedTuple):
         return list(self) if any(self) else []
 
     def encode(self) -> object:
-        """As in plan files."""
+        """The values in plan files."""
         return [float(each) for each in self]
 
 
@@ -209,7 +209,7 @@ class Mix(NamedTuple):
     start: float = 0.0
     guided: tuple[float, ...] = (1.0,)
     difference: tuple[float, ...] = ()
-    """As many as of `guided`; none of a plan for runs without guidance."""
+    """Weights of differences, as many as of `guided`; none in a plan for runs without guidance."""
 
     @property
     def numbers(self) -> tuple[float, ...]:
@@ -220,7 +220,7 @@ class Mix(NamedTuple):
         return [[self.start, list(self.guided), list(self.difference)]]
 
     def encode(self) -> object:
-        """As in plan files."""
+        """The values in plan files."""
         told: dict[str, object] = {"start": float(self.start)}
         told["guided"] = [float(each) for each in self.guided]
         if self.difference:

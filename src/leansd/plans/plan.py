@@ -40,9 +40,9 @@ from leansd.text import suggest_name
 NO_NETS: Mapping[str, Anatomy] = MappingProxyType({})
 FORMAT = "leansd-plan"
 VERSION = 2
-"""Of the file format; a change that an older reader would not understand raises it."""
+"""The version of the file format; a change that older readers would not understand raises it."""
 PLAIN_VERSION = 1
-"""Of the files of plans without mixes and noise levels: every reader understands them."""
+"""The version of files without mixes and noise levels: every reader understands them."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Tuned:
     log_snr: tuple[float, ...] = ()
     """At every step of the sampler's run; nothing where it was not noted."""
     strength: float | None = None
-    """Of image-to-image; None of runs from the first step on, or where it was not noted."""
+    """The strength of image-to-image; None from the first step on, or where it was not noted."""
 
     @property
     def share(self) -> float | None:

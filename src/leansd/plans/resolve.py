@@ -86,23 +86,23 @@ class PlanContext:
     """
 
     steps: int | None = None
-    """Of the sampler; None for those of the plan file, or `STEPS`."""
+    """The sampler's steps; None for those of the plan file, or `STEPS`."""
     sampler: str = ""
-    """Its short name, or its scheduler's class where it has none."""
+    """The sampler's short name, or its scheduler's class where it has none."""
     scheduler: str = ""
     """The class of its scheduler."""
     anatomy: Anatomy | None = None
-    """Of the pipeline's UNet; a plan is then checked against it."""
+    """The anatomy of the pipeline's UNet; a plan is then checked against it."""
     blocks: int = 4
     """How many up blocks the UNet has, where there is no anatomy."""
     nets: Mapping[str, Anatomy] = field(default_factory=dict[str, Anatomy])
-    """Of the other UNets that a plan may run, by name."""
+    """The anatomies of other UNets that a plan may run, by name."""
     guidance: float | None = None
     """Guidance scale."""
     strength: float | None = None
     """How much of its steps a run has: of image-to-image its strength, 1 of text-to-image."""
     log_snr: Sequence[float] = ()
-    """Of the run that is to follow the plan, at every step; nothing where it is not known yet."""
+    """The noise level at every step of the run; empty where it is not known yet."""
     find_unet: Callable[[], str | None] | None = None
     """Gives the fingerprint of the UNet's weights; asked only of a plan tuned for certain ones."""
 

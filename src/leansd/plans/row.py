@@ -41,7 +41,7 @@ Attend = Literal["full", "gri"]
 ATTENDS: tuple[Attend, ...] = get_args(Attend)
 
 Gates = Mapping[str, Attend]
-"""By address; of a row also by glob, where a later entry overrules an earlier one."""
+"""Gates by address; in a row by glob, too, where a later entry overrules an earlier one."""
 
 SELF_ATTENTION = "self-attention"
 """The kind of part that can be gated."""
@@ -49,7 +49,7 @@ SELF_ATTENTION = "self-attention"
 CELL = 2
 """Side of GRI's cells in tokens."""
 REGIONS = CELL * CELL
-"""Its regional pictures, one for each place in a cell."""
+"""Regional pictures of GRI, one for each place in a cell."""
 
 OWN = ""
 """What the pipeline's own UNet is called among the nets of a plan."""
@@ -195,7 +195,7 @@ def _select(step: int, pattern: str, anatomy: Anatomy) -> Selection:
 # -- drift: a plan with one is a frame ---------------------------------------------------------
 
 SAMPLE = "sample"
-"""As a probe: the latents that the UNet is given, known before anything is computed."""
+"""The probe that is the UNet's input: known before anything is computed."""
 
 Measure = Literal["change", "predicted"]
 """What is compared with the threshold; both are relative, in sums of absolute values.

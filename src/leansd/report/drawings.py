@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH = 400.0
-"""Of drawings, in points: what a phone shows without scrolling."""
+"""Width of drawings, in points: what a phone shows without scrolling."""
 LEVELS = 12
 """Strengths of a heat map's colour."""
 KINDS = {"resnet": "compute", "transformer": "reuse", "": "soft"}
@@ -140,9 +140,9 @@ def draw_bars(
 # -- a UNet as a U -------------------------------------------------------------------------------
 
 SIDE, GAP, STEP = 17.0, 3.0, 46.0
-"""Of a unit, between layers, between levels; in points."""
+"""Points of a unit, between layers, between levels."""
 INDENT = 22.0
-"""Of each level."""
+"""Points of each level."""
 
 
 def draw_shape(

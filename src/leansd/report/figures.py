@@ -50,7 +50,7 @@ LIGHT = {name: light for name, (light, _) in get_colours().items()}
 SERIES = tuple(name for name in COLOURS if name.startswith("series-"))
 """For curves of one plot, most easily told apart first."""
 SHAPES = ("o", "s", "^", "D", "v", "P", "X", "<")
-"""Of points, beside the colours: who cannot tell colours apart can tell these."""
+"""Shapes of points, beside the colours: for who cannot tell colours apart."""
 
 
 def name_colours() -> dict[str, str]:

@@ -59,7 +59,7 @@ class Drawing:
     """One figure; `alt` says in words what it shows."""
 
     name: str
-    """Of its files; no other drawing of the report has it."""
+    """The name of its files; no other drawing of the report has it."""
     figure: Figure
     alt: str
     caption: str = ""
@@ -128,7 +128,7 @@ class ReportPage:
     reload: int = 0
     """Seconds after which the page opens itself again; 0 for never."""
     drawings: tuple[Drawing, ...] = field(init=False)
-    """Of all sections."""
+    """The drawings of all sections."""
 
     def __post_init__(self) -> None:
         charts = [section for section in self.sections if isinstance(section, Chart)]

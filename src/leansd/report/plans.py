@@ -102,7 +102,7 @@ class PicturePair:
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """Of the whole call, in full and by the plan."""
+        """Seconds of the whole call, in full and by the plan."""
         assert self.full.timing is not None
         assert self.planned.timing is not None
         return self.full.timing.median, self.planned.timing.median

@@ -191,7 +191,7 @@ class AdaptiveCall:
     def __init__(self, samples: Sequence[SampleCall], drift: Drift) -> None:
         self._samples = samples
         self._here = samples
-        """Those whose rows are in the arguments of the module that runs."""
+        """The samples whose rows are in the arguments of the module that runs."""
         self.writable = False
         self.compiles = False
         self.apart: Lane | None = None

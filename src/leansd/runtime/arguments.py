@@ -16,7 +16,7 @@ from leansd.plans.anatomy import HEAD, Anatomy
 ARGUMENTS = tuple(inspect.signature(UNet2DConditionModel.forward).parameters)[1:]
 """Names of the arguments of a UNet, in their order."""
 POSITIONAL = ("sample", "timestep", "encoder_hidden_states")
-"""Those that are handed on by position, as hooks of others expect them."""
+"""Arguments that are handed on by position, as hooks of others expect them."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class UNetArguments:
     """The arguments of one UNet call, read once."""
 
     named: Mapping[str, Any]
-    """Those that were given, by name."""
+    """The arguments that were given, by name."""
 
     @classmethod
     def bind(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> UNetArguments:

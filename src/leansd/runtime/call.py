@@ -75,10 +75,10 @@ class CacheBranch(History):
     def __init__(self) -> None:
         super().__init__()
         self.shapes: dict[str, dict[str, Shape]] = {}
-        """Of what units and parts give, for each net."""
+        """Shapes of what units and parts give, for each net."""
         self._signature: CallSignature | None = None
         self._rest: CallSignature | None = None
-        """That of the unconditional calls, where a pipeline makes them apart."""
+        """The signature of the unconditional calls, where a pipeline makes them apart."""
 
     def find_break(self, index: int, signature: CallSignature) -> str:
         """Why the call `index` cannot go on from the one before, in words; empty where it can."""

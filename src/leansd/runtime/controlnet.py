@@ -55,7 +55,7 @@ class ControlResiduals:
 
     stats: RunStats
     branches: dict[int, _Residuals] = field(default_factory=dict[int, _Residuals])
-    """By the place of the call in its step: guidance branches may be called apart."""
+    """Residuals by the place of the call in its step: guidance branches may be called apart."""
     index: int = -1
     ordinal: int = 0
     replay: Callable[[], Any] | None = None
@@ -101,7 +101,7 @@ class ControlHook:
         self._anatomy = anatomy
         self._find_follower = find_follower
         self.followers: tuple[Any, ...] = ()
-        """Those whose pipelines have the ControlNet."""
+        """The followers whose pipelines have the ControlNet."""
         self.hooks = ForwardHooks({"control": controlnet}, self._around)
 
     def _around(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

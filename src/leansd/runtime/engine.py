@@ -49,7 +49,7 @@ class Place(NamedTuple):
     """Where a hooked module hangs, so that another one in its place is noticed."""
 
     children: Mapping[str, nn.Module | None]
-    """Those of the module above it, by name."""
+    """The children of the module above it, by name."""
     name: str
     child: nn.Module | None
 
@@ -109,7 +109,7 @@ class Engine:
         return True
 
     def _list_paths(self) -> dict[str, str]:
-        """By name, the paths of the modules to hook; that of the UNet itself is empty."""
+        """Paths of the modules to hook, by name; that of the UNet itself is empty."""
         paths = {UNET: ""}
         paths.update((block, path) for block, (path, _, _) in self._blocks.items())
         paths.update((unit.at, unit.path) for unit in (*self.anatomy.units, *self.anatomy.parts))
@@ -320,9 +320,9 @@ def _list_block_outputs(
 # -- the registry: which UNets and ControlNets are hooked, and for whom ----------------------------
 
 _ENGINES: WeakValueDictionary[int, Engine] = WeakValueDictionary()
-"""By the id of the UNet, which the engine keeps alive."""
+"""Engines by the id of their UNet, which they keep alive."""
 _CONTROLS: WeakValueDictionary[int, ControlHook] = WeakValueDictionary()
-"""By the id of the ControlNet, which the hook keeps alive."""
+"""Hooks by the id of their ControlNet, which they keep alive."""
 ANCHOR = "_leansd_engine"
 """Where a UNet keeps the engine that has compiled it."""
 
@@ -401,13 +401,13 @@ def _call_inside(
 
 
 def list_followers(unet: nn.Module) -> tuple[Follower, ...]:
-    """Who follows a plan with the calls of a UNet."""
+    """The followers that a UNet's calls have."""
     engine = _ENGINES.get(id(unet))
     return engine.followers if engine is not None else ()
 
 
 def find_followers(pipe: Any | None, unet: nn.Module | None) -> list[Follower]:
-    """Those of a pipeline, whatever UNet they hooked, or without one those of a bare UNet."""
+    """The followers of a pipeline, whatever UNet they hooked; without one, of a bare UNet."""
     engines = list(_ENGINES.values())
     every = [each for engine in engines for each in engine.followers if each.pipe is pipe]
     return [each for each in every if pipe is not None or each.unet is unet]

@@ -25,7 +25,7 @@ class FiniteWatch:
         self._sums.append(tensor.detach().sum(dims, dtype=precise))
 
     def read(self) -> list[list[bool]]:
-        """Of every tensor, which of its rows are finite; waits for the device, once."""
+        """Which rows of every tensor are finite; waits for the device, once."""
         if not self._sums:
             return []
         home = self._sums[0].device

@@ -112,7 +112,7 @@ def run_step(step: UNetStep, arguments: UNetArguments, forward: Callable[..., An
 
 
 def _run_lanes(step: UNetStep, arguments: UNetArguments, forward: Callable[..., Any]) -> Any:
-    """The same, not yet corrected."""
+    """The output of the lanes, not yet corrected."""
 
     def run(given: UNetArguments) -> Any:
         if step.skips_unet:

@@ -192,7 +192,7 @@ class ForwardHooks:
         self._patched: dict[str, PatchedMethod] = {}
         self._released: dict[str, PatchedMethod] = {}
         self._held: list[tuple[dict[str, Any], PatchedMethod]] = []
-        """The same, with the attributes of their modules."""
+        """The patched methods, with the attributes of their modules."""
         self.renew(modules)
 
     def renew(self, modules: Mapping[str, nn.Module]) -> None:

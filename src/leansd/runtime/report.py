@@ -31,7 +31,7 @@ class Report:
     plan: Plan
     calls: int
     full_calls: int
-    """Of these, those that computed the whole of the net that ran."""
+    """The UNet calls that computed the whole of the net that ran."""
     computed: int
     inherited: int
     idle: int
@@ -52,7 +52,7 @@ class Report:
     guarded: int = 0
     """Under a plan with a drift: calls at which it inherits, counted once for each picture."""
     drifted: int = 0
-    """Of these, those that were computed in full because the picture had drifted too far."""
+    """Guarded calls that were computed in full because the picture had drifted too far."""
     gated: int = 0
     """Calls in which the plan had self-attentions computed otherwise than the UNet has them."""
     switched: int = 0
@@ -108,7 +108,7 @@ class RunStats:
         self.forced: Counter[str] = Counter()
         self.outputs = FiniteWatch()
         self.places: list[tuple[int, int]] = []
-        """Of every output that was looked at: how many calls there were, and the step."""
+        """Places of every output that was looked at: how many calls there were, and the step."""
         self.dtype = torch.float32
         self.bytes_kept = 0
         self.size = (0, 0)

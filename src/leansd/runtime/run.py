@@ -68,7 +68,7 @@ class Run:
     stats: RunStats
     residuals: ControlResiduals
     branches: dict[int, CacheBranch] = field(default_factory=dict[int, CacheBranch])
-    """By the place of the call in its step."""
+    """Caches by the place of the call in its step."""
     index: int = -1
     ordinal: int = 0
     begun: bool = False
@@ -127,7 +127,7 @@ class _ThreadState(threading.local):
         self.clock: Clock | None = None
         self.run: Run | None = None
         self.outer: list[tuple[int, Clock | None, Run | None]] = []
-        """Of the calls that wait for the innermost one."""
+        """The states of the calls that wait for the innermost one."""
 
 
 class Follower:
@@ -149,7 +149,7 @@ class Follower:
         self.nets = nets
         """The UNets that its plan may run besides."""
         self.compile_options = compile_options
-        """Of `torch.compile`; None where nothing is compiled."""
+        """Options of `torch.compile`; None where nothing is compiled."""
         self.wrapper = wrapper
         """What `torch.compile` has made of the UNet, where the pipeline calls that."""
         self.bypass: PatchedMethod | None = None
@@ -160,7 +160,7 @@ class Follower:
         self.last: RunStats | None = None
         """Counts of the last run."""
         self.watches: tuple[UNetWatch, ...] = ()
-        """Of the UNets that it may run, its own first, while it is attached."""
+        """Watches of the UNets that it may run, its own first, while it is attached."""
         self._outside = RunStats(source if isinstance(source, Plan) else Plan.full(1))
         self._state = _ThreadState()
         self._warned: set[str] = set()

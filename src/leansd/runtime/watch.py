@@ -216,7 +216,7 @@ class CallSignature:
     """Shape, type and device of the sample, and whether the pipeline guides."""
     conditions: Conditions
     states: tuple[UNetState, ...]
-    """Of the UNets that the plan runs."""
+    """States of the UNets that the plan runs."""
     guidance: float | None = None
     """The guidance scale, where the plan drops guidance: elsewhere the pipeline applies it."""
 

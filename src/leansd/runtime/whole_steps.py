@@ -48,7 +48,7 @@ class WholeRun:
         """How the transformer gives an output where not in a tuple."""
         self._index, self._ordinal = -1, 0
         self._conditions: dict[int, list[Any]] = {}
-        """Of the last step's calls: held, so that no other tensor gets the identity of one."""
+        """Conditions of the last step's calls: held, so that none of another gets its identity."""
 
     def make_key(self, index: int, named: Mapping[str, Any]) -> Hashable:
         """Which of the calls of a step it is, and with what conditions."""
@@ -83,12 +83,12 @@ class WholeStepFollower:
     def __init__(self, pipe: Any, transformer: nn.Module, source: Source) -> None:
         self.pipe, self.source, self.transformer = pipe, source, transformer
         self._arguments = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
-        """Their names, the latents' first."""
+        """Names of the transformer's arguments, the latents' first."""
         self.thread: int | None = None
-        """Of the `with` block; a pipeline is one thread's at a time."""
+        """The thread of the `with` block; a pipeline is one thread's at a time."""
         self.last: WholeRun | None = None
         self._runs: dict[tuple[int, int], WholeRun] = {}
-        """By thread, and by how many calls of the pipeline lie within one another there."""
+        """Runs by thread, and by how many calls of the pipeline lie within one another there."""
         self._hooks: ForwardHooks | None = None
         self._end: PatchedMethod | None = None
         self._warned: set[str] = set()
@@ -240,9 +240,9 @@ def _stack(rows: Any) -> torch.Tensor | None:
 
 _LOCK = threading.Lock()
 _ATTACHED: dict[int, WholeStepFollower] = {}
-"""By the id of the pipeline, which its follower keeps alive."""
+"""Followers by the id of their pipeline, which they keep alive."""
 
 
 def find_whole_follower(pipe: Any) -> WholeStepFollower | None:
-    """Who follows a plan with a pipeline's transformer."""
+    """The follower that a pipeline's transformer has."""
     return _ATTACHED.get(id(pipe))

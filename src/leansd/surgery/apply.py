@@ -45,9 +45,9 @@ class Operation:
     build: BuildConfig
     lineage: Lineage
     donors: Mapping[str, Donor]
-    """By tensor of the finished net before anything is replaced."""
+    """Donors by tensor of the finished net before anything is replaced."""
     bare: AddressedUNet
-    """That net, on the meta device."""
+    """The net before anything is replaced, on the meta device."""
     outline: UNet2DConditionModel
     """The finished net, on the meta device."""
 
@@ -156,7 +156,7 @@ def map_tensors(
 def _map_prefixes(
     anatomy: Anatomy, lineage: Lineage, nets: Mapping[str, AddressedUNet]
 ) -> dict[str, tuple[str, Donor]]:
-    """By module path of the student: address, and where in which net it comes from."""
+    """Address and donor by the student's module path."""
     prefixes: dict[str, tuple[str, Donor]] = {}
     for at, origin in lineage.origins.items():
         theirs = nets[origin.net].anatomy.by_address
@@ -195,7 +195,7 @@ def _explain(at: str, donor: Donor, found: torch.Tensor | None, wanted: torch.Te
 
 
 def _check_outline(blueprint: Blueprint, anatomy: Anatomy) -> None:
-    """That what was built is what the blueprint says, unit for unit."""
+    """Check that what was built is what the blueprint says, unit for unit."""
     for piece, unit in zip(blueprint.pieces, anatomy, strict=False):
         wanted = piece.unit
         if (wanted.at, wanted.kind, wanted.channels, wanted.reads) != (

@@ -66,20 +66,20 @@ class Piece:
     """One unit of a blueprint."""
 
     place: str
-    """Its address in the net that is operated on."""
+    """The address in the net that is operated on."""
     origin: Origin
     unit: Unit
-    """Its row: that of the origin first, and once laid out that of the finished net."""
+    """The unit's row: that of the origin first, and once laid out that of the finished net."""
     skip: int
     """How many of the channels that it takes come by a skip."""
     parts: tuple[str, ...]
-    """Its parts' addresses in the origin that are kept, `dn0.l1.attn.t0.sa`."""
+    """Addresses of the parts that are kept, in the origin, `dn0.l1.attn.t0.sa`."""
     replaced: tuple[Replaced, ...] = ()
     """What stands in its place, or in a part's; addresses are the origin's."""
 
     @property
     def at(self) -> str:
-        """Its address in the finished net, once it is laid out."""
+        """The address in the finished net, once it is laid out."""
         return self.unit.at
 
     @property

@@ -48,7 +48,7 @@ class LightUNet2DConditionModel(UNet2DConditionModel):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, sample: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        """As any UNet's; what depends on the size of the latents [B, C, H, W] knows it."""
+        """A UNet's forward; what depends on the size of the latents [B, C, H, W] knows it."""
         height, width = sample.shape[-2:]
         return call_at_size((height, width), super().forward, sample, *args, **kwargs)
 

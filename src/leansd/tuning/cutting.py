@@ -202,7 +202,7 @@ class Cut:
     predicted_error: float
     """Sum of the errors of what goes."""
     measured_error: float
-    """Of the UNet without all of it: squared error of the guided output over the output."""
+    """Error of the UNet without all of it: squared error of the guided output over the output."""
     removals: tuple[Removal, ...]
     candidates: tuple[CutCandidate, ...]
     front: tuple[tuple[float, float], ...] = field(repr=False)

@@ -134,7 +134,7 @@ class _Watch:
         return output
 
     def read_sums(self) -> dict[tuple[tuple[str, Any], ...], tuple[float, float]]:
-        """By the fields of a record: squares of a difference, and of what it is relative to."""
+        """By fields of a record, sums: squares of a difference, and of what it is relative to."""
         both = [torch.as_tensor(each) for pair in self._sums.values() for each in pair]
         values = torch.stack(both).tolist() if both else []
         return dict(zip(self._sums, zip(values[::2], values[1::2], strict=True), strict=True))

@@ -27,9 +27,9 @@ class Point:
 
     plan: Plan
     speedup: float
-    """Of the whole pipeline call, predicted from this machine's profile."""
+    """The speed-up of the whole pipeline call, predicted from this machine's profile."""
     milliseconds: float
-    """Of the whole call, predicted."""
+    """Milliseconds of the whole call, predicted."""
     psnr: float
     """In dB against the full run, on calls that had no part in the tuning."""
 
@@ -56,7 +56,7 @@ class Front:
     """What was tuned: the UNet, by its `fingerprint_module`."""
     sampler: str
     steps: int
-    """Of the full run that all is compared with."""
+    """Steps of the full run that all is compared with."""
     points: tuple[Point, ...]
     """Slowest first."""
     dominated: tuple[Point, ...] = ()

@@ -1,4 +1,4 @@
-"""Who draws for a tuning: runs to watch and steer, the sampler's answer to them; and pipelines.
+"""Hosts that draw for a tuning: runs to watch and steer, the sampler's response, pipelines.
 
 Pipelines of diffusers are one host; a node in another program can be one, too.
 """
@@ -116,7 +116,7 @@ class Host(Protocol):
 
     @property
     def anatomy(self) -> Anatomy:
-        """Of the denoiser that plans are for."""
+        """The anatomy of the denoiser that plans are for."""
         ...
 
     @property

@@ -68,7 +68,7 @@ class MixConfig:
 
     iterations: int = 60
     rate: float = 7e-4
-    """Of Adam; how far a row moves the latents an iteration, root mean square."""
+    """The rate of Adam: how far a row moves the latents an iteration, root mean square."""
     warm_up: int = 5
     batch: int = 8
     lanes: bool = True
@@ -134,7 +134,7 @@ class Spending:
 
 
 OPEN_SHARE = 0.15
-"""Of what a call keeps, the most that is open at once where every layer is computed again."""
+"""The largest share of what a call keeps that is open at once, where layers are recomputed."""
 
 
 def choose_spending(
@@ -394,11 +394,11 @@ class PlanMixer:
 
     host: PipelineHost
     calls: Sequence[PipelineCall]
-    """Those that mixes are fitted on, and the last third of them checked."""
+    """The calls that mixes are fitted on; the last third of them checks."""
     seed: int
-    """Of the first of them."""
+    """The seed of the first call."""
     steps: int
-    """Of the full run."""
+    """Steps of the full run."""
     journal: Journal
     config: MixConfig = field(default_factory=MixConfig)
 

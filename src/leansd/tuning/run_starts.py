@@ -40,7 +40,7 @@ class RunStart:
     """The arguments of its first UNet call; tensors have a row for each lane."""
     lanes: int
     scale: float
-    """Of guidance; 1 where there is one lane."""
+    """The guidance scale; 1 where there is one lane."""
     goal: Tensor
     """What the run ended with, [C, H, W]."""
 

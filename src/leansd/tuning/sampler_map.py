@@ -27,7 +27,7 @@ from leansd.runtime.clock import lay_out_run, read_schedule
 
 Matrix: TypeAlias = np.ndarray
 DIGITS = 9
-"""That weights have in plans."""
+"""Digits of weights in plans."""
 
 
 @dataclass(frozen=True, eq=False)

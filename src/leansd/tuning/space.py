@@ -71,7 +71,7 @@ class Variant:
         return self.guidance == "forecast"
 
     def leave_out(self) -> Variant:
-        """The same without what it forecasts: how wrong that is depends on no other key step."""
+        """The variant without what it forecasts: how wrong that is depends on no other key step."""
         return replace(self, guidance="drop") if self.forecasts else self
 
 
@@ -219,7 +219,7 @@ class Candidate:
         return [each for each in moved if np.isfinite(each.error)]
 
     def move(self, segments: tuple[Segment, ...]) -> Candidate:
-        """The same kind of plan with other segments."""
+        """A plan of the same kind with other segments."""
         error, keys = 0.0, ()
         for segment in segments:
             keys = (*keys, segment.key)[-MEMORY:]

@@ -259,7 +259,7 @@ def _solve(normal: torch.Tensor, target: torch.Tensor) -> tuple[float, float]:
 
 
 NUDGE = 0.1
-"""By how much a correction is moved to see what it does."""
+"""How far a correction is moved to see what it does."""
 DAMPINGS = (0.01, 0.1, 1.0)
 SLOPE_CALLS = 4
 """Derivatives are taken on so many calls; all decide whether they led anywhere."""

@@ -228,7 +228,7 @@ class Tuning:
     fitted: Sequence[PipelineCall]
     """The calls that plans are tuned on."""
     checked: Sequence[PipelineCall]
-    """Those that decide."""
+    """The calls that decide."""
     cost: CostModel
     """What a call costs there."""
     journal: Journal

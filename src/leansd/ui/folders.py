@@ -192,7 +192,7 @@ class Numbers(BaseModel):
     low: float
     high: float
     predicted: float | None = None
-    """Of the UNet, by its multiply-accumulates; None where they could not be counted."""
+    """Speed-up of the UNet by its multiply-accumulates; None where they could not be counted."""
     psnr: float
     ssim: float
     calls: int

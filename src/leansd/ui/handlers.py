@@ -213,7 +213,7 @@ class Handlers:
             raise LeansdError(explain_validation(error)) from None
 
     def read_own_settings(self, model: KnownModel, given: Given) -> Settings:
-        """The same for a model that was just chosen: its guidance, and a sampler that suits it."""
+        """Settings of a model that was just chosen: its guidance, and a sampler that suits it."""
         sampler = given[self.parts.sampler]
         sampler = sampler if sampler in model.samplers else OWN_SAMPLER
         return self.read_settings(given, guidance=model.guidance, sampler=sampler)

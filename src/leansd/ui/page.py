@@ -37,7 +37,7 @@ class Parts(SimpleNamespace):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """By the names of `folders.Settings`."""
+        """Components by the names of `folders.Settings`."""
         names = ("model", "prompt", "negative", "seed", "steps", "sampler", "guidance")
         return {name: getattr(self, name) for name in names}
 

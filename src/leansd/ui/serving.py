@@ -27,7 +27,7 @@ from leansd.ui.page import ASSETS, CLOSE_LISTS, lay_out
 from leansd.ui.studio import Studio
 
 MOST_UPLOADED = "1mb"
-"""Of a plan file; nothing else is uploaded."""
+"""The largest plan file; nothing else is uploaded."""
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif"]
 MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 

@@ -56,9 +56,9 @@ class KnownModel:
     """The class of what denoises."""
     params: int
     sampler: str
-    """Of the model itself."""
+    """The model's own sampler."""
     samplers: tuple[str, ...]
-    """Those that suit it."""
+    """The samplers that suit it."""
     guidance: float
     size: tuple[int, int]
     profiled: Profiled | None = None
@@ -84,9 +84,9 @@ class Forecast:
     """Full run's over this run's multiply-accumulates in the UNet, or calls of a transformer; None
     where not counted."""
     run: float | None = None
-    """Of the whole pipeline call, where it was profiled here."""
+    """Speed-up of the whole pipeline call, where it was profiled here."""
     seconds: float | None = None
-    """Of the whole pipeline call, where it was profiled here."""
+    """Seconds of the whole pipeline call, where it was profiled here."""
 
 
 @dataclass

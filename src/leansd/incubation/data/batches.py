@@ -36,7 +36,7 @@ class Conditioning:
     """SDXL's `text_embeds`, [M, P]."""
 
     def float(self) -> Conditioning:
-        """The same in single precision."""
+        """The conditions in single precision."""
         return Conditioning(self.text.float(), {k: rows.float() for k, rows in self.added.items()})
 
     def pack(self, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -65,7 +65,7 @@ class Batch:
         return self.latents.shape[0]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same on another device."""
+        """The batch on another device."""
         latents, text = send(self.latents, device), send(self.text, device)
         added = {name: send(rows, device) for name, rows in self.added.items()}
         return Batch(latents, text, added, self.keys, self.group)
@@ -157,7 +157,7 @@ class Stream:
         self.source, self.samples, self.seed = source, samples, seed
         self.rank, self.world = rank, world
         self.place = place
-        """Of the first sample of the next global batch."""
+        """The place of the next global batch's first sample."""
         self._read = source.read(seed)
         self._reader = ThreadPoolExecutor(1, "incubation-data")
         self._ahead: Future[Batch] | None = None
@@ -234,9 +234,9 @@ class RandomLatents(DataSource):
     """
 
     shape: tuple[int, int, int]
-    """Of one sample, (C, h, w)."""
+    """The shape of one sample, (C, h, w)."""
     conditions: Conditioning
-    """Of N prompts."""
+    """The conditions of N prompts."""
     without: Conditioning | None = None
     """The empty prompt, where it may be asked for."""
 

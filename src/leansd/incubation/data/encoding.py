@@ -30,7 +30,7 @@ from leansd.incubation.noise import hash_words, make_generator
 from leansd.runtime.samplers import make_scheduler
 
 CAPTIONS = 64
-"""That are encoded at once."""
+"""Captions that are encoded at once."""
 # What Pillow raises for files that are no pictures, cut off or absurdly large.
 _UNREADABLE = (
     *(OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError),

@@ -214,7 +214,7 @@ class CachedData(Chances):
     cache: Path | None = None
     """Where encoded samples are kept, for runs to share; by default in the run's folder."""
     precision: Literal["float16", "float32"] = "float16"
-    """Of what is kept."""
+    """The precision of what is kept."""
 
     @abstractmethod
     def find(self, pipe: Any, resolution: int) -> Found:

@@ -52,7 +52,7 @@ class Latents:
     mean: Tensor
     """[F, C, h, w], with F of 2 where the mirrored picture is the second."""
     std: Tensor | None = None
-    """Of the same shape; None where an encoder gives one value."""
+    """The deviation, shaped as the mean; None where an encoder gives one value."""
     added: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Conditioning that goes with the picture, not the caption: SDXL's `time_ids`, [6]."""
 
@@ -381,7 +381,7 @@ class CachedSource(DataSource):
 
     @property
     def fingerprint(self) -> str:
-        """Of everything that samples and their order depend on, the seed apart."""
+        """The fingerprint of what samples and their order depend on, the seed apart."""
         named = [self.cache.locate(shard).name for shard, _ in self.parts]
         chances = {name: getattr(self.chances, name) for name in Chances.model_fields}
         facts = {"cache": self.cache.key, "parts": named, "counts": self.counts}

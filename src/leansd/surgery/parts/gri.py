@@ -44,7 +44,7 @@ LATENT_SIZE: ContextVar[Size | None] = ContextVar("LATENT_SIZE", default=None)
 
 
 class Traced:
-    """The same inside a trace of `torch.compile`, which cannot set context variables."""
+    """The size inside a trace of `torch.compile`, which cannot set context variables."""
 
     size: Size | None = None
 
