@@ -182,7 +182,7 @@ def report_surgery(seen: Preview, model: str) -> ReportPage:
     weights = seen.after.params / seen.before.params
     uncounted = seen.before.uncounted or seen.after.uncounted
     work = f"{seen.after.macs / seen.before.macs:.0%}" if not uncounted else "an unknown part"
-    changes = tabulate_changes(seen)
+    changes = seen.list_changes()
     shapes = [
         draw_shape(
             seen.before,
@@ -202,7 +202,7 @@ def report_surgery(seen: Preview, model: str) -> ReportPage:
     sections: list[Section] = [
         Chart("The UNet", shapes),
         Listing("What is left", tabulate_sizes(seen)),
-        *([Listing("What changes", changes)] if changes.rows else []),
+        *([Listing("What changes", tabulate_changes(changes))] if changes else []),
     ]
     return ReportPage(
         title=f"{seen.surgery.name} on {model}",
@@ -254,18 +254,10 @@ def tabulate_sizes(seen: Preview) -> Table:
     )
 
 
-def tabulate_changes(seen: Preview) -> Table:
-    """All that goes, comes from elsewhere, is replaced or renamed."""
-    kinds = {
-        "dropped": list(seen.gone),
-        "taken": [f"{at} from {origin}" for at, origin in seen.taken.items()],
-        "replaced": [f"{at} by {by}" for at, by in seen.replaced.items()],
-        "renamed": [f"{old} to {new}" for old, new in seen.moved.items()],
-    }
-    return Table(
-        ("what", "count", "where"),
-        tuple((name, str(len(each)), ", ".join(each)) for name, each in kinds.items() if each),
-    )
+def tabulate_changes(changes: Mapping[str, Sequence[str]]) -> Table:
+    """A row a kind of change."""
+    rows = ((name, str(len(each)), ", ".join(each)) for name, each in changes.items())
+    return Table(("what", "count", "where"), tuple(rows))
 
 
 # -- cut -----------------------------------------------------------------------------------------

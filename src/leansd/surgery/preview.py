@@ -69,17 +69,22 @@ class Preview:
         if self.seconds is not None:
             before, after = (1e3 * each for each in self.seconds)
             lines.append(f"time        {_compare(before, after, 'ms')}, that of the units")
-        rows = {
+        config = [f"{name} {_show(value)}" for name, value in self.config.items()]
+        rows = {**self.list_changes(), **({"config": config} if config else {})}
+        lines += [f"{name:<11} {_list(what)}" for name, what in rows.items()]
+        pairs = [f"{up} reads {skip}" for up, skip in self.skips]
+        lines.append(f"{'skips':<11} {len(pairs)}, balanced: {_list(pairs)}")
+        return "\n".join(lines)
+
+    def list_changes(self) -> dict[str, list[str]]:
+        """All that goes, comes from elsewhere, is replaced or renamed; nothing else is listed."""
+        changes = {
             "dropped": list(self.gone),
             "taken": [f"{at} ({origin})" for at, origin in self.taken.items()],
             "replaced": [f"{at} ({by})" for at, by in self.replaced.items()],
             "renamed": [f"{old} to {new}" for old, new in self.moved.items()],
-            "config": [f"{name} {_show(value)}" for name, value in self.config.items()],
         }
-        lines += [f"{name:<11} {_list(what)}" for name, what in rows.items() if what]
-        pairs = [f"{up} reads {skip}" for up, skip in self.skips]
-        lines.append(f"{'skips':<11} {len(pairs)}, balanced: {_list(pairs)}")
-        return "\n".join(lines)
+        return {name: each for name, each in changes.items() if each}
 
 
 def preview(
