@@ -167,3 +167,18 @@ def test_functions_of_commands_fit_a_screen() -> None:
         for node in ast.walk(read_tree(path)):
             if isinstance(node, ast.FunctionDef):
                 assert (node.end_lineno or 0) - node.lineno < 61, node.name
+
+
+# The first are the interface of scripts; a command's parameters are its own options and groups.
+MANY = {"tune", "evaluate", "cut", "score", "evaluate_plans", "bench", "generate_pictures"}
+
+
+def test_options_that_travel_together_are_one_object() -> None:
+    found: set[str] = set()
+    for path in FILES:
+        for node in ast.walk(read_tree(path)):
+            if isinstance(node, ast.FunctionDef):
+                taken = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                if len([each for each in taken if each.arg not in ("self", "cls")]) > 8:
+                    found.add(node.name)
+    assert found == MANY
