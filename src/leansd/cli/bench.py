@@ -23,7 +23,6 @@ from leansd.cli.options import (
     complete_sampler,
 )
 from leansd.cli.terminal import follow, note, warn
-from leansd.errors import LeansdError
 from leansd.evaluation.prompt_sets import choose_prompts, read_prompts
 from leansd.files import check_file, check_folder
 from leansd.text import describe_duration
@@ -73,6 +72,8 @@ class Field:
             LeansdError: there is no such sampler, or runs are too long.
         """
         from leansd.evaluation.bench import STEPS, check_plans
+        from leansd.evaluation.compare import CONVERGED
+        from leansd.evaluation.evaluation import make_reference
         from leansd.runtime.samplers import check_sampler
 
         check_plans(self.plans or [])
@@ -80,11 +81,7 @@ class Field:
         counts = list(dict.fromkeys(self.steps or STEPS))
         for name in samplers:
             check_sampler(name)
-        if converged_steps <= max(counts):
-            raise LeansdError(
-                f"a converged run of {converged_steps} steps against runs of {max(counts)}: "
-                "it needs more, 150 are usual"
-            )
+        make_reference(CONVERGED, max(counts), converged_steps)
         return samplers, counts
 
 
