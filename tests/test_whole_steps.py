@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from PIL import Image
 
 import leansd
 from leansd.errors import LeansdError
 from leansd.evaluation.cost import CostModel
 from leansd.plans import Plan
+from leansd.plans.plan import Tuned
 from leansd.plans.presets import SPEED_PRESETS
+from leansd.plans.resolve import carry_over
 from leansd.runtime.clock import read_schedule
 from leansd.tuning.host import PipelineHost, measure_whole_cost
 from tiny_transformers import (
@@ -274,7 +282,7 @@ def test_what_is_for_unets_is_refused_before_the_first_step(
     assert "forward" not in vars(pipe.transformer)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "qwen", "z-image"])
+@pytest.mark.parametrize("name", PIPELINES)
 def test_tuning_finds_plans_of_whole_steps(name: str) -> None:
     make, arguments = PIPELINES[name]
     pipe = make()
@@ -295,6 +303,81 @@ def test_tuning_finds_plans_of_whole_steps(name: str) -> None:
     with leansd.inherit(pipe, plan) as run:
         draw(pipe, arguments, plan.steps)
     assert run.report().full_calls == len(plan.keys)
+    # It knows the noise levels of the runs, which some pipelines lay out by themselves.
+    assert plan.tuned is not None
+    assert plan.tuned.log_snr == pytest.approx(read_schedule(pipe.scheduler).log_snr, abs=1e-3)
     # Nothing given, the machine's time is measured.
     measured = measure_whole_cost(PipelineHost(pipe), calls, STEPS)
     assert measured.full_call > measured.fixed["none"] >= 0
+
+
+# -- other noise levels, and what changes in the midst of a run ------------------------------------
+
+
+def tune_at(shift: float) -> Plan:
+    """The plan as tuned where SD3's sampler lays out its steps by such a shift."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(STEPS)
+    levels = tuple(read_schedule(scheduler).log_snr)
+    return replace(PLAN, tuned=Tuned("flow-euler", "", None, levels))
+
+
+def test_key_steps_move_with_the_noise_levels_and_the_report_says_so() -> None:
+    pipe = make_sd3()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with leansd.inherit(pipe, tune_at(3.0)) as run:
+            same = draw(pipe, SD3, STEPS)
+    assert run.report().notes == ()
+    with leansd.inherit(pipe, PLAN):
+        assert torch.equal(draw(pipe, SD3, STEPS), same)
+    plan = tune_at(1.0)
+    with leansd.inherit(pipe, plan) as run, pytest.warns(match="moved to the nearest"):
+        draw(pipe, SD3, STEPS)
+    report = run.report()
+    moved = carry_over(plan, plan.tuned.log_snr, read_schedule(pipe.scheduler).log_snr)
+    assert report.plan.keys == moved.keys != PLAN.keys
+    assert any("other noise levels" in note for note in report.notes)
+    assert "other noise levels" in str(report)
+
+
+def test_a_run_from_a_picture_says_at_which_strength_its_plan_was_tuned() -> None:
+    pipe = make_sd3_img2img()
+    given = {**SD3, "image": Image.new("RGB", (64, 64), "red"), "strength": 0.6}
+    with leansd.inherit(pipe, tune_at(3.0)) as run, pytest.warns(match="at strength 1, not 0.6"):
+        draw(pipe, given, STEPS)
+    assert run.report().full_calls == 3
+
+
+def change_weights(pipe: Any) -> None:
+    with torch.no_grad():
+        pipe.transformer.transformer_blocks[0].attn.to_v.weight.mul_(-2)
+
+
+def change_processor(pipe: Any) -> None:
+    attention = pipe.transformer.transformer_blocks[0].attn
+    attention.processor = copy.deepcopy(attention.processor)
+
+
+@pytest.mark.parametrize("change", [change_weights, change_processor])
+def test_whatever_follows_other_weights_is_computed(change: Any) -> None:
+    pipe = make_sd3()
+
+    def at_step_4(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 4:
+            change(pipe)
+        return tensors
+
+    with leansd.inherit(pipe, PLAN) as run:
+        draw(pipe, SD3, STEPS, callback_on_step_end=at_step_4)
+    assert run.report().full_calls == len(KEYS) + 1  # step 5
+
+
+def test_conditions_made_anew_at_every_step_are_the_same_ones() -> None:
+    """Sana casts them in each step where they come in another precision."""
+    make, arguments = PIPELINES["sana"]
+    pipe = make()
+    pipe.to(torch.bfloat16)
+    with leansd.inherit(pipe, PLAN) as run:
+        draw(pipe, arguments, STEPS)
+    assert run.report().full_calls == len(KEYS)

@@ -152,6 +152,25 @@ def fit_arguments(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     return fitted
 
 
+def follow_steps(pipe: Any, follow: Callable[[int, int, Any], None]) -> dict[str, Any]:
+    """Options of a call by which `follow(step, steps, latents)` is told of every step, from 1 on.
+
+    None where a pipeline tells nobody.
+    """
+
+    def tell(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        follow(step + 1, pipe.num_timesteps, tensors.get("latents"))
+        return tensors
+
+    def tell_plainly(step: int, timestep: Any, latents: Any) -> None:
+        follow(step + 1, len(pipe.scheduler.timesteps), latents)
+
+    # The latter is PixArt's.
+    ways = {"callback_on_step_end": tell, "callback": tell_plainly}
+    known = inspect.signature(type(pipe).__call__).parameters
+    return next(({name: way} for name, way in ways.items() if name in known), {})
+
+
 def seed_generator(seed: int) -> torch.Generator:
     """The source of a picture's noise: on the CPU, so that a seed is the same on every device."""
     return torch.Generator("cpu").manual_seed(seed)
@@ -174,8 +193,7 @@ def paint_together(
         "num_inference_steps": first.steps,
         "generator": [seed_generator(each.seed) for each in requests],
     }
-    if "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
-        options["callback_on_step_end"] = watch
+    options |= follow_steps(pipe, watch)
     start = time.perf_counter()
     following = inherit(pipe, plan, nets=nets) if plan is not None else nullcontext()
     with torch.no_grad(), following as run:
@@ -197,14 +215,12 @@ class _Watch:
         self.total = 0
         self._finite = FiniteWatch()
 
-    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
-        self.total = pipe.num_timesteps
-        latents = tensors.get("latents")
+    def __call__(self, step: int, total: int, latents: Any) -> None:
+        self.total = total
         if isinstance(latents, torch.Tensor):
             self._finite.note(latents)
         if self.on_step is not None:
-            self.on_step(step + 1, self.total)
-        return tensors
+            self.on_step(step, total)
 
     def find_bad(self, pictures: int) -> list[int]:
         """The first step, from 1, after which each picture's latents are not finite; 0 for none."""

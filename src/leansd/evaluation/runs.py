@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from leansd.drawing import fit_arguments, seed_generator
+from leansd.drawing import fit_arguments, follow_steps, seed_generator
 from leansd.errors import LeansdError
 from leansd.evaluation.timing import check_count, wait_for
 from leansd.plans.plan import Plan
@@ -38,6 +38,7 @@ Seeds: TypeAlias = int | Sequence[int]
 # What `run_calls` gives the pipeline itself.
 _OURS = (
     "callback_on_step_end",
+    "callback",
     "generator",
     "num_images_per_prompt",
     "num_inference_steps",
@@ -250,11 +251,10 @@ def _run_together(
     """One pipeline call; latents [n, C, h, w] and pictures [n, 3, H, W] for n seeds."""
     last: list[Tensor] = []
 
-    def follow(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        last[:] = [tensors["latents"]]
+    def follow(step: int, total: int, latents: Tensor) -> None:
+        last[:] = [latents]
         if on_step is not None:
-            on_step(step + 1, pipe.num_timesteps, len(seeds))
-        return tensors
+            on_step(step, total, len(seeds))
 
     generators = [seed_generator(seed) for seed in seeds]
     pictures = pipe(
@@ -262,8 +262,12 @@ def _run_together(
         num_inference_steps=steps,
         generator=generators if len(seeds) > 1 else generators[0],
         output_type="pt",
-        callback_on_step_end=follow,
+        **follow_steps(pipe, follow),
     ).images
+    if not last:
+        raise LeansdError(
+            f"a {type(pipe).__name__} tells nobody of its steps, so its latents cannot be compared"
+        )
     latents, pictures = last[0].cpu(), pictures.float().cpu()
     if len(latents) != len(seeds) or len(pictures) != len(seeds):
         raise LeansdError(

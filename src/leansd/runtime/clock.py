@@ -159,16 +159,14 @@ def _is_laid_out(scheduler: Any) -> bool:
 def lay_out_run(scheduler: Any, steps: int) -> Any:
     """A copy of a scheduler at the start of a run.
 
-    Where its shift goes by the size of the picture (FLUX), only a pipeline's own run tells it: the
-    last one of as many steps, and till there is one some shift or other.
+    Noise levels of a flow are a pipeline's own (Z-Image), or go by the size of the picture (FLUX):
+    they are those of its last run of as many steps, and till there is one some levels or other.
     """
     double = copy.deepcopy(scheduler)
-    if not scheduler.config.get("use_dynamic_shifting", False):
-        double.set_timesteps(steps)
-    elif getattr(scheduler, "num_inference_steps", None) == steps:
-        double._step_index = double._begin_index = None
-    else:
-        double.set_timesteps(steps, mu=1.0)
+    shifts = scheduler.config.get("use_dynamic_shifting", False)
+    double.set_timesteps(steps, **({"mu": 1.0} if shifts else {}))
+    if is_flow(scheduler) and getattr(scheduler, "num_inference_steps", None) == steps:
+        double.sigmas, double.timesteps = scheduler.sigmas, scheduler.timesteps
     return double
 
 

@@ -117,7 +117,7 @@ class ControlHook:
         ordinal = state.count(coming.index)
         sample = arguments.sample
         batch = (sample.shape, sample.dtype, sample.device)
-        conditions = Conditions(arguments)
+        conditions = Conditions(arguments.named)
         reads = list_reads(self._anatomy, coming)
         last = state.branches.get(ordinal)
         runs = coming.is_full or runs_control(coming.program[coming.index])

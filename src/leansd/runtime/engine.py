@@ -37,7 +37,7 @@ from leansd.runtime.hooks import (
     patch_method,
 )
 from leansd.runtime.run import Follower, find_follower
-from leansd.runtime.watch import UNetWatch
+from leansd.runtime.watch import NetWatch
 from leansd.surgery.parts.gri import attend, call_at_size, find_processor
 
 UNET = "unet"
@@ -76,7 +76,7 @@ class Engine:
         self.guests: tuple[Follower, ...] = ()
         """Followers of other UNets whose plans run this one at some steps."""
         self.shapes = OutputShapes(unet, self.anatomy)
-        self.watch = UNetWatch(unet, self.anatomy)
+        self.watch = NetWatch(unet, self.anatomy)
         self._thread = _ThreadState()
         self._traced = TraceSlot()
         self._compiled: dict[object, CompiledCalls] = {}

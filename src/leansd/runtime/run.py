@@ -53,7 +53,7 @@ from leansd.runtime.guidance import (
 from leansd.runtime.hooks import PatchedMethod
 from leansd.runtime.nets import NO_OTHERS, NetSet
 from leansd.runtime.report import Report, RunStats
-from leansd.runtime.watch import CallSignature, Conditions, UNetWatch, wants_gradients
+from leansd.runtime.watch import CallSignature, Conditions, NetWatch, wants_gradients
 
 MOST_OUTSIDE = 10_000
 """Calls of no run that are counted for a report, at most."""
@@ -159,7 +159,7 @@ class Follower:
         """The thread it was entered in; None for one that holds until it is released."""
         self.last: RunStats | None = None
         """Counts of the last run."""
-        self.watches: tuple[UNetWatch, ...] = ()
+        self.watches: tuple[NetWatch, ...] = ()
         """Watches of the UNets that it may run, its own first, while it is attached."""
         self._outside = RunStats(source if isinstance(source, Plan) else Plan.full(1))
         self._state = _ThreadState()
@@ -464,7 +464,7 @@ class Follower:
         guided = lane is not None or is_guided(self.pipe, sample.shape[0])
         batch = (sample.shape, sample.dtype, sample.device, guided)
         scale = find_scale(self.pipe) if drops_guidance and guided else None
-        return CallSignature(batch, Conditions(arguments), self._read_states(), scale)
+        return CallSignature(batch, Conditions(arguments.named), self._read_states(), scale)
 
     def _read_states(self) -> tuple[Any, ...]:
         return tuple(watch.read() for watch in self.watches)

@@ -1,4 +1,4 @@
-"""What a UNet call depends on besides the latents, and who looks into it.
+"""What a call of a denoiser depends on besides the latents, and who looks into it.
 
 A run goes on inheriting only while text states, added conditions, weights, adapters and attention
 processors stay as they were. They are told apart by identity and by PyTorch's version counters, so
@@ -14,7 +14,6 @@ from operator import attrgetter, is_
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
@@ -36,11 +35,11 @@ GATED = (*FULL, GRIAttnProcessor)
 
 
 class Conditions:
-    """The arguments of a UNet call that are the same throughout a run."""
+    """The arguments of a call that are the same throughout a run."""
 
-    def __init__(self, arguments: UNetArguments) -> None:
+    def __init__(self, named: Mapping[str, Any]) -> None:
         self._named: dict[str, tuple[list[Any], list[int], Any]] = {}
-        for name, each in arguments.named.items():
+        for name, each in named.items():
             if name not in STEPWISE:
                 # Held, so that no other tensor gets the same memory meanwhile.
                 leaves, spec = tree_flatten(each)
@@ -87,30 +86,33 @@ def _locate(tensor: torch.Tensor) -> tuple[object, ...]:
 _count_changes = attrgetter("_version")
 
 
-class UNetState:
-    """A state of a UNet's weights, adapters and processors; equal only to itself."""
+OTHER_NET = "weights, adapters or attention processors changed"
 
 
-class UNetWatch:
-    """Notices when what a UNet computes changes: weights, adapters, their scales, processors."""
+class NetState:
+    """A state of a net's weights, adapters and processors; equal only to itself."""
 
-    def __init__(self, unet: UNet2DConditionModel, anatomy: Anatomy) -> None:
-        self._unet = unet
+
+class NetWatch:
+    """Notices when what a net computes changes: weights, adapters, their scales, processors."""
+
+    def __init__(self, net: nn.Module, anatomy: Anatomy) -> None:
+        self._net = net
         self._units = {unit.path: unit.at for unit in anatomy.units}
         self._homes = {unit.path: unit.at for unit in anatomy.parts} | self._units
-        self._state = UNetState()
+        self._state = NetState()
         self._look()
 
-    def read(self) -> UNetState:
+    def read(self) -> NetState:
         """The present state: the same object as before if nothing has changed."""
         if not self._is_unchanged():
             self._look()
-            self._state = UNetState()
+            self._state = NetState()
         return self._state
 
     def _look(self) -> None:
         """Note everything as it is now."""
-        modules = list(self._unet.modules())
+        modules = list(self._net.modules())
         self._children = [each._modules for each in modules if each._modules]
         self._modules = list(_list_values(self._children))
         self._owners = [each._parameters for each in modules if each._parameters]
@@ -128,7 +130,7 @@ class UNetWatch:
         """Hooks on the modules inside, of those that were put there."""
         self._observed: list[tuple[str, ...]] = []
         """What has to be computed for each of them to see what it would see in a full call."""
-        for path, hooks in list_hooks(self._unet):
+        for path, hooks in list_hooks(self._net):
             self._observers.append(hooks)
             self._observed.append(self._find_needed(path))
 
@@ -175,7 +177,8 @@ class UNetWatch:
             scaling = {name: f"{scale:.6g}" for name, scale in each.scaling.items()}
             settings += [scaling, list(each.active_adapters), each.disable_adapters]
             settings.append(tuple(each.merged_adapters))
-        for block in self._unet.up_blocks:
+        blocks: Any = getattr(self._net, "up_blocks", ())
+        for block in blocks:
             settings.append([getattr(block, name, None) for name in ("s1", "s2", "b1", "b2")])
         return settings
 
@@ -196,6 +199,11 @@ class UNetWatch:
     def parameters(self) -> Sequence[nn.Parameter]:
         return self._parameters
 
+    @property
+    def is_hooked(self) -> bool:
+        """Whether others have hooked what lies inside."""
+        return any(self._observers) and any(map(is_hooked, self._observers))
+
     def find_observed(self, call: Call) -> str:
         """What others have hooked and a call does not run for all rows; empty if there is none."""
         if not any(self._observers):
@@ -215,7 +223,7 @@ class CallSignature:
     batch: tuple[object, ...]
     """Shape, type and device of the sample, and whether the pipeline guides."""
     conditions: Conditions
-    states: tuple[UNetState, ...]
+    states: tuple[NetState, ...]
     """States of the UNets that the plan runs."""
     guidance: float | None = None
     """The guidance scale, where the plan drops guidance: elsewhere the pipeline applies it."""
@@ -227,7 +235,7 @@ class CallSignature:
         if self.batch != before.batch:
             return "the batch changed"
         if self.states != before.states:
-            return "weights, adapters or attention processors changed"
+            return OTHER_NET
         name = self.conditions.find_change(before.conditions)
         return f"{name} changed" if name else ""
 

@@ -15,19 +15,19 @@ from typing import Any
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from leansd.core.devices import Stopwatch, start_stopwatch
 from leansd.core.player import Player
 from leansd.core.schedule import CallSchedule
 from leansd.errors import LeansdError
+from leansd.plans.anatomy import WHOLE
 from leansd.plans.plan import Plan
 from leansd.plans.resolve import PlanContext, Resolved, Source, resolve_plan
 from leansd.runtime.clock import read_schedule
 from leansd.runtime.context import count_depth, describe_runs, find_calling_pipeline
 from leansd.runtime.hooks import ForwardHooks, PatchedMethod, hook_pipeline_end
 from leansd.runtime.report import Report
-from leansd.runtime.watch import is_hooked, list_hooks
+from leansd.runtime.watch import OTHER_NET, Conditions, NetState, NetWatch
 
 CONDITIONS = ("encoder_hidden_states", "pooled_projections", "cap_feats", "skip_layers")
 """Arguments by which calls of one step are told apart and changes in the midst of a run noticed."""
@@ -40,33 +40,41 @@ class WholeRun:
         self, plan: Plan, schedule: CallSchedule, notes: tuple[str, ...], transformer: nn.Module
     ) -> None:
         self.notes = notes
-        self._hooks = [hooks for _, hooks in list_hooks(transformer)]
         self.schedule = schedule
         self.player = Player(plan, schedule)
         self.times: list[tuple[int, Stopwatch]] = []
         self.wrap: Callable[[torch.Tensor], Any] = Transformer2DModelOutput
         """How the transformer gives an output where not in a tuple."""
         self._index, self._ordinal = -1, 0
-        self._conditions: dict[int, list[Any]] = {}
-        """Conditions of the last step's calls: held, so that none of another gets its identity."""
+        self._watch = NetWatch(transformer, WHOLE)
+        self._known: dict[int, tuple[NetState, Conditions]] = {}
+        """What the last step's calls went by."""
 
-    def make_key(self, index: int, named: Mapping[str, Any]) -> Hashable:
-        """Which of the calls of a step it is, and with what conditions."""
+    def take_call(self, index: int, device: torch.device, named: Mapping[str, Any]) -> Hashable:
+        """An identity for a call: which of its step it is.
+
+        What was kept of it is forgotten where others look into the transformer, or something is not
+        as it was at the step before.
+        """
         self._ordinal = self._ordinal + 1 if index == self._index else 0
-        self._index = index
-        given = tree_leaves([named.get(name) for name in CONDITIONS])
-        self._conditions[self._ordinal] = given
-        told = (
-            (id(each), each._version) if isinstance(each, torch.Tensor) else repr(each)
-            for each in given
-        )
-        return self._ordinal, *told
-
-    def heed_hooks(self, device: torch.device, key: Hashable) -> None:
-        """Have the next call computed if others have hooked what lies inside the transformer."""
-        if any(self._hooks) and any(map(is_hooked, self._hooks)):
+        self._index, key = index, self._ordinal
+        why = self._find_change(key, {name: named[name] for name in CONDITIONS if name in named})
+        if why:
             self.player.forget(device, (key,))
-            self.player.stats.forced["a module of the transformer is hooked"] += 1
+            self.player.stats.forced[why] += 1
+        return key
+
+    def _find_change(self, key: int, named: Mapping[str, Any]) -> str:
+        """Why a call cannot go on from that of the step before, in words; empty where it can."""
+        state, conditions = self._watch.read(), Conditions(named)
+        then, before = self._known.get(key, (state, conditions))
+        self._known[key] = state, conditions
+        if self._watch.is_hooked:
+            return "a module of the transformer is hooked"
+        if state is not then:
+            return OTHER_NET
+        name = conditions.find_change(before)
+        return f"{name} changed" if name else ""
 
     def note_odd(self, index: int, stop: Callable[[], Stopwatch]) -> None:
         """Count a call of which nothing can be kept."""
@@ -93,7 +101,7 @@ class WholeStepFollower:
         self._end: PatchedMethod | None = None
         self._warned: set[str] = set()
         if isinstance(source, Plan):
-            self._resolve(source.steps)
+            self._resolve(PlanContext(source.steps))
 
     def attach(self) -> None:
         with _LOCK:
@@ -160,7 +168,7 @@ class WholeStepFollower:
         given = named.get(self._arguments[0])
         latents, (run, index) = _stack(given), self._find_run()
         stop = start_stopwatch(self.pipe.device if latents is None else latents.device)
-        key, odd = run.make_key(index, named), list[Any]()
+        odd = list[Any]()
 
         def compute() -> torch.Tensor:
             output = forward(*args, **kwargs)
@@ -177,7 +185,7 @@ class WholeStepFollower:
             output = forward(*args, **kwargs)
             run.note_odd(index, stop)
             return output
-        run.heed_hooks(latents.device, key)
+        key = run.take_call(index, latents.device, named)
         try:
             made = run.player.play(index, latents, compute, (key,))
         except _OddOutput:
@@ -190,22 +198,27 @@ class WholeStepFollower:
     def _find_run(self) -> tuple[WholeRun, int]:
         """This thread's run, and which of its calls comes now."""
         scheduler, call = self.pipe.scheduler, (threading.get_ident(), count_depth(self.pipe))
+        index = getattr(scheduler, "step_index", None)
+        if index is None:
+            index = getattr(scheduler, "begin_index", None) or 0
         run = self._runs.get(call)
         if run is None or run.schedule.timesteps is not scheduler.timesteps:
             if run is not None:
                 run.player.clear()
             schedule = read_schedule(scheduler)
-            resolved = self._resolve(schedule.steps, getattr(self.pipe, "_guidance_scale", None))
+            known = PlanContext(
+                schedule.steps,
+                guidance=getattr(self.pipe, "_guidance_scale", None),
+                strength=1 - schedule.rows[index] / schedule.steps,
+                log_snr=schedule.log_snr if len(schedule.log_snr) == schedule.steps else (),
+            )
+            resolved = self._resolve(known)
             run = WholeRun(resolved.plan, schedule, resolved.notes, self.transformer)
             self.last = self._runs[call] = run
-        index = getattr(scheduler, "step_index", None)
-        if index is None:
-            index = getattr(scheduler, "begin_index", None) or 0
         return run, index
 
-    def _resolve(self, steps: int, guidance: float | None = None) -> Resolved:
-        context = describe_runs(self.pipe, PlanContext(steps, guidance=guidance))
-        resolved = resolve_plan(self.source, context)
+    def _resolve(self, known: PlanContext) -> Resolved:
+        resolved = resolve_plan(self.source, describe_runs(self.pipe, known))
         for note in resolved.notes:
             if note not in self._warned:
                 self._warned.add(note)
