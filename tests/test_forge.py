@@ -4,6 +4,7 @@ import importlib.util
 import sys
 import types
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 
 import leansd
+from leansd.core import list_log_snr
 from leansd.plans.anatomy import WHOLE
-from leansd.plans.resolve import PlanContext, resolve_plan
+from leansd.plans.plan import Tuned
+from leansd.plans.resolve import PlanContext, carry_over, resolve_plan
 
 SCRIPT = Path(__file__).parent.parent / "integrations/forge/scripts/lean_plan.py"
 STEPS = 30
@@ -43,6 +46,8 @@ def call_plainly(apply_model: Any, args: Any) -> torch.Tensor:
 class Unet:
     """Forge's model patcher, as far as it is used."""
 
+    model: Any = None
+
     def __init__(self, **options: Any) -> None:
         self.model_options = options
 
@@ -69,6 +74,7 @@ class Processing:
         self.sampler = types.SimpleNamespace(get_sigmas=self.get_sigmas)
         self.sd_model = types.SimpleNamespace(forge_objects=types.SimpleNamespace(unet=Unet()))
         self.extra_generation_params: dict[str, str] = {}
+        self.cfg_scale = 7.0
         self.calls = 0
 
     def get_sigmas(self, p: Any, steps: int) -> torch.Tensor:
@@ -170,6 +176,44 @@ def test_a_wrong_plan_is_told_and_computed_in_full(forge: Any, caplog: Any) -> N
     expected = p.sample()
     assert torch.equal(draw(forge, p, "", file="no/such.json"), expected)
     assert "computed in full" in caplog.text
+
+
+def test_a_plan_of_other_noise_levels_or_guidance_goes_along_and_it_is_said(
+    forge: Any, tmp_path: Path, caplog: Any
+) -> None:
+    p = Processing(steps=12)
+    levels = list_log_snr(p.get_sigmas(p, 12).tolist()[:-1])
+    plan = leansd.Plan.between((0, 1, 2, 4, 6, 9, 11), cut="head", steps=12, how="forecast")
+    for name, own in (("same", levels), ("other", [level * 0.2 - 1 for level in levels])):
+        tuned = Tuned("euler", "", 7.0 if name == "same" else 4.0, tuple(own))
+        replace(plan, tuned=tuned, name=name).save(tmp_path / f"{name}.json")
+    draw(forge, p, "", file=str(tmp_path / "same.json"))
+    assert p.calls == 7
+    assert not caplog.records
+    moved, p.calls = carry_over(plan, [level * 0.2 - 1 for level in levels], levels), 0
+    draw(forge, p, "", file=str(tmp_path / "other.json"))
+    assert p.calls == len(moved.keys) != 7
+    assert "tuned for other noise levels" in caplog.text
+    assert "tuned at guidance 4, not 7" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        types.SimpleNamespace(predictor=types.SimpleNamespace(prediction_type="const")),
+        types.SimpleNamespace(model_sampling=type("Flow", (type("CONST", (), {}),), {})()),
+    ],
+    ids=["Forge", "reForge"],
+)
+def test_models_of_flow_have_log_snr_of_their_own(forge: Any, model: Any) -> None:
+    unet = Unet()
+    unet.model = model
+    assert forge.find_prediction(unet) == "flow"
+    assert forge.find_prediction(Unet()) == "noise"
+    sigmas = [1.0, 0.8, 0.5, 0.2, 0.0]
+    run = forge.ForgeRun(leansd.Plan.full(4), sigmas, "flow")
+    run.run_model(torch.zeros(1, 4, 2, 2), torch.ones(1), [0], lambda: torch.zeros(1, 4, 2, 2))
+    assert run.player.schedule.log_snr == list_log_snr(sigmas[:-1], "flow")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from PIL import Image
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import leansd
 from leansd.errors import LeansdError
@@ -335,6 +336,7 @@ def test_key_steps_move_with_the_noise_levels_and_the_report_says_so() -> None:
     with leansd.inherit(pipe, plan) as run, pytest.warns(match="moved to the nearest"):
         draw(pipe, SD3, STEPS)
     report = run.report()
+    assert plan.tuned is not None
     moved = carry_over(plan, plan.tuned.log_snr, read_schedule(pipe.scheduler).log_snr)
     assert report.plan.keys == moved.keys != PLAN.keys
     assert any("other noise levels" in note for note in report.notes)
@@ -371,6 +373,30 @@ def test_whatever_follows_other_weights_is_computed(change: Any) -> None:
     with leansd.inherit(pipe, PLAN) as run:
         draw(pipe, SD3, STEPS, callback_on_step_end=at_step_4)
     assert run.report().full_calls == len(KEYS) + 1  # step 5
+
+
+def compile_by_itself(pipe: Any, backend: Any) -> None:
+    pipe.transformer.compile(backend=backend, fullgraph=True)
+
+
+def wrap_compiled(pipe: Any, backend: Any) -> None:
+    pipe.transformer = torch.compile(pipe.transformer, backend=backend, fullgraph=True)
+
+
+@pytest.mark.parametrize("compile_", [compile_by_itself, wrap_compiled])
+def test_a_compiled_transformer_is_spared_and_its_graph_stays_as_it_is(compile_: Any) -> None:
+    pipe = make_sd3()
+    full = draw(pipe, SD3, STEPS)
+    with leansd.inherit(pipe, PLAN):
+        expected = draw(pipe, SD3, STEPS)
+    counter = CompileCounterWithBackend("eager")
+    compile_(pipe, counter)
+    assert torch.equal(draw(pipe, SD3, STEPS), full)
+    with leansd.inherit(pipe, PLAN) as run:
+        assert torch.equal(draw(pipe, SD3, STEPS), expected)
+    assert (run.report().full_calls, dict(run.report().forced)) == (len(KEYS), {})
+    assert torch.equal(draw(pipe, SD3, STEPS), full)
+    assert counter.frame_count == 1
 
 
 def test_conditions_made_anew_at_every_step_are_the_same_ones() -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 from leansd.plans.anatomy import HEAD, STEM, Anatomy, Unit
 
@@ -53,11 +54,17 @@ def explain_unsound(guider: Any) -> str:
     patcher = guider.model_patcher
     if getattr(patcher, "injections", {}):
         return "another pack puts layers of its own into the model, so only whole steps can inherit"
-    if guider.model_options.get(COMPILED) is not None:
+    if is_compiled(guider):
         return "the model is compiled, so only whole steps can inherit"
     if any(name in BEFORE for name in list_patches(guider)):
         return "a patch between the model's blocks may resize them, so only whole steps can inherit"
     return ""
+
+
+def is_compiled(guider: Any) -> bool:
+    """Whether the model of a run is compiled, by ComfyUI's own node or in another pack's way."""
+    inner = guider.model_patcher.get_model_object("diffusion_model")
+    return guider.model_options.get(COMPILED) is not None or isinstance(inner, OptimizedModule)
 
 
 def list_patches(guider: Any) -> list[str]:

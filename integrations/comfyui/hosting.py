@@ -99,15 +99,18 @@ class SamplerHost:
         draw: Draw,
         *,
         digest: str,
+        request: str = "",
         decode: Decode = show_latents,
         thin_out: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
     ) -> None:
         """Args:
         digest: of the model's weights.
+        request: a digest of what is drawn: conditionings, latents, what else is on the model.
         thin_out: makes a schedule of fewer steps, for plain runs of them.
         """
         self._model, self._draw, self._decode = model, draw, decode
         self._sampler, self._sigmas, self._thin_out = sampler, sigmas, thin_out
+        self._request = request
         self.steps = len(sigmas) - 1
         prediction = find_prediction(model.get_model_object("model_sampling"))
         levels = list_log_snr([float(each) for each in sigmas[:-1].tolist()], prediction)
@@ -119,7 +122,8 @@ class SamplerHost:
 
     def describe(self) -> dict[str, Any]:
         told = {"sampler": self.tuned.sampler, "unet": self.tuned.unet, "cfg": self.tuned.guidance}
-        return {**told, "sigmas": self._sigmas.tolist(), "latents": self._decode is show_latents}
+        told |= {"request": self._request, "latents": self._decode is show_latents}
+        return {**told, "sigmas": self._sigmas.tolist()}
 
     def respond(self, steps: int, calls: int | None = None) -> Course:
         if steps not in self._courses:

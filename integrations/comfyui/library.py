@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from leansd.anatomy.reading import encode_tensor, fingerprint_module, sample_weight
 from leansd.errors import LeansdError
 from leansd.plans.plan import Plan
 
@@ -14,6 +18,8 @@ AUTO = "auto"
 """As a plan: what was tuned for this model, sampler, sigmas and guidance."""
 TUNED = "tuned"
 """The folder in the user's folder of plans that tuned ones lie in."""
+MANY = 2**22
+"""Values of a tensor: of those that have more, some are looked at."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,36 @@ class Purpose:
         digest = sha256(told.encode()).hexdigest()[:8]
         steps = len(self.sigmas) - 1
         return f"{self.model[:12]}-{self.sampler}-{steps}-{digest}-cfg{self.cfg:g}.json"
+
+
+def digest_checkpoint(patcher: Any) -> str:
+    """Of the weights that a checkpoint has, whatever LoRAs are in them while they are loaded."""
+    prefix = "diffusion_model."
+    module = patcher.object_patches_backup.get(prefix[:-1], patcher.model.diffusion_model)
+    originals = {
+        name.removeprefix(prefix): kept.weight
+        for name, kept in patcher.backup.items()
+        if name.startswith(prefix)
+    }
+    return fingerprint_module(module, originals)
+
+
+def digest_values(given: Any) -> str:
+    """Of whatever nodes hand on: tensors by their values, numbers and texts, objects by class."""
+    if isinstance(given, torch.Tensor):
+        values = given if given.numel() < MANY else sample_weight(given)
+        told = f"{list(given.shape)}".encode() + encode_tensor(values.float())
+    elif isinstance(given, Mapping):
+        told = digest_values([each for pair in sorted(given.items()) for each in pair]).encode()
+    elif isinstance(given, list | tuple):
+        told = " ".join(map(digest_values, given)).encode()
+    elif isinstance(given, str | int | float | None):
+        told = repr(given).encode()
+    else:
+        # An adapter of a LoRA keeps its weights by that name.
+        inside = digest_values(getattr(given, "weights", None))
+        told = f"{type(given).__name__} {inside}".encode()
+    return sha256(told).hexdigest()[:16]
 
 
 class PlanLibrary:

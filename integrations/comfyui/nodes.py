@@ -10,14 +10,21 @@ import folder_paths
 import torch
 from comfy_api.latest import ComfyExtension, io, ui
 
-from leansd.anatomy.reading import fingerprint_module
 from leansd.errors import LeansdError
 from leansd.plans.plan import Plan
 from leansd.plans.presets import PRESETS, SPEED_PRESETS
 
 from .choosing import Mismatch, PlanChoice, name_sampler, set_options
 from .hosting import SamplerHost, TuneWish, show_latents, tune_sampler
-from .library import AUTO, TUNED, PlanLibrary, Purpose, list_choices
+from .library import (
+    AUTO,
+    TUNED,
+    PlanLibrary,
+    Purpose,
+    digest_checkpoint,
+    digest_values,
+    list_choices,
+)
 from .playing import KEY, PlanOnModel, RunReport
 from .sampling import (
     Request,
@@ -112,7 +119,7 @@ class LeanPlan(io.ComfyNode):
         source: str | Plan = plan_input or plan
         if isinstance(source, str) and source not in (AUTO, *OFFERED):
             source = Plan.load(library.find_path(source))
-        digest = fingerprint_module(model.model.diffusion_model) if source == AUTO else ""
+        digest = digest_checkpoint(model) if source == AUTO else ""
         choice = PlanChoice(source, other_steps, digest, library)
         return io.NodeOutput(PlanOnModel(choice).attach(model))
 
@@ -317,12 +324,13 @@ class LeanTune(io.ComfyNode):
         latent_image: Any, cfg: float, speed: float, least_db: float, seeds: int, seed: int,
         tries: int, vae: Any = None,
     ) -> io.NodeOutput:  # fmt: skip
-        library, digest = open_library(), fingerprint_module(model.model.diffusion_model)
+        library, digest = open_library(), digest_checkpoint(model)
         request = Request(positive, negative, sampler, sigmas, cfg, take_one(latent_image))
         host = SamplerHost(
             model, sampler, sigmas, cfg,
             lambda tapped, own, laid_out: draw(tapped, request, own, laid_out),
             digest=digest, thin_out=thin_out,
+            request=digest_values([positive, negative, request.latent, model.patches]),
             decode=show_latents if vae is None else lambda each: show_pictures(vae, each),
         )  # fmt: skip
         name = name_sampler(sampler)

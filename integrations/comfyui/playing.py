@@ -18,7 +18,7 @@ from leansd.core.devices import Stopwatch, start_stopwatch
 from leansd.plans.anatomy import WHOLE
 from leansd.runtime.hooks import ForwardHooks
 
-from .blocks import explain_unsound, list_patches
+from .blocks import explain_unsound, is_compiled, list_patches
 from .choosing import PlanChoice, choose_plan, describe_run
 
 KEY = "leansd"
@@ -123,6 +123,8 @@ class Run:
         """Number of the sampler's call that is being answered."""
         self.spares_control = False
         """Whether the ControlNets of this call were left out."""
+        self.is_compiled = is_compiled(guider)
+        """Whether nothing of Python may stand between a model and its graph."""
         self._times: list[Stopwatch] = []
 
     def take_call(self, x: torch.Tensor, predict: Callable[[], Any]) -> Any:
@@ -143,8 +145,18 @@ class Run:
         if self.player is not None:
             self.player.clear()
 
-    def run_model(self, x: Any, options: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
-        """The model's output [conds * B, C, ...] for one batch of conditionings."""
+    def run_model(
+        self,
+        x: Any,
+        options: Mapping[str, Any],
+        compute: Callable[[], Any],
+        sigma: torch.Tensor | None = None,
+    ) -> Any:
+        """The model's output [conds * B, C, ...] for one batch of conditionings.
+
+        Args:
+            sigma: [conds * B], where the output is what the model makes of it: denoised latents.
+        """
         keys = _list_keys(options)
         if self.player is None or self.call < 0 or not isinstance(x, torch.Tensor) or not keys:
             return compute()
@@ -158,6 +170,8 @@ class Run:
             return output
 
         try:
+            if sigma is not None:
+                return self.player.play_denoised(self.call, x, sigma, run, keys)
             return self.player.play(self.call, x, run, keys)
         except NotOneTensor as found:
             return found.output
@@ -213,6 +227,7 @@ class PlanOnModel:
             ("outer_sample", self.wrap_run),
             ("predict_noise", wrap_call),
             ("calc_cond_batch", wrap_conditionings),
+            ("apply_model", wrap_graph),
             ("diffusion_model", wrap_model),
         ):
             clone.remove_wrappers_with_key(kind, KEY)
@@ -258,6 +273,25 @@ def wrap_conditionings(
         finally:
             run.spares_control = False
     return executor(model, conds, x, timestep, model_options)
+
+
+def wrap_graph(executor: Any, x: Any, sigma: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around the model and what turns its output to denoised latents, where it is compiled.
+
+    What lies around the model itself would be traced with it, and traced again for every plan.
+    """
+    options = _find_options(args, kwargs)
+    run = _find_run(options)
+    if run is None or not run.is_compiled:
+        return executor(x, sigma, *args, **kwargs)
+    bare = {name: each for name, each in options.items() if name != KEY}
+    args = tuple(bare if each is options else each for each in args)
+    kwargs = {name: bare if each is options else each for name, each in kwargs.items()}
+
+    def compute() -> Any:
+        return executor(x, sigma, *args, **kwargs)
+
+    return run.run_model(x, options, compute, sigma)
 
 
 def wrap_model(executor: Any, x: Any, *args: Any, **kwargs: Any) -> Any:

@@ -9,6 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+
+from comfyui.double import Guider
 
 OPTIONS = {
     "tooltip", "optional", "default", "options", "min", "max", "step", "control_after_generate",
@@ -52,6 +55,30 @@ KINDS = ("Model", "Conditioning", "Sampler", "Sigmas", "Latent", "Float", "Int",
          "Image", "Vae", "Clip")  # fmt: skip
 
 
+class ProgressBar:
+    """Keeps how far the last one came."""
+
+    shown: list[int] = []  # noqa: RUF012 - as ComfyUI's, of everybody's
+
+    def __init__(self, total: int) -> None:
+        assert total == 1000
+        self.shown.clear()
+
+    def update_absolute(self, value: int) -> None:
+        self.shown.append(value)
+
+
+def sample_custom(
+    model: Any, noise: Any, cfg: float, sampler: Any, sigmas: Any, positive: Any, negative: Any,
+    latent: Any, *, noise_mask: Any, callback: Any, disable_pbar: bool, seed: int,
+) -> torch.Tensor:  # fmt: skip
+    return Guider(model, positive, negative, cfg).sample(noise, sampler, sigmas, latent, seed)
+
+
+def prepare_noise(latent: torch.Tensor, seed: int, places: Any) -> torch.Tensor:
+    return torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
+
+
 class Server:
     """ComfyUI's server, which keeps what is shown on the nodes of the page."""
 
@@ -84,12 +111,16 @@ def put_modules(patch: pytest.MonkeyPatch, user: Path) -> None:
         "comfy.ldm.modules": {},
         "comfy.ldm.modules.attention": {"CrossAttention": object},
         "comfy.model_base": {},
-        "comfy.model_management": {},
+        "comfy.model_management": {"throw_exception_if_processing_interrupted": lambda: None},
         "comfy.model_patcher": {},
         "comfy.supported_models": {"SD15": object},
-        "comfy.sample": {},
-        "comfy.utils": {},
-        "latent_preview": {},
+        "comfy.sample": {
+            "fix_empty_latent_channels": lambda model, latent: latent,
+            "prepare_noise": prepare_noise,
+            "sample_custom": sample_custom,
+        },
+        "comfy.utils": {"PROGRESS_BAR_ENABLED": False, "ProgressBar": ProgressBar},
+        "latent_preview": {"prepare_callback": lambda model, steps: None},
         "server": {"PromptServer": SimpleNamespace(instance=server)},
     }
     for name, holds in there.items():

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 OUTER, RUN, PREDICT = "outer_sample", "sampler_sample", "predict_noise"
-CONDS, MODEL = "calc_cond_batch", "diffusion_model"
+CONDS, APPLY, MODEL = "calc_cond_batch", "apply_model", "diffusion_model"
 
 
 class Executor:
@@ -113,6 +113,10 @@ class Patcher:
         self.model_options: dict[str, Any] = {"transformer_options": {}}
         self.attachments: dict[str, Any] = {}
         self.injections: dict[str, Any] = {}
+        self.patches: dict[str, Any] = {}
+        self.backup: dict[str, Any] = {}
+        """What LoRAs have taken the place of, while the model is loaded."""
+        self.object_patches_backup: dict[str, Any] = {}
 
     def clone(self) -> Patcher:
         other = Patcher(self.denoiser, self.noise)
@@ -123,6 +127,9 @@ class Patcher:
         other.model_options = _copy(self.model_options)
         other.attachments = dict(self.attachments)
         other.injections = dict(self.injections)
+        other.patches = dict(self.patches)
+        # As the model itself, shared by all clones.
+        other.backup, other.object_patches_backup = self.backup, self.object_patches_backup
         return other
 
     def add_wrapper_with_key(self, kind: str, key: str, wrapper: Any) -> None:
@@ -274,11 +281,17 @@ class Guider:
         control = group[0][0].get("control")
         control = None if control is None else control.get_control(given)
         context = torch.tensor([one["context"] for one, _ in group]).repeat_interleave(len(x))
-        noise = self.model_patcher.noise
-        run = Executor(self.model_patcher.denoiser, None, self.model_patcher.list_wrappers(MODEL))
-        scaled = noise.calculate_input(many, given).to(self.model_patcher.denoiser.dtype)
-        output = run(scaled, noise.timestep(many).float(), context, None, control, options)
-        return noise.calculate_denoised(many, output.float(), given).chunk(count)
+        apply = Executor(self._denoise, self, self.model_patcher.list_wrappers(APPLY))
+        return apply(given, many, None, context, control, options).chunk(count)
+
+    def _denoise(
+        self, x: Any, sigma: Any, concat: Any, context: Any, control: Any, options: Any
+    ) -> torch.Tensor:
+        noise, denoiser = self.model_patcher.noise, self.model_patcher.denoiser
+        run = Executor(denoiser, None, self.model_patcher.list_wrappers(MODEL))
+        scaled = noise.calculate_input(sigma, x).to(denoiser.dtype)
+        output = run(scaled, noise.timestep(sigma).float(), context, None, control, options)
+        return noise.calculate_denoised(sigma, output.float(), x)
 
 
 def run_all(tasks: Sequence[Callable[[], None]]) -> None:

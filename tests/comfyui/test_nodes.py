@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import importlib
 import inspect
+import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from comfyui.api import put_modules
-from comfyui.double import Guider, Patcher, cond, lay_out
+from comfyui.api import ProgressBar, prepare_noise, put_modules
+from comfyui.double import Denoiser, Guider, Patcher, cond, lay_out
+from comfyui.test_hosting import TimedHost
 from comfyui.test_playing import EULER, PLAN, STEPS
 from comfyui.unet import UNetModel
 from leansd.anatomy.reading import fingerprint_module
@@ -109,6 +112,114 @@ def test_auto_goes_by_the_digest_of_the_weights(nodes: Any) -> None:
         draw(model, size=8)
         told.append(nodes.find_report(model).plan)
     assert told == ["tuned 2x", "balanced"]
+
+
+def test_a_checkpoint_is_the_same_one_while_a_lora_is_in_its_weights(nodes: Any) -> None:
+    unet = UNetModel(tiny_unet())
+    patcher = Patcher(unet)
+    digest = nodes.digest_checkpoint(patcher)
+    assert digest == fingerprint_module(unet)
+    weight = next(unet.parameters())
+    for name, each in unet.state_dict().items():
+        if each.data_ptr() == weight.data_ptr():
+            kept = SimpleNamespace(weight=each.clone())
+            patcher.backup[f"diffusion_model.{name}"] = kept
+    with torch.no_grad():
+        weight.mul_(-2)
+    assert fingerprint_module(unet) != digest == nodes.digest_checkpoint(patcher.clone())
+    # Compiled by another pack, while it is loaded.
+    patcher.object_patches_backup["diffusion_model"], patcher.denoiser = unet, object()
+    assert nodes.digest_checkpoint(patcher) == digest
+
+
+class Weighed(torch.nn.Module):
+    """A denoiser with weights."""
+
+    dtype = torch.float32
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.weight = Denoiser(), torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, *args: Any) -> torch.Tensor:
+        return self.inner(*args)
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_lean_tune_goes_on_where_it_was_stopped_and_auto_finds_its_plan(
+    nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nodes, "SamplerHost", TimedHost)
+    management, bar = sys.modules["comfy.model_management"], ProgressBar.shown
+    patcher, sigmas = Patcher(Weighed()), lay_out(STEPS)
+    latent = {"samples": torch.zeros(2, 4, 8, 8)}
+
+    def tune(context: float = 0.4) -> tuple[Any, int]:
+        """What the node gives, and how often it ran the model."""
+        before = patcher.denoiser.inner.calls
+        given = nodes.LeanTune.execute(
+            patcher, [cond(context)], [cond(-0.3)], EULER, sigmas, latent, 4.0, 2.0, 0.0, 4, 0, 1
+        )
+        return given.args, patcher.denoiser.inner.calls - before
+
+    def stop() -> None:
+        if bar and bar[-1] > 400:
+            raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(management, "throw_exception_if_processing_interrupted", stop)
+        with pytest.raises(Stopped):
+            tune()
+    bar.clear()
+    (plan, picture, text), rest = tune()
+    assert bar == sorted(bar)
+    assert bar[-1] == 1000
+    assert picture.shape[0] == 1
+    assert picture.shape[-1] == 3
+    assert "saved for auto" in text
+    model = nodes.LeanPlan.execute(patcher, "auto", "stretch").args[0]
+    draw(model)
+    report = nodes.find_report(model)
+    assert (report.plan, report.computed, report.notes) == (plan.name, len(plan.keys), ())
+    # Of another prompt nothing is taken for known, and of the same nothing is tried again.
+    _, anew = tune(1.2)
+    assert anew > rest
+    (path,) = (tmp_path / "default/leansd/tuned").glob("*.jsonl")
+    cases = {json.loads(line)["case"] for line in path.read_text().splitlines()}
+    assert len(cases) == 2
+
+
+def test_lean_compare_says_how_near_each_is_and_shows_them(nodes: Any) -> None:
+    latent = {"samples": torch.zeros(2, 4, 16, 16)}
+    vae = SimpleNamespace(decode=lambda x: (x[:, :3].movedim(1, -1) / 4 + 0.5).clamp(0, 1))
+
+    def compare(model: Any) -> Any:
+        return nodes.LeanCompare.execute(
+            model, [cond(0.4)], [cond(-0.3)], EULER, lay_out(STEPS), latent, 4.0, vae, 5
+        ).args
+
+    model = nodes.LeanPlan.execute(Patcher(), "auto", "stretch", PLAN).args[0]
+    pictures, beside, text = compare(model)
+    full, lean, few = pictures.chunk(3)
+    assert torch.equal(beside, torch.cat([full, lean, few], dim=2))
+    told = dict(re.findall(r"(this plan|plain 7 steps): (\d+\.\d) dB, SSIM 0\.\d{4}", text))
+    for name, each in (("this plan", lean), ("plain 7 steps", few)):
+        error = (each - full).square().flatten(1).mean(dim=1)
+        assert float(told[name]) == pytest.approx(float(-10 * error.log10().mean()), abs=0.06)
+    assert float(told["this plan"]) > float(told["plain 7 steps"])
+    # The pictures are those that a sampler node draws.
+    plain = draw_custom(Patcher(), latent["samples"])
+    assert torch.equal(full, vae.decode(plain))
+    with pytest.raises(LeansdError, match="put Lean Plan before the sampler"):
+        compare(Patcher())
+
+
+def draw_custom(model: Any, latent: torch.Tensor) -> torch.Tensor:
+    guider = Guider(model, [cond(0.4)], [cond(-0.3)])
+    return guider.sample(prepare_noise(latent, 5, None), EULER, lay_out(STEPS), latent, 5)
 
 
 def test_deepcache_by_its_own_numbers(nodes: Any) -> None:

@@ -401,6 +401,27 @@ def test_another_packs_wrapper_around_the_model(order: str) -> None:
     assert (drawn - full).norm() < 0.05 * full.norm()
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_a_compiled_model_is_played_around_its_graph(split: bool) -> None:
+    """Within it nothing of this pack would be seen: what is there is traced, for every plan."""
+    expected, _, _ = draw(split=lambda _: split)
+    patcher, seen = Patcher(), list[set[str]]()
+
+    def look(executor: Any, *args: Any) -> Any:
+        seen.append({str(each) for each in args[-1]})
+        return executor(*args)
+
+    patcher.model_options["torch_compile_kwargs"] = {"backend": "inductor", "fullgraph": True}
+    patcher.add_wrapper_with_key(MODEL, "look", look)
+    drawn, report, _ = draw(patcher=patcher, split=lambda _: split)
+    assert (report.computed, report.full, report.forced) == (len(KEYS), "", {})
+    assert len(seen) == patcher.denoiser.calls == len(KEYS) * (1 + split)
+    assert not any(KEY in each for each in seen)
+    assert torch.allclose(drawn, expected, atol=1e-4)
+    full, _, _ = draw(Plan.full(STEPS), patcher=patcher)
+    assert torch.equal(full, draw(None)[0])
+
+
 def test_outputs_that_are_no_tensor_are_handed_on() -> None:
     """Models that give several things: nothing is known of them, so nothing is kept."""
     patcher = PlanOnModel(PlanChoice(PLAN)).attach(Patcher())

@@ -16,7 +16,7 @@ import gradio as gr
 import torch
 from modules import scripts  # of Forge  # pyright: ignore[reportMissingImports]
 
-from leansd.core import Player, lay_out_calls
+from leansd.core import Player, Prediction, lay_out_calls, list_log_snr
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import WHOLE
 from leansd.plans.plan import Plan
@@ -38,11 +38,21 @@ NEAR = 1e-3
 """How far, as a share, the sigma that a run starts at may lie from one of its schedule."""
 
 
+def find_prediction(unet: Any) -> Prediction:
+    """What sigma means to a model of Forge (a predictor) or of reForge (as in ComfyUI)."""
+    model = getattr(unet, "model", None)
+    told = getattr(getattr(model, "predictor", None), "prediction_type", "")
+    kinds = [kind.__name__ for kind in type(getattr(model, "model_sampling", None)).__mro__]
+    return "flow" if told == "const" or "CONST" in kinds else "noise"
+
+
 class ForgeRun:
     """One sampling pass under a plan."""
 
-    def __init__(self, plan: Plan, sigmas: Sequence[float]) -> None:
-        self.plan, self.sigmas = plan, list(sigmas)
+    def __init__(
+        self, plan: Plan, sigmas: Sequence[float], prediction: Prediction = "noise"
+    ) -> None:
+        self.plan, self.sigmas, self.prediction = plan, list(sigmas), prediction
         self.player: Player | None = None
         self.call = self.first = -1
         self.reason = ""
@@ -79,22 +89,8 @@ class ForgeRun:
             self._compute_all("several prompts are joined")
         if self.player is None:
             return compute()
-        level = sigma.reshape(-1, *[1] * (latents.ndim - 1))
-        computed: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-        def find_noise() -> torch.Tensor:
-            denoised = compute()
-            noise = (latents - denoised) / level
-            computed.append((noise, denoised))
-            return noise
-
         keys: tuple[Hashable, ...] = tuple(places)
-        noise = self.player.play(self.call, latents, find_noise, keys)
-        # What was computed and not corrected goes on as it came, to the bit.
-        for own, denoised in computed:
-            if own is noise:
-                return denoised
-        return latents - level * noise
+        return self.player.play_denoised(self.call, latents, sigma, compute, keys)
 
     def end_call(self, args: Mapping[str, Any]) -> torch.Tensor:
         """Called once a step, when all conditionings are there: the run's clock."""
@@ -107,7 +103,7 @@ class ForgeRun:
         if not places:
             self._compute_all("the run starts at a sigma that is none of its schedule")
             return
-        self.player = Player(self.plan, lay_out_calls(self.sigmas))
+        self.player = Player(self.plan, lay_out_calls(self.sigmas, self.prediction))
         self.reason = self.player.reason
 
     def _compute_all(self, why: str) -> None:
@@ -162,17 +158,24 @@ class LeanPlanScript(scripts.Script):
             return
         steps = (getattr(p, "is_hr_pass", False) and p.hr_second_pass_steps) or p.steps
         sigmas = [float(each) for each in p.sampler.get_sigmas(p, steps).tolist()]
+        objects = p.sd_model.forge_objects
+        prediction = find_prediction(objects.unet)
         try:
             # As of any denoiser whose inside is not known: what is not tuned is said.
-            context = PlanContext(len(sigmas) - 1, SAMPLERS[p.sampler_name], anatomy=WHOLE)
+            context = PlanContext(
+                len(sigmas) - 1,
+                SAMPLERS[p.sampler_name],
+                anatomy=WHOLE,
+                guidance=getattr(p, "cfg_scale", None),
+                log_snr=list_log_snr(sigmas[:-1], prediction),
+            )
             resolved = resolve_plan(find_source(source), context, fit=True)
         except LeansdError as error:
             LOG.warning("Lean Plan: computed in full: %s", error)
             return
         for note in resolved.notes:
             LOG.warning("Lean Plan: %s", note)
-        self.run = ForgeRun(resolved.plan, sigmas)
-        objects = p.sd_model.forge_objects
+        self.run = ForgeRun(resolved.plan, sigmas, prediction)
         objects.unet = self.run.attach(objects.unet)
         p.extra_generation_params["Lean Plan"] = resolved.plan.name
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from itertools import zip_longest
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -234,13 +235,19 @@ SAMPLED = 64
 """Values of every weight that a fingerprint looks at."""
 
 
-def fingerprint_module(module: torch.nn.Module) -> str:
+def fingerprint_module(
+    module: torch.nn.Module, originals: Mapping[str, torch.Tensor] = MappingProxyType({})
+) -> str:
     """Sixteen hex digits of a network: its class, the shapes and a sample of all its weights.
 
     The same in single and in half precision.
+
+    Args:
+        originals: weights that stand for those of the module, by their names.
     """
     digest = sha256(type(module).__name__.encode())
-    for key, value in module.state_dict().items():
+    for key, present in module.state_dict().items():
+        value = originals.get(key, present)
         digest.update(f"{key} {list(value.shape)}".encode())
         digest.update(encode_tensor(sample_weight(value).half()))
     return digest.hexdigest()[:16]

@@ -146,6 +146,37 @@ class Player:
         self._count(call, computed=True, partial=partial)
         return output if all(map(is_, outputs, rows)) else _join(outputs)
 
+    def play_denoised(
+        self,
+        call: int,
+        latents: torch.Tensor,
+        sigma: torch.Tensor,
+        compute: Callable[[], torch.Tensor],
+        keys: Sequence[Hashable] = ("all",),
+    ) -> torch.Tensor:
+        """The same of a denoiser that gives pictures: latents - sigma * output.
+
+        What is computed and not corrected goes on as it came, to the bit.
+
+        Args:
+            sigma: of every row, [keys * B].
+            compute: gives the denoised latents [keys * B, C, ...].
+        """
+        level = sigma.reshape(-1, *[1] * (latents.ndim - 1))
+        computed: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def find_output() -> torch.Tensor:
+            denoised = compute()
+            output = (latents - denoised) / level
+            computed.append((output, denoised))
+            return output
+
+        output = self.play(call, latents, find_output, keys)
+        for own, denoised in computed:
+            if own is output:
+                return denoised
+        return latents - level * output
+
     def spares(self, call: int, device: torch.device, keys: Sequence[Hashable]) -> bool:
         """Whether `play` will make this call of kept outputs, if shapes and precision stay."""
         with self._lock:

@@ -22,6 +22,8 @@ Around = Callable[..., Any]
 
 PLAIN, HOOKED = "forward", "_old_forward"
 """Where a module keeps its forward, and where it does while accelerate has hooked it."""
+COMPILED = "_compiled_call_impl"
+"""Where a module keeps what its `compile` has made; its forward lies within the graph."""
 REGISTRY = "_diffusers_hook"
 """Where a module keeps diffusers' hooks: group offloading, layerwise casting, caches."""
 ENDED = "_reset_stateful_cache"
@@ -187,8 +189,16 @@ def _find_live(method: Forward, was_set: bool) -> tuple[Forward, bool]:
 class ForwardHooks:
     """`around` put around the forward of `modules`, until `release` or the end of the `with`."""
 
-    def __init__(self, modules: Mapping[str, nn.Module], around: Around) -> None:
-        self._around = around
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        around: Around,
+        slots: tuple[str, ...] = (PLAIN, HOOKED),
+    ) -> None:
+        """Args:
+        slots: attributes that may hold the forward, its own name first.
+        """
+        self._around, self._slots = around, slots
         self._patched: dict[str, PatchedMethod] = {}
         self._released: dict[str, PatchedMethod] = {}
         self._held: list[tuple[dict[str, Any], PatchedMethod]] = []
@@ -204,7 +214,7 @@ class ForwardHooks:
             if old is not None:
                 old.release()
             self._patched[name] = patch_method(
-                module, PLAIN, self._around, slots=(PLAIN, HOOKED), label=name
+                module, self._slots[0], self._around, slots=self._slots, label=name
             )
         self._note()
 
@@ -215,7 +225,8 @@ class ForwardHooks:
     def is_whole(self) -> bool:
         """Whether all is still hooked: others, taking off their own hooks, may take off these."""
         # A look at every module in every UNet call: all but a few are seen at once.
-        lost = [each for holds, each in self._held if holds.get(PLAIN) is not each.patched]
+        own = self._slots[0]
+        lost = [each for holds, each in self._held if holds.get(own) is not each.patched]
         return all(each.is_in_place for each in lost)
 
     def release(self) -> None:

@@ -25,7 +25,14 @@ from leansd.plans.plan import Plan
 from leansd.plans.resolve import PlanContext, Resolved, Source, resolve_plan
 from leansd.runtime.clock import read_schedule
 from leansd.runtime.context import count_depth, describe_runs, find_calling_pipeline
-from leansd.runtime.hooks import ForwardHooks, PatchedMethod, hook_pipeline_end
+from leansd.runtime.hooks import (
+    COMPILED,
+    HOOKED,
+    PLAIN,
+    ForwardHooks,
+    PatchedMethod,
+    hook_pipeline_end,
+)
 from leansd.runtime.report import Report
 from leansd.runtime.watch import OTHER_NET, Conditions, NetState, NetWatch
 
@@ -90,7 +97,9 @@ class WholeStepFollower:
 
     def __init__(self, pipe: Any, transformer: nn.Module, source: Source) -> None:
         self.pipe, self.source, self.transformer = pipe, source, transformer
-        self._arguments = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
+        self._inner: nn.Module = getattr(transformer, "_orig_mod", transformer)
+        """The transformer itself, where `torch.compile` has put a wrapper around it."""
+        self._arguments = tuple(inspect.signature(type(self._inner).forward).parameters)[1:]
         """Names of the transformer's arguments, the latents' first."""
         self.thread: int | None = None
         """The thread of the `with` block; a pipeline is one thread's at a time."""
@@ -111,8 +120,10 @@ class WholeStepFollower:
                     "leave that `with` block first, or call leansd.release_"
                 )
             _ATTACHED[id(self.pipe)] = self
-            self._hooks = ForwardHooks({"transformer": self.transformer}, self._around)
-            self._end = hook_pipeline_end(self.transformer, self._forget)
+            compiled = vars(self.transformer).get(COMPILED) is not None
+            slots = (COMPILED,) if compiled else (PLAIN, HOOKED)
+            self._hooks = ForwardHooks({"transformer": self.transformer}, self._around, slots)
+            self._end = hook_pipeline_end(self._inner, self._forget)
 
     def release(self) -> None:
         with _LOCK:
@@ -213,7 +224,7 @@ class WholeStepFollower:
                 log_snr=schedule.log_snr if len(schedule.log_snr) == schedule.steps else (),
             )
             resolved = self._resolve(known)
-            run = WholeRun(resolved.plan, schedule, resolved.notes, self.transformer)
+            run = WholeRun(resolved.plan, schedule, resolved.notes, self._inner)
             self.last = self._runs[call] = run
         return run, index
 
