@@ -13,6 +13,7 @@ from leansd.core import (
     CallSchedule,
     Player,
     lay_out_calls,
+    lay_out_levels,
     list_log_snr,
     place_calls,
     probe_calls,
@@ -352,5 +353,31 @@ def test_log_snr_of_sigmas() -> None:
         lay_out_calls([])
 
 
-def test_the_core_needs_no_pipeline() -> None:
-    assert not list_packages("import leansd.core") & {"diffusers", "transformers", "comfy"}
+def test_levels_lay_out_what_their_sigmas_do() -> None:
+    drawn, calls = play(Player(LINE, lay_out_levels(list_log_snr(SIGMAS[:-1]))))
+    expected, same = play(make())
+    assert torch.equal(drawn, expected)
+    assert calls == same
+    with pytest.raises(LeansdError, match="no call"):
+        lay_out_levels([])
+
+
+PLAYED = """
+import torch
+from leansd.core import Player, lay_out_calls, list_log_snr
+from leansd.plans.anatomy import WHOLE
+from leansd.plans.resolve import PlanContext, resolve_plan
+sigmas = [14.0 * 0.7**step for step in range(20)]
+context = PlanContext(20, "euler", anatomy=WHOLE, log_snr=list_log_snr(sigmas))
+player = Player(resolve_plan("balanced", context).plan, lay_out_calls(sigmas))
+x = torch.ones(2, 4, 2, 2)
+for step in range(20):
+    x = x - 0.1 * player.play(step, x, lambda: torch.sin(x), ("cond", "uncond"))
+assert len(player.stats.computed) < len(player.stats.calls) == 20
+"""
+
+
+def test_the_core_plays_a_preset_without_any_pipeline() -> None:
+    packages = list_packages(PLAYED)
+    assert "torch" in packages
+    assert not packages & {"diffusers", "transformers", "accelerate", "safetensors", "comfy"}

@@ -119,6 +119,15 @@ def test_a_client_beyond_the_limit_is_sent_away(monkeypatch: pytest.MonkeyPatch)
         assert read_metrics(url)['leansd_refused_total{why="busy"}'] == 1
 
 
+def test_a_plan_of_another_step_count_is_told_in_one_sentence() -> None:
+    plan = leansd.Plan.every(2, cut="head", steps=STEPS)
+    with serve(server.create_app(tiny_pipeline(), plan)) as url:
+        status, _, body = ask(f"{url}/pictures", {"prompt": "a cat", "steps": STEPS + 2})
+        assert status == 422
+        assert f"is for {STEPS} steps, this run has {STEPS + 2}" in json.loads(body)["detail"]
+        assert ask(f"{url}/pictures", {"prompt": "a cat", "steps": STEPS})[0] == 200
+
+
 def test_wrong_wishes_are_told_and_the_server_goes_on() -> None:
     with serve(server.create_app(tiny_pipeline(), PLAN)) as url:
         for wish in ({}, {"prompt": ""}, {"steps": 0}, {"seed": -1}):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
@@ -407,3 +408,30 @@ def test_conditions_made_anew_at_every_step_are_the_same_ones() -> None:
     with leansd.inherit(pipe, PLAN) as run:
         draw(pipe, arguments, STEPS)
     assert run.report().full_calls == len(KEYS)
+
+
+def test_heun_is_played_and_its_tuning_refused_by_one_sentence() -> None:
+    pipe = make_sd3(scheduler=FlowMatchHeunDiscreteScheduler(shift=3.0))
+    counter = Counter(pipe)
+    with pytest.raises(LeansdError, match=r"transformer more than once .* such as flow-euler$"):
+        leansd.tune(pipe, ["a pear"] * 4, steps=STEPS, speeds=(2.0,))
+    assert counter.calls == 0
+
+
+def test_a_cache_of_blocks_runs_inside_of_the_steps_that_are_computed() -> None:
+    """Diffusers' own; what it spares within a step is its business."""
+    pipe = make_flux(blocks=2)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1.0))
+    counter, blocks = Counter(pipe), list[int]()
+    watch_before(pipe.transformer.transformer_blocks[1].attn, lambda *_: blocks.append(1))
+    cached = draw(pipe, FLUX, STEPS)
+    alone, spared = counter.calls, STEPS - len(blocks)
+    blocks.clear()
+    with leansd.inherit(pipe, PLAN) as run:
+        drawn = draw(pipe, FLUX, STEPS)
+    assert (run.report().full_calls, dict(run.report().forced)) == (len(KEYS), {})
+    assert counter.calls - alone == alone * len(KEYS) // STEPS
+    assert 0 < spared < STEPS
+    assert len(blocks) < len(KEYS)
+    assert torch.isfinite(drawn).all()
+    assert torch.equal(draw(pipe, FLUX, STEPS), cached)

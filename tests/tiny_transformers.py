@@ -94,10 +94,10 @@ SD3 = {
 }
 
 
-def make_flux() -> Any:
+def make_flux(blocks: int = 1) -> Any:
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        patch_size=1, in_channels=16, num_layers=blocks, num_single_layers=1, attention_head_dim=16,
         num_attention_heads=2, joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH,
         axes_dims_rope=(4, 4, 8), guidance_embeds=True,
     ).eval()  # fmt: skip

@@ -5,7 +5,8 @@
         output = player.play(step, latents, lambda: model(latents), keys=("cond", "uncond"))
     player.clear()
 
-The runtime for diffusers makes inherited and corrected outputs by the same functions.
+Where log-SNR is known instead of sigmas, `lay_out_levels` takes it. The runtime for diffusers makes
+inherited and corrected outputs by the same functions.
 """
 
 from leansd.core.player import Player, PlayerStats, explain_unplayable
@@ -14,6 +15,7 @@ from leansd.core.schedule import (
     Prediction,
     Sample,
     lay_out_calls,
+    lay_out_levels,
     list_log_snr,
     measure_response,
     place_calls,
@@ -28,6 +30,7 @@ __all__ = [
     "Sample",
     "explain_unplayable",
     "lay_out_calls",
+    "lay_out_levels",
     "list_log_snr",
     "measure_response",
     "place_calls",

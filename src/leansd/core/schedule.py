@@ -63,8 +63,29 @@ def lay_out_calls(
     if not calls:
         raise LeansdError("a run without sigmas has no call")
     placed = tuple(range(len(calls)) if rows is None else rows)
+    return lay_out_levels(list_log_snr(calls, prediction), calls, rows=placed, steps=steps)
+
+
+def lay_out_levels(
+    log_snr: Sequence[float],
+    moments: Sequence[float] | None = None,
+    *,
+    rows: Sequence[int] | None = None,
+    steps: int | None = None,
+) -> CallSchedule:
+    """The same where the log-SNR of every call is known, and no sigma.
+
+    Args:
+        moments: numbers that are equal where two calls are at the same; by default the log-SNR.
+
+    Raises:
+        LeansdError: there is no call.
+    """
+    if not log_snr:
+        raise LeansdError("a run without noise levels has no call")
+    placed = tuple(range(len(log_snr)) if rows is None else rows)
     count = max(placed) + 1 if steps is None else steps
-    return CallSchedule(None, tuple(calls), placed, count, list_log_snr(calls, prediction))
+    return CallSchedule(None, tuple(moments or log_snr), placed, count, tuple(log_snr))
 
 
 def list_log_snr(sigmas: Sequence[float], prediction: Prediction = "noise") -> tuple[float, ...]:

@@ -188,7 +188,7 @@ def _split_target(target: Any) -> tuple[Any | None, UNet2DConditionModel, nn.Mod
         kinds += "" if is_module or unet is None else f" with a {type(unet).__name__} as its `unet`"
         raise LeansdError(
             f"cannot attach to a {kinds}: it needs a pipeline with a UNet2DConditionModel as its "
-            "`unet`, or such a UNet"
+            "`unet`, or with a `transformer` that denoises, or such a UNet"
         )
     return None if is_module else target, unet, wrapper
 

@@ -26,7 +26,7 @@ from leansd.plans.anatomy import HEAD, WHOLE, Anatomy
 from leansd.plans.liveness import Net
 from leansd.plans.plan import Plan, Tuned
 from leansd.runtime.attachment import NO_NETS
-from leansd.runtime.clock import SchedulerClock, lay_out_run, read_schedule
+from leansd.runtime.clock import SchedulerClock, is_flow, lay_out_run, read_schedule
 from leansd.runtime.context import find_denoiser, find_transformer
 from leansd.runtime.hooks import patch_method
 from leansd.runtime.nets import match_nets
@@ -267,9 +267,11 @@ def require_one_call_a_step(scheduler: Any, steps: int) -> None:
     """Refuse samplers of higher order."""
     course = read_schedule(lay_out_run(scheduler, steps))
     if len(course.rows) != course.steps or len(set(course.moments)) != course.steps:
+        flow = is_flow(scheduler)
+        net, others = ("transformer", "flow-euler") if flow else ("UNet", "ddim, euler or dpm++2m")
         raise LeansdError(
-            f"{type(scheduler).__name__} calls the UNet more than once in some steps; tuning is "
-            "for samplers with one call a step, such as ddim, euler or dpm++2m"
+            f"{type(scheduler).__name__} calls the {net} more than once in some steps; tuning is "
+            f"for samplers with one call a step, such as {others}"
         )
 
 
