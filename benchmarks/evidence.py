@@ -56,6 +56,7 @@ class Part:
 
 NETS = "--data runs/pictures"
 LEAN = "data.path=runs/pictures/train data.cache=runs/incubation/cache stages.0.steps=800"
+SECOND = "--recipe second --out runs/second"
 FAST = "--grid 1 --tries 3 --spare 1.03"
 """Of the search for fronts: plans of the full run's step count, with few moves of key steps."""
 PARTS = {
@@ -76,7 +77,7 @@ PARTS = {
         ("fronts/dpm++2m-20.json", "fronts/ddim-20.json", "fronts/euler-20.json"),
     ),
     "fronts of 50 steps": Part(
-        (f"benchmarks/fronts.py --steps 50 --speed 1.5 --speed 2 --speed 3 {FAST}",),
+        (f"benchmarks/fronts.py --steps 50 {FAST}",),
         ("fronts/dpm++2m-50.json", "fronts/ddim-50.json", "fronts/euler-50.json"),
     ),
     "fronts of other settings": Part(
@@ -119,10 +120,14 @@ PARTS = {
     ),
     "scale": Part(("benchmarks/scale.py",), ("scale.jsonl",)),
     "untuned": Part(
-        ("benchmarks/presets.py --model predecessor --results untuned",),
+        (
+            f"-m models.emoji train {SECOND} --steps 1200",
+            f"-m models.emoji decay {SECOND} --steps 400",
+            f"-m models.emoji assemble {SECOND}",
+            "benchmarks/presets.py --model runs/second/model --results untuned",
+        ),
         ("untuned.jsonl",),
         is_timed=True,
-        needs="predecessor",
     ),
     "joint": Part(("benchmarks/joint.py",), ("joint.jsonl",)),
     "incubation": Part(

@@ -1,7 +1,7 @@
 """The speed presets against what a user would pick instead, on one model, in one interleaved run.
 
     python benchmarks/presets.py [--model emoji] [--prompts 16] [--steps 30]
-    python benchmarks/presets.py --model predecessor --results untuned
+    python benchmarks/presets.py --model runs/second/model --results untuned
 
 Full run, presets, DeepCache's schedule, and fewer steps of the same sampler at each preset's cost.
 One round is one prompt drawn by every contestant, so ratios are paired. Records go to
