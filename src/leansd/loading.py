@@ -39,7 +39,7 @@ from leansd.model_files import INDEX, check_file, describe_folder, find_snapshot
 from leansd.runtime.context import find_transformer
 from leansd.runtime.samplers import name_sampler
 from leansd.surgery.checkpoints import (
-    find_class,
+    build_outline,
     find_variant,
     open_delta,
     open_unet,
@@ -178,10 +178,7 @@ def _build_outline(file: Path, model: str | Path) -> UNet2DConditionModel:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise LeansdError(_explain(model, error)) from error
-    kind = find_class(config, f"the UNet of {model}")
-    with torch.device("meta"):
-        outline: Any = kind.from_config(config)
-    return outline
+    return build_outline(config, f"the UNet of {model}")
 
 
 def load_unet(

@@ -155,7 +155,8 @@ class CallSet:
 
     def pick(self, places: Sequence[int], number: int = 0) -> CallSet:
         """Some of the calls as one batch, with the seeds of their `number`th set."""
-        seeds = [self.seeds[place] + number * len(self) for place in places]
+        every = self.seeds
+        seeds = [every[place] + number * len(self) for place in places]
         return CallSet([self.calls[place] for place in places], seeds, len(places), self.settings)
 
 

@@ -30,11 +30,11 @@ CLASSES: dict[str, type[UNet2DConditionModel]] = {
 Shape = tuple[int, ...]
 
 
-def find_class(config: Mapping[str, Any], what: str) -> type[UNet2DConditionModel]:
-    """The class of a saved UNet.
+def build_outline(config: dict[str, Any], what: str) -> UNet2DConditionModel:
+    """A saved UNet on the meta device.
 
     Raises:
-        LeansdError: it is none that is known here.
+        LeansdError: its class is none that is known here.
     """
     name = config.get("_class_name", "no class")
     if name not in CLASSES:
@@ -42,7 +42,9 @@ def find_class(config: Mapping[str, Any], what: str) -> type[UNet2DConditionMode
             f"{what} is a {name}, not a UNet2DConditionModel: "
             "Stable Diffusion 1.x, 2.x and SDXL have one"
         )
-    return CLASSES[name]
+    with torch.device("meta"):
+        outline: Any = CLASSES[name].from_config(config)
+    return outline
 
 
 def open_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
@@ -58,13 +60,11 @@ def open_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
             f"no UNet in {folder}: give a folder with config.json and safetensors weights"
         )
     config = json.loads(file.read_text(encoding="utf-8"))
-    kind = find_class(config, f"what is in {folder}")
-    with torch.device("meta"):
-        outline: Any = kind.from_config(config)
+    outline = build_outline(config, f"what is in {folder}")
     found = find_variant(folder, what=f"the UNet in {folder}")
     variant = None if None in found else found[0]
     check_shapes(folder, read_shapes(folder, variant), outline)
-    unet = kind.from_pretrained(
+    unet = type(outline).from_pretrained(
         folder, use_safetensors=True, local_files_only=True, torch_dtype=dtype, variant=variant
     )
     for parameter in unet.parameters():
@@ -186,8 +186,7 @@ def open_delta(folder: Path, other: UNet2DConditionModel) -> UNet2DConditionMode
         LeansdError: it was written beside another UNet.
     """
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    with torch.device("meta"):
-        unet: Any = find_class(config, f"what is in {folder}").from_config(config)
+    unet = build_outline(config, f"what is in {folder}")
     there, own = other.state_dict(), load_file(folder / OWN)
     device, dtype = other.device, other.dtype  # diffusers looks through all modules for each
     tensors: dict[str, torch.Tensor] = {}
