@@ -278,6 +278,10 @@ def test_generate_tells_what_is_wrong_before_a_weight_is_read(fails, model, tmp_
         (["--strength", 2], "strength 2 lies outside (0, 1]"),
         (["--strength", 0], "strength 0 lies outside (0, 1]"),
         (["--init", tmp_path / "good.png", "--strength", 0.1, "--steps", 4], "leaves no step"),
+        (
+            ["--init", tmp_path / "good.png", "--strength", 0.1, "--plan", tmp_path / "plan.json"],
+            "leaves no step",
+        ),
         (["--sampler", "eulr"], "did you mean euler?"),
         (["--size", "big"], "give 512 or"),
         (["--size", "100x50"], "multiples of 8"),
