@@ -233,7 +233,7 @@ class LeanCompare(io.ComfyNode):
             display_name="Lean Compare",
             category=CATEGORY,
             description="The same seed three times: in full, by the plan, and with as many steps "
-            "as the plan computes. Says how near either is to the full run.",
+            "as the plan's time has room for. Says how near either is to the full run.",
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
             inputs=[
@@ -259,7 +259,7 @@ class LeanCompare(io.ComfyNode):
         whole = find_report(plain)
         lean = vae.decode(draw(model, request, seed))
         report = find_report(model)
-        steps = max(round(report.computed * (len(sigmas) - 1) / max(report.calls, 1)), 1)
+        steps = max(round((len(sigmas) - 1) / report.gain), 1)
         few = vae.decode(draw(plain, request, seed, thin_out(sigmas, steps)))
         lines = [
             str(report),

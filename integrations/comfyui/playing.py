@@ -65,6 +65,11 @@ class RunReport:
             return 1.0
         return self.whole_seconds / self.whole * self.calls / self.seconds
 
+    @property
+    def gain(self) -> float:
+        """The speed-up by calls; by the clock where calls ran a part of the model."""
+        return self.measured if self.partial else self.expected
+
     def __str__(self) -> str:
         part = f" ({self.partial} in part)" if self.partial else ""
         calls = "" if self.partial else f", {self.expected:.2f}x by calls"

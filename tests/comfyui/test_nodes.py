@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -228,6 +229,9 @@ def test_deepcache_by_its_own_numbers(nodes: Any) -> None:
     draw(model, size=8)
     report = nodes.find_report(model)
     assert (report.plan, report.computed, report.partial) == ("deepcache", STEPS, STEPS - 3)
+    # What Lean Compare holds such a plan against follows from the clock: no call was left out.
+    timed = replace(report, seconds=STEPS / 2, whole_seconds=3.0)
+    assert (timed.expected, timed.gain) == (1, 2)
     # Where the inside is not known, all is computed, and it is said why.
     model = nodes.LeanDeepCache.execute(Patcher(), 4, 0).args[0]
     draw(model)
