@@ -23,7 +23,7 @@ import typer
 from PIL import Image
 
 from leansd.evaluation.extractors import batch_samples
-from leansd.evaluation.picture_sets import list_pictures, read_samples
+from leansd.evaluation.picture_sets import list_pictures
 from leansd.evaluation.records import Record, stamp, write_records
 from leansd.files import write_file
 from leansd.shards import DrawnPicture, name_shard, pack_shard
@@ -144,7 +144,7 @@ def measure_host() -> Iterator[tuple[str, float]]:
         # A view of what came through Ray is made bytes, and these are written.
         _, writing = clock(lambda: write_file(path, bytes(memoryview(content))))
         yield "the driver writes it", writing
-        samples, reading = clock(lambda: read_samples(list(list_pictures(folder).entries)))
+        samples, reading = clock(lambda: [each.read() for each in list_pictures(folder).entries])
         yield "the driver reads it to be scored", reading
         _, opening = clock(lambda: list(batch_samples(samples, 16, None)))
         yield "a worker opens it to be scored", opening

@@ -14,6 +14,12 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 TABLES = BENCHMARKS / "tables.py"
 
 
+@pytest.mark.parametrize("script", sorted(BENCHMARKS.glob("*.py")), ids=lambda script: script.stem)
+def test_every_script_finds_what_it_imports(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    load_script(script)
+
+
 def test_tables_are_generated_from_records(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [str(TABLES), "--check"])
     load_script(TABLES).main()
