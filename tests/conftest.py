@@ -6,6 +6,8 @@ What runs no tests itself, as pytest-xdist's first process, imports nothing for 
 import gc
 import logging
 import os
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -32,6 +34,14 @@ def pytest_collection_finish() -> None:
 
 def pytest_unconfigure() -> None:
     gc.unfreeze()  # for libraries that count what is left at the very end
+
+
+@pytest.fixture(autouse=True)
+def _watches_end() -> Iterator[None]:
+    """What a test watches, it watches alone."""
+    yield
+    if "watching" in sys.modules:
+        sys.modules["watching"].forget_watches()
 
 
 @pytest.fixture(scope="session", params=["sd", "sdxl"])

@@ -40,6 +40,14 @@ _REGISTER: dict[int, Callable[[Hook], Any]] = {
 }
 
 
+def forget_watches() -> None:
+    """Remove those that are left: modules of later tests, compiled ones too, must not meet them."""
+    for seen in (_BEFORE, _AFTER):
+        seen.clear()
+        if (handle := _HANDLES.pop(id(seen), None)) is not None:
+            handle.remove()
+
+
 def watch(module: nn.Module, hook: Hook) -> Watch:
     """Call `hook(module, inputs, output)` after every call; what it gives is put in its place."""
     return Watch(_AFTER, module, hook)

@@ -168,7 +168,10 @@ def follow_steps(pipe: Any, follow: Callable[[int, int, Any], None]) -> dict[str
     # The latter is PixArt's.
     ways = {"callback_on_step_end": tell, "callback": tell_plainly}
     known = inspect.signature(type(pipe).__call__).parameters
-    return next(({name: way} for name, way in ways.items() if name in known), {})
+    found = next((name for name in ways if name in known), None)
+    if found is None and any(each.kind is each.VAR_KEYWORD for each in known.values()):
+        found = "callback_on_step_end"  # all is handed on to a pipeline's own call
+    return {} if found is None else {found: ways[found]}
 
 
 def seed_generator(seed: int) -> torch.Generator:

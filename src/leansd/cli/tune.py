@@ -24,7 +24,6 @@ from leansd.emoji.prompts import GRID_PROMPTS
 from leansd.errors import LeansdError
 from leansd.evaluation.picture_sets import PICTURES
 from leansd.evaluation.prompt_sets import choose_prompts, read_generic, read_prompts
-from leansd.evaluation.runs import CallSet
 from leansd.files import check_file, stand_beside
 
 if TYPE_CHECKING:
@@ -207,6 +206,7 @@ def tune_plans(
     One of --speedup, --psnr and --ms says which plan is written to OUT; 2 times faster by default.
     Stopped, the same command goes on where it was.
     """
+    from leansd.evaluation.runs import CallSet
     from leansd.report.plans import report_tuning
     from leansd.runtime.context import dissect_denoiser
     from leansd.runtime.samplers import name_sampler
