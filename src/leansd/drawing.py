@@ -155,7 +155,7 @@ def fit_arguments(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
 def follow_steps(pipe: Any, follow: Callable[[int, int, Any], None]) -> dict[str, Any]:
     """Options of a call by which `follow(step, steps, latents)` is told of every step, from 1 on.
 
-    None where a pipeline tells nobody.
+    There are none where a pipeline tells nobody.
     """
 
     def tell(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:

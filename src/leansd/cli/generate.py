@@ -21,6 +21,7 @@ from leansd.cli.options import (
 )
 from leansd.cli.terminal import note, open_progress, warn
 from leansd.errors import LeansdError
+from leansd.evaluation.prompt_sets import find_guidance
 from leansd.files import check_folder, find_free, name_file, write_file, write_new
 from leansd.plans.plan import Plan
 from leansd.plans.resolve import PlanContext
@@ -157,14 +158,14 @@ class _Task:
 
     def open(self) -> tuple[Any, Plan]:
         """The pipeline, and the plan for its runs."""
-        from leansd.drawing import find_scale
         from leansd.loading import load_vae, set_vae
 
         vae = load_vae(self.wanted.vae) if self.wanted.vae is not None else None
         pipe = self.opening.open(self.model)
         if vae is not None:
             set_vae(pipe, vae)
-        guidance = find_scale(pipe, self.wanted.guidance) or 1.0
+        own = self.wanted.guidance
+        guidance = find_guidance(pipe, model="") if own is None else own
         strength = self.wanted.strength if self.wanted.init is not None else 1.0
         return pipe, self.following.settle(self.source, pipe, self.context, guidance, strength)
 

@@ -154,7 +154,7 @@ class Player:
         compute: Callable[[], torch.Tensor],
         keys: Sequence[Hashable] = ("all",),
     ) -> torch.Tensor:
-        """The same of a denoiser that gives pictures: latents - sigma * output.
+        """Play a call of a denoiser that gives pictures: latents - sigma * output.
 
         What is computed and not corrected goes on as it came, to the bit.
 

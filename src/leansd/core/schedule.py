@@ -73,7 +73,7 @@ def lay_out_levels(
     rows: Sequence[int] | None = None,
     steps: int | None = None,
 ) -> CallSchedule:
-    """The same where the log-SNR of every call is known, and no sigma.
+    """Lay out a run by the log-SNR of every call, where no sigma is known.
 
     Args:
         moments: numbers that are equal where two calls are at the same; by default the log-SNR.

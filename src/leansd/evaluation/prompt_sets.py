@@ -61,7 +61,10 @@ def find_guidance(pipe: Any, model: str) -> float:
     """The guidance scale that a model is used with where the user names none."""
     from leansd.drawing import find_scale
 
-    return GUIDANCE if model == EMBEDDED else find_scale(pipe) or 1.0
+    if model == EMBEDDED:
+        return GUIDANCE
+    own = find_scale(pipe)
+    return 1.0 if own is None else own
 
 
 @cache
