@@ -137,7 +137,7 @@ TOYS = {
     "damped change": Method(
         "its present input and a part of what it last added",
         1, lambda now, then, calls: (0.5,), "c", "damped change", "#000", "#fff",
-        of_change=True, is_exact=False,
+        of="change", is_exact=False,
     ),
 }  # fmt: skip
 
@@ -160,7 +160,7 @@ def test_a_new_way_to_inherit_is_one_entry(
         expected = loop(STEPS)
     handle.remove()
     # `mid` is one unit here but for a change, which every unit of it would have one of.
-    if not toy.of_change:
+    if not toy.takes_input:
         computed = [seen[key][1] for key in (2, 1, 0)][: toy.depth]
         weights = toy.weights(0.0, (0.0,) * len(computed), STEPS)
         made = sum(w * each for w, each in zip(weights, computed, strict=True))

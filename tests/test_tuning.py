@@ -16,7 +16,6 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     StableDiffusionControlNetPipeline,
@@ -34,7 +33,7 @@ from leansd.plans.anatomy import Anatomy
 from leansd.plans.methods import METHODS, weigh
 from leansd.plans.plan import Plan, Tuned
 from leansd.plans.row import NO_CORRECTION, Correction
-from leansd.runtime.clock import read_schedule
+from leansd.runtime.clock import lay_out_run, read_schedule
 from leansd.runtime.nets import match_nets
 from leansd.tuning import Front, Point, error_model, tuner
 from leansd.tuning.error_model import (
@@ -48,7 +47,7 @@ from leansd.tuning.error_model import (
     calibrate,
     find_best,
 )
-from leansd.tuning.host import PipelineHost, measure_response
+from leansd.tuning.host import PipelineHost, measure_course
 from leansd.tuning.space import (
     FULL,
     TICKS,
@@ -183,12 +182,17 @@ def follow(scheduler, outputs: torch.Tensor, sample: torch.Tensor) -> list[torch
     return samples
 
 
+def measure_response(name: str) -> np.ndarray:
+    scheduler = make_scheduler(name)
+    return measure_course(scheduler, read_schedule(lay_out_run(scheduler, STEPS))).response
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_response_is_what_the_scheduler_does(name: str) -> None:
     torch.manual_seed(0)
     outputs = torch.randn(STEPS, 1, 4, 3, 3, dtype=torch.float64)
     start = torch.randn(1, 4, 3, 3, dtype=torch.float64)
-    response = torch.from_numpy(measure_response(make_scheduler(name), STEPS))
+    response = torch.from_numpy(measure_response(name))
     runs = []
     for given in (outputs, torch.zeros_like(outputs)):
         scheduler = make_scheduler(name)
@@ -209,7 +213,7 @@ def make_calibration(name: str, outputs: torch.Tensor) -> Calibration:
         steps=STEPS,
         log_snr=np.array(read_schedule(scheduler).log_snr),
         products=(flat @ flat.T / flat.shape[1]).numpy(),
-        response=measure_response(make_scheduler(name), STEPS),
+        response=measure_response(name),
         error_gain=np.ones(STEPS + 1),
         runs=(),
         finals=None,  # pyright: ignore[reportArgumentType]
@@ -321,7 +325,6 @@ def test_a_stretch_without_steps_between_costs_nothing() -> None:
 @pytest.mark.parametrize(
     ("scheduler", "said"),
     [
-        (EulerAncestralDiscreteScheduler, "adds noise"),
         (HeunDiscreteScheduler, "more than once"),
     ],
 )

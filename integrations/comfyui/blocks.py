@@ -64,7 +64,8 @@ def explain_unsound(guider: Any) -> str:
 def is_compiled(guider: Any) -> bool:
     """Whether the model of a run is compiled, by ComfyUI's own node or in another pack's way."""
     inner = guider.model_patcher.get_model_object("diffusion_model")
-    return guider.model_options.get(COMPILED) is not None or isinstance(inner, OptimizedModule)
+    options = getattr(guider, "model_options", {})
+    return options.get(COMPILED) is not None or isinstance(inner, OptimizedModule)
 
 
 def list_patches(guider: Any) -> list[str]:

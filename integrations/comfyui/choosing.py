@@ -14,6 +14,7 @@ import torch
 
 from leansd.core import (
     CallSchedule,
+    Output,
     Prediction,
     Sample,
     explain_unplayable,
@@ -27,7 +28,7 @@ from leansd.plans.plan import Plan, Tuned
 from leansd.plans.presets import Preset
 from leansd.plans.resolve import FEW_STEPS, PlanContext, Source, find_source, resolve_plan
 
-from .blocks import Blocks, read_blocks
+from .blocks import Blocks, is_compiled, read_blocks
 from .library import AUTO, PlanLibrary, Purpose
 
 Mismatch = Literal["stretch", "compute in full"]
@@ -44,6 +45,14 @@ UNSUITED = (AttributeError, LookupError, TypeError, ValueError, RuntimeError)
 an interruption, is not for here."""
 FLOW = "CONST"
 """In the kind of a model's noise: rectified flow."""
+OUTPUTS: Mapping[str, Output | None] = {
+    "EPS": "epsilon",
+    "V_PREDICTION": "v_prediction",
+    FLOW: "flow_prediction",
+    "X0": "sample",
+    "EDM": None,
+}
+"""What a model gives for its own input, by the kind of its noise; EDM's is scaled otherwise."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,8 @@ class RunDescription:
     calls: tuple[float, ...]
     """The sigma of every call of the model; none where they are not known beforehand."""
     prediction: Prediction
+    output: Output | None = None
+    """What the model gives where its calls are answered; None where that is not known."""
     places: tuple[float, ...] = ()
     """Where in the model's own time, from 1 to 0, each sigma lies."""
     blocks: Blocks | None = None
@@ -121,12 +132,14 @@ def describe_run(guider: Any, sampler: Any, sigmas: Sequence[float]) -> RunDescr
             calls = probe_calls(sampled, sigmas)
         except UNSUITED as error:
             trouble = f"{type(error).__name__}: {error}"
+    prediction = find_prediction(noise)
     return RunDescription(
         name_sampler(sampler),
         float(getattr(guider, "cfg", 1.0)),
         tuple(sigmas),
         calls,
-        find_prediction(noise),
+        prediction,
+        find_denoised_output(prediction) if is_compiled(guider) else find_output(noise),
         tuple(_find_place(noise, sigma) for sigma in sigmas),
         read_blocks(guider.model_patcher.get_model_object("diffusion_model")),
         trouble,
@@ -143,6 +156,17 @@ def name_sampler(sampler: Any) -> str:
 def find_prediction(noise: Any) -> Prediction:
     """What sigma means to a model: of its `model_sampling`."""
     return "flow" if FLOW in [kind.__name__ for kind in type(noise).__mro__] else "noise"
+
+
+def find_output(noise: Any) -> Output | None:
+    """What a model gives for its own input: of its `model_sampling`."""
+    kinds = [kind.__name__ for kind in type(noise).__mro__]
+    return next((OUTPUTS[kind] for kind in kinds if kind in OUTPUTS), None)
+
+
+def find_denoised_output(prediction: Prediction) -> Output:
+    """What `Player.play_denoised` makes of denoised latents."""
+    return "noise" if prediction == "noise" else "flow_prediction"
 
 
 def set_options(preset: Preset, **options: Any) -> Preset:
@@ -163,7 +187,9 @@ def choose_plan(choice: PlanChoice, run: RunDescription) -> Chosen:
         wanted = None if isinstance(source, Preset) else source.steps
         first, steps = run.place_in_whole(wanted)
         source = find_tuned_here(source, run.sampler, steps, run.sigmas) or source
-        schedule = place_calls(run.calls, run.sigmas, run.prediction, first=first, steps=steps)
+        schedule = place_calls(
+            run.calls, run.sigmas, run.prediction, first=first, steps=steps, output=run.output
+        )
         if schedule is None:
             return Chosen(name, reason=f"{run.sampler} does not call the model step by step")
         own = NAMES.get(run.sampler, run.sampler) if isinstance(source, Preset) else run.sampler

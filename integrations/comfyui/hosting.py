@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from leansd.core import Sample, list_log_snr, measure_response, probe_calls
+from leansd.core import Sample, adds_noise, list_log_snr, measure_response, probe_calls
 from leansd.errors import LeansdError
 from leansd.evaluation.cost import CostModel
 from leansd.evaluation.runs import PipelineCall, RunOutputs
@@ -143,7 +144,10 @@ class SamplerHost:
             prediction = find_prediction(self._model.get_model_object("model_sampling"))
             log_snr = torch.tensor(list_log_snr(found, prediction)).double().numpy()
             response = measure_response(sample, sigmas).numpy()
-            self._courses[steps] = Course(steps, log_snr, response)
+            # What the tap takes for outputs says what they are of: latents - sigma * output.
+            weights = np.array([(1.0, -sigma) for sigma in found])
+            noisy = adds_noise(sample, sigmas)
+            self._courses[steps] = Course(steps, log_snr, response, weights if noisy else None)
         return self._courses[steps]
 
     def draw(

@@ -64,6 +64,15 @@ class CONST(EPS):
         return x
 
 
+class V_PREDICTION(EPS):
+    def calculate_denoised(
+        self, sigma: torch.Tensor, output: torch.Tensor, x: torch.Tensor
+    ) -> torch.Tensor:
+        level = sigma.view(-1, 1, 1, 1)
+        size = (level**2 + 1).sqrt()
+        return x / size**2 - output * level / size
+
+
 class Denoiser:
     """A model that counts its calls, and answers to latents, noise and conditioning."""
 

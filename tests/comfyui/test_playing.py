@@ -15,7 +15,9 @@ from integrations.comfyui.playing import KEY, PlanOnModel
 from comfyui.double import (
     CONDS,
     CONST,
+    EPS,
     MODEL,
+    V_PREDICTION,
     Control,
     Denoiser,
     Guider,
@@ -399,6 +401,48 @@ def test_another_packs_wrapper_around_the_model(order: str) -> None:
     assert lean.last is not None
     assert lean.last.computed == len(KEYS)
     assert (drawn - full).norm() < 0.05 * full.norm()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("noise", [EPS, V_PREDICTION, CONST])
+@pytest.mark.parametrize("sampler", [sample_euler, sample_ancestral])
+def test_an_inherited_picture_is_the_one_that_was_computed(
+    sampler: Any, noise: Any, compiled: bool
+) -> None:
+    pictures: list[torch.Tensor] = []
+
+    def watch(model: Any, x: torch.Tensor, sigmas: torch.Tensor, **options: Any) -> torch.Tensor:
+        class Watched:
+            def __call__(self, *args: Any, **given: Any) -> torch.Tensor:
+                pictures.append(model(*args, **given))
+                return pictures[-1]
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(model, name)
+
+        return sampler(Watched(), x, sigmas, **options)
+
+    patcher = Patcher(noise=noise())
+    if compiled:
+        patcher.model_options["torch_compile_kwargs"] = {"backend": "inductor"}
+    sigmas = lay_out(STEPS, float(patcher.noise.sigma_max), float(patcher.noise.sigma_min))
+    plan = Plan.between(KEYS, cut="head", steps=STEPS, how="denoised")
+    _, report, _ = draw(plan, patcher=patcher, sampler=Sampler(watch), sigmas=sigmas)
+    assert (report.computed, report.full) == (len(KEYS), "")
+    seen = pictures[-STEPS:]  # before them are those of the probe
+    for step, picture in enumerate(seen):
+        last = max(key for key in KEYS if key <= step)
+        assert torch.allclose(picture, seen[last], rtol=1e-3, atol=3e-3)
+
+
+def test_a_model_whose_scale_is_not_known_shows_no_picture() -> None:
+    class EDM(EPS):
+        """Scales its input otherwise."""
+
+    plan = Plan.between(KEYS, cut="head", steps=STEPS, how="denoised")
+    drawn, report, _ = draw(plan, patcher=Patcher(noise=EDM()))
+    assert torch.equal(drawn, draw(None, patcher=Patcher(noise=EDM()))[0])
+    assert "predicts is not known" in report.full
 
 
 @pytest.mark.parametrize("split", [False, True])

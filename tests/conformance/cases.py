@@ -163,14 +163,16 @@ def in_dtype(dtype: torch.dtype) -> Callable[[Any], Any]:
 
 BOTH = ("ddim", "heun")
 FEATURE_PLANS = ("full", "reuse", "deep", "residual", "forecast")
+PICTURE_PLANS = ("denoised", "denoised-guidance")
 GUIDANCE_PLANS = ("guidance", "guidance-forecast", "gate")
-ALL_PLANS = (*FEATURE_PLANS, "parts", *GUIDANCE_PLANS)
+ALL_PLANS = (*FEATURE_PLANS, "parts", *GUIDANCE_PLANS, *PICTURE_PLANS)
 PICTURES = [draw_picture(1), draw_picture(2)]
 CASES = {
     case.name: case
     for case in (
         Case("sd1", build_sd_whole, (text(),), ("ddim",), ALL_PLANS),
-        Case("sd2-v", build_sd2, (text(),), ("ddim", "heun", "dpm++-2m-karras"), FEATURE_PLANS[:3],
+        Case("sd2-v", build_sd2, (text(),), ("ddim", "heun", "dpm++-2m-karras"),
+             (*FEATURE_PLANS[:3], "denoised"),
              {"prediction_type": "v_prediction"}),
         Case("xl", build_xl, (text(),), ("euler",), ALL_PLANS),
         Case("xl-heun", build_xl, (text(),), ("heun",), FEATURE_PLANS[:3]),

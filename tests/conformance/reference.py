@@ -44,10 +44,14 @@ PLANS: Mapping[str, Callable[[int], Plan]] = {
     "guidance-head": lambda blocks: Plan.between(
         [0, 1, 3], cut=HEAD, steps=STEPS, how="forecast"
     ).guide("forecast", at=3),
+    "denoised": lambda blocks: Plan.between([0, 1, 3], cut=HEAD, steps=STEPS, how="denoised"),
+    "denoised-guidance": lambda blocks: Plan.between(
+        [0, 1, 3], cut=HEAD, steps=STEPS, how="denoised"
+    ).guide("inherit", at=3),
     "gate": lambda blocks: preset("tgate", steps=STEPS, blocks=blocks, gate=2),
 }
 """Plans by name, for so many up blocks."""
-FORECASTS = ("forecast", "guidance-forecast", "guidance-head")
+FORECASTS = ("forecast", "guidance-forecast", "guidance-head", "denoised", "denoised-guidance")
 
 
 def draw(pipe: Any, call: Call, steps: int = STEPS, seed: int = 3) -> torch.Tensor:
@@ -80,11 +84,12 @@ def count_predicted(calls: Sequence[UNetCall]) -> Counter[str]:
 
 
 class Output(NamedTuple):
-    """What a unit gave at a UNet call, and what it added to its input."""
+    """What a unit gave at a UNet call for its input, and what it added to that."""
 
     call: int
     tensor: torch.Tensor
     change: torch.Tensor | None
+    given: torch.Tensor | None = None
 
 
 @contextmanager
@@ -97,12 +102,16 @@ def overwrite(pipe: Any, anatomy: Anatomy, calls: Sequence[UNetCall]) -> Iterato
     history: dict[tuple[str, str], list[Output]] = {}
     control: tuple[str, Any] | None = None
     batch: torch.Size | None = None
+    sample = torch.empty(0)
     number = -1
 
     def before_unet(module: Any, args: Any, kwargs: Any) -> Any:
-        nonlocal batch, number
+        nonlocal batch, number, sample
         number += 1
-        shape = (args[0] if args else kwargs["sample"]).shape
+        given = args[0] if args else kwargs["sample"]
+        shape = given.shape
+        # The latents of a lane, which both of a picture have in common.
+        sample = given[-shape[0] // len(calls[number].lanes) :, : pipe.unet.config.out_channels]
         if shape != batch:
             history.clear()
         batch = shape
@@ -126,7 +135,8 @@ def overwrite(pipe: Any, anatomy: Anatomy, calls: Sequence[UNetCall]) -> Iterato
         rest = noise - difference
         if HEAD in call.pattern.active:
             # What is made up of the UNet's output is given, and so inherited, like the rest.
-            history.setdefault((HEAD, "rest"), []).append(Output(call.index, rest, None))
+            made = Output(call.index, rest, None, sample)
+            history.setdefault((HEAD, "rest"), []).append(made)
         return (torch.cat([rest, noise]),)
 
     def after_unit(at: str, module: Any, args: Any, output: Any) -> Any:
@@ -142,10 +152,11 @@ def overwrite(pipe: Any, anatomy: Anatomy, calls: Sequence[UNetCall]) -> Iterato
         ):
             past = history.setdefault((at, lane), [])
             if how is not None:
+                given = sample if at == HEAD else given
                 new = recall(past, how, call.index, given, pipe.scheduler)
             else:
                 change = new - given if new.shape == given.shape else None
-                past.append(Output(call.index, new.clone(), change))
+                past.append(Output(call.index, new.clone(), change, sample.clone()))
             lanes.append(new)
         tensor = torch.cat(lanes)
         return (tensor,) if isinstance(output, tuple) else tensor
@@ -196,9 +207,27 @@ def recall(
         return latest.tensor.clone()
     alphas = scheduler.alphas_cumprod.double().numpy()
     log_snr = np.interp(moments, np.arange(len(alphas)), np.log(alphas / (1 - alphas)))
+    if how == "denoised":
+        assert latest.given is not None
+        share = 1 / (1 + np.exp(-log_snr))
+        kind = scheduler.config.prediction_type
+        picture = denoise(latest.tensor, latest.given, share[latest.call], kind)
+        picture = picture.to(latest.tensor.dtype).double()  # as precise as what is kept
+        signal, noise = np.sqrt(share[index]), np.sqrt(1 - share[index])
+        now = given.double()
+        made = (now - signal * picture) if kind == "epsilon" else (signal * now - picture)
+        return (made / noise).to(latest.tensor.dtype)
     before = earlier[-1]
     weight = (log_snr[index] - log_snr[before.call]) / (log_snr[latest.call] - log_snr[before.call])
     return torch.lerp(before.tensor, latest.tensor, float(weight))
+
+
+def denoise(output: torch.Tensor, given: torch.Tensor, share: float, kind: str) -> torch.Tensor:
+    """The picture that an input shows, of which a share is signal, in double precision."""
+    signal, noise = np.sqrt(share), np.sqrt(1 - share)
+    if kind == "epsilon":
+        return (given.double() - noise * output.double()) / signal
+    return signal * given.double() - noise * output.double()
 
 
 def runs_control(call: UNetCall) -> bool:
@@ -227,15 +256,15 @@ def count_control(pipe: Any) -> Iterator[list[None]]:
 def watch_stores() -> Iterator[list[FeatureCache]]:
     """The stores that anything was kept in meanwhile."""
     stores: list[FeatureCache] = []
-    keep = FeatureCache.keep
+    put = FeatureCache.put
 
     def note(store: FeatureCache, *args: Any) -> None:
         if all(store is not other for other in stores):
             stores.append(store)
-        keep(store, *args)
+        put(store, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FeatureCache, "keep", note)
+        patch.setattr(FeatureCache, "put", note)
         yield stores
 
 

@@ -103,7 +103,9 @@ class ForgeRun:
         if not places:
             self._compute_all("the run starts at a sigma that is none of its schedule")
             return
-        self.player = Player(self.plan, lay_out_calls(self.sigmas, self.prediction))
+        output = "noise" if self.prediction == "noise" else "flow_prediction"
+        schedule = lay_out_calls(self.sigmas, self.prediction, output=output)
+        self.player = Player(self.plan, schedule)
         self.reason = self.player.reason
 
     def _compute_all(self, why: str) -> None:

@@ -12,8 +12,10 @@ inherited and corrected outputs by the same functions.
 from leansd.core.player import Player, PlayerStats, explain_unplayable
 from leansd.core.schedule import (
     CallSchedule,
+    Output,
     Prediction,
     Sample,
+    adds_noise,
     lay_out_calls,
     lay_out_levels,
     list_log_snr,
@@ -24,10 +26,12 @@ from leansd.core.schedule import (
 
 __all__ = [
     "CallSchedule",
+    "Output",
     "Player",
     "PlayerStats",
     "Prediction",
     "Sample",
+    "adds_noise",
     "explain_unplayable",
     "lay_out_calls",
     "lay_out_levels",

@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 import torch
 
-from leansd.core.schedule import CallSchedule
+from leansd.core.schedule import UNKNOWN_OUTPUT, CallSchedule
 from leansd.plans.anatomy import HEAD
 from leansd.plans.liveness import GUIDANCE, Call, Kept, Program
 from leansd.plans.methods import GUIDANCE_METHODS, METHODS, Method, Mix
+from leansd.plans.plan import Plan
 
 # -- mixes -----------------------------------------------------------------------------------------
 
@@ -102,11 +103,6 @@ class FeatureCache:
     @property
     def bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._tensors.values())
-
-    def keep(self, kept: Kept, output: torch.Tensor, given: torch.Tensor | None = None) -> None:
-        """Keep `output`, or what was added to what was `given`: one lane of both [B, C, H, W]."""
-        source = output.detach()
-        self.put(kept, source.clone() if given is None else source - given)
 
     def put(self, kept: Kept, tensor: torch.Tensor) -> None:
         """Keep `tensor` itself, which nobody else holds."""
@@ -198,18 +194,42 @@ class PlannedCall:
         """What to keep of a unit."""
         return self.call.keeps.get(at, ())
 
-    def keeps_change(self, at: str) -> bool:
-        """Whether a later call reads what a unit adds to its input."""
-        return any(kept.what == "change" for kept in self.list_keeps(at))
+    def keeps_input(self, at: str) -> bool:
+        """Whether a later call reads something that a unit's input goes into."""
+        return any(kept.what in ("change", "denoised") for kept in self.list_keeps(at))
+
+    def keep_output(
+        self, kept: Kept, output: torch.Tensor, given: torch.Tensor | None = None
+    ) -> None:
+        """Keep what later calls read of a computed output, `given` its input: one lane of both
+        [B, C, H, W]. Of a difference `given` is the other output."""
+        output = output.detach()
+        if kept.what == "output" or given is None:
+            self.store.put(kept, output.clone())
+        elif kept.what == "denoised":
+            self.store.put(kept, self.denoise(output, given))
+        else:
+            self.store.put(kept, output - given)
+
+    def denoise(self, output: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        """The denoised picture that input and output of the denoiser show, [B, C, H, W]."""
+        assert self.schedule is not None
+        return combine([given, output], self.schedule.denoise(self.call.index))
 
     def fill(
         self, method: Method, sources: Sequence[Kept], given: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """One lane of an output: the weighted sum of kept ones, or `given` plus that of changes."""
-        if method.of_change and given is not None and len(sources) == 1 and method.is_exact:
+        """One lane of an output: of what is kept and, where the method takes it, of its input."""
+        if method.of == "change" and given is not None and len(sources) == 1 and method.is_exact:
             return given + self.store.read(sources[0])
         made = weigh_tensors(method, *self.weigh(method, sources))
-        return given + made if method.of_change and given is not None else made
+        if not method.takes_input or given is None:
+            return made
+        if method.of == "change":
+            return given + made
+        assert self.schedule is not None
+        own, lead = self.schedule.denoise(self.call.index)
+        return combine([made, given], [1 / lead, -own / lead])
 
     def weigh(
         self, method: Method, sources: Sequence[Kept]
@@ -225,6 +245,13 @@ class PlannedCall:
         assert self.schedule is not None
         lead, weights = list_correction(self.call, sources, self.schedule)
         return combine([noise, *map(self.store.read, sources)], [lead, *weights])
+
+
+def explain_unknown_output(plan: Plan, schedule: CallSchedule) -> str:
+    """Why a run cannot follow a plan that inherits denoised pictures; empty where it can."""
+    hows = {how for row in plan.rows for how in row.inherit.values()}
+    wanted = any(METHODS[how].of == "denoised" for how in hows)
+    return UNKNOWN_OUTPUT if wanted and schedule.output is None else ""
 
 
 def find_method(call: Call, at: str) -> Method:

@@ -17,7 +17,13 @@ from typing import Any
 
 import torch
 
-from leansd.core.outputs import History, PlannedCall, find_method, make_placeholder
+from leansd.core.outputs import (
+    History,
+    PlannedCall,
+    explain_unknown_output,
+    find_method,
+    make_placeholder,
+)
 from leansd.core.schedule import CallSchedule
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import HEAD, WHOLE, Anatomy
@@ -88,7 +94,8 @@ class Player:
         anatomy: of the denoiser, where its units ask `batch` what to do.
         writable: whether the code between units may write to what they give.
         """
-        self.reason = explain_unplayable(plan, schedule.steps, anatomy)
+        why = explain_unplayable(plan, schedule.steps, anatomy)
+        self.reason = why or explain_unknown_output(plan, schedule)
         """Why all is computed in full, in words; empty where the plan is followed."""
         self.plan = Plan.full(schedule.steps) if self.reason else plan
         self.schedule, self.anatomy, self.writable = schedule, anatomy, writable
@@ -321,7 +328,7 @@ class _Turn(PlannedCall):
         """What a unit that inherits gives, `given` its input now; always a fresh tensor."""
         method = find_method(self.call, at)
         (sources,) = self.call.sources[at]
-        before = given[:, : self.store.read(sources[0]).shape[1]] if method.of_change else None
+        before = given[:, : self.store.read(sources[0]).shape[1]] if method.takes_input else None
         return self.fill(method, sources, before)
 
     def keep(self, at: str, output: torch.Tensor, given: torch.Tensor) -> None:
@@ -330,7 +337,7 @@ class _Turn(PlannedCall):
         if self._track.shapes.setdefault(at, looks) != looks:
             raise _InDoubt("what the denoiser's units give has another shape")
         for kept in self.list_keeps(at):
-            self.store.keep(kept, output, given if kept.what == "change" else None)
+            self.keep_output(kept, output, given)
 
     def make_placeholder(self, at: str, count: int, *, writable: bool) -> torch.Tensor:
         """NaN for what nobody reads, in the shape of `count` conditionings."""
@@ -339,14 +346,14 @@ class _Turn(PlannedCall):
         return make_placeholder(size, dtype, device, writable=writable)
 
     def remember_input(self) -> torch.Tensor | None:
-        """The input, where a later call reads the change of it: the denoiser may overwrite it."""
-        return self._latents.clone() if self.keeps_change(HEAD) else None
+        """The input, where something that it goes into is kept: the denoiser may overwrite it."""
+        return self._latents.clone() if self.keeps_input(HEAD) else None
 
     def settle(self, output: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
         """Keep what is read later of a computed output, and correct it."""
+        before = given[:, : output.shape[1]] if given is not None else None
         for kept in self.list_keeps(HEAD):
-            before = given[:, : output.shape[1]] if given is not None else None
-            self.store.keep(kept, output, before if kept.what == "change" else None)
+            self.keep_output(kept, output, before)
         if self.call.corrects:
             (sources,) = self.call.corrects
             output = self.move_on(output, sources)
@@ -375,7 +382,7 @@ class PlayedBatch:
         given = args[0].chunk(len(turns))
         if at in pattern.inherited:
             return _join([turn.give(at, own) for turn, own in zip(turns, given, strict=True)])
-        if any(turn.keeps_change(at) for turn in turns):
+        if any(turn.keeps_input(at) for turn in turns):
             given = [each.clone() for each in given]  # the unit may overwrite its input
         output = forward(*args, **kwargs)
         for turn, rows, own in zip(turns, output.chunk(len(turns)), given, strict=True):

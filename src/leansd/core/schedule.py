@@ -17,10 +17,19 @@ Prediction = Literal["noise", "flow"]
 `noise`  latents = picture + sigma * noise (k-diffusion; eps and v prediction).
 `flow`   latents = (1 - sigma) * picture + sigma * noise (rectified flow).
 """
+Output = Literal["epsilon", "v_prediction", "flow_prediction", "sample", "noise"]
+"""What a denoiser gives for its input, by which a denoised picture follows from the two.
+
+The first four are words of diffusers, for inputs of variance 1 or, with a flow, as they are.
+`noise`  (input - picture) / sigma of inputs as samplers of k-diffusion have them.
+"""
 LEAST = 1e-6
 """Noise below this share counts as this, so that the log-SNR of a last step is finite."""
 MOST = 1 - 1e-3
 """Noise of a flow above this share counts as this: its first step has nothing else."""
+
+
+UNKNOWN_OUTPUT = "what the denoiser predicts is not known, and so not the picture that it sees"
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +46,28 @@ class CallSchedule:
     """Step count of the sampler."""
     log_snr: Sequence[float]
     """log(signal power / noise power) at each call."""
+    output: Output | None = None
+    """What the denoiser gives; None where that is not known."""
+
+    def denoise(self, call: int) -> tuple[float, float]:
+        """The weights of input and output in the denoised picture that they show.
+
+        Raises:
+            LeansdError: what the denoiser gives is not known.
+        """
+        if self.output is None:
+            raise LeansdError(UNKNOWN_OUTPUT)
+        level = self.log_snr[call]
+        signal = max(1 / (1 + math.exp(-level)), LEAST) ** 0.5
+        noise = max(1 / (1 + math.exp(level)), LEAST) ** 0.5
+        sigma = 1 / (1 + math.exp(level / 2))  # of a flow
+        return {
+            "epsilon": (1 / signal, -noise / signal),
+            "v_prediction": (signal, -noise),
+            "flow_prediction": (1.0, -sigma),
+            "sample": (0.0, 1.0),
+            "noise": (1.0, -noise / signal),
+        }[self.output]
 
 
 def lay_out_calls(
@@ -45,6 +76,7 @@ def lay_out_calls(
     *,
     rows: Sequence[int] | None = None,
     steps: int | None = None,
+    output: Output | None = None,
 ) -> CallSchedule:
     """The schedule of a run that calls the denoiser once at every sigma.
 
@@ -53,6 +85,7 @@ def lay_out_calls(
             no call.
         rows: the plan's row of each call, where a step makes several or a run starts late.
         steps: of the sampler; by default as many as there are rows.
+        output: what the denoiser gives, for plans that inherit denoised pictures.
 
     Raises:
         LeansdError: there is no call.
@@ -63,7 +96,8 @@ def lay_out_calls(
     if not calls:
         raise LeansdError("a run without sigmas has no call")
     placed = tuple(range(len(calls)) if rows is None else rows)
-    return lay_out_levels(list_log_snr(calls, prediction), calls, rows=placed, steps=steps)
+    levels = list_log_snr(calls, prediction)
+    return lay_out_levels(levels, calls, rows=placed, steps=steps, output=output)
 
 
 def lay_out_levels(
@@ -72,6 +106,7 @@ def lay_out_levels(
     *,
     rows: Sequence[int] | None = None,
     steps: int | None = None,
+    output: Output | None = None,
 ) -> CallSchedule:
     """Lay out a run by the log-SNR of every call, where no sigma is known.
 
@@ -85,7 +120,7 @@ def lay_out_levels(
         raise LeansdError("a run without noise levels has no call")
     placed = tuple(range(len(log_snr)) if rows is None else rows)
     count = max(placed) + 1 if steps is None else steps
-    return CallSchedule(None, tuple(moments or log_snr), placed, count, tuple(log_snr))
+    return CallSchedule(None, tuple(moments or log_snr), placed, count, tuple(log_snr), output)
 
 
 def list_log_snr(sigmas: Sequence[float], prediction: Prediction = "noise") -> tuple[float, ...]:
@@ -158,6 +193,7 @@ def place_calls(
     *,
     first: int = 0,
     steps: int | None = None,
+    output: Output | None = None,
 ) -> CallSchedule | None:
     """The schedule of a run whose sampler makes these calls; None where the pattern is not known.
 
@@ -180,7 +216,7 @@ def place_calls(
         ):
             total = first + count if steps is None else steps
             placed = [first + row for row in rows]
-            return lay_out_calls(calls, prediction, rows=placed, steps=total)
+            return lay_out_calls(calls, prediction, rows=placed, steps=total, output=output)
     return None
 
 
@@ -208,6 +244,13 @@ def measure_response(sample: Sample, sigmas: Sequence[float]) -> torch.Tensor:
             "so what forecasts do to its pictures cannot be told beforehand"
         )
     return response
+
+
+def adds_noise(sample: Sample, sigmas: Sequence[float]) -> bool:
+    """Whether a sampler draws noise at its steps."""
+    calls = len(probe_calls(sample, sigmas))
+    seen = _record_latents(sample, sigmas, torch.zeros(calls, dtype=torch.float64))
+    return bool(seen.abs().max() > 0)
 
 
 def _record_latents(sample: Sample, sigmas: Sequence[float], outputs: torch.Tensor) -> torch.Tensor:

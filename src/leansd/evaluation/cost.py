@@ -108,8 +108,8 @@ class CostModel:
     def count_bytes(self, call: Call) -> float:
         """Bytes that a call reads and writes to keep outputs and to make inherited ones."""
         kept = sum(
-            # The output is read and a copy written; a change also reads what came in.
-            (3 if each.what == "change" else 2) * self._get_bytes(each)
+            # The output is read and a copy written; most else also reads what came in.
+            (2 if each.what == "output" else 3) * self._get_bytes(each)
             for group in call.keeps.values()
             for each in group
         )

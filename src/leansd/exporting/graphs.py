@@ -27,7 +27,8 @@ from leansd.errors import LeansdError, read_cause
 from leansd.files import check_folder
 from leansd.plans.anatomy import HEAD, Anatomy
 from leansd.plans.compile import Structure
-from leansd.plans.liveness import Call, Kept, Pattern, What, find_pattern
+from leansd.plans.liveness import Call, Kept, Pattern, find_pattern
+from leansd.plans.methods import What
 from leansd.plans.plan import Plan
 from leansd.plans.row import How
 from leansd.runtime.compiled import write_run

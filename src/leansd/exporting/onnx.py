@@ -334,11 +334,13 @@ class OnnxUNet:
         session = self._sessions[tuple(given)]
         noise, *made = session.run(_flatten(arguments.named) | given, [NOISE, *inside])
         noise = noise.to(arguments.sample.dtype)
-        made = dict(zip(inside, made, strict=True))
-        # The UNet's own output is no feature of the graph, and nor is what it adds to the latents.
-        made |= {HEAD: noise, f"{HEAD}.change": noise - step.latents}
+        features = dict(zip(inside, made, strict=True))
         for kept in keeps:
-            step.branch.cache.keep(kept, step.pick(made[_name(kept)], kept.lane))
+            if kept.unit == HEAD:  # the UNet's own output is no feature of the graph
+                rows = (step.pick(each, kept.lane) for each in (noise, step.latents))
+                step.keep_output(kept, *rows)
+            else:
+                step.store.put(kept, step.pick(features[_name(kept)], kept.lane).clone())
         return wrap_output(noise, arguments)
 
 

@@ -17,11 +17,10 @@ from leansd.plans.liveness import (
     Lane,
     Net,
     Program,
-    What,
     find_pattern,
     find_probe,
 )
-from leansd.plans.methods import GUIDANCE_METHODS, METHODS, NO_CORRECTION, Correction
+from leansd.plans.methods import GUIDANCE_METHODS, METHODS, NO_CORRECTION, Correction, What
 from leansd.plans.row import (
     CELL,
     OWN,
@@ -198,9 +197,7 @@ class _Trace:
 
     def _list_sources(self, at: str, lane: Lane, how: How) -> tuple[Kept, ...]:
         """What an inherited unit is made from: its latest computed outputs."""
-        what: What = "change" if METHODS[how].of_change else "output"
-        if at == GUIDANCE:
-            what = "difference"
+        what: What = "difference" if at == GUIDANCE else METHODS[how].of
         name = self._name(at)
         calls = self._computed_at[name, lane][: METHODS[how].depth]
         return tuple(Kept(name, call, what, lane) for call in calls)

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import HEAD, Anatomy
-from leansd.plans.methods import METHODS, NO_CORRECTION, Correction, Mix
+from leansd.plans.methods import METHODS, NO_CORRECTION, Correction, Mix, What
 from leansd.plans.row import OWN, SAMPLE, Attend, Drift, Gates, Guidance, How
 
 Lane = Literal["all", "rest", "cond"]
@@ -42,10 +42,6 @@ class Pattern:
     """Parts that inherit inside units that are computed."""
     active: frozenset[str] = frozenset()
     """Units and parts that are computed."""
-
-
-What = Literal["output", "change", "difference"]
-"""A unit's output; what it added to its input; conditional minus unconditional output."""
 
 
 class Kept(NamedTuple):
@@ -189,7 +185,7 @@ def find_pattern(anatomy: Anatomy, inherits: Mapping[str, How]) -> Pattern:
         else:
             inherited[unit.at] = how
         # A change is added to the present input; the head's is the UNet's own.
-        if how is None or (METHODS[how].of_change and unit.at != HEAD):
+        if how is None or (METHODS[how].takes_input and unit.at != HEAD):
             needed.update(unit.reads)
     working = [part.at for part in anatomy.parts if part.reads[0] in computed]
     parts: dict[str, How] = {at: inherits[at] for at in working if at in inherits}

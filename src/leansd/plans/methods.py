@@ -16,6 +16,11 @@ from typing import Literal, NamedTuple
 ALL = sys.maxsize
 """A depth: every output computed so far in the run."""
 
+What = Literal["output", "change", "denoised", "difference"]
+"""What is kept of a call for later ones: a unit's output, what it added to its input, the denoised
+picture that input and output of the whole denoiser show, or conditional minus unconditional output.
+"""
+
 Axis = Literal["log_snr", "call"]
 """Along what outputs are placed: log(signal power / noise power), or the number of the call."""
 
@@ -119,10 +124,15 @@ class Method:
     dark: str
     """On a dark page."""
     axis: Axis = "log_snr"
-    of_change: bool = False
-    """Whether what is kept is what the unit added to its input, and the present input is added."""
+    of: What = "output"
+    """What is kept; but for an output, the output is made of that and of the present input."""
     is_exact: bool = True
     """Whether the weights add up to 1, as where a curve goes through the outputs."""
+
+    @property
+    def takes_input(self) -> bool:
+        """Whether the present input goes into what it gives."""
+        return self.of != "output"
 
     @property
     def is_bounded(self) -> bool:
@@ -137,7 +147,11 @@ METHODS: dict[str, Method] = {
     ),
     "residual": Method(
         "its present input plus what it added to its input when it was last computed",
-        1, keep, "+", "residual", "#a566e0", "#b182e8", of_change=True,
+        1, keep, "+", "residual", "#a566e0", "#b182e8", of="change",
+    ),
+    "denoised": Method(
+        "the denoised picture that it saw when last computed; the rest of its input is noise",
+        1, keep, "*", "denoised", "#6b7a1f", "#a3b13a", of="denoised",
     ),
     "forecast": Method(
         "the line through its last two computed outputs, over log-SNR",

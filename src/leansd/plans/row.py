@@ -14,7 +14,7 @@ from typing import Literal, Protocol, get_args
 from leansd.errors import LeansdError
 from leansd.plans.address import covers
 from leansd.plans.anatomy import HEAD, STEM, Anatomy, Selection, Unit
-from leansd.plans.methods import METHODS, NO_CORRECTION, Correction, Mix
+from leansd.plans.methods import METHODS, NO_CORRECTION, Correction, Method, Mix
 
 How = str
 """How a unit gives an output that it does not compute: a word of `leansd.plans.methods.METHODS`."""
@@ -136,7 +136,7 @@ def resolve_row(step: int, row: Row, anatomy: Anatomy) -> dict[str, How]:
     resolved: dict[str, How] = {}
     for pattern, how in row.inherit.items():
         for unit in _select(step, pattern, anatomy):
-            why = _explain_no_change(unit, anatomy) if METHODS[how].of_change else ""
+            why = _explain_no_input(unit, anatomy, METHODS[how])
             if why:
                 raise LeansdError(f"step {step}: {unit.at} {why}; use reuse or forecast")
             resolved[unit.at] = how
@@ -145,8 +145,12 @@ def resolve_row(step: int, row: Row, anatomy: Anatomy) -> dict[str, How]:
     return resolved
 
 
-def _explain_no_change(unit: Unit, anatomy: Anatomy) -> str:
-    """Why what a unit adds to its input cannot be inherited; empty where it can."""
+def _explain_no_input(unit: Unit, anatomy: Anatomy, method: Method) -> str:
+    """Why a unit's output cannot be made of its present input; empty where it can."""
+    if not method.takes_input:
+        return ""
+    if method.of == "denoised" and unit.at != HEAD:
+        return f"shows no denoised picture: only {HEAD}, the whole UNet, does"
     if len(unit.at.split(".")) > 3:
         return "is itself added to its input"
     stem = anatomy.by_address.get(STEM, unit) if unit.at == HEAD else unit

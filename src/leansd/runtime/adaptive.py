@@ -219,7 +219,7 @@ class AdaptiveCall:
         if not running:
             output = here[0].step.shapes[at].wrap(self.give(at, given))
         else:
-            if any(sample.step.keeps_change(at) for sample in running):
+            if any(sample.step.keeps_input(at) for sample in running):
                 given = given.detach().clone()  # the unit may overwrite it
             computed = self._run_some(running, forward, args, kwargs)
             output = self._share_out(at, running, computed, split_rows(given, len(here)))

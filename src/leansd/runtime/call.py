@@ -163,11 +163,11 @@ class UNetCall(PlannedCall):
             return self.shapes[at].wrap(self.give(at, args[0]))
         # The unit may overwrite its input, so what a change is measured against is copied first.
         given = self._pick_input(at, args[0])
-        given = given.detach().clone() if self.keeps_change(at) else given
+        given = given.detach().clone() if self.keeps_input(at) else given
         output = forward(*args, **kwargs)
         for kept in self.list_keeps(at):
-            before = self.pick(given, kept.lane) if kept.what == "change" else None
-            self.store.keep(kept, self.pick(unwrap(output), kept.lane), before)
+            before = self.pick(given, kept.lane) if kept.what != "output" else None
+            self.keep_output(kept, self.pick(unwrap(output), kept.lane), before)
         if self.records:
             self.shapes[at] = Shape.of(output)
         return output
@@ -224,7 +224,7 @@ class UNetCall(PlannedCall):
         pattern = self.call.pattern
         return all(
             at in pattern.idle
-            or (at in pattern.inherited and not METHODS[pattern.inherited[at]].of_change)
+            or (at in pattern.inherited and not METHODS[pattern.inherited[at]].takes_input)
             for at in units
         )
 

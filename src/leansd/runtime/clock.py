@@ -12,11 +12,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from leansd.core.schedule import CallSchedule, assign_rows, list_log_snr
+from leansd.core.schedule import CallSchedule, Output, assign_rows, list_log_snr
 from leansd.plans.keysteps import interpolate
 
 
@@ -185,7 +185,8 @@ def read_schedule(scheduler: Any) -> CallSchedule:
     rows = assign_rows(len(moments), int(steps), order)
     if rows is None:
         rows, steps = tuple(range(len(moments))), len(moments)
-    return CallSchedule(timesteps, moments, rows, int(steps), _log_snr(scheduler, moments))
+    levels = _log_snr(scheduler, moments)
+    return CallSchedule(timesteps, moments, rows, int(steps), levels, _find_output(scheduler))
 
 
 def _find_by_value(value: float, moments: Sequence[float], last: int) -> int | None:
@@ -229,6 +230,15 @@ def is_flow(scheduler: Any) -> bool:
     """Whether a scheduler's sigmas are those of rectified flow, from 1 to 0."""
     flow = type(scheduler).__name__.startswith("FlowMatch")
     return flow or bool(scheduler.config.get("use_flow_sigmas", False))
+
+
+def _find_output(scheduler: Any) -> Output | None:
+    """What the denoiser gives that a scheduler is for."""
+    if is_flow(scheduler):
+        return "flow_prediction"
+    known = get_args(Output)
+    told = scheduler.config.get("prediction_type", "epsilon")
+    return told if told in known and hasattr(scheduler, "alphas_cumprod") else None
 
 
 def _log_snr(scheduler: Any, moments: Sequence[float]) -> tuple[float, ...]:

@@ -116,6 +116,10 @@ class TracedCall(UNetCall):
         tensors = [self.branch.cache.read(kept) for kept in sources]
         return combine([noise, *tensors], self._weights[tuple(sources)])
 
+    def denoise(self, output: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        """The output itself: a graph knows no noise levels, and who calls it goes on from here."""
+        return output.clone()
+
 
 RunLanes = Callable[[UNetStep, UNetArguments, Callable[..., Any]], Any]
 """The engine's way of running a call with the UNet's own forward, its units following the step."""
@@ -203,8 +207,11 @@ class CompiledCalls:
         noise, made = self._find_run(structure)(forward, *inputs)
         keeps = {kept for keeps in call.keeps.values() for kept in keeps}
         for kept, tensor in zip(structure.list_keeps(call), made, strict=True):
-            if kept in keeps:
-                cache.put(kept, tensor.clone() if self._clones else tensor)
+            if kept not in keeps:
+                continue
+            if kept.what == "denoised":
+                tensor = step.denoise(tensor, step.pick(step.latents, kept.lane))
+            cache.put(kept, tensor.clone() if self._clones else tensor)
         return noise.clone() if self._clones else noise
 
     def _find_run(self, structure: Structure) -> Callable[..., Any]:

@@ -141,7 +141,7 @@ def _run_apart(
     cache, kept = own.branch.cache, keep_for_rest(own.call.index)
     if own.apart == "cond":
         output = run(arguments)
-        cache.keep(kept, output[0])
+        own.keep_output(kept, output[0])
         return output
     if own.call.is_half:
         made = cache.read(kept) - _find_difference(own)
@@ -150,7 +150,7 @@ def _run_apart(
         return wrap_output(made, arguments)
     output = run(arguments)
     for difference in own.call.keeps.get(GUIDANCE, ()):
-        cache.keep(difference, cache.read(kept), output[0])
+        own.keep_output(difference, cache.read(kept), output[0])
     cache.release([kept])
     return output
 
@@ -160,7 +160,7 @@ def keep_difference(step: UNetStep, noise: torch.Tensor) -> None:
     for each, rows in step.split(noise):
         for kept in each.call.keeps.get(GUIDANCE, ()):
             rest, cond = rows.detach().chunk(2)
-            each.branch.cache.keep(kept, cond, rest)
+            each.keep_output(kept, cond, rest)
 
 
 def complete(step: UNetStep, output: Any) -> Any:
@@ -181,8 +181,7 @@ def _keep_rest(step: UNetCall, rest: torch.Tensor) -> None:
     """
     for kept in step.call.keeps.get(HEAD, ()):
         if kept.lane == "rest":
-            given = step.latents if kept.what == "change" else None
-            step.branch.cache.keep(kept, rest, given)
+            step.keep_output(kept, rest, step.latents)
 
 
 def _find_difference(step: UNetCall) -> torch.Tensor | float:

@@ -20,6 +20,7 @@ from torch import nn
 
 from leansd.anatomy.reading import read_anatomy
 from leansd.core.devices import Stopwatch
+from leansd.core.outputs import explain_unknown_output
 from leansd.core.schedule import CallSchedule
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import HEAD
@@ -369,8 +370,12 @@ class Follower:
                 self._tell_fault()
                 run.clear()
             resolved = self._resolve_plan(position)
-            plan = resolved.plan
-            stats = RunStats(plan, resolved.notes)
+            plan, notes = resolved.plan, resolved.notes
+            unknown = explain_unknown_output(plan, position.schedule)
+            if unknown:
+                self.warn_once(f"plan {plan.name} is computed in full: {unknown}")
+                plan, notes = Plan.full(plan.steps), (*notes, unknown)
+            stats = RunStats(plan, notes)
             run = Run(position.schedule, plan, stats, ControlResiduals(stats))
             self._state.run = run
         return run
@@ -507,7 +512,7 @@ def _needs_latents(plan: Plan, anatomy: Any) -> bool:
         return True
     rows = (row.inherit for row in plan.rows)
     hows = {how for row in rows for at, how in row.items() if at == HEAD}
-    return any(METHODS[how].of_change for how in hows)
+    return any(METHODS[how].takes_input for how in hows)
 
 
 # -- whose call a UNet call is ---------------------------------------------------------------------

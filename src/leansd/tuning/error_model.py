@@ -17,7 +17,7 @@ import torch
 from leansd.evaluation.runs import PipelineCall, RunOutputs
 from leansd.plans.methods import METHODS, weigh
 from leansd.plans.row import NO_CORRECTION, Correction, How
-from leansd.tuning.host import Host, SchedulerRun, Seen, Steer, Step
+from leansd.tuning.host import Course, Host, SchedulerRun, Seen, Steer, Step
 
 # -- calibration -----------------------------------------------------------------------------------
 # What a sampler's full run says about every plan of the same run.
@@ -56,6 +56,22 @@ class Calibration:
     """[n + 1]: squared error in the final latents for each squared error before call k."""
     runs: tuple[SchedulerRun, ...]
     finals: RunOutputs
+    denoising: np.ndarray | None = None
+    """[n, 2], where the sampler adds noise: see `Course`."""
+
+    @property
+    def adds_noise(self) -> bool:
+        return self.denoising is not None
+
+    def show_pictures(self, weights: np.ndarray) -> np.ndarray:
+        """The denoised pictures that the calls of all runs see, [n, numbers].
+
+        Args:
+            weights: of sample and output in them, [n, 2].
+        """
+        samples = _stack([[seen.sample for seen in run] for run in self.runs])
+        own, lead = weights.T[:, :, None]
+        return own * samples + lead * self.outputs
 
     @property
     def outputs(self) -> np.ndarray:
@@ -82,7 +98,7 @@ def calibrate(
         like: a calibration at another step count whose `error_gain` serves here, too.
 
     Raises:
-        LeansdError: the sampler calls the UNet more than once a step, or adds noise of its own.
+        LeansdError: the sampler calls the UNet more than once a step, or is not linear.
     """
     host.respond(steps)
 
@@ -93,7 +109,7 @@ def calibrate(
     finals.require_finite()
     course = host.respond(steps, len(runs[0]))
     if like is None:
-        error_gain = _measure_error_gain(runs, draw)
+        error_gain = _measure_error_gain(runs, draw, course)
     else:
         inside = np.interp(course.log_snr, like.log_snr, like.error_gain[:-1])
         error_gain = np.append(inside, 1.0)
@@ -107,22 +123,26 @@ def calibrate(
         error_gain=error_gain,
         runs=tuple(runs),
         finals=finals,
+        denoising=course.denoising,
     )
 
 
 def stack_outputs(runs: Sequence[SchedulerRun]) -> np.ndarray:
     """The guided outputs of every call, of all runs together, [n, numbers], double precision."""
-    outputs = [
-        torch.cat([run[place].output.flatten() for run in runs]) for place in range(len(runs[0]))
-    ]
-    return torch.stack(outputs).cpu().double().numpy()
+    return _stack([[seen.output for seen in run] for run in runs])
 
 
-def _measure_error_gain(runs: Sequence[SchedulerRun], draw: Draw) -> np.ndarray:
+def _stack(runs: Sequence[Sequence[torch.Tensor]]) -> np.ndarray:
+    """Tensors of every call, of all runs together, [n, numbers], double precision."""
+    rows = [torch.cat([each.flatten() for each in call]) for call in zip(*runs, strict=True)]
+    return torch.stack(rows).cpu().double().numpy()
+
+
+def _measure_error_gain(runs: Sequence[SchedulerRun], draw: Draw, course: Course) -> np.ndarray:
     """How squared errors in the sample before each call grow or shrink till the end, [n + 1].
 
-    At a few steps the run's output is replaced by the one before, which is the kind of error that
-    plans make; between them the logarithm is interpolated.
+    At a few steps the run's output is replaced by one made of that before, which is the kind of
+    error that plans make; between them the logarithm is interpolated.
     """
     count = len(runs[0])
     places = sorted({max(1, round(share * (count - 1))) for share in PROBES})
@@ -130,7 +150,7 @@ def _measure_error_gain(runs: Sequence[SchedulerRun], draw: Draw) -> np.ndarray:
     for place in places:
         disturbed: list[float] = []
         arrived: list[float] = []
-        for mine, reference in zip(_disturb(place, draw), runs, strict=True):
+        for mine, reference in zip(_disturb(place, draw, course), runs, strict=True):
             at = min(place + 1, count - 1)
             disturbed.append(_square(mine[at].sample - reference[at].sample))
             arrived.append(_square(mine[-1].previous - reference[-1].previous))
@@ -139,14 +159,15 @@ def _measure_error_gain(runs: Sequence[SchedulerRun], draw: Draw) -> np.ndarray:
     return np.exp(logs)
 
 
-def _disturb(place: int, draw: Draw) -> list[SchedulerRun]:
-    """Runs whose output at one step is that of the step before."""
+def _disturb(place: int, draw: Draw, course: Course) -> list[SchedulerRun]:
+    """Runs whose output at one step is that of the step before, or shows the picture of that."""
     before: list[torch.Tensor] = []
 
     def steer(run: int, index: int, seen: Seen, step: Step) -> torch.Tensor:
+        own, lead = (0.0, 1.0) if course.denoising is None else course.denoising[index].tolist()
         if index == place:
-            return before[-1]
-        before[:] = [seen.output]
+            return (before[-1] - own * seen.sample) / lead
+        before[:] = [own * seen.sample + lead * seen.output]
         return seen.output
 
     return draw(steer)[1]
@@ -172,6 +193,8 @@ class Action(NamedTuple):
 
 HEAD_ACTIONS = (Action("head", "forecast"), Action("head", "forecast2"))
 REUSE = Action("head", "reuse")
+DENOISED = Action("head", "denoised")
+"""For samplers that add noise: an output goes stale with every noise, the picture does not."""
 
 
 class Key(NamedTuple):
@@ -199,6 +222,8 @@ class ErrorModel:
     much that is wrong at all calls: [n (1 + variants)]. Where a variant forecasts something by the
     line through its last two values, that is what leaving it out would be wrong by; the forecast
     makes most of it good, and the less of it the longer ago those two key steps were.
+
+    Where the sampler adds noise, the pictures that the calls see come second instead.
     """
 
     calibration: Calibration
@@ -224,6 +249,9 @@ class ErrorModel:
             forecasts: the variants, counted from 1, whose deviations are of leaving out what they
                 forecast.
         """
+        if calibration.denoising is not None:
+            assert not deviations
+            deviations = [calibration.show_pictures(calibration.denoising)]
         if not deviations:
             return cls(calibration, calibration.products)
         basis = np.concatenate([calibration.outputs, *deviations])
@@ -251,11 +279,12 @@ class ErrorModel:
             change += calibration.response[after, keys[-1].step] * self._deviate(keys)
         if not between and not keys[-1].variant:
             return SegmentError(0.0)
+        misses: dict[int, np.ndarray] = {}
         for step in between:
-            change += calibration.response[after, step] * self._combine(keys, step, action.how)
-            change[step] -= calibration.response[after, step]
+            misses[step] = self._miss(keys, step, action.how, misses)
+            change += calibration.response[after, step] * misses[step]
         correct = NO_CORRECTION
-        if between and end < count:
+        if between and end < count and not METHODS[action.how].takes_input:
             remedies = np.stack([self._combine(keys, end, how) for how in CORRECTION_HOWS], axis=1)
             remedies = -remedies
             remedies[end] += 1
@@ -268,6 +297,28 @@ class ErrorModel:
             change = change + remedies @ solution
         error = float(change @ products @ change)
         return SegmentError(error * float(calibration.error_gain[after]), correct)
+
+    def _miss(
+        self, keys: Sequence[Key], step: int, how: How, misses: Mapping[int, np.ndarray]
+    ) -> np.ndarray:
+        """By how much what is made at `step` is wrong, in the basis.
+
+        Args:
+            misses: of the steps before it in the segment, which have moved the sample.
+        """
+        if METHODS[how].of != "denoised":
+            made = self._combine(keys, step, how).copy()
+            made[step] -= 1
+            return made
+        calibration = self.calibration
+        assert calibration.denoising is not None
+        own, lead = calibration.denoising[step]
+        wrong = np.zeros(len(self.products))
+        wrong[calibration.count + keys[-1].step] += 1
+        wrong[calibration.count + step] -= 1
+        for before, miss in misses.items():
+            wrong -= own * calibration.response[step, before] * miss
+        return wrong / lead
 
     def _place(self, key: Key) -> int:
         """Where in the basis lies what is wrong with a key step that is not full."""

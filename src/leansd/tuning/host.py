@@ -18,6 +18,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from leansd.anatomy.reading import fingerprint_module, read_anatomy
+from leansd.core.schedule import CallSchedule
 from leansd.errors import LeansdError
 from leansd.evaluation.cost import CostModel
 from leansd.evaluation.records import name_device
@@ -81,7 +82,8 @@ def tap(scheduler: Any, steer: Steer | None = None) -> Iterator[list[SchedulerRu
         def foresee(other: Tensor) -> Tensor:
             double = copy.copy(scheduler)  # in its present state, and without the tap
             vars(double).pop("step", None)
-            return copy.deepcopy(double).step(other, timestep, sample, *args, **kwargs)[0]
+            with keep_draws(kwargs.get("generator")):
+                return copy.deepcopy(double).step(other, timestep, sample, *args, **kwargs)[0]
 
         if steer is not None:
             output = steer(len(runs) - 1, len(run), Seen(moment, sample, output, sample), foresee)
@@ -94,6 +96,19 @@ def tap(scheduler: Any, steer: Steer | None = None) -> Iterator[list[SchedulerRu
         yield runs
     finally:
         hook.release()
+
+
+@contextmanager
+def keep_draws(generator: Any) -> Iterator[None]:
+    """Let one generator or several draw meanwhile, and afterwards the same once more."""
+    generators = generator if isinstance(generator, list) else [generator]
+    states = [each and each.get_state() for each in generators]
+    try:
+        yield
+    finally:
+        for each, state in zip(generators, states, strict=True):
+            if each is not None:
+                each.set_state(state)
 
 
 # -- hosts -----------------------------------------------------------------------------------------
@@ -109,6 +124,9 @@ class Course:
     """At every call, [n]."""
     response: np.ndarray
     """[n + 1, n]: how much of the output of call j is in the sample before call k."""
+    denoising: np.ndarray | None = None
+    """[n, 2]: the weights of sample and output in the denoised picture that a call sees, where the
+    sampler adds noise (the same in every run of a call); None for other samplers."""
 
 
 class Host(Protocol):
@@ -152,8 +170,8 @@ class Host(Protocol):
             calls: of a run, where it starts late.
 
         Raises:
-            LeansdError: it calls the denoiser several times a step, or what it adds of its own
-                cannot be told apart.
+            LeansdError: it calls the denoiser several times a step, is not linear, or adds noise
+                to what is no known prediction.
         """
         ...
 
@@ -219,10 +237,9 @@ class PipelineHost:
 
     def respond(self, steps: int, calls: int | None = None) -> Course:
         require_one_call_a_step(self.pipe.scheduler, steps)
-        course = read_schedule(lay_out_run(self.pipe.scheduler, steps))
-        start = course.steps - (calls or course.steps)
-        response = measure_response(self.pipe.scheduler, course.steps, start)
-        return Course(course.steps, np.array(course.log_snr[start:]), response)
+        schedule = read_schedule(lay_out_run(self.pipe.scheduler, steps))
+        start = schedule.steps - (calls or schedule.steps)
+        return measure_course(self.pipe.scheduler, schedule, start)
 
     def describe(self) -> Mapping[str, Any]:
         scheduler = self.pipe.scheduler
@@ -258,9 +275,9 @@ def measure_whole_cost(host: PipelineHost, calls: Sequence[PipelineCall], steps:
 
 
 def require_tunable(scheduler: Any, steps: int) -> None:
-    """Refuse samplers that call the UNet several times a step or add noise; nothing runs."""
+    """Refuse samplers whose runs cannot be foreseen; no UNet runs."""
     require_one_call_a_step(scheduler, steps)
-    measure_response(scheduler, steps)
+    measure_course(scheduler, read_schedule(lay_out_run(scheduler, steps)))
 
 
 def require_one_call_a_step(scheduler: Any, steps: int) -> None:
@@ -275,23 +292,24 @@ def require_one_call_a_step(scheduler: Any, steps: int) -> None:
         )
 
 
-def measure_response(scheduler: Any, steps: int, start: int = 0) -> np.ndarray:
-    """[n + 1, n]: the sample before call k for an output of one at call j and zero elsewhere.
+def measure_course(scheduler: Any, schedule: CallSchedule, start: int = 0) -> Course:
+    """How a scheduler of diffusers answers in the calls from `start` on.
 
-    All n impulses go through the scheduler at once, as a batch of single pixels.
+    All impulses go through it at once, as a batch of single pixels.
 
     Raises:
-        LeansdError: the scheduler adds noise.
+        LeansdError: it adds noise, and what the UNet predicts is not known.
     """
-    double = lay_out_run(scheduler, steps)
+    double = lay_out_run(scheduler, schedule.steps)
     timesteps = double.timesteps[start:]
     if start and hasattr(double, "set_begin_index"):
         double.set_begin_index(start)
     count = len(timesteps)
-    response, _ = run_scheduler(double, timesteps, np.eye(count, count + 1), np.zeros(count + 1))
-    if np.abs(response[:, count]).max() > 0:  # the one without any impulse
-        raise LeansdError(
-            f"{type(scheduler).__name__} adds noise at every step, so runs cannot be compared step "
-            "by step; tune with ddim, euler, dpm++2m or another sampler without noise"
-        )
-    return response[:, :count]
+    seen, scales = run_scheduler(double, timesteps, np.eye(count, count + 1), np.zeros(count + 1))
+    nothing = seen[:, count:]  # of the run without any impulse
+    weights = None
+    if np.abs(nothing).max() > 0:
+        of_input = np.array([schedule.denoise(start + call) for call in range(count)])
+        weights = of_input * np.stack([scales, np.ones(count)], axis=1)
+    levels = np.array(schedule.log_snr[start:])
+    return Course(schedule.steps, levels, seen[:, :count] - nothing, weights)

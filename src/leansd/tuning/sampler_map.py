@@ -8,6 +8,7 @@ are those of `Mix`: x_T, the guided outputs e, and the differences of the lanes 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -86,17 +87,22 @@ def run_scheduler(
 ) -> tuple[Matrix, Matrix]:
     """Runs of single pixels at once: their samples [n + 1, k], and what the UNet is given for one.
 
+    What the scheduler draws of its own is the same for all of them.
+
     Args:
         outputs: [n, k], of the UNet at each time step.
         begin: [k], the first samples.
     """
     scale = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
+    options: dict[str, Any] = {"return_dict": False}
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        options["generator"] = [torch.Generator().manual_seed(0) for _ in begin]
     sample = torch.from_numpy(begin).reshape(-1, 1, 1, 1)
     rows, scales = [sample], list[float]()
     for timestep, given in zip(timesteps, outputs, strict=True):
         scales.append(float(scale(torch.ones(1, 1, 1, 1, dtype=torch.float64), timestep)))
         output = torch.from_numpy(given).reshape(-1, 1, 1, 1)
-        sample = scheduler.step(output, timestep, sample, return_dict=False)[0].double()
+        sample = scheduler.step(output, timestep, sample, **options)[0].double()
         rows.append(sample)
     return torch.stack(rows)[:, :, 0, 0, 0].numpy(), np.array(scales)
 
@@ -212,8 +218,8 @@ def explain_unfit(plan: Plan) -> str:
         return "decides by its pictures what it computes"
     if any(set(row.inherit) - {HEAD} for row in plan.rows):
         return "inherits inside the UNet"
-    if any(METHODS[how].of_change for how in hows):
-        return "inherits changes of the latents"
+    if any(METHODS[how].takes_input for how in hows):
+        return "inherits more than outputs"
     if plan.guides:
         return "leaves a guidance lane out"
     if plan.nets or any(row.attend for row in plan.rows):

@@ -22,6 +22,7 @@ from leansd.plans.methods import METHODS
 from leansd.plans.plan import Plan
 from leansd.plans.row import OWN, Attend, Gates, Guidance
 from leansd.tuning.error_model import (
+    DENOISED,
     HEAD_ACTIONS,
     MEMORY,
     REUSE,
@@ -158,7 +159,11 @@ class Regime:
 
 
 def list_regimes(
-    cost: CostModel, anatomy: Anatomy, variants: Sequence[Variant] = (FULL,)
+    cost: CostModel,
+    anatomy: Anatomy,
+    variants: Sequence[Variant] = (FULL,),
+    *,
+    adds_noise: bool = False,
 ) -> list[Regime]:
     """Forecasts of the whole output first; then the last output as it is; then forecasts with
     cheaper key steps, where there are any; then a cut, where it costs noticeably less than a step.
@@ -168,7 +173,10 @@ def list_regimes(
 
     Args:
         variants: what key steps may run where the whole output is forecast between them.
+        adds_noise: whether the sampler does at its steps; then denoised pictures alone are kept.
     """
+    if adds_noise:
+        return [Regime({DENOISED: 0})]
     nothing = cost.fixed.get("none", 0.0)
     whole = cost.full_call - nothing
 
@@ -346,7 +354,8 @@ def propose(
         count = models[0].errors.calibration.count
         calls = min(_count_ticks(whole / speed, count, cost) // TICKS, count)
         if calls > 1:
-            few.append(space_evenly(models[0], calls, REUSE))
+            way = DENOISED if models[0].errors.calibration.adds_noise else REUSE
+            few.append(space_evenly(models[0], calls, way))
     return found
 
 

@@ -206,8 +206,9 @@ def list_corrected(plan: Plan) -> set[int]:
     return {
         step
         for step, (before, row) in pairs
-        if HEAD in before.inherit and row.is_key and row.guidance == "compute"
-    }
+        if HEAD in before.inherit and not METHODS[before.inherit[HEAD]].takes_input
+        and row.is_key and row.guidance == "compute"
+    }  # fmt: skip
 
 
 class _Fitting:

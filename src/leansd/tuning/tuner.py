@@ -35,6 +35,7 @@ from leansd.tuning.sampler_map import read_sampler
 from leansd.tuning.space import (
     FEWER,
     FINALISTS,
+    FULL,
     Candidate,
     StepCountModel,
     Variant,
@@ -198,6 +199,9 @@ def tune(
     )
     host = PipelineHost(pipe, batch, config.settings, nets, sampler)
     require_tunable(pipe.scheduler, steps)
+    if host.respond(steps).denoising is not None:
+        # Fewer steps draw other noises, and so other pictures.
+        config = replace(config, grids=(1.0,))
     progress = Progress(tell, tries, config.wanted_speeds, len(grids), bool(further))
     case = {
         **host.describe(),
@@ -323,7 +327,9 @@ class _Tuner(Tuning):
     def prepare(cls, tuning: Tuning) -> _Tuner:
         """Calibrate on the full run of every step count."""
         host, config, progress = tuning.host, tuning.config, tuning.progress
-        variants = list_variants(tuning.cost, host.anatomy, host.nets, config.attend)
+        variants = (FULL,)
+        if host.respond(config.steps).denoising is None:
+            variants = list_variants(tuning.cost, host.anatomy, host.nets, config.attend)
         fit = TrialRunner(host, tuning.fitted, config.seed)
         check = TrialRunner(host, tuning.checked, config.seed + 10_000)
         calibrations: list[Calibration] = []
@@ -341,7 +347,8 @@ class _Tuner(Tuning):
 
     def propose(self, speeds: Sequence[float]) -> list[list[Candidate]]:
         """What to try for each speed."""
-        regimes = list_regimes(self.cost, self.host.anatomy, self.variants)
+        adds_noise = self.calibrations[0].adds_noise
+        regimes = list_regimes(self.cost, self.host.anatomy, self.variants, adds_noise=adds_noise)
         whole = self.cost.predict_full_run(self.calibrations[0].count)
 
         def tell(text: str) -> None:
