@@ -17,6 +17,7 @@ from leansd.core import (
     Output,
     Prediction,
     Sample,
+    adds_noise,
     explain_unplayable,
     list_log_snr,
     place_calls,
@@ -34,7 +35,12 @@ from .library import AUTO, PlanLibrary, Purpose
 Mismatch = Literal["stretch", "compute in full"]
 """What to do with a plan that was made for another number of steps."""
 
-NAMES = {"dpmpp_2m": "dpm++2m", "dpmpp_2m_sde": "dpm++sde", "unipc": "unipc"}
+NAMES = {
+    "dpmpp_2m": "dpm++2m",
+    "dpmpp_2m_sde": "dpm++sde",
+    "euler_ancestral": "euler-a",
+    "unipc": "unipc",
+}
 """Samplers of ComfyUI that have another name in plans."""
 FALLBACK = "balanced"
 """Instead of a tuned plan where there is none."""
@@ -85,6 +91,8 @@ class RunDescription:
     """Where in the model's own time, from 1 to 0, each sigma lies."""
     blocks: Blocks | None = None
     """The inside of the model, where it is a UNet whose blocks are known."""
+    adds_noise: bool = False
+    """Whether the sampler draws noise at its steps."""
     trouble: str = ""
     """Why the calls are not known, where the sampler itself says so."""
 
@@ -126,10 +134,11 @@ def describe_run(guider: Any, sampler: Any, sigmas: Sequence[float]) -> RunDescr
     noise = guider.model_patcher.get_model_object("model_sampling")
     sampled = bind_sampler(guider.model_patcher, sampler)
     calls: tuple[float, ...] = ()
-    trouble = ""
+    noisy, trouble = False, ""
     if sampled is not None and len(sigmas) > 1:
         try:
             calls = probe_calls(sampled, sigmas)
+            noisy = bool(calls) and adds_noise(sampled, sigmas)
         except UNSUITED as error:
             trouble = f"{type(error).__name__}: {error}"
     prediction = find_prediction(noise)
@@ -142,6 +151,7 @@ def describe_run(guider: Any, sampler: Any, sigmas: Sequence[float]) -> RunDescr
         find_denoised_output(prediction) if is_compiled(guider) else find_output(noise),
         tuple(_find_place(noise, sigma) for sigma in sigmas),
         read_blocks(guider.model_patcher.get_model_object("diffusion_model")),
+        noisy,
         trouble,
     )
 
@@ -200,6 +210,7 @@ def choose_plan(choice: PlanChoice, run: RunDescription) -> Chosen:
         context = PlanContext(
             steps,
             sampler=own,
+            adds_noise=run.adds_noise,
             anatomy=WHOLE if tuned or run.blocks is None else run.blocks.anatomy,
             guidance=run.cfg,
             strength=1 - first / steps,

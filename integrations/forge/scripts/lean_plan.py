@@ -34,6 +34,8 @@ SAMPLERS = {
     "DPM++ 3M SDE": "dpm++3m-sde",
 }
 """Samplers that call the model once a step, by their names in plans; others run in full."""
+NOISY = ("euler-a", "dpm++sde", "dpm++3m-sde")
+"""Those that draw noise at every step."""
 NEAR = 1e-3
 """How far, as a share, the sigma that a run starts at may lie from one of its schedule."""
 
@@ -167,6 +169,7 @@ class LeanPlanScript(scripts.Script):
             context = PlanContext(
                 len(sigmas) - 1,
                 SAMPLERS[p.sampler_name],
+                adds_noise=SAMPLERS[p.sampler_name] in NOISY,
                 anatomy=WHOLE,
                 guidance=getattr(p, "cfg_scale", None),
                 log_snr=list_log_snr(sigmas[:-1], prediction),

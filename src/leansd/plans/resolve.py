@@ -74,6 +74,8 @@ STEPS = 30
 """Steps of a run where the user names none and no plan file says."""
 NEAREST = "euler"
 """The sampler whose plans serve others, where a denoiser is known as a whole only."""
+NEAREST_NOISY = "euler-a"
+"""The sampler whose plans serve others that add noise: what those keep does not go stale."""
 FEW_STEPS = 8
 """Runs of few-step models (LCM, Turbo, Lightning) have no more than these."""
 
@@ -91,6 +93,8 @@ class PlanContext:
     """The sampler's short name, or its scheduler's class where it has none."""
     scheduler: str = ""
     """The class of its scheduler."""
+    adds_noise: bool = False
+    """Whether the sampler draws noise at every step."""
     anatomy: Anatomy | None = None
     """The anatomy of the pipeline's UNet; a plan is then checked against it."""
     blocks: int = 4
@@ -303,10 +307,11 @@ def _require_whole_steps(plan: Plan) -> None:
 def _pick_sampler(preset: Preset, context: PlanContext) -> tuple[str, list[str]]:
     """The sampler that a preset is built for, and what to say of that."""
     tuned = list_tuned_samplers(preset.name) if preset.by_sampler else []
-    if context.anatomy is not WHOLE or not tuned or context.sampler in tuned:
+    nearest = NEAREST_NOISY if context.adds_noise else NEAREST
+    # A plain schedule inherits outputs inside the UNet; tuned ones are of whole steps.
+    plain = context.anatomy is not WHOLE and not context.adds_noise
+    if plain or nearest not in tuned or context.sampler in tuned:
         return context.sampler or DEFAULT_SAMPLER, _describe_sampler(preset, context.sampler)
-    # A plain schedule inherits inside the UNet; tuned ones are of whole steps.
-    nearest = NEAREST if NEAREST in tuned else tuned[0]
     own = context.sampler or "this sampler"
     return nearest, [
         f"{preset.name} is not tuned for {own}: it is as for {nearest}; tune a plan of your own"

@@ -118,6 +118,12 @@ def name_sampler(pipe: DiffusionPipeline) -> str:
     return scheduler
 
 
+def adds_noise(pipe: DiffusionPipeline) -> bool:
+    """Whether a pipeline's sampler draws noise at every step, as far as the table knows it."""
+    row = SAMPLERS.get(name_sampler(pipe))
+    return row is not None and row.adds_noise
+
+
 def require_convergence(name: str) -> None:
     """Refuse a sampler whose runs do not near one picture as their steps grow more."""
     if name in SAMPLERS and SAMPLERS[name].adds_noise:
