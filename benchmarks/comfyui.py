@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PACK = ROOT / "integrations" / "comfyui"
 RESULTS = ROOT / "benchmarks" / "results" / "comfyui.jsonl"
-SAMPLERS = ("euler", "dpmpp_2m", "dpmpp_2m_sde")
+SAMPLERS = ("euler", "dpmpp_2m", "dpmpp_2m_sde", "euler_ancestral")
 SCHEDULERS = ("normal", "karras")
 STEPS = 20
 CFG = 4.0
@@ -86,18 +87,17 @@ class Bench:
     def list_rivals(self, sampler: str, scheduler: str) -> Iterator[tuple[str, Make, Any]]:
         """(name, what makes the model, sigmas) of everything that is measured."""
         from leansd.plans.plan import Plan
-        from leansd.plans.presets import preset
 
         here, full = self.here, self.here.lay_out(scheduler, STEPS)
         for name in SPEEDS:
             yield name, partial(self.attach, name), full
         for steps in (7, 8, 9, 10, 11, 13, 14):
             yield f"{steps} steps", partial(self.attach, "full"), here.lay_out(scheduler, steps)
-        for window in (2, 3):
+        for name in SPEEDS:
             # As in its own packs for ComfyUI: of the model's whole output.
-            keys = preset("spectrum", STEPS, window=window).keys
+            keys = find_spectrum(int(self.count(self.attach(name), sampler, full)))
             plan = Plan.between(keys, cut="head", steps=STEPS, how="chebyshev-line")
-            yield f"Spectrum {window}", partial(self.attach, plan), full
+            yield f"Spectrum as {name}", partial(self.attach, plan), full
         for cache in CACHES:
             for name in SPEEDS:
                 yield f"{cache} as {name}", partial(self.match, cache, name, sampler, full), full
@@ -169,6 +169,18 @@ class Bench:
             print(f"{sampler} {scheduler} {name}: {records[-1].value:g} calls, "
                   f"{records[-2].value:.1f} dB", flush=True)  # fmt: skip
         return records
+
+
+def find_spectrum(calls: int) -> tuple[int, ...]:
+    """Key steps by Spectrum's rule that are so many, its knobs as near to its own as can be."""
+    from leansd.plans.presets import preset
+
+    knobs = itertools.product((5, 4, 3, 2), (2, 3, 1, 4), (0.75, 0.25, 0, 1.5, 3))
+    for warm_up, window, growth in knobs:
+        plan = preset("spectrum", STEPS, warm_up=warm_up, window=window, growth=growth)
+        if len(plan.keys) == calls:
+            return plan.keys
+    raise ValueError(f"Spectrum has no {calls} calls in {STEPS} steps")
 
 
 def is_apart(name: str) -> bool:

@@ -47,6 +47,21 @@ KEYS = (0, 1, 2, 4, 6, 9)
 PLAN = Plan.between(KEYS, cut="head", steps=STEPS, how="forecast").correct({4: 0.2, 6: (0.1, 0.1)})
 
 
+@pytest.mark.parametrize(
+    ("name", "argument"), [("sd3", "guidance_scale"), ("qwen", "true_cfg_scale")]
+)
+def test_the_scale_of_a_run_is_known(name: str, argument: str) -> None:
+    make, arguments = PIPELINES[name]
+    pipe = make()
+    tuned = replace(PLAN, tuned=Tuned(type(pipe.scheduler).__name__, "", 4.0))
+    with leansd.inherit(pipe, tuned) as run, pytest.warns(UserWarning, match="not 2.5"):
+        draw(pipe, arguments, STEPS, **{argument: 2.5})
+    assert any("tuned at guidance 4, not 2.5" in note for note in run.report().notes)
+    with leansd.inherit(pipe, tuned) as run:
+        draw(pipe, arguments, STEPS, **{argument: 4.0})
+    assert not run.report().notes
+
+
 class Counter:
     """How often a pipeline's transformer really runs."""
 

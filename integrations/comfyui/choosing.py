@@ -197,6 +197,9 @@ def choose_plan(choice: PlanChoice, run: RunDescription) -> Chosen:
         wanted = None if isinstance(source, Preset) else source.steps
         first, steps = run.place_in_whole(wanted)
         source = find_tuned_here(source, run.sampler, steps, run.sigmas) or source
+        fits = choice.mismatch == "stretch"
+        if not (fits or isinstance(source, Preset) or source.steps == steps):
+            return Chosen(name, reason=_explain_mismatch(source.name, source.steps, steps))
         schedule = place_calls(
             run.calls, run.sigmas, run.prediction, first=first, steps=steps, output=run.output
         )
@@ -216,12 +219,19 @@ def choose_plan(choice: PlanChoice, run: RunDescription) -> Chosen:
             strength=1 - first / steps,
             log_snr=levels,
         )
-        resolved = resolve_plan(source, context, fit=choice.mismatch == "stretch")
+        resolved = resolve_plan(source, context, fit=fits)
     except LeansdError as error:
         return Chosen(name, reason=str(error))
     blocks = run.blocks if explain_unplayable(resolved.plan, steps) else None
     notes = (*found, *resolved.notes)
     return Chosen(resolved.plan.name, resolved.plan, schedule, blocks, notes)
+
+
+def _explain_mismatch(name: str, wanted: int, steps: int) -> str:
+    return (
+        f"plan {name} is for {wanted} steps, this run has {steps}: set the node to stretch it, or "
+        f"run {wanted} steps"
+    )
 
 
 def _find_tuned(

@@ -22,7 +22,7 @@ from leansd.errors import LeansdError
 from leansd.plans.plan import Plan
 from leansd.runtime import Attachment, Report, inherit
 from leansd.runtime.attachment import NO_NETS
-from leansd.runtime.context import find_denoiser
+from leansd.runtime.context import find_denoiser, name_guidance
 from leansd.runtime.finite import NOT_FINITE, FiniteWatch
 
 OnStep = Callable[[int, int], None]
@@ -115,17 +115,6 @@ def paint(
 ) -> Painting:
     """Draws one picture; without a plan nothing of this package touches the pipeline."""
     return paint_together(pipe, [request], plan, on_step, nets)[0]
-
-
-def name_guidance(pipe: Any) -> str:
-    """The argument that guides calls of a pipeline.
-
-    It is `guidance_scale`, but for Qwen-Image and its like, where that is for distilled nets alone.
-    """
-    known = inspect.signature(type(pipe).__call__).parameters
-    usual = known.get("guidance_scale")
-    has_own = "true_cfg_scale" in known and (usual is None or usual.default is None)
-    return "true_cfg_scale" if has_own else "guidance_scale"
 
 
 def find_scale(pipe: Any, asked: float | None = None) -> float | None:

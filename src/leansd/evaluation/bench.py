@@ -72,7 +72,7 @@ class Lineup:
 
     Attributes:
         samplers: of the contests, where none are named.
-        hosts: held at one step count then; nothing is tuned for them.
+        hosts: held at one step count then.
         others: good ones, whose fewer steps are rivals in every contest.
     """
 
@@ -81,7 +81,7 @@ class Lineup:
     others: tuple[str, ...]
 
 
-NOISE = Lineup(("dpm++2m", "ddim", "euler"), ("unipc", "dpm++sde"), ("unipc", "deis"))
+NOISE = Lineup(("dpm++2m", "ddim", "euler"), ("unipc", "dpm++sde", "euler-a"), ("unipc", "deis"))
 FLOW = Lineup(("flow-euler", "flow-dpm++2m"), (), ("flow-dpm++2m", "flow-unipc"))
 
 

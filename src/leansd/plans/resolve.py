@@ -307,11 +307,12 @@ def _require_whole_steps(plan: Plan) -> None:
 def _pick_sampler(preset: Preset, context: PlanContext) -> tuple[str, list[str]]:
     """The sampler that a preset is built for, and what to say of that."""
     tuned = list_tuned_samplers(preset.name) if preset.by_sampler else []
-    nearest = NEAREST_NOISY if context.adds_noise else NEAREST
     # A plain schedule inherits outputs inside the UNet; tuned ones are of whole steps.
     plain = context.anatomy is not WHOLE and not context.adds_noise
-    if plain or nearest not in tuned or context.sampler in tuned:
+    if plain or not tuned or context.sampler in tuned:
         return context.sampler or DEFAULT_SAMPLER, _describe_sampler(preset, context.sampler)
+    nearest = NEAREST_NOISY if context.adds_noise else NEAREST
+    nearest = nearest if nearest in tuned else tuned[0]
     own = context.sampler or "this sampler"
     return nearest, [
         f"{preset.name} is not tuned for {own}: it is as for {nearest}; tune a plan of your own"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -63,12 +64,38 @@ def describe_runs(pipe: Any, known: PlanContext = NOTHING_KNOWN) -> PlanContext:
     )
 
 
+# -- guidance -------------------------------------------------------------------------------------
+
+
+def name_guidance(pipe: Any) -> str:
+    """The argument that guides calls of a pipeline.
+
+    It is `guidance_scale`, but for Qwen-Image and its like, where that is for distilled nets alone.
+    """
+    known = inspect.signature(type(pipe).__call__).parameters
+    usual = known.get("guidance_scale")
+    has_own = "true_cfg_scale" in known and (usual is None or usual.default is None)
+    return "true_cfg_scale" if has_own else "guidance_scale"
+
+
+def read_scale(pipe: Any) -> float | None:
+    """The guidance scale of the call of a pipeline that this thread is in: as it was given, where
+    the pipeline itself does not say."""
+    told = getattr(pipe, "_guidance_scale", None)
+    if name_guidance(pipe) == "guidance_scale" and told is not None:
+        return float(told)
+    methods = _list_methods()
+    calls = (given for name, owner, given in methods if name == "__call__" and owner is pipe)
+    scale = next(calls, dict[str, Any]()).get(name_guidance(pipe))
+    return None if scale is None else float(scale)
+
+
 # -- who calls: known from the stack of a thread --------------------------------------------------
 
 
 def find_calling_pipeline() -> Any | None:
     """The innermost pipeline that is being called in this thread."""
-    return next((owner for _, owner in _list_methods() if _is_pipeline(owner)), None)
+    return next((owner for _, owner, _ in _list_methods() if _is_pipeline(owner)), None)
 
 
 def count_depth(pipe: Any) -> int:
@@ -76,17 +103,18 @@ def count_depth(pipe: Any) -> int:
 
     They are two where a callback draws a preview by the pipeline that it was called by.
     """
-    return sum(name == "__call__" and owner is pipe for name, owner in _list_methods())
+    return sum(name == "__call__" and owner is pipe for name, owner, _ in _list_methods())
 
 
-def _list_methods() -> Iterator[tuple[str, Any]]:
-    """The methods that this thread is in, the innermost first, each with its object."""
+def _list_methods() -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    """The methods that this thread is in, the innermost first, each with its object and locals."""
     frame = sys._getframe(2)
     while frame is not None:
         code = frame.f_code
         is_method = code.co_argcount > 0 and code.co_varnames[0] == "self"
         if is_method and not frame.f_globals.get("__name__", "").startswith(INSIDE):
-            yield code.co_name, frame.f_locals.get("self")
+            known = frame.f_locals
+            yield code.co_name, known.get("self"), known
         frame = frame.f_back
 
 

@@ -24,7 +24,12 @@ from leansd.plans.anatomy import WHOLE
 from leansd.plans.plan import Plan
 from leansd.plans.resolve import PlanContext, Resolved, Source, resolve_plan
 from leansd.runtime.clock import read_schedule
-from leansd.runtime.context import count_depth, describe_runs, find_calling_pipeline
+from leansd.runtime.context import (
+    count_depth,
+    describe_runs,
+    find_calling_pipeline,
+    read_scale,
+)
 from leansd.runtime.hooks import (
     COMPILED,
     HOOKED,
@@ -219,7 +224,7 @@ class WholeStepFollower:
             schedule = read_schedule(scheduler)
             known = PlanContext(
                 schedule.steps,
-                guidance=getattr(self.pipe, "_guidance_scale", None),
+                guidance=read_scale(self.pipe),
                 strength=1 - schedule.rows[index] / schedule.steps,
                 log_snr=schedule.log_snr if len(schedule.log_snr) == schedule.steps else (),
             )
