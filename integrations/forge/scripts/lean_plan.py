@@ -16,7 +16,7 @@ import gradio as gr
 import torch
 from modules import scripts  # of Forge  # pyright: ignore[reportMissingImports]
 
-from leansd.core import Player, Prediction, lay_out_calls, list_log_snr
+from leansd.core import Output, Player, Prediction, lay_out_calls, list_log_snr
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import WHOLE
 from leansd.plans.plan import Plan
@@ -54,7 +54,8 @@ class ForgeRun:
     def __init__(
         self, plan: Plan, sigmas: Sequence[float], prediction: Prediction = "noise"
     ) -> None:
-        self.plan, self.sigmas, self.prediction = plan, list(sigmas), prediction
+        self.plan, self.sigmas = plan, list(sigmas)
+        self.prediction: Prediction = prediction
         self.player: Player | None = None
         self.call = self.first = -1
         self.reason = ""
@@ -105,7 +106,7 @@ class ForgeRun:
         if not places:
             self._compute_all("the run starts at a sigma that is none of its schedule")
             return
-        output = "noise" if self.prediction == "noise" else "flow_prediction"
+        output: Output = "noise" if self.prediction == "noise" else "flow_prediction"
         schedule = lay_out_calls(self.sigmas, self.prediction, output=output)
         self.player = Player(self.plan, schedule)
         self.reason = self.player.reason
