@@ -6,6 +6,7 @@ not, and the rest of the present input is noise.
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any, get_args
@@ -23,6 +24,7 @@ from leansd.errors import LeansdError
 from leansd.evaluation.fidelity import psnr
 from leansd.plans import Plan
 from leansd.plans.methods import METHODS
+from leansd.runtime.clock import read_schedule
 from leansd.runtime.samplers import make_scheduler
 from leansd.tuning.error_model import DENOISED, ErrorModel, Key, calibrate
 from leansd.tuning.host import PipelineHost, keep_draws
@@ -77,7 +79,6 @@ def test_input_and_output_show_the_picture(output: Output) -> None:
 def test_every_call_between_key_steps_shows_the_last_computed_picture(name: str) -> None:
     pipe = tiny_pipeline(scheduler=NOISY[name])
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    forward = pipe.unet.forward
 
     def watch(latents: torch.Tensor, *args: Any, **options: Any) -> Any:
         output = forward(latents, *args, **options)
@@ -85,10 +86,10 @@ def test_every_call_between_key_steps_shows_the_last_computed_picture(name: str)
         return output
 
     with leansd.inherit(pipe, PLAN) as run:
-        pipe.unet.forward, before = watch, pipe.unet.forward
-        forward = before
+        forward = pipe.unet.forward
+        pipe.unet.forward = watch
         draw(pipe)
-        pipe.unet.forward = before
+        pipe.unet.forward = forward
     assert run.report().full_calls == len(KEYS)
     shares = torch.tensor(
         [float(pipe.scheduler.alphas_cumprod[int(t)]) for t in pipe.scheduler.timesteps]
@@ -102,14 +103,69 @@ def test_every_call_between_key_steps_shows_the_last_computed_picture(name: str)
         assert torch.allclose(picture, pictures[last], rtol=2e-2, atol=2e-2 * picture.abs().max())
 
 
+CORRECTED = PLAN.correct({3: (0.3, 0.4)})
+
+
+def test_a_correction_moves_the_picture_on() -> None:
+    """`D + line (D - the line through the two before) + last (D - the one before)`."""
+    pipe = tiny_pipeline(scheduler=NOISY["ddim"])
+    with leansd.inherit(pipe, CORRECTED):
+        drawn = draw(pipe)
+    embeds, blank = pipe.encode_prompt("a", torch.device("cpu"), 1, True)
+    scheduler = pipe.scheduler
+    scheduler.set_timesteps(STEPS)
+    latents = torch.randn(1, *tuple(drawn.shape[1:]), generator=torch.Generator().manual_seed(3))
+    known: list[tuple[float, torch.Tensor]] = []
+    for step, timestep in enumerate(scheduler.timesteps):
+        share = scheduler.alphas_cumprod[timestep].double()
+        level = float((share / (1 - share)).log())
+        signal, noise = share.sqrt(), (1 - share).sqrt()
+        if step in KEYS:
+            with torch.no_grad():
+                rest, cond = pipe.unet(
+                    torch.cat([latents, latents]), timestep, torch.cat([blank, embeds])
+                )[0].chunk(2)
+            output = rest + pipe.guidance_scale * (cond - rest)
+            picture = (latents - noise * output) / signal
+            moved = picture
+            if step == 3:
+                (early, first), (late, second) = known
+                ahead = first + (level - early) / (late - early) * (second - first)
+                moved = picture + 0.3 * (picture - ahead) + 0.4 * (picture - second)
+            known.append((level, picture))
+        else:
+            moved = known[-1][1]
+        output = ((latents - signal * moved) / noise).float()
+        latents = scheduler.step(output, timestep, latents.float())[0]
+    assert torch.allclose(latents, drawn, rtol=1e-3, atol=1e-3)
+
+
+def test_a_player_corrects_as_the_runtime_does() -> None:
+    scheduler = NOISY["ddim"]
+    pipe = tiny_pipeline(scheduler=scheduler)
+    with leansd.inherit(pipe, CORRECTED):
+        expected = draw(pipe)
+    scheduler.set_timesteps(STEPS)
+    player, calls = Player(CORRECTED, read_schedule(scheduler)), itertools.count()
+    forward = pipe.unet.forward
+
+    def play(latents: torch.Tensor, timestep: Any, *args: Any, **options: Any) -> Any:
+        compute = lambda: forward(latents, timestep, *args, **options)[0]  # noqa: E731
+        return (player.play(next(calls), latents, compute, ("rest", "cond")),)
+
+    pipe.unet.forward = play
+    assert torch.equal(draw(pipe), expected)
+    assert player.stats.computed == set(KEYS)
+
+
 @pytest.mark.parametrize("name", NOISY)
 def test_compiled_calls_have_the_same_bits(name: str) -> None:
     pipe, counter = tiny_pipeline(scheduler=NOISY[name]), CompileCounterWithBackend("eager")
-    with leansd.inherit(pipe, PLAN):
+    with leansd.inherit(pipe, CORRECTED):
         expected = draw(pipe)
-    with leansd.inherit(pipe, PLAN, compile={"backend": counter}):
+    with leansd.inherit(pipe, CORRECTED, compile={"backend": counter}):
         assert torch.equal(draw(pipe), expected)
-    assert counter.frame_count == 1
+    assert counter.frame_count == 2
 
 
 def test_exported_graphs_have_the_same_pictures(tmp_path: Path) -> None:
@@ -171,16 +227,27 @@ def test_the_error_model_foresees_what_a_segment_does_to_the_latents(name: str) 
     (run,) = calibration.runs
     own, lead = calibration.denoising.T
     keys, end = (Key(0), Key(1)), 4
-    picture = own[1] * run[1].sample + lead[1] * run[1].output
+    pictures = [
+        own[index] * seen.sample + lead[index] * seen.output for index, seen in enumerate(run)
+    ]
+    judged = ErrorModel.of(calibration).judge(keys, end, DENOISED)
+    line, last = judged.correct
+    assert line
+    assert last
+    levels = calibration.log_snr
+    share = (levels[end] - levels[0]) / (levels[1] - levels[0])
+    ahead = torch.lerp(pictures[0], pictures[1], float(share))
 
     def steer(_: int, index: int, seen: Any, __: Any) -> torch.Tensor:
+        if index == end:
+            moved = line * (pictures[end] - ahead) + last * (pictures[end] - pictures[1])
+            return run[end].output + moved / lead[end]
         between = keys[-1].step < index < end
-        made = (picture - own[index] * seen.sample) / lead[index]
+        made = (pictures[1] - own[index] * seen.sample) / lead[index]
         return made if between else run[index].output
 
     _, (steered,) = host.draw(["a"], STEPS, seed=0, steer=steer)
     moved = (steered[end].previous - run[end].previous).double().square().mean()
-    judged = ErrorModel.of(calibration).judge(keys, end, DENOISED)
     assert judged.error / calibration.error_gain[end + 1] == pytest.approx(float(moved), rel=1e-3)
 
 
@@ -192,8 +259,8 @@ def test_a_sampler_that_adds_noise_is_tuned_for(tmp_path: Path) -> None:
     )  # fmt: skip
     plan = next(each.plan for each in (*front.points, *front.dominated) if not each.is_plain)
     assert plan.steps == 10
-    assert {row.inherit["head"] for row in plan.rows if not row.is_key} == {"denoised"}
-    assert not any(any(row.correction) for row in plan.rows)
+    assert {row.inherit["head"] for row in plan.rows if not row.is_key} <= {"denoised", "reuse"}
+    assert any(any(row.correction) for row in plan.rows)
     assert plan.tuned is not None
     assert plan.tuned.sampler == "euler-a"
 

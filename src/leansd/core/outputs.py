@@ -240,11 +240,21 @@ class PlannedCall:
         counted = [(kept, each) for kept, each in zip(sources, weights, strict=True) if each]
         return [self.store.read(kept) for kept, _ in counted], [each for _, each in counted]
 
-    def move_on(self, noise: torch.Tensor, sources: Sequence[Kept]) -> torch.Tensor:
-        """One lane of a corrected output: moved away from forecasts by the outputs before."""
+    def move_on(
+        self, noise: torch.Tensor, sources: Sequence[Kept], given: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One lane of a corrected output: moved away from forecasts by the outputs before, or as
+        the picture that it shows of its input `given` is moved away from pictures before."""
+        tensors = [noise, *map(self.store.read, sources)]
+        if sources[0].what == "denoised":
+            assert given is not None
+            tensors.append(given)
+        return combine(tensors, self.weigh_correction(sources))
+
+    def weigh_correction(self, sources: Sequence[Kept]) -> Sequence[Weight]:
+        """The weights of what `move_on` sums."""
         assert self.schedule is not None
-        lead, weights = list_correction(self.call, sources, self.schedule)
-        return combine([noise, *map(self.store.read, sources)], [lead, *weights])
+        return list_correction(self.call, sources, self.schedule)
 
 
 def explain_unknown_output(plan: Plan, schedule: CallSchedule) -> str:
@@ -275,10 +285,16 @@ def list_weights(
 
 def list_correction(
     call: Call, sources: Sequence[Kept], schedule: CallSchedule
-) -> tuple[float, tuple[float, ...]]:
-    """The weight of a corrected output itself, and those of the outputs before, latest first."""
+) -> tuple[float, ...]:
+    """The weights of a corrected output itself, of the outputs before, latest first, and, where it
+    is the picture that is corrected, of the input."""
     then = [schedule.log_snr[kept.call] for kept in sources]
-    return call.correct.lead, call.correct.weights(schedule.log_snr[call.index], then)
+    lead, weights = call.correct.lead, call.correct.weights(schedule.log_snr[call.index], then)
+    if sources[0].what != "denoised":
+        return (lead, *weights)
+    of_input, of_output = schedule.denoise(call.index)
+    back = tuple(weight / of_output for weight in weights)
+    return (lead, *back, (lead - 1) * of_input / of_output)
 
 
 def weigh_tensors(

@@ -346,8 +346,9 @@ class _Turn(PlannedCall):
         return make_placeholder(size, dtype, device, writable=writable)
 
     def remember_input(self) -> torch.Tensor | None:
-        """The input, where something that it goes into is kept: the denoiser may overwrite it."""
-        return self._latents.clone() if self.keeps_input(HEAD) else None
+        """The input, where something that it goes into is made: the denoiser may overwrite it."""
+        corrected = any(each[0].what == "denoised" for each in self.call.corrects)
+        return self._latents.clone() if corrected or self.keeps_input(HEAD) else None
 
     def settle(self, output: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
         """Keep what is read later of a computed output, and correct it."""
@@ -356,7 +357,7 @@ class _Turn(PlannedCall):
             self.keep_output(kept, output, before)
         if self.call.corrects:
             (sources,) = self.call.corrects
-            output = self.move_on(output, sources)
+            output = self.move_on(output, sources, before)
         self.store.release(self.call.releases)
         return output
 

@@ -127,8 +127,8 @@ class _Trace:
         self._net: Net | None = None
         self._computed_at: dict[tuple[str, Lane], tuple[int, ...]] = {}
         """Calls that computed something, by its name among all nets and its lane; latest first."""
-        self._inherits = False
-        """Whether the head was inherited since it was last computed."""
+        self._inherited: What | None = None
+        """What the head was last made of, if it was inherited since it was last computed."""
 
     def take(
         self, index: int, row: Row, net: Net, inherits: Mapping[str, How], guidance: Guidance
@@ -152,10 +152,11 @@ class _Trace:
         if guidance in GUIDANCE_METHODS:
             how = GUIDANCE_METHODS[guidance]
             sources[GUIDANCE] = (self._list_sources(GUIDANCE, "cond", how),)
-        self._inherits = self._inherits or HEAD in pattern.inherited
+        if HEAD in pattern.inherited:
+            self._inherited = METHODS[pattern.inherited[HEAD]].of
         corrects = self._list_corrects(row.correction, lanes)
         if HEAD in pattern.active:
-            self._inherits = False
+            self._inherited = None
         for at in pattern.active:
             # What a half call leaves out of the UNet's output is made up, and given like the rest.
             for lane in BOTH if at == HEAD and lanes != WHOLE else lanes:
@@ -174,9 +175,8 @@ class _Trace:
         self._computed_at = {
             (name, lane): calls for (name, lane), calls in self._computed_at.items() if name in own
         }
-        self._inherits = self._inherits and any(
-            name == net.name(HEAD) for name, _ in self._computed_at
-        )
+        if not any(name == net.name(HEAD) for name, _ in self._computed_at):
+            self._inherited = None
         self._net = net
 
     def _name(self, at: str) -> str:
@@ -198,17 +198,21 @@ class _Trace:
     def _list_sources(self, at: str, lane: Lane, how: How) -> tuple[Kept, ...]:
         """What an inherited unit is made from: its latest computed outputs."""
         what: What = "difference" if at == GUIDANCE else METHODS[how].of
+        return self._list_kept(at, lane, what, METHODS[how].depth)
+
+    def _list_kept(self, at: str, lane: Lane, what: What, depth: int) -> tuple[Kept, ...]:
         name = self._name(at)
-        calls = self._computed_at[name, lane][: METHODS[how].depth]
-        return tuple(Kept(name, call, what, lane) for call in calls)
+        return tuple(Kept(name, call, what, lane) for call in self._computed_at[name, lane][:depth])
 
     def _list_corrects(
         self, correct: Correction, lanes: Sequence[Lane]
     ) -> tuple[tuple[Kept, ...], ...]:
         """What a correction of the UNet's output is made from, where there is one."""
-        if not (self._inherits and any(correct) and self._knows(HEAD, lanes)):
+        if self._inherited is None or not (any(correct) and self._knows(HEAD, lanes)):
             return ()
-        return tuple(self._list_sources(HEAD, lane, "forecast") for lane in lanes)
+        what: What = "denoised" if self._inherited == "denoised" else "output"
+        depth = METHODS["forecast"].depth
+        return tuple(self._list_kept(HEAD, lane, what, depth) for lane in lanes)
 
 
 def _pick_lanes(guidance: Guidance, *, guides: bool) -> tuple[Lane, ...]:
@@ -346,7 +350,7 @@ def _sign(call: Call) -> Hashable:
     """What decides which units run and how the others are made."""
     pattern = call.pattern
     made = frozenset((*pattern.inherited.items(), *pattern.parts.items()))
-    corrects = len(call.corrects)
+    corrects = tuple(each[0].what for each in call.corrects)
     # A line with one source to stand in for both is that source; a parabola would be rounded.
     curves = tuple(len(each) > 2 for each in _list_sources(call, sorted(call.sources)))
     gates = frozenset(call.gates.items())

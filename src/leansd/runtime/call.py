@@ -196,7 +196,7 @@ class UNetCall(PlannedCall):
             return noise
         return torch.cat(
             [
-                self.move_on(self.pick(noise, lane), each)
+                self.move_on(self.pick(noise, lane), each, self.pick(self.latents, lane))
                 for lane, each in zip(call.lanes, call.corrects, strict=True)
                 if lane in self.lanes
             ]

@@ -22,7 +22,6 @@ from torch._dynamo.exc import TorchDynamoException
 from leansd.core.outputs import (
     FeatureCache,
     Weight,
-    combine,
     find_method,
     list_correction,
     list_weights,
@@ -103,7 +102,8 @@ class TracedCall(UNetCall):
         self._weights: dict[tuple[Kept, ...], list[torch.Tensor]] = {}
         left = [] if weights is None else list(weights.unbind())
         for method, each in _list_weighed(structure.call, sources):
-            count = len(each) + (method is None)  # a correction weighs the output itself, too
+            # A correction weighs the output itself, too, and that of a picture the input.
+            count = len(each) + (method is None) * (1 + (each[0].what == "denoised"))
             self._weights[each], left = left[:count], left[count:]
 
     def weigh(
@@ -112,9 +112,8 @@ class TracedCall(UNetCall):
         tensors = [self.branch.cache.read(kept) for kept in sources]
         return tensors, [*self._weights.get(tuple(sources), ())]
 
-    def move_on(self, noise: torch.Tensor, sources: Sequence[Kept]) -> torch.Tensor:
-        tensors = [self.branch.cache.read(kept) for kept in sources]
-        return combine([noise, *tensors], self._weights[tuple(sources)])
+    def weigh_correction(self, sources: Sequence[Kept]) -> Sequence[Weight]:
+        return self._weights[tuple(sources)]
 
     def denoise(self, output: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
         """The output itself: a graph knows no noise levels, and who calls it goes on from here."""
@@ -289,8 +288,8 @@ def _weigh(
         real = tuple(dict.fromkeys(each))  # one that stands in for others counts once
         rest = (0.0,) * (len(each) - len(real))
         if method is None:
-            lead, known = list_correction(step.call, real, step.schedule)
-            weights += [lead, *known, *rest]
+            lead, *known = list_correction(step.call, real, step.schedule)
+            weights += [lead, *known[: len(real)], *rest, *known[len(real) :]]
         else:
             weights += [*list_weights(method, real, step.call.index, step.schedule), *rest]
     dtype = torch.promote_types(sample.dtype, torch.float32)

@@ -199,7 +199,7 @@ class PlanMap:
         made[1 + place] = 1.0
         if call.corrects:
             sources = call.corrects[0]
-            lead, weights = list_correction(call, sources, schedule)
+            lead, *weights = list_correction(call, sources, schedule)
             made[1 + place] = lead
             for kept, weight in zip(sources, weights, strict=True):
                 made[1 + self.keys.index(kept.call)] += weight

@@ -173,10 +173,11 @@ def list_regimes(
 
     Args:
         variants: what key steps may run where the whole output is forecast between them.
-        adds_noise: whether the sampler does at its steps; then denoised pictures alone are kept.
+        adds_noise: whether the sampler does at its steps; then pictures are kept, or outputs as
+            they were.
     """
     if adds_noise:
-        return [Regime({DENOISED: 0})]
+        return [Regime({DENOISED: 0}), Regime({REUSE: 0})]
     nothing = cost.fixed.get("none", 0.0)
     whole = cost.full_call - nothing
 

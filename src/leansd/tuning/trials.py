@@ -156,26 +156,43 @@ class Journal:
 
 
 class KnownOutputs:
-    """The computed outputs of one run and where they lie in log-SNR."""
+    """The computed outputs of one run and where they lie in log-SNR; or the pictures they show."""
 
-    def __init__(self) -> None:
+    def __init__(self, plan: Plan, calibration: Calibration) -> None:
+        self._places = calibration.log_snr.tolist()
+        weights = calibration.denoising
+        self._weights = [(0.0, 1.0)] * len(self._places)
+        if weights is not None and _keeps_pictures(plan):
+            self._weights = [(own, lead) for own, lead in weights.tolist()]
         self._known: list[tuple[float, torch.Tensor]] = []
 
     def __len__(self) -> int:
         return len(self._known)
 
-    def note(self, place: float, output: torch.Tensor) -> None:
-        self._known.append((place, output))
+    def note(self, index: int, sample: torch.Tensor, output: torch.Tensor) -> None:
+        """Keep the output of a call, or the picture that it shows of its sample."""
+        own, lead = self._weights[index]
+        self._known.append((self._places[index], own * sample + lead * output))
 
-    def forecast(self, place: float, how: How) -> torch.Tensor:
-        """The polynomial through the last outputs, [B, C, H, W]."""
-        known = self._known[-METHODS[how].depth :]
+    def forecast(self, index: int, sample: torch.Tensor, how: How) -> torch.Tensor:
+        """The output [B, C, H, W] by the polynomial through what is kept last."""
+        known, place = self._known[-METHODS[how].depth :], self._places[index]
         points = [here for here, _ in known]
-        return torch.stack([weigh(place, here, points) * each for here, each in known]).sum(0)
+        made = torch.stack([weigh(place, here, points) * each for here, each in known]).sum(0)
+        own, lead = self._weights[index]
+        return (made - own * sample) / lead
 
-    def list_forecast_errors(self, place: float, output: torch.Tensor) -> torch.Tensor:
+    def list_forecast_errors(
+        self, index: int, sample: torch.Tensor, output: torch.Tensor
+    ) -> torch.Tensor:
         """What the forecasts that corrections are by were wrong by, [2, B, C, H, W]."""
-        return torch.stack([output - self.forecast(place, how) for how in CORRECTION_HOWS])
+        hows = CORRECTION_HOWS
+        return torch.stack([output - self.forecast(index, sample, how) for how in hows])
+
+
+def _keeps_pictures(plan: Plan) -> bool:
+    hows = {row.inherit[HEAD] for row in plan.rows if HEAD in row.inherit}
+    return any(METHODS[how].of == "denoised" for how in hows)
 
 
 def move_on(
@@ -206,9 +223,8 @@ def list_corrected(plan: Plan) -> set[int]:
     return {
         step
         for step, (before, row) in pairs
-        if HEAD in before.inherit and not METHODS[before.inherit[HEAD]].takes_input
-        and row.is_key and row.guidance == "compute"
-    }  # fmt: skip
+        if HEAD in before.inherit and row.is_key and row.guidance == "compute"
+    }
 
 
 class _Fitting:
@@ -221,7 +237,7 @@ class _Fitting:
         self._corrected = list_corrected(plan)
         self._sums: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         """Normal equations of each key step over all runs: [2, 2] and [2]."""
-        self._memory = KnownOutputs()
+        self._memory = KnownOutputs(plan, calibration)
 
     @property
     def weights(self) -> dict[int, tuple[float, float]]:
@@ -231,13 +247,12 @@ class _Fitting:
     def steer(self, run: int, index: int, seen: Seen, step: Step) -> torch.Tensor:
         row = self._start + index
         if index == 0:
-            self._memory = KnownOutputs()
+            self._memory = KnownOutputs(self._plan, self._calibration)
         if index and not self._plan.rows[row].is_key:
             return seen.output
-        place = float(self._calibration.log_snr[index])
         output = seen.output
         if row in self._corrected and len(self._memory):
-            forecast_errors = self._memory.list_forecast_errors(place, seen.output)
+            forecast_errors = self._memory.list_forecast_errors(index, seen.sample, seen.output)
             plain = step(seen.output)
             goal = self._calibration.runs[run][index].previous
             moved = [step(seen.output + each) for each in forecast_errors]
@@ -248,7 +263,7 @@ class _Fitting:
             output = move_on(seen.output, _solve(normal, target), forecast_errors)
             before = self._sums.get(row, (0.0, 0.0))
             self._sums[row] = (before[0] + normal, before[1] + target)
-        self._memory.note(place, seen.output)
+        self._memory.note(index, seen.sample, seen.output)
         return output
 
 
@@ -351,28 +366,27 @@ class _Follower:
     def __init__(
         self, plan: Plan, calibration: Calibration, since: int, past: Sequence[Outputs]
     ) -> None:
-        self._plan = plan
-        self._places = calibration.log_snr.tolist()
+        self._plan, self._calibration = plan, calibration
         self._start = calibration.steps - calibration.count
         self._since = since
         self._past = past
-        self._memory = KnownOutputs()
+        self._memory = KnownOutputs(plan, calibration)
         self.outputs: list[dict[int, torch.Tensor]] = []
 
     def steer(self, run: int, index: int, seen: Seen, step: Step) -> torch.Tensor:
         at = self._start + index
-        place, row = self._places[index], self._plan.rows[at]
+        row = self._plan.rows[at]
         if index == 0:
-            self._memory = KnownOutputs()
+            self._memory = KnownOutputs(self._plan, self._calibration)
             self.outputs.append({})
         elif not row.is_key:
-            return self._memory.forecast(place, row.inherit[HEAD])
+            return self._memory.forecast(index, seen.sample, row.inherit[HEAD])
         # Some steps before are computed only for what guidance is forecast from.
         output = self._past[run][at] if at < self._since else seen.output
         corrected = output
         if any(row.correction) and len(self._memory):
-            forecast_errors = self._memory.list_forecast_errors(place, output)
+            forecast_errors = self._memory.list_forecast_errors(index, seen.sample, output)
             corrected = move_on(output, row.correction, forecast_errors)
         self.outputs[run][at] = output
-        self._memory.note(place, output)
+        self._memory.note(index, seen.sample, output)
         return corrected
