@@ -311,8 +311,8 @@ def _pick_sampler(preset: Preset, context: PlanContext) -> tuple[str, list[str]]
     plain = context.anatomy is not WHOLE and not context.adds_noise
     if plain or not tuned or context.sampler in tuned:
         return context.sampler or DEFAULT_SAMPLER, _describe_sampler(preset, context.sampler)
-    nearest = NEAREST_NOISY if context.adds_noise else NEAREST
-    nearest = nearest if nearest in tuned else tuned[0]
+    wanted = (NEAREST_NOISY, NEAREST) if context.adds_noise else (NEAREST,)
+    nearest = next((each for each in wanted if each in tuned), tuned[0])
     own = context.sampler or "this sampler"
     return nearest, [
         f"{preset.name} is not tuned for {own}: it is as for {nearest}; tune a plan of your own"
