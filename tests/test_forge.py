@@ -1,7 +1,5 @@
 """The panel for Forge, against a double of what Forge calls; nothing of Forge is needed."""
 
-import importlib.util
-import sys
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -12,6 +10,7 @@ import pytest
 import torch
 
 import leansd
+from hosts import open_in_host
 from leansd.core import list_log_snr
 from leansd.plans.anatomy import WHOLE
 from leansd.plans.plan import Tuned
@@ -24,19 +23,9 @@ STEPS = 30
 @pytest.fixture(scope="module")
 def forge() -> Iterator[Any]:
     """The script, opened as Forge opens it."""
-    modules, scripts = types.ModuleType("modules"), types.ModuleType("modules.scripts")
-    scripts.Script = type("Script", (), {})  # pyright: ignore[reportAttributeAccessIssue]
-    scripts.AlwaysVisible = object()  # pyright: ignore[reportAttributeAccessIssue]
-    modules.scripts = scripts  # pyright: ignore[reportAttributeAccessIssue]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "modules", modules)
-        patch.setitem(sys.modules, "modules.scripts", scripts)
-        spec = importlib.util.spec_from_file_location("lean_plan", SCRIPT)
-        assert spec is not None
-        assert spec.loader is not None
-        found = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(found)
-        yield found
+    scripts = {"Script": type("Script", (), {}), "AlwaysVisible": object()}
+    with open_in_host(SCRIPT, {"modules": {}, "modules.scripts": scripts}) as script:
+        yield script
 
 
 def call_plainly(apply_model: Any, args: Any) -> torch.Tensor:

@@ -17,7 +17,7 @@ LAYERS = (
     ("anatomy",),
     ("surgery",),
     ("runtime",),
-    ("drawing",),
+    ("drawing", "hosting"),
     ("emoji",),
     ("model_files",),
     ("loading",),

@@ -9,10 +9,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import gradio as gr
 import torch
 from modules import scripts  # of Forge  # pyright: ignore[reportMissingImports]
 
@@ -20,10 +18,9 @@ from leansd.core import Output, Player, Prediction, lay_out_calls, list_log_snr
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import WHOLE
 from leansd.plans.plan import Plan
-from leansd.plans.presets.tuned import SPEED_PRESETS
 from leansd.plans.resolve import PlanContext, find_source, resolve_plan
+from leansd.ui.panel import OFF, lay_out_panel, read_choice
 
-OFF = "off"
 LOG = logging.getLogger("leansd")
 SAMPLERS = {
     "Euler": "euler",
@@ -120,9 +117,7 @@ class ForgeRun:
         if player is None:
             return f"{self.plan.name}: computed in full, because {self.reason or 'nothing ran'}"
         player.clear()
-        calls, computed = len(player.stats.calls), len(player.stats.computed)
-        why = f", because {self.reason}" if self.reason else ""
-        return f"{self.plan.name}: the model ran {computed} of {calls} times{why}"
+        return f"{self.plan.name}: {player.describe()}"
 
 
 class LeanPlanScript(scripts.Script):
@@ -139,23 +134,15 @@ class LeanPlanScript(scripts.Script):
         return scripts.AlwaysVisible
 
     def ui(self, is_img2img: bool) -> list[Any]:
-        with gr.Accordion("Lean Plan", open=False):
-            plan = gr.Dropdown(
-                [OFF, *SPEED_PRESETS],
-                value=OFF,
-                label="Plan",
-                info="Faster from left to right; the picture stays near that of the full run.",
-            )
-            file = gr.Textbox(label="Plan file", placeholder="in the place of a preset")
-        return [plan, file]
+        return lay_out_panel()
 
     def process_before_every_sampling(
         self, p: Any, plan: str = OFF, file: str = "", **_: Any
     ) -> None:
         """Attach the plan to the UNet of the pass that begins."""
         self._finish()
-        source: str | Path = Path(file.strip()) if file.strip() else plan
-        if source == OFF:
+        source = read_choice(plan, file)
+        if source is None:
             return
         if p.sampler_name not in SAMPLERS or not hasattr(p.sampler, "get_sigmas"):
             LOG.warning("Lean Plan: %s runs in full: only %s follow plans", p.sampler_name,

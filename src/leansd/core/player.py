@@ -209,6 +209,12 @@ class Player:
         with self._lock:
             self._tracks.clear()
 
+    def describe(self) -> str:
+        """What the run did, in words."""
+        calls, computed = len(self.stats.calls), len(self.stats.computed)
+        why = self.reason or "; ".join(self.stats.forced)
+        return f"the model ran {computed} of {calls} times" + (f", because {why}" if why else "")
+
     # -- one call ----------------------------------------------------------------------------------
 
     def _take_all(
