@@ -23,7 +23,7 @@ from leansd.emoji.prompts import PROMPTS
 from leansd.errors import LeansdError
 from leansd.evaluation.fidelity import psnr
 from leansd.plans import Plan
-from leansd.plans.methods import METHODS
+from leansd.plans.methods import METHODS, NO_CORRECTION
 from leansd.runtime.clock import read_schedule
 from leansd.runtime.samplers import make_scheduler
 from leansd.tuning.error_model import DENOISED, ErrorModel, Key, calibrate
@@ -231,17 +231,9 @@ def test_the_error_model_foresees_what_a_segment_does_to_the_latents(name: str) 
         own[index] * seen.sample + lead[index] * seen.output for index, seen in enumerate(run)
     ]
     judged = ErrorModel.of(calibration).judge(keys, end, DENOISED)
-    line, last = judged.correct
-    assert line
-    assert last
-    levels = calibration.log_snr
-    share = (levels[end] - levels[0]) / (levels[1] - levels[0])
-    ahead = torch.lerp(pictures[0], pictures[1], float(share))
+    assert judged.correct == NO_CORRECTION
 
     def steer(_: int, index: int, seen: Any, __: Any) -> torch.Tensor:
-        if index == end:
-            moved = line * (pictures[end] - ahead) + last * (pictures[end] - pictures[1])
-            return run[end].output + moved / lead[end]
         between = keys[-1].step < index < end
         made = (pictures[1] - own[index] * seen.sample) / lead[index]
         return made if between else run[index].output

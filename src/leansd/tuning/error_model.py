@@ -284,13 +284,11 @@ class ErrorModel:
             misses[step] = self._miss(keys, step, action.how, misses)
             change += calibration.response[after, step] * misses[step]
         correct = NO_CORRECTION
-        if between and end < count:
+        # Of pictures the model would promise too much: the next one answers to what went before.
+        if between and end < count and METHODS[action.how].of != "denoised":
             remedies = np.stack([self._combine(keys, end, how) for how in CORRECTION_HOWS], axis=1)
             remedies = -remedies
             remedies[end] += 1
-            if METHODS[action.how].of == "denoised":  # what is corrected is the picture
-                assert calibration.denoising is not None
-                remedies = np.roll(remedies, count, axis=0) / calibration.denoising[end, 1]
             remedies *= calibration.response[after, end]
             # Where one output is known the two are the same; least squares shares between them.
             solution = np.linalg.lstsq(
