@@ -206,18 +206,20 @@ def test_models_of_flow_have_log_snr_of_their_own(forge: Any, model: Any) -> Non
 
 
 @pytest.mark.parametrize(
-    ("sampler", "own"), [("Euler a", "euler-a"), ("LMS", "lms"), ("DPM++ 3M SDE", "dpm++3m-sde")]
+    ("sampler", "own", "nearest"),
+    [("LMS", "lms", "euler"), ("DPM++ 3M SDE", "dpm++3m-sde", "euler-a")],
 )
 def test_it_is_said_where_no_plan_is_tuned_for_a_sampler(
-    forge: Any, caplog: Any, sampler: str, own: str
+    forge: Any, caplog: Any, sampler: str, own: str, nearest: str
 ) -> None:
     """In the words of every other face, and with the plan that they take there."""
-    context = PlanContext(STEPS, sampler=own, anatomy=WHOLE)
+    context = PlanContext(STEPS, sampler=own, adds_noise=nearest == "euler-a", anatomy=WHOLE)
     resolved = resolve_plan("balanced", context)
     (note,) = resolved.notes
-    assert f"not tuned for {own}" in note
+    assert f"not tuned for {own}: it is as for {nearest};" in note
     draw(forge, Processing(sampler=sampler), "balanced")
     assert note in caplog.text
-    caplog.clear()
-    draw(forge, Processing(), "balanced")
-    assert "not tuned" not in caplog.text
+    for tuned in ("Euler", "Euler a", "DPM++ 2M SDE"):
+        caplog.clear()
+        draw(forge, Processing(sampler=tuned), "balanced")
+        assert "not tuned" not in caplog.text
