@@ -1,32 +1,56 @@
-"""The same words mean the same plan wherever they are said: in the API, the commands, the page."""
+"""The same words mean the same plan wherever they are said: in the API, the commands, the page.
+
+Every face is asked for every preset at every sampler and step count. The model is opened once, and
+nothing is drawn or exported; what lies between the words and the plan is real, and so are files,
+records and pages that carry its fingerprint. Hosts are asked beside their doubles: ComfyUI in
+`comfyui/test_playing.py`, Forge in `test_forge.py`, the server in `test_serving.py`.
+"""
 
 import json
+import pickle
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import leansd
 from leansd.anatomy import read_anatomy
+from leansd.bulk.jobs import DRAWING, BulkJob
 from leansd.cli import main
-from leansd.cli.options import Following
+from leansd.drawing import Painting, Request
+from leansd.evaluation.compare import CONVERGED, Case, Compared, Comparison, Drawings
 from leansd.evaluation.evaluation import list_cases
+from leansd.evaluation.fidelity import Measure
+from leansd.evaluation.prediction import Profiled
+from leansd.evaluation.records import get_field, load_records, stamp
+from leansd.evaluation.rivals import OURS
+from leansd.evaluation.runs import FULL, CallSet
+from leansd.evaluation.timing import Ratio, Timing
+from leansd.loading import load_outline
 from leansd.plans.presets import PRESETS, SPEED_PRESETS
 from leansd.plans.resolve import PlanContext, Resolved, resolve_plan
+from leansd.report.page import Drawing, ReportPage
 from leansd.runtime.context import describe_runs
+from leansd.runtime.report import Report
 from leansd.runtime.samplers import set_sampler
 from leansd.shards import read_shard
 from leansd.unets import open_anatomy
+from test_profile import make_cost
 from tiny import tiny_pipeline, tiny_unet
 
 SAMPLERS = ("ddim", "euler", "dpm++2m", "unipc")
 STEPS = (8, 20, 30, 50)
 RUNS = list(product(SAMPLERS, STEPS))
 ALONE = [name for name in PRESETS if not leansd.preset(name, 20).nets]
+PICTURE = Image.linear_gradient("L").resize((32, 32)).convert("RGB")
 
 
 @pytest.fixture(scope="module")
@@ -43,22 +67,91 @@ def pipe(model: Path):
     return pipe
 
 
+# The same nets are asked for again and again.
+READ = cache(read_anatomy)
+OPENED = cache(open_anatomy)
+OUTLINED = cache(load_outline)
+
+
 @cache
-def read(pipe):
-    return read_anatomy(pipe.unet)
-
-
 def expect(pipe, name: str, sampler: str, steps: int) -> Resolved:
     """What every face must make of a preset's name."""
     set_sampler(pipe, sampler)
-    nets = {} if name in ALONE else {"light": read(pipe)}
-    return resolve_plan(
-        name, describe_runs(pipe, PlanContext(steps, anatomy=read(pipe), nets=nets))
+    nets = {} if name in ALONE else {"light": READ(pipe.unet)}
+    known = PlanContext(steps, anatomy=READ(pipe.unet), nets=nets)
+    return resolve_plan(name, describe_runs(pipe, known))
+
+
+@pytest.fixture
+def opened(pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever opens the model, or another net, is given what is open."""
+    light = tiny_unet()
+    for at in ("loading.load", "bulk.jobs.load", "ui.studio.load"):
+        monkeypatch.setattr(f"leansd.{at}", lambda *_, **__: pipe)
+    for at in ("loading.load_unet", "bulk.jobs.load_unet"):
+        monkeypatch.setattr(f"leansd.{at}", lambda *_, **__: light)
+    monkeypatch.setattr("leansd.exporting.exporter.load_unet", lambda *_, **__: pipe.unet)
+    for at in ("runtime.context", "exporting.exporter", "anatomy.reading"):
+        monkeypatch.setattr(f"leansd.{at}.read_anatomy", READ)
+    monkeypatch.setattr("leansd.unets.open_anatomy", OPENED)
+    monkeypatch.setattr("leansd.loading.load_outline", OUTLINED)
+
+
+def paint_nothing(
+    pipe: Any, requests: Sequence[Request], plan: Any = None, *_: Any, **__: Any
+) -> list[Painting]:
+    """What runs under a plan give, without a run."""
+    counts = dict.fromkeys(("calls", "full_calls", "computed", "inherited", "idle"), 1)
+    sizes = {"bytes_kept": 0, "predicted_speedup": 1.0, "measured_speedup": 1.0, "seconds": 1.0}
+    run: Any = SimpleNamespace(report=lambda: Report(plan, **counts, **sizes))
+    return [Painting(PICTURE, 1.0, run) for _ in requests]
+
+
+def compare_nothing(pipe: Any, cases: Sequence[Case], calls: CallSet, **_: Any) -> Comparison:
+    """What a comparison gives, without one."""
+    drawn = Drawings(
+        torch.zeros(len(calls), 4, 8, 8), torch.zeros(len(calls), 3, 32, 32, dtype=torch.uint8)
     )
+    close = Measure("psnr", "dB", torch.full([len(calls)], 40.0), {"reference": FULL})
+    found = {
+        each.name: Compared(each, drawn.pictures, (close,), Timing((1.0,)), Ratio(1.0, 1.0, 1.0))
+        for each in cases
+    }
+    return Comparison(found, {FULL: drawn, CONVERGED: drawn})
 
 
-OPENED = cache(open_anatomy)
-"""The same folder is asked of again and again."""
+def write_nothing(unet: Any, folder: Path, *_: Any) -> float:
+    folder.mkdir(exist_ok=True)
+    return 0.0
+
+
+def draw_nothing(plan: Any, anatomy: Any, caption: str = "", *, name: str = "plan") -> Drawing:
+    return Drawing(name, Figure(), "", caption)
+
+
+@pytest.fixture
+def idle(opened: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is drawn, compared or exported."""
+    monkeypatch.setattr("leansd.drawing.paint_together", paint_nothing)
+    monkeypatch.setattr("leansd.bulk.jobs.paint_together", paint_nothing)
+    for at in ("evaluation", "demo", "bench", "compare"):
+        monkeypatch.setattr(f"leansd.evaluation.{at}.compare_runs", compare_nothing)
+    monkeypatch.setattr("leansd.exporting.exporter.write_onnx", write_nothing)
+    for at in ("plans", "nets"):
+        monkeypatch.setattr(f"leansd.report.{at}.draw_plan", draw_nothing)
+
+
+@pytest.fixture
+def pages(monkeypatch: pytest.MonkeyPatch) -> dict[Path, ReportPage]:
+    """The pages that commands write, by their paths, as they are before they are HTML."""
+    written: dict[Path, ReportPage] = {}
+
+    def keep(path: Path, page: ReportPage, _: Any) -> Path:
+        written[path] = page
+        return path
+
+    monkeypatch.setattr("leansd.report.page.write_report", keep)
+    return written
 
 
 @pytest.fixture
@@ -71,6 +164,11 @@ def run(capsys: pytest.CaptureFixture[str]):
         return json.loads(printed.out.splitlines()[-1]), " ".join(printed.err.split())
 
     return call
+
+
+def give_net(name: str, model: Path) -> list[str]:
+    """The option that a preset needs for its other net."""
+    return [] if name in ALONE else ["--net", f"light={model}"]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -102,6 +200,7 @@ def test_inherit_runs_the_plan_that_names_mean(
     for name, steps in runs:
         expected = expect(pipe, name, sampler, steps)
         nets = {} if name in ALONE else {"light": tiny_unet()}
+        set_sampler(pipe, sampler)
         pipe.scheduler.set_timesteps(steps)
         told: list[warnings.WarningMessage]
         with warnings.catch_warnings(record=True) as told, torch.no_grad():
@@ -112,41 +211,198 @@ def test_inherit_runs_the_plan_that_names_mean(
         assert [str(each.message) for each in told] == list(expected.notes), (name, steps)
 
 
-@pytest.mark.parametrize(("name", "run_of"), zip([*ALONE, "fast", "turbo"], RUNS, strict=True))
-def test_plan_command_shows_the_plan_that_names_mean(
-    pipe, model, run, name, run_of, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("leansd.unets.open_anatomy", OPENED)
-    expected = expect(pipe, name, *run_of)
-    sampler, steps = run_of
-    shown, told = run(
-        "plan", name, "--model", model, "--steps", steps, "--sampler", sampler, "--json"
-    )
-    assert shown["fingerprint"] == expected.plan.fingerprint
-    assert shown["plan"] == expected.plan.name
-    assert all(note in told for note in expected.notes)
-
-
+@pytest.mark.usefixtures("opened")
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_commands_and_evaluate_settle_on_the_plan_that_names_mean(
-    pipe, model, monkeypatch: pytest.MonkeyPatch, sampler: str
-) -> None:
-    """What generate, rows, evaluate and plan ask before and after a model is open."""
-    monkeypatch.setattr("leansd.unets.open_anatomy", OPENED)
-    monkeypatch.setattr("leansd.runtime.context.read_anatomy", lambda _: read(pipe))
+def test_plan_command_shows_the_plan_that_names_mean(pipe, model, run, sampler: str) -> None:
     for name, steps in product(PRESETS, STEPS):
         expected = expect(pipe, name, sampler, steps)
-        alone = name in ALONE
-        fitting = Following(False, False, None if alone else [f"light={model}"])
-        outlined, context = fitting.outline(name, str(model), steps=steps, sampler=sampler)
-        settled = fitting.settle(name, pipe, context, 7.5)
-        found = {outlined.plan.fingerprint, settled.fingerprint}
-        if alone:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                found.add(list_cases(pipe, [name], steps)[-1].fingerprint)
-        assert found == {expected.plan.fingerprint}, (name, steps)
-        assert outlined.notes == expected.notes, (name, steps)
+        asked = ("plan", name, "--model", model, "--steps", steps, "--sampler", sampler, "--json")
+        shown, told = run(*asked, *give_net(name, model))
+        assert shown["fingerprint"] == expected.plan.fingerprint, (name, steps)
+        assert shown["plan"] == expected.plan.name
+        assert shown["notes"] == list(expected.notes)
+        assert all(note in told for note in expected.notes)
+
+
+@pytest.mark.usefixtures("idle")
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_export_writes_the_plan_that_names_mean(pipe, model, run, tmp_path, sampler: str) -> None:
+    """From Python and by the command."""
+    pytest.importorskip("onnx")
+    out = tmp_path / "out"
+    for name, steps in product(ALONE, STEPS):
+        expected = expect(pipe, name, sampler, steps)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            exported = leansd.export(model, out, to="onnx", plan=name, steps=steps, sampler=sampler)
+        assert exported.plan is not None
+        assert exported.plan.fingerprint == expected.plan.fingerprint, (name, steps)
+        assert [str(each.message) for each in told] == list(expected.notes)
+        asked = ("export", model, "--to", "onnx", "--plan", name, "--out", out, "--json")
+        shown, told = run(*asked, "--steps", steps, "--sampler", sampler)
+        assert shown["fingerprint"] == expected.plan.fingerprint, (name, steps)
+        assert all(told.count(note) == 1 for note in expected.notes)
+
+
+@pytest.mark.usefixtures("idle")
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_generated_pictures_carry_the_plan_that_names_mean(
+    pipe, model, run, tmp_path, sampler: str
+) -> None:
+    for name, steps in product(PRESETS, STEPS):
+        expected = expect(pipe, name, sampler, steps)
+        drawn, told = run(
+            "generate", "a pizza", "--model", model, "--plan", name, "--steps", steps, "--sampler",
+            sampler, *give_net(name, model), "--out", tmp_path, "--overwrite", "--json",
+        )  # fmt: skip
+        (picture,) = drawn["pictures"]
+        assert picture["plan_fingerprint"] == expected.plan.fingerprint, (name, steps)
+        with Image.open(picture["path"]) as image:
+            assert image.text["plan_fingerprint"] == expected.plan.fingerprint
+        assert all(told.count(note) == 1 for note in expected.notes)
+
+
+@pytest.mark.usefixtures("idle")
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_shards_carry_the_plan_that_names_mean(
+    pipe, model, run, pages, tmp_path, monkeypatch: pytest.MonkeyPatch, sampler: str
+) -> None:
+    """Drawn here; what workers on Ray are sent is the same job."""
+    (rows := tmp_path / "rows.jsonl").write_text('{"id": "a", "prompt": "a pizza"}\n')
+    sent: list[BulkJob] = []
+
+    def draw(job: BulkJob, parts: Any) -> Any:
+        sent.append(pickle.loads(pickle.dumps(job)))
+        return DRAWING.run_here(job, parts)
+
+    monkeypatch.setattr(type(DRAWING), "place", lambda *_: draw)
+    for name, steps in product(PRESETS, STEPS):
+        expected, out = expect(pipe, name, sampler, steps), tmp_path / f"{name}-{steps}"
+        _, told = run(
+            "generate", "--prompts", rows, "--model", model, "--plan", name, "--steps", steps,
+            "--sampler", sampler, *give_net(name, model), "--out", out, "--json",
+        )  # fmt: skip
+        plan = leansd.Plan.from_dict(sent.pop().plan)
+        assert plan.fingerprint == expected.plan.fingerprint, (name, steps)
+        (inside,) = read_shard(out / "shard-000000.tar")
+        assert inside.facts["plan_fingerprint"] == expected.plan.fingerprint
+        assert expected.plan.fingerprint in str(pages[out / "report.html"].sections)
+        assert all(told.count(note) == 1 for note in expected.notes)
+
+
+@pytest.mark.usefixtures("idle")
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_records_of_evaluate_carry_the_plans_that_names_mean(
+    pipe, model, run, pages, tmp_path, sampler: str
+) -> None:
+    """From Python and by the command, all presets at once."""
+    (prompts := tmp_path / "prompts.txt").write_text("a pizza\na cat\n")
+    for steps in STEPS:
+        every = {name: expect(pipe, name, sampler, steps) for name in ALONE}
+        set_sampler(pipe, sampler)
+        wanted = {
+            f"{FULL} plan" if each.plan.name == FULL else name: each.plan.fingerprint
+            for name, each in every.items()
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            cases = list_cases(pipe, ALONE, steps)
+        assert {each.name: each.fingerprint for each in cases if each.plan} == wanted
+        measured, told = run(
+            "evaluate", model, "--steps", steps, "--sampler", sampler, "--prompts", prompts,
+            *(word for name in ALONE for word in ("--plan", name)), "--count", 2,
+            "--reference", FULL, "--out", tmp_path, "--overwrite", "--json",
+        )  # fmt: skip
+        records = load_records(tmp_path / "records.jsonl")
+        assert {each.plan: each.fingerprint for each in records} == {FULL: "", **wanted}
+        shown = {each["plan"]: each["fingerprint"] for each in measured["results"]}
+        assert shown == {FULL: "", **wanted}
+        page = pages[tmp_path / "report.html"]
+        assert all(each in page.attachments[0].content for each in wanted.values())
+        assert all(told.count(note) == 1 for each in every.values() for note in each.notes)
+
+
+@pytest.mark.usefixtures("idle")
+def test_records_of_bench_carry_the_plans_that_names_mean(
+    pipe, model, run, pages, tmp_path
+) -> None:
+    """Every contest at once; a preset that means the full run has no part in one."""
+    (prompts := tmp_path / "prompts.txt").write_text("a pizza\na cat\n")
+    _, told = run(
+        "bench", "--model", model, "--prompts", prompts, "--count", 2, "--rivals", "fewer",
+        *(word for name in ALONE for word in ("--plans", name)),
+        *(word for sampler in SAMPLERS for word in ("--sampler", sampler)),
+        *(word for steps in STEPS for word in ("--steps", steps)),
+        "--out", tmp_path / "bench.jsonl", "--report", tmp_path, "--json",
+    )  # fmt: skip
+    found: dict[tuple[str, int], dict[str, str]] = {each: {} for each in RUNS}
+    for each in load_records(tmp_path / "bench.jsonl"):
+        if get_field(each, "family") == OURS and get_field(each, "task") == "text-to-image":
+            contest = get_field(each, "sampler"), get_field(each, "steps")
+            found[contest][each.plan] = each.fingerprint
+    for contest, plans in found.items():
+        every = [expect(pipe, name, *contest) for name in ALONE]
+        assert plans == {
+            each.plan.name: each.plan.fingerprint for each in every if each.plan.name != FULL
+        }, contest
+        assert all(told.count(note) == 1 for each in every for note in each.notes)
+    page = pages[tmp_path / "report.html"].attachments[0].content
+    assert all(each in page for plans in found.values() for each in plans.values())
+
+
+@pytest.mark.usefixtures("idle")
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_records_of_demo_carry_the_plans_that_names_mean(
+    pipe, model, run, pages, tmp_path, sampler: str
+) -> None:
+    for steps in STEPS:
+        every = {name: expect(pipe, name, sampler, steps) for name in SPEED_PRESETS}
+        wanted = {
+            name: each.plan.fingerprint for name, each in every.items() if each.plan.name != FULL
+        }
+        shown, told = run(
+            "demo", "--model", model, "--steps", steps, "--sampler", sampler, "--prompts",
+            "a pizza", "--out", tmp_path, "--overwrite", "--json",
+        )  # fmt: skip
+        found = {each["name"]: each["fingerprint"] for each in shown["plans"]}
+        assert {name: each for name, each in found.items() if each} == wanted
+        records = load_records(tmp_path / "records.jsonl")
+        assert {each.plan: each.fingerprint for each in records if each.fingerprint} == wanted
+        page = pages[tmp_path / "report.html"]
+        assert all(each in page.attachments[0].content for each in wanted.values())
+        assert all(told.count(note) == 1 for each in every.values() for note in each.notes)
+
+
+@pytest.mark.parametrize(("sampler", "steps"), RUNS)
+def test_profile_predicts_the_plans_that_names_mean(pipe, sampler: str, steps: int) -> None:
+    gains = Profiled(
+        make_cost(), READ(pipe.unet), steps, (), 1, stamp("cpu"), sampler=sampler
+    ).gains
+    for name, gain in zip(("full", *SPEED_PRESETS, "deepcache"), gains, strict=True):
+        expected = expect(pipe, name, sampler, steps)
+        assert gain.plan.fingerprint == expected.plan.fingerprint, name
+
+
+@pytest.mark.usefixtures("idle")
+def test_pages_that_are_asked_for_say_the_plan_that_names_mean(
+    pipe, model, run, pages, tmp_path
+) -> None:
+    pytest.importorskip("onnx")
+    expected = expect(pipe, "turbo", "euler", 20).plan
+    said = f"turbo ({expected.fingerprint})"
+    shared = ("--steps", 20, "--sampler", "euler", "--json")
+    page = tmp_path / "page.html"
+    for asked in (
+        ("plan", "turbo", "--model", model, "--report", page),
+        ("export", model, "--to", "onnx", "--plan", "turbo", "--out", tmp_path / "onnx",
+         "--report", page),
+        ("generate", "a pizza", "--model", model, "--plan", "turbo", "--compare", "--out",
+         tmp_path),
+    ):  # fmt: skip
+        run(*asked, *shared)
+        path, written = pages.popitem()
+        assert said in written.measured, path
+        assert leansd.Plan.from_dict(json.loads(written.attachments[0].content)) == expected
 
 
 @pytest.mark.slow
@@ -203,35 +459,20 @@ def test_demo_compares_the_plans_that_names_mean(pipe, model, run, tmp_path) -> 
     }
 
 
-def test_page_means_the_same(pipe, model, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("opened")
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_page_means_the_same(pipe, model, tmp_path, sampler: str) -> None:
     pytest.importorskip("gradio")
     from leansd.ui.folders import Folders, Settings
     from leansd.ui.studio import Studio
 
-    monkeypatch.setattr("leansd.ui.studio.load", lambda *_, **__: pipe)
     studio = Studio(Folders.open(tmp_path, model.parent), "cpu")
-    for name, (sampler, steps) in product(ALONE, RUNS):
+    for name, steps in product(ALONE, STEPS):
         settings = Settings(model="tiny", prompt="a", steps=steps, sampler=sampler)
         expected = expect(pipe, name, sampler, steps)
         found = studio.resolve(name, settings)
-        assert found.plan.fingerprint == expected.plan.fingerprint, (name, sampler, steps)
-        assert found.notes == expected.notes, (name, sampler, steps)
-
-
-def test_export_means_the_same(pipe, model, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("onnx")
-    monkeypatch.setattr("leansd.exporting.exporter.write_onnx", lambda *_: 0.0)
-    tmp_path.joinpath("out").mkdir()
-    for name, (sampler, steps) in zip(ALONE, RUNS, strict=False):
-        expected = expect(pipe, name, sampler, steps)
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            exported = leansd.export(
-                model, tmp_path / "out", to="onnx", plan=name, steps=steps, sampler=sampler
-            )
-        assert exported.plan is not None
-        assert exported.plan.fingerprint == expected.plan.fingerprint
-        assert set(expected.notes) <= {str(each.message) for each in told}
+        assert found.plan.fingerprint == expected.plan.fingerprint, (name, steps)
+        assert found.notes == expected.notes, (name, steps)
 
 
 def test_plans_tuned_elsewhere_are_told_and_refused(pipe, model, run, tmp_path, capsys) -> None:

@@ -14,7 +14,8 @@ from hosts import open_in_host
 from leansd.core import list_log_snr
 from leansd.plans.anatomy import WHOLE
 from leansd.plans.plan import Tuned
-from leansd.plans.resolve import PlanContext, carry_over, resolve_plan
+from leansd.plans.presets import SPEED_PRESETS
+from leansd.plans.resolve import FEW_STEPS, PlanContext, carry_over, resolve_plan
 
 SCRIPT = Path(__file__).parent.parent / "integrations/forge/scripts/lean_plan.py"
 STEPS = 30
@@ -125,7 +126,7 @@ def test_a_plan_is_followed_however_conditionings_are_batched(forge: Any, batche
     assert lean.calls == keys * len(batches) < full.calls
     fewer = Processing(batches, steps=keys).sample()
     assert (made - expected).abs().mean() < (fewer - expected).abs().mean() / 2
-    assert lean.extra_generation_params == {"Lean Plan": plan.name}
+    assert lean.extra_generation_params == {"Lean Plan": f"balanced ({plan.fingerprint})"}
     assert torch.allclose(made, draw(forge, Processing(), "balanced"), atol=1e-4)
 
 
@@ -203,6 +204,27 @@ def test_models_of_flow_have_log_snr_of_their_own(forge: Any, model: Any) -> Non
     run = forge.ForgeRun(leansd.Plan.full(4), sigmas, "flow")
     run.run_model(torch.zeros(1, 4, 2, 2), torch.ones(1), [0], lambda: torch.zeros(1, 4, 2, 2))
     assert run.player.schedule.log_snr == list_log_snr(sigmas[:-1], "flow")
+
+
+@pytest.mark.parametrize("steps", [8, 20, 30, 50])
+@pytest.mark.parametrize(
+    ("sampler", "own"), [("Euler", "euler"), ("DPM++ 2M", "dpm++2m"), ("LMS", "lms")]
+)
+def test_a_preset_is_the_plan_that_it_is_everywhere(
+    forge: Any, sampler: str, own: str, steps: int
+) -> None:
+    """DDIM and UniPC are no samplers of the panel: they run in full, and it is said."""
+    script = forge.LeanPlanScript()
+    for name in SPEED_PRESETS:
+        context = PlanContext(steps, sampler=own, anatomy=WHOLE)
+        expected = resolve_plan(name, context).plan
+        if steps > FEW_STEPS and own != "lms":  # also where the inside of the model is known
+            assert expected.fingerprint == leansd.preset(name, steps, sampler=own).fingerprint
+        p = Processing(sampler=sampler, steps=steps)
+        script.process_before_every_sampling(p, name)
+        assert script.run.plan.fingerprint == expected.fingerprint
+        told = p.extra_generation_params["Lean Plan"]
+        assert told == f"{expected.name} ({expected.fingerprint})"
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,10 @@ from PIL import Image
 
 import leansd
 from conformance.reference import is_plain
+from leansd.plans.presets import PRESETS, SPEED_PRESETS
+from leansd.plans.resolve import PlanContext, resolve_plan
+from leansd.runtime.context import describe_runs
+from leansd.runtime.samplers import set_sampler
 from tiny import tiny_pipeline
 
 PLAN = "balanced"
@@ -84,6 +90,8 @@ def test_clients_at_once_get_what_each_would_get_alone() -> None:
     assert got == expected
     assert got[0] != plain
     assert all(status == 200 and headers["x-plan"] == PLAN for status, headers, _ in answers)
+    followed = leansd.preset(PLAN, STEPS, sampler="ddim").fingerprint
+    assert all(headers["x-plan-fingerprint"] == followed for _, headers, _ in answers)
     assert metrics["leansd_pictures_total"] == 4
     full, inherited = (
         metrics[f'leansd_unet_calls_total{{kind="{kind}"}}'] for kind in ("full", "inherited")
@@ -96,13 +104,53 @@ def test_clients_at_once_get_what_each_would_get_alone() -> None:
     assert draw(pipe, 0) == plain
 
 
+OTHERS = [
+    name for name in PRESETS if name not in SPEED_PRESETS and not leansd.preset(name, 20).nets
+]
+
+
+@pytest.mark.parametrize(
+    "names", [list(SPEED_PRESETS), pytest.param(OTHERS, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpm++2m", "unipc"])
+def test_a_preset_is_the_plan_that_it_is_everywhere(
+    monkeypatch: pytest.MonkeyPatch, sampler: str, names: list[str]
+) -> None:
+    """However many steps a client asks for; of every run one step is drawn."""
+    pipe: Any = tiny_pipeline()
+    set_sampler(pipe, sampler)
+    counted = leansd.dissect(pipe.unet)
+    monkeypatch.setattr("leansd.runtime.report.dissect", lambda *_, **__: counted)
+    text = torch.zeros(2, 7, pipe.unet.config.cross_attention_dim)
+
+    def draw_step(self: Any, prompt: str, *, num_inference_steps: int, **_: Any) -> Any:
+        self.scheduler.set_timesteps(num_inference_steps)
+        with torch.no_grad():
+            self.unet(torch.zeros(2, 4, 4, 4), self.scheduler.timesteps[0], text)
+        return SimpleNamespace(images=[Image.new("RGB", (8, 8))])
+
+    monkeypatch.setattr(type(pipe), "__call__", draw_step)
+    wish = {"prompt": "a cat"}
+    for name in names:
+        pool = server.PipelinePool(pipe, name, workers=1)
+        pool.open()
+        for steps in (8, 20, 30, 50):
+            expected = resolve_plan(name, describe_runs(pipe, PlanContext(steps)))
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always", UserWarning)
+                made = pool.draw(server.PictureRequest.model_validate(wish | {"steps": steps}))
+            assert made.fingerprint == expected.plan.fingerprint, (name, steps)
+            assert [str(each.message) for each in told] == list(expected.notes)
+        pool.close()
+
+
 def test_a_client_beyond_the_limit_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
     begun, go = threading.Event(), threading.Event()
 
     def draw_slowly(pool: Any, request: Any) -> server.Picture:
         begun.set()
         go.wait(60)
-        return server.Picture(b"", 0.0, 1, 1)
+        return server.Picture(b"", 0.0, "", 1, 1)
 
     monkeypatch.setattr(server.PipelinePool, "draw", draw_slowly)
     with (

@@ -51,6 +51,8 @@ class Picture:
 
     png: bytes
     seconds: float
+    fingerprint: str
+    """Of the plan that the run followed."""
     calls: int
     """UNet calls of the run."""
     full_calls: int
@@ -108,7 +110,8 @@ class PipelinePool:
             report = run.report()
             file = io.BytesIO()
             drawn.images[0].save(file, format="PNG")
-            return Picture(file.getvalue(), seconds, report.calls, report.full_calls)
+            followed = report.plan.fingerprint
+            return Picture(file.getvalue(), seconds, followed, report.calls, report.full_calls)
         finally:
             self._free.put((pipe, run))
 
@@ -172,6 +175,7 @@ def create_app(
         metrics.calls.labels("inherited").inc(made.calls - made.full_calls)
         headers = {
             "X-Plan": name,
+            "X-Plan-Fingerprint": made.fingerprint,
             "X-Seconds": f"{made.seconds:.3f}",
             "X-UNet-Calls": f"{made.full_calls} of {made.calls}",
         }

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from integrations.comfyui import choosing
-from integrations.comfyui.choosing import PlanChoice
+from integrations.comfyui.blocks import read_blocks
+from integrations.comfyui.choosing import PlanChoice, RunDescription, choose_plan
 from integrations.comfyui.playing import KEY, PlanOnModel
 
 from comfyui.double import (
@@ -34,8 +35,12 @@ from comfyui.double import (
     sample_stubborn,
     sample_thirds,
 )
+from comfyui.unet import UNetModel
 from leansd.plans import Plan
+from leansd.plans.anatomy import WHOLE
 from leansd.plans.presets import PRESETS
+from leansd.plans.resolve import FEW_STEPS, PlanContext, resolve_plan
+from tiny import tiny_unet
 
 STEPS = 12
 KEYS = (0, 1, 2, 4, 6, 9, 11)
@@ -243,6 +248,38 @@ def test_presets_fit_themselves() -> None:
     _, report, _ = draw("fast", sampler=Sampler(sample_heun), sigmas=lay_out(20))
     assert report.computed < 0.5 * report.calls
     assert "not tuned for heun" in str(report)
+
+
+@pytest.mark.parametrize("steps", [8, 20, 30, 50])
+@pytest.mark.parametrize(
+    ("sampler", "own"),
+    [("euler", "euler"), ("dpmpp_2m", "dpm++2m"), ("unipc", "unipc"), ("lms", "lms")],
+)
+def test_a_preset_is_the_plan_that_it_is_everywhere(sampler: str, own: str, steps: int) -> None:
+    """But for those that are tuned in ComfyUI's sampler; its DDIM is Euler by another name."""
+    blocks = read_blocks(UNetModel(tiny_unet()))
+    assert blocks is not None
+    sigmas = tuple(lay_out(steps).tolist())
+    places = tuple(1 - step / steps for step in range(steps + 1))
+    run = RunDescription(sampler, 4.0, sigmas, sigmas[:-1], "noise", places=places, blocks=blocks)
+    special: set[str] = set()
+    for name, preset in PRESETS.items():
+        if preset.build(steps=20, blocks=4).nets:  # no node gives other nets
+            continue
+        if choosing.find_tuned_here(preset, sampler, steps, sigmas) is not None:
+            special.add(name)
+            continue
+        anatomy = WHOLE if preset.by_sampler else blocks.anatomy
+        chosen = choose_plan(PlanChoice(name), run)
+        if name in ("tgate", "pab"):  # cross-attention alone is no unit here
+            assert "matches nothing" in chosen.reason
+            continue
+        expected = resolve_plan(name, PlanContext(steps, own, anatomy=anatomy))
+        assert chosen.plan is not None, chosen.reason
+        assert chosen.plan.fingerprint == expected.plan.fingerprint, name
+        assert chosen.notes == expected.notes
+    is_tuned = sampler in ("euler", "dpmpp_2m") and steps > FEW_STEPS
+    assert special == ({"quality", "balanced", "fast"} if is_tuned else set())
 
 
 def test_presets_are_those_tuned_in_the_sampler_itself(monkeypatch: pytest.MonkeyPatch) -> None:

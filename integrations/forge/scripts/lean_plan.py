@@ -170,7 +170,8 @@ class LeanPlanScript(scripts.Script):
             LOG.warning("Lean Plan: %s", note)
         self.run = ForgeRun(resolved.plan, sigmas, prediction)
         objects.unet = self.run.attach(objects.unet)
-        p.extra_generation_params["Lean Plan"] = resolved.plan.name
+        plan = resolved.plan
+        p.extra_generation_params["Lean Plan"] = f"{plan.name} ({plan.fingerprint})"
 
     def postprocess(self, p: Any, processed: Any, *_: Any) -> None:
         """Say what was done, and keep nothing."""

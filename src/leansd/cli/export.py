@@ -116,6 +116,7 @@ def export_net(
             out,
             to=form,
             plan=chosen,
+            sampler=graphs.sampler,
             tell=lambda what, done, stages: bar.share(what, done / stages),
         )
     for loss in written.losses:

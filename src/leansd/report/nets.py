@@ -24,6 +24,7 @@ from leansd.report.page import (
     attach_records,
     count,
 )
+from leansd.report.plans import attach_plan, name_plan
 from leansd.report.plots import Curve, plot_curves
 from leansd.surgery.edits import Surgery
 from leansd.surgery.preview import Preview
@@ -346,11 +347,12 @@ def report_export(written: Exported, net: str, form: str, anatomy: Anatomy) -> R
     ]
     alt = "; ".join(f"{name}: {size:.2f} MB" for name, size in sizes.items())
     plan = written.plan
+    followed = f" for plan {name_plan(plan)}" if plan else ""
     checked = "" if written.difference is None else ", and what they give beside PyTorch"
     return ReportPage(
         title=f"{net} for {FORMS.get(form, form)}",
         summary=summarise_export(written, form),
-        measured=f"the files that {net} was written to{checked}",
+        measured=f"the files that {net} was written to{followed}{checked}",
         sections=[
             Chart(
                 "Size of the files", [draw_bars(bars, names=("size",), alt=f"{alt}.", name="files")]
@@ -359,6 +361,7 @@ def report_export(written: Exported, net: str, form: str, anatomy: Anatomy) -> R
             Prose("Whether it is the same", describe_check(written)),
             *([Chart("The plan", [draw_plan(plan, anatomy, plan.name)])] if plan else []),
         ],
+        attachments=[attach_plan(plan)] if plan else [],
     )
 
 
