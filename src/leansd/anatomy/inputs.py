@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ PATCHES = 257
 
 TIME_IDS = 6
 """Numbers of SDXL's size and crop."""
+
+HINT = 4
+"""Channels of a sample that the UNet makes of a hint itself."""
 
 
 def make_inputs(
@@ -40,48 +44,61 @@ def make_inputs(
     dtype = dtype or unet.dtype
 
     def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device=device, dtype=dtype, generator=generator)
+        return torch.randn(batch, *shape, device=device, dtype=dtype, generator=generator)
 
-    hint = 4 if config.addition_embed_type == "image_hint" else 0
+    hint = HINT if config.addition_embed_type == "image_hint" else 0
     inputs: dict[str, Any] = {
-        "sample": draw(batch, _count_channels(unet) - hint, *size),
+        "sample": draw(_count_channels(unet) - hint, *size),
         "timestep": torch.full((), 500, device=device),
-        "encoder_hidden_states": draw(batch, tokens, _get_text_width(unet)),
+        "encoder_hidden_states": draw(tokens, _get_text_width(unet)),
     }
     labels = _get_label_width(unet)
     if labels is not None:
         inputs["class_labels"] = (
-            draw(batch, labels) if labels else torch.zeros(batch, dtype=torch.long, device=device)
+            draw(labels) if labels else torch.zeros(batch, dtype=torch.long, device=device)
         )
     if config.time_cond_proj_dim is not None:
-        inputs["timestep_cond"] = draw(batch, config.time_cond_proj_dim)
+        inputs["timestep_cond"] = draw(config.time_cond_proj_dim)
+    added = _draw_added(unet, size, draw)
+    if added:
+        inputs["added_cond_kwargs"] = added
+    return inputs
+
+
+def _draw_added(
+    unet: UNet2DConditionModel, size: tuple[int, int], draw: Callable[..., torch.Tensor]
+) -> dict[str, Any]:
+    """The conditions beside text and time that a UNet asks for.
+
+    Args:
+        draw: gives random numbers [B, *shape].
+    """
+    config: Any = unet.config
     added: dict[str, Any] = {}
     width = _get_first(config.cross_attention_dim)
     match config.addition_embed_type:
         case "text_time":
             pooled = config.projection_class_embeddings_input_dim
             pooled -= TIME_IDS * config.addition_time_embed_dim
-            added["text_embeds"] = draw(batch, pooled)
-            added["time_ids"] = draw(batch, TIME_IDS)
+            added["text_embeds"] = draw(pooled)
+            added["time_ids"] = draw(TIME_IDS)
         case "text_image":
-            added["text_embeds"] = draw(batch, width)
-            added["image_embeds"] = draw(batch, width)
+            added["text_embeds"] = draw(width)
+            added["image_embeds"] = draw(width)
         case "image" | "image_hint":
-            added["image_embeds"] = draw(batch, config.encoder_hid_dim)
-    if hint:
-        added["hint"] = draw(batch, 3, 8 * size[0], 8 * size[1])
+            added["image_embeds"] = draw(config.encoder_hid_dim)
+    if config.addition_embed_type == "image_hint":
+        added["hint"] = draw(3, 8 * size[0], 8 * size[1])
     match config.encoder_hid_dim_type:
         case "text_image_proj":
-            added["image_embeds"] = draw(batch, width)
+            added["image_embeds"] = draw(width)
         case "image_proj":
-            added["image_embeds"] = draw(batch, config.encoder_hid_dim)
+            added["image_embeds"] = draw(config.encoder_hid_dim)
         case "ip_image_proj":
             added["image_embeds"] = [
-                draw(batch, 1, *shape) for shape in _list_image_shapes(unet.encoder_hid_proj)
+                draw(1, *shape) for shape in _list_image_shapes(unet.encoder_hid_proj)
             ]
-    if added:
-        inputs["added_cond_kwargs"] = added
-    return inputs
+    return added
 
 
 def pick_size(unet: UNet2DConditionModel, latent: int | tuple[int, int] | None) -> tuple[int, int]:

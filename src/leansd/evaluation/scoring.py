@@ -144,6 +144,42 @@ def plan_scoring(
     found = find_weights(weights)
     if metrics is None:
         metrics = list_ready(found, reference)
+    _check_metrics(metrics, reference)
+    extractors = dict.fromkeys(METRICS[name].extractor for name in metrics)
+    paths = {
+        name: require_weights(name, EXTRACTORS[name], found.get(name) or EXTRACTORS[name].find())
+        for name in extractors
+    }
+    prints = {name: fingerprint_weights(path) for name, path in paths.items()}
+    marks = {name: digest([mark, config.size]) for name, mark in prints.items()}
+    names = {name: EXTRACTORS[name].name(path, prints[name]) for name, path in paths.items()}
+    drawn = Features(keep, list_pictures(pictures), marks)
+    paired, other = drawn, None
+    if reference is not None:
+        other = _open_reference(reference, metrics, marks, cache or locate_cache())
+    if isinstance(other, Features) and _list_against(metrics, ReferenceKind.PARTNERS):
+        paired = Features(keep, drawn.pictures.pair(other.pictures), marks)
+    return Scoring(
+        tuple(metrics),
+        replace(config, weights={name: str(path.resolve()) for name, path in paths.items()}),
+        names,
+        drawn,
+        paired,
+        other,
+    )
+
+
+def _list_against(metrics: Sequence[str], *kinds: ReferenceKind) -> list[str]:
+    """Those that hold pictures against something of these kinds."""
+    return [name for name in metrics if METRICS[name].against in kinds]
+
+
+def _check_metrics(metrics: Sequence[str], reference: str | Path | None) -> None:
+    """Refuses names of no metric, none at all, and those that lack the reference they need.
+
+    Raises:
+        LeansdError: there is one of them.
+    """
     for name in metrics:
         if name not in METRICS:
             raise LeansdError(f"no metric {name!r}: there are {', '.join(METRICS)}")
@@ -155,37 +191,26 @@ def plan_scoring(
             f"{alone[0]} compares pictures with others: give --reference FOLDER"
             + (" or STATISTICS" if METRICS[alone[0]].against is ReferenceKind.GAUSSIAN else "")
         )
-    extractors = dict.fromkeys(METRICS[name].extractor for name in metrics)
-    paths = {
-        name: require_weights(name, EXTRACTORS[name], found.get(name) or EXTRACTORS[name].find())
-        for name in extractors
-    }
-    prints = {name: fingerprint_weights(path) for name, path in paths.items()}
-    marks = {name: digest([mark, config.size]) for name, mark in prints.items()}
-    names = {name: EXTRACTORS[name].name(path, prints[name]) for name, path in paths.items()}
-    drawn = Features(keep, list_pictures(pictures), marks)
-    paired, other = drawn, None
-    if reference is not None and Path(reference).is_dir():
-        other = Features(cache or locate_cache(), list_pictures(reference), marks)
-        if any(METRICS[name].against is ReferenceKind.PARTNERS for name in metrics):
-            paired = Features(keep, drawn.pictures.pair(other.pictures), marks)
-    elif reference is not None:
-        other = load_statistics(reference, marks)
-        whole = (ReferenceKind.FEATURES, ReferenceKind.PARTNERS)
-        lacking = [name for name in metrics if METRICS[name].against in whole]
-        if lacking:
-            raise LeansdError(
-                f"{lacking[0]} needs the reference's pictures, and {reference} has only "
-                "statistics: give --reference FOLDER"
-            )
-    return Scoring(
-        tuple(metrics),
-        replace(config, weights={name: str(path.resolve()) for name, path in paths.items()}),
-        names,
-        drawn,
-        paired,
-        other,
-    )
+
+
+def _open_reference(
+    reference: str | Path, metrics: Sequence[str], marks: Mapping[str, str], cache: Path
+) -> Reference:
+    """The pictures of a folder, or the statistics in a file.
+
+    Raises:
+        LeansdError: there are none, or a metric needs pictures and there are only statistics.
+    """
+    if Path(reference).is_dir():
+        return Features(cache, list_pictures(reference), marks)
+    statistics = load_statistics(reference, marks)
+    lacking = _list_against(metrics, ReferenceKind.FEATURES, ReferenceKind.PARTNERS)
+    if lacking:
+        raise LeansdError(
+            f"{lacking[0]} needs the reference's pictures, and {reference} has only "
+            "statistics: give --reference FOLDER"
+        )
+    return statistics
 
 
 def carry_out(

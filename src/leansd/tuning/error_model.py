@@ -424,59 +424,74 @@ def find_best(
         key_costs: ticks of a key step, by what it runs.
         longest: the most steps between two key steps.
     """
-    most = max(0, *budgets)
-    actions = list(costs)
-    table: dict[Keys, _Reached] = {}
-    done = _Reached(most)
-    states: list[Keys] = []
-    number: dict[Keys, int] = {}
+    table = _Table(count, costs, key_costs, most=max(0, *budgets))
+    table.fill(judge, longest)
+    return [table.trace_back(budget) for budget in budgets]
 
-    def find(state: Keys) -> _Reached:
-        if state not in table:
-            table[state] = _Reached(most)
-            number[state] = len(states)
-            states.append(state)
-        return table[state]
 
-    for variant, cost in enumerate(key_costs):
-        if cost <= most:
-            find((Key(0, variant),)).errors[cost] = 0.0
-    for step in range(count):
-        for state in [state for state in states if state[-1].step == step]:
-            reached = table[state].errors
-            for end in range(step + 1, min(step + longest + 1, count) + 1):
-                between = end - step - 1
-                for place, action in enumerate(actions if between else actions[:1]):
-                    error = judge(state, end, action)
-                    if not np.isfinite(error):
-                        continue
-                    for variant, cost in enumerate(key_costs if end < count else (0,)):
-                        spent = between * costs[action] + cost
-                        if spent > most:
-                            continue
-                        after = (*state, Key(end, variant))[-MEMORY:]
-                        target = done if end == count else find(after)
-                        total = reached[: most + 1 - spent] + error
-                        target.improve(total, spent, number[state], place)
-    proposals: list[Proposal | None] = []
-    for budget in budgets:
-        ticks = int(done.errors[: max(budget, 0) + 1].argmin())
-        if budget < 0 or not np.isfinite(done.errors[ticks]):
-            proposals.append(None)
-            continue
-        error, spent = float(done.errors[ticks]), ticks
+class _Table:
+    """The least errors of every state, and how each was come by."""
+
+    def __init__(
+        self, count: int, costs: Mapping[Action, int], key_costs: Sequence[int], *, most: int
+    ) -> None:
+        self._count, self._costs, self._key_costs, self._most = count, costs, key_costs, most
+        self._actions = list(costs)
+        self._reached: dict[Keys, _Reached] = {}
+        self._states: list[Keys] = []
+        self._numbers: dict[Keys, int] = {}
+        self._done = _Reached(most)
+
+    def _find(self, state: Keys) -> _Reached:
+        if state not in self._reached:
+            self._reached[state] = _Reached(self._most)
+            self._numbers[state] = len(self._states)
+            self._states.append(state)
+        return self._reached[state]
+
+    def fill(self, judge: Judge, longest: int) -> None:
+        """Go from every state to all that can follow it, from the first call to the last."""
+        for variant, cost in enumerate(self._key_costs):
+            if cost <= self._most:
+                self._find((Key(0, variant),)).errors[cost] = 0.0
+        for step in range(self._count):
+            for state in [state for state in self._states if state[-1].step == step]:
+                for end in range(step + 1, min(step + longest + 1, self._count) + 1):
+                    # Between neighbours nothing lies, so one action stands for all.
+                    actions = self._actions if end > step + 1 else self._actions[:1]
+                    for place, action in enumerate(actions):
+                        error = judge(state, end, action)
+                        if np.isfinite(error):
+                            self._extend(state, end, place, error)
+
+    def _extend(self, state: Keys, end: int, place: int, error: float) -> None:
+        """Add a segment with one of the actions, by its place, to a state."""
+        between = (end - state[-1].step - 1) * self._costs[self._actions[place]]
+        for variant, cost in enumerate(self._key_costs if end < self._count else (0,)):
+            spent = between + cost
+            if spent > self._most:
+                continue
+            after = (*state, Key(end, variant))[-MEMORY:]
+            target = self._done if end == self._count else self._find(after)
+            total = self._reached[state].errors[: self._most + 1 - spent] + error
+            target.improve(total, spent, self._numbers[state], place)
+
+    def trace_back(self, budget: int) -> Proposal | None:
+        """The best within a budget, from its end to its beginning; None where there is none."""
+        ticks = int(self._done.errors[: max(budget, 0) + 1].argmin())
+        if budget < 0 or not np.isfinite(self._done.errors[ticks]):
+            return None
+        error, spent = float(self._done.errors[ticks]), ticks
         segments: list[Segment] = []
-        at: _Reached = done
-        end, after = count, None
+        at, end, after = self._done, self._count, None
         while at.states[ticks] >= 0:
-            state = states[int(at.states[ticks])]
-            action = actions[int(at.actions[ticks])]
+            state = self._states[int(at.states[ticks])]
+            action = self._actions[int(at.actions[ticks])]
             segments.append(Segment(state[-1], end, action))
-            step, cost = state[-1].step, 0 if after is None else key_costs[after.variant]
-            ticks -= (end - step - 1) * costs[action] + cost
-            at, end, after = table[state], step, state[-1]
-        proposals.append(Proposal(tuple(reversed(segments)), error, spent))
-    return proposals
+            step, cost = state[-1].step, 0 if after is None else self._key_costs[after.variant]
+            ticks -= (end - step - 1) * self._costs[action] + cost
+            at, end, after = self._reached[state], step, state[-1]
+        return Proposal(tuple(reversed(segments)), error, spent)
 
 
 class _Reached:
