@@ -69,8 +69,14 @@ PARTS = {
         )
     ),
     "fronts of 30 steps": Part(
-        (f"benchmarks/fronts.py --steps 30 {FAST}",),
-        ("fronts/dpm++2m-30.json", "fronts/ddim-30.json", "fronts/euler-30.json"),
+        (
+            f"benchmarks/fronts.py --steps 30 {FAST}",
+            f"benchmarks/fronts.py --sampler euler-a --sampler dpm++sde --steps 30 {FAST}",
+        ),
+        tuple(
+            f"fronts/{sampler}-30.json"
+            for sampler in ("dpm++2m", "ddim", "euler", "euler-a", "dpm++sde")
+        ),
     ),
     "fronts of 20 steps": Part(
         (f"benchmarks/fronts.py --steps 20 {FAST}",),
