@@ -132,7 +132,9 @@ def test_a_plan_is_followed_by_a_pass_and_said_once(host: Host, script: Any, cap
         (lean,) = host.draw(script, p, "balanced")
     assert counts[MIDDLE] == count_keys("balanced") < STEPS
     assert 0 < (lean - full).abs().mean() < full.std() / 2
-    assert p.extra_generation_params == {"Lean Plan": "balanced"}
+    expected = leansd.preset("balanced", STEPS, sampler="euler")
+    told = f"balanced ({expected.fingerprint})"
+    assert p.extra_generation_params == {"Lean Plan": told}
     (record,) = caplog.records
     assert record.getMessage().startswith("Lean Plan: plan balanced: 20 UNet calls, ")
     assert host.posts == 2

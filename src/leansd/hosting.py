@@ -8,7 +8,7 @@ from typing import Any
 from leansd.errors import LeansdError
 from leansd.plans.resolve import PlanContext, resolve_plan
 from leansd.runtime.attachment import Attachment, inherit
-from leansd.runtime.samplers import name_sampler
+from leansd.runtime.context import describe_runs
 
 
 class HostedRun:
@@ -24,20 +24,21 @@ class HostedRun:
         """
         self.plan = ""
         """The name of the plan that is followed; empty where none is."""
+        self.fingerprint = ""
+        """Of that plan."""
         self.reason = ""
         """Why all is computed, in words; empty where a plan is followed."""
         self._attachment: Attachment | None = None
         try:
             attachment = inherit(pipe, source)
-            sampler, scheduler = name_sampler(pipe), type(pipe.scheduler).__name__
-            plan = resolve_plan(source, PlanContext(steps, sampler, scheduler)).plan
+            plan = resolve_plan(source, describe_runs(pipe, PlanContext(steps))).plan
             if plan.mixes:  # refused in the midst of a run, where it cannot be followed
                 raise LeansdError(
                     f"plan {plan.name} mixes outputs, and it is not known what the program does to "
                     "latents between steps"
                 )
             self._attachment = attachment.attach()
-            self.plan = plan.name
+            self.plan, self.fingerprint = plan.name, plan.fingerprint
         except LeansdError as error:
             self.reason = str(error)
 

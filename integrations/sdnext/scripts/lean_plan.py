@@ -51,7 +51,8 @@ class Passes:
             return arguments
         self.run = HostedRun(model, source, count_steps(arguments, p))
         if self.run.plan:
-            p.extra_generation_params["Lean Plan"] = self.run.plan
+            told = f"{self.run.plan} ({self.run.fingerprint})"
+            p.extra_generation_params["Lean Plan"] = told
         return arguments
 
     def end(self, own: Callable[..., Any], *args: Any, **named: Any) -> Any:
