@@ -14,7 +14,12 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import leansd
@@ -24,7 +29,9 @@ from leansd.errors import LeansdError
 from leansd.evaluation.fidelity import psnr
 from leansd.plans import Plan
 from leansd.plans.methods import METHODS, NO_CORRECTION
+from leansd.plans.resolve import PlanContext, resolve_plan
 from leansd.runtime.clock import read_schedule
+from leansd.runtime.context import describe_runs
 from leansd.runtime.samplers import make_scheduler
 from leansd.tuning.error_model import DENOISED, ErrorModel, Key, calibrate
 from leansd.tuning.host import PipelineHost, keep_draws
@@ -286,3 +293,14 @@ def test_the_way_is_in_the_table_with_what_it_keeps() -> None:
     assert METHODS["denoised"].takes_input
     assert not METHODS["reuse"].takes_input
     assert np.isclose(sum(METHODS["denoised"].weights(0.0, (0.0,), 1)), 1.0)
+
+
+def test_a_sampler_that_no_plan_is_tuned_for_follows_those_of_euler_a_and_it_is_said_once() -> None:
+    pipe: Any = tiny_pipeline(scheduler=DDPMScheduler.from_config(tiny_scheduler().config))
+    context = describe_runs(pipe, PlanContext(12))
+    resolved = resolve_plan("balanced", context)
+    assert resolved.plan.fingerprint == leansd.preset("balanced", 12, sampler="euler-a").fingerprint
+    assert resolved.notes == (
+        "balanced is not tuned for ddpm: it is as for euler-a; tune a plan of your own",
+    )
+    assert not resolve_plan(resolved.plan, context).notes

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +259,8 @@ def resolve_plan(
         steps = context.steps or STEPS
         sampler, notes = _pick_sampler(found, context)
         plan = found.build_for(steps, context.up_blocks, sampler)
+        if context.sampler and sampler != context.sampler:
+            plan = replace(plan, tuned=None)  # as for another on purpose, which the notes say
         elsewhere: list[str] = []
     else:
         plan = _stretch(found, context.steps or found.steps, fit=fit)
