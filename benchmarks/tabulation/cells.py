@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from leansd.evaluation.records import Record
 
 RESULTS = Path(__file__).parent.parent / "results"
+
+
+def name_devices(records: Sequence[Record]) -> str:
+    """The devices that records were taken on, as where contests were held on several days."""
+    return " or ".join(dict.fromkeys(each.device for each in records))
 
 
 def tabulate_ratio(record: Record) -> str:

@@ -19,7 +19,7 @@ from leansd.evaluation.standings import (
 )
 from leansd.plans.presets import SPEED_PRESETS
 from leansd.text import Table
-from tabulation.cells import RESULTS, get, get_number, tabulate_ratio
+from tabulation.cells import RESULTS, get, get_number, name_devices, tabulate_ratio
 
 FLOW_RIVALS = {
     "fewer": "fewer steps",
@@ -162,7 +162,7 @@ def tabulate_bench() -> str:
     full = next(record for record in records if record.plan == "full")
     circumstances = (
         f"{full.subject}, {get(full, 'calls')} pictures a contest in batches of "
-        f"{get(full, 'batch')}; {full.device}; torch {full.torch}:"
+        f"{get(full, 'batch')}; {name_devices(records)}; torch {full.torch}:"
     )
     standings = read_standings(records)
     tables = (
@@ -340,7 +340,7 @@ def _tabulate_few_calls_of(records: Sequence[Record]) -> str:
     lines = [
         f"{first.subject}, {get(first, 'sampler')}, {get(first, 'steps')} steps, guidance "
         f"{get(first, 'guidance'):g}; fitted on {calls - held:.0f} runs, measured on {held:.0f} "
-        f"others; {first.device}; torch {first.torch}:\n",
+        f"others; {name_devices(records)}; torch {first.torch}:\n",
         "| UNet calls | | PSNR, mean of pictures | PSNR of the mean error | fitted in |",
         "|---:|---|---:|---:|---:|",
     ]
