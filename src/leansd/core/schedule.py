@@ -248,13 +248,12 @@ def measure_response(sample: Sample, sigmas: Sequence[float]) -> torch.Tensor:
 
 def adds_noise(sample: Sample, sigmas: Sequence[float]) -> bool:
     """Whether a sampler draws noise at its steps."""
-    calls = len(probe_calls(sample, sigmas))
-    seen = _record_latents(sample, sigmas, torch.zeros(calls, dtype=torch.float64))
-    return bool(seen.abs().max() > 0)
+    return bool(_record_latents(sample, sigmas, torch.zeros(1)).abs().max() > 0)
 
 
 def _record_latents(sample: Sample, sigmas: Sequence[float], outputs: torch.Tensor) -> torch.Tensor:
-    """[n + 1]: the latents before every call and at the end, from 0 on, for given outputs."""
+    """[n + 1]: the latents before every call and at the end, from 0 on, for given outputs, the last
+    of which goes on; as precisely as these are."""
     seen: list[torch.Tensor] = []
 
     def denoise(latents: torch.Tensor, sigma: torch.Tensor, **_: object) -> torch.Tensor:
@@ -264,6 +263,6 @@ def _record_latents(sample: Sample, sigmas: Sequence[float], outputs: torch.Tens
 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        start = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-        last = sample(denoise, start, torch.tensor(list(sigmas), dtype=torch.float64))
+        start = torch.zeros(1, 1, 1, 1, dtype=outputs.dtype)
+        last = sample(denoise, start, torch.tensor(list(sigmas), dtype=outputs.dtype))
     return torch.stack([*seen, last.reshape(-1)[0]]).double()
