@@ -141,8 +141,13 @@ PARTS = {
         ("incubation.jsonl", "incubation-curves.jsonl"),
     ),
     "bench": Part(
-        ("-m leansd.cli bench --plans benchmarks/results/fronts --count 24",),
-        ("bench.jsonl",),
+        (
+            "benchmarks/fronts.py --sampler unipc --steps 30 --grid 1 --tries 1 --spare 1.0 "
+            "--results hosts",
+            "-m leansd.cli bench --plans benchmarks/results/fronts --plans benchmarks/results/hosts "
+            "--count 24",
+        ),
+        ("hosts/unipc-30.json", "bench.jsonl"),
         is_timed=True,
     ),
     "flow": Part(

@@ -69,7 +69,7 @@ class Calibration:
         Args:
             weights: of sample and output in them, [n, 2].
         """
-        samples = _stack([[seen.sample for seen in run] for run in self.runs])
+        samples = stack_outputs(self.runs, lambda seen: seen.sample)
         own, lead = weights.T[:, :, None]
         return own * samples + lead * self.outputs
 
@@ -127,14 +127,15 @@ def calibrate(
     )
 
 
-def stack_outputs(runs: Sequence[SchedulerRun]) -> np.ndarray:
-    """The guided outputs of every call, of all runs together, [n, numbers], double precision."""
-    return _stack([[seen.output for seen in run] for run in runs])
+def stack_outputs(
+    runs: Sequence[SchedulerRun], read: Callable[[Seen], torch.Tensor] = lambda seen: seen.output
+) -> np.ndarray:
+    """The guided outputs of every call, of all runs together, [n, numbers], double precision.
 
-
-def _stack(runs: Sequence[Sequence[torch.Tensor]]) -> np.ndarray:
-    """Tensors of every call, of all runs together, [n, numbers], double precision."""
-    rows = [torch.cat([each.flatten() for each in call]) for call in zip(*runs, strict=True)]
+    Args:
+        read: gives what is wanted in their place.
+    """
+    rows = [torch.cat([read(each).flatten() for each in call]) for call in zip(*runs, strict=True)]
     return torch.stack(rows).cpu().double().numpy()
 
 
