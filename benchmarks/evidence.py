@@ -144,8 +144,8 @@ PARTS = {
         (
             "benchmarks/fronts.py --sampler unipc --steps 30 --grid 1 --tries 1 --spare 1.0 "
             "--results hosts",
-            "-m leansd.cli bench --plans benchmarks/results/fronts --plans benchmarks/results/hosts "
-            "--count 24",
+            "-m leansd.cli bench --plans benchmarks/results/fronts "
+            "--plans benchmarks/results/hosts --count 24",
         ),
         ("hosts/unipc-30.json", "bench.jsonl"),
         is_timed=True,
