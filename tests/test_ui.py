@@ -21,10 +21,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
+import gradio  # noqa: E402
 import httpx  # noqa: E402
 
 from leansd.plans.plan import Plan  # noqa: E402
 from leansd.ui.folders import Folders  # noqa: E402
+from leansd.ui.handlers import explain  # noqa: E402
 from leansd.ui.serving import Door, Fence, serving  # noqa: E402
 from leansd.ui.studio import Studio  # noqa: E402
 from tiny import tiny_pipeline  # noqa: E402
@@ -157,6 +159,8 @@ def test_nothing_is_fetched_elsewhere_and_no_script_fails(visit, address):
 def test_cells_are_changed_predicted_and_saved(visit, shots, home, tmp_path):
     page = visit.page
     visit.open_tab("Plan")
+    visit.choose("plan-name", "encoder")  # whatever the tests before have chosen
+    page.wait_for_selector("#plan-forecast .plan-name:text-is('encoder')")
     before = page.locator("#plan-forecast b").last.inner_text()
     page.locator("th.step[aria-label^='step 2']").click()
     page.wait_for_function(
@@ -407,3 +411,9 @@ def test_a_fence_follows_links(tmp_path):
     assert not fence.allows(f"/gradio_api/file={tmp_path}/in/link/secret")
     assert not fence.allows(f"/gradio_api/file={tmp_path}/in/../secret")
     assert not fence.allows("/gradio_api/file=a\0b")
+
+
+def test_no_changes_leave_the_page_as_it_is():
+    """As where a list shows nothing chosen for a moment: gradio takes an empty dict for a value."""
+    assert explain(lambda: {})() == gradio.skip()
+    assert explain(lambda: {"one": 1})() == {"one": 1}

@@ -116,7 +116,7 @@ def connect(parts: Parts, handlers: Handlers) -> None:
 
 
 def explain(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Say a user's mistake on the page instead of failing."""
+    """Say a user's mistake on the page instead of failing; no changes leave it as it is."""
 
     def tell(error: LeansdError) -> gr.Error:
         text = escape(str(error), quote=False)
@@ -125,9 +125,10 @@ def explain(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def call(*given: Any) -> Any:
         try:
-            return function(*given)
+            made = function(*given)
         except LeansdError as error:
             raise tell(error) from error
+        return gr.skip() if made == {} else made  # gradio takes an empty dict for one value
 
     @wraps(function)
     def run(*given: Any) -> Iterator[Any]:
