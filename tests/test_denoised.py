@@ -304,3 +304,7 @@ def test_a_sampler_that_no_plan_is_tuned_for_follows_those_of_euler_a_and_it_is_
         "balanced is not tuned for ddpm: it is as for euler-a; tune a plan of your own",
     )
     assert not resolve_plan(resolved.plan, context).notes
+    # So it is where only the sampler's name is known: for commands without a model, in Python.
+    named = resolve_plan("balanced", PlanContext(12, "ddpm"))
+    assert (named.plan.fingerprint, named.notes) == (resolved.plan.fingerprint, resolved.notes)
+    assert leansd.preset("balanced", 12, sampler="ddpm").fingerprint == resolved.plan.fingerprint

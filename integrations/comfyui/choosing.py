@@ -19,6 +19,7 @@ from leansd.core import (
     Sample,
     adds_noise,
     explain_unplayable,
+    find_denoised_output,
     list_log_snr,
     place_calls,
     probe_calls,
@@ -172,11 +173,6 @@ def find_output(noise: Any) -> Output | None:
     """What a model gives for its own input: of its `model_sampling`."""
     kinds = [kind.__name__ for kind in type(noise).__mro__]
     return next((OUTPUTS[kind] for kind in kinds if kind in OUTPUTS), None)
-
-
-def find_denoised_output(prediction: Prediction) -> Output:
-    """What `Player.play_denoised` makes of denoised latents."""
-    return "noise" if prediction == "noise" else "flow_prediction"
 
 
 def set_options(preset: Preset, **options: Any) -> Preset:

@@ -24,8 +24,8 @@ class HostedRun:
         """
         self.plan = ""
         """The name of the plan that is followed; empty where none is."""
-        self.fingerprint = ""
-        """Of that plan."""
+        self.identity = ""
+        """That plan's name and fingerprint."""
         self.reason = ""
         """Why all is computed, in words; empty where a plan is followed."""
         self._attachment: Attachment | None = None
@@ -38,7 +38,7 @@ class HostedRun:
                     "latents between steps"
                 )
             self._attachment = attachment.attach()
-            self.plan, self.fingerprint = plan.name, plan.fingerprint
+            self.plan, self.identity = plan.name, plan.identity
         except LeansdError as error:
             self.reason = str(error)
 

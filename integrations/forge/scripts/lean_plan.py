@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from modules import scripts  # of Forge  # pyright: ignore[reportMissingImports]
 
-from leansd.core import Output, Player, Prediction, lay_out_calls, list_log_snr
+from leansd.core import Player, Prediction, find_denoised_output, lay_out_calls, list_log_snr
 from leansd.errors import LeansdError
 from leansd.plans.anatomy import WHOLE
 from leansd.plans.plan import Plan
@@ -31,8 +31,6 @@ SAMPLERS = {
     "DPM++ 3M SDE": "dpm++3m-sde",
 }
 """Samplers that call the model once a step, by their names in plans; others run in full."""
-NOISY = ("euler-a", "dpm++sde", "dpm++3m-sde")
-"""Those that draw noise at every step."""
 NEAR = 1e-3
 """How far, as a share, the sigma that a run starts at may lie from one of its schedule."""
 
@@ -103,7 +101,7 @@ class ForgeRun:
         if not places:
             self._compute_all("the run starts at a sigma that is none of its schedule")
             return
-        output: Output = "noise" if self.prediction == "noise" else "flow_prediction"
+        output = find_denoised_output(self.prediction)
         schedule = lay_out_calls(self.sigmas, self.prediction, output=output)
         self.player = Player(self.plan, schedule)
         self.reason = self.player.reason
@@ -157,7 +155,6 @@ class LeanPlanScript(scripts.Script):
             context = PlanContext(
                 len(sigmas) - 1,
                 SAMPLERS[p.sampler_name],
-                adds_noise=SAMPLERS[p.sampler_name] in NOISY,
                 anatomy=WHOLE,
                 guidance=getattr(p, "cfg_scale", None),
                 log_snr=list_log_snr(sigmas[:-1], prediction),
@@ -170,8 +167,7 @@ class LeanPlanScript(scripts.Script):
             LOG.warning("Lean Plan: %s", note)
         self.run = ForgeRun(resolved.plan, sigmas, prediction)
         objects.unet = self.run.attach(objects.unet)
-        plan = resolved.plan
-        p.extra_generation_params["Lean Plan"] = f"{plan.name} ({plan.fingerprint})"
+        p.extra_generation_params["Lean Plan"] = resolved.plan.identity
 
     def postprocess(self, p: Any, processed: Any, *_: Any) -> None:
         """Say what was done, and keep nothing."""

@@ -51,8 +51,7 @@ class Passes:
             return arguments
         self.run = HostedRun(model, source, count_steps(arguments, p))
         if self.run.plan:
-            told = f"{self.run.plan} ({self.run.fingerprint})"
-            p.extra_generation_params["Lean Plan"] = told
+            p.extra_generation_params["Lean Plan"] = self.run.identity
         return arguments
 
     def end(self, own: Callable[..., Any], *args: Any, **named: Any) -> Any:

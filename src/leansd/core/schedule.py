@@ -131,6 +131,11 @@ def list_log_snr(sigmas: Sequence[float], prediction: Prediction = "noise") -> t
     return tuple(2 * math.log((1 - share) / share) for share in shares)
 
 
+def find_denoised_output(prediction: Prediction) -> Output:
+    """What `Player.play_denoised` makes of denoised latents."""
+    return "noise" if prediction == "noise" else "flow_prediction"
+
+
 def assign_rows(calls: int, steps: int, order: int = 1) -> tuple[int, ...] | None:
     """The sampler's step of each of `calls` calls; None where the pattern is not known.
 

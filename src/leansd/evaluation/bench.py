@@ -38,10 +38,10 @@ from leansd.loading import as_image_to_image
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.plan import Plan
 from leansd.plans.presets import PRESETS, SPEED_PRESETS, Preset
+from leansd.plans.presets.tuned import NOISY
 from leansd.plans.resolve import PlanContext, find_source, resolve_plan
 from leansd.runtime.clock import is_flow
 from leansd.runtime.context import dissect_denoiser
-from leansd.runtime.samplers import SAMPLERS as SAMPLER_TABLE
 from leansd.runtime.samplers import make_scheduler
 
 STEPS = (20, 30, 50)
@@ -450,7 +450,7 @@ def name_limit(contest: Contest) -> tuple[Any, ...]:
 
 def has_limit(contest: Contest) -> bool:
     """Whether there is a converged run: not where every step draws noise."""
-    return not SAMPLER_TABLE[contest.sampler].adds_noise
+    return contest.sampler not in NOISY
 
 
 # -- holding -----------------------------------------------------------------------------------

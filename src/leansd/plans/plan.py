@@ -309,6 +309,11 @@ class Plan:
         """Whether the sampler is given mixed outputs at some step."""
         return any(row.mix is not None for row in self.rows)
 
+    @property
+    def identity(self) -> str:
+        """Its name and its fingerprint, as pages and pictures say which plan it was."""
+        return f"{self.name} ({self.fingerprint})"
+
     @cached_property
     def fingerprint(self) -> str:
         """Twelve hex digits of what the plan does; its name does not count."""

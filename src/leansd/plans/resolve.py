@@ -16,7 +16,7 @@ from leansd.errors import LeansdError
 from leansd.plans.anatomy import HEAD, WHOLE, Anatomy
 from leansd.plans.plan import Plan, Tuned
 from leansd.plans.presets import DEFAULT_SAMPLER, PRESETS, Preset
-from leansd.plans.presets.tuned import list_tuned_samplers
+from leansd.plans.presets.tuned import NEAREST_NOISY, NOISY, list_tuned_samplers
 from leansd.text import suggest_name
 
 # -- noise levels that a plan was tuned for, and the same plan at others ---------------------------
@@ -74,8 +74,6 @@ STEPS = 30
 """Steps of a run where the user names none and no plan file says."""
 NEAREST = "euler"
 """The sampler whose plans serve others, where a denoiser is known as a whole only."""
-NEAREST_NOISY = "euler-a"
-"""The sampler whose plans serve others that add noise: what those keep does not go stale."""
 FEW_STEPS = 8
 """Runs of few-step models (LCM, Turbo, Lightning) have no more than these."""
 
@@ -94,7 +92,7 @@ class PlanContext:
     scheduler: str = ""
     """The class of its scheduler."""
     adds_noise: bool = False
-    """Whether the sampler draws noise at every step."""
+    """Whether the sampler draws noise at every step, where its name does not say so (`NOISY`)."""
     anatomy: Anatomy | None = None
     """The anatomy of the pipeline's UNet; a plan is then checked against it."""
     blocks: int = 4
@@ -310,11 +308,12 @@ def _pick_sampler(preset: Preset, context: PlanContext) -> tuple[str, list[str]]
     """The sampler that a preset is built for, and what to say of that."""
     tuned = list_tuned_samplers(preset.name) if preset.by_sampler else []
     # A plain schedule inherits outputs inside the UNet; tuned ones are of whole steps.
-    plain = context.anatomy is not WHOLE and not context.adds_noise
+    noisy = context.adds_noise or context.sampler in NOISY
+    plain = context.anatomy is not WHOLE and not noisy
     if plain or not tuned or context.sampler in tuned:
         return context.sampler or DEFAULT_SAMPLER, _describe_sampler(preset, context.sampler)
-    wanted = (NEAREST_NOISY, NEAREST) if context.adds_noise else (NEAREST,)
-    nearest = next((each for each in wanted if each in tuned), tuned[0])
+    wanted = NEAREST_NOISY if noisy else NEAREST
+    nearest = wanted if wanted in tuned else tuned[0]
     own = context.sampler or "this sampler"
     return nearest, [
         f"{preset.name} is not tuned for {own}: it is as for {nearest}; tune a plan of your own"

@@ -24,7 +24,7 @@ from leansd.report.page import (
     attach_records,
     count,
 )
-from leansd.report.plans import attach_plan, name_plan
+from leansd.report.plans import attach_plan
 from leansd.report.plots import Curve, plot_curves
 from leansd.surgery.edits import Surgery
 from leansd.surgery.preview import Preview
@@ -347,7 +347,7 @@ def report_export(written: Exported, net: str, form: str, anatomy: Anatomy) -> R
     ]
     alt = "; ".join(f"{name}: {size:.2f} MB" for name, size in sizes.items())
     plan = written.plan
-    followed = f" for plan {name_plan(plan)}" if plan else ""
+    followed = f" for plan {plan.identity}" if plan else ""
     checked = "" if written.difference is None else ", and what they give beside PyTorch"
     return ReportPage(
         title=f"{net} for {FORMS.get(form, form)}",

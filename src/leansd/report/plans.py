@@ -63,19 +63,13 @@ def report_plan(plan: Plan, anatomy: Anatomy, gain: float) -> ReportPage:
             f"With this plan {len(plan.keys)} of {plan.steps} steps run the whole network, and the "
             f"others take over what was computed before: {saved}."
         ),
-        measured=f"what plan {name_plan(plan)} makes of {anatomy.name}'s UNet; "
-        "counted, not measured",
+        measured=f"what plan {plan.identity} makes of {anatomy.name}'s UNet; counted, not measured",
         sections=[
             Chart("What runs when", [draw_plan(plan, anatomy)], [HOW_TO_READ]),
             Listing("How much of what", tabulate_states(plan, anatomy)),
         ],
         attachments=[attach_plan(plan)],
     )
-
-
-def name_plan(plan: Plan) -> str:
-    """A plan by its name and its fingerprint, as pages say which one it was."""
-    return f"{plan.name} ({plan.fingerprint})"
 
 
 def attach_plan(plan: Plan, about: str = "the plan") -> AttachedFile:
@@ -152,7 +146,7 @@ def report_pairs(pairs: Sequence[PicturePair], plan: Plan, anatomy: Anatomy) -> 
             "differences are hard to see)."
         ),
         measured=f"{count(len(pairs), 'picture')} drawn by {anatomy.name} in full and after "
-        f"{name_plan(plan)} from the same seeds, one after the other",
+        f"{plan.identity} from the same seeds, one after the other",
         sections=[
             show_differences(
                 SAME,
@@ -514,7 +508,7 @@ def report_job(order: BulkOrder, folder: Path, seconds: float) -> ReportPage:
 def tabulate_job(order: BulkOrder, seconds: float) -> Table:
     """What was asked for, and how fast it went."""
     job = order.job
-    plan = "none" if job.plan is None else name_plan(Plan.from_dict(job.plan))
+    plan = "none" if job.plan is None else Plan.from_dict(job.plan).identity
     rows = [
         ("model", job.model),
         ("plan", f"{plan}, {job.steps} steps"),

@@ -16,7 +16,7 @@ from leansd.anatomy.counting import dissect
 from leansd.anatomy.reading import fingerprint_module, read_anatomy
 from leansd.plans.anatomy import WHOLE, Anatomy
 from leansd.plans.resolve import PlanContext
-from leansd.runtime.samplers import adds_noise, name_sampler
+from leansd.runtime.samplers import name_sampler
 
 NOTHING_KNOWN = PlanContext()
 INSIDE = ("torch", "leansd.runtime")
@@ -58,7 +58,6 @@ def describe_runs(pipe: Any, known: PlanContext = NOTHING_KNOWN) -> PlanContext:
         known,
         sampler=name_sampler(pipe),
         scheduler=type(pipe.scheduler).__name__,
-        adds_noise=adds_noise(pipe),
         anatomy=anatomy,
         find_unet=find_unet,
     )

@@ -9,6 +9,7 @@ import diffusers
 from diffusers import DiffusionPipeline
 
 from leansd.errors import LeansdError
+from leansd.plans.presets.tuned import NOISY
 from leansd.runtime.clock import is_flow
 from leansd.text import suggest_name
 
@@ -19,8 +20,6 @@ class Sampler:
 
     scheduler: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    adds_noise: bool = False
-    """Whether every step draws noise, so that more steps lead to another picture."""
     is_flow: bool = False
     """Whether it is for models that predict a flow (SD3, FLUX, Sana), not noise."""
 
@@ -29,11 +28,11 @@ _FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
 SAMPLERS: dict[str, Sampler] = {
     "ddim": Sampler("DDIMScheduler"),
-    "ddpm": Sampler("DDPMScheduler", adds_noise=True),
+    "ddpm": Sampler("DDPMScheduler"),
     "pndm": Sampler("PNDMScheduler", {"skip_prk_steps": True}),
     "lms": Sampler("LMSDiscreteScheduler"),
     "euler": Sampler("EulerDiscreteScheduler", {"use_karras_sigmas": False}),
-    "euler-a": Sampler("EulerAncestralDiscreteScheduler", adds_noise=True),
+    "euler-a": Sampler("EulerAncestralDiscreteScheduler"),
     "heun": Sampler("HeunDiscreteScheduler"),
     "kdpm2": Sampler("KDPM2DiscreteScheduler"),
     "dpm++2m": Sampler(
@@ -41,9 +40,7 @@ SAMPLERS: dict[str, Sampler] = {
         {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False},
     ),
     "dpm++2m-karras": Sampler("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "dpm++sde": Sampler(
-        "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, adds_noise=True
-    ),
+    "dpm++sde": Sampler("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     "unipc": Sampler("UniPCMultistepScheduler"),
     "deis": Sampler("DEISMultistepScheduler"),
     "flow-euler": Sampler("FlowMatchEulerDiscreteScheduler", is_flow=True),
@@ -118,15 +115,9 @@ def name_sampler(pipe: DiffusionPipeline) -> str:
     return scheduler
 
 
-def adds_noise(pipe: DiffusionPipeline) -> bool:
-    """Whether a pipeline's sampler draws noise at every step, as far as the table knows it."""
-    row = SAMPLERS.get(name_sampler(pipe))
-    return row is not None and row.adds_noise
-
-
 def require_convergence(name: str) -> None:
     """Refuse a sampler whose runs do not near one picture as their steps grow more."""
-    if name in SAMPLERS and SAMPLERS[name].adds_noise:
+    if name in NOISY:
         raise LeansdError(
             f"{name} draws noise at every step, so more steps give another picture and there is no "
             "converged run: use --reference full, or another sampler"

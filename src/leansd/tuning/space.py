@@ -158,12 +158,12 @@ class Regime:
         return tuple(variant.ticks for variant in self.variants)
 
 
+NOISY_REGIMES = (Regime({DENOISED: 0}), Regime({REUSE: 0}))
+"""With samplers that add noise pictures are kept, or outputs as they were."""
+
+
 def list_regimes(
-    cost: CostModel,
-    anatomy: Anatomy,
-    variants: Sequence[Variant] = (FULL,),
-    *,
-    adds_noise: bool = False,
+    cost: CostModel, anatomy: Anatomy, variants: Sequence[Variant] = (FULL,)
 ) -> list[Regime]:
     """Forecasts of the whole output first; then the last output as it is; then forecasts with
     cheaper key steps, where there are any; then a cut, where it costs noticeably less than a step.
@@ -173,11 +173,7 @@ def list_regimes(
 
     Args:
         variants: what key steps may run where the whole output is forecast between them.
-        adds_noise: whether the sampler does at its steps; then pictures are kept, or outputs as
-            they were.
     """
-    if adds_noise:
-        return [Regime({DENOISED: 0}), Regime({REUSE: 0})]
     nothing = cost.fixed.get("none", 0.0)
     whole = cost.full_call - nothing
 

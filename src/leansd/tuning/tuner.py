@@ -36,7 +36,9 @@ from leansd.tuning.space import (
     FEWER,
     FINALISTS,
     FULL,
+    NOISY_REGIMES,
     Candidate,
+    Regime,
     StepCountModel,
     Variant,
     list_regimes,
@@ -347,8 +349,9 @@ class _Tuner(Tuning):
 
     def propose(self, speeds: Sequence[float]) -> list[list[Candidate]]:
         """What to try for each speed."""
-        adds_noise = self.calibrations[0].adds_noise
-        regimes = list_regimes(self.cost, self.host.anatomy, self.variants, adds_noise=adds_noise)
+        regimes: Sequence[Regime] = NOISY_REGIMES
+        if not self.calibrations[0].adds_noise:
+            regimes = list_regimes(self.cost, self.host.anatomy, self.variants)
         whole = self.cost.predict_full_run(self.calibrations[0].count)
 
         def tell(text: str) -> None:

@@ -114,8 +114,8 @@ def preset(
     Args:
         sampler: short name of the pipeline's sampler, that of the embedded model by default.
             `quality`, `balanced`, `fast` and `turbo` are tuned for `ddim`, `euler`, `euler-a`,
-            `dpm++2m` and `dpm++sde`, and a plain schedule for others. Given by name to `inherit`,
-            a preset finds out itself what the sampler is.
+            `dpm++2m` and `dpm++sde`, as for `euler-a` with others that add noise, and else a plain
+            schedule. Given by name to `inherit`, a preset finds out itself what the sampler is.
 
     Raises:
         LeansdError: there is no such preset, or it has no such option.

@@ -37,6 +37,10 @@ SPEED_PRESETS = {
 """Slowest first."""
 DEFAULT_SAMPLER = "dpm++2m"
 """Of the embedded model; where nobody says what the sampler is, presets are as tuned for it."""
+NOISY = frozenset(("ddpm", "euler-a", "dpm++sde", "dpm++3m-sde"))
+"""Samplers that draw noise at every step, so that more steps lead to another picture."""
+NEAREST_NOISY = "euler-a"
+"""The sampler whose plans serve others of them: what those keep does not go stale."""
 TUNED = Path(__file__).parent / "tuned.json"
 
 
@@ -48,10 +52,12 @@ def build_tuned(name: str) -> Callable[..., Plan]:
     """What builds a speed preset: the tuned plan of the nearest step count, or a plain schedule."""
 
     def build(*, steps: int, blocks: int, sampler: str = DEFAULT_SAMPLER) -> Plan:
+        own = sampler in list_tuned_samplers(name) or sampler not in NOISY
+        wanted = sampler if own else NEAREST_NOISY
         tuned = [
             (abs(math.log(count / steps)), plans[name])
             for (kind, count), plans in load_tuned().items()
-            if kind == sampler and name in plans
+            if kind == wanted and name in plans
         ]
         if not tuned:
             interval = SPEED_PRESETS[name].interval
