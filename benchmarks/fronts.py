@@ -74,6 +74,7 @@ def main(
     spare: Annotated[list[float], typer.Option()] = SPARES,
     pictures: Annotated[bool, typer.Option("--pictures")] = False,
     grid: Annotated[list[float], typer.Option(help="step counts, as shares")] = list(GRIDS),  # noqa: B006
+    mixes: Annotated[int, typer.Option(help="further runs, to fit mixes of few calls on")] = 0,
     results: Annotated[str, typer.Option(help="another folder, which makes no presets")] = FRONTS,
 ) -> None:
     hush_libraries()
@@ -102,6 +103,7 @@ def main(
                 steps=count,
                 settings=list_settings(contest),
                 tries=tries,
+                mixes=mixes,
                 seed=SEED,
                 cost=keep_profile(drawer, contest, calls[0], RUNS / results),
                 sampler=name,
