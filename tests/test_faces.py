@@ -3,7 +3,8 @@
 Every face is asked for every preset at every sampler and step count. The model is opened once, and
 nothing is drawn or exported; what lies between the words and the plan is real, and so are files,
 records and pages that carry its fingerprint. Hosts are asked beside their doubles: ComfyUI in
-`comfyui/test_playing.py`, Forge in `test_forge.py`, the server in `test_serving.py`.
+`comfyui/test_playing.py`, Forge in `test_forge.py`, the server in `test_serving.py`; what SD.Next
+and InvokeAI make of a name is asked here.
 """
 
 import json
@@ -22,6 +23,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import leansd
+from hosts import open_in_host
 from leansd.anatomy import read_anatomy
 from leansd.bulk.jobs import DRAWING, BulkJob
 from leansd.cli import main
@@ -34,7 +36,9 @@ from leansd.evaluation.records import get_field, load_records, stamp
 from leansd.evaluation.rivals import OURS
 from leansd.evaluation.runs import FULL, CallSet
 from leansd.evaluation.timing import Ratio, Timing
+from leansd.hosting import HostedRun
 from leansd.loading import load_outline
+from leansd.plans.anatomy import WHOLE, Anatomy
 from leansd.plans.presets import PRESETS, SPEED_PRESETS
 from leansd.plans.resolve import PlanContext, Resolved, resolve_plan
 from leansd.report.page import Drawing, ReportPage
@@ -74,11 +78,11 @@ OUTLINED = cache(load_outline)
 
 
 @cache
-def expect(pipe, name: str, sampler: str, steps: int) -> Resolved:
+def expect(pipe, name: str, sampler: str, steps: int, anatomy: Anatomy | None = None) -> Resolved:
     """What every face must make of a preset's name."""
     set_sampler(pipe, sampler)
     nets = {} if name in ALONE else {"light": READ(pipe.unet)}
-    known = PlanContext(steps, anatomy=READ(pipe.unet), nets=nets)
+    known = PlanContext(steps, anatomy=anatomy or READ(pipe.unet), nets=nets)
     return resolve_plan(name, describe_runs(pipe, known))
 
 
@@ -473,6 +477,40 @@ def test_page_means_the_same(pipe, model, tmp_path, sampler: str) -> None:
         found = studio.resolve(name, settings)
         assert found.plan.fingerprint == expected.plan.fingerprint, (name, steps)
         assert found.notes == expected.notes, (name, steps)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_hosts_with_pipelines_follow_the_plan_that_names_mean(pipe, sampler: str) -> None:
+    """SD.Next's panel, and InvokeAI's usual way to denoise."""
+    for name, steps in product(ALONE, STEPS):
+        expected = expect(pipe, name, sampler, steps).plan
+        run = HostedRun(pipe, name, steps)
+        try:
+            assert run.identity == expected.identity, (name, steps, run.reason)
+        finally:
+            run.close()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_invokeais_own_loop_follows_the_plan_that_names_mean(pipe, sampler: str, caplog) -> None:
+    """It follows what whole steps inherit, and says of any other plan that it cannot."""
+    following = Path(__file__).parent.parent / "integrations/invokeai/lean_plan/following.py"
+    asked = SimpleNamespace(conditioning_data=SimpleNamespace(guidance_scale=4.0))
+    with open_in_host(following, {}) as opened:
+        for name, steps in product(ALONE, STEPS):
+            set_sampler(pipe, sampler)
+            pipe.scheduler.set_timesteps(steps)
+            asked.timesteps = pipe.scheduler.timesteps
+            caplog.clear()
+            run = opened.DenoisingRun(name)
+            run.begin(SimpleNamespace(inputs=asked, scheduler=pipe.scheduler))
+            if run.reason and name not in SPEED_PRESETS:
+                assert "for UNets" in run.reason or "only whole steps" in run.reason, run.reason
+                continue
+            expected = expect(pipe, name, sampler, steps, WHOLE)
+            assert run.plan.fingerprint == expected.plan.fingerprint, (name, steps)
+            said = [each.getMessage() for each in caplog.records]
+            assert said == [f"Lean Plan: {note}" for note in expected.notes]
 
 
 def test_plans_tuned_elsewhere_are_told_and_refused(pipe, model, run, tmp_path, capsys) -> None:

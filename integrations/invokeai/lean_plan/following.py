@@ -19,6 +19,7 @@ from leansd.core import Player
 from leansd.errors import LeansdError
 from leansd.hosting import HostedRun
 from leansd.plans.anatomy import WHOLE
+from leansd.plans.plan import Plan
 from leansd.plans.resolve import PlanContext, resolve_plan
 from leansd.runtime.arguments import UNetArguments
 from leansd.runtime.clock import CallPosition, SchedulerClock
@@ -87,8 +88,8 @@ class DenoisingRun:
     def __init__(self, source: str) -> None:
         self.source = source
         self.reason = "the run has not said what its steps are"
-        """Why everything is computed, in words."""
-        self._name = source
+        """Why everything is computed, in words; empty where a plan is followed."""
+        self.plan: Plan | None = None
         self._player: Player | None = None
         self._first = 0
         """The call of the sampler's run that this one begins with: one from a picture is later."""
@@ -105,7 +106,7 @@ class DenoisingRun:
             return
         for note in resolved.notes:
             LOG.warning("Lean Plan: %s", note)
-        self._name = resolved.plan.name
+        self.plan, self.reason = resolved.plan, ""
         self._player, self._first = Player(resolved.plan, position.schedule), position.index
 
     @contextmanager
@@ -116,7 +117,8 @@ class DenoisingRun:
             yield
         finally:
             hook.release()
-            LOG.info("Lean Plan: %s: %s", self._name, self._close())
+            name = self.source if self.plan is None else self.plan.name
+            LOG.info("Lean Plan: %s: %s", name, self._close())
 
     def _run_unet(self, _: str, forward: Any, *args: Any, **named: Any) -> Any:
         context, player, arguments = self._context, self._player, UNetArguments.bind(args, named)

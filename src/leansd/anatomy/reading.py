@@ -62,20 +62,32 @@ class SkippedAttention(nn.Module):
         return (hidden_states,)
 
 
+def unwrap_module(module: Any) -> tuple[Any, nn.Module | None]:
+    """What lies in the wrappers of `torch.compile` and of `DistributedDataParallel`.
+
+    Returns:
+        the module inside, and the wrapper that `torch.compile` made or None.
+    """
+    compiled = None
+    while True:
+        # By name: importing the class takes a second of torch's compiler.
+        if type(module).__name__ == "OptimizedModule":
+            compiled, module = module, module._orig_mod
+        elif isinstance(module, nn.parallel.DistributedDataParallel):
+            module = module.module
+        else:
+            return module, compiled
+
+
 def find_unet(model: Any) -> UNet2DConditionModel:
     """The `UNet2DConditionModel` in `model`: itself, or what `torch.compile` or DDP wrapped.
 
     Raises:
         LeansdError: there is none, or its weights are sharded.
     """
-    found, name = model, type(model).__name__
-    while True:
-        if type(found).__name__ == "OptimizedModule":
-            found = found._orig_mod
-        elif isinstance(found, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            found = found.module
-        else:
-            break
+    name, (found, _) = type(model).__name__, unwrap_module(model)
+    if isinstance(found, nn.DataParallel):
+        found, _ = unwrap_module(found.module)
     if type(found).__name__ in ("FullyShardedDataParallel", "DeepSpeedEngine"):
         raise LeansdError(f"{name} keeps the weights in shards; give the UNet before it is sharded")
     if isinstance(found, UNet2DConditionModel):

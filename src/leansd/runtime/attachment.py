@@ -10,9 +10,8 @@ from typing import Any
 
 from diffusers import UNet2DConditionModel
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
-from torch.nn.parallel import DistributedDataParallel
 
+from leansd.anatomy.reading import unwrap_module
 from leansd.errors import LeansdError
 from leansd.plans.plan import Plan
 from leansd.plans.resolve import find_source
@@ -147,7 +146,7 @@ def release_(target: Any) -> None:
     if whole is not None:
         whole.release()
     is_module = isinstance(target, nn.Module)
-    unet, _ = _unwrap(target) if is_module else (None, None)
+    unet, _ = unwrap_module(target) if is_module else (None, None)
     for follower in find_followers(None if is_module else target, unet):
         detach(follower)
 
@@ -175,14 +174,14 @@ def _has_other_unet(follower: Follower) -> bool:
     pipe = follower.pipe
     if pipe is None or follower not in find_followers(pipe, follower.unet):
         return False
-    return _unwrap(pipe.unet)[0] is not follower.unet
+    return unwrap_module(pipe.unet)[0] is not follower.unet
 
 
 def _split_target(target: Any) -> tuple[Any | None, UNet2DConditionModel, nn.Module | None]:
     """(pipeline or None, UNet, the wrapper that `torch.compile` put around it or None)."""
     is_module = isinstance(target, nn.Module)
     given = target if is_module else getattr(target, "unet", None)
-    unet, wrapper = _unwrap(given)
+    unet, wrapper = unwrap_module(given)
     if not isinstance(unet, UNet2DConditionModel):
         kinds = type(target).__name__
         kinds += "" if is_module or unet is None else f" with a {type(unet).__name__} as its `unet`"
@@ -191,14 +190,3 @@ def _split_target(target: Any) -> tuple[Any | None, UNet2DConditionModel, nn.Mod
             "`unet`, or with a `transformer` that denoises, or such a UNet"
         )
     return None if is_module else target, unet, wrapper
-
-
-def _unwrap(module: Any) -> tuple[Any, nn.Module | None]:
-    """What lies in a wrapper, and the wrapper that `torch.compile` has made or None."""
-    compiled = None
-    while isinstance(module, OptimizedModule | DistributedDataParallel):
-        if isinstance(module, OptimizedModule):
-            compiled, module = module, module._orig_mod
-        else:
-            module = module.module
-    return module, compiled

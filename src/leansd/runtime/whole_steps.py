@@ -16,6 +16,7 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
+from leansd.anatomy.reading import unwrap_module
 from leansd.core.devices import Stopwatch, start_stopwatch
 from leansd.core.player import Player
 from leansd.core.schedule import CallSchedule
@@ -102,8 +103,7 @@ class WholeStepFollower:
 
     def __init__(self, pipe: Any, transformer: nn.Module, source: Source) -> None:
         self.pipe, self.source, self.transformer = pipe, source, transformer
-        self._inner: nn.Module = getattr(transformer, "_orig_mod", transformer)
-        """The transformer itself, where `torch.compile` has put a wrapper around it."""
+        self._inner: nn.Module = unwrap_module(transformer)[0]
         self._arguments = tuple(inspect.signature(type(self._inner).forward).parameters)[1:]
         """Names of the transformer's arguments, the latents' first."""
         self.thread: int | None = None
