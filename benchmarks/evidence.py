@@ -59,6 +59,10 @@ LEAN = "data.path=runs/pictures/train data.cache=runs/incubation/cache stages.0.
 SECOND = "--recipe second --out runs/second"
 FAST = "--grid 1 --tries 3 --spare 1.03"
 """Of the search for fronts: plans of the full run's step count, with few moves of key steps."""
+ONCE = "--grid 1 --tries 1"
+"""The same with hardly any."""
+SPEEDS = f"benchmarks/fronts.py {ONCE} --spare 1.0 --results speeds"
+"""Plans for what the benchmark compares at, by computing, which presets leave by a call or two."""
 PARTS = {
     "nets": Part(
         (
@@ -72,19 +76,38 @@ PARTS = {
         (
             f"benchmarks/fronts.py --steps 30 {FAST}",
             f"benchmarks/fronts.py --sampler euler-a --sampler dpm++sde --steps 30 {FAST}",
+            f"benchmarks/fronts.py --sampler unipc --steps 30 {ONCE} --spare 1.0",
+            f"benchmarks/fronts.py --sampler dpm++2m-karras --steps 30 {ONCE} --spare 1.03",
         ),
         tuple(
             f"fronts/{sampler}-30.json"
-            for sampler in ("dpm++2m", "ddim", "euler", "euler-a", "dpm++sde")
+            for sampler in (
+                "dpm++2m",
+                "ddim",
+                "euler",
+                "euler-a",
+                "dpm++sde",
+                "unipc",
+                "dpm++2m-karras",
+            )
         ),
     ),
     "fronts of 20 steps": Part(
-        (f"benchmarks/fronts.py --steps 20 {FAST}",),
-        ("fronts/dpm++2m-20.json", "fronts/ddim-20.json", "fronts/euler-20.json"),
+        (
+            f"benchmarks/fronts.py --steps 20 {FAST}",
+            f"benchmarks/fronts.py --sampler dpm++2m-karras --steps 20 {ONCE} --spare 1.03",
+        ),
+        tuple(
+            f"fronts/{sampler}-20.json"
+            for sampler in ("dpm++2m", "ddim", "euler", "dpm++2m-karras")
+        ),
     ),
     "fronts of 50 steps": Part(
-        (f"benchmarks/fronts.py --steps 50 {FAST}",),
-        ("fronts/dpm++2m-50.json", "fronts/ddim-50.json", "fronts/euler-50.json"),
+        (
+            f"benchmarks/fronts.py --steps 50 {FAST}",
+            f"benchmarks/fronts.py --sampler pndm --steps 50 {ONCE} --spare 1.03",
+        ),
+        tuple(f"fronts/{sampler}-50.json" for sampler in ("dpm++2m", "ddim", "euler", "pndm")),
     ),
     "fronts of other settings": Part(
         (
@@ -142,12 +165,17 @@ PARTS = {
     ),
     "bench": Part(
         (
-            "benchmarks/fronts.py --sampler unipc --steps 30 --grid 1 --tries 1 --spare 1.0 "
-            "--results hosts",
+            f"{SPEEDS} --sampler dpm++2m --steps 30 --mixes 96 "
+            "--speed 1.45 --speed 1.87 --speed 2.65 --speed 3.2",
+            f"{SPEEDS} --sampler unipc --steps 30 --mixes 96 "
+            "--speed 1.45 --speed 1.87 --speed 2.65",
+            f"{SPEEDS} --steps 20 --mixes 96 --speed 1.48 --speed 1.88 --speed 2.75",
+            f"{SPEEDS} --sampler dpm++2m --steps 30 --guidance 7.5 --speed 1.45 --speed 1.87",
+            f"{SPEEDS} --sampler dpm++2m --steps 30 --pictures --speed 1.43 --speed 1.84",
             "-m leansd.cli bench --plans benchmarks/results/fronts "
-            "--plans benchmarks/results/hosts --count 24",
+            "--plans benchmarks/results/speeds --count 24",
         ),
-        ("hosts/unipc-30.json", "bench.jsonl"),
+        ("bench.jsonl",),
         is_timed=True,
     ),
     "flow": Part(

@@ -2,6 +2,7 @@
 
     python benchmarks/few_calls.py [--plans turbo,fast or FRONT.json] [--calls 96]
         [--iterations 50] [--sampler unipc] [--guidance 7.5] [--ingredients mixing,lanes]
+        [--model runs/second/model]
 
 Mixes are fitted on two thirds of the calls, prompts in turns with a noise each, and all is measured
 on the last third, against the full run: the mean of the pictures' PSNR and the PSNR of their mean
@@ -31,7 +32,7 @@ from leansd.evaluation.fidelity import psnr
 from leansd.evaluation.prompt_sets import GUIDANCE
 from leansd.evaluation.records import Record, get_field, put_records, stamp
 from leansd.evaluation.runs import CallSet, run_calls
-from leansd.loading import load
+from leansd.loading import EMBEDDED, load
 from leansd.plans.anatomy import HEAD
 from leansd.plans.plan import Plan
 from leansd.plans.presets import preset
@@ -122,7 +123,7 @@ def average(pictures: torch.Tensor, goals: torch.Tensor) -> dict[str, float]:
 
 
 def fit(
-    pipe: Any, plan: Plan, starts: Sequence[RunStart], steps: int, config: MixConfig
+    pipe: Any, plan: Plan, starts: Sequence[RunStart], steps: int, config: MixConfig, folder: Path
 ) -> tuple[Plan, float]:
     """The plan with its mixes, fitted to full runs of so many steps, and the seconds it took."""
     sampler = read_sampler(pipe.scheduler, plan.steps)
@@ -135,7 +136,7 @@ def fit(
     )
     case = f"{plan.fingerprint}-{len(starts)}-{config.iterations}-{config.floor:g}"
     case += f"-g{starts[0].scale:g}" + ("" if config.lanes else "-no-lanes")
-    path, state = RUNS / f"{case}.json", None
+    path, state = folder / f"{case}.json", None
     if path.exists():
         state = FitState.decode(json.loads(path.read_text()))
         fitting.measure_spans()
@@ -168,17 +169,20 @@ def main(
     ] = "",
     solver: Annotated[bool, typer.Option(help="Fit as many plain steps, without a plan.")] = False,
     floor: Annotated[float, typer.Option(help="Added to errors before the logarithm.")] = 0.0,
+    model: str = EMBEDDED,
 ) -> None:
     hush_libraries()
-    RUNS.mkdir(parents=True, exist_ok=True)
-    pipe: Any = load("emoji")
+    subject = model if model == EMBEDDED else Path(model).parent.name
+    folder = RUNS if model == EMBEDDED else RUNS / subject
+    folder.mkdir(parents=True, exist_ok=True)
+    pipe: Any = load(model)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = make_scheduler(pipe, sampler)
     settings = {"guidance_scale": guidance}
     asked = [THINGS[place % len(THINGS)] for place in range(calls)]
     count = calls * 2 // 3
     scale = "" if guidance == GUIDANCE else f"-g{guidance:g}"
-    kept = RUNS / f"starts-{sampler}-{steps}-{calls}{scale}.pt"
+    kept = folder / f"starts-{sampler}-{steps}-{calls}{scale}.pt"
     if kept.exists():
         raw, goals = torch.load(kept, weights_only=True)
         starts = [RunStart(**each) for each in raw]
@@ -191,7 +195,7 @@ def main(
     held = asked[count:]
     shared: dict[str, Any] = {
         **stamp(pipe.device),
-        "subject": "emoji", "unit": "dB", "seed": SEED, "steps": steps, "sampler": sampler,
+        "subject": subject, "unit": "dB", "seed": SEED, "steps": steps, "sampler": sampler,
         "guidance": guidance, "calls": calls, "held_out": len(held),
     }  # fmt: skip
 
@@ -216,7 +220,7 @@ def main(
             RESULTS,
             records,
             lambda each: (
-                each.plan, each.metric,
+                each.subject, each.plan, each.metric,
                 *(get_field(each, name) for name in PLACE),
             ),
         )  # fmt: skip
@@ -233,8 +237,8 @@ def main(
             label += f", floor {floor:g}" if floor else ""
             config = MixConfig(iterations=iterations, floor=floor, lanes=each.lanes)
             fitted = starts[: count if each.calls else min(FEW, count)]
-            mixed, seconds = fit(pipe, begun, fitted, steps, config)
-            replace(mixed, name=label).save(RUNS / f"{label}{scale}.json")
+            mixed, seconds = fit(pipe, begun, fitted, steps, config, folder)
+            replace(mixed, name=label).save(folder / f"{label}{scale}.json")
             facts = {"iterations": iterations, "fitted": len(fitted), "seconds": round(seconds, 1)}
             measure(label, mixed, mixed.steps, unet_calls=keys, **facts)
 

@@ -111,12 +111,13 @@ def main(
                 tell=tell,
             )
             found = search(speeds=hasten(speed, spare), grids=grid)
-            points = found.points
+            points = (*found.points, *found.dominated)
             # A preset must not change the step count: where the best plan does, seek another.
             missing = [each for each in speed if find_preset(points, count, each) is None]
             if missing:
-                points += search(speeds=hasten(missing, spare), grids=(1.0,)).points
-            front = Front(found.subject, name, count, points)
+                more = search(speeds=hasten(missing, spare), grids=(1.0,))
+                points += (*more.points, *more.dominated)
+            front = Front.of(found.subject, name, count, points)
             front.save(RESULTS / results / f"{stem}.json")
             tell(f"\n{front.tabulate()}")
             if results == FRONTS:

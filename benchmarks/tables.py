@@ -35,6 +35,7 @@ TABLES: dict[str, tuple[Callable[[], str], str]] = {
     "headline": (plans.tabulate_headline, "presets"),
     "presets": (plans.tabulate_presets, "presets"),
     "judged": (nets.tabulate_judged, ""),
+    "tuned": (plans.tabulate_tuned, ""),
     "untuned": (plans.tabulate_untuned, "untuned"),
     "bench": (plans.tabulate_bench, "bench"),
     "flow": (plans.tabulate_flow, "flow"),

@@ -338,7 +338,7 @@ def test_both_lanes_of_a_picture_decide_together(guidance: Any) -> None:
 def test_full_run_with_guidance() -> None:
     pipe = tiny_pipeline()
     expected = draw(pipe)
-    plan = leansd.preset("balanced", steps=STEPS, sampler="pndm").guard("stem", threshold=ALWAYS)
+    plan = leansd.preset("balanced", steps=STEPS, sampler="lms").guard("stem", threshold=ALWAYS)
     with leansd.inherit(pipe, plan) as run:
         assert torch.equal(draw(pipe), expected)
     assert run.report().full_calls == STEPS
@@ -438,7 +438,7 @@ def test_values_are_read_once_a_call(monkeypatch: pytest.MonkeyPatch, plan_name:
 @pytest.mark.parametrize("preset", ["balanced", "easycache"])
 def test_nothing_is_kept_after_a_run(preset: str) -> None:
     loop = Batch(tiny_unet())
-    plan = leansd.preset(preset, steps=STEPS, sampler="pndm")
+    plan = leansd.preset(preset, steps=STEPS, sampler="lms")
     plan = plan if plan.drift else plan.guard("stem", threshold=0.03)
     expected = loop()
     with leansd.inherit(loop, plan) as run:

@@ -112,7 +112,7 @@ OTHERS = [
 @pytest.mark.parametrize(
     "names", [list(SPEED_PRESETS), pytest.param(OTHERS, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpm++2m", "unipc"])
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpm++2m", "deis"])
 def test_a_preset_is_the_plan_that_it_is_everywhere(
     monkeypatch: pytest.MonkeyPatch, sampler: str, names: list[str]
 ) -> None:

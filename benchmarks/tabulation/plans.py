@@ -18,7 +18,9 @@ from leansd.evaluation.standings import (
     show_margin,
 )
 from leansd.plans.presets import SPEED_PRESETS
+from leansd.plans.presets.tuned import load_tuned
 from leansd.text import Table
+from leansd.tuning.front import Front
 from tabulation.cells import RESULTS, get, get_number, name_devices, tabulate_ratio
 
 FLOW_RIVALS = {
@@ -49,6 +51,27 @@ def tabulate_presets() -> str:
         plans.sort(key=lambda name: cells[name, "speedup"].value)
         parts += [*(tabulate_row(plan, cells) for plan in plans), ""]
     return "\n".join(parts)
+
+
+def tabulate_tuned() -> str:
+    """Every sampler and step count that presets are tuned for: each beside as many plain steps."""
+    lines = ["| | " + " | ".join(f"`{name}`" for name in SPEED_PRESETS) + " |", "|---" * 5 + "|"]
+    for (sampler, steps), plans in sorted(load_tuned().items()):
+        front = Front.load(RESULTS / "fronts" / f"{sampler}-{steps}.json")
+        points = (*front.points, *front.dominated)
+        plain = {point.plan.steps: point.psnr for point in points if point.is_plain}
+        cells = [f"{sampler}, {steps} steps"]
+        for name in SPEED_PRESETS:
+            if name not in plans:
+                cells.append("–")
+                continue
+            rows = plans[name].rows
+            ours = next(point for point in points if point.plan.rows == rows)
+            calls = len(ours.plan.keys)
+            beside = f"{plain[calls]:.1f}" if calls in plain else "–"
+            cells.append(f"{calls}: **{ours.psnr:.1f}**, {beside}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
 
 
 def tabulate_judged_plans() -> str:
@@ -328,7 +351,7 @@ def tabulate_few_calls() -> str:
     settings: dict[tuple[object, ...], list[Record]] = {}
     for each in load_records(RESULTS / "few-calls.jsonl"):
         place = tuple(get(each, field) for field in ("sampler", "steps", "guidance", "calls"))
-        settings.setdefault(place, []).append(each)
+        settings.setdefault((each.subject, *place), []).append(each)
     return "\n".join(map(_tabulate_few_calls_of, settings.values()))
 
 

@@ -41,7 +41,7 @@ SAMPLERS: dict[str, Sampler] = {
     ),
     "dpm++2m-karras": Sampler("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
     "dpm++sde": Sampler("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    "unipc": Sampler("UniPCMultistepScheduler"),
+    "unipc": Sampler("UniPCMultistepScheduler", {"use_karras_sigmas": False}),
     "deis": Sampler("DEISMultistepScheduler"),
     "flow-euler": Sampler("FlowMatchEulerDiscreteScheduler", is_flow=True),
     "flow-heun": Sampler("FlowMatchHeunDiscreteScheduler", is_flow=True),

@@ -88,7 +88,7 @@ _PUBLISHED: dict[Callable[..., Plan], str] = {
     published.build_turns: 'a net for every step, as OMS-DPM lists them (option names, OWN is "")',
 }
 """By what builds them, `build_NAME`: their summaries."""
-_SPEED = "about {:g}x where it is tuned: DDIM, Euler, Euler a, DPM-Solver++ 2M and its SDE"
+_SPEED = "about {:g}x where it is tuned for the sampler"
 
 PRESETS: dict[str, Preset] = {
     each.name: each
@@ -113,9 +113,9 @@ def preset(
 
     Args:
         sampler: short name of the pipeline's sampler, that of the embedded model by default.
-            `quality`, `balanced`, `fast` and `turbo` are tuned for `ddim`, `euler`, `euler-a`,
-            `dpm++2m` and `dpm++sde`, as for `euler-a` with others that add noise, and else a plain
-            schedule. Given by name to `inherit`, a preset finds out itself what the sampler is.
+            `quality`, `balanced`, `fast` and `turbo` are tuned for `dpm++2m`, `dpm++2m-karras`,
+            `ddim`, `euler`, `pndm`, `unipc`, `euler-a` and `dpm++sde`, as for `euler-a` with others
+            that add noise, and else a plain schedule. Given by name to `inherit`, a preset finds out itself what the sampler is.
 
     Raises:
         LeansdError: there is no such preset, or it has no such option.
