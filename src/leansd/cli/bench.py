@@ -50,8 +50,8 @@ class Field:
     )
     sampler: list[str] | None = option(
         None,
-        "Once for each; dpm++2m, ddim and euler by default, and unipc, dpm++sde and euler-a at one "
-        "step count; flow-euler and flow-dpm++2m where the model predicts a flow.",
+        "Once for each; dpm++2m, ddim and euler by default, and dpm++2m-karras, unipc, dpm++sde and "
+        "euler-a at one step count; flow-euler and flow-dpm++2m where the model predicts a flow.",
         autocompletion=complete_sampler,
     )
     steps: list[int] | None = option(None, "Once for each; 20, 30 and 50 by default.", min=2)

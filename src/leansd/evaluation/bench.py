@@ -81,7 +81,11 @@ class Lineup:
     others: tuple[str, ...]
 
 
-NOISE = Lineup(("dpm++2m", "ddim", "euler"), ("unipc", "dpm++sde", "euler-a"), ("unipc", "deis"))
+NOISE = Lineup(
+    ("dpm++2m", "ddim", "euler"),
+    ("dpm++2m-karras", "unipc", "dpm++sde", "euler-a"),
+    ("unipc", "deis"),
+)
 FLOW = Lineup(("flow-euler", "flow-dpm++2m"), (), ("flow-dpm++2m", "flow-unipc"))
 
 
