@@ -1,6 +1,6 @@
 """The speed presets against what a user would pick instead, on one model, in one interleaved run.
 
-    python benchmarks/presets.py [--model emoji] [--prompts 16] [--steps 30]
+    python benchmarks/presets.py [--model emoji] [--prompts 16] [--steps 30] [--sampler ddim]
     python benchmarks/presets.py --model runs/second/model --results untuned
 
 Full run, presets, DeepCache's schedule, and fewer steps of the same sampler at each preset's cost.
@@ -11,6 +11,7 @@ One round is one prompt drawn by every contestant, so ratios are paired. Records
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +25,7 @@ from leansd.evaluation.compare import Case, Rounds
 from leansd.evaluation.demo import list_records, run_demo
 from leansd.evaluation.extractors import find_embedder
 from leansd.evaluation.prompt_sets import GUIDANCE
-from leansd.evaluation.records import write_records
+from leansd.evaluation.records import Record, get_field, put_records
 from leansd.evaluation.runs import FULL, CallSet
 from leansd.loading import load
 from leansd.plans.anatomy import Anatomy
@@ -33,7 +34,7 @@ from leansd.runtime.samplers import set_sampler
 from leansd.unets import predict_gain
 
 RESULTS = Path(__file__).parent / "results"
-SAMPLERS = ("dpm++2m", "ddim", "euler")
+SAMPLERS = ["dpm++2m", "ddim", "euler", "dpm++2m-karras"]
 INTERVALS = (2, 3, 5)
 
 
@@ -52,26 +53,30 @@ def list_cases(anatomy: Anatomy, steps: int, sampler: str) -> list[Case]:
     ]
 
 
+def get_sampler(record: Record) -> Hashable:
+    return get_field(record, "sampler")
+
+
 def main(
     model: str = "emoji",
     prompts: Annotated[int, typer.Option(help="rounds, a prompt and a seed each")] = 16,
     steps: int = 30,
     seed: int = 1000,
     guidance: float = GUIDANCE,
+    sampler: Annotated[list[str], typer.Option()] = SAMPLERS,  # noqa: B006
     results: Annotated[str, typer.Option(help="presets or untuned")] = "presets",
 ) -> None:
     hush_libraries()
     pipe = load(model)
     anatomy = dissect(pipe.unet, tokens=pipe.tokenizer.model_max_length)
     chosen = [PROMPTS[index % len(PROMPTS)] for index in range(prompts)]
-    records = []
-    for sampler in SAMPLERS:
-        set_sampler(pipe, sampler)
+    for name in sampler:
+        set_sampler(pipe, name)
         with Progress() as progress:
-            task = progress.add_task(sampler, total=None)
+            task = progress.add_task(name, total=None)
             demo = run_demo(
                 pipe,
-                list_cases(anatomy, steps, sampler),
+                list_cases(anatomy, steps, name),
                 CallSet(chosen, seed, 1, {"guidance_scale": guidance}),
                 subject=Path(model).name,
                 anatomy=anatomy,
@@ -81,8 +86,7 @@ def main(
                     task, completed=far.done, total=far.total
                 ),
             )
-        records += list_records(demo)
-    write_records(RESULTS / f"{results}.jsonl", records)
+        put_records(RESULTS / f"{results}.jsonl", list_records(demo), get_sampler)
 
 
 if __name__ == "__main__":
