@@ -63,7 +63,7 @@ def main(
     steps: int = 30,
     seed: int = 1000,
     guidance: float = GUIDANCE,
-    sampler: Annotated[list[str], typer.Option()] = SAMPLERS,  # noqa: B006
+    sampler: Annotated[list[str], typer.Option()] = SAMPLERS,
     results: Annotated[str, typer.Option(help="presets or untuned")] = "presets",
 ) -> None:
     hush_libraries()

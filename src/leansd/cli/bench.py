@@ -50,7 +50,7 @@ class Field:
     )
     sampler: list[str] | None = option(
         None,
-        "Once for each; dpm++2m, ddim and euler by default, and dpm++2m-karras, unipc, dpm++sde and "
+        "Once for each; dpm++2m, ddim and euler by default, and dpm++2m-karras, unipc, dpm++sde, "
         "euler-a at one step count; flow-euler and flow-dpm++2m where the model predicts a flow.",
         autocompletion=complete_sampler,
     )
