@@ -32,6 +32,7 @@ from leansd.evaluation.compare import CONVERGED, Case, Compared, Comparison, Dra
 from leansd.evaluation.evaluation import list_cases
 from leansd.evaluation.fidelity import Measure
 from leansd.evaluation.prediction import Profiled
+from leansd.evaluation.prompt_sets import GUIDANCE
 from leansd.evaluation.records import get_field, load_records, stamp
 from leansd.evaluation.rivals import OURS
 from leansd.evaluation.runs import FULL, CallSet
@@ -462,6 +463,30 @@ def test_demo_compares_the_plans_that_names_mean(pipe, model, run, tmp_path) -> 
     assert {name: found[name] for name in expected} == {
         name: each.plan.fingerprint for name, each in expected.items()
     }
+
+
+@pytest.mark.usefixtures("idle")
+def test_every_command_draws_a_model_at_the_same_guidance(pipe, model, run, tmp_path) -> None:
+    """Where none is named: what the bundled model is measured at, another's pipeline's own."""
+    (rows := tmp_path / "rows.jsonl").write_text('{"id": "a", "prompt": "a pizza"}\n')
+    (prompts := tmp_path / "prompts.txt").write_text("a pizza\na cat\n")
+    for name, scale in (("emoji", GUIDANCE), (str(model), 7.5)):
+        out = tmp_path / str(scale)
+        shared = ("--model", name, "--steps", 20, "--json")
+        drawn, _ = run("generate", "a pizza", *shared, "--out", out)
+        with Image.open(drawn["pictures"][0]["path"]) as image:
+            assert float(image.text["guidance"]) == scale
+        run("generate", "--prompts", rows, *shared, "--out", out / "shards")
+        (inside,) = read_shard(out / "shards" / "shard-000000.tar")
+        assert inside.facts["guidance"] == scale
+        run("demo", *shared, "--prompts", "a pizza", "--out", out / "demo")
+        run(
+            "evaluate", name, *shared[2:], "--plan", "fast", "--prompts", prompts, "--count", 2,
+            "--reference", FULL, "--out", out / "evaluate",
+        )  # fmt: skip
+        for folder in ("demo", "evaluate"):
+            records = load_records(out / folder / "records.jsonl")
+            assert {get_field(each, "guidance") for each in records} == {scale}, folder
 
 
 @pytest.mark.usefixtures("opened")

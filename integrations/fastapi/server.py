@@ -30,6 +30,7 @@ from pydantic import BaseModel, Field
 
 import leansd
 from leansd.errors import LeansdError
+from leansd.evaluation.prompt_sets import choose_guidance
 
 BUSY_SECONDS = 2
 """After how long a client who was sent away may ask again."""
@@ -75,8 +76,10 @@ class Metrics:
 class PipelinePool:
     """Pipelines around one model, attached to one plan; each serves one thread at a time."""
 
-    def __init__(self, pipe: Any, plan: leansd.Plan | str, workers: int) -> None:
-        self.plan = plan
+    def __init__(
+        self, pipe: Any, plan: leansd.Plan | str, workers: int, guidance: float | None = None
+    ) -> None:
+        self.plan, self.guidance = plan, guidance
         self.pipes = [pipe, *(share_pipeline(pipe) for _ in range(workers - 1))]
         self.threads = ThreadPoolExecutor(workers, thread_name_prefix="draw")
         self._free: SimpleQueue[tuple[Any, Any]] = SimpleQueue()
@@ -96,7 +99,8 @@ class PipelinePool:
         """Draw one picture, in one of the pool's threads."""
         pipe, run = self._free.get()
         try:
-            options = {} if request.guidance is None else {"guidance_scale": request.guidance}
+            guidance = self.guidance if request.guidance is None else request.guidance
+            options = {} if guidance is None else {"guidance_scale": guidance}
             start = time.perf_counter()
             drawn = pipe(
                 request.prompt,
@@ -130,15 +134,21 @@ def share_pipeline(pipe: Any) -> Any:
 
 
 def create_app(
-    pipe: Any, plan: leansd.Plan | str = "balanced", *, workers: int = 1, waiting: int = 16
+    pipe: Any,
+    plan: leansd.Plan | str = "balanced",
+    *,
+    workers: int = 1,
+    waiting: int = 16,
+    guidance: float | None = None,
 ) -> FastAPI:
     """A server that draws with `pipe` under `plan`.
 
     Args:
         workers: how many pictures are drawn at the same time.
         waiting: how many requests there may be; further ones get status 503 at once.
+        guidance: the scale of requests that name none; the pipeline's own by default.
     """
-    pool, metrics = PipelinePool(pipe, plan, workers), Metrics()
+    pool, metrics = PipelinePool(pipe, plan, workers, guidance), Metrics()
     name = str(getattr(plan, "name", plan))
     metrics.waiting.set(0)
     present = 0
@@ -202,7 +212,13 @@ def main(
 ) -> None:
     """Serve pictures until stopped."""
     try:
-        app = create_app(leansd.load(model), plan, workers=workers, waiting=waiting)
+        app = create_app(
+            leansd.load(model),
+            plan,
+            workers=workers,
+            waiting=waiting,
+            guidance=choose_guidance(model),
+        )
     except LeansdError as error:
         raise SystemExit(f"error: {error}") from None
     uvicorn.run(app, host=host, port=port)

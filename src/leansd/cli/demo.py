@@ -8,9 +8,8 @@ import typer
 from leansd.cli.command import OnlyJson, Result, command, option
 from leansd.cli.options import Force, GuidanceOption, ModelOption, Opening
 from leansd.cli.terminal import follow, note, warn
-from leansd.emoji.location import EMBEDDED
 from leansd.emoji.prompts import PROMPTS
-from leansd.evaluation.prompt_sets import GUIDANCE
+from leansd.evaluation.prompt_sets import choose_guidance
 from leansd.files import check_folder
 from leansd.plans.presets import SPEED_PRESETS
 from leansd.plans.resolve import PlanContext, resolve_plan
@@ -52,7 +51,7 @@ def show_demo(
 
     check_folder(out)
     opening.check_model(model)
-    guidance = GUIDANCE if guidance is None and model == EMBEDDED else guidance
+    guidance = choose_guidance(model, guidance)
     anatomy = open_anatomy(model)
     pipe = opening.open_with_unet(model)
     chosen = prompts or list(PROMPTS)

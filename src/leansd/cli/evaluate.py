@@ -24,6 +24,7 @@ from leansd.cli.terminal import follow, hush_libraries, note
 from leansd.emoji.location import EMBEDDED
 from leansd.emoji.prompts import GRID_PROMPTS
 from leansd.errors import LeansdError
+from leansd.evaluation.prompt_sets import choose_guidance
 from leansd.files import check_folder
 from leansd.plans.plan import Plan
 
@@ -237,14 +238,15 @@ def _measure(task: _Task, out: Path) -> Result:
     pairs = zip(task.plans, outlined, strict=True)
     plans = [fitting.settle(each, pipe, known, scale) for each, known in pairs]
     cases, held = references.list_cases(pipe, plans, task.steps)
-    is_told = calls.guidance is not None or model == EMBEDDED
+    told = choose_guidance(model, calls.guidance)
+    settings = {} if told is None else {"guidance_scale": told}
     names = ", ".join(each.name for each in cases)
     note(f"drawing {len(prompts)} pictures on {pipe.device}, each with {names}")
     with follow("steps of pictures") as bar:
         evaluation = evaluate_cases(
             pipe,
             cases,
-            CallSet(prompts, calls.seed, calls.batch, {"guidance_scale": scale} if is_told else {}),
+            CallSet(prompts, calls.seed, calls.batch, settings),
             subject=model,
             keep=out / "drawn",
             judging=Judging(list_metrics(lpips), embedder, task.judges.seeds_for_spread, held),

@@ -21,7 +21,7 @@ from leansd.cli.options import (
 )
 from leansd.cli.terminal import note, open_progress, warn
 from leansd.errors import LeansdError
-from leansd.evaluation.prompt_sets import find_guidance
+from leansd.evaluation.prompt_sets import choose_guidance, find_guidance
 from leansd.files import check_folder, find_free, name_file, write_file, write_new
 from leansd.plans.plan import Plan
 from leansd.plans.resolve import PlanContext
@@ -127,6 +127,7 @@ def generate_pictures(
     if compare and rows.prompt_file is not None:
         raise LeansdError("--compare is for prompts on the command line: leave --prompts out")
     check_folder(out)
+    wanted = replace(wanted, guidance=choose_guidance(model, wanted.guidance))
     wanted.make_request(wanted.steps or 1_000)
     opening.check_model(model)
     source = wanted.find_source()
@@ -164,8 +165,7 @@ class _Task:
         pipe = self.opening.open(self.model)
         if vae is not None:
             set_vae(pipe, vae)
-        own = self.wanted.guidance
-        guidance = find_guidance(pipe, model="") if own is None else own
+        guidance = find_guidance(pipe, self.model, self.wanted.guidance)
         strength = self.wanted.strength if self.wanted.init is not None else 1.0
         return pipe, self.following.settle(self.source, pipe, self.context, guidance, strength)
 

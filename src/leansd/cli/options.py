@@ -102,7 +102,7 @@ GuidanceOption = Annotated[
     typer.Option(help="Guidance scale; 4 for emoji, the pipeline's own for other models."),
 ]
 OwnGuidance = Annotated[
-    float | None, typer.Option(help="Guidance scale; the pipeline's own by default.")
+    float | None, typer.Option(help="Guidance scale; the model's own by default.")
 ]
 SizeOption = Annotated[
     str | None, typer.Option(help="512, or width first 768x512; the model's own by default.")
@@ -341,7 +341,7 @@ class Calls:
 
     def find_guidance(self, pipe: Any, model: str) -> float:
         """The guidance scale of the calls."""
-        return find_guidance(pipe, model) if self.guidance is None else self.guidance
+        return find_guidance(pipe, model, self.guidance)
 
 
 def keep_default(path: Path, default: Path) -> Path:

@@ -10,6 +10,7 @@ import typer
 from leansd.cli.command import OnlyJson, Result, argument, command, option
 from leansd.cli.options import DeviceOptions, Opening, OwnGuidance, SizeOption, complete_shape
 from leansd.cli.terminal import follow, note
+from leansd.evaluation.prompt_sets import choose_guidance
 from leansd.files import check_folder
 
 if TYPE_CHECKING:
@@ -89,11 +90,12 @@ def _measure(
     from leansd.evaluation.records import stamp
     from leansd.runtime.samplers import name_sampler
 
+    guidance = choose_guidance(model, runs.guidance)
     warming = f"warming up {model} on {pipe.device}"
     with follow(warming) as bar:
         probe = prepare_probe(
             pipe,
-            call={} if runs.guidance is None else {"guidance_scale": runs.guidance},
+            call={} if guidance is None else {"guidance_scale": guidance},
             pictures=runs.batch,
             size=size,
             subject=model,

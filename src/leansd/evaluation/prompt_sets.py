@@ -57,14 +57,17 @@ def read_prompts(path: str | Path, *, least: int = 2) -> list[str]:
     return prompts
 
 
-def find_guidance(pipe: Any, model: str) -> float:
-    """The guidance scale that a model is used with where the user names none."""
+def choose_guidance(model: str, given: float | None = None) -> float | None:
+    """The guidance scale to ask a model's pipeline for; None is the pipeline's own."""
+    return GUIDANCE if given is None and model == EMBEDDED else given
+
+
+def find_guidance(pipe: Any, model: str, given: float | None = None) -> float:
+    """The guidance scale that a model is used with, where the user names none, too."""
     from leansd.drawing import find_scale
 
-    if model == EMBEDDED:
-        return GUIDANCE
-    own = find_scale(pipe)
-    return 1.0 if own is None else own
+    found = find_scale(pipe, choose_guidance(model, given))
+    return 1.0 if found is None else found
 
 
 @cache

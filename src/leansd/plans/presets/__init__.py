@@ -114,9 +114,9 @@ def preset(
     Args:
         sampler: short name of the pipeline's sampler, that of the embedded model by default.
             `quality`, `balanced`, `fast` and `turbo` are tuned for `dpm++2m`, `dpm++2m-karras`,
-            `ddim`, `euler`, `pndm`, `unipc`, `euler-a` and `dpm++sde`, as for `euler-a` with others
-            that add noise, and else a plain schedule. Given by name to `inherit`, a preset finds
-            out itself what the sampler is.
+            `ddim`, `euler`, `unipc`, `euler-a` and `dpm++sde`, as for `euler-a` with others that
+            add noise, and else a plain schedule. Given by name to `inherit`, a preset finds out
+            itself what the sampler is.
 
     Raises:
         LeansdError: there is no such preset, or it has no such option.
