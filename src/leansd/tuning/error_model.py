@@ -83,6 +83,11 @@ class Calibration:
         """UNet calls of a run."""
         return len(self.log_snr)
 
+    @property
+    def start(self) -> int:
+        """The step of the first call."""
+        return self.steps - self.count
+
 
 def calibrate(
     host: Host,

@@ -123,7 +123,7 @@ def measure_deviation(variant: Variant, bench: TrialRunner, calibration: Calibra
     forecasts is left out; the first call of a run cannot do without it, and is taken to be as
     wrong as the second.
     """
-    plan, start = Plan.full(calibration.steps), calibration.steps - calibration.count
+    plan, start = Plan.full(calibration.steps), calibration.start
     for step in range(start + variant.forecasts, calibration.steps):
         plan = variant.leave_out().dress(plan, step)
     wrong = [[torch.zeros_like(seen.output) for seen in run] for run in calibration.runs]
@@ -212,9 +212,8 @@ class Candidate:
     def build(self) -> Plan:
         calibration = self.model.calibration
         plan = build_plan(self.proposal, calibration)
-        start = calibration.steps - calibration.count
         for key in self.proposal.keys:
-            plan = self.regime.variants[key.variant].dress(plan, start + key.step)
+            plan = self.regime.variants[key.variant].dress(plan, calibration.start + key.step)
         return plan
 
     def list_neighbours(self) -> list[Candidate]:
@@ -238,9 +237,8 @@ class Candidate:
 def build_plan(proposal: Proposal, calibration: Calibration) -> Plan:
     """A proposal as a plan for the sampler's whole step count, without corrections."""
     plan = Plan.full(calibration.steps, name="tuned")
-    start = calibration.steps - calibration.count
     for segment in proposal.segments:
-        between = [start + step for step in range(segment.key.step + 1, segment.end)]
+        between = [calibration.start + step for step in range(segment.key.step + 1, segment.end)]
         if between:
             plan = plan.inherit(segment.action.cut, at=between, how=segment.action.how)
     return plan

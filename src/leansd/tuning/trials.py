@@ -169,6 +169,10 @@ class KnownOutputs:
     def __len__(self) -> int:
         return len(self._known)
 
+    def clear(self) -> None:
+        """Forget them: another run begins."""
+        self._known.clear()
+
     def note(self, index: int, sample: torch.Tensor, output: torch.Tensor) -> None:
         """Keep the output of a call, or the picture that it shows of its sample."""
         own, lead = self._weights[index]
@@ -210,11 +214,39 @@ DAMPING = 1e-4
 
 
 def try_plan(plan: Plan, bench: TrialRunner, calibration: Calibration) -> Trial:
-    """Run a plan, fitting its corrections to the full run of the same step count on the way."""
-    fitting = _Fitting(plan, calibration)
-    finals = bench.run(plan.steps, plan, fitting.steer)
-    fitted = plan.correct(fitting.weights)
-    return Trial(fitted, bench.score(finals))
+    """Run a plan, fitting its corrections to the full run of the same step count on the way.
+
+    Each run goes on with the corrections that suit it best; the plan gets those of all runs.
+    """
+    corrected, memory = list_corrected(plan), KnownOutputs(plan, calibration)
+    # By key step, the normal equations of all runs: [2, 2] and [2].
+    sums: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def steer(run: int, index: int, seen: Seen, step: Step) -> torch.Tensor:
+        row = calibration.start + index
+        if index == 0:
+            memory.clear()
+        elif not plan.rows[row].is_key:
+            return seen.output
+        output = seen.output
+        if row in corrected and len(memory):
+            forecast_errors = memory.list_forecast_errors(index, seen.sample, seen.output)
+            plain = step(seen.output)
+            goal = calibration.runs[run][index].previous
+            moved = [step(seen.output + each) for each in forecast_errors]
+            # Read at once: the one wait of a step that is corrected.
+            changes = (torch.stack([*moved, goal]) - plain).flatten(1).cpu().double()
+            gains, missing = changes[:-1], changes[-1]
+            normal, target = gains @ gains.T, gains @ missing
+            output = move_on(seen.output, _solve(normal, target), forecast_errors)
+            before = sums.get(row, (0.0, 0.0))
+            sums[row] = (before[0] + normal, before[1] + target)
+        memory.note(index, seen.sample, seen.output)
+        return output
+
+    finals = bench.run(plan.steps, plan, steer)
+    weights = {step: _solve(*each) for step, each in sums.items()}
+    return Trial(plan.correct(weights), bench.score(finals))
 
 
 def list_corrected(plan: Plan) -> set[int]:
@@ -225,46 +257,6 @@ def list_corrected(plan: Plan) -> set[int]:
         for step, (before, row) in pairs
         if HEAD in before.inherit and row.is_key and row.guidance == "compute"
     }
-
-
-class _Fitting:
-    """Finds the correction at each key step while runs go by, and lets them go on with it."""
-
-    def __init__(self, plan: Plan, calibration: Calibration) -> None:
-        self._plan = plan
-        self._calibration = calibration
-        self._start = calibration.steps - calibration.count
-        self._corrected = list_corrected(plan)
-        self._sums: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        """Normal equations of each key step over all runs: [2, 2] and [2]."""
-        self._memory = KnownOutputs(plan, calibration)
-
-    @property
-    def weights(self) -> dict[int, tuple[float, float]]:
-        """The corrections by step, over all runs."""
-        return {step: _solve(*sums) for step, sums in self._sums.items()}
-
-    def steer(self, run: int, index: int, seen: Seen, step: Step) -> torch.Tensor:
-        row = self._start + index
-        if index == 0:
-            self._memory = KnownOutputs(self._plan, self._calibration)
-        if index and not self._plan.rows[row].is_key:
-            return seen.output
-        output = seen.output
-        if row in self._corrected and len(self._memory):
-            forecast_errors = self._memory.list_forecast_errors(index, seen.sample, seen.output)
-            plain = step(seen.output)
-            goal = self._calibration.runs[run][index].previous
-            moved = [step(seen.output + each) for each in forecast_errors]
-            # Read at once: the one wait of a step that is corrected.
-            changes = (torch.stack([*moved, goal]) - plain).flatten(1).cpu().double()
-            gains, missing = changes[:-1], changes[-1]
-            normal, target = gains @ gains.T, gains @ missing
-            output = move_on(seen.output, _solve(normal, target), forecast_errors)
-            before = self._sums.get(row, (0.0, 0.0))
-            self._sums[row] = (before[0] + normal, before[1] + target)
-        self._memory.note(index, seen.sample, seen.output)
-        return output
 
 
 def _solve(normal: torch.Tensor, target: torch.Tensor) -> tuple[float, float]:
@@ -327,7 +319,7 @@ def replay(
     *,
     since: int = 0,
     past: Sequence[Outputs] = (),
-) -> tuple[torch.Tensor, list[Outputs]]:
+) -> tuple[torch.Tensor, Sequence[Outputs]]:
     """The last latents of all calls, flat, and the outputs of every run of the pipeline.
 
     Args:
@@ -337,9 +329,29 @@ def replay(
     """
     keys = {0, *(key for key in plan.keys if key >= since)}
     keys.update(*(_list_sources(plan, key) for key in keys))
-    follower = _Follower(plan, calibration, since, past)
-    finals = bench.run(plan.steps, _keep_keys(plan, keys), follower.steer)
-    return finals.latents.double().flatten(), list(follower.outputs)
+    memory = KnownOutputs(plan, calibration)
+    outputs: list[dict[int, torch.Tensor]] = []
+
+    def steer(run: int, index: int, seen: Seen, step: Step) -> torch.Tensor:
+        at = calibration.start + index
+        row = plan.rows[at]
+        if index == 0:
+            memory.clear()
+            outputs.append({})
+        elif not row.is_key:
+            return memory.forecast(index, seen.sample, row.inherit[HEAD])
+        # Some steps before are computed only for what guidance is forecast from.
+        output = past[run][at] if at < since else seen.output
+        corrected = output
+        if any(row.correction) and len(memory):
+            forecast_errors = memory.list_forecast_errors(index, seen.sample, output)
+            corrected = move_on(output, row.correction, forecast_errors)
+        outputs[run][at] = output
+        memory.note(index, seen.sample, output)
+        return corrected
+
+    finals = bench.run(plan.steps, _keep_keys(plan, keys), steer)
+    return finals.latents.double().flatten(), outputs
 
 
 def _list_sources(plan: Plan, key: int) -> list[int]:
@@ -358,35 +370,3 @@ def _keep_keys(plan: Plan, keys: Collection[int]) -> Plan:
         for at, by in row.attend.items():
             bare = bare.attend(at, by=by, at=step)
     return bare
-
-
-class _Follower:
-    """Hands the scheduler what a plan would."""
-
-    def __init__(
-        self, plan: Plan, calibration: Calibration, since: int, past: Sequence[Outputs]
-    ) -> None:
-        self._plan, self._calibration = plan, calibration
-        self._start = calibration.steps - calibration.count
-        self._since = since
-        self._past = past
-        self._memory = KnownOutputs(plan, calibration)
-        self.outputs: list[dict[int, torch.Tensor]] = []
-
-    def steer(self, run: int, index: int, seen: Seen, step: Step) -> torch.Tensor:
-        at = self._start + index
-        row = self._plan.rows[at]
-        if index == 0:
-            self._memory = KnownOutputs(self._plan, self._calibration)
-            self.outputs.append({})
-        elif not row.is_key:
-            return self._memory.forecast(index, seen.sample, row.inherit[HEAD])
-        # Some steps before are computed only for what guidance is forecast from.
-        output = self._past[run][at] if at < self._since else seen.output
-        corrected = output
-        if any(row.correction) and len(self._memory):
-            forecast_errors = self._memory.list_forecast_errors(index, seen.sample, output)
-            corrected = move_on(output, row.correction, forecast_errors)
-        self.outputs[run][at] = output
-        self._memory.note(index, seen.sample, output)
-        return corrected
