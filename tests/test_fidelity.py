@@ -81,7 +81,6 @@ def test_a_speed_up_is_the_median_of_paired_ratios():
     assert (ratio.median, ratio.low, ratio.high) == (2.0, 2.0, 3.0)
     assert str(ratio) == "2.00x (2.00-3.00)"
     assert Timing((2.0, 3.0, 4.0)).median == 3.0
-    assert Timing((2.0, 3.0, 4.0)).spread == 2.0
 
 
 def test_timing_needs_rounds_cases_and_pairs():

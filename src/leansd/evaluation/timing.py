@@ -44,11 +44,6 @@ class Timing:
     def median(self) -> float:
         return statistics.median(self.fastest)
 
-    @property
-    def spread(self) -> float:
-        """Slowest turn over fastest turn; 1 is perfectly steady."""
-        return max(self.seconds) / max(min(self.seconds), 1e-12)
-
 
 def rotate(cases: Sequence[Each], turn: int) -> list[Each]:
     """The order of a turn: it moves on by a place, so no case always follows the same other."""
