@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from leansd.plans.grid import add_key
 from leansd.report.figures import LIGHT, TEXT, list_series, name_axes, open_axes, open_figure
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH, HEIGHT = 400.0, 270.0
-Box: TypeAlias = tuple[float, float, float, float]
-"""Left, bottom, width and height."""
 MOST = 300
 """Points of a curve; more are averaged."""
 FAST = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 15, 20)
@@ -202,35 +200,30 @@ def _set_range(axes: Axes, xs: Sequence[float], ys: Sequence[float]) -> None:
 
 def _label_points(axes: Axes, named: Sequence[tuple[str, float, float]]) -> None:
     """Names beside their points, where no other name is: right of it, left, or further down."""
+    from matplotlib.transforms import Bbox
+
     box = axes.get_window_extent()
     places: Any = axes.transData.transform([(x, y) for _, x, y in named]) if named else []
-    taken: list[Box] = []
+    taken: list[Bbox] = []
     for (name, x, y), (at, up) in zip(named, places, strict=True):
         length, tall = 0.56 * TEXT * len(name), TEXT + 2
         is_left = at + 9 + length > box.x1
         begin = at - 9 - length if is_left else at + 9
         offsets = [5, -tall - 2, *(step * tall for step in (1.6, -2.4, 2.7, -3.5, 3.8, -4.6))]
+        boxes = {each: Bbox.from_bounds(begin, up + each, length, tall) for each in offsets}
         free = next(
             (
                 offset
-                for offset in offsets
-                if box.y0 <= up + offset <= box.y1
-                and not any(_overlap((begin, up + offset, length, tall), each) for each in taken)
+                for offset, own in boxes.items()
+                if box.y0 <= up + offset <= box.y1 and not any(map(own.fully_overlaps, taken))
             ),
             5,
         )
-        taken.append((begin, up + free, length, tall))
+        taken.append(boxes[free])
         axes.annotate(
             name, (x, y), xytext=(-9 if is_left else 9, free), textcoords="offset points",
             ha="right" if is_left else "left", va="bottom", fontsize=TEXT, color=LIGHT["ink"],
         )  # fmt: skip
-
-
-def _overlap(one: Box, other: Box) -> bool:
-    return all(
-        one[side] < other[side] + other[side + 2] and other[side] < one[side] + one[side + 2]
-        for side in (0, 1)
-    )
 
 
 def _mark_borders(axes: Axes, borders: Mapping[str, float]) -> None:
