@@ -3,7 +3,6 @@
 Every measuring command writes these and every table, plot and report is made from them.
 """
 
-import math
 import platform
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -13,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from leansd.errors import LeansdError
 from leansd.files import write_file
@@ -54,13 +53,6 @@ class Record(BaseModel):
         if not text:
             raise ValueError("must not be empty")
         return text
-
-    @model_validator(mode="after")
-    def _finite(self) -> "Record":
-        for name, value in (self.__pydantic_extra__ or {}).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number")
-        return self
 
     def line(self) -> str:
         """This record as one line of JSON."""
