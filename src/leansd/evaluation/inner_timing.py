@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -23,17 +23,18 @@ from leansd.errors import LeansdError
 from leansd.evaluation.timing import Timing, check_count, wait_for
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.compile import compile_plan
-from leansd.plans.liveness import Program
+from leansd.plans.liveness import Call, Program
 from leansd.plans.plan import Plan
 from leansd.runtime import ForwardHooks, inherit
 from leansd.runtime.arguments import unwrap
 from leansd.runtime.clock import read_schedule
 from leansd.runtime.guidance import is_guided
+from leansd.runtime.hooks import Around, Forward
 
 # -- whole runs of a pipeline -------------------------------------------------------------------
 
-Inside: TypeAlias = list[tuple[str, Stopwatch]]
-"""Laps in one UNet call, by address."""
+Laps: TypeAlias = list[tuple[str, Stopwatch]]
+"""Laps as they are taken, by an address or the name of a stage; read when the run is over."""
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
@@ -42,6 +43,7 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 class CallLaps:
     """Seconds of one UNet call."""
 
+    call: Call
     seconds: float
     """The call, the engine's share included."""
     inside: dict[str, float]
@@ -63,51 +65,50 @@ class RunLaps:
     """What each unit and part gave, for a whole batch."""
 
 
-@dataclass
-class _Sheet:
-    """Laps as they are taken; read when the run is over."""
+def take_laps(laps: Laps, device: torch.device) -> Around:
+    """What times the forwards that it is put around."""
 
-    device: torch.device
-    calls: list[tuple[Stopwatch, Inside]] = field(default_factory=list[tuple[Stopwatch, Inside]])
-    gaps: list[Stopwatch] = field(default_factory=list[Stopwatch])
-    text: list[Stopwatch] = field(default_factory=list[Stopwatch])
-    decode: list[Stopwatch] = field(default_factory=list[Stopwatch])
-    output_bytes: dict[str, int] = field(default_factory=dict[str, int])
-    inside: Inside = field(default_factory=list[tuple[str, Stopwatch]])
-    batch: int = 0
-    end_gap: Callable[[], Stopwatch] | None = None
-    on_call: Callable[[], None] = lambda: None
-
-    def time_inside(self, at: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        end = start_stopwatch(self.device)
+    def around(at: str, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        end = start_stopwatch(device)
         output = forward(*args, **kwargs)
-        self.inside.append((at, end()))
+        laps.append((at, end()))
         return output
 
-    def time_unit(self, at: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return around
+
+
+class _Sheet:
+    """Whatever is timed in a run."""
+
+    def __init__(self, device: torch.device, on_call: Callable[[], None]) -> None:
+        self.device, self.on_call = device, on_call
+        self.calls: list[tuple[Stopwatch, Laps]] = []
+        self.gaps: list[Stopwatch] = []
+        self.stages: Laps = []
+        self.output_bytes: dict[str, int] = {}
+        self.batch = 0
+        self._inside: Laps = []
+        self._end_gap: Callable[[], Stopwatch] | None = None
+        self.time_stage = take_laps(self.stages, device)
+        self.time_inside = take_laps(self._inside, device)
+
+    def time_unit(self, at: str, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         output = self.time_inside(at, forward, *args, **kwargs)
         # The first call computes everything, for the whole batch.
         self.output_bytes.setdefault(at, unwrap(output).nbytes)
         return output
 
-    def time_call(self, _: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def time_call(self, _: str, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         sample = args[0] if args else kwargs["sample"]
         self.batch = sample.shape[0]
-        if self.end_gap is not None:
-            self.gaps.append(self.end_gap())
-        self.inside = []
+        if self._end_gap is not None:
+            self.gaps.append(self._end_gap())
+        self._inside.clear()
         end = start_stopwatch(self.device)
         output = forward(*args, **kwargs)
-        self.calls.append((end(), self.inside))
+        self.calls.append((end(), self._inside.copy()))
         self.on_call()
-        self.end_gap = start_stopwatch(self.device)
-        return output
-
-    def time_stage(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        end = start_stopwatch(self.device)
-        output = forward(*args, **kwargs)
-        laps: list[Stopwatch] = getattr(self, name)
-        laps.append(end())
+        self._end_gap = start_stopwatch(self.device)
         return output
 
 
@@ -129,7 +130,7 @@ def time_run(
         LeansdError: the pipeline does not call its UNet once for each time step.
     """
     device = torch.device(pipe.device)
-    sheet = _Sheet(device, on_call=on_call)
+    sheet = _Sheet(device, on_call)
     with ExitStack() as hooks:
         if anatomy is not None:
             # Before the engine, so that what a unit lap spans is the unit's own forward.
@@ -154,11 +155,11 @@ def time_run(
     return RunLaps(
         program,
         [
-            CallLaps(lap(), {at: inner() for at, inner in inside}, gap)
-            for (lap, inside), gap in zip(sheet.calls, gaps, strict=True)
+            CallLaps(call, lap(), {at: inner() for at, inner in inside}, gap)
+            for call, (lap, inside), gap in zip(program.calls, sheet.calls, gaps, strict=True)
         ],
-        text=sum(lap() for lap in sheet.text),
-        decode=sum(lap() for lap in sheet.decode),
+        text=sum(lap() for name, lap in sheet.stages if name == "text"),
+        decode=sum(lap() for name, lap in sheet.stages if name == "decode"),
         whole=whole,
         output_bytes=sheet.output_bytes,
     )
@@ -177,17 +178,16 @@ def measure_peaks(
         on_unit: told the address of each unit that has run.
     """
     device = torch.device(pipe.device)
+    is_gpu = device.type == "cuda"
     peaks: dict[str, int] = {}
 
-    def around(at: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if device.type != "cuda":
-            output = forward(*args, **kwargs)
-            on_unit(at)
-            return output
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    def around(at: str, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        if is_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device) if is_gpu else 0
         output = forward(*args, **kwargs)
-        peaks[at] = max(peaks.get(at, 0), torch.cuda.max_memory_allocated(device) - before)
+        if is_gpu:
+            peaks[at] = max(peaks.get(at, 0), torch.cuda.max_memory_allocated(device) - before)
         on_unit(at)
         return output
 
@@ -290,13 +290,7 @@ def time_units(
     inputs = make_inputs(
         unet, size=size, tokens=tokens, batch=batch, device=device, dtype=unet.dtype
     )
-    laps: defaultdict[str, list[Stopwatch]] = defaultdict(list)
-
-    def around(at: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        end = start_stopwatch(device)
-        output = forward(*args, **kwargs)
-        laps[at].append(end())
-        return output
+    laps: Laps = []
 
     def run_call() -> Stopwatch:
         end = start_stopwatch(device)
@@ -306,14 +300,17 @@ def time_units(
         on_call(lap())
         return lap
 
-    with ForwardHooks(list_units(unet, read_anatomy(unet)), around):
+    with ForwardHooks(list_units(unet, read_anatomy(unet)), take_laps(laps, device)):
         run_call()
         laps.clear()
         calls = [run_call() for _ in range(repeats)]
+    units: defaultdict[str, list[float]] = defaultdict(list)
+    for at, lap in laps:
+        units[at].append(lap())
     return UnitTimes(
         batch,
         size,
         tokens,
-        {at: Timing(tuple(lap() for lap in each)) for at, each in laps.items()},
+        {at: Timing(tuple(each)) for at, each in units.items()},
         Timing(tuple(lap() for lap in calls)),
     )

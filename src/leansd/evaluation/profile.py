@@ -29,11 +29,10 @@ from leansd.evaluation.cost import (
     name_gated,
     scale_calls,
 )
-from leansd.evaluation.inner_timing import RunLaps, check_timing, measure_peaks, time_run
+from leansd.evaluation.inner_timing import CallLaps, RunLaps, check_timing, measure_peaks, time_run
 from leansd.evaluation.timing import check_count, time_cases
 from leansd.plans.address import get_block
 from leansd.plans.anatomy import HEAD, STEM, Anatomy
-from leansd.plans.liveness import Call
 from leansd.plans.plan import Plan
 from leansd.plans.row import ATTENDS, Guidance, Row
 from leansd.runtime.engine import list_followers
@@ -106,7 +105,6 @@ class Probe:
 
     def model_costs(self, runs: Sequence[RunLaps]) -> CostModel:
         """The cost model that fits these probing runs."""
-        calls = runs[0].program.calls
         cost = CostModel(
             subject=self.subject,
             pictures=self.pictures,
@@ -117,7 +115,7 @@ class Probe:
             peak_bytes=self.peaks,
         )
         # The first call also compiles the plan; that is a cost of the run.
-        first, *others = [_observe(runs, place) for place in range(len(calls))]
+        first, *others = [_observe(laps) for laps in zip(*(run.calls for run in runs), strict=True)]
         cost = fit_overheads(cost, others)
         cost = scale_calls(
             cost,
@@ -254,10 +252,9 @@ def make_probing_plan(anatomy: Anatomy, *, guided: bool, attend: Sequence[str] =
     return replace(plan, rows=(*plan.rows, *further))
 
 
-def _observe(runs: Sequence[RunLaps], place: int) -> Observed:
-    """Medians of one call of the probing run; what is besides the units is paired with them."""
-    call = runs[0].program.calls[place]
-    laps = [run.calls[place] for run in runs]
+def _observe(laps: Sequence[CallLaps]) -> Observed:
+    """Medians of one call of all probing runs; what is besides the units is paired with them."""
+    call = laps[0].call
     besides = [lap.seconds - sum(lap.inside[at] for at in call.pattern.computed) for lap in laps]
     return Observed(call, median(lap.seconds for lap in laps), median(besides))
 
@@ -273,31 +270,27 @@ Lapped = tuple[str, GuidedRows, float]
 
 def _list_unit_laps(run: RunLaps) -> Iterable[Lapped]:
     """Units and parts where they were computed whole, no part copied in or out, or gated."""
-    for call, laps in _list_calls(run):
+    for laps in run.calls:
+        call, inside = laps.call, laps.inside
         changed = (*call.pattern.parts, *call.keeps, *call.gates)
         broken = {at.rsplit(".", 2)[0] for at in changed}
         for at in call.pattern.active - broken:
             gate = call.gates.get(at)
-            yield name_gated(at, gate) if gate else at, get_batch(call), laps[at]
+            yield name_gated(at, gate) if gate else at, get_batch(call), inside[at]
 
 
 def _list_block_laps(run: RunLaps) -> Iterable[Lapped]:
     """What blocks spent besides their units, where those only computed: no copy is in it."""
-    for call, laps in _list_calls(run):
-        pattern = call.pattern
+    for laps in run.calls:
+        call, inside, pattern = laps.call, laps.inside, laps.call.pattern
         copies = {get_block(at) for at in (*call.keeps, *pattern.inherited, *pattern.parts)}
         copies |= {STEM, HEAD}  # units of their own
         units: defaultdict[str, float] = defaultdict(float)
         for at in pattern.computed:
-            units[get_block(at)] += laps[at]
+            units[get_block(at)] += inside[at]
         for block, spent in units.items():
-            if block in laps and block not in copies:
-                yield block, get_batch(call), max(0.0, laps[block] - spent)
-
-
-def _list_calls(run: RunLaps) -> Iterable[tuple[Call, Mapping[str, float]]]:
-    for call, laps in zip(run.program.calls, run.calls, strict=True):
-        yield call, laps.inside
+            if block in inside and block not in copies:
+                yield block, get_batch(call), max(0.0, inside[block] - spent)
 
 
 def _take_medians(laps: Iterable[Lapped]) -> dict[str, dict[GuidedRows, float]]:
