@@ -267,7 +267,7 @@ def compare_runs(
     """
     by_name = {each.name: each for each in cases}
     held = [_find_reference(each, by_name) for each in judging.references]
-    require_distinct([*cases, *(each for each in held if each.name not in by_name)])
+    require_distinct([*cases, *(each for each in held if each not in cases)])
     require_distinct(held)
     embedder = judging.embedder
     drawer = _Drawer(pipe, calls, keep, on_progress)
@@ -279,11 +279,9 @@ def compare_runs(
     work += [(full, number) for number in sets if full is not None]
     drawer.total = sum(drawer.count_steps(*each) for each in work)
 
-    timings: dict[str, Timing] = {}
-    left_out: dict[str, str] = {}
     drawn = dict(known)
     if rounds is not None:
-        drawn |= drawer.race(cases, rounds, timings, left_out)
+        drawn |= drawer.race(cases, rounds)
     elif full is not None:
         drawn[FULL] = drawer.draw(full)
     # Untimed, only the references' pictures and those of the case at hand are in memory.
@@ -299,7 +297,7 @@ def compare_runs(
         )
     compared: dict[str, Compared] = {}
     for case in cases:
-        if case.name in left_out:
+        if case.name in drawer.left_out:
             continue
         own = drawn[case.name] if case.name in drawn else drawer.draw(case)
         if case.name not in faults and (why := own.find_fault(case.name)):
@@ -312,8 +310,7 @@ def compare_runs(
         ]
         if judge is not None:
             measures += judge.judge(own.pictures)
-        timing = timings.get(case.name)
-        base = timings.get(FULL)
+        base, timing = (drawer.timings.get(name) for name in (FULL, case.name))
         compared[case.name] = Compared(
             case,
             own.pictures[:shown],
@@ -323,7 +320,7 @@ def compare_runs(
             drawer.attachments.get(case.name),
         )
     references_drawn = {each.name: drawn[each.name] for each in held}
-    return Comparison(compared, references_drawn, left_out, faults)
+    return Comparison(compared, references_drawn, drawer.left_out, faults)
 
 
 def compare_pair(
@@ -371,13 +368,11 @@ def require_distinct(cases: Sequence[Case]) -> None:
 
 
 def _find_reference(reference: str | Case, cases: Mapping[str, Case]) -> Case:
-    if isinstance(reference, str):
-        if reference not in cases:
-            raise LeansdError(f"no reference {reference!r}: there are {', '.join(cases)}")
-        return cases[reference]
-    if reference.name in cases and cases[reference.name] != reference:
-        raise LeansdError(f"two cases are called {reference.name!r}: rename one, or leave it out")
-    return reference
+    if not isinstance(reference, str):
+        return reference
+    if reference not in cases:
+        raise LeansdError(f"no reference {reference!r}: there are {', '.join(cases)}")
+    return cases[reference]
 
 
 class _Drawer:
@@ -395,6 +390,8 @@ class _Drawer:
         self.keep = Path(keep) if keep is not None else None
         self.weights = fingerprint_pipe(pipe) if keep is not None else ""
         self.attachments: dict[str, Attachment] = {}
+        self.timings: dict[str, Timing] = {}
+        self.left_out: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
         self.done = self.total = 0.0
         self.turn, self.turns = 0, 1
@@ -415,30 +412,20 @@ class _Drawer:
         files = self._name_files(case, number)
         parts: list[Drawings] = []
         for part in self.parts:
-            kept = [_read_drawn(files[place]) for place in part] if files else []
-            whole = [each for each in kept if each is not None]
-            if whole and len(whole) == len(part):
-                parts.append(Drawings(*(torch.stack(each) for each in zip(*whole, strict=True))))
-                continue
-            drawn, _ = self.run(case, part, number)
+            paths = files[part.start : part.stop]
+            drawn = _read_drawn(paths)
+            if drawn is None:
+                drawn, _ = self.run(case, part, number)
+                for path, *each in zip(paths, drawn.latents, drawn.pictures, strict=False):
+                    latents, picture = (value.contiguous() for value in each)
+                    write_file(path, save({"latents": latents, "picture": picture}))
             parts.append(drawn)
-            for path, *each in zip(
-                files[part.start : part.stop], drawn.latents, drawn.pictures, strict=False
-            ):
-                latents, picture = (value.contiguous() for value in each)
-                write_file(path, save({"latents": latents, "picture": picture}))
         return _join(parts)
 
     # -- timed -------------------------------------------------------------------------------
 
-    def race(
-        self,
-        cases: Sequence[Case],
-        rounds: Rounds,
-        timings: dict[str, Timing],
-        left_out: dict[str, str],
-    ) -> dict[str, Drawings]:
-        """All cases on every batch in turns; fills in times and which cases failed."""
+    def race(self, cases: Sequence[Case], rounds: Rounds) -> dict[str, Drawings]:
+        """All cases on every batch in turns; notes times and which cases failed."""
         self.turns = check_count(rounds.count, "timing rounds") * len(self.parts)
         steps = sum(case.steps for case in cases)
         self.total += steps * rounds.count * len(self.calls)
@@ -450,7 +437,8 @@ class _Drawer:
             except Exception as error:
                 if not case.may_fail:
                     raise
-                left_out[case.name] = f"failed here: {type(error).__name__}: {read_cause(error)}"
+                why = f"failed here: {type(error).__name__}: {read_cause(error)}"
+                self.left_out[case.name] = why
                 racing.remove(case)
                 return None
 
@@ -473,7 +461,7 @@ class _Drawer:
                 if result is not None:
                     seconds[case.name].append(result[1])
                     drawn[case.name] += [result[0]] if held == 1 else []
-        timings |= {case.name: Timing(tuple(seconds[case.name]), held) for case in racing}
+        self.timings = {case.name: Timing(tuple(seconds[case.name]), held) for case in racing}
         return {case.name: _join(drawn[case.name]) for case in racing}
 
     # -- one batch ---------------------------------------------------------------------------
@@ -547,13 +535,14 @@ class _Drawer:
         ]
 
 
-def _read_drawn(path: Path) -> tuple[Tensor, Tensor] | None:
-    """Kept latents [C, h, w] and their picture; None where there are none that can be read."""
+def _read_drawn(paths: Sequence[Path]) -> Drawings | None:
+    """What is kept of a batch, a file a call; None where some cannot be read."""
     try:
-        kept = load_file(path)
-        return kept["latents"], kept["picture"]
+        kept = [load_file(path) for path in paths]
+        latents, pictures = ([each[of] for each in kept] for of in ("latents", "picture"))
     except (OSError, SafetensorError, KeyError):
         return None
+    return Drawings(torch.stack(latents), torch.stack(pictures)) if kept else None
 
 
 def _join(parts: Sequence[Drawings]) -> Drawings:
