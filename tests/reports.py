@@ -3,6 +3,8 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +15,10 @@ import leansd
 from leansd.bulk.jobs import BulkJob, place_order, read_sheet
 from leansd.drawing import Request
 from leansd.evaluation.compare import CONVERGED, Case, Compared, Drawings, compare_drawings
-from leansd.evaluation.demo import FEWER, Demo, DemoEntry
+from leansd.evaluation.demo import FEWER, Demo
 from leansd.evaluation.evaluation import Evaluation
 from leansd.evaluation.extraction import ExtractionConfig
-from leansd.evaluation.fidelity import PSNR, SSIM
+from leansd.evaluation.fidelity import PSNR, SSIM, Measure
 from leansd.evaluation.prediction import Prediction, Profiled
 from leansd.evaluation.records import Record, load_records, stamp
 from leansd.evaluation.redundancy import list_records, read_spent
@@ -55,8 +57,12 @@ def draw(seed: int, shift: float = 0.0, side: int = 64) -> Image.Image:
     return Image.fromarray((ground * (1 - soft) + blob * soft).astype(np.uint8))
 
 
+def as_tensor(picture: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
 def make_demo() -> Demo:
-    entries: list[DemoEntry] = []
+    entries: list[Compared] = []
     names = [FULL, *SPEED_PRESETS, FEWER]
     for place, name in enumerate(names):
         plan = preset(name, STEPS) if name in SPEED_PRESETS else None
@@ -64,17 +70,20 @@ def make_demo() -> Demo:
             PRESETS[name].summary if name in SPEED_PRESETS else f"the whole UNet, {STEPS} steps"
         )
         gain = 1 + 0.45 * place
+        values = {"psnr": 60 - 7 * gain, "ssim": 0.99} if place else {}
+        measures = [
+            Measure(of, "", torch.tensor([x]), {"reference": FULL}) for of, x in values.items()
+        ]
+        done: Any = SimpleNamespace(predicted_speedup=gain * 1.05, bytes_kept=2**20)
+        attached: Any = SimpleNamespace(report=lambda done=done: done)
         entries.append(
-            DemoEntry(
-                case=Case(name, STEPS if plan or not place else 14, plan, summary=summary),
-                pictures=tuple(draw(seed, place) for seed in range(len(PROMPTS))),
-                timing=Timing((2.0 / gain, 2.1 / gain)),
-                speedup=Ratio(gain, gain * 0.95, gain * 1.1),
-                predicted=gain * 1.05,
-                psnr=60 - 7 * gain if place else None,
-                ssim=0.99 if place else None,
-                clip=88.0,
-                bytes_kept=2**20 if plan else 0,
+            Compared(
+                Case(name, STEPS if plan or not place else 14, plan, summary=summary),
+                torch.stack([as_tensor(draw(seed, place)) for seed in range(len(PROMPTS))]),
+                (*measures, Measure("clip_score", "", torch.tensor([88.0]), {})),
+                Timing((2.0 / gain, 2.1 / gain)),
+                Ratio(gain, gain * 0.95, gain * 1.1),
+                attached if plan else None,
             )
         )
     return Demo(
@@ -191,10 +200,7 @@ def report_export(folder: Path) -> ReportPage:
 
 
 def pair_up(request: Request) -> plans.PicturePair:
-    full, lean = (
-        torch.from_numpy(np.array(draw(request.seed, shift))).permute(2, 0, 1)[None]
-        for shift in (0, 1)
-    )
+    full, lean = (as_tensor(draw(request.seed, shift))[None] for shift in (0, 1))
     case, nothing = Case(FULL, STEPS), torch.zeros(1)
     drawn = Drawings(nothing, lean), Drawings(nothing, full)
     measures = tuple(compare_drawings(*drawn, case, (PSNR, SSIM)))

@@ -113,10 +113,10 @@ def _list_facts(demo: "Demo") -> dict[str, Any]:
                 "speedup": round(entry.speedup.median, 4),
                 "speedup_low": round(entry.speedup.low, 4),
                 "speedup_high": round(entry.speedup.high, 4),
-                "predicted_speedup": round(entry.predicted, 4),
-                "psnr": _round(entry.psnr),
-                "ssim": _round(entry.ssim),
-                "clip_score": _round(entry.clip),
+                "predicted_speedup": round(demo.predict(entry), 4),
+                "psnr": _round(entry.mean("psnr")),
+                "ssim": _round(entry.mean("ssim")),
+                "clip_score": _round(entry.mean("clip_score", None)),
                 "bytes_kept": entry.bytes_kept,
             }
             for entry in demo.entries

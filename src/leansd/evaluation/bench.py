@@ -531,8 +531,6 @@ def list_records(
     records: list[Record] = []
     for each in comparison:
         case, timing, ratio = each.case, each.timing, each.speedup
-        assert timing is not None
-        assert ratio is not None
         base = {
             **shared,
             "plan": case.name,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import nan
 from pathlib import Path
 from time import monotonic
 from typing import Any, TypeAlias
@@ -50,6 +51,7 @@ CONVERGED = "converged"
 CONVERGED_STEPS = 150
 WARM_UP_STEPS = 2
 PART = 16  # pictures that are compared at once
+UNTIMED, UNKNOWN = Timing(()), Ratio(nan, nan, nan)
 
 Enter: TypeAlias = Callable[[Any], AbstractContextManager[Any]]
 """Given a pipeline, a context in which what it yields is called in the pipeline's place."""
@@ -138,22 +140,27 @@ class Compared:
     Attributes:
         pictures: [n, 3, H, W] in 8 bits; the first ones, where not all were asked for.
         measures: fidelity to every reference, and quality where a CLIP looked.
-        timing: whole pipeline calls, one a turn; None where nothing was timed.
-        speedup: over the full run, of the same turns.
+        timing: whole pipeline calls, one a turn; none where nothing was timed.
+        speedup: over the full run, of the same turns; NaN where nothing was timed.
         attachment: of the plan's last run.
     """
 
     case: Case
     pictures: Tensor
     measures: tuple[Measure, ...]
-    timing: Timing | None = None
-    speedup: Ratio | None = None
+    timing: Timing = UNTIMED
+    speedup: Ratio = UNKNOWN
     attachment: Attachment | None = None
 
     @cached_property
     def report(self) -> Report | None:
         """The plan's run; counting takes time, so it is made when asked for."""
         return self.attachment.report() if self.attachment is not None else None
+
+    @property
+    def bytes_kept(self) -> int:
+        """The most memory that what the plan kept took."""
+        return self.report.bytes_kept if self.report is not None else 0
 
     @cached_property
     def images(self) -> tuple[Image.Image, ...]:
@@ -310,13 +317,13 @@ def compare_runs(
         ]
         if judge is not None:
             measures += judge.judge(own.pictures)
-        base, timing = (drawer.timings.get(name) for name in (FULL, case.name))
+        base, timing = (drawer.timings.get(name, UNTIMED) for name in (FULL, case.name))
         compared[case.name] = Compared(
             case,
             own.pictures[:shown],
             tuple(measures),
             timing,
-            compare_timings(base, timing) if base is not None and timing is not None else None,
+            compare_timings(base, timing) if base.seconds and timing.seconds else UNKNOWN,
             drawer.attachments.get(case.name),
         )
     references_drawn = {each.name: drawn[each.name] for each in held}

@@ -12,14 +12,12 @@ from math import isfinite
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from PIL.Image import Image
 
 from leansd.drawing import find_scale
 from leansd.evaluation.compare import Case, Compared, Judging, OnProgress, Rounds, compare_runs
 from leansd.evaluation.quality import Embedder
 from leansd.evaluation.records import Record, stamp
 from leansd.evaluation.runs import FULL, CallSet
-from leansd.evaluation.timing import Ratio, Timing
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.compile import compile_plan, predict_speedup
 from leansd.plans.plan import Plan
@@ -29,25 +27,6 @@ from leansd.text import Table
 
 FEWER = "fewer steps"
 ROUNDS = Rounds(3, budget=90.0)
-
-
-@dataclass(frozen=True)
-class DemoEntry:
-    """What one case drew and how it fared against the full run; means over the prompts."""
-
-    case: Case
-    pictures: tuple[Image, ...]
-    timing: Timing
-    speedup: Ratio
-    predicted: float
-    psnr: float | None
-    ssim: float | None
-    clip: float | None
-    bytes_kept: int
-
-    @property
-    def is_full(self) -> bool:
-        return self.case.name == FULL
 
 
 @dataclass(frozen=True)
@@ -63,10 +42,15 @@ class Demo:
     size: tuple[int, int]
     circumstances: dict[str, str]
     anatomy: Anatomy
-    entries: tuple[DemoEntry, ...]
+    entries: tuple[Compared, ...]
     rounds: int = 1
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Cases without numbers, and why."""
+
+    def predict(self, entry: Compared) -> float:
+        """How many times less work it is: by what its plan did, or by its steps alone."""
+        report = entry.report
+        return report.predicted_speedup if report is not None else self.steps / entry.case.steps
 
 
 def list_cases(anatomy: Anatomy, steps: int, plans: Mapping[str, Plan]) -> list[Case]:
@@ -110,7 +94,7 @@ def run_demo(
         rounds=rounds,
         on_progress=on_progress,
     ).require_finite()
-    entries = tuple(_make_entry(each, cases[0].steps) for each in comparison)
+    entries = tuple(comparison)
     return Demo(
         subject=subject,
         prompts=tuple(calls.prompts or ()),
@@ -118,29 +102,12 @@ def run_demo(
         steps=cases[0].steps,
         guidance=find_scale(pipe, calls.settings.get("guidance_scale")) or 0.0,
         sampler=name_sampler(pipe),
-        size=entries[0].pictures[0].size,
+        size=entries[0].images[0].size,
         circumstances=stamp(pipe.device),
         anatomy=anatomy,
         entries=entries,
         rounds=entries[0].timing.rounds,
         left_out=comparison.left_out,
-    )
-
-
-def _make_entry(each: Compared, steps: int) -> DemoEntry:
-    report = each.report
-    assert each.timing is not None
-    assert each.speedup is not None
-    return DemoEntry(
-        case=each.case,
-        pictures=each.images,
-        timing=each.timing,
-        speedup=each.speedup,
-        predicted=report.predicted_speedup if report is not None else steps / each.case.steps,
-        psnr=each.mean("psnr"),
-        ssim=each.mean("ssim"),
-        clip=each.mean("clip_score", None),
-        bytes_kept=report.bytes_kept if report is not None else 0,
     )
 
 
@@ -167,11 +134,11 @@ def list_records(demo: Demo) -> list[Record]:
         rows: list[tuple[str, float | None, str, dict[str, Any]]] = [
             ("seconds", entry.timing.median, "s", spread),
             ("speedup", speedup.median, "x", ratio),
-            ("predicted_speedup", entry.predicted, "x", {}),
+            ("predicted_speedup", demo.predict(entry), "x", {}),
             ("bytes_kept", entry.bytes_kept, "B", {}),
-            ("psnr", entry.psnr, "dB", {}),
-            ("ssim", entry.ssim, "", {}),
-            ("clip_score", entry.clip, "", {}),
+            ("psnr", entry.mean("psnr"), "dB", {}),
+            ("ssim", entry.mean("ssim"), "", {}),
+            ("clip_score", entry.mean("clip_score", None), "", {}),
         ]
         records += [
             Record(**case, **fields, metric=metric, value=value, unit=unit)
@@ -183,16 +150,16 @@ def list_records(demo: Demo) -> list[Record]:
 
 def tabulate_demo(demo: Demo) -> Table:
     """The demo as people read it; without scores there is no column for them."""
-    scored = any(entry.clip is not None for entry in demo.entries)
+    scored = any(entry.find("clip_score", None) for entry in demo.entries)
     rows = [
         (
             entry.case.name,
             f"{entry.timing.median:.2f} s",
-            "1.00x" if entry.is_full else str(entry.speedup),
-            f"{entry.predicted:.2f}x",
-            _show(entry.psnr, ".1f"),
-            _show(entry.ssim, ".3f"),
-            *((_show(entry.clip, ".1f"),) if scored else ()),
+            "1.00x" if entry.case.name == FULL else str(entry.speedup),
+            f"{demo.predict(entry):.2f}x",
+            _show(entry.mean("psnr"), ".1f"),
+            _show(entry.mean("ssim"), ".3f"),
+            *((_show(entry.mean("clip_score", None), ".1f"),) if scored else ()),
             _show_bytes(entry.bytes_kept),
         )
         for entry in demo.entries

@@ -15,8 +15,9 @@ from PIL import Image, ImageDraw, ImageFont
 from leansd.bulk.jobs import BulkOrder
 from leansd.drawing import Request
 from leansd.evaluation.compare import Compared
-from leansd.evaluation.demo import FEWER, Demo, DemoEntry, list_records, tabulate_demo
+from leansd.evaluation.demo import FEWER, Demo, list_records, tabulate_demo
 from leansd.evaluation.records import Record, get_field
+from leansd.evaluation.runs import FULL
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.grid import get_states, list_states
 from leansd.plans.plan import Plan
@@ -102,8 +103,6 @@ class PicturePair:
     @property
     def seconds(self) -> tuple[float, float]:
         """Seconds of the whole call, in full and by the plan."""
-        assert self.full.timing is not None
-        assert self.planned.timing is not None
         return self.full.timing.median, self.planned.timing.median
 
     @property
@@ -168,19 +167,19 @@ def report_comparison(demo: Demo) -> ReportPage:
     """Plans beside the full run: pictures, what differs, speed against fidelity, the plans."""
     width, height = demo.size
     first, *others = demo.entries
-    rows = [(e.case.name, _remark(e), e.pictures) for e in demo.entries]
+    rows = [(e.case.name, _remark(e), e.images) for e in demo.entries]
     summaries = [f"{e.case.name}: {e.case.summary}." for e in demo.entries]
-    apart = [(e.case.name, "minus full", subtract_all(e.pictures, first.pictures)) for e in others]
+    apart = [(e.case.name, "minus full", subtract_all(e.images, first.images)) for e in others]
     points = [
         PlotPoint(
             e.case.name,
             e.speedup.median,
-            e.psnr,
+            psnr,
             (e.speedup.low, e.speedup.high),
             is_rival=e.case.name == FEWER,
         )
         for e in demo.entries
-        if e.psnr is not None
+        if (psnr := e.mean("psnr")) is not None
     ]
     plans = [
         draw_plan(
@@ -237,7 +236,7 @@ def _explain_results(demo: Demo) -> list[str]:
         "whether it is the same picture, not whether it is a good one.",
         "Kept: the most memory that inherited features took at any time.",
     ]
-    if any(entry.clip is not None for entry in demo.entries):
+    if any(entry.find("clip_score", None) for entry in demo.entries):
         notes.append("CLIP: agreement of picture and prompt, by the small CLIP beside the model.")
     return notes
 
@@ -262,14 +261,14 @@ def summarise_comparison(demo: Demo) -> str:
     return f"{told}; simply drawing in {rival.case.steps} steps is {_name_gain(rival)}."
 
 
-def _name_gain(entry: DemoEntry) -> str:
-    return f"{entry.speedup.median:.1f} times faster ({entry.psnr:.0f} dB close to it)"
+def _name_gain(entry: Compared) -> str:
+    return f"{entry.speedup.median:.1f} times faster ({entry.mean('psnr'):.0f} dB close to it)"
 
 
-def _remark(entry: DemoEntry) -> str:
-    if entry.is_full:
+def _remark(entry: Compared) -> str:
+    if entry.case.name == FULL:
         return f"{entry.timing.median:.2f} s"
-    return f"{entry.speedup.median:.2f}x, {entry.psnr:.1f} dB"
+    return f"{entry.speedup.median:.2f}x, {entry.mean('psnr'):.1f} dB"
 
 
 def draw_sheet(demo: Demo) -> Image.Image:
@@ -288,7 +287,7 @@ def draw_sheet(demo: Demo) -> Image.Image:
         y = top + row * (side + gap)
         pen.text((10, y + side / 2 - 14), entry.case.name, LIGHT["ink"], bold, anchor="lm")
         pen.multiline_text((10, y + side / 2), _remark(entry), LIGHT["soft"], plain)
-        for column, picture in enumerate(entry.pictures):
+        for column, picture in enumerate(entry.images):
             small = picture.resize((side, side), Image.Resampling.LANCZOS)
             sheet.paste(small, (left + column * (side + gap), y))
     return sheet
