@@ -124,8 +124,11 @@ def average(pictures: torch.Tensor, goals: torch.Tensor) -> dict[str, float]:
 
 def fit(
     pipe: Any, plan: Plan, starts: Sequence[RunStart], steps: int, config: MixConfig, folder: Path
-) -> tuple[Plan, float]:
-    """The plan with its mixes, fitted to full runs of so many steps, and the seconds it took."""
+) -> tuple[Plan, dict[str, float]]:
+    """The plan with its mixes, fitted to full runs of so many steps, and the seconds it took.
+
+    A fit that was stopped and goes on does not know them.
+    """
     sampler = read_sampler(pipe.scheduler, plan.steps)
     fitting = MixFit(
         pipe.unet,
@@ -152,7 +155,8 @@ def fit(
 
     started = time.perf_counter()
     mixed = fitting.run(state, watch)
-    return mixed, time.perf_counter() - started
+    spent = {"seconds": round(time.perf_counter() - started, 1)}
+    return mixed, spent if state is None else {}
 
 
 def main(
@@ -237,9 +241,9 @@ def main(
             label += f", floor {floor:g}" if floor else ""
             config = MixConfig(iterations=iterations, floor=floor, lanes=each.lanes)
             fitted = starts[: count if each.calls else min(FEW, count)]
-            mixed, seconds = fit(pipe, begun, fitted, steps, config, folder)
+            mixed, spent = fit(pipe, begun, fitted, steps, config, folder)
             replace(mixed, name=label).save(folder / f"{label}{scale}.json")
-            facts = {"iterations": iterations, "fitted": len(fitted), "seconds": round(seconds, 1)}
+            facts = {"iterations": iterations, "fitted": len(fitted), **spent}
             measure(label, mixed, mixed.steps, unet_calls=keys, **facts)
 
 
