@@ -51,7 +51,6 @@ from leansd.tuning.host import PipelineHost, measure_course
 from leansd.tuning.space import (
     FULL,
     TICKS,
-    StepCountModel,
     Variant,
     allows,
     list_regimes,
@@ -204,20 +203,24 @@ def test_response_is_what_the_scheduler_does(name: str) -> None:
     assert not torch.allclose(whole.double(), unmoved, rtol=1e-2)
 
 
-def make_calibration(name: str, outputs: torch.Tensor) -> Calibration:
-    """What would be seen of a full run with these outputs [n, ...], were the UNet not to answer."""
+def make_calibration(name: str) -> Calibration:
+    """What would be seen of a full run, were the UNet not to answer; without its outputs."""
     scheduler = make_scheduler(name)
     scheduler.set_timesteps(STEPS)
-    flat = outputs.reshape(STEPS, -1)
     return Calibration(
         steps=STEPS,
         log_snr=np.array(read_schedule(scheduler).log_snr),
-        products=(flat @ flat.T / flat.shape[1]).numpy(),
         response=measure_response(name),
         error_gain=np.ones(STEPS + 1),
         runs=(),
         finals=None,  # pyright: ignore[reportArgumentType]
     )
+
+
+def make_model(name: str, outputs: torch.Tensor) -> ErrorModel:
+    """The error model of a full run with these outputs [n, ...]."""
+    flat = outputs.reshape(STEPS, -1)
+    return ErrorModel(make_calibration(name), (flat @ flat.T / flat.shape[1]).numpy())
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -227,7 +230,7 @@ def test_the_error_of_a_stretch_is_what_the_scheduler_makes_of_forecasts(
 ) -> None:
     torch.manual_seed(1)
     outputs = torch.randn(STEPS, 1, 4, 3, 3, dtype=torch.float64)
-    model = ErrorModel.of(make_calibration(name, outputs))
+    model = make_model(name, outputs)
     log_snr = model.calibration.log_snr.tolist()
     keys, end = (0, 1, 3), 6
     known = keys[-METHODS[action.how].depth :]
@@ -267,7 +270,7 @@ def test_the_error_of_a_key_step_that_is_not_full_counts_with_its_stretch(
     torch.manual_seed(2)
     outputs = torch.randn(STEPS, 1, 4, 3, 3, dtype=torch.float64)
     wrong = 0.1 * torch.randn(STEPS, 1, 4, 3, 3, dtype=torch.float64)
-    calibration = make_calibration(name, outputs)
+    calibration = make_calibration(name)
     basis = torch.cat([outputs, wrong]).reshape(2 * STEPS, -1)
     model = ErrorModel(calibration, (basis @ basis.T / basis.shape[1]).numpy())
     keys = (Key(0), Key(2, 1), Key(3, 1))
@@ -298,7 +301,7 @@ def test_what_is_forecast_is_the_more_wrong_the_longer_ago_it_was_computed() -> 
     torch.manual_seed(3)
     outputs = torch.randn(STEPS, 1, 4, 3, 3, dtype=torch.float64)
     left_out = torch.randn(STEPS, 1, 4, 3, 3, dtype=torch.float64).cumsum(0)
-    calibration = make_calibration("ddim", outputs)
+    calibration = make_calibration("ddim")
     basis = torch.cat([outputs, left_out]).reshape(2 * STEPS, -1)
     products = (basis @ basis.T / basis.shape[1]).numpy()
     model = ErrorModel(calibration, products, forecasts=frozenset([1]))
@@ -318,7 +321,7 @@ def test_what_is_forecast_is_the_more_wrong_the_longer_ago_it_was_computed() -> 
 
 
 def test_a_stretch_without_steps_between_costs_nothing() -> None:
-    model = ErrorModel.of(make_calibration("ddim", torch.randn(STEPS, 5, dtype=torch.float64)))
+    model = make_model("ddim", torch.randn(STEPS, 5, dtype=torch.float64))
     assert model.judge((Key(0), Key(1)), 2, LINE) == (0.0, NO_CORRECTION)
 
 
@@ -339,8 +342,8 @@ def test_samplers_that_cannot_be_tuned_for_are_refused_before_anything_runs(
 
 @pytest.mark.parametrize("calls", [2, 3, 5, 7, 8])
 def test_even_steps_are_as_many_as_asked_for_and_end_before_the_last(calls: int) -> None:
-    model = ErrorModel.of(make_calibration("ddim", torch.randn(STEPS, 5, dtype=torch.float64)))
-    candidate = space_evenly(StepCountModel(model, 0.0), calls, REUSE)
+    model = make_model("ddim", torch.randn(STEPS, 5, dtype=torch.float64))
+    candidate = space_evenly(model, calls, REUSE)
     plan = candidate.build()
     assert len(plan.keys) == calls
     assert plan.keys[-1] == max(STEPS - 2, calls - 1)
@@ -780,7 +783,7 @@ def test_nothing_warns_where_an_output_repeats() -> None:
     flat = torch.ones(STEPS, 5, dtype=torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        judged = ErrorModel.of(make_calibration("ddim", flat)).judge((Key(0), Key(1)), 4, LINE)
+        judged = make_model("ddim", flat).judge((Key(0), Key(1)), 4, LINE)
     assert judged.error == pytest.approx(0.0, abs=1e-12)
 
 

@@ -48,8 +48,6 @@ class Calibration:
     """Step count of the sampler; image-to-image makes fewer calls than that."""
     log_snr: np.ndarray
     """At every call, [n]."""
-    products: np.ndarray
-    """Mean products of the guided outputs of every two calls, [n, n]."""
     response: np.ndarray
     """[n + 1, n]: how much of the output of call j is in the sample before call k."""
     error_gain: np.ndarray
@@ -118,12 +116,9 @@ def calibrate(
     else:
         inside = np.interp(course.log_snr, like.log_snr, like.error_gain[:-1])
         error_gain = np.append(inside, 1.0)
-    outputs = stack_outputs(runs)
-    products = outputs @ outputs.T / outputs.shape[1]
     return Calibration(
         steps=course.steps,
         log_snr=course.log_snr,
-        products=products,
         response=course.response,
         error_gain=error_gain,
         runs=tuple(runs),
@@ -237,6 +232,8 @@ class ErrorModel:
     """Mean products of every two of the basis."""
     forecasts: frozenset[int] = frozenset()
     """The variants that forecast something."""
+    step_count_error: float = 0.0
+    """Squared error of the full run of its step count against that of all steps."""
     _known: dict[Any, SegmentError] = field(default_factory=dict[Any, SegmentError], repr=False)
     _made: dict[Any, np.ndarray] = field(default_factory=dict[Any, np.ndarray], repr=False)
 
@@ -246,6 +243,7 @@ class ErrorModel:
         calibration: Calibration,
         deviations: Sequence[np.ndarray] = (),
         forecasts: Iterable[int] = (),
+        step_count_error: float = 0.0,
     ) -> ErrorModel:
         """The model of a full run.
 
@@ -258,10 +256,9 @@ class ErrorModel:
         if calibration.denoising is not None:
             assert not deviations
             deviations = [calibration.show_pictures(calibration.denoising)]
-        if not deviations:
-            return cls(calibration, calibration.products)
         basis = np.concatenate([calibration.outputs, *deviations])
-        return cls(calibration, basis @ basis.T / basis.shape[1], frozenset(forecasts))
+        products = basis @ basis.T / basis.shape[1]
+        return cls(calibration, products, frozenset(forecasts), step_count_error)
 
     def judge(self, keys: Sequence[Key], end: int, action: Action) -> SegmentError:
         """The segment from the last of `keys` to `end`, the next key step or the end of the run.
@@ -377,8 +374,6 @@ def _list_two(steps: Sequence[int]) -> list[int]:
 
 
 # -- dynamic programming over key steps ------------------------------------------------------------
-# Dynamic programming over key steps: the least error for every budget, in the error model.
-#
 # The errors of segments add up and each depends on the last three key steps before it, and on what
 # those run, so a state is those three. Costs are counted in whole ticks, and for every state and
 # number of ticks the least error is kept.
@@ -444,15 +439,11 @@ class _Table:
         self._count, self._costs, self._key_costs, self._most = count, costs, key_costs, most
         self._actions = list(costs)
         self._reached: dict[Keys, _Reached] = {}
-        self._states: list[Keys] = []
-        self._numbers: dict[Keys, int] = {}
         self._done = _Reached(most)
 
     def _find(self, state: Keys) -> _Reached:
         if state not in self._reached:
-            self._reached[state] = _Reached(self._most)
-            self._numbers[state] = len(self._states)
-            self._states.append(state)
+            self._reached[state] = _Reached(self._most, len(self._reached))
         return self._reached[state]
 
     def fill(self, judge: Judge, longest: int) -> None:
@@ -461,7 +452,7 @@ class _Table:
             if cost <= self._most:
                 self._find((Key(0, variant),)).errors[cost] = 0.0
         for step in range(self._count):
-            for state in [state for state in self._states if state[-1].step == step]:
+            for state in [state for state in self._reached if state[-1].step == step]:
                 for end in range(step + 1, min(step + longest + 1, self._count) + 1):
                     # Between neighbours nothing lies, so one action stands for all.
                     actions = self._actions if end > step + 1 else self._actions[:1]
@@ -473,14 +464,15 @@ class _Table:
     def _extend(self, state: Keys, end: int, place: int, error: float) -> None:
         """Add a segment with one of the actions, by its place, to a state."""
         between = (end - state[-1].step - 1) * self._costs[self._actions[place]]
+        reached = self._reached[state]
         for variant, cost in enumerate(self._key_costs if end < self._count else (0,)):
             spent = between + cost
             if spent > self._most:
                 continue
             after = (*state, Key(end, variant))[-MEMORY:]
             target = self._done if end == self._count else self._find(after)
-            total = self._reached[state].errors[: self._most + 1 - spent] + error
-            target.improve(total, spent, self._numbers[state], place)
+            total = reached.errors[: self._most + 1 - spent] + error
+            target.improve(total, spent, reached.number, place)
 
     def trace_back(self, budget: int) -> Proposal | None:
         """The best within a budget, from its end to its beginning; None where there is none."""
@@ -488,11 +480,12 @@ class _Table:
         if budget < 0 or not np.isfinite(self._done.errors[ticks]):
             return None
         error, spent = float(self._done.errors[ticks]), ticks
+        states = list(self._reached)
         segments: list[Segment] = []
         at, end, after = self._done, self._count, None
         while at.states[ticks] >= 0:
-            state = self._states[int(at.states[ticks])]
-            action = self._actions[int(at.actions[ticks])]
+            state = states[at.states[ticks]]
+            action = self._actions[at.actions[ticks]]
             segments.append(Segment(state[-1], end, action))
             step, cost = state[-1].step, 0 if after is None else self._key_costs[after.variant]
             ticks -= (end - step - 1) * self._costs[action] + cost
@@ -503,7 +496,8 @@ class _Table:
 class _Reached:
     """For every number of ticks: the least error of getting somewhere, and where from and how."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, number: int = -1) -> None:
+        self.number = number
         self.errors = np.full(most + 1, np.inf)
         self.states = np.full(most + 1, -1)
         self.actions = np.zeros(most + 1, dtype=int)

@@ -201,13 +201,11 @@ class Candidate:
     proposal: Proposal
     model: ErrorModel
     regime: Regime
-    step_count_error: float
-    """Squared error of the full run of its step count against that of all steps."""
 
     @property
     def error(self) -> float:
         """What the model expects of it."""
-        return self.proposal.error + self.step_count_error
+        return self.proposal.error + self.model.step_count_error
 
     def build(self) -> Plan:
         calibration = self.model.calibration
@@ -291,29 +289,18 @@ LONGEST = 0.2
 """The most steps between two key steps, as a share of all."""
 
 
-@dataclass(frozen=True)
-class StepCountModel:
-    """The error model of one step count."""
-
-    errors: ErrorModel
-    step_count_error: float
-    """The error of its full run against that of all steps."""
-
-
-def space_evenly(model: StepCountModel, calls: int, action: Action) -> Candidate:
+def space_evenly(model: ErrorModel, calls: int, action: Action) -> Candidate:
     """A plan of so many UNet calls at even distances, the last two steps before the end."""
-    count = model.errors.calibration.count
+    count = model.calibration.count
     last = max(count - 2, calls - 1)
     steps = [round(place * last / max(calls - 1, 1)) for place in range(calls)]
     keys = [Key(step) for step in steps]
-    empty = Candidate(
-        Proposal((), 0.0, calls * TICKS), model.errors, Regime({action: 0}), model.step_count_error
-    )
+    empty = Candidate(Proposal((), 0.0, calls * TICKS), model, Regime({action: 0}))
     return empty.move(_join(keys, [action] * calls, count))
 
 
 def propose(
-    models: Sequence[StepCountModel],
+    models: Sequence[ErrorModel],
     regimes: Sequence[Regime],
     cost: CostModel,
     whole: float,
@@ -337,7 +324,7 @@ def propose(
     for place, regime in enumerate(regimes):
         best: list[list[Candidate]] = [[] for _ in speeds]
         for model in models:
-            calibration = model.errors.calibration
+            calibration = model.calibration
             tell(f"looking for plans of {calibration.steps} steps")
             budgets = [_count_ticks(whole / speed, calibration.count, cost) for speed in speeds]
             for candidates, candidate in zip(best, search(model, regime, budgets), strict=True):
@@ -345,31 +332,30 @@ def propose(
         for few, candidates in zip(found, best, strict=True):
             candidates.sort(key=lambda each: each.error)
             few += candidates[:FEWER] if place else candidates
+    full = models[0].calibration
     for few, speed in zip(found, speeds, strict=True):
-        count = models[0].errors.calibration.count
+        count = full.count
         calls = min(_count_ticks(whole / speed, count, cost) // TICKS, count)
         if calls > 1:
-            way = DENOISED if models[0].errors.calibration.adds_noise else REUSE
+            way = DENOISED if full.adds_noise else REUSE
             few.append(space_evenly(models[0], calls, way))
     return found
 
 
-def search(model: StepCountModel, regime: Regime, budgets: Sequence[int]) -> list[Candidate | None]:
+def search(model: ErrorModel, regime: Regime, budgets: Sequence[int]) -> list[Candidate | None]:
     """The best plan of one step count within each budget, in ticks."""
-    calibration = model.errors.calibration
+    calibration = model.calibration
 
     def judge(keys: Keys, end: int, action: Action) -> float:
         if not allows(regime.variants, keys):
             return float("inf")
-        return model.errors.judge(keys, end, action).error
+        return model.judge(keys, end, action).error
 
     longest = max(4, round(LONGEST * calibration.steps))
     proposals = find_best(
         calibration.count, judge, regime.actions, regime.key_costs, budgets, longest=longest
     )
-    return [
-        each and Candidate(each, model.errors, regime, model.step_count_error) for each in proposals
-    ]
+    return [each and Candidate(each, model, regime) for each in proposals]
 
 
 def _count_ticks(seconds: float, count: int, cost: CostModel) -> int:

@@ -39,7 +39,6 @@ from leansd.tuning.space import (
     NOISY_REGIMES,
     Candidate,
     Regime,
-    StepCountModel,
     Variant,
     list_regimes,
     list_variants,
@@ -248,9 +247,9 @@ def tune_host(tuning: Tuning) -> Front:
     host, config = tuning.host, tuning.config
     tuner = _Tuner.prepare(tuning)
     points: list[Point] = []
-    every = sorted({*config.speeds, *tuner.list_goals(config.speedup, config.ms)})
+    every = sorted({*config.speeds, *tuner.list_goals()})
     for place, candidates in enumerate(tuner.propose(every)):
-        points += tuner.seek(every[place], candidates, config.tries)
+        points += tuner.seek(every[place], candidates)
         tuning.progress.end_speed(place)
     return Front.of(host.tuned.unet, host.tuned.sampler, config.steps, points)
 
@@ -359,30 +358,26 @@ class _Tuner(Tuning):
 
         return propose(self._build_models(), regimes, self.cost, whole, speeds, tell)
 
-    def _build_models(self) -> list[StepCountModel]:
+    def _build_models(self) -> list[ErrorModel]:
         """Measure what key steps may run instead of the whole UNet, at every step count."""
         goal = self.calibrations[0].finals.latents.double()
         forecasts = [place for place, each in enumerate(self.variants) if each.forecasts]
-        models: list[StepCountModel] = []
+        models: list[ErrorModel] = []
         for calibration in self.calibrations:
-            step_count_error = calibration.finals.latents.double() - goal
+            error = float((calibration.finals.latents.double() - goal).square().mean())
             wrong = [measure_deviation(each, self.fit, calibration) for each in self.variants[1:]]
             if wrong:
                 ways = f"{len(wrong)} cheaper ways" if len(wrong) > 1 else self.variants[1].name
                 self.progress.add(f"ran {calibration.steps} steps by {ways}", 0)
-            errors = ErrorModel.of(calibration, wrong, forecasts)
-            models.append(StepCountModel(errors, float(step_count_error.square().mean())))
+            models.append(ErrorModel.of(calibration, wrong, forecasts, error))
         return models
 
-    def list_goals(self, speedup: float | None, ms: float | None) -> list[float]:
+    def list_goals(self) -> list[float]:
         """What is wanted as speeds, where any run is so fast."""
-        count = self.calibrations[0].count
+        count, ms = self.calibrations[0].count, self.config.ms
         whole, least = self.cost.predict_full_run(count), self.cost.predict_full_run(1)
-        wanted = [
-            speed
-            for speed in (speedup, None if ms is None else whole * 1000 / ms)
-            if speed is not None
-        ]
+        speeds = self.config.speedup, None if ms is None else whole * 1000 / ms
+        wanted = [speed for speed in speeds if speed is not None]
         for speed in wanted:
             if speed > whole / least:
                 raise LeansdError(
@@ -394,7 +389,7 @@ class _Tuner(Tuning):
 
     # -- one speed ---------------------------------------------------------------------------
 
-    def seek(self, speed: float, candidates: Sequence[Candidate], tries: int) -> list[Point]:
+    def seek(self, speed: float, candidates: Sequence[Candidate]) -> list[Point]:
         """The best plan found for a speed, and the plain run of as many steps as it allows."""
         tried = [(self._try(each), each) for each in candidates]
         points = [
@@ -403,7 +398,7 @@ class _Tuner(Tuning):
         ]
         finals: list[tuple[float, Point]] = []
         for place, (trial, candidate) in enumerate(_pick_finalists(tried)):
-            trial = trial if place else self._improve(trial, candidate, tries=tries)
+            trial = trial if place else self._improve(trial, candidate)
             trial = self._polish(trial)
             plan = replace(
                 trial.plan, name=f"tuned {speed:.3g}x", tuned=self._describe(trial.plan.steps)
@@ -423,10 +418,13 @@ class _Tuner(Tuning):
 
     def _describe(self, steps: int) -> Tuned:
         """What a plan of so many steps is tuned for; runs that start late leave some levels out."""
-        found = next(each for each in self.calibrations if each.steps == steps)
+        found = self._find_calibration(steps)
         whole = found.count == steps
         levels = tuple(round(float(each), 4) for each in found.log_snr) if whole else ()
         return replace(self.host.tuned, log_snr=levels)
+
+    def _find_calibration(self, steps: int) -> Calibration:
+        return next(each for each in self.calibrations if each.steps == steps)
 
     def _list_plain(self, speed: float) -> list[int]:
         """The most steps of a plain run that is so fast."""
@@ -452,9 +450,9 @@ class _Tuner(Tuning):
         self.progress.add(f"{plan.steps} steps, {len(plan.keys)} in full: {trial.psnr:.2f} dB")
         return trial
 
-    def _improve(self, trial: Trial, candidate: Candidate, *, tries: int) -> Trial:
+    def _improve(self, trial: Trial, candidate: Candidate) -> Trial:
         """Try neighbours, the most promising in the model first, and go on from any better one."""
-        left, tried = tries, {candidate.proposal.segments}
+        left, tried = self.config.tries, {candidate.proposal.segments}
         while left > 0:
             ranked = sorted(
                 (
@@ -480,9 +478,7 @@ class _Tuner(Tuning):
     def _polish(self, trial: Trial) -> Trial:
         known = self.journal.find(trial.plan, "polished")
         if known is None:
-            steps = trial.plan.steps
-            fitting = next(each for each in self.calibrations if each.steps == steps)
-            known = polish(trial, self.fit, fitting)
+            known = polish(trial, self.fit, self._find_calibration(trial.plan.steps))
             self.journal.note(trial.plan, known, "polished")
         self.progress.add(f"corrections fitted together: {known.psnr:.2f} dB", POLISHING)
         return known
