@@ -21,6 +21,7 @@ from leansd.exporting import graphs
 from leansd.exporting import onnx as checking
 from leansd.exporting.graphs import TABLE, WEIGHTS, list_graphs
 from leansd.plans import Plan
+from leansd.plans.methods import METHODS, Method
 from leansd.surgery.fold import fold
 from loops import sample
 from pages import read_page
@@ -83,6 +84,24 @@ def test_a_run_with_a_plan_is_that_of_torch(unet: UNet2DConditionModel, folder: 
     for count in ("calls", "full_calls", "computed", "inherited", "idle", "bytes_kept"):
         assert getattr(ours, count) == getattr(theirs, count)
     assert torch.equal(draw(pipe), found)
+
+
+def test_a_new_way_to_inherit_a_change_is_one_entry(
+    unet: UNet2DConditionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy = Method(
+        "half of what it last added",
+        1, lambda now, then, calls: (0.5,), "h", "half", "#000", "#fff", of="change", is_exact=False,
+    )  # fmt: skip
+    monkeypatch.setitem(METHODS, "toy", toy)
+    plan = Plan.full(STEPS).inherit("mid", at=range(1, STEPS, 2), how="toy")
+    pipe = tiny_pipeline(unet=unet)
+    full = draw(pipe)
+    with leansd.inherit(pipe, plan):
+        wanted = draw(pipe)
+    leansd.export(unet, tmp_path / "onnx", to="onnx", plan=plan)
+    pipe.unet = leansd.load_onnx(tmp_path / "onnx", pipe)
+    assert differ(draw(pipe), wanted) < TOLERANCE < differ(full, wanted) / 10
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from leansd.evaluation.records import Record, load_records, stamp
 from leansd.loading import as_image_to_image, load_vae, set_vae
 from leansd.plans.compile import compile_plan
 from leansd.plans.liveness import Program
+from leansd.plans.methods import METHODS
 from leansd.plans.plan import Plan
 from pages import read_page
 from tiny import shallow_unet, tiny_pipeline, tiny_unet, tiny_vae
@@ -120,13 +121,17 @@ def test_lanes_copy_half_the_bytes_each():
     assert cost.count_bytes(half) == MEBIBYTE
 
 
-def test_forecasts_read_two_outputs_and_residuals_read_their_input():
+@pytest.mark.parametrize("how", ["residual", "toy"])
+def test_forecasts_read_two_outputs_and_residuals_read_their_input(how, monkeypatch):
+    monkeypatch.setitem(METHODS, "toy", METHODS["residual"])
     cost = make_cost()
     *_, forecast = compile_(Plan.full(3).inherit("up3.l1", at=2, how="forecast")).calls
     assert cost.count_bytes(forecast) == 3 * MEBIBYTE
-    first, residual = compile_(Plan.full(2).inherit("dn0.l1.attn", at=1, how="residual")).calls
+    first, residual = compile_(Plan.full(2).inherit("dn0.l1.attn", at=1, how=how)).calls
     assert cost.count_bytes(first) == 3 * MEBIBYTE
     assert "dn0" in list_entered(residual)
+    whole = compile_(Plan.full(2).inherit("mid", at=1, how=how)).calls[1]
+    assert "mid" in list_entered(whole), "all of it inherits, each unit with its own input"
 
 
 def test_a_part_that_inherits_is_taken_off_its_unit():

@@ -18,6 +18,7 @@ from leansd.evaluation.records import Record, get_field
 from leansd.plans.address import get_block
 from leansd.plans.anatomy import HEAD, STEM
 from leansd.plans.liveness import Call, Kept, Program
+from leansd.plans.methods import METHODS
 from leansd.plans.row import OWN, Attend
 
 GuidedRows = Literal["whole", "half", "none"]
@@ -299,8 +300,8 @@ def get_batch(call: Call) -> GuidedRows:
 def list_entered(call: Call) -> set[str]:
     """The blocks in which a call computes anything, or needs the input of what inherits."""
     pattern = call.pattern
-    residual = (at for at, how in pattern.inherited.items() if how == "residual")
-    return {get_block(at) for at in (*pattern.computed, *residual)} - {STEM, HEAD}
+    fed = (at for at, how in pattern.inherited.items() if METHODS[how].takes_input)
+    return {get_block(at) for at in (*pattern.computed, *fed)} - {STEM, HEAD}
 
 
 class Observed(NamedTuple):

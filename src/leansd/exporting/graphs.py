@@ -28,7 +28,7 @@ from leansd.files import check_folder
 from leansd.plans.anatomy import HEAD, Anatomy
 from leansd.plans.compile import Structure
 from leansd.plans.liveness import Call, Kept, Pattern, find_pattern
-from leansd.plans.methods import What
+from leansd.plans.methods import METHODS, What
 from leansd.plans.plan import Plan
 from leansd.plans.row import How
 from leansd.runtime.compiled import write_run
@@ -188,7 +188,7 @@ def list_graphs(anatomy: Anatomy, plan: Plan | None = None) -> tuple[Graph, ...]
 def list_given(pattern: Pattern) -> tuple[Feature, ...]:
     """What a call with this pattern has to be given."""
     made = {**pattern.inherited, **pattern.parts}
-    return _order((at, "change" if how == "residual" else "output") for at, how in made.items())
+    return _order((at, METHODS[how].of) for at, how in made.items())
 
 
 def name_feature(feature: Feature) -> str:
