@@ -91,7 +91,8 @@ def test_a_new_way_to_inherit_a_change_is_one_entry(
 ) -> None:
     toy = Method(
         "half of what it last added",
-        1, lambda now, then, calls: (0.5,), "h", "half", "#000", "#fff", of="change", is_exact=False,
+        1, lambda now, then, calls: (0.5,), "h", "half", "#000", "#fff",
+        of="change", is_exact=False,
     )  # fmt: skip
     monkeypatch.setitem(METHODS, "toy", toy)
     plan = Plan.full(STEPS).inherit("mid", at=range(1, STEPS, 2), how="toy")
