@@ -30,6 +30,7 @@ from leansd.plans.compile import compile_plan
 from leansd.plans.liveness import Program
 from leansd.plans.methods import METHODS
 from leansd.plans.plan import Plan
+from leansd.plans.resolve import PlanContext, resolve_plan
 from pages import read_page
 from tiny import shallow_unet, tiny_pipeline, tiny_unet, tiny_vae
 
@@ -208,6 +209,14 @@ def test_the_probing_run_times_every_unit_block_and_batch_by_itself(any_unet, gu
     assert batches == {"whole", "none"} | ({"half"} if guided else set())
     probing = {each.fingerprint for each in hold_out(anatomy, 8, guided=guided).values()}
     assert plan.fingerprint not in probing
+
+
+@pytest.mark.parametrize("sampler", ["", "ddim", "deis"])
+def test_held_out_presets_are_what_their_names_mean(sampler):
+    held_out = hold_out(ANATOMY, 6, guided=False, sampler=sampler)
+    for name in ("balanced", "turbo"):
+        meant = resolve_plan(name, PlanContext(6, sampler, anatomy=ANATOMY), force=True).plan
+        assert held_out[name].fingerprint == meant.fingerprint
 
 
 # -- records -------------------------------------------------------------------------------------

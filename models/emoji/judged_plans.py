@@ -15,7 +15,8 @@ from leansd.evaluation.compare import Case
 from leansd.evaluation.prompt_sets import GUIDANCE
 from leansd.evaluation.records import Record, stamp
 from leansd.evaluation.runs import FULL, CallSet, run_calls
-from leansd.plans.presets import SPEED_PRESETS, preset
+from leansd.plans.presets import SPEED_PRESETS
+from leansd.plans.resolve import PlanContext, resolve_plan
 from leansd.runtime.samplers import set_sampler
 from models.emoji.data import Pair, write_captions
 from models.emoji.judge import Judge, rank_names
@@ -26,7 +27,7 @@ def list_cases(steps: int, sampler: str) -> Iterator[Case]:
     """The full run, and each preset beside as many plain steps."""
     yield Case(FULL, steps)
     for name in SPEED_PRESETS:
-        plan = preset(name, steps, sampler=sampler)
+        plan = resolve_plan(name, PlanContext(steps, sampler), force=True).plan
         yield Case(name, steps, plan)
         yield Case(f"{len(plan.keys)} steps", len(plan.keys))
 

@@ -53,10 +53,9 @@ class Prediction:
 
 def hold_out(anatomy: Anatomy, steps: int, *, guided: bool, sampler: str = "") -> dict[str, Plan]:
     """The full run and plans of every kind, none of which the probing run follows."""
-    blocks = anatomy.up_blocks
+    blocks, context = anatomy.up_blocks, PlanContext(steps, sampler, anatomy=anatomy)
     plans = {
-        name: preset(name, steps, blocks=blocks, sampler=sampler)
-        for name in (FULL, "balanced", "turbo")
+        name: resolve_plan(name, context, force=True).plan for name in (FULL, "balanced", "turbo")
     }
     plans["deepcache"] = preset("deepcache", steps, blocks=blocks, interval=2)
     plans["encoder"] = preset("encoder", steps, blocks=blocks, keys=range(0, steps, 2))

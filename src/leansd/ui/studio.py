@@ -27,7 +27,7 @@ from leansd.loading import load
 from leansd.plans.anatomy import WHOLE, Anatomy
 from leansd.plans.compile import compile_plan, predict_speedup
 from leansd.plans.plan import Plan
-from leansd.plans.presets import PRESETS, SPEED_PRESETS, preset
+from leansd.plans.presets import PRESETS, SPEED_PRESETS
 from leansd.plans.resolve import STEPS, PlanContext, Resolved, resolve_plan
 from leansd.runtime.context import describe_runs, find_denoiser, find_transformer
 from leansd.runtime.samplers import list_samplers, name_sampler, set_sampler
@@ -381,9 +381,7 @@ def list_faults(comparison: Comparison) -> list[str]:
 def _suits(name: str, model: KnownModel) -> bool:
     """Whether a preset runs on a model with no other nets and no further choices."""
     try:
-        if model.anatomy is not WHOLE:
-            return not preset(name, STEPS).nets
-        plan = resolve_plan(name, PlanContext(STEPS, model.sampler, anatomy=WHOLE)).plan
-        return name == "full" or any(row.inherit for row in plan.rows)
+        plan = resolve_plan(name, PlanContext(STEPS, model.sampler, anatomy=model.anatomy)).plan
+        return name == "full" or model.anatomy is not WHOLE or any(r.inherit for r in plan.rows)
     except LeansdError:
         return False
