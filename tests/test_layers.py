@@ -182,3 +182,15 @@ def test_options_that_travel_together_are_one_object() -> None:
                 if len([each for each in taken if each.arg not in ("self", "cls")]) > 8:
                     found.add(node.name)
     assert found == MANY
+
+
+def test_random_numbers_and_whole_files_come_from_one_place() -> None:
+    """But for the checkpoints of several processes, which all of them write."""
+    made: dict[str, set[str]] = {"torch.Generator": set(), "os.replace": set()}
+    root = ROOT.parents[1]
+    for path in [*FILES, *(root / "models").rglob("*.py"), *(root / "integrations").rglob("*.py")]:
+        for node in ast.walk(read_tree(path)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in made:
+                made[ast.unparse(node.func)].add(path.name)
+    assert made["torch.Generator"] == {"devices.py"}
+    assert made["os.replace"] == {"files.py", "training_state.py"}

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Annotated, Any
 
-import torch
 import typer
 import uvicorn
 from fastapi import FastAPI, HTTPException, Response
@@ -29,6 +28,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from pydantic import BaseModel, Field
 
 import leansd
+from leansd.core.devices import seed_generator
 from leansd.errors import LeansdError
 from leansd.evaluation.prompt_sets import choose_guidance
 
@@ -107,7 +107,7 @@ class PipelinePool:
                 negative_prompt=request.negative_prompt or None,
                 num_inference_steps=request.steps,
                 # Of the CPU, so that a seed means one picture on every device.
-                generator=torch.Generator().manual_seed(request.seed),
+                generator=seed_generator(request.seed),
                 **options,
             )
             seconds = time.perf_counter() - start

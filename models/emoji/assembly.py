@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -18,6 +16,7 @@ from diffusers import (
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from leansd.errors import LeansdError
+from leansd.files import writing
 from models.emoji.denoiser import NOISE
 from models.emoji.stages import save_json
 from models.emoji.text import save_tokenizer
@@ -58,28 +57,18 @@ def save_model(pipe: StableDiffusionPipeline, folder: Path, clip: CLIPModel | No
 
     The modules stay as they were: only their files are in half precision.
     """
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    for name in ("vae", "unet", "text_encoder"):
-        _save_half(getattr(pipe, name), part / name)
-    if clip is not None:
-        _save_half(clip, part / "clip")
-    pipe.scheduler.save_pretrained(part / "scheduler")
-    save_tokenizer(pipe.tokenizer, part / "tokenizer")
-    pipe.save_config(part)
-    size = sum(path.stat().st_size for path in part.rglob("*.safetensors")) / 1e6
-    if size > LIMIT_MB:
-        shutil.rmtree(part)
-        raise LeansdError(f"the model takes {size:.1f} MB: the limit is {LIMIT_MB}")
-    if folder.exists():
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-        os.replace(part, folder)
-        shutil.rmtree(old)
-    else:
-        os.replace(part, folder)
+    with writing(folder) as part:
+        part.mkdir()
+        for name in ("vae", "unet", "text_encoder"):
+            _save_half(getattr(pipe, name), part / name)
+        if clip is not None:
+            _save_half(clip, part / "clip")
+        pipe.scheduler.save_pretrained(part / "scheduler")
+        save_tokenizer(pipe.tokenizer, part / "tokenizer")
+        pipe.save_config(part)
+        size = sum(path.stat().st_size for path in part.rglob("*.safetensors")) / 1e6
+        if size > LIMIT_MB:
+            raise LeansdError(f"the model takes {size:.1f} MB: the limit is {LIMIT_MB}")
     return size
 
 

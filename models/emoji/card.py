@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from leansd.emoji.prompts import GRID_PROMPTS
 from leansd.errors import LeansdError
+from leansd.files import write_file
 from models.emoji.data import KEYWORDS, STYLES
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -43,11 +43,7 @@ def write_card(model: Path) -> Path:
         prompts=GRID_PROMPTS,
         sizes=measure_files(model),
     )
-    path = model / "README.md"
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-    return path
+    return write_file(model / "README.md", text)
 
 
 def measure_files(model: Path) -> dict[str, float]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from leansd.errors import LeansdError
+from leansd.core.devices import seed_generator
+from leansd.files import write_file
 
 
 def draw_captions(
@@ -31,7 +32,7 @@ def draw_captions(
     rows = []
     for start in range(0, len(captions), batch):
         part = list(captions[start : start + batch])
-        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
+        generators = [seed_generator(seed + start + i) for i in range(len(part))]
         drawn = pipe(
             part,
             num_inference_steps=steps,
@@ -60,10 +61,6 @@ def paste_grid(pictures: torch.Tensor, columns: int, gap: int = 2) -> Image.Imag
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a PNG, whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(part, format="PNG", optimize=True)
-        os.replace(part, path)
-    except OSError as error:
-        raise LeansdError(f"cannot write {path}: {error.strerror or error}") from error
+    buffer = BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    write_file(path, buffer.getvalue())

@@ -13,6 +13,7 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from transformers import CLIPModel, CLIPTokenizer
 
+from leansd.core.devices import seed_generator
 from leansd.emoji.prompts import GRID_PROMPTS
 from leansd.evaluation.quality import frechet_distance, measure_gaussian
 from models.emoji.autoencoder import measure_psnr
@@ -53,7 +54,7 @@ def measure_losses(
     span = noise_of.config.num_train_timesteps // SLICES
     means = []
     for place in range(SLICES):
-        generator = torch.Generator().manual_seed(seed + place)
+        generator = seed_generator(seed + place)
         errors = []
         for _ in range(draws):
             for own, text in zip(latents.split(batch), texts.split(batch), strict=True):
@@ -166,7 +167,7 @@ def retrieve_captions(
     """Return how often the model's own CLIP finds a uint8 picture's caption among a hundred."""
     net, tokenizer = clip
     # Shuffled, or a group of choices would be neighbours by name: look-alikes.
-    order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(1))
+    order = torch.randperm(len(captions), generator=seed_generator(1))
     images = embed_images(net, pixels)[order]
     texts = embed_texts(net, tokenizer, captions)[order]
     hits = 0

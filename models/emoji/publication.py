@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
 from leansd.errors import LeansdError
+from leansd.files import writing
 from leansd.loading import load_unet
 from leansd.surgery.checkpoints import save_delta
 from models.emoji.card import TEMPLATES
@@ -24,16 +24,11 @@ def publish_model(model: Path, package: Path) -> None:
     """
     if not (model / "README.md").is_file():
         raise LeansdError(f"no card in {model}: run `python -m models.emoji evaluate` first")
-    part = package.with_name(package.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(model, part)
-    for name in BESIDE:
-        if (package / name).is_dir():
-            shutil.copytree(package / name, part / name)
-    old = package.with_name(package.name + ".old")
-    os.replace(package, old)
-    os.replace(part, package)
-    shutil.rmtree(old)
+    with writing(package) as part:
+        shutil.copytree(model, part)
+        for name in BESIDE:
+            if (package / name).is_dir():
+                shutil.copytree(package / name, part / name)
 
 
 def publish_nets(runs: Path, package: Path) -> list[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +13,9 @@ from typing import Any, Protocol
 
 import torch
 
-from leansd.errors import LeansdError
+from leansd.core.devices import seed_generator
+from leansd.errors import LeansdError, OutputError
+from leansd.files import write_file, writing
 
 Report = Callable[[str, dict[str, float]], None]
 
@@ -39,7 +41,7 @@ class Stopped(Exception):
 
 def draw_generator(seed: int, step: int) -> torch.Generator:
     """Return the random numbers of one step."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return seed_generator(seed * 1_000_003 + step)
 
 
 def warm_then_decay(step: int, steps: int, *, warm: int = 200, decay_from: float = 0.6) -> float:
@@ -57,14 +59,11 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def save_state(state: dict[str, Any], path: Path) -> None:
     """Write a checkpoint so that a kill leaves either the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     try:
-        torch.save(state, part)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
+        with writing(path) as part:
+            torch.save(state, part)
+    except (OutputError, RuntimeError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
         raise LeansdError(f"cannot write {path} (the old one is whole): {reason}") from error
 
 
@@ -79,10 +78,7 @@ def load_state(path: Path, device: str = "cpu") -> dict[str, Any]:
 
 def save_json(content: object, path: Path) -> None:
     """Write JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_file(path, json.dumps(content, indent=2) + "\n")
 
 
 def train_stage(
@@ -141,7 +137,8 @@ def train_stage(
                 saved = time.monotonic()
             if keep_every and step % keep_every == 0:
                 save()
-                os.replace(_copy(path), folder / f"state-{step}.pt")
+                with writing(folder / f"state-{step}.pt") as part:
+                    shutil.copyfile(path, part)
             if caught:
                 raise Stopped
             if stopping:
@@ -165,12 +162,6 @@ def _catch_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _copy(path: Path) -> Path:
-    import shutil
-
-    return Path(shutil.copyfile(path, path.with_name(path.name + ".copy.part")))
-
-
 def _cut_log(path: Path, step: int) -> None:
     # After a kill the log may be ahead of the checkpoint: those steps are trained again.
     if not path.exists():
@@ -178,9 +169,7 @@ def _cut_log(path: Path, step: int) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     kept = [line for line in lines if _read_step(line) <= step]
     if len(kept) < len(lines):
-        part = path.with_name(path.name + ".part")
-        part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(part, path)
+        write_file(path, "".join(line + "\n" for line in kept))
 
 
 def _read_step(line: str) -> float:

@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+from leansd.core.devices import seed_generator
 from leansd.errors import LeansdError
 from leansd.plans.plan import Plan
 from leansd.runtime import Attachment, Report, inherit
@@ -161,11 +162,6 @@ def follow_steps(pipe: Any, follow: Callable[[int, int, Any], None]) -> dict[str
     if found is None and any(each.kind is each.VAR_KEYWORD for each in known.values()):
         found = "callback_on_step_end"  # all is handed on to a pipeline's own call
     return {} if found is None else {found: ways[found]}
-
-
-def seed_generator(seed: int) -> torch.Generator:
-    """The source of a picture's noise: on the CPU, so that a seed is the same on every device."""
-    return torch.Generator("cpu").manual_seed(seed)
 
 
 def paint_together(

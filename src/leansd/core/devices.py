@@ -1,4 +1,5 @@
-"""What devices do in their own ways: tensors taken in, double precision, timing without waits."""
+"""What devices do in their own ways: tensors taken in, double precision, random numbers, timing
+without waits."""
 
 from __future__ import annotations
 
@@ -28,6 +29,11 @@ def make_exact(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in the most precise type that its device has."""
     single = tensor.device.type in WITHOUT_DOUBLES
     return tensor.to(torch.float32 if single else torch.float64)
+
+
+def seed_generator(seed: int) -> torch.Generator:
+    """A source of random numbers: on the CPU, so that a seed is the same on every device."""
+    return torch.Generator("cpu").manual_seed(seed)
 
 
 Stopwatch = Callable[[], float]

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from leansd.core.devices import seed_generator
 from leansd.errors import LeansdError
 
 Prediction = Literal["noise", "flow"]
@@ -185,8 +186,7 @@ def _record_calls(sample: Sample, sigmas: Sequence[float], gain: float) -> tuple
         return gain * torch.cos(latents)
 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(1, 1, 2, 2, generator=generator) * sigmas[0]
+        noise = torch.randn(1, 1, 2, 2, generator=seed_generator(0)) * sigmas[0]
         sample(denoise, noise, torch.tensor(list(sigmas), dtype=torch.float32))
     return tuple(calls)
 

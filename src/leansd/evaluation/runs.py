@@ -15,7 +15,8 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from leansd.drawing import fit_arguments, follow_steps, seed_generator
+from leansd.core.devices import seed_generator
+from leansd.drawing import fit_arguments, follow_steps
 from leansd.errors import LeansdError
 from leansd.evaluation.timing import check_count, wait_for
 from leansd.plans.plan import Plan

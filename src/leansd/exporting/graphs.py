@@ -22,7 +22,7 @@ from diffusers import UNet2DConditionModel
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from leansd.anatomy.inputs import make_inputs
-from leansd.drawing import seed_generator
+from leansd.core.devices import seed_generator
 from leansd.errors import LeansdError, read_cause
 from leansd.files import check_folder
 from leansd.plans.anatomy import HEAD, Anatomy

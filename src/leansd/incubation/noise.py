@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from leansd.core.devices import seed_generator
 from leansd.errors import LeansdError
 
 Parts = tuple[int | str, ...]
@@ -36,7 +37,7 @@ def make_generator(*parts: int | str, by: Callable[[Parts], bytes] = hash_repr) 
         by: makes eight bytes of them. There are two, since runs and caches that are there are gone
             on from bit for bit.
     """
-    return torch.Generator().manual_seed(int.from_bytes(by(parts), "big") >> 1)
+    return seed_generator(int.from_bytes(by(parts), "big") >> 1)
 
 
 class NoiseDraw(NamedTuple):

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from leansd.core.devices import seed_generator
 from leansd.core.outputs import find_method, list_correction, list_weights
 from leansd.core.schedule import CallSchedule
 from leansd.errors import LeansdError
@@ -96,7 +97,7 @@ def run_scheduler(
     scale = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
     options: dict[str, Any] = {"return_dict": False}
     if "generator" in inspect.signature(scheduler.step).parameters:
-        options["generator"] = [torch.Generator().manual_seed(0) for _ in begin]
+        options["generator"] = [seed_generator(0) for _ in begin]
     sample = torch.from_numpy(begin).reshape(-1, 1, 1, 1)
     rows, scales = [sample], list[float]()
     for timestep, given in zip(timesteps, outputs, strict=True):
