@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -103,6 +104,18 @@ FEWER = [BenchPoint("15", 2.0, 40.0), BenchPoint("10", 3.0, 30.0), BenchPoint("2
 
 def test_a_front_leaves_out_who_is_beaten_in_both():
     assert [point.name for point in find_front(FEWER, rate_point)] == ["15", "10"]
+
+
+def test_a_front_is_what_no_other_point_dominates():
+    draw = random.Random(0)
+    points = [(draw.randint(0, 9), draw.choice([1.0, 2.5, 3.0, math.inf])) for _ in range(60)]
+    wanted = [
+        (x, y)
+        for x, y in dict.fromkeys(sorted(points))
+        if not any(a >= x and b >= y and (a, b) != (x, y) for a, b in points)
+    ]
+    assert find_front(points, lambda point: point) == wanted
+    assert find_front([], rate_point) == []
 
 
 def test_between_two_points_a_front_is_a_line_over_the_logarithm_of_the_speed():

@@ -762,6 +762,8 @@ def test_fronts_are_files(tmp_path) -> None:
     assert Front.load(path) == make_front()
     path.write_text(path.read_text().replace('"dominated"', '"beaten"'))  # as of earlier versions
     assert Front.load(path) == make_front()
+    with pytest.warns(DeprecationWarning, match="is called dominated"):
+        assert Front.load(path).beaten == make_front().dominated
     path.write_text("{}")
     with pytest.raises(LeansdError, match="not a front"):
         Front.load(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,12 @@ class Front:
         dominated = [point for name, point in known.items() if name not in on_front]
         dominated.sort(key=_rate, reverse=True)
         return cls(subject, sampler, steps, tuple(kept), tuple(reversed(dominated)))
+
+    @property
+    def beaten(self) -> tuple[Point, ...]:
+        """The old name of `dominated`."""
+        warnings.warn("Front.beaten is called dominated", DeprecationWarning, stacklevel=2)
+        return self.dominated
 
     def at(
         self,

@@ -17,6 +17,7 @@ from typing import TypeAlias
 import numpy as np
 
 from leansd.errors import LeansdError
+from leansd.evaluation.pareto import list_front
 from leansd.plans.address import covers, get_block, get_layer
 from leansd.plans.anatomy import Anatomy, Unit
 
@@ -57,7 +58,7 @@ def choose_every(parts: Iterable[ChoiceFront]) -> ChoiceFront:
 def choose_either(ways: Iterable[ChoiceFront]) -> ChoiceFront:
     """The front of ways of which only one can be gone."""
     choices = [choice for way in ways for choice in way]
-    return tuple(choices[place] for place in _list_best(*_list_numbers(choices)))
+    return tuple(choices[place] for place in list_front(*_list_numbers(choices)))
 
 
 def find_best(front: ChoiceFront, ticks: int) -> Choice | None:
@@ -67,9 +68,9 @@ def find_best(front: ChoiceFront, ticks: int) -> Choice | None:
 
 def _combine(one: ChoiceFront, other: ChoiceFront) -> ChoiceFront:
     """All choices of one front with all of another; only the best are made."""
-    (ticks, errors), (more_ticks, more_errors) = _list_numbers(one), _list_numbers(other)
-    sums = np.add.outer(ticks, more_ticks).ravel(), np.add.outer(errors, more_errors).ravel()
-    pairs = (divmod(place, len(other)) for place in _list_best(*sums))
+    (ticks, gains), (more_ticks, more_gains) = _list_numbers(one), _list_numbers(other)
+    sums = np.add.outer(ticks, more_ticks).ravel(), np.add.outer(gains, more_gains).ravel()
+    pairs = (divmod(place, len(other)) for place in list_front(*sums))
     return tuple(_join(one[left], other[right]) for left, right in pairs)
 
 
@@ -78,16 +79,9 @@ def _join(one: Choice, other: Choice) -> Choice:
 
 
 def _list_numbers(choices: Sequence[Choice]) -> tuple[np.ndarray, np.ndarray]:
+    """What each saves, and its error as a loss; of both more is better."""
     ticks = np.array([choice.ticks for choice in choices])
-    return ticks, np.array([choice.error for choice in choices])
-
-
-def _list_best(ticks: np.ndarray, errors: np.ndarray) -> Iterable[int]:
-    """Places of the choices that no other beats in both, by rising savings."""
-    order = np.lexsort((errors, -ticks))  # most saved first, of equals the least error
-    least = np.minimum.accumulate(errors[order])
-    better = np.concatenate([[True], errors[order][1:] < least[:-1]])
-    return order[better][::-1].tolist()
+    return ticks, -np.array([choice.error for choice in choices])
 
 
 # -- what can go -----------------------------------------------------------------------------------
