@@ -78,11 +78,14 @@ MODULES = {name_module(path): path for path in FILES}
 
 
 def list_modules_imported(path: Path) -> set[str]:
-    """The modules of leansd that a file imports, lazily or for types included."""
+    """The modules of leansd that a file imports, lazily, for types or by a string included."""
     found: set[str] = set()
+    by_string = "import_module(" in path.read_text()
     for node in ast.walk(read_tree(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and by_string:
+            found.add(node.value)
         elif isinstance(node, ast.ImportFrom) and node.module:
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= inner & MODULES.keys()

@@ -18,8 +18,9 @@ from leansd.surgery.blueprint import Blueprint, Source, lay_out_surgery, make_li
 from leansd.surgery.edits import Surgery
 from leansd.surgery.light_unet import build_outline, replace_place
 from leansd.surgery.lineage import Lineage, Origin
-from leansd.surgery.parts import AddressedUNet, find_replacement
+from leansd.surgery.parts import AddressedUNet
 from leansd.surgery.presets import find_surgery
+from leansd.surgery.replacements import find_replacement
 from leansd.surgery.to_config import BuildConfig, make_config
 
 NetOrNets: TypeAlias = UNet2DConditionModel | Mapping[str, UNet2DConditionModel]

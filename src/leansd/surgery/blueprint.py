@@ -21,7 +21,7 @@ from leansd.plans.anatomy import HEAD, STEM, Anatomy, Unit
 from leansd.surgery.edits import Drop, Replace, Surgery, Take, read_name
 from leansd.surgery.light_unet import read_config
 from leansd.surgery.lineage import Lineage, Origin
-from leansd.surgery.parts import find_replacement
+from leansd.surgery.replacements import find_replacement
 
 
 class Replaced(NamedTuple):

@@ -15,8 +15,9 @@ from leansd.anatomy.reading import SkippedAttention, read_anatomy
 from leansd.errors import LeansdError
 from leansd.plans.address import SEPARATOR, get_block, get_layer
 from leansd.surgery.edits import read_name
-from leansd.surgery.parts import AddressedUNet, find_replacement
+from leansd.surgery.parts import AddressedUNet
 from leansd.surgery.parts.gri import call_at_size
+from leansd.surgery.replacements import find_replacement
 
 
 class LightUNet2DConditionModel(UNet2DConditionModel):

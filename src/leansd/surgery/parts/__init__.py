@@ -1,23 +1,19 @@
-"""What can be put in the place of a unit or a part, by the name that a `replace` edit gives.
+"""What can be put in the place of a unit or a part, a module each that holds a `REPLACEMENT`.
 
-A new one is a module that holds a `REPLACEMENT`, and a line in `HOMES`.
+A new one is a module here, and a line in `surgery/replacements.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, TypeAlias
 
 from diffusers import UNet2DConditionModel
 
 from leansd.anatomy.reading import find_unet, read_anatomy
-from leansd.errors import LeansdError
 from leansd.plans.anatomy import Anatomy, Unit
-from leansd.surgery.edits import read_name
 from leansd.surgery.lineage import Origin
-from leansd.text import suggest_name
 
 Options: TypeAlias = Mapping[str, Any]
 
@@ -65,24 +61,3 @@ class Replacement:
     anatomies by name. What it makes is plain JSON, and what `build` and `inherit` are given."""
     reaches: Callable[[str], tuple[str, ...]] = lambda path: (path,)
     """The paths of the modules that it changes, by the path of its place."""
-
-
-HOMES: dict[str, str] = {
-    "condconv": "leansd.surgery.parts.condconv",
-    "gri": "leansd.surgery.parts.gri",
-    "narrow-ff": "leansd.surgery.parts.narrow_ff",
-    "skip": "leansd.surgery.parts.skip",
-}
-"""Modules by the name of their replacement; imported when it is first asked for."""
-
-
-def find_replacement(by: str) -> Replacement:
-    """The replacement of a name.
-
-    Raises:
-        LeansdError: there is none.
-    """
-    by = read_name(by)
-    if by not in HOMES:
-        raise LeansdError(f"no replacement is called {by!r}{suggest_name(by, HOMES)}")
-    return import_module(HOMES[by]).REPLACEMENT
