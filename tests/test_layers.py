@@ -1,6 +1,7 @@
 """The architecture as a test: layers import downwards only."""
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -104,6 +105,21 @@ def test_no_module_imports_itself_by_a_detour() -> None:
 
 def test_every_part_has_a_layer() -> None:
     assert {get_part(path) for path in FILES} == set(LEVEL)
+
+
+def test_the_page_on_the_architecture_names_what_is_there() -> None:
+    page = (ROOT.parents[1] / "docs" / "architecture.md").read_text()
+    layers = page.split("## Layers")[1].split("```")[1]
+    assert all(re.search(rf"\b{part}\b", layers) for part in LEVEL if part not in LAYERS[0])
+    code = [*re.findall(r"```\n(.*?)```", page, re.DOTALL), *re.findall(r"`([^`\n]+)`", page)]
+    told = {name for each in code for name in re.findall(r"\b[A-Z][a-z]+(?:[A-Z]\w*)*\b", each)}
+    known = {
+        name
+        for path in FILES
+        for node in ast.walk(read_tree(path))
+        for name in (getattr(node, "name", None), getattr(node, "id", None))
+    }
+    assert told - known == {"Ray", "ResNet", "Runtime", "Transformer"}, "these are no names of ours"
 
 
 def test_files_read_in_one_sitting() -> None:
