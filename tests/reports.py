@@ -14,7 +14,15 @@ from PIL import Image
 import leansd
 from leansd.bulk.jobs import BulkJob, place_order, read_sheet
 from leansd.drawing import Request
-from leansd.evaluation.compare import CONVERGED, Case, Compared, Drawings, compare_drawings
+from leansd.evaluation.compare import (
+    CONVERGED,
+    LEAN,
+    Case,
+    Compared,
+    Comparison,
+    Drawings,
+    compare_drawings,
+)
 from leansd.evaluation.demo import FEWER, Demo
 from leansd.evaluation.evaluation import Evaluation
 from leansd.evaluation.extraction import ExtractionConfig
@@ -199,16 +207,17 @@ def report_export(folder: Path) -> ReportPage:
     return nets.report_export(written, "tiny", "onnx", ANATOMY)
 
 
-def pair_up(request: Request) -> plans.PicturePair:
+def pair_up(request: Request) -> tuple[Request, Comparison]:
     full, lean = (as_tensor(draw(request.seed, shift))[None] for shift in (0, 1))
     case, nothing = Case(FULL, STEPS), torch.zeros(1)
     drawn = Drawings(nothing, lean), Drawings(nothing, full)
     measures = tuple(compare_drawings(*drawn, case, (PSNR, SSIM)))
-    return plans.PicturePair(
-        request,
-        Compared(case, full, (), Timing((2.0,))),
-        Compared(Case("lean", STEPS), lean, measures, Timing((1.1,))),
-    )
+    gain = 2.0 / 1.1
+    entries = {
+        FULL: Compared(case, full, (), Timing((2.0,)), Ratio(1.0, 1.0, 1.0)),
+        LEAN: Compared(Case(LEAN, STEPS), lean, measures, Timing((1.1,)), Ratio(gain, gain, gain)),
+    }
+    return request, Comparison(entries, {})
 
 
 def report_comparison(folder: Path) -> ReportPage:

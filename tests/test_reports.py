@@ -41,7 +41,7 @@ from leansd.report.page import (
     subtract_pictures,
     write_report,
 )
-from leansd.report.plans import PicturePair, report_pairs, report_plan
+from leansd.report.plans import report_pairs, report_plan
 from leansd.report.plots import PlotPoint, average_points, plot_tradeoff
 from leansd.surgery.edits import Surgery
 from leansd.text import Table
@@ -177,7 +177,7 @@ def test_reports_of_half_precision(dtype: torch.dtype) -> None:
     plan = preset("deepcache", 10)
     request = Request(prompt="a", steps=10)
     drawn = compare_pair(pipe, plan, request.arguments, request.seed)
-    pairs = [PicturePair(request, drawn["full"], drawn["lean"])]
+    pairs = [(request, drawn)]
     records = list_records(anatomy, None, stamp("cpu"))
     seen = leansd.preview(pipe.unet, Surgery("light").drop("dn0.l1", "up3.l1"), latent=8)
     for report in (

@@ -29,7 +29,7 @@ from leansd.version import __version__
 
 if TYPE_CHECKING:
     from leansd.drawing import Painting, Request
-    from leansd.report.plans import PicturePair
+    from leansd.evaluation.compare import Comparison
 
 app = typer.Typer(add_completion=False)
 
@@ -184,13 +184,13 @@ def _draw_prompts(
     requests = [place_init(pipe, each) for each in requests]
     written: list[tuple[Path, Painting, Mapping[str, Any]]] = []
     faults: list[str] = []
-    pairs: list[PicturePair] = []
+    pairs: list[tuple[Request, Comparison]] = []
     with open_progress() as progress:
         for request, follow in _show_each(requests, progress):
             if compare:
                 is_warm = request is not requests[0]
-                pair, painting = _compare(pipe, plan, nets, request, follow, is_warm=is_warm)
-                pairs += [pair] if not painting.fault else []
+                drawn, painting = _compare(pipe, plan, nets, request, follow, is_warm=is_warm)
+                pairs += [(request, drawn)] if not painting.fault else []
             else:
                 painting = paint(pipe, request, plan, follow, nets)
             facts = _list_facts(task, pipe, request, plan)
@@ -240,25 +240,23 @@ def _compare(
     follow: "Callable[[float, float], None]",
     *,
     is_warm: bool,
-) -> "tuple[PicturePair, Painting]":
+) -> "tuple[Comparison, Painting]":
     """A request in full and after the plan."""
     from leansd.drawing import Painting, find_fault, paint
     from leansd.evaluation.compare import LEAN, compare_pair
-    from leansd.evaluation.runs import FULL
-    from leansd.report.plans import PicturePair
 
     drawn = compare_pair(
         pipe, plan, request.arguments, request.seed, nets=nets, is_warm=is_warm,
         on_progress=lambda far: follow(far.done, far.total),
     )  # fmt: skip
-    pair = PicturePair(request, drawn[FULL], drawn[LEAN])
-    painting = Painting(pair.planned.images[0], pair.seconds[1], pair.planned.attachment)
+    lean = drawn[LEAN]
+    painting = Painting(lean.images[0], lean.timing.median, lean.attachment)
     if LEAN in drawn.faults or find_fault(painting.image):
         painting = paint(pipe, request, plan, nets=nets)  # says at which step, and of what
-    return pair, painting
+    return drawn, painting
 
 
-def _report_pairs(task: _Task, pairs: "Sequence[PicturePair]", plan: Plan) -> Any:
+def _report_pairs(task: _Task, pairs: "Sequence[tuple[Request, Comparison]]", plan: Plan) -> Any:
     from leansd.report.plans import report_pairs
 
     assert task.context.anatomy is not None

@@ -6,7 +6,6 @@ import statistics
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from leansd.bulk.jobs import BulkOrder
 from leansd.drawing import Request
-from leansd.evaluation.compare import Compared
+from leansd.evaluation.compare import LEAN, Compared, Comparison
 from leansd.evaluation.demo import FEWER, Demo, list_records, tabulate_demo
 from leansd.evaluation.records import Record, get_field
 from leansd.evaluation.runs import FULL
@@ -92,45 +91,27 @@ def tabulate_states(plan: Plan, anatomy: Anatomy) -> Table:
 # -- generate --compare --------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class PicturePair:
-    """One request, drawn both ways."""
-
-    request: Request
-    full: Compared
-    planned: Compared
-
-    @property
-    def seconds(self) -> tuple[float, float]:
-        """Seconds of the whole call, in full and by the plan."""
-        return self.full.timing.median, self.planned.timing.median
-
-    @property
-    def gain(self) -> float:
-        """Times faster."""
-        full, planned = self.seconds
-        return full / planned
-
-
-def report_pairs(pairs: Sequence[PicturePair], plan: Plan, anatomy: Anatomy) -> ReportPage:
+def report_pairs(
+    pairs: Sequence[tuple[Request, Comparison]], plan: Plan, anatomy: Anatomy
+) -> ReportPage:
     """Pictures drawn in full and after a plan: differences, times and fidelity, the plan."""
-    full = [pair.full.images[0] for pair in pairs]
-    planned = [pair.planned.images[0] for pair in pairs]
-    close, alike = ([pair.planned.mean(of) or 0.0 for pair in pairs] for of in ("psnr", "ssim"))
-    gain = statistics.median(pair.gain for pair in pairs)
+    prompts = [request.prompt for request, _ in pairs]
+    full, planned = ([drawn[case] for _, drawn in pairs] for case in (FULL, LEAN))
+    close, alike = ([each.mean(of) or 0.0 for each in planned] for of in ("psnr", "ssim"))
+    gain = statistics.median(each.speedup.median for each in planned)
     what = "A picture was" if len(pairs) == 1 else f"{len(pairs)} pictures were"
     table = Table(
         ("prompt", "seed", "full", plan.name, "speed-up", "PSNR", "SSIM"),
         tuple(
             (
-                pair.request.prompt,
-                str(pair.request.seed),
-                *(f"{seconds:.2f} s" for seconds in pair.seconds),
-                f"{pair.gain:.2f}x",
+                request.prompt,
+                str(request.seed),
+                *(f"{drawn[case].timing.median:.2f} s" for case in (FULL, LEAN)),
+                f"{drawn[LEAN].speedup.median:.2f}x",
                 f"{decibels:.1f} dB",
                 f"{similarity:.3f}",
             )
-            for pair, decibels, similarity in zip(pairs, close, alike, strict=True)
+            for (request, drawn), decibels, similarity in zip(pairs, close, alike, strict=True)
         ),
     )
     once = (
@@ -149,9 +130,9 @@ def report_pairs(pairs: Sequence[PicturePair], plan: Plan, anatomy: Anatomy) -> 
         sections=[
             show_differences(
                 SAME,
-                [pair.request.prompt for pair in pairs],
-                ("full", "", full),
-                [(plan.name, f"{gain:.2f}x", planned)],
+                prompts,
+                ("full", "", [each.images[0] for each in full]),
+                [(plan.name, f"{gain:.2f}x", [each.images[0] for each in planned])],
             ),
             Listing("Time and fidelity", table, [once]),
             Chart("The plan", [draw_plan(plan, anatomy, plan.name)]),
