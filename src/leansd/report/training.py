@@ -32,12 +32,8 @@ TITLES = {
 }
 
 
-def report_training(log: TrainingLog, recipe: str = "") -> ReportPage:
-    """Curves, pictures on the way, a row a stage.
-
-    Args:
-        recipe: its text, which the page then carries.
-    """
+def report_training(log: TrainingLog, recipe: str) -> ReportPage:
+    """Curves, pictures on the way, a row a stage; the page carries the text of the recipe."""
     drawings = _draw_curves(log)
     seen = [stage for stage in log.stages if stage.grids and log.prompts]
     nothing = Prose("Nothing yet", ["No steps are on record; they come every ten."])
@@ -47,7 +43,6 @@ def report_training(log: TrainingLog, recipe: str = "") -> ReportPage:
         Listing("Stages", log.tabulate()),
         *([] if drawings else [nothing]),
     ]
-    recipes = [AttachedFile("recipe.yaml", recipe, "the recipe")] if recipe else []
     return ReportPage(
         title=TITLES[log.state].format(name=log.name),
         summary=summarise_training(log),
@@ -56,7 +51,7 @@ def report_training(log: TrainingLog, recipe: str = "") -> ReportPage:
         sections=sections,
         attachments=[
             AttachedFile("losses.jsonl", log.write_rows(), "all that was logged"),
-            *recipes,
+            AttachedFile("recipe.yaml", recipe, "the recipe"),
         ],
         reload=AGAIN if log.state == "under way" else 0,
     )
