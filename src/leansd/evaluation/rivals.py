@@ -92,8 +92,8 @@ class Rival:
     competes: bool = True
     is_for_unets: bool = False
 
-    def find_obstacle(self, anatomy: Anatomy | None = None) -> str:
-        """Why it cannot take part, with a denoiser where one is given; empty where it can."""
+    def find_obstacle(self, anatomy: Anatomy) -> str:
+        """Why it cannot take part with a denoiser; empty where it can."""
         if self.is_for_unets and anatomy is WHOLE:
             return "it is for UNets"
         if self.package and find_spec(self.package) is None:
@@ -402,14 +402,14 @@ EVEN = (2, 3, 4, 6)
 """One step in so many is computed: of 30 steps 16, 11, 9, 6."""
 
 
-def give_even(how: How, label: str, intervals: Sequence[int]) -> GiveCases:
+def give_even(how: How, label: str) -> GiveCases:
     """In long contests whole steps, one in so many computed and the last one, the others made in
     one way.
     """
 
     def give(context: RivalContext) -> Iterable[Case]:
         steps = context.contest.steps
-        for interval in intervals if context.contest.is_long else ():
+        for interval in EVEN if context.contest.is_long else ():
             keys = {*range(0, steps, interval), steps - 1}
             plan = Plan.between(keys, cut=HEAD, steps=steps, how=how)
             yield make_case(context, plan, f"{label} 1:{interval}", label)
@@ -461,8 +461,8 @@ RIVALS: dict[str, Rival] = {
             ),
         ),
         # TaylorSeer's forecast, of the output; EasyCache's reuse of changes, evenly spaced.
-        Rival("taylorseer", give_even("forecast", "taylorseer", EVEN)),
-        Rival("residual", give_even("residual", "residual", EVEN)),
+        Rival("taylorseer", give_even("forecast", "taylorseer")),
+        Rival("residual", give_even("residual", "residual")),
         # As a plan: the callback of diffusers keeps one prompt of a batch.
         Rival(
             "guidance-cutoff",
