@@ -58,15 +58,11 @@ class Features:
     def count(self) -> int:
         return len(self.pictures)
 
-    def locate(self, part: PictureGroup, extractor: str) -> Path:
-        """The file of one part: another picture or other weights, and it is another file."""
-        return self._locate(part.fingerprint, extractor)
-
     def list_missing(self, extractors: Sequence[str]) -> list[ExtractionTask]:
         """What is still to be looked at."""
         missing: list[ExtractionTask] = []
         for part in self.pictures.parts:
-            left = tuple(each for each in extractors if not self.locate(part, each).is_file())
+            left = tuple(each for each in extractors if not self._locate(part, each).is_file())
             if left and part.entries:
                 missing.append(ExtractionTask(part, left))
         return missing
@@ -75,14 +71,14 @@ class Features:
         """Keep what extractors saw in a part."""
         for extractor, values in seen.items():
             content = {name: value.contiguous() for name, value in values.items()}
-            write_file(self.locate(task.part, extractor), save(content))
+            write_file(self._locate(task.part, extractor), save(content))
 
     def read(self, extractor: str, name: str = POOLED) -> Iterator[Tensor]:
         """One kind of features [n, ...], part by part, in the order of the set."""
         for part in self.pictures.parts:
             if not part.entries:
                 continue
-            path = self.locate(part, extractor)
+            path = self._locate(part, extractor)
             try:
                 with safe_open(path, framework="pt") as file:
                     yield file.get_tensor(name)
@@ -95,7 +91,8 @@ class Features:
 
     def locate_gaussian(self, extractor: str) -> Path:
         """The file of the set's Gaussian."""
-        return self._locate(f"{self.pictures.fingerprint} {POOLED}", extractor)
+        facts = f"{self.pictures.fingerprint} {POOLED}", extractor, self.marks[extractor]
+        return self.folder / f"{digest(facts)}.safetensors"
 
     def get_gaussian(self, extractor: str) -> Gaussian:
         """The Gaussian of the set's pooled features, which is kept too."""
@@ -104,8 +101,9 @@ class Features:
             save_statistics(path, fold_gaussian(self.read(extractor)), self.marks[extractor])
         return load_statistics(path).gaussian
 
-    def _locate(self, fingerprint: str, extractor: str) -> Path:
-        facts = fingerprint, extractor, self.marks[extractor]
+    def _locate(self, part: PictureGroup, extractor: str) -> Path:
+        """The file of one part: another picture or other weights, and it is another file."""
+        facts = part.fingerprint, extractor, self.marks[extractor]
         return self.folder / f"{digest(facts)}.safetensors"
 
 
