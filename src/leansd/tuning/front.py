@@ -69,9 +69,9 @@ class Front:
         known = {point.plan.fingerprint: point for point in points}
         kept = find_front(known.values(), _rate)
         on_front = {point.plan.fingerprint for point in kept}
-        dominated = [point for name, point in known.items() if name not in on_front]
-        dominated.sort(key=_rate, reverse=True)
-        return cls(subject, sampler, steps, tuple(kept), tuple(reversed(dominated)))
+        others = [point for name, point in known.items() if name not in on_front]
+        dominated = sorted(others, key=_rate, reverse=True)[::-1]
+        return cls(subject, sampler, steps, tuple(kept), tuple(dominated))
 
     @property
     def beaten(self) -> tuple[Point, ...]:

@@ -404,14 +404,12 @@ class PlanMixer:
 
     def improve(self, plan: Plan, say: Say) -> Plan | None:
         """The plan with mixes, where pictures that had no part in it are nearer by both means."""
-        why = explain_unfit(plan)
-        if len(plan.keys) > MOST_CALLS or why:
+        if len(plan.keys) > MOST_CALLS or explain_unfit(plan):
             return None
-        known = self.journal.find_value(f"{plan.fingerprint} mixed")
+        known = self.journal.values.get(f"{plan.fingerprint} mixed")
         if known is None:
             mixed = self._fit(plan, say)
-            verdict = self._is_nearer(mixed, plan)
-            known = {"plan": mixed.to_dict(), "nearer": verdict}
+            known = {"plan": mixed.to_dict(), "nearer": self._is_nearer(mixed, plan)}
             self.journal.note_value(f"{plan.fingerprint} mixed", known)
         say(f"mixes of {plan.name} {'help' if known['nearer'] else 'do not help'}")
         return Plan.from_dict(known["plan"]) if known["nearer"] else None
@@ -424,14 +422,14 @@ class PlanMixer:
         fit = MixFit(
             pipe.unet,
             PlanMap.of(plan, sampler, self.host.anatomy),
-            self._split(self._runs[0])[0],
+            self._runs[0][: self._fitted],
             begin=sampler.begin / self._full.begin,
             config=self.config,
         )
         fit.spending = fit.plan_memory()
         say(f"fitting mixes of {plan.name}: {fit.spending}")
         key, state = f"{plan.fingerprint} mixing", None
-        saved = self.journal.find_value(key)
+        saved = self.journal.values.get(key)
         if saved is not None:
             fit.measure_spans()
             state = FitState.decode(saved)
@@ -483,19 +481,18 @@ class PlanMixer:
         path = self.journal.path
         return None if path is None else path.with_suffix(".runs.pt")
 
-    def _split(self, every: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        """Two thirds to fit on, and the last third, which decides."""
-        count = len(every) * 2 // 3
-        return list(every[:count]), list(every[count:])
+    @property
+    def _fitted(self) -> int:
+        """How many calls are fitted on: all but the last third, which decides."""
+        return len(self.calls) * 2 // 3
 
     def _is_nearer(self, mixed: Plan, plan: Plan) -> bool:
         """Whether both the mean of the pictures' dB and the dB of the mean error grow."""
-        held = self._split(self.calls)[1]
-        place = len(self.calls) - len(held)
-        goals, ratios = self._runs[1][place:], list[Tensor]()
+        first, ratios = self._fitted, list[Tensor]()
         for each in (mixed, plan):
-            drawn, _ = self.host.draw(held, each.steps, each, seed=self.seed + place)
-            ratios.append(psnr(drawn.pictures, goals).double())
+            held = self.calls[first:]
+            drawn, _ = self.host.draw(held, each.steps, each, seed=self.seed + first)
+            ratios.append(psnr(drawn.pictures, self._runs[1][first:]).double())
         ours, theirs = ratios
         errors = [(10 ** (-each / 10)).mean() for each in ratios]
         return bool(ours.mean() > theirs.mean() and errors[0] < errors[1])

@@ -71,11 +71,8 @@ def _combine(one: ChoiceFront, other: ChoiceFront) -> ChoiceFront:
     (ticks, gains), (more_ticks, more_gains) = _list_numbers(one), _list_numbers(other)
     sums = np.add.outer(ticks, more_ticks).ravel(), np.add.outer(gains, more_gains).ravel()
     pairs = (divmod(place, len(other)) for place in list_front(*sums))
-    return tuple(_join(one[left], other[right]) for left, right in pairs)
-
-
-def _join(one: Choice, other: Choice) -> Choice:
-    return Choice(one.ticks + other.ticks, one.error + other.error, one.names + other.names)
+    both = ((one[left], other[right]) for left, right in pairs)
+    return tuple(Choice(a.ticks + b.ticks, a.error + b.error, a.names + b.names) for a, b in both)
 
 
 def _list_numbers(choices: Sequence[Choice]) -> tuple[np.ndarray, np.ndarray]:

@@ -106,9 +106,6 @@ class Journal:
         self.known[key] = trial
         self._write({"key": key, "psnr": trial.psnr, "plan": trial.plan.to_dict()})
 
-    def find_value(self, key: str) -> dict[str, Any] | None:
-        return self.values.get(key)
-
     def note_value(self, key: str, value: dict[str, Any]) -> None:
         """Note plain values, in the place of those of the same key."""
         self.values[key] = value
