@@ -186,24 +186,20 @@ class PlanMap:
         """What the sampler is given at a call."""
         made, schedule = np.zeros(self._width), self.sampler.schedule
         row = self.plan.rows[call.index]
-        if call.index not in self.keys:
+        place = self.keys.index(call.index) if call.index in self.keys else None
+        if place is None:
             method, sources = find_method(call, HEAD), call.sources[HEAD][0]
             weights = list_weights(method, sources, call.index, schedule)
-            for kept, weight in zip(sources, weights, strict=True):
-                made[1 + self.keys.index(kept.call)] += weight
-            return made
-        place = self.keys.index(call.index)
-        if row.mix is not None:
+        elif row.mix is not None:
             own = (row.mix.start, *row.mix.guided, *(row.mix.difference or (0.0,) * (place + 1)))
             made[self.list_columns(place)] = own
             return made
-        made[1 + place] = 1.0
-        if call.corrects:
-            sources = call.corrects[0]
-            lead, *weights = list_correction(call, sources, schedule)
+        else:
+            sources = call.corrects[0] if call.corrects else ()
+            lead, *weights = list_correction(call, sources, schedule) if sources else [1.0]
             made[1 + place] = lead
-            for kept, weight in zip(sources, weights, strict=True):
-                made[1 + self.keys.index(kept.call)] += weight
+        for kept, weight in zip(sources, weights, strict=True):
+            made[1 + self.keys.index(kept.call)] += weight
         return made
 
     def _read_mix(self, made: Matrix, place: int) -> Mix:
