@@ -8,8 +8,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ import torch
 from leansd.evaluation.cost import CostModel
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.compile import compile_plan
-from leansd.plans.liveness import Net
+from leansd.plans.liveness import Call, Net
 from leansd.plans.methods import METHODS
 from leansd.plans.plan import Plan
 from leansd.plans.row import OWN, Attend, Gates, Guidance
@@ -98,14 +99,11 @@ def list_variants(
         nets: those that a plan may switch to.
         attend: self-attentions that may go by GRI; their cost must have been measured so.
     """
-    nothing = cost.fixed.get("none", 0.0)
-    whole = cost.full_call - nothing
 
     def price(variant: Variant) -> Variant:
         plan = variant.dress(Plan.full(HISTORY + 2), HISTORY + 1)
         call = compile_plan(plan, anatomy, nets=nets).calls[HISTORY + 1]
-        share = (cost.predict_call(replace(call, keeps={})) - nothing) / whole
-        return replace(variant, ticks=max(1, round(TICKS * share)))
+        return replace(variant, ticks=max(1, round(TICKS * _share(cost, replace(call, keeps={})))))
 
     found = [Variant(f"net {name}", net=name) for name in nets]
     if attend:
@@ -114,6 +112,12 @@ def list_variants(
     if cost.is_guided:
         found.append(Variant("guidance forecast", guidance="forecast"))
     return (FULL, *(each for each in map(price, found) if each.ticks < WORTH * TICKS))
+
+
+def _share(cost: CostModel, call: Call) -> float:
+    """A call's share of a full one, both without what a call takes that computes nothing."""
+    nothing = cost.fixed.get("none", 0.0)
+    return (cost.predict_call(call) - nothing) / (cost.full_call - nothing)
 
 
 def measure_deviation(variant: Variant, bench: TrialRunner, calibration: Calibration) -> np.ndarray:
@@ -174,13 +178,6 @@ def list_regimes(
     Args:
         variants: what key steps may run where the whole output is forecast between them.
     """
-    nothing = cost.fixed.get("none", 0.0)
-    whole = cost.full_call - nothing
-
-    def share(plan: Plan, step: int) -> float:
-        call = compile_plan(plan, anatomy).calls[step]
-        return (cost.predict_call(call) - nothing) / whole
-
     heads = dict.fromkeys(HEAD_ACTIONS, 0)
     regimes = [Regime(heads), Regime({REUSE: 0})]
     if len(variants) > 1:
@@ -188,7 +185,8 @@ def list_regimes(
     if not anatomy.up_blocks:
         return regimes
     cut = Action(f"up{anatomy.up_blocks - 1}.l1", "forecast")
-    above = share(Plan.full(4).inherit(cut.cut, at=3, how=cut.how), 3)
+    plan = Plan.full(4).inherit(cut.cut, at=3, how=cut.how)
+    above = _share(cost, compile_plan(plan, anatomy).calls[3])
     if above < WORTH:
         regimes.append(Regime({cut: max(1, round(TICKS * above))}))
     return regimes
@@ -208,17 +206,46 @@ class Candidate:
         return self.proposal.error + self.model.step_count_error
 
     def build(self) -> Plan:
+        """The plan for the sampler's whole step count, without corrections."""
         calibration = self.model.calibration
-        plan = build_plan(self.proposal, calibration)
+        start, plan = calibration.start, Plan.full(calibration.steps, name="tuned")
+        for segment in self.proposal.segments:
+            between = [start + step for step in range(segment.key.step + 1, segment.end)]
+            if between:
+                plan = plan.inherit(segment.action.cut, at=between, how=segment.action.how)
         for key in self.proposal.keys:
-            plan = self.regime.variants[key.variant].dress(plan, calibration.start + key.step)
+            plan = self.regime.variants[key.variant].dress(plan, start + key.step)
         return plan
 
     def list_neighbours(self) -> list[Candidate]:
-        count = self.model.calibration.count
-        found = list_neighbours(self.proposal, count, self.regime.actions)
-        moved = (self.move(segments) for segments in found)
-        return [each for each in moved if np.isfinite(each.error)]
+        """Every plan of the kind with one small change that costs nothing.
+
+        One key step moved by one place, two neighbours that change what they run, or one segment
+        forecast otherwise.
+        """
+        keys, count = self.proposal.keys, self.model.calibration.count
+        actions = [segment.action for segment in self.proposal.segments]
+        taken = {key.step for key in keys}
+        changed: list[tuple[Sequence[Key], Sequence[Action]]] = []
+        for place in range(1, len(keys)):
+            for step in (keys[place].step - 1, keys[place].step + 1):
+                if step < count and step not in taken:
+                    moved = keys[place]._replace(step=step)
+                    changed.append(([*keys[:place], moved, *keys[place + 1 :]], actions))
+        for place, (one, other) in enumerate(pairwise(keys)):
+            if one.variant != other.variant:
+                swapped = one._replace(variant=other.variant), other._replace(variant=one.variant)
+                changed.append(([*keys[:place], *swapped, *keys[place + 2 :]], actions))
+        for place, segment in enumerate(self.proposal.segments):
+            others = self.regime.actions if segment.end - segment.key.step > 1 else ()
+            changed += [
+                (keys, [*actions[:place], action, *actions[place + 1 :]])
+                for action in others
+                # With fewer key steps behind it, a parabola is a line.
+                if action != segment.action and place + 1 >= METHODS[action.how].depth
+            ]
+        found = (self.move(_join(*each, count)) for each in changed)
+        return [each for each in found if np.isfinite(each.error)]
 
     def move(self, segments: tuple[Segment, ...]) -> Candidate:
         """A plan of the same kind with other segments."""
@@ -230,48 +257,6 @@ class Candidate:
                 break
             error += self.model.judge(keys, segment.end, segment.action).error
         return replace(self, proposal=Proposal(segments, error, self.proposal.ticks))
-
-
-def build_plan(proposal: Proposal, calibration: Calibration) -> Plan:
-    """A proposal as a plan for the sampler's whole step count, without corrections."""
-    plan = Plan.full(calibration.steps, name="tuned")
-    for segment in proposal.segments:
-        between = [calibration.start + step for step in range(segment.key.step + 1, segment.end)]
-        if between:
-            plan = plan.inherit(segment.action.cut, at=between, how=segment.action.how)
-    return plan
-
-
-def list_neighbours(
-    proposal: Proposal, count: int, choices: Collection[Action]
-) -> list[tuple[Segment, ...]]:
-    """Every proposal with one small change that costs nothing.
-
-    One key step moved by one place, two neighbours that change what they run, or one segment
-    forecast otherwise.
-    """
-    keys, actions = proposal.keys, [segment.action for segment in proposal.segments]
-    taken = {key.step for key in keys}
-    neighbours: list[tuple[Segment, ...]] = []
-    for place in range(1, len(keys)):
-        for step in (keys[place].step - 1, keys[place].step + 1):
-            if step < count and step not in taken:
-                moved = keys[place]._replace(step=step)
-                others = [*keys[:place], moved, *keys[place + 1 :]]
-                neighbours.append(_join(others, actions, count))
-    for place in range(len(keys) - 1):
-        one, other = keys[place : place + 2]
-        if one.variant != other.variant:
-            swapped = one._replace(variant=other.variant), other._replace(variant=one.variant)
-            neighbours.append(_join([*keys[:place], *swapped, *keys[place + 2 :]], actions, count))
-    for place, segment in enumerate(proposal.segments):
-        if segment.end - segment.key.step > 1:
-            for action in choices:
-                # With fewer key steps behind it, a parabola is a line.
-                if action != segment.action and place + 1 >= METHODS[action.how].depth:
-                    changed = [*actions[:place], action, *actions[place + 1 :]]
-                    neighbours.append(_join(keys, changed, count))
-    return neighbours
 
 
 def _join(keys: Sequence[Key], actions: Sequence[Action], count: int) -> tuple[Segment, ...]:
