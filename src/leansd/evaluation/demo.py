@@ -112,7 +112,6 @@ def run_demo(
 
 
 def list_records(demo: Demo) -> list[Record]:
-    """Every number of the demo as a record."""
     records: list[Record] = []
     for entry in demo.entries:
         case: dict[str, Any] = {

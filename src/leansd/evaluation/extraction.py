@@ -68,7 +68,6 @@ class Features:
         return missing
 
     def keep(self, task: ExtractionTask, seen: ExtractedFeatures) -> None:
-        """Keep what extractors saw in a part."""
         for extractor, values in seen.items():
             content = {name: value.contiguous() for name, value in values.items()}
             write_file(self._locate(task.part, extractor), save(content))

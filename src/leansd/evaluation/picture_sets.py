@@ -61,7 +61,6 @@ class PictureEntry:
     """The picture that it is compared with."""
 
     def read(self) -> PictureBytes:
-        """The files."""
         facts, other = (each and each.read() for each in (self.facts, self.other))
         return PictureBytes(self.id, self.picture.read(), facts, other)
 

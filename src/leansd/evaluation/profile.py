@@ -99,7 +99,6 @@ class Probe:
         return bool(getattr(self.pipe, "do_classifier_free_guidance", False))
 
     def run(self, on_call: Callable[[], None] = lambda: None) -> RunLaps:
-        """One probing run."""
         arguments = {**self.arguments, "num_inference_steps": self.plan.steps}
         return time_run(self.pipe, self.plan, arguments, anatomy=self.anatomy, on_call=on_call)
 

@@ -118,7 +118,6 @@ def encode_svg(figure: Figure) -> str:
 
 
 def encode_png(figure: Figure) -> bytes:
-    """A figure as a PNG."""
     return _save(figure, "png", dpi=RESOLUTION)
 
 

@@ -41,7 +41,6 @@ class LivePage:
             self.write(ended=False)
 
     def write(self, *, ended: bool) -> None:
-        """Write it now."""
         begin = time.monotonic()
         log = read_run(self.recipe, self.folder, ended=ended)
         write_report(self.folder / PAGE, report_training(log, self.recipe.write()), self.origin)

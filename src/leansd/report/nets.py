@@ -219,7 +219,6 @@ def report_surgery(seen: Preview, model: str) -> ReportPage:
 
 
 def attach_surgery(surgery: Surgery) -> AttachedFile:
-    """A surgery as a file that the page carries."""
     return AttachedFile("surgery.yaml", surgery.write(), "the surgery")
 
 
@@ -256,7 +255,6 @@ def tabulate_sizes(seen: Preview) -> Table:
 
 
 def tabulate_changes(changes: Mapping[str, Sequence[str]]) -> Table:
-    """A row a kind of change."""
     rows = ((name, str(len(each)), ", ".join(each)) for name, each in changes.items())
     return Table(("what", "count", "where"), tuple(rows))
 
@@ -366,7 +364,6 @@ def report_export(written: Exported, net: str, form: str, anatomy: Anatomy) -> R
 
 
 def tabulate_files(written: Exported) -> Table:
-    """A row a file."""
     rows = tuple((name, f"{size / MEGABYTE:.2f}") for name, size in written.files.items())
     return Table(("file", "MB"), rows)
 

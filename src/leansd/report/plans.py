@@ -73,7 +73,6 @@ def report_plan(plan: Plan, anatomy: Anatomy, gain: float) -> ReportPage:
 
 
 def attach_plan(plan: Plan, about: str = "the plan") -> AttachedFile:
-    """A plan as a file that the page carries."""
     return AttachedFile("plan.json", plan.encode(), about)
 
 

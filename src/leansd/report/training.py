@@ -188,7 +188,6 @@ def report_estimate(estimate: Estimate) -> ReportPage:
 
 
 def tabulate_estimate(estimate: Estimate) -> Table:
-    """A row a stage."""
     columns = (
         *("stage", "steps", "samples", "trained, M", "of, M", "G MACs a sample"),
         *("memory, GiB", "disk, GiB", "hours"),

@@ -128,7 +128,6 @@ class Removals:
         return iter(dict.fromkeys(every))
 
     def solve(self, solve: Solve) -> ChoiceFront:
-        """The knapsack's front."""
         thinnings = [way for ways in self.levels for way in ways]
         fronts = {each: each.solve(solve) for way in thinnings for each in way.attentions}
 
@@ -171,7 +170,6 @@ class TransformerBlock:
         )
 
     def solve(self, solve: Solve) -> ChoiceFront:
-        """The whole, or parts."""
         whole = [] if self.whole is None else [solve(self.whole)]
         return choose_either([*whole, self.solve_parts(solve)])
 
@@ -188,7 +186,6 @@ class Attention:
         return (self.whole, *(each for block in self.blocks for each in block.every))
 
     def solve(self, solve: Solve) -> ChoiceFront:
-        """The whole, or blocks."""
         fronts = [block.solve(solve) for block in self.blocks]
         ways = [
             choose_every([*fronts[:kept], block.solve_parts(solve), *fronts[kept + 1 :]])
