@@ -5,7 +5,7 @@ Every measuring command writes these and every table, plot and report is made fr
 
 import platform
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -107,23 +107,21 @@ def load_records(path: str | Path) -> list[Record]:
         raise LeansdError(f"no records at {path}: the file does not exist") from error
     except (OSError, UnicodeDecodeError) as error:
         raise LeansdError(f"cannot read records from {path}: {error}") from error
-    return list(_parse(text, path))
+    records: list[Record] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(Record.model_validate_json(line))
+        except ValidationError as error:
+            what = explain_validation(error)
+            raise LeansdError(f"{path} line {number} is not a record: {what}") from error
+    return records
 
 
 def get_field(record: Record, name: str) -> Any:
     """A field that not every record has."""
     return (record.__pydantic_extra__ or {}).get(name)
-
-
-def _parse(text: str, path: Path) -> Iterator[Record]:
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield Record.model_validate_json(line)
-        except ValidationError as error:
-            what = explain_validation(error)
-            raise LeansdError(f"{path} line {number} is not a record: {what}") from error
 
 
 def _version(package: str) -> str:
