@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TypeAlias
 from zipfile import BadZipFile
@@ -218,7 +219,7 @@ class Extraction:
         self.device = find_device(config.device)
         if config.threads:
             torch.set_num_threads(config.threads)
-        self._opened: dict[str, Extract] = {}
+        self._open = cache(self._open_extractor)
 
     def __call__(
         self, task: tuple[Sequence[PictureBytes], Sequence[str]]
@@ -235,11 +236,8 @@ class Extraction:
             for name, kinds in seen.items()
         }
 
-    def _open(self, name: str) -> Extract:
-        if name not in self._opened:
-            path = Path(self.config.weights[name])
-            self._opened[name] = EXTRACTORS[name].open(path, self.device)
-        return self._opened[name]
+    def _open_extractor(self, name: str) -> Extract:
+        return EXTRACTORS[name].open(Path(self.config.weights[name]), self.device)
 
 
 EXTRACTION = TaskKind[ExtractionConfig, ExtractionTask, ExtractedFeatures](Extraction, read_task)
