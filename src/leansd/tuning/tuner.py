@@ -29,7 +29,7 @@ from leansd.plans.plan import Plan, Tuned
 from leansd.runtime.attachment import NO_NETS
 from leansd.tuning.error_model import PROBES, Calibration, ErrorModel, calibrate
 from leansd.tuning.front import Front, Point
-from leansd.tuning.host import Host, PipelineHost, measure_whole_cost, require_tunable
+from leansd.tuning.host import Host, PipelineHost, measure_whole_cost
 from leansd.tuning.mix_fitting import FRESH, MixConfig, PlanMixer, choose_mix_calls
 from leansd.tuning.sampler_map import read_sampler
 from leansd.tuning.space import (
@@ -199,7 +199,6 @@ def tune(
         steps, dict(settings or {}), speeds, grids, speedup, ms, tries, seed, batch, nets, attend
     )
     host = PipelineHost(pipe, batch, config.settings, nets, sampler)
-    require_tunable(pipe.scheduler, steps)
     if host.respond(steps).denoising is not None:
         # Fewer steps draw other noises, and so other pictures.
         config = replace(config, grids=(1.0,))
