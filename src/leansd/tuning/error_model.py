@@ -37,25 +37,14 @@ PROBES = (0.1, 0.35, 0.6, 0.85)
 """Where in a run disturbances are tried, as shares of its steps."""
 
 
-@dataclass(frozen=True, eq=False)
-class Calibration:
-    """The full run of some calls, seen from the scheduler's side.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Calibration(Course):
+    """The full run of some calls, seen from the scheduler's side."""
 
-    Shapes: n UNet calls.
-    """
-
-    steps: int
-    """Step count of the sampler; image-to-image makes fewer calls than that."""
-    log_snr: np.ndarray
-    """At every call, [n]."""
-    response: np.ndarray
-    """[n + 1, n]: how much of the output of call j is in the sample before call k."""
     error_gain: np.ndarray
     """[n + 1]: squared error in the final latents for each squared error before call k."""
     runs: tuple[SchedulerRun, ...]
     finals: RunOutputs
-    denoising: np.ndarray | None = None
-    """[n, 2], where the sampler adds noise: see `Course`."""
 
     @property
     def adds_noise(self) -> bool:
@@ -116,15 +105,7 @@ def calibrate(
     else:
         inside = np.interp(course.log_snr, like.log_snr, like.error_gain[:-1])
         error_gain = np.append(inside, 1.0)
-    return Calibration(
-        steps=course.steps,
-        log_snr=course.log_snr,
-        response=course.response,
-        error_gain=error_gain,
-        runs=tuple(runs),
-        finals=finals,
-        denoising=course.denoising,
-    )
+    return Calibration(**vars(course), error_gain=error_gain, runs=tuple(runs), finals=finals)
 
 
 def stack_outputs(
