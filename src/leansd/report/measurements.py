@@ -13,7 +13,6 @@ from leansd.evaluation.compare import CONVERGED
 from leansd.evaluation.evaluation import Evaluation
 from leansd.evaluation.extractors import find_prompt, open_picture
 from leansd.evaluation.fidelity import as_images
-from leansd.evaluation.pareto import find_front
 from leansd.evaluation.picture_sets import PictureEntry
 from leansd.evaluation.prediction import (
     EXAMPLE,
@@ -35,7 +34,6 @@ from leansd.evaluation.standings import (
     Standing,
     describe_quality,
     list_left_out,
-    rate_point,
     tabulate_all,
     tabulate_margins,
 )
@@ -295,7 +293,6 @@ def _plot_contest(standing: Standing, reference: str) -> Drawing:
         Family(
             family,
             [(point.speed, point.quality) for point in points],
-            [(point.speed, point.quality) for point in find_front(points, rate_point)],
             is_ours=family == OURS,
         )
         for family, points in standing.list_points(reference).items()

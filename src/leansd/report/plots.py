@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from leansd.evaluation.pareto import find_front
 from leansd.plans.grid import add_key
 from leansd.report.figures import LIGHT, TEXT, list_series, name_axes, open_axes, open_figure
 from leansd.report.page import Drawing
@@ -40,11 +41,10 @@ class PlotPoint:
 
 @dataclass(frozen=True)
 class Family:
-    """Points of one kind, `(x, y)`, and those of them that no other one of the kind beats."""
+    """Points `(x, y)` of one kind."""
 
     name: str
     points: Sequence[tuple[float, float]]
-    front: Sequence[tuple[float, float]]
     is_ours: bool = False
 
 
@@ -94,7 +94,8 @@ def plot_families(
     looks = (look for look in list_series() if look[0] != LIGHT["series-1"])
     for family in sorted(families, key=lambda each: each.is_ours):
         colour, shape = (LIGHT["mark"], "o") if family.is_ours else next(looks)
-        axes.plot(*_split(family.front), color=colour, lw=2.2 if family.is_ours else 1.1)
+        front = find_front(family.points, rate=lambda point: point)
+        axes.plot(*_split(front), color=colour, lw=2.2 if family.is_ours else 1.1)
         axes.plot(
             *_split(family.points), shape, color=colour, ms=6 if family.is_ours else 4.5,
             label=family.name,
