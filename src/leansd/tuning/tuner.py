@@ -330,7 +330,6 @@ class _Tuner(Tuning):
         variants = (FULL,)
         if host.respond(config.steps).denoising is None:
             variants = list_variants(tuning.cost, host.anatomy, host.nets, config.attend)
-        fit = TrialRunner(host, tuning.fitted, config.seed)
         check = TrialRunner(host, tuning.checked, config.seed + 10_000)
         calibrations: list[Calibration] = []
         for count in config.counts:
@@ -338,7 +337,7 @@ class _Tuner(Tuning):
             found = calibrate(host, tuning.fitted, count, seed=config.seed, like=main)
             calibrations.append(found)
             progress.add(f"ran {count} steps in full", 1 if main else 1 + len(PROBES))
-        fit = replace(fit, goals=calibrations[0].finals)
+        fit = TrialRunner(host, tuning.fitted, config.seed, calibrations[0].finals)
         check = replace(check, goals=check.run(config.steps).require_finite())
         progress.add("ran the held-out calls in full")
         return cls(
