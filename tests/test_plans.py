@@ -274,6 +274,17 @@ def test_a_new_way_to_inherit_is_one_entry(
     assert "doubled" in [text.get_text() for text in legend]
 
 
+def test_what_a_summary_says_can_be_chosen_in_python_can_be() -> None:
+    said = {
+        name: each.summary.partition("(in Python: ")[2].rstrip(")")
+        for name, each in presets.PRESETS.items()
+    }
+    assert said["deepcache"] == "interval, branch"
+    for name, options in said.items():
+        assert set(filter(None, options.split(", "))) <= set(presets.PRESETS[name].options)
+        assert "option" not in presets.PRESETS[name].summary, "the command line takes none"
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_weights_of_exact_methods_add_up_and_follow_a_line(name: str) -> None:
     method, then = METHODS[name], (2.5, 1.0, -0.5)[: METHODS[name].depth]

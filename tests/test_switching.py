@@ -338,7 +338,7 @@ def test_the_command_line_switches(
 def test_what_cannot_be_is_said(own: UNet2DConditionModel, light: UNet2DConditionModel) -> None:
     plan = Plan.full(STEPS).switch("light", at=[2])
     for nets, said in (
-        ({}, r"step 2 runs net 'light', and the nets given are: none"),
+        ({}, r"step 2 runs net 'light', and the nets given are: none.*--net light=FOLDER"),
         ({"heavy": light}, r"the nets given are: heavy"),
         ({"light": own}, r"is the pipeline's own UNet"),
         ({"light": tiny_unet(cross_attention_dim=16)}, r"its cross_attention_dim is 16, not 32"),

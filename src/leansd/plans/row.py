@@ -270,6 +270,6 @@ def pair_anatomies(
             there = ", ".join(nets) or "none"
             raise LeansdError(
                 f"step {step} runs net {row.net!r}, and the nets given are: {there}; give it "
-                f"to leansd.inherit(pipe, plan, nets={{{row.net!r}: unet}})"
+                f"by --net {row.net}=FOLDER, in Python by nets={{{row.net!r}: unet}}"
             )
         yield step, row, known[row.net]

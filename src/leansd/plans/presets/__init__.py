@@ -56,36 +56,36 @@ class Preset:
 
 
 _PUBLISHED: dict[Callable[..., Plan], str] = {
-    published.build_deepcache: "DeepCache's uniform 1:N schedule (options interval, branch)",
+    published.build_deepcache: "DeepCache's uniform 1:N schedule (in Python: interval, branch)",
     published.build_deepcache_power: (
-        "DeepCache's non-uniform schedule, the sign minded (centre, power)"
+        "DeepCache's non-uniform schedule, with its sign kept (in Python: centre, power)"
     ),
     published.build_deepcache_exact: (
         "DeepCache's paper-era non-uniform schedule as its code computes it"
     ),
-    published.build_encoder: "Faster-Diffusion's encoder propagation (option keys)",
+    published.build_encoder: "Faster-Diffusion's encoder propagation (in Python: keys)",
     published.build_tgate: (
         "T-GATE: cross-attention inherits from a gate on, guidance may drop there"
     ),
-    published.build_pab: "Pyramid Attention Broadcast (options spatial, cross, start, stop)",
-    published.build_guidance_cutoff: "no guidance in the last part of the run (option share)",
+    published.build_pab: "Pyramid Attention Broadcast (in Python: spatial, cross, start, stop)",
+    published.build_guidance_cutoff: "no guidance in the last part of the run (in Python: share)",
     published.build_spectrum: (
-        "Spectrum's forecast by Chebyshev polynomials (window, growth, warm_up, how)"
+        "Spectrum's forecast by Chebyshev polynomials (in Python: window, growth, warm_up, how)"
     ),
     published.build_easycache: (
-        "EasyCache's whole-step reuse by predicted change (threshold, warm_up)"
+        "EasyCache's whole-step reuse by predicted change (in Python: threshold, warm_up)"
     ),
     published.build_light_early: (
-        "a light net at first, the pipeline's own late (options share, net)"
+        "a light net at first, the pipeline's own late (in Python: share, net)"
     ),
     published.build_light_late: (
-        "the pipeline's own at first, a light net late (options share, net)"
+        "the pipeline's own at first, a light net late (in Python: share, net)"
     ),
-    published.build_stitch: "T-Stitch's shares, the smallest net first (options nets, shares)",
+    published.build_stitch: "T-Stitch's shares, the smallest net first (in Python: nets, shares)",
     published.build_tstitch_exact: (
-        "T-Stitch's share as its code counts it, a step more (options share, net)"
+        "T-Stitch's share as its code counts it, a step more (in Python: share, net)"
     ),
-    published.build_turns: 'a net for every step, as OMS-DPM lists them (option names, OWN is "")',
+    published.build_turns: "a net for every step, as OMS-DPM lists them (in Python: names)",
 }
 """By what builds them, `build_NAME`: their summaries."""
 _SPEED = "about {:g}x where it is tuned for the sampler"
