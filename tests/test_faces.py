@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -52,6 +53,7 @@ from test_profile import make_cost
 from tiny import tiny_pipeline, tiny_unet
 
 UNTUNED = "deis"
+DPM = diffusers.DPMSolverMultistepScheduler
 SAMPLERS = ("ddim", "euler", "dpm++2m", UNTUNED)
 STEPS = (8, 20, 30, 50)
 RUNS = list(product(SAMPLERS, STEPS))
@@ -187,6 +189,22 @@ def test_names_mean_tuned_plans_where_there_are_some(pipe, sampler: str) -> None
         assert (tuned.tuned is None) == (sampler == UNTUNED)
         if sampler == "dpm++2m":
             assert leansd.preset(name, steps) == tuned
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "meant"),
+    [
+        (DPM, {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}, "dpm++2m-karras"),
+        (DPM, {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}, "dpm++sde"),
+        (DPM, {"solver_order": 3, "use_karras_sigmas": True}, UNTUNED),
+        (diffusers.KDPM2AncestralDiscreteScheduler, {}, "euler-a"),
+    ],
+)
+def test_presets_know_schedulers_that_add_noise(kind: Any, options: dict, meant: str) -> None:
+    pipe = tiny_pipeline()
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **options)
+    found = resolve_plan("balanced", describe_runs(pipe, PlanContext(20))).plan
+    assert found.fingerprint == leansd.preset("balanced", 20, sampler=meant).fingerprint
 
 
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -39,7 +39,10 @@ SAMPLERS: dict[str, Sampler] = {
         "DPMSolverMultistepScheduler",
         {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False},
     ),
-    "dpm++2m-karras": Sampler("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpm++2m-karras": Sampler(
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": True},
+    ),
     "dpm++sde": Sampler("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     "unipc": Sampler("UniPCMultistepScheduler", {"use_karras_sigmas": False}),
     "deis": Sampler("DEISMultistepScheduler"),

@@ -37,8 +37,10 @@ SPEED_PRESETS = {
 """Slowest first."""
 DEFAULT_SAMPLER = "dpm++2m"
 """Of the embedded model; where nobody says what the sampler is, presets are as tuned for it."""
-NOISY = frozenset(("ddpm", "euler-a", "dpm++sde", "dpm++3m-sde"))
-"""Samplers that draw noise at every step, so that more steps lead to another picture."""
+_NO_SHORT_NAME = ("KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler")
+NOISY = frozenset(("ddpm", "euler-a", "dpm++sde", "dpm++3m-sde", *_NO_SHORT_NAME))
+"""Samplers that draw noise at every step, so that more steps lead to another picture; by the class
+of diffusers where there is no short name."""
 NEAREST_NOISY = "euler-a"
 """The sampler whose plans serve others of them: what those keep does not go stale."""
 TUNED = Path(__file__).parent / "tuned.json"
