@@ -197,10 +197,14 @@ def test_names_mean_tuned_plans_where_there_are_some(pipe, sampler: str) -> None
         (DPM, {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}, "dpm++2m-karras"),
         (DPM, {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}, "dpm++sde"),
         (DPM, {"solver_order": 3, "use_karras_sigmas": True}, UNTUNED),
+        (DPM, {"use_exponential_sigmas": True}, UNTUNED),
+        (diffusers.EulerDiscreteScheduler, {"use_exponential_sigmas": True}, UNTUNED),
+        (diffusers.UniPCMultistepScheduler, {"use_karras_sigmas": True}, UNTUNED),
+        (diffusers.UniPCMultistepScheduler, {}, "unipc"),
         (diffusers.KDPM2AncestralDiscreteScheduler, {}, "euler-a"),
     ],
 )
-def test_presets_know_schedulers_that_add_noise(kind: Any, options: dict, meant: str) -> None:
+def test_presets_know_what_a_scheduler_does(kind: Any, options: dict, meant: str) -> None:
     pipe = tiny_pipeline()
     pipe.scheduler = kind.from_config(pipe.scheduler.config, **options)
     found = resolve_plan("balanced", describe_runs(pipe, PlanContext(20))).plan

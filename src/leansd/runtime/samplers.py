@@ -24,6 +24,14 @@ class Sampler:
     """Whether it is for models that predict a flow (SD3, FLUX, Sana), not noise."""
 
 
+_EVEN = {
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+}
+"""Noise levels as time steps have them. Plans tuned for one spacing are poor at another."""
+_KARRAS = {**_EVEN, "use_karras_sigmas": True}
+_2M = {"algorithm_type": "dpmsolver++", "solver_order": 2}
 _FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
 SAMPLERS: dict[str, Sampler] = {
@@ -31,26 +39,20 @@ SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler("DDPMScheduler"),
     "pndm": Sampler("PNDMScheduler", {"skip_prk_steps": True}),
     "lms": Sampler("LMSDiscreteScheduler"),
-    "euler": Sampler("EulerDiscreteScheduler", {"use_karras_sigmas": False}),
+    "euler": Sampler("EulerDiscreteScheduler", _EVEN),
     "euler-a": Sampler("EulerAncestralDiscreteScheduler"),
     "heun": Sampler("HeunDiscreteScheduler"),
     "kdpm2": Sampler("KDPM2DiscreteScheduler"),
-    "dpm++2m": Sampler(
-        "DPMSolverMultistepScheduler",
-        {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False},
-    ),
-    "dpm++2m-karras": Sampler(
-        "DPMSolverMultistepScheduler",
-        {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": True},
-    ),
+    "dpm++2m": Sampler("DPMSolverMultistepScheduler", {**_2M, **_EVEN}),
+    "dpm++2m-karras": Sampler("DPMSolverMultistepScheduler", {**_2M, **_KARRAS}),
     "dpm++sde": Sampler("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    "unipc": Sampler("UniPCMultistepScheduler", {"use_karras_sigmas": False}),
+    "unipc": Sampler("UniPCMultistepScheduler", _EVEN),
     "deis": Sampler("DEISMultistepScheduler"),
     "flow-euler": Sampler("FlowMatchEulerDiscreteScheduler", is_flow=True),
     "flow-heun": Sampler("FlowMatchHeunDiscreteScheduler", is_flow=True),
     "flow-dpm++2m": Sampler(
         "DPMSolverMultistepScheduler",
-        {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False, **_FLOW},
+        {**_2M, "use_karras_sigmas": False, **_FLOW},
         is_flow=True,
     ),
     "flow-unipc": Sampler("UniPCMultistepScheduler", _FLOW, is_flow=True),
@@ -111,8 +113,9 @@ def parse_course(text: str) -> tuple[str, int]:
 def name_sampler(pipe: DiffusionPipeline) -> str:
     """The short name of a pipeline's scheduler where the table has it, else its class."""
     scheduler, config = type(pipe.scheduler).__name__, pipe.scheduler.config
+    fitting = {name: SAMPLERS[name] for name in list_samplers(pipe.scheduler)}
     # The row with most options first: a bare row also matches what its variants describe.
-    for name, row in sorted(SAMPLERS.items(), key=lambda item: -len(item[1].options)):
+    for name, row in sorted(fitting.items(), key=lambda item: -len(item[1].options)):
         if row.scheduler == scheduler and all(config.get(k) == v for k, v in row.options.items()):
             return name
     return scheduler
