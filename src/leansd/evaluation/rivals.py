@@ -402,14 +402,14 @@ EVEN = (2, 3, 4, 6)
 """One step in so many is computed: of 30 steps 16, 11, 9, 6."""
 
 
-def give_even(how: How, label: str) -> GiveCases:
-    """In long contests whole steps, one in so many computed and the last one, the others made in
-    one way.
+def give_even(how: How, label: str, short: Sequence[int] = ()) -> GiveCases:
+    """Whole steps, one in so many computed and the last one, the others made in one way; `short`
+    are the intervals of contests that are not long.
     """
 
     def give(context: RivalContext) -> Iterable[Case]:
         steps = context.contest.steps
-        for interval in EVEN if context.contest.is_long else ():
+        for interval in EVEN if context.contest.is_long else short:
             keys = {*range(0, steps, interval), steps - 1}
             plan = Plan.between(keys, cut=HEAD, steps=steps, how=how)
             yield make_case(context, plan, f"{label} 1:{interval}", label)
@@ -461,7 +461,7 @@ RIVALS: dict[str, Rival] = {
             ),
         ),
         # TaylorSeer's forecast, of the output; EasyCache's reuse of changes, evenly spaced.
-        Rival("taylorseer", give_even("forecast", "taylorseer")),
+        Rival("taylorseer", give_even("forecast", "taylorseer", EVEN[:2])),
         Rival("residual", give_even("residual", "residual")),
         # As a plan: the callback of diffusers keeps one prompt of a batch.
         Rival(
