@@ -97,9 +97,10 @@ def write_file(path: str | Path, content: str | bytes) -> Path:
 @contextmanager
 def _draft(path: Path, content: str | bytes) -> Iterator[Path]:
     """A whole file beside `path`, to be moved there; gone afterwards."""
-    draft = path.with_name(f".{uuid4().hex[:12]}.part")
+    draft = _name_draft(path, PARTIAL)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path.parent)
         try:
             draft.write_bytes(content.encode() if isinstance(content, str) else content)
             yield draft
@@ -110,7 +111,7 @@ def _draft(path: Path, content: str | bytes) -> Iterator[Path]:
 
 
 PARTIAL, OLD = ".partial", ".old"
-"""What a kill may leave of something big; the next writing takes it away."""
+"""What a kill may leave; the next writing takes it away."""
 _HOST = sha256(platform.node().encode()).hexdigest()[:6]
 _DRAFT = re.compile(rf"\.{_HOST}-(\d+)-[0-9a-f]{{8}}({re.escape(PARTIAL)}|{re.escape(OLD)})")
 

@@ -32,6 +32,7 @@ from leansd.core.devices import send
 from leansd.errors import LeansdError
 from leansd.evaluation.fidelity import psnr
 from leansd.evaluation.runs import CallSet, PipelineCall, expand_calls
+from leansd.files import writing
 from leansd.plans.plan import Plan
 from leansd.tuning.host import PipelineHost
 from leansd.tuning.run_starts import (
@@ -470,10 +471,8 @@ class PlanMixer:
             host.pipe, CallSet(self.calls, self.seed, host.batch, host.settings), self.steps
         )
         if self._file is not None:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            part = self._file.with_suffix(".part")
-            torch.save((self.journal.case, [vars(each) for each in starts], pictures), part)
-            part.replace(self._file)
+            with writing(self._file) as draft:
+                torch.save((self.journal.case, [vars(each) for each in starts], pictures), draft)
         return starts, pictures
 
     @property

@@ -134,7 +134,6 @@ class Dataset:
         if count is not None:
             yield sum(count.counts), count.flaws
             return
-        cache.sweep(shard)
         parts = 0
         for number, found in enumerate(cut(shard.read(), cache.rows)):
             if not cache.has_part(shard, number):

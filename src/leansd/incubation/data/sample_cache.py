@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,8 +39,6 @@ FORMAT = 1
 ROWS = 512
 LONGEST = 200
 """Bytes of a shard's name that its folder keeps: names of files end at 255."""
-ABANDONED = 3600
-"""Seconds after which nobody writes to a draft any more."""
 log = logging.getLogger(__name__)
 
 
@@ -224,12 +221,6 @@ class Cache:
                 log.warning("%s; it is made anew", error)
             return False
         return True
-
-    def sweep(self, shard: Shard) -> None:
-        """Remove what writers that were killed have left half-written."""
-        for draft in self.locate(shard).glob(".*.part"):
-            if time.time() - draft.stat().st_mtime > ABANDONED:
-                draft.unlink(missing_ok=True)
 
     def finish(self, shard: Shard, parts: int) -> None:
         """Note that a shard has no more parts."""
