@@ -151,6 +151,10 @@ PARTS = {
             f"-m models.emoji decay {SECOND} --steps 400",
             f"-m models.emoji assemble {SECOND}",
             "benchmarks/presets.py --model runs/second/model --results untuned",
+            "benchmarks/fronts.py --model runs/second/model --results second --sampler dpm++2m "
+            f"--steps 30 {ONCE} --spare 1.0 --speed 2.65 --speed 3.2",
+            "benchmarks/few_calls.py --model runs/second/model --iterations 40 "
+            "--plans benchmarks/results/second/dpm++2m-30.json",
         ),
         ("untuned.jsonl",),
         is_timed=True,
