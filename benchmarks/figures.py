@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
+from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -20,7 +21,7 @@ from matplotlib.figure import Figure
 from leansd.evaluation.pareto import find_front
 from leansd.evaluation.records import Record, load_records
 from leansd.evaluation.runs import FULL
-from leansd.evaluation.standings import Standing, rate_point, read_standings
+from leansd.evaluation.standings import PREDICTED, Standing, rate_point, read_standings
 from leansd.plans import Plan
 from leansd.plans.grid import draw_picture
 from leansd.plans.presets import SPEED_PRESETS
@@ -38,9 +39,10 @@ FAMILIES = {
     "samplers": ("UniPC, DEIS in fewer steps", "#7c3aed", "v"),
     "spectrum": ("Spectrum", "#0369a1", "D"),
     "deepcache": ("DeepCache", RIVAL, "s"),
-    "easycache": ("EasyCache", "#a16207", "P"),
+    "taylorseer": ("forecasts at even steps", "#a16207", "P"),
 }
-"""What is drawn of a contest: its name, colour and marker. The others lie far below."""
+"""What is drawn of a contest: its name, colour and marker. The others lie far below, or decide as
+they run."""
 
 NETS = {
     "light": ("#94a3b8", "-"),
@@ -140,13 +142,13 @@ def draw_bench() -> Figure:
     for axes in panels[len(standings) :]:
         axes.set_axis_off()
     figure.legend(handles, labels, loc="lower right", frameon=False)
-    figure.supxlabel("speed-up of the whole call, measured")
+    figure.supxlabel("speed-up by what is computed")
     figure.supylabel("PSNR to the full run [dB]")
     return figure
 
 
 def plot_contest(axes: Axes, standing: Standing) -> None:
-    points = standing.list_points(FULL)
+    points = standing.list_points(FULL, PREDICTED)
     for family, (name, colour, marker) in FAMILIES.items():
         front = find_front(points.get(family, []), rate_point)
         own = family == "ours"
@@ -155,7 +157,7 @@ def plot_contest(axes: Axes, standing: Standing) -> None:
             color=colour, marker=marker, label=name,
             markersize=6 if own else 4, linewidth=2 if own else 1, zorder=3 if own else 2,
         )  # fmt: skip
-    axes.set_title(standing.title.removeprefix("text-to-image, "), loc="left", fontsize=9)
+    axes.set_title(fill(standing.title.removeprefix("text-to-image, "), 40), loc="left", fontsize=9)
     axes.set_xscale("log")
     axes.set_xticks([1.5, 2, 3, 4], ["1.5x", "2x", "3x", "4x"])
     axes.set_xticks([], minor=True)
