@@ -11,7 +11,6 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
-from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -157,7 +156,8 @@ def plot_contest(axes: Axes, standing: Standing) -> None:
             color=colour, marker=marker, label=name,
             markersize=6 if own else 4, linewidth=2 if own else 1, zorder=3 if own else 2,
         )  # fmt: skip
-    axes.set_title(fill(standing.title.removeprefix("text-to-image, "), 40), loc="left", fontsize=9)
+    title = standing.title.removeprefix("text-to-image, ")
+    axes.set_title(title.replace("image-to-image, ", "image-to-image\n"), loc="left", fontsize=9)
     axes.set_xscale("log")
     axes.set_xticks([1.5, 2, 3, 4], ["1.5x", "2x", "3x", "4x"])
     axes.set_xticks([], minor=True)
