@@ -17,7 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 gc.disable()  # until all is imported: nothing of that is garbage
 
 
-WHOLE = (
+HOLDERS = (
     "bulk.jobs",
     "evaluation.bench",
     "exporting.exporter",
@@ -31,7 +31,7 @@ imported first while a double is there would keep it."""
 def pytest_collection_finish() -> None:
     import torch
 
-    for name in WHOLE:
+    for name in HOLDERS:
         import_module(f"leansd.{name}")
 
     # Tiny models gain nothing from more, and suffer where other work shares the machine.

@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +18,7 @@ from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 
 from conformance.models import make_pipeline, xl_unet
+from leansd import files
 from leansd.errors import LeansdError
 from leansd.incubation.data.batches import Conditioning, PairedSource, RandomLatents, join
 from leansd.incubation.data.encoding import PictureEncoder, TextEncoder, read_picture
@@ -289,6 +292,11 @@ def test_a_stopped_filling_goes_on_to_the_same_files(
     with pytest.raises(LeansdError, match="shard a is not in"):
         CachedSource(stopped, shards)
     monkeypatch.undo()
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    name = f".{files._HOST}-{killed.pid}-{0:08x}{files.PARTIAL}"
+    draft = stopped.locate_part(shards[0], 1).with_name(name)
+    draft.write_bytes(b"of a writer that was killed")
     fill(stopped, shards)
     assert read_files(stopped.folder) == read_files(whole.folder)
     assert kept.items() <= read_files(whole.folder).items()
