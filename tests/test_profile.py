@@ -343,8 +343,8 @@ def test_progress_is_told_from_the_first_unit_of_the_warm_up_on():
     check_predictions(
         probe, plans, rounds=2, on_progress=lambda name, share: calls.append((name, share))
     )
-    each = ["probing"] * probe.plan.steps + ["full"] * 3
-    assert [name for name, _ in calls] == 2 * each
+    first, second = ["probing"] * probe.plan.steps, ["full"] * 3
+    assert [name for name, _ in calls] == [*first, *second, *second, *first]
     assert [share for _, share in calls] == [n / len(calls) for n in range(1, len(calls) + 1)]
 
 

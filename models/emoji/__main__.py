@@ -279,6 +279,7 @@ def plans(
 ) -> None:
     """What OUT/judge names in the bundled model's pictures under presets, and in fewer steps."""
     import leansd
+    from leansd.cli.terminal import follow
     from leansd.evaluation.records import put_records
     from models.emoji.data import read_pictures
     from models.emoji.evaluation import choose_pairs
@@ -292,7 +293,17 @@ def plans(
     pairs = read_pictures(data, out, choose_recipe(recipe).size, print).split.train
     chosen = [pairs[place] for place in choose_pairs(pairs, count, seed=0)]
     for each in sampler:
-        records = judge_plans(pipe, own, chosen, sampler=each, steps=steps)
+        with follow(each) as bar:
+            records = judge_plans(
+                pipe,
+                own,
+                chosen,
+                sampler=each,
+                steps=steps,
+                on_progress=lambda far: bar.count(far.done, far.total, far.case),
+            )
+        for record in records:
+            print(f"{each} {record.plan}: {record.metric} {record.value:g}")
         put_records(results, records, lambda record: (record.model_extra or {}).get("sampler"))
 
 

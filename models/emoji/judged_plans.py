@@ -6,15 +6,15 @@ real pictures alone and knows no plan.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
-from leansd.evaluation.compare import Case
+from leansd.evaluation.compare import Case, Judging, OnProgress, compare_runs
 from leansd.evaluation.prompt_sets import GUIDANCE
 from leansd.evaluation.records import Record, stamp
-from leansd.evaluation.runs import FULL, CallSet, run_calls
+from leansd.evaluation.runs import FULL, CallSet
 from leansd.plans.presets import SPEED_PRESETS
 from leansd.plans.resolve import PlanContext, resolve_plan
 from leansd.runtime.samplers import set_sampler
@@ -23,17 +23,18 @@ from models.emoji.judge import Judge, rank_names
 from models.emoji.recipe import name_pairs
 
 
-def list_cases(steps: int, sampler: str) -> Iterator[Case]:
-    """The full run, and each preset beside as many plain steps."""
-    yield Case(FULL, steps)
+def list_cases(steps: int, sampler: str) -> list[Case]:
+    """The full run, and each preset beside as many plain steps, once where presets have as many."""
+    cases = {FULL: Case(FULL, steps)}
     for name in SPEED_PRESETS:
         plan = resolve_plan(name, PlanContext(steps, sampler), force=True).plan
-        yield Case(name, steps, plan)
-        yield Case(f"{len(plan.keys)} steps", len(plan.keys))
+        plain = f"{len(plan.keys)} steps"
+        cases |= {name: Case(name, steps, plan), plain: Case(plain, len(plan.keys))}
+    return list(cases.values())
 
 
 def judge_plans(
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     judge: Judge,
     pairs: Sequence[Pair],
     *,
@@ -41,9 +42,9 @@ def judge_plans(
     steps: int,
     guidance: float = GUIDANCE,
     seed: int = 0,
-    say: Callable[[str], None] = print,
+    on_progress: OnProgress = lambda progress: None,
 ) -> list[Record]:
-    """Every case draws the same captions from the same seeds.
+    """What the judge says of each case's pictures of the same captions, from the same seeds.
 
     `top1` is the share that is named right; `lost` and `won` are pictures that are named right in
     the full run alone, and in the case alone.
@@ -54,29 +55,30 @@ def judge_plans(
         **stamp(pipe.device), "subject": "emoji", "sampler": sampler, "guidance": guidance,
         "pictures": len(pairs), "seed": seed,
     }  # fmt: skip
+    comparison = compare_runs(
+        pipe,
+        list_cases(steps, sampler),
+        CallSet(captions, seed, batch=20, settings={"guidance_scale": guidance}),
+        judging=Judging(metrics=()),
+        rounds=None,
+        on_progress=on_progress,
+    )
+    named = {
+        each.case.name: torch.tensor(rank_names(judge, each.pictures, name_pairs(pairs))) == 0
+        for each in comparison
+    }
+    full = named[FULL]
     records: list[Record] = []
-    full: torch.Tensor | None = None
-    settings = {"guidance_scale": guidance}
-    for case in list_cases(steps, sampler):
-        plan = case.plan
-        drawn = run_calls(
-            pipe, CallSet(captions, seed=seed, batch=20, settings=settings), case.steps, plan
-        )
-        pixels = drawn.pictures.mul(255).round().to(torch.uint8)
-        right = torch.tensor(rank_names(judge, pixels, name_pairs(pairs))) == 0
-        full = right if full is None else full
+    for case in (each.case for each in comparison):
+        plan, right = case.plan, named[case.name]
         values = {
             "top1": float(right.double().mean()),
             "lost": float((full & ~right).sum()),
             "won": float((right & ~full).sum()),
         }
-        say(
-            f"{sampler} {case.name}: "
-            + ", ".join(f"{key} {value:g}" for key, value in values.items())
-        )
         fields = {
             **shared, "plan": case.name, "steps": case.steps, "unit": "",
-            "fingerprint": plan.fingerprint if plan is not None else "",
+            "fingerprint": case.fingerprint,
             "calls": len(plan.keys) if plan is not None else case.steps,
         }  # fmt: skip
         records += [Record(**fields, metric=key, value=value) for key, value in values.items()]

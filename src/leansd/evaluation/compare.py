@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import nan
 from pathlib import Path
-from time import monotonic
 from typing import Any, TypeAlias
 
 import torch
@@ -38,7 +37,7 @@ from leansd.evaluation.runs import (
     run_calls,
     sampled_by,
 )
-from leansd.evaluation.timing import Ratio, Timing, check_count, compare_timings, rotate
+from leansd.evaluation.timing import Ratio, Timing, check_count, compare_timings, take_turns
 from leansd.files import write_file
 from leansd.plans.plan import Plan
 from leansd.runtime import Attachment, Report
@@ -276,13 +275,11 @@ def compare_runs(
     held = [_find_reference(each, by_name) for each in judging.references]
     require_distinct([*cases, *(each for each in held if each not in cases)])
     require_distinct(held)
-    embedder = judging.embedder
     drawer = _Drawer(pipe, calls, keep, on_progress)
     full, known = by_name.get(FULL), judging.known
-    beside = [each for each in held if each.name not in by_name and each.name not in known]
-    has_sets = embedder is not None and full is not None
-    sets = range(1, judging.spread_sets + 1) if has_sets else range(0)
-    work = [(each, 0) for each in (*beside, *(cases if rounds is None else ()))]
+    sets = range(1, judging.spread_sets + 1) if judging.embedder is not None else range(0)
+    work = [(each, 0) for each in held if each.name not in by_name and each.name not in known]
+    work += [(each, 0) for each in cases if rounds is None]
     work += [(full, number) for number in sets if full is not None]
     drawer.total = sum(drawer.count_steps(*each) for each in work)
 
@@ -293,41 +290,29 @@ def compare_runs(
         drawn[FULL] = drawer.draw(full)
     # Untimed, only the references' pictures and those of the case at hand are in memory.
     drawn |= {each.name: drawer.draw(each) for each in held if each.name not in drawn}
-    faults = {name: why for name, each in drawn.items() if (why := each.find_fault(name))}
+    references = {each.name: drawn[each.name] for each in held}
     judge = None
-    if embedder is not None and full is not None:
-        judge = QualityJudge(
-            embedder,
-            calls.prompts,
-            embed_pictures(embedder, drawn[FULL].pictures),
-            [embed_pictures(embedder, drawer.draw(full, number).pictures) for number in sets],
-        )
+    if judging.embedder is not None and full is not None:
+        of_sets = (drawn[FULL], *(drawer.draw(full, number) for number in sets))
+        first, *further = (embed_pictures(judging.embedder, each.pictures) for each in of_sets)
+        judge = QualityJudge(judging.embedder, calls.prompts, first, further)
     compared: dict[str, Compared] = {}
+    faults = {name: why for name, each in drawn.items() if (why := each.find_fault(name))}
     for case in cases:
         if case.name in drawer.left_out:
             continue
         own = drawn[case.name] if case.name in drawn else drawer.draw(case)
         if case.name not in faults and (why := own.find_fault(case.name)):
             faults[case.name] = why
+        others = [each for each in held if each.name != case.name]
         measures = [
             measure
-            for each in held
-            if each.name != case.name
-            for measure in compare_drawings(own, drawn[each.name], each, judging.metrics)
+            for each in others
+            for measure in compare_drawings(own, references[each.name], each, judging.metrics)
         ]
-        if judge is not None:
-            measures += judge.judge(own.pictures)
-        base, timing = (drawer.timings.get(name, UNTIMED) for name in (FULL, case.name))
-        compared[case.name] = Compared(
-            case,
-            own.pictures[:shown],
-            tuple(measures),
-            timing,
-            compare_timings(base, timing) if base.seconds and timing.seconds else UNKNOWN,
-            drawer.attachments.get(case.name),
-        )
-    references_drawn = {each.name: drawn[each.name] for each in held}
-    return Comparison(compared, references_drawn, drawer.left_out, faults)
+        measures += judge.judge(own.pictures) if judge is not None else ()
+        compared[case.name] = drawer.describe(case, own.pictures[:shown], measures)
+    return Comparison(compared, references, drawer.left_out, faults)
 
 
 def compare_pair(
@@ -403,6 +388,13 @@ class _Drawer:
         self.done = self.total = 0.0
         self.turn, self.turns = 0, 1
 
+    def describe(self, case: Case, pictures: Tensor, measures: Sequence[Measure]) -> Compared:
+        """A case with its times, and how they compare with the full run's of the same turns."""
+        base, own = (self.timings.get(name, UNTIMED) for name in (FULL, case.name))
+        speedup = compare_timings(base, own) if base.seconds and own.seconds else UNKNOWN
+        followed = self.attachments.get(case.name)
+        return Compared(case, pictures, tuple(measures), own, speedup, followed)
+
     # -- untimed -----------------------------------------------------------------------------
 
     def count_steps(self, case: Case, number: int) -> float:
@@ -433,41 +425,28 @@ class _Drawer:
 
     def race(self, cases: Sequence[Case], rounds: Rounds) -> dict[str, Drawings]:
         """All cases on every batch in turns; notes times and which cases failed."""
-        self.turns = check_count(rounds.count, "timing rounds") * len(self.parts)
+        parts, racing = len(self.parts), list(cases)
+        self.turns = check_count(rounds.count, "timing rounds") * parts
         steps = sum(case.steps for case in cases)
         self.total += steps * rounds.count * len(self.calls)
-        racing = list(cases)
-
-        def run(case: Case, part: range) -> tuple[Drawings, float] | None:
+        if not rounds.is_warm:
+            self._run_calls(Case(FULL, WARM_UP_STEPS), self.parts[0][:1], 0, lambda *_: None)
+        seconds: dict[str, list[float]] = {case.name: [] for case in cases}
+        drawn: dict[str, list[Drawings]] = {case.name: [] for case in cases}
+        for turn, case in take_turns(racing, rounds.count, pieces=parts, budget=rounds.budget):
+            self.turn = turn
             try:
-                return self.run(case, part)
+                pictures, spent = self.run(case, self.parts[turn % parts])
             except Exception as error:
                 if not case.may_fail:
                     raise
                 why = f"failed here: {type(error).__name__}: {read_cause(error)}"
                 self.left_out[case.name] = why
                 racing.remove(case)
-                return None
-
-        if not rounds.is_warm:
-            self._run_calls(Case(FULL, WARM_UP_STEPS), self.parts[0][:1], 0, lambda *_: None)
-        seconds: dict[str, list[float]] = {case.name: [] for case in cases}
-        drawn: dict[str, list[Drawings]] = {case.name: [] for case in cases}
-        started = began = monotonic()
-        held, longest = 0, 0.0
-        for turn in range(self.turns):
-            self.turn, place = turn, turn % len(self.parts)
-            if not place:
-                longest, began = max(longest, monotonic() - began), monotonic()
-                ends = began - started + longest
-                if held and rounds.budget is not None and ends > rounds.budget:
-                    break
-                held += 1
-            for case in rotate(racing, turn):
-                result = run(case, self.parts[place])
-                if result is not None:
-                    seconds[case.name].append(result[1])
-                    drawn[case.name] += [result[0]] if held == 1 else []
+                continue
+            seconds[case.name].append(spent)
+            drawn[case.name] += [pictures] if turn < parts else []
+        held = self.turn // parts + 1
         self.timings = {case.name: Timing(tuple(seconds[case.name]), held) for case in racing}
         return {case.name: _join(drawn[case.name]) for case in racing}
 

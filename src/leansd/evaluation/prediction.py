@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count
 from typing import Any
 
@@ -17,7 +17,7 @@ from leansd.evaluation.inner_timing import RunLaps, time_run
 from leansd.evaluation.profile import Probe
 from leansd.evaluation.records import Record
 from leansd.evaluation.runs import FULL
-from leansd.evaluation.timing import Ratio, Timing, check_count, compare_timings, rotate
+from leansd.evaluation.timing import Ratio, Timing, check_count, compare_timings, take_turns
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.compile import compile_plan
 from leansd.plans.liveness import Program
@@ -25,6 +25,9 @@ from leansd.plans.plan import Plan
 from leansd.plans.presets import SPEED_PRESETS, preset
 from leansd.plans.resolve import PlanContext, resolve_plan
 from leansd.text import Table
+
+PROBING = "probing"
+"""The run that a cost model is made from, among those that it is held against."""
 
 
 @dataclass(frozen=True)
@@ -81,24 +84,22 @@ def check_predictions(
     Args:
         on_progress: told what runs and the share of all UNet calls that is done, after each call.
     """
-    probes: list[RunLaps] = []
-    runs: dict[str, list[RunLaps]] = {name: [] for name in plans}
-    names = list(plans)
     steps = sum(each.steps for each in (probe.plan, *plans.values()))
     total = check_count(rounds, "repeats") * steps
     calls = count(1)
 
-    def tell(name: str) -> Callable[[], None]:
-        return lambda: on_progress(name, next(calls) / total)
+    def time_held_out(plan: Plan, on_call: Callable[[], None]) -> RunLaps:
+        last = {"num_inference_steps": plan.steps, "output_type": "latent"}
+        return time_run(probe.pipe, plan, {**probe.arguments, **last}, on_call=on_call)
 
-    for turn in range(rounds):
-        probes.append(probe.run(tell("probing")))
-        for name in rotate(names, turn):
-            last = {"num_inference_steps": plans[name].steps, "output_type": "latent"}
-            asked = {**probe.arguments, **last}
-            runs[name].append(time_run(probe.pipe, plans[name], asked, on_call=tell(name)))
-    cost = probe.model_costs(probes)
-    return cost, tuple(_judge(cost, plans[name], runs[name], runs[names[0]]) for name in names)
+    cases = {PROBING: probe.run}
+    cases |= {name: partial(time_held_out, plan) for name, plan in plans.items()}
+    runs: dict[str, list[RunLaps]] = {name: [] for name in cases}
+    for _, name in take_turns(list(cases), rounds):
+        runs[name].append(cases[name](lambda name=name: on_progress(name, next(calls) / total)))
+    cost = probe.model_costs(runs.pop(PROBING))
+    full = next(iter(runs.values()), [])
+    return cost, tuple(_judge(cost, plan, runs[name], full) for name, plan in plans.items())
 
 
 def list_prediction_records(

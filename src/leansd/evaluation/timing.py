@@ -6,7 +6,7 @@ other work on the machine only ever adds time, so the fastest of several equal r
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -45,10 +45,28 @@ class Timing:
         return statistics.median(self.fastest)
 
 
-def rotate(cases: Sequence[Each], turn: int) -> list[Each]:
-    """The order of a turn: it moves on by a place, so no case always follows the same other."""
-    shift = turn % max(1, len(cases))
-    return [*cases[shift:], *cases[:shift]]
+def take_turns(
+    cases: Sequence[Each], rounds: int, *, pieces: int = 1, budget: float | None = None
+) -> Iterator[tuple[int, Each]]:
+    """Every case once a turn: the number of the turn, and the case.
+
+    The order moves on by a place each turn, so no case always follows the same other. A case that
+    is taken out of a list is left out from the next turn on.
+
+    Args:
+        rounds: how often the same work is done.
+        pieces: turns of a round, each with a piece of the work.
+        budget: seconds that all may take; another round begins only if it should end in time.
+    """
+    started = began = time.monotonic()
+    longest = 0.0
+    for turn in range(rounds * pieces):
+        if turn and not turn % pieces:
+            longest, began = max(longest, time.monotonic() - began), time.monotonic()
+            if budget is not None and began - started + longest > budget:
+                return
+        shift = turn % max(1, len(cases))
+        yield from ((turn, case) for case in [*cases[shift:], *cases[:shift]])
 
 
 def check_count(count: int, what: str) -> int:
@@ -76,13 +94,12 @@ def time_cases(
         for case in cases.values():
             case(0)
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for turn in range(rounds):
-        for name in rotate(list(cases), turn):
-            wait_for(device)
-            start = time.perf_counter()
-            cases[name](turn)
-            wait_for(device)
-            seconds[name].append(time.perf_counter() - start)
+    for turn, name in take_turns(list(cases), rounds):
+        wait_for(device)
+        start = time.perf_counter()
+        cases[name](turn)
+        wait_for(device)
+        seconds[name].append(time.perf_counter() - start)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
