@@ -1,10 +1,12 @@
 """Plans, key steps and addresses as data."""
 
+import contextlib
 import json
 import subprocess
 import sys
 from dataclasses import replace
 from itertools import product
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +241,20 @@ def test_unknown_presets_and_options_say_what_there_is() -> None:
         leansd.preset("fast", cut="mid")
     with pytest.raises(LeansdError, match="branch 12 does not exist"):
         leansd.preset("deepcache", branch=12)
+
+
+ODD_VALUES = ["x", "", None, 0, -1, -5, 100, 2.5, nan, inf, 10**20, True, {}]
+ODD_VALUES += [[], [0], [-1], [99], ["x"], [None]]
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_any_value_of_an_option_gives_a_plan_or_a_sentence(name: str) -> None:
+    for option in presets.PRESETS[name].options:
+        for value in ODD_VALUES:
+            with contextlib.suppress(LeansdError):
+                assert leansd.preset(name, 6, **{option: value}).steps == 6
+        with pytest.raises(LeansdError, match=rf"preset {name}: {option}"):
+            leansd.preset(name, 6, **{option: object()})
 
 
 def test_stretching_keeps_what_is_no_inheritance() -> None:

@@ -14,11 +14,12 @@ from typing import Literal
 from leansd.errors import LeansdError
 
 KeySteps = tuple[int, ...]
+MOST_POWER = 10
 
 
 def uniform(steps: int, interval: int) -> KeySteps:
     """Every `interval`-th step."""
-    _check_interval(interval)
+    check_interval(interval)
     return tuple(range(0, steps, interval))
 
 
@@ -40,8 +41,7 @@ def centred_power(steps: int, keys: int, centre: float, power: float = 1.4) -> K
     `centre + sign(x) |x|^power`. `power = 1` is uniform.
     """
     _check_keys(steps, keys)
-    if power < 1:
-        raise LeansdError(f"power must be at least 1, not {power}")
+    check_power(power)
     if not 0 <= centre <= steps:
         raise LeansdError(f"centre must lie in the run of {steps} steps, not at {centre}")
     first, last = -(centre ** (1 / power)), (steps - centre) ** (1 / power)
@@ -54,7 +54,7 @@ def staged(steps: int, intervals: Mapping[int, int]) -> KeySteps:
     if 0 not in intervals:
         raise LeansdError("staged intervals need one that starts at step 0, as in {0: 2, 10: 4}")
     for interval in intervals.values():
-        _check_interval(interval)
+        check_interval(interval)
     keys: list[int] = []
     starts = sorted(start for start in intervals if start < steps)
     for start, stop in zip(starts, [*starts[1:], steps], strict=True):
@@ -102,9 +102,16 @@ def interpolate(values: Sequence[float], position: float) -> float:
     return values[low] + (values[low + 1] - values[low]) * (position - low)
 
 
-def _check_interval(interval: int) -> None:
+def check_interval(interval: int) -> None:
+    """Refuse an interval between key steps that is none."""
     if interval < 1:
         raise LeansdError(f"interval must be at least 1, not {interval}")
+
+
+def check_power(power: float) -> None:
+    """Refuse a power that spreads key steps the wrong way, or beyond any run."""
+    if not 1 <= power <= MOST_POWER:
+        raise LeansdError(f"power must lie between 1 and {MOST_POWER}, not {power:g}")
 
 
 def _check_keys(steps: int, keys: int) -> None:

@@ -17,7 +17,7 @@ from leansd.errors import LeansdError
 from leansd.plans.plan import Plan
 from leansd.plans.presets import published, tuned
 from leansd.plans.presets.tuned import DEFAULT_SAMPLER, SPEED_PRESETS
-from leansd.text import refuse_unknown, suggest_name
+from leansd.text import explain_validation, refuse_unknown, suggest_name
 
 __all__ = ["DEFAULT_SAMPLER", "PRESETS", "SPEED_PRESETS", "Preset", "preset"]
 
@@ -52,7 +52,15 @@ class Preset:
         """
         refuse_unknown(f"preset {self.name}", options, self.options)
         given = {"sampler": sampler, **options} if self.by_sampler else options
-        return self.build(steps=steps, blocks=blocks, **given).rename(self.name)
+        if not options:
+            return self.build(steps=steps, blocks=blocks, **given).rename(self.name)
+        # Few give options, and it takes as long to import as all plans.
+        from pydantic import ValidationError, validate_call
+
+        try:
+            return validate_call(self.build)(steps=steps, blocks=blocks, **given).rename(self.name)
+        except ValidationError as error:
+            raise LeansdError(f"preset {self.name}: {explain_validation(error)}") from None
 
 
 _PUBLISHED: dict[Callable[..., Plan], str] = {

@@ -5,6 +5,7 @@ Facts about each (what it skips, when) are public; nothing here is taken from th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from leansd.errors import LeansdError
@@ -29,6 +30,7 @@ def build_deepcache_power(
     power: float = 1.4,
 ) -> Plan:
     """Key steps dense around a centre: what DeepCache's paper describes."""
+    keysteps.check_interval(interval)
     keys = max(1, round(steps / interval))
     centre = 0.3 * steps if centre is None else centre
     chosen = keysteps.centred_power(steps, keys, centre, power)
@@ -46,6 +48,8 @@ def build_deepcache_exact(
 ) -> Plan:
     """The same with the published arithmetic: a negative base to a fractional power is complex, and
     only its real part is used."""
+    keysteps.check_interval(interval)
+    keysteps.check_power(power)
     keys = list_complex_power_steps(steps, max(1, -(-steps // interval)), centre, power)
     return Plan.between(keys, cut=_find_branch(branch, blocks), steps=steps)
 
@@ -97,13 +101,14 @@ def build_pab(
     window = range(max(1, start), min(stop, steps))
     plan = Plan.full(steps)
     for part, interval in (("*.sa", spatial), ("*.ca", cross)):
-        plan = plan.inherit(part, at=[step for step in window if step % interval])
+        computed = keysteps.uniform(steps, interval)
+        plan = plan.inherit(part, at=[step for step in window if step not in computed])
     return plan
 
 
 def build_guidance_cutoff(*, steps: int, blocks: int, share: float = 0.4) -> Plan:
     """What `SDCFGCutoffCallback` of diffusers does: the plain rival of T-GATE."""
-    gate = max(1, round((1 - share) * steps))
+    gate = max(1, _count(1 - share, steps))
     return Plan.full(steps).guide("drop", at=range(min(gate, steps), steps))
 
 
@@ -123,7 +128,7 @@ def build_spectrum(
     defaults are the paper's for few computed steps, its warm-up that of its published code, whose
     later recommendation is `how="chebyshev-line"`.
     """
-    if window < 1 or growth < 0 or warm_up < 1:
+    if not (1 <= window < math.inf and 0 <= growth < math.inf and warm_up >= 1):
         raise LeansdError(
             f"window {window:g}, growth {growth:g}, warm-up {warm_up}: give a window and a warm-up "
             "of 1 or more and a growth of 0 or more"
