@@ -30,6 +30,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 import leansd
 from leansd.anatomy.builtin import BUILTIN
 from leansd.anatomy.inputs import make_inputs, pick_size
+from leansd.core.devices import seed_generator
 from leansd.evaluation.records import Record, stamp, write_records
 from leansd.evaluation.timing import compare_timings, time_cases
 from leansd.plans import Plan, preset
@@ -108,7 +109,7 @@ def make_loop(unet: UNet2DConditionModel, steps: int, latent: int | None, seed: 
         batch=2,
         device="cpu",
         dtype=torch.float32,
-        generator=torch.Generator("cpu").manual_seed(seed),
+        generator=seed_generator(seed),
     )
     moved = torch.utils._pytree.tree_map_only(
         torch.Tensor, lambda each: each.to(device, dtype if each.is_floating_point() else None),

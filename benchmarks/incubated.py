@@ -45,6 +45,7 @@ from torch import Tensor
 import leansd
 from leansd.anatomy.counting import count_macs
 from leansd.cli.terminal import hush_libraries
+from leansd.core.devices import seed_generator
 from leansd.evaluation.extractors import find_embedder
 from leansd.evaluation.fidelity import psnr, ssim
 from leansd.evaluation.prompt_sets import GUIDANCE
@@ -119,7 +120,7 @@ def prepare_ground(folder: Path, captions: int, errors: int) -> Ground:
     embedder = find_embedder("emoji")
     assert embedder is not None
     said, held_out = read_folder(folder / "held-out")
-    order = torch.randperm(len(said), generator=torch.Generator().manual_seed(SEED)).tolist()
+    order = torch.randperm(len(said), generator=seed_generator(SEED)).tolist()
     few = order[:errors]
     texts, _ = pipe.encode_prompt([said[place] for place in few], "cpu", 1, False)
     return Ground(

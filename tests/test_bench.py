@@ -428,6 +428,19 @@ def test_a_front_for_what_a_contest_draws_comes_before_one_for_anything(tmp_path
     ]
 
 
+def test_what_plans_of_a_folder_were_tuned_for_is_told_as_everywhere(tmp_path):
+    plan = replace(Plan.full(4), tuned=Tuned("euler", "", guidance=8.0)).guide("drop", at=3)
+    plan.save(tmp_path / "ddim-4-2x.json")
+    front = Front.of("unet", "ddim", 4, [Point(plan.rename("own"), 1.2, 1.0, 40.0)])
+    front.save(tmp_path / "ddim-4.json")
+    told = []
+    choose_plans([str(tmp_path)], CONTEST, ANATOMY, read_front=read_plans, tell=told.append)
+    for name in ("own of 4 steps", "2x"):
+        elsewhere = f"plan {name} was tuned for sampler euler, not ddim: nothing says that it"
+        assert any(note.startswith(elsewhere) for note in told)
+        assert f"plan {name} was tuned at guidance 8, not {CONTEST.guidance:g}" in told
+
+
 # -- the command -------------------------------------------------------------------------------
 
 

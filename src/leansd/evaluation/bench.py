@@ -39,7 +39,7 @@ from leansd.plans.anatomy import Anatomy
 from leansd.plans.plan import Plan
 from leansd.plans.presets import PRESETS, SPEED_PRESETS, Preset
 from leansd.plans.presets.tuned import NOISY
-from leansd.plans.resolve import PlanContext, find_source, resolve_plan
+from leansd.plans.resolve import PlanContext, Source, find_source, resolve_plan
 from leansd.runtime.clock import is_flow
 from leansd.runtime.context import dissect_denoiser
 from leansd.runtime.samplers import make_scheduler
@@ -219,26 +219,38 @@ def choose_plans(
         guidance=contest.guidance,
         strength=contest.strength,
     )
-    plans: list[Plan] = []
+    found: list[Source] = []
     for source in sources or SPEED_PRESETS:
         if source not in PRESETS and Path(source).is_dir():
-            stem = f"{contest.sampler}-{contest.steps}"
-            plans += _read_nearest_front(Path(source), contest, read_front)
-            plans += [
-                Plan.load(file).rename(file.stem.split("-", 2)[-1])
-                for file in sorted(Path(source).glob(f"{stem}-*.json"))
-                if not OWN_SETTING.fullmatch(file.stem.removeprefix(stem))
-            ]
-            continue
-        found = find_source(source)
-        if not isinstance(found, Preset) and found.steps != contest.steps:
-            continue
-        resolved = resolve_plan(found, context, force=force)
+            found += _read_folder(Path(source), contest, read_front)
+        else:
+            one = find_source(source)
+            found += [one] if isinstance(one, Preset) or one.steps == contest.steps else []
+    plans: list[Plan] = []
+    for each in found:
+        # Of its own step count, which a front's plan may have fewer of.
+        steps = contest.steps if isinstance(each, Preset) else each.steps
+        resolved = resolve_plan(each, replace(context, steps=steps), force=force)
         for note in resolved.notes:
             tell(note)
-        if resolved.plan.name != FULL or not isinstance(found, Preset):
+        if resolved.plan.name != FULL or not isinstance(each, Preset):
             plans.append(resolved.plan)
     return tuple(plans)
+
+
+def _read_folder(
+    folder: Path, contest: Contest, read_front: Callable[[Path], Sequence[Plan]]
+) -> list[Plan]:
+    """The front tuned for what a contest draws, and the plans of its sampler and steps."""
+    stem = f"{contest.sampler}-{contest.steps}"
+    return [
+        *_read_nearest_front(folder, contest, read_front),
+        *(
+            Plan.load(file).rename(file.stem.split("-", 2)[-1])
+            for file in sorted(folder.glob(f"{stem}-*.json"))
+            if not OWN_SETTING.fullmatch(file.stem.removeprefix(stem))
+        ),
+    ]
 
 
 def _read_nearest_front(
