@@ -16,9 +16,12 @@ from leansd.evaluation.cost import CostModel
 from leansd.evaluation.runs import CallSet, run_calls
 from leansd.plans.plan import Plan
 from leansd.tuning import Front, mix_fitting, tuner
+from leansd.tuning.host import PipelineHost
 from leansd.tuning.mix_fitting import FitState, MixConfig, MixFit
+from leansd.tuning.mixing import Nearness, PlanMixer, list_starts
 from leansd.tuning.run_starts import record_starts
 from leansd.tuning.sampler_map import PlanMap, explain_unfit, read_sampler
+from leansd.tuning.trials import Journal
 from test_tuning import SAMPLERS, make_cost, make_scheduler
 from tiny import shallow_unet, tiny_pipeline, tiny_scheduler
 
@@ -226,6 +229,42 @@ def test_tuning_fits_mixes_and_goes_on_where_it_was_stopped(
     again: list[str] = []
     tune_with_mixes(cost, tell=lambda text, share: again.append(text), journal=journal)
     assert not any("min left" in text for text in again)
+
+
+def test_a_fit_begins_with_lines_where_steps_lie_close_and_with_plain_ones_where_they_do_not():
+    tuned = {calls: Plan.between(range(calls), cut="head", steps=30) for calls in (5, 10, 15)}
+    starts = {calls: list_starts(plan) for calls, plan in tuned.items()}
+    assert all(starts[calls][0] is plan for calls, plan in tuned.items())
+    assert [(plan.steps, plan.keys) for plan in starts[5][1:]] == [(5, tuple(range(5)))]
+    assert starts[10][1:] == []
+    (lines,) = starts[15][1:]
+    assert (lines.steps, len(lines.keys), lines.keys[-1]) == (30, 15, 29)
+    assert {row.inherit["head"] for row in lines.rows if not row.is_key} == {"forecast"}
+
+
+@pytest.mark.parametrize(
+    ("by_plan", "by_lines", "chosen"),
+    [
+        ((41, 36), (42, 36), 1),
+        ((42, 36), (41, 36), 0),
+        ((43, 34), (41, 36), 1),
+        ((43, 34), (39, 37), None),
+    ],
+)
+def test_of_mixes_that_gain_by_both_means_the_nearer_are_kept(
+    monkeypatch: pytest.MonkeyPatch, by_plan: Any, by_lines: Any, chosen: int | None
+) -> None:
+    plan = Plan.between([0, 1, 2, 5, 9], cut="head", steps=10, name="tuned")
+    mixed = [plan.rename("by plan"), plan.rename("by lines")]
+    near = {"tuned": Nearness(40, 35), "by plan": Nearness(*by_plan)}
+    near["by lines"] = Nearness(*by_lines)
+    host = PipelineHost(make_pipe(), 4, {}, {}, "dpm++2m")
+    mixer = PlanMixer(host, MANY * 3, 0, 10, Journal(None, ""))
+    rest = iter(mixed)
+    monkeypatch.setattr(mixer, "_mix", lambda start, say: next(rest))
+    monkeypatch.setattr(mixer, "_measure", lambda plan: near[plan.name])
+    found = mixer.improve(plan, lambda text: None)
+    assert found is (None if chosen is None else mixed[chosen])
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ from leansd.runtime.nets import match_nets
 from leansd.tuning import Front, Point, error_model, tuner
 from leansd.tuning.error_model import (
     HEAD_ACTIONS,
+    LINE,
     REUSE,
     Action,
     Calibration,
@@ -65,7 +66,7 @@ from watching import watch_before
 STEPS = 8
 PROMPTS = ("a boat", "a tree", "a cat", "a house")
 SETTINGS = {"guidance_scale": 3.0}
-LINE, PARABOLA = HEAD_ACTIONS
+PARABOLA = HEAD_ACTIONS[1]
 SAMPLERS = {
     "ddim": DDIMScheduler,
     "euler": EulerDiscreteScheduler,
@@ -340,16 +341,18 @@ def test_samplers_that_cannot_be_tuned_for_are_refused_before_anything_runs(
         leansd.tune(pipe, PROMPTS, steps=STEPS, cost=cost)
 
 
+@pytest.mark.parametrize(("action", "last"), [(REUSE, STEPS - 2), (LINE, STEPS - 1)])
 @pytest.mark.parametrize("calls", [2, 3, 5, 7, 8])
-def test_even_steps_are_as_many_as_asked_for_and_end_before_the_last(calls: int) -> None:
+def test_even_steps_are_as_many_as_asked_for(calls: int, action: Action, last: int) -> None:
+    """Lines end at the last step, what is kept as it is before it."""
     model = make_model("ddim", torch.randn(STEPS, 5, dtype=torch.float64))
-    candidate = space_evenly(model, calls, REUSE)
+    candidate = space_evenly(model, calls, action)
     plan = candidate.build()
     assert len(plan.keys) == calls
-    assert plan.keys[-1] == max(STEPS - 2, calls - 1)
+    assert plan.keys[-1] == max(last, calls - 1)
     gaps = [after - before for before, after in itertools.pairwise(plan.keys)]
     assert max(gaps) - min(gaps) <= 1
-    assert {row.inherit["head"] for row in plan.rows if not row.is_key} <= {"reuse"}
+    assert {row.inherit["head"] for row in plan.rows if not row.is_key} <= {action.how}
     assert math.isfinite(candidate.error)
 
 

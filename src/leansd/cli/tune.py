@@ -82,7 +82,7 @@ class Search:
         Raises:
             LeansdError: there are too few, or the runs start from pictures.
         """
-        from leansd.tuning.mix_fitting import choose_mix_calls
+        from leansd.tuning.mixing import choose_mix_calls
 
         given = None if calls.prompts is None else read_prompts(calls.prompts)
         own = given or (None if model == EMBEDDED else read_generic())

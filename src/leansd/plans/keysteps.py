@@ -23,6 +23,13 @@ def uniform(steps: int, interval: int) -> KeySteps:
     return tuple(range(0, steps, interval))
 
 
+def even(steps: int, keys: int, last: int | None = None) -> KeySteps:
+    """`keys` steps at even distances, up to step `last`, the run's last one by default."""
+    _check_keys(steps, keys)
+    last = steps - 1 if last is None else last
+    return tuple(round(index * last / max(1, keys - 1)) for index in range(keys))
+
+
 def quadratic(steps: int, keys: int, dense: Literal["early", "late"] = "early") -> KeySteps:
     """`keys` steps whose gaps grow linearly: close together early (or late) in the run."""
     _check_keys(steps, keys)

@@ -173,7 +173,8 @@ class Action(NamedTuple):
     how: How
 
 
-HEAD_ACTIONS = (Action("head", "forecast"), Action("head", "forecast2"))
+LINE = Action("head", "forecast")
+HEAD_ACTIONS = (LINE, Action("head", "forecast2"))
 REUSE = Action("head", "reuse")
 DENOISED = Action("head", "denoised")
 """For samplers that add noise: an output goes stale with every noise, the picture does not."""

@@ -9,7 +9,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, Protocol, TypeAlias
 
@@ -127,6 +127,12 @@ class Course:
     denoising: np.ndarray | None = None
     """[n, 2]: the weights of sample and output in the denoised picture that a call sees, where the
     sampler adds noise (the same in every run of a call); None for other samplers."""
+
+    def describe_levels(self, tuned: Tuned) -> Tuned:
+        """What a plan of so many steps is tuned for; runs that start late leave some levels out."""
+        whole = len(self.log_snr) == self.steps
+        levels = [round(float(each), 4) for each in self.log_snr] if whole else ()
+        return replace(tuned, log_snr=tuple(levels))
 
 
 class Host(Protocol):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from leansd.evaluation.cost import CostModel
+from leansd.plans import keysteps
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.compile import compile_plan
 from leansd.plans.liveness import Call, Net
@@ -25,6 +26,7 @@ from leansd.plans.row import OWN, Attend, Gates, Guidance
 from leansd.tuning.error_model import (
     DENOISED,
     HEAD_ACTIONS,
+    LINE,
     MEMORY,
     REUSE,
     Action,
@@ -275,11 +277,13 @@ LONGEST = 0.2
 
 
 def space_evenly(model: ErrorModel, calls: int, action: Action) -> Candidate:
-    """A plan of so many UNet calls at even distances, the last two steps before the end."""
+    """A plan of so many UNet calls at even distances.
+
+    Lines lead to the last step; what is kept as it is serves the last two.
+    """
     count = model.calibration.count
-    last = max(count - 2, calls - 1)
-    steps = [round(place * last / max(calls - 1, 1)) for place in range(calls)]
-    keys = [Key(step) for step in steps]
+    last = count - 1 if action == LINE else max(count - 2, calls - 1)
+    keys = [Key(step) for step in keysteps.even(count, calls, last)]
     empty = Candidate(Proposal((), 0.0, calls * TICKS), model, Regime({action: 0}))
     return empty.move(_join(keys, [action] * calls, count))
 
@@ -321,9 +325,8 @@ def propose(
     for few, speed in zip(found, speeds, strict=True):
         count = full.count
         calls = min(_count_ticks(whole / speed, count, cost) // TICKS, count)
-        if calls > 1:
-            way = DENOISED if full.adds_noise else REUSE
-            few.append(space_evenly(models[0], calls, way))
+        ways = (DENOISED,) if full.adds_noise else (REUSE, LINE)
+        few += [space_evenly(models[0], calls, way) for way in ways if calls > 1]
     return found
 
 

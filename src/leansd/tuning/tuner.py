@@ -25,12 +25,13 @@ from leansd.evaluation.profile import profile
 from leansd.evaluation.runs import PipelineCall, expand_calls
 from leansd.plans.anatomy import WHOLE
 from leansd.plans.compile import compile_plan
-from leansd.plans.plan import Plan, Tuned
+from leansd.plans.plan import Plan
 from leansd.runtime.attachment import NO_NETS
 from leansd.tuning.error_model import PROBES, Calibration, ErrorModel, calibrate
 from leansd.tuning.front import Front, Point
 from leansd.tuning.host import Host, PipelineHost, measure_whole_cost
-from leansd.tuning.mix_fitting import FRESH, MixConfig, PlanMixer, choose_mix_calls
+from leansd.tuning.mix_fitting import MixConfig
+from leansd.tuning.mixing import FRESH, PlanMixer, choose_mix_calls, list_starts
 from leansd.tuning.sampler_map import read_sampler
 from leansd.tuning.space import (
     FEWER,
@@ -181,7 +182,7 @@ def tune(
         nets: UNets by name that plans may switch to.
         attend: self-attentions, addresses or globs, that plans may compute by GRI.
         mixes: further calls, each with a fresh noise, on which mixes of plans with few UNet calls
-            are fitted (`leansd.tuning.mix_fitting`); a number takes the calls tuned on in turns.
+            are fitted (`leansd.tuning.mixing`); a number takes the calls tuned on in turns.
             200 to 320 make good ones; 0 fits none.
         cost: of `leansd.profile`, with `attend` and with the nets' own in `nets`; measured here by
             default.
@@ -398,10 +399,8 @@ class _Tuner(Tuning):
         for place, (trial, candidate) in enumerate(_pick_finalists(tried)):
             trial = trial if place else self._improve(trial, candidate)
             trial = self._polish(trial)
-            plan = replace(
-                trial.plan, name=f"tuned {speed:.3g}x", tuned=self._describe(trial.plan.steps)
-            )
-            point = self._check(plan)
+            tuned = self._find_calibration(trial.plan.steps).describe_levels(self.host.tuned)
+            point = self._check(replace(trial.plan, name=f"tuned {speed:.3g}x", tuned=tuned))
             # Over all calls: the held-out ones alone are too few to tell near plans apart.
             ours, theirs = len(self.fit.calls), len(self.check.calls)
             finals.append((ours * trial.psnr + theirs * point.psnr, point))
@@ -409,17 +408,10 @@ class _Tuner(Tuning):
             best = max(finals, key=lambda each: each[0])[1]
             points.append(best)
             if self.mixer is not None:
-                share = MIXING / (self.mixer.config.iterations + 3)
+                share = MIXING / (self.mixer.config.iterations + 3) / len(list_starts(best.plan))
                 mixed = self.mixer.improve(best.plan, lambda text: self.progress.add(text, share))
                 points += [] if mixed is None else [self._check(mixed)]
         return points
-
-    def _describe(self, steps: int) -> Tuned:
-        """What a plan of so many steps is tuned for; runs that start late leave some levels out."""
-        found = self._find_calibration(steps)
-        whole = found.count == steps
-        levels = tuple(round(float(each), 4) for each in found.log_snr) if whole else ()
-        return replace(self.host.tuned, log_snr=levels)
 
     def _find_calibration(self, steps: int) -> Calibration:
         return next(each for each in self.calibrations if each.steps == steps)

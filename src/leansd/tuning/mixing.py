@@ -1,0 +1,229 @@
+"""Mixes for the plans that a tuning found: fitted on calls of their own, kept where they help.
+
+A call is a prompt with a fresh noise. Mixes have some hundred weights, so they need more calls than
+the search; a third of these has no part in the fit and decides.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leansd.errors import LeansdError
+from leansd.evaluation.fidelity import psnr
+from leansd.evaluation.runs import CallSet, PipelineCall, expand_calls
+from leansd.files import writing
+from leansd.plans import keysteps
+from leansd.plans.anatomy import HEAD
+from leansd.plans.plan import Plan
+from leansd.tuning.host import PipelineHost
+from leansd.tuning.mix_fitting import FitState, MixConfig, MixFit
+from leansd.tuning.run_starts import RunStart, record_starts
+from leansd.tuning.sampler_map import PlanMap, SamplerMap, explain_unfit, read_sampler
+from leansd.tuning.trials import Journal
+
+MOST_CALLS, MOST_SHARE = 12, 0.55
+"""Plans with more UNet calls than both say lose so little that weights fitted to few pictures gain
+nothing."""
+FEWEST, FEWEST_PROMPTS = 24, 8
+FRESH = 1_000_000
+"""How far off the seeds of these calls are from those of the search."""
+SAVED_EVERY = 5
+"""Iterations."""
+
+Say = Callable[[str], None]
+
+
+def choose_mix_calls(
+    wanted: int | Sequence[PipelineCall], fitted: Sequence[PipelineCall]
+) -> list[PipelineCall]:
+    """The calls that mixes are fitted on: those given, or so many of the tuning's in turns.
+
+    Raises:
+        LeansdError: there are too few, or they repeat too few prompts.
+    """
+    if isinstance(wanted, int):
+        calls = [fitted[place % len(fitted)] for place in range(wanted)]
+    else:
+        calls = list(wanted)
+    if not calls:
+        return calls
+    if len(calls) < FEWEST:
+        raise LeansdError(
+            f"{len(calls)} calls are too few to fit mixes: give at least {FEWEST}; 200 to 320 do it"
+        )
+    different = {str(sorted(each.items())) for each in map(_describe, calls)}
+    if len(different) < FEWEST_PROMPTS:
+        raise LeansdError(
+            f"{len(calls)} calls to fit mixes on repeat {len(different)} prompts: give at least "
+            f"{FEWEST_PROMPTS} different ones"
+        )
+    return calls
+
+
+def _describe(call: PipelineCall) -> dict[str, Any]:
+    (told,) = expand_calls([call])
+    return {
+        name: each.flatten().tolist() if isinstance(each, Tensor) else each
+        for name, each in told.items()
+    }
+
+
+def list_starts(plan: Plan) -> list[Plan]:
+    """Plans of as many UNet calls that a fit begins with: where it ends hangs on that.
+
+    Beside the plan, lines where they need not lead further than a step, and plain steps where
+    gaps are so long that nothing leads over them.
+    """
+    calls, starts = len(plan.keys), [plan]
+    if 2 * calls >= plan.steps:
+        keys = keysteps.even(plan.steps, calls)
+        starts.append(Plan.between(keys, cut=HEAD, steps=plan.steps, how="forecast"))
+    if 5 * calls <= plan.steps:
+        starts.append(Plan.full(calls))
+    return starts
+
+
+@dataclass(frozen=True)
+class Nearness:
+    """How near a plan's pictures are, in dB."""
+
+    mean: float
+    """Mean over the pictures."""
+    of_mean_error: float
+    """Of their mean squared error, which the hard ones make."""
+
+    def beats(self, other: Nearness) -> bool:
+        return self.mean > other.mean and self.of_mean_error > other.of_mean_error
+
+
+@dataclass(eq=False)
+class PlanMixer:
+    """Fits mixes to plans of one pipeline; the full runs are made when they are first needed."""
+
+    host: PipelineHost
+    calls: Sequence[PipelineCall]
+    """The calls that mixes are fitted on; the last third of them checks."""
+    seed: int
+    """The seed of the first call."""
+    steps: int
+    """Steps of the full run."""
+    journal: Journal
+    config: MixConfig = field(default_factory=MixConfig)
+
+    def improve(self, plan: Plan, say: Say) -> Plan | None:
+        """The best plan with mixes, where pictures that had no part in it are nearer by both means.
+
+        None where no mixes help, or there are none for such a plan.
+        """
+        most = max(MOST_CALLS, MOST_SHARE * plan.steps)
+        if len(plan.keys) > most or explain_unfit(plan):
+            return None
+        nearer: list[tuple[float, Plan]] = []
+        for start in list_starts(plan):
+            levels = self.host.respond(start.steps).describe_levels(self.host.tuned)
+            mixed = self._mix(replace(start, name=plan.name, tuned=levels), say)
+            found = self._measure(mixed)
+            if found.beats(self._measure(plan)):
+                nearer.append((found.mean, mixed))
+        say(f"mixes of {plan.name} {'help' if nearer else 'do not help'}")
+        return max(nearer, key=lambda each: each[0])[1] if nearer else None
+
+    def _mix(self, start: Plan, say: Say) -> Plan:
+        key = f"{start.fingerprint} mixed"
+        known = self.journal.values.get(key)
+        if known is None:
+            known = {"plan": self._fit(start, say).to_dict()}
+            self.journal.note_value(key, known)
+        return Plan.from_dict(known["plan"])
+
+    def _measure(self, plan: Plan) -> Nearness:
+        """On the pictures that had no part in the fit."""
+        key = f"{plan.fingerprint} beside mixes"
+        known = self.journal.values.get(key)
+        if known is None:
+            first = self._fitted
+            held = self.calls[first:]
+            drawn, _ = self.host.draw(held, plan.steps, plan, seed=self.seed + first)
+            each = psnr(drawn.pictures, self._runs[1][first:]).double()
+            error = (10 ** (-each / 10)).mean()
+            known = asdict(Nearness(float(each.mean()), float(-10 * error.log10())))
+            self.journal.note_value(key, known)
+        return Nearness(**known)
+
+    def _fit(self, plan: Plan, say: Say) -> Plan:
+        pipe = self.host.pipe
+        sampler = read_sampler(pipe.scheduler, plan.steps)
+        if not self._is_recorded:
+            say(f"running {len(self.calls)} more calls in full to fit mixes on")
+        fit = MixFit(
+            pipe.unet,
+            PlanMap.of(plan, sampler, self.host.anatomy),
+            self._runs[0][: self._fitted],
+            begin=sampler.begin / self._full.begin,
+            config=self.config,
+        )
+        fit.spending = fit.plan_memory()
+        say(f"fitting mixes of {plan.name}: {fit.spending}")
+        key, state = f"{plan.fingerprint} mixing", None
+        saved = self.journal.values.get(key)
+        if saved is not None:
+            fit.measure_spans()
+            state = FitState.decode(saved)
+        started, begun = time.monotonic(), state.iteration if state is not None else 0
+
+        def watch(state: FitState, error: float) -> None:
+            if state.iteration % SAVED_EVERY == 0:
+                self.journal.note_value(key, state.encode())
+            each = (time.monotonic() - started) / (state.iteration - begun)
+            left = each * (self.config.iterations - state.iteration)
+            say(
+                f"mixes of {plan.name}: {state.iteration} of {self.config.iterations}, "
+                f"{left / 60:.0f} min left"
+            )
+
+        mixed = fit.run(state, watch)
+        return replace(mixed, name=f"{plan.name}, mixed")
+
+    @property
+    def _is_recorded(self) -> bool:
+        return "_runs" in vars(self) or (self._file is not None and self._file.exists())
+
+    @cached_property
+    def _full(self) -> SamplerMap:
+        return read_sampler(self.host.pipe.scheduler, self.steps)
+
+    @cached_property
+    def _runs(self) -> tuple[list[RunStart], Tensor]:
+        """The full runs: where they began, and their pictures; kept in a file for the next time."""
+        if self._file is not None and self._file.exists():
+            case, starts, pictures = torch.load(
+                self._file, map_location=self.host.pipe.device, weights_only=True
+            )
+            if case == self.journal.case:
+                return [RunStart(**each) for each in starts], pictures
+        host = self.host
+        starts, pictures = record_starts(
+            host.pipe, CallSet(self.calls, self.seed, host.batch, host.settings), self.steps
+        )
+        if self._file is not None:
+            with writing(self._file) as draft:
+                torch.save((self.journal.case, [vars(each) for each in starts], pictures), draft)
+        return starts, pictures
+
+    @property
+    def _file(self) -> Path | None:
+        path = self.journal.path
+        return None if path is None else path.with_suffix(".runs.pt")
+
+    @property
+    def _fitted(self) -> int:
+        """How many calls are fitted on: all but the last third, which decides."""
+        return len(self.calls) * 2 // 3
