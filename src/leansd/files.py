@@ -111,7 +111,7 @@ def _draft(path: Path, content: str | bytes) -> Iterator[Path]:
 
 
 PARTIAL, OLD = ".partial", ".old"
-"""What a kill may leave; the next writing takes it away."""
+"""What a kill may leave; the next process that writes there takes it away."""
 _HOST = sha256(platform.node().encode()).hexdigest()[:6]
 _DRAFT = re.compile(rf"\.{_HOST}-(\d+)-[0-9a-f]{{8}}({re.escape(PARTIAL)}|{re.escape(OLD)})")
 
@@ -174,8 +174,15 @@ def _name_draft(path: Path, ending: str) -> Path:
     return path.with_name(f".{_HOST}-{os.getpid()}-{uuid4().hex[:8]}{ending}")
 
 
+_SWEPT: set[Path] = set()
+"""Folders that this process has swept: to list one for every file takes ever longer."""
+
+
 def _sweep(folder: Path) -> None:
-    """Take away what writers of this machine have left that run no more."""
+    """Take away what writers of this machine have left that run no more, once in a process."""
+    if folder in _SWEPT:
+        return
+    _SWEPT.add(folder)
     for draft in folder.glob(f".{_HOST}-*"):
         found = _DRAFT.fullmatch(draft.name)
         if found is not None and not _runs(int(found[1])):
