@@ -6,17 +6,17 @@
 
 Mixes are fitted on two thirds of the calls, prompts in turns with a noise each, and all is measured
 on the last third, against the full run: the mean of the pictures' PSNR and the PSNR of their mean
-error. Beside them, as many steps of the sampler and of UniPC, and by `--solver` as many steps with
-weights fitted alike but no plan: a bespoke solver, without our key steps. By `--ingredients` the
-fit is done with little and with one thing more each time (`INGREDIENTS`). Records go to
-`benchmarks/results/few-calls.jsonl`; a stopped fit goes on where it was.
+error. Beside them, as many steps of the sampler and of UniPC. By `--begin` fits begin with other
+things than the plan: as many plain steps, which is a bespoke solver without our key steps, or lines
+between even steps. By `--ingredients` the fit is done with little and with one thing more each time
+(`INGREDIENTS`). Records go to `benchmarks/results/few-calls.jsonl`; a stopped fit goes on.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,8 +37,10 @@ from leansd.plans.anatomy import HEAD
 from leansd.plans.plan import Plan
 from leansd.plans.presets import preset
 from leansd.runtime.samplers import make_scheduler
+from leansd.text import suggest_name
 from leansd.tuning.front import read_plans
 from leansd.tuning.mix_fitting import FitState, MixConfig, MixFit
+from leansd.tuning.mixing import draw_lines
 from leansd.tuning.run_starts import RunStart, record_starts
 from leansd.tuning.sampler_map import PlanMap, read_sampler
 
@@ -91,26 +93,35 @@ def list_plans(names: str, steps: int, sampler: str) -> Iterator[tuple[str, Plan
                 yield f"tuned, {len(plan.keys)} calls", plan
 
 
+BEGIN: dict[str, Callable[[Plan], Plan]] = {
+    "plan": lambda plan: plan,
+    "steps": lambda plan: Plan.full(len(plan.keys), name=f"{len(plan.keys)} steps"),
+    "lines": lambda plan: draw_lines(plan).rename(f"lines, {len(plan.keys)} calls"),
+}
+"""Where a fit with all ingredients begins."""
+
+
 def list_fits(
-    name: str, plan: Plan, ingredients: Sequence[str], *, solver: bool
+    plan: Plan, ingredients: Sequence[str], begin: Sequence[str]
 ) -> Iterator[tuple[str, Plan, Ingredients]]:
-    """What is fitted for a preset: a label, the plan that the fit starts from, and with what.
+    """What is fitted for a plan: a label, the plan that the fit begins with, and with what.
 
     Raises:
-        LeansdError: there is no such ingredient.
+        LeansdError: there is no such ingredient, or no such beginning.
     """
     for each in ingredients:
-        if each not in INGREDIENTS:
-            raise LeansdError(f"no ingredient {each!r} (there are {', '.join(INGREDIENTS)})")
-        chosen = INGREDIENTS[each]
         alone = "nothing else" if each == "mixing" else f"{each} alone"
-        label = f"{name}, mixed, {alone}"
-        yield label, chosen.make_start(plan).rename(label), chosen
-    if solver:
-        keys = len(plan.keys)
-        yield f"{keys} steps, mixed", Plan.full(keys, name=f"{keys} steps, mixed"), ALL
-    elif not ingredients:
-        yield f"{name}, mixed", plan, ALL
+        chosen = _choose(INGREDIENTS, each)
+        yield f"{plan.name}, mixed, {alone}", chosen.make_start(plan), chosen
+    for each in begin if not ingredients else ():
+        begun = _choose(BEGIN, each)(plan)
+        yield f"{begun.name}, mixed", begun, ALL
+
+
+def _choose(table: Mapping[str, Any], name: str) -> Any:
+    if name not in table:
+        raise LeansdError(f"no {name!r}{suggest_name(name, table)}")
+    return table[name]
 
 
 def average(pictures: torch.Tensor, goals: torch.Tensor) -> dict[str, float]:
@@ -171,7 +182,7 @@ def main(
     ingredients: Annotated[
         str, typer.Option(help=f"Fit with little: any of {', '.join(INGREDIENTS)}.")
     ] = "",
-    solver: Annotated[bool, typer.Option(help="Fit as many plain steps, without a plan.")] = False,
+    begin: Annotated[str, typer.Option(help=f"Where fits begin: {', '.join(BEGIN)}.")] = "plan",
     floor: Annotated[float, typer.Option(help="Added to errors before the logarithm.")] = 0.0,
     model: str = EMBEDDED,
 ) -> None:
@@ -237,11 +248,11 @@ def main(
         )
         measure(name, plan, steps, unet_calls=keys)
         chosen = [each for each in ingredients.split(",") if each]
-        for label, begun, each in list_fits(name, plan, chosen, solver=solver):
+        for label, begun, each in list_fits(plan.rename(name), chosen, begin.split(",")):
             label += f", floor {floor:g}" if floor else ""
             config = MixConfig(iterations=iterations, floor=floor, lanes=each.lanes)
             fitted = starts[: count if each.calls else min(FEW, count)]
-            mixed, spent = fit(pipe, begun, fitted, steps, config, folder)
+            mixed, spent = fit(pipe, begun.rename(label), fitted, steps, config, folder)
             replace(mixed, name=label).save(folder / f"{label}{scale}.json")
             facts = {"iterations": iterations, "fitted": len(fitted), **spent}
             measure(label, mixed, mixed.steps, unet_calls=keys, **facts)

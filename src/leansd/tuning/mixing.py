@@ -76,6 +76,12 @@ def _describe(call: PipelineCall) -> dict[str, Any]:
     }
 
 
+def draw_lines(plan: Plan) -> Plan:
+    """Lines through as many UNet calls at even distances."""
+    keys = keysteps.even(plan.steps, len(plan.keys))
+    return Plan.between(keys, cut=HEAD, steps=plan.steps, how="forecast")
+
+
 def list_starts(plan: Plan) -> list[Plan]:
     """Plans of as many UNet calls that a fit begins with: where it ends hangs on that.
 
@@ -83,11 +89,8 @@ def list_starts(plan: Plan) -> list[Plan]:
     gaps are so long that nothing leads over them.
     """
     calls, starts = len(plan.keys), [plan]
-    if 2 * calls >= plan.steps:
-        keys = keysteps.even(plan.steps, calls)
-        starts.append(Plan.between(keys, cut=HEAD, steps=plan.steps, how="forecast"))
-    if 5 * calls <= plan.steps:
-        starts.append(Plan.full(calls))
+    starts += [draw_lines(plan)] if 2 * calls >= plan.steps else []
+    starts += [Plan.full(calls)] if 5 * calls <= plan.steps else []
     return starts
 
 
