@@ -55,7 +55,7 @@ RESERVE = 0.8
 class MixConfig:
     """How rows are fitted."""
 
-    iterations: int = 60
+    iterations: int = 45
     rate: float = 7e-4
     """The rate of Adam: how far a row moves the latents an iteration, root mean square."""
     warm_up: int = 5

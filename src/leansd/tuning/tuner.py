@@ -56,7 +56,7 @@ GRIDS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3)
 
 REGIMES = 3
 """About how many there are."""
-MIXING = 60
+MIXING = 45
 """About how many runs of the calls the mixes of a plan take."""
 POLISHING = 8
 """About how many runs it takes to fit all corrections of a plan together."""
