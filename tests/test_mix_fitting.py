@@ -237,6 +237,8 @@ def test_a_fit_begins_with_lines_where_steps_lie_close_and_with_plain_ones_where
     assert all(starts[calls][0] is plan for calls, plan in tuned.items())
     assert [(plan.steps, plan.keys) for plan in starts[5][1:]] == [(5, tuple(range(5)))]
     assert starts[10][1:] == []
+    already = Plan.between(range(15), cut="head", steps=30, how="forecast")
+    assert list_starts(already) == [already]
     (lines,) = starts[15][1:]
     assert (lines.steps, len(lines.keys), lines.keys[-1]) == (30, 15, 29)
     assert {row.inherit["head"] for row in lines.rows if not row.is_key} == {"forecast"}

@@ -51,8 +51,11 @@ from leansd.tuning.error_model import (
 from leansd.tuning.host import PipelineHost, measure_course
 from leansd.tuning.space import (
     FULL,
+    LINES,
     TICKS,
+    Regime,
     Variant,
+    _join,
     allows,
     list_regimes,
     list_variants,
@@ -323,7 +326,7 @@ def test_what_is_forecast_is_the_more_wrong_the_longer_ago_it_was_computed() -> 
 
 def test_a_stretch_without_steps_between_costs_nothing() -> None:
     model = make_model("ddim", torch.randn(STEPS, 5, dtype=torch.float64))
-    assert model.judge((Key(0), Key(1)), 2, LINE) == (0.0, NO_CORRECTION)
+    assert model.judge((Key(0), Key(1)), 2, LINE)[:2] == (0.0, NO_CORRECTION)
 
 
 @pytest.mark.parametrize(
@@ -344,16 +347,52 @@ def test_samplers_that_cannot_be_tuned_for_are_refused_before_anything_runs(
 @pytest.mark.parametrize(("action", "last"), [(REUSE, STEPS - 2), (LINE, STEPS - 1)])
 @pytest.mark.parametrize("calls", [2, 3, 5, 7, 8])
 def test_even_steps_are_as_many_as_asked_for(calls: int, action: Action, last: int) -> None:
-    """Lines end at the last step, what is kept as it is before it."""
+    """Lines have the last two steps computed, what is kept as it is ends before the last."""
     model = make_model("ddim", torch.randn(STEPS, 5, dtype=torch.float64))
-    candidate = space_evenly(model, calls, action)
+    candidate = space_evenly(model, calls, Regime({action: 0}))
     plan = candidate.build()
     assert len(plan.keys) == calls
     assert plan.keys[-1] == max(last, calls - 1)
     gaps = [after - before for before, after in itertools.pairwise(plan.keys)]
+    if action == LINE and calls > 2:
+        assert gaps.pop() == 1
+        assert gaps == sorted(gaps)
     assert max(gaps) - min(gaps) <= 1
     assert {row.inherit["head"] for row in plan.rows if not row.is_key} <= {action.how}
     assert math.isfinite(candidate.error)
+
+
+def test_errors_of_lines_are_added_with_their_signs_and_no_correction_is_counted_on() -> None:
+    """Were the UNet to give what it gave, the last latents would be known."""
+    outputs = torch.randn(STEPS, 40, dtype=torch.float64)
+    model = make_model("ddim", outputs)
+    response = model.calibration.response
+    gains = [*((response[-1, 0] / response[1:, 0]) ** 2)]
+    model = replace(model, calibration=replace(model.calibration, error_gain=np.array([1, *gains])))
+    keys = (0, 1, 3, 6)
+    candidate = space_evenly(model, 4, LINES)
+    made, place = outputs.clone(), model.calibration.log_snr
+    for step in set(range(STEPS)) - set(keys):
+        first, last = [key for key in keys if key < step][-2:]
+        slope = (outputs[last] - outputs[first]) / (place[last] - place[first])
+        made[step] = outputs[last] + slope * (place[step] - place[last])
+    ends = torch.from_numpy(response[-1]) @ (made - outputs)
+    moved = candidate.move(_join([Key(key) for key in keys], [LINE] * 4, STEPS))
+    assert moved.error == pytest.approx(float(ends.square().mean()))
+
+
+@pytest.mark.parametrize("calls", [2, 4, 6])
+def test_settled_steps_are_best_of_all_that_one_move_leads_to(calls: int) -> None:
+    torch.manual_seed(calls)
+    model = make_model("ddim", torch.randn(STEPS, 40, dtype=torch.float64).cumsum(0))
+    begun = space_evenly(model, calls, LINES)
+    settled = begun.settle()
+    steps = {key.step for key in settled.proposal.keys}
+    assert settled.error <= begun.error
+    assert (len(steps), min(steps)) == (calls, 0)
+    for gone, new in itertools.product(steps - {0}, set(range(STEPS)) - steps):
+        keys = [Key(step) for step in sorted(steps - {gone} | {new})]
+        assert settled.move(_join(keys, [LINE] * calls, STEPS)).error >= settled.error
 
 
 # -- runs ------------------------------------------------------------------------------------------
@@ -414,11 +453,13 @@ def test_polishing_leads_nearer_to_the_full_run(pipe) -> None:
 
 def test_regimes_are_those_that_save_time_here(pipe, cost) -> None:
     anatomy = leansd.dissect(pipe.unet)
-    heads, reuse, cheaper, cut = list_regimes(
+    heads, reuse, lines, cheaper, cut = list_regimes(
         cost, anatomy, [FULL, Variant("half", 9, guidance="forecast")]
     )
     assert set(heads.actions) == set(cheaper.actions) == set(HEAD_ACTIONS)
     assert set(reuse.actions) == {REUSE}
+    assert set(lines.actions) == {LINE}
+    assert [each.coherent for each in (heads, reuse, lines, cheaper, cut)] == [0, 0, 1, 0, 0]
     assert heads.key_costs == reuse.key_costs == (TICKS,)
     assert cheaper.key_costs == (TICKS, 9)
     (action,) = cut.actions

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Literal
 
 from leansd.errors import LeansdError
@@ -23,11 +24,23 @@ def uniform(steps: int, interval: int) -> KeySteps:
     return tuple(range(0, steps, interval))
 
 
-def even(steps: int, keys: int, last: int | None = None) -> KeySteps:
-    """`keys` steps at even distances, up to step `last`, the run's last one by default."""
+def even(steps: int, keys: int, last: int) -> KeySteps:
+    """`keys` steps at even distances, up to step `last`."""
     _check_keys(steps, keys)
-    last = steps - 1 if last is None else last
     return tuple(round(index * last / max(1, keys - 1)) for index in range(keys))
+
+
+def short_first(steps: int, keys: int) -> KeySteps:
+    """`keys` steps at distances that differ by one at most, the shorter first; the last two at the
+    end of the run."""
+    _check_keys(steps, keys)
+    if keys < 3:
+        return even(steps, keys, steps - 1)
+    gap, longer = divmod(steps - 2, keys - 2)
+    if not gap:
+        return tuple(range(keys))
+    gaps = [gap] * (keys - 2 - longer) + [gap + 1] * longer
+    return (*accumulate(gaps, initial=0), steps - 1)
 
 
 def quadratic(steps: int, keys: int, dense: Literal["early", "late"] = "early") -> KeySteps:

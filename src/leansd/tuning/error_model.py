@@ -195,6 +195,8 @@ class SegmentError(NamedTuple):
     """Mean squared error that it adds to the final latents."""
     correct: Correction = NO_CORRECTION
     """The correction at its end that makes the error least."""
+    change: Any = 0.0
+    """What it adds to the final latents, in the model's basis."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,19 +244,28 @@ class ErrorModel:
         products = basis @ basis.T / basis.shape[1]
         return cls(calibration, products, frozenset(forecasts), step_count_error)
 
-    def judge(self, keys: Sequence[Key], end: int, action: Action) -> SegmentError:
+    def judge(
+        self, keys: Sequence[Key], end: int, action: Action, *, corrects: bool = True
+    ) -> SegmentError:
         """The segment from the last of `keys` to `end`, the next key step or the end of the run.
 
         What is wrong with the last key step itself counts with it.
 
         Remembered: the dynamic programme asks the same of every segment for every speed.
+
+        Args:
+            corrects: whether a correction at its end is counted on.
         """
-        asked = tuple(keys), end, action
+        asked = tuple(keys), end, action, corrects
         if asked not in self._known:
-            self._known[asked] = self._judge(keys, end, action)
+            self._known[asked] = self._judge(keys, end, action, corrects)
         return self._known[asked]
 
-    def _judge(self, keys: Sequence[Key], end: int, action: Action) -> SegmentError:
+    def square(self, change: np.ndarray) -> float:
+        """Mean squared error of a change of the final latents, in the basis."""
+        return float(change @ self.products @ change)
+
+    def _judge(self, keys: Sequence[Key], end: int, action: Action, corrects: bool) -> SegmentError:
         calibration, products = self.calibration, self.products
         count = calibration.count
         between = range(keys[-1].step + 1, end)
@@ -270,7 +281,8 @@ class ErrorModel:
             change += calibration.response[after, step] * misses[step]
         correct = NO_CORRECTION
         # Of pictures the model would promise too much: the next one answers to what went before.
-        if between and end < count and METHODS[action.how].of != "denoised":
+        corrects = corrects and METHODS[action.how].of != "denoised"
+        if corrects and between and end < count:
             remedies = np.stack([self._combine(keys, end, how) for how in CORRECTION_HOWS], axis=1)
             remedies = -remedies
             remedies[end] += 1
@@ -281,8 +293,8 @@ class ErrorModel:
             )[0]
             correct = Correction(*solution.tolist())
             change = change + remedies @ solution
-        error = float(change @ products @ change)
-        return SegmentError(error * float(calibration.error_gain[after]), correct)
+        change = change * np.sqrt(calibration.error_gain[after])
+        return SegmentError(self.square(change), correct, change)
 
     def _miss(
         self, keys: Sequence[Key], step: int, how: How, misses: Mapping[int, np.ndarray]

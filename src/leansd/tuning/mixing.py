@@ -78,18 +78,19 @@ def _describe(call: PipelineCall) -> dict[str, Any]:
 
 def draw_lines(plan: Plan) -> Plan:
     """Lines through as many UNet calls at even distances."""
-    keys = keysteps.even(plan.steps, len(plan.keys))
+    keys = keysteps.short_first(plan.steps, len(plan.keys))
     return Plan.between(keys, cut=HEAD, steps=plan.steps, how="forecast")
 
 
 def list_starts(plan: Plan) -> list[Plan]:
     """Plans of as many UNet calls that a fit begins with: where it ends hangs on that.
 
-    Beside the plan, lines where they need not lead further than a step, and plain steps where
-    gaps are so long that nothing leads over them.
+    Beside the plan, lines where they need not lead further than a step and the plan has none, and
+    plain steps where gaps are so long that nothing leads over them.
     """
     calls, starts = len(plan.keys), [plan]
-    starts += [draw_lines(plan)] if 2 * calls >= plan.steps else []
+    has_lines = any(row.inherit.get(HEAD) == "forecast" for row in plan.rows)
+    starts += [draw_lines(plan)] if 2 * calls >= plan.steps and not has_lines else []
     starts += [Plan.full(calls)] if 5 * calls <= plan.steps else []
     return starts
 

@@ -153,10 +153,13 @@ class Regime:
     Attributes:
         actions: what steps between key steps may do, and their cost in ticks.
         variants: what key steps may run, the whole UNet first.
+        coherent: whether errors of segments are added with their signs, for they may cancel, and no
+            corrections are counted on; else their squares are, as dynamic programming can.
     """
 
     actions: Mapping[Action, int]
     variants: tuple[Variant, ...] = (FULL,)
+    coherent: bool = False
 
     @property
     def key_costs(self) -> tuple[int, ...]:
@@ -164,6 +167,8 @@ class Regime:
         return tuple(variant.ticks for variant in self.variants)
 
 
+LINES = Regime({LINE: 0}, coherent=True)
+"""Errors of lines change their signs from one to the next where key steps lie evenly."""
 NOISY_REGIMES = (Regime({DENOISED: 0}), Regime({REUSE: 0}))
 """With samplers that add noise pictures are kept, or outputs as they were."""
 
@@ -171,8 +176,9 @@ NOISY_REGIMES = (Regime({DENOISED: 0}), Regime({REUSE: 0}))
 def list_regimes(
     cost: CostModel, anatomy: Anatomy, variants: Sequence[Variant] = (FULL,)
 ) -> list[Regime]:
-    """Forecasts of the whole output first; then the last output as it is; then forecasts with
-    cheaper key steps, where there are any; then a cut, where it costs noticeably less than a step.
+    """Forecasts of the whole output first; then the last output as it is; then lines whose errors
+    cancel; then forecasts with cheaper key steps, where there are any; then a cut, where it costs
+    noticeably less than a step.
 
     Where guidance makes outputs turn fast, a line leads away faster than the corrections at key
     steps lead back, and the last output does better by far; the model does not see it.
@@ -181,7 +187,7 @@ def list_regimes(
         variants: what key steps may run where the whole output is forecast between them.
     """
     heads = dict.fromkeys(HEAD_ACTIONS, 0)
-    regimes = [Regime(heads), Regime({REUSE: 0})]
+    regimes = [Regime(heads), Regime({REUSE: 0}), LINES]
     if len(variants) > 1:
         regimes.append(Regime(heads, tuple(variants)))
     if not anatomy.up_blocks:
@@ -251,14 +257,39 @@ class Candidate:
 
     def move(self, segments: tuple[Segment, ...]) -> Candidate:
         """A plan of the same kind with other segments."""
-        error, keys = 0.0, ()
+        error, change, keys = 0.0, np.zeros(len(self.model.products)), ()
+        coherent = self.regime.coherent
         for segment in segments:
             keys = (*keys, segment.key)[-MEMORY:]
             if not allows(self.regime.variants, keys):
                 error = float("inf")
                 break
-            error += self.model.judge(keys, segment.end, segment.action).error
+            found = self.model.judge(keys, segment.end, segment.action, corrects=not coherent)
+            error, change = error + found.error, change + found.change
+        else:
+            error = self.model.square(change) if coherent else error
         return replace(self, proposal=Proposal(segments, error, self.proposal.ticks))
+
+    def settle(self) -> Candidate:
+        """Where the model's error cannot be made less by putting one key step elsewhere."""
+        best = self
+        while True:
+            found = min(best._list_moves(), key=lambda each: each.error, default=best)
+            if not found.error < best.error:
+                return best
+            best = found
+
+    def _list_moves(self) -> list[Candidate]:
+        """Every plan of the kind with one key step put to another place."""
+        keys, count = self.proposal.keys, self.model.calibration.count
+        actions = [segment.action for segment in self.proposal.segments]
+        free = sorted(set(range(1, count)) - {key.step for key in keys})
+        moved = (
+            sorted([*keys[:place], keys[place]._replace(step=step), *keys[place + 1 :]])
+            for place in range(1, len(keys))
+            for step in free
+        )
+        return [self.move(_join(each, actions, count)) for each in moved]
 
 
 def _join(keys: Sequence[Key], actions: Sequence[Action], count: int) -> tuple[Segment, ...]:
@@ -276,15 +307,14 @@ LONGEST = 0.2
 """The most steps between two key steps, as a share of all."""
 
 
-def space_evenly(model: ErrorModel, calls: int, action: Action) -> Candidate:
-    """A plan of so many UNet calls at even distances.
-
-    Lines lead to the last step; what is kept as it is serves the last two.
-    """
+def space_evenly(model: ErrorModel, calls: int, regime: Regime) -> Candidate:
+    """A plan of so many UNet calls at even distances, of a regime with one action."""
+    (action,) = regime.actions
     count = model.calibration.count
-    last = count - 1 if action == LINE else max(count - 2, calls - 1)
-    keys = [Key(step) for step in keysteps.even(count, calls, last)]
-    empty = Candidate(Proposal((), 0.0, calls * TICKS), model, Regime({action: 0}))
+    # What is kept as it is serves the last two steps, lines lead astray there.
+    steps = keysteps.even(count, calls, max(count - 2, calls - 1))
+    keys = [Key(step) for step in (keysteps.short_first(count, calls) if action == LINE else steps)]
+    empty = Candidate(Proposal((), 0.0, calls * TICKS), model, regime)
     return empty.move(_join(keys, [action] * calls, count))
 
 
@@ -325,7 +355,7 @@ def propose(
     for few, speed in zip(found, speeds, strict=True):
         count = full.count
         calls = min(_count_ticks(whole / speed, count, cost) // TICKS, count)
-        ways = (DENOISED,) if full.adds_noise else (REUSE, LINE)
+        ways = (Regime({DENOISED: 0}),) if full.adds_noise else (Regime({REUSE: 0}), LINES)
         few += [space_evenly(models[0], calls, way) for way in ways if calls > 1]
     return found
 
@@ -337,13 +367,22 @@ def search(model: ErrorModel, regime: Regime, budgets: Sequence[int]) -> list[Ca
     def judge(keys: Keys, end: int, action: Action) -> float:
         if not allows(regime.variants, keys):
             return float("inf")
-        return model.judge(keys, end, action).error
+        return model.judge(keys, end, action, corrects=not regime.coherent).error
 
     longest = max(4, round(LONGEST * calibration.steps))
     proposals = find_best(
         calibration.count, judge, regime.actions, regime.key_costs, budgets, longest=longest
     )
-    return [each and Candidate(each, model, regime) for each in proposals]
+    found = [each and Candidate(each, model, regime) for each in proposals]
+    return [_settle_best(each) if each and regime.coherent else each for each in found]
+
+
+def _settle_best(candidate: Candidate) -> Candidate:
+    """The better of what the proposal of dynamic programming and even steps lead to."""
+    model, calls = candidate.model, len(candidate.proposal.keys)
+    even = space_evenly(model, calls, candidate.regime)
+    starts = candidate.move(candidate.proposal.segments), even
+    return min((each.settle() for each in starts), key=lambda each: each.error)
 
 
 def _count_ticks(seconds: float, count: int, cost: CostModel) -> int:

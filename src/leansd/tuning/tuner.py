@@ -54,7 +54,7 @@ GRIDS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3)
 """Step counts that plans are sought for, as shares of the full run's."""
 
 
-REGIMES = 3
+REGIMES = 4
 """About how many there are."""
 MIXING = 45
 """About how many runs of the calls the mixes of a plan take."""
