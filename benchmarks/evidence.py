@@ -61,7 +61,7 @@ FAST = "--grid 1 --tries 3 --spare 1.03"
 """Of the search for fronts: plans of the full run's step count, with few moves of key steps."""
 ONCE = "--grid 1 --tries 1"
 """The same with hardly any."""
-SPEEDS = f"benchmarks/fronts.py {ONCE} --spare 1.0 --results speeds"
+SPEEDS = "benchmarks/fronts.py --grid 1 --tries 3 --spare 1.0 --results speeds"
 """Plans for what the benchmark compares at, by computing, which presets leave by a call or two."""
 PARTS = {
     "nets": Part(
