@@ -232,11 +232,12 @@ def test_tuning_fits_mixes_and_goes_on_where_it_was_stopped(
 
 
 def test_a_fit_begins_with_lines_where_steps_lie_close_and_with_plain_ones_where_they_do_not():
-    tuned = {calls: Plan.between(range(calls), cut="head", steps=30) for calls in (5, 10, 15)}
+    tuned = {calls: Plan.between(range(calls), cut="head", steps=30) for calls in (5, 8, 10, 15)}
     starts = {calls: list_starts(plan) for calls, plan in tuned.items()}
     assert all(starts[calls][0] is plan for calls, plan in tuned.items())
     assert [(plan.steps, plan.keys) for plan in starts[5][1:]] == [(5, tuple(range(5)))]
-    assert starts[10][1:] == []
+    assert starts[8][1:] == []
+    assert [plan.keys for plan in starts[10][1:]] == [(0, 3, 6, 9, 12, 16, 20, 24, 28, 29)]
     already = Plan.between(range(15), cut="head", steps=30, how="forecast")
     assert list_starts(already) == [already]
     (lines,) = starts[15][1:]

@@ -85,12 +85,12 @@ def draw_lines(plan: Plan) -> Plan:
 def list_starts(plan: Plan) -> list[Plan]:
     """Plans of as many UNet calls that a fit begins with: where it ends hangs on that.
 
-    Beside the plan, lines where they need not lead further than a step and the plan has none, and
-    plain steps where gaps are so long that nothing leads over them.
+    Beside the plan, lines where they lead over two steps at most and the plan has none, and plain
+    steps where gaps are so long that nothing leads over them.
     """
     calls, starts = len(plan.keys), [plan]
     has_lines = any(row.inherit.get(HEAD) == "forecast" for row in plan.rows)
-    starts += [draw_lines(plan)] if 2 * calls >= plan.steps and not has_lines else []
+    starts += [draw_lines(plan)] if 3 * calls >= plan.steps and not has_lines else []
     starts += [Plan.full(calls)] if 5 * calls <= plan.steps else []
     return starts
 
