@@ -96,7 +96,7 @@ def list_plans(names: str, steps: int, sampler: str) -> Iterator[tuple[str, Plan
 BEGIN: dict[str, Callable[[Plan], Plan]] = {
     "plan": lambda plan: plan,
     "steps": lambda plan: Plan.full(len(plan.keys), name=f"{len(plan.keys)} steps"),
-    "lines": lambda plan: draw_lines(plan).rename(f"lines, {len(plan.keys)} calls"),
+    "lines": lambda plan: draw_lines(plan, plan.steps).rename(f"lines, {len(plan.keys)} calls"),
 }
 """Where a fit with all ingredients begins."""
 

@@ -233,16 +233,36 @@ def test_tuning_fits_mixes_and_goes_on_where_it_was_stopped(
 
 def test_a_fit_begins_with_lines_where_steps_lie_close_and_with_plain_ones_where_they_do_not():
     tuned = {calls: Plan.between(range(calls), cut="head", steps=30) for calls in (5, 8, 10, 15)}
-    starts = {calls: list_starts(plan) for calls, plan in tuned.items()}
+    starts = {calls: list_starts(plan, 30) for calls, plan in tuned.items()}
     assert all(starts[calls][0] is plan for calls, plan in tuned.items())
     assert [(plan.steps, plan.keys) for plan in starts[5][1:]] == [(5, tuple(range(5)))]
     assert starts[8][1:] == []
     assert [plan.keys for plan in starts[10][1:]] == [(0, 3, 6, 9, 12, 16, 20, 24, 28, 29)]
     already = Plan.between(range(15), cut="head", steps=30, how="forecast")
-    assert list_starts(already) == [already]
+    assert list_starts(already, 30) == [already]
     (lines,) = starts[15][1:]
     assert (lines.steps, len(lines.keys), lines.keys[-1]) == (30, 15, 29)
     assert {row.inherit["head"] for row in lines.rows if not row.is_key} == {"forecast"}
+
+
+def test_what_ends_with_an_output_of_no_weight_is_left_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where the last noise level is the one before it, DDIM's last output does nothing."""
+    scheduler = DDIMScheduler.from_config(
+        tiny_scheduler().config, set_alpha_to_one=False, timestep_spacing="linspace"
+    )
+    pipe = tiny_pipeline(unet=shallow_unet(), scheduler=scheduler)
+    host = PipelineHost(pipe, 4, {}, {}, "ddim")
+    mixer = PlanMixer(host, MANY * 3, 0, 10, Journal(None, ""))
+    assert read_sampler(pipe.scheduler, 10).weighed == 9
+    begun: list[Plan] = []
+    monkeypatch.setattr(mixer, "_mix", lambda start, say: begun.append(start) or start)
+    monkeypatch.setattr(mixer, "_measure", lambda plan: Nearness(40, 35))
+    for keys in ([0, 1, 2, 5, 9], [0, 1, 2, 5, 8], [0, 9]):
+        plan = Plan.between(keys, cut="head", steps=10)
+        assert mixer.improve(plan, lambda text, share: None) is None
+    assert [plan.keys for plan in begun] == [(0, 2, 4, 7, 8), (0, 1, 2, 5, 8), (0, 2, 4, 7, 8)]
 
 
 @pytest.mark.parametrize(
@@ -266,7 +286,7 @@ def test_of_mixes_that_gain_by_both_means_the_nearer_are_kept(
     rest = iter(mixed)
     monkeypatch.setattr(mixer, "_mix", lambda start, say: next(rest))
     monkeypatch.setattr(mixer, "_measure", lambda plan: near[plan.name])
-    found = mixer.improve(plan, lambda text: None)
+    found = mixer.improve(plan, lambda text, share: None)
     assert found is (None if chosen is None else mixed[chosen])
 
 

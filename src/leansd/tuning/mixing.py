@@ -38,7 +38,8 @@ FRESH = 1_000_000
 SAVED_EVERY = 5
 """Iterations."""
 
-Say = Callable[[str], None]
+Say = Callable[[str, float], None]
+"""Told what goes on, and what share of the work for a plan is done with it."""
 
 
 def choose_mix_calls(
@@ -76,21 +77,25 @@ def _describe(call: PipelineCall) -> dict[str, Any]:
     }
 
 
-def draw_lines(plan: Plan) -> Plan:
-    """Lines through as many UNet calls at even distances."""
-    keys = keysteps.short_first(plan.steps, len(plan.keys))
+def draw_lines(plan: Plan, weighed: int) -> Plan:
+    """Lines through as many UNet calls at even distances, up to the last that has a weight."""
+    keys = keysteps.short_first(weighed, len(plan.keys))
     return Plan.between(keys, cut=HEAD, steps=plan.steps, how="forecast")
 
 
-def list_starts(plan: Plan) -> list[Plan]:
+def list_starts(plan: Plan, weighed: int) -> list[Plan]:
     """Plans of as many UNet calls that a fit begins with: where it ends hangs on that.
 
     Beside the plan, lines where they lead over two steps at most and the plan has none, and plain
     steps where gaps are so long that nothing leads over them.
+
+    Args:
+        weighed: the steps up to the last whose output has a weight at the end.
     """
     calls, starts = len(plan.keys), [plan]
     has_lines = any(row.inherit.get(HEAD) == "forecast" for row in plan.rows)
-    starts += [draw_lines(plan)] if 3 * calls >= plan.steps and not has_lines else []
+    if 3 * calls >= plan.steps and calls <= weighed and not has_lines:
+        starts.append(draw_lines(plan, weighed))
     starts += [Plan.full(calls)] if 5 * calls <= plan.steps else []
     return starts
 
@@ -131,14 +136,25 @@ class PlanMixer:
         if len(plan.keys) > most or explain_unfit(plan):
             return None
         nearer: list[tuple[float, Plan]] = []
-        for start in list_starts(plan):
+        starts = list_starts(plan, self._read(plan).weighed)
+        # The weights of a row are solved for by that of its own output.
+        starts = [each for each in starts if each.keys[-1] < self._read(each).weighed]
+        share = 1 / max(1, len(starts))
+        for start in starts:
             levels = self.host.respond(start.steps).describe_levels(self.host.tuned)
-            mixed = self._mix(replace(start, name=plan.name, tuned=levels), say)
+            mixed = self._mix(
+                replace(start, name=plan.name, tuned=levels),
+                lambda text, done: say(text, done * share),
+            )
             found = self._measure(mixed)
             if found.beats(self._measure(plan)):
                 nearer.append((found.mean, mixed))
-        say(f"mixes of {plan.name} {'help' if nearer else 'do not help'}")
+        say(f"mixes of {plan.name} {'help' if nearer else 'do not help'}", 0.0)
         return max(nearer, key=lambda each: each[0])[1] if nearer else None
+
+    def _read(self, plan: Plan) -> SamplerMap:
+        """The sampler at a plan's step count."""
+        return read_sampler(self.host.pipe.scheduler, plan.steps)
 
     def _mix(self, start: Plan, say: Say) -> Plan:
         key = f"{start.fingerprint} mixed"
@@ -163,19 +179,18 @@ class PlanMixer:
         return Nearness(**known)
 
     def _fit(self, plan: Plan, say: Say) -> Plan:
-        pipe = self.host.pipe
-        sampler = read_sampler(pipe.scheduler, plan.steps)
+        sampler = self._read(plan)
         if not self._is_recorded:
-            say(f"running {len(self.calls)} more calls in full to fit mixes on")
+            say(f"running {len(self.calls)} more calls in full to fit mixes on", 0.0)
         fit = MixFit(
-            pipe.unet,
+            self.host.pipe.unet,
             PlanMap.of(plan, sampler, self.host.anatomy),
             self._runs[0][: self._fitted],
             begin=sampler.begin / self._full.begin,
             config=self.config,
         )
         fit.spending = fit.plan_memory()
-        say(f"fitting mixes of {plan.name}: {fit.spending}")
+        say(f"fitting mixes of {plan.name}: {fit.spending}", 0.0)
         key, state = f"{plan.fingerprint} mixing", None
         saved = self.journal.values.get(key)
         if saved is not None:
@@ -190,7 +205,8 @@ class PlanMixer:
             left = each * (self.config.iterations - state.iteration)
             say(
                 f"mixes of {plan.name}: {state.iteration} of {self.config.iterations}, "
-                f"{left / 60:.0f} min left"
+                f"{left / 60:.0f} min left",
+                1 / self.config.iterations,
             )
 
         mixed = fit.run(state, watch)

@@ -30,6 +30,9 @@ from leansd.runtime.clock import lay_out_run, read_schedule
 Matrix: TypeAlias = np.ndarray
 DIGITS = 9
 """Digits of weights in plans."""
+LEAST_WEIGHT = 1e-9
+"""Outputs with less of a weight than this have none: DDIM's last, where its noise level is the
+one before it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +51,16 @@ class SamplerMap:
     def begin(self) -> float:
         """What the UNet is given at first for noise of one."""
         return float(self.start[0] * self.scales[0])
+
+    @property
+    def weighed(self) -> int:
+        """The steps up to the last whose output has a weight at the end."""
+        return count_weighed(self.response)
+
+
+def count_weighed(response: Matrix) -> int:
+    """The steps up to the last whose output has a weight at the end, by a response [n + 1, n]."""
+    return int(np.flatnonzero(np.abs(response[-1]) > LEAST_WEIGHT)[-1]) + 1
 
 
 def read_sampler(scheduler: Any, steps: int) -> SamplerMap:
@@ -169,7 +182,7 @@ class PlanMap:
         mixes: dict[int, Mix] = {}
         for place, (key, end) in enumerate(zip(self.keys, self.ends, strict=True)):
             weight = self.sampler.response[end, key]
-            if abs(weight) < 1e-9:
+            if abs(weight) <= LEAST_WEIGHT:
                 raise LeansdError(f"the sampler gives the output of step {key} no weight")
             given[key] = (rows[place] - self._look(given, end)) / weight
             mixes[key] = self._read_mix(given[key], place)

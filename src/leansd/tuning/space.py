@@ -39,6 +39,7 @@ from leansd.tuning.error_model import (
     find_best,
 )
 from leansd.tuning.host import Seen, Step
+from leansd.tuning.sampler_map import count_weighed
 from leansd.tuning.trials import TrialRunner
 
 TICKS = 16
@@ -310,10 +311,12 @@ LONGEST = 0.2
 def space_evenly(model: ErrorModel, calls: int, regime: Regime) -> Candidate:
     """A plan of so many UNet calls at even distances, of a regime with one action."""
     (action,) = regime.actions
-    count = model.calibration.count
+    count, weighed = model.calibration.count, count_weighed(model.calibration.response)
     # What is kept as it is serves the last two steps, lines lead astray there.
     steps = keysteps.even(count, calls, max(count - 2, calls - 1))
-    keys = [Key(step) for step in (keysteps.short_first(count, calls) if action == LINE else steps)]
+    if action == LINE and calls <= weighed:
+        steps = keysteps.short_first(weighed, calls)
+    keys = [Key(step) for step in steps]
     empty = Candidate(Proposal((), 0.0, calls * TICKS), model, regime)
     return empty.move(_join(keys, [action] * calls, count))
 

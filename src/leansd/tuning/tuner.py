@@ -31,7 +31,7 @@ from leansd.tuning.error_model import PROBES, Calibration, ErrorModel, calibrate
 from leansd.tuning.front import Front, Point
 from leansd.tuning.host import Host, PipelineHost, measure_whole_cost
 from leansd.tuning.mix_fitting import MixConfig
-from leansd.tuning.mixing import FRESH, PlanMixer, choose_mix_calls, list_starts
+from leansd.tuning.mixing import FRESH, PlanMixer, choose_mix_calls
 from leansd.tuning.sampler_map import read_sampler
 from leansd.tuning.space import (
     FEWER,
@@ -408,8 +408,9 @@ class _Tuner(Tuning):
             best = max(finals, key=lambda each: each[0])[1]
             points.append(best)
             if self.mixer is not None:
-                share = MIXING / (self.mixer.config.iterations + 3) / len(list_starts(best.plan))
-                mixed = self.mixer.improve(best.plan, lambda text: self.progress.add(text, share))
+                mixed = self.mixer.improve(
+                    best.plan, lambda text, share: self.progress.add(text, MIXING * share)
+                )
                 points += [] if mixed is None else [self._check(mixed)]
         return points
 
