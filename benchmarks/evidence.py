@@ -168,10 +168,11 @@ PARTS = {
         (
             f"{SPEEDS} --sampler dpm++2m --steps 30 --mixes 96 "
             "--speed 1.45 --speed 1.87 --speed 2.65 --speed 3.2",
-            f"{SPEEDS} --sampler unipc --sampler ddim --sampler euler --sampler dpm++2m-karras "
-            "--steps 30 --mixes 96 --speed 1.45 --speed 1.87 --speed 2.65",
+            f"{SPEEDS} --sampler unipc --sampler euler --steps 30 --mixes 96 "
+            "--speed 1.45 --speed 1.87 --speed 2.65",
+            f"{SPEEDS} --sampler ddim --steps 30 --mixes 96 --speed 1.45 --speed 1.87",
             f"{SPEEDS} --sampler dpm++2m --steps 20 --mixes 96 "
-            "--speed 1.44 --speed 1.8 --speed 2.75",
+            "--speed 1.48 --speed 1.88 --speed 2.75",
             f"{SPEEDS} --sampler dpm++2m --steps 30 --guidance 7.5 --speed 1.45 --speed 1.87",
             f"{SPEEDS} --sampler dpm++2m --steps 30 --pictures --speed 1.43 --speed 1.84",
             "-m leansd.cli bench --plans benchmarks/results/fronts "
