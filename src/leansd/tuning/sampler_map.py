@@ -60,7 +60,7 @@ class SamplerMap:
 
 def count_weighed(response: Matrix) -> int:
     """The steps up to the last whose output has a weight at the end, by a response [n + 1, n]."""
-    return int(np.flatnonzero(np.abs(response[-1]) > LEAST_WEIGHT)[-1]) + 1
+    return int(max(np.flatnonzero(np.abs(response[-1]) > LEAST_WEIGHT), default=-1)) + 1
 
 
 def read_sampler(scheduler: Any, steps: int) -> SamplerMap:
