@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import nan
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -293,9 +293,9 @@ def compare_runs(
     references = {each.name: drawn[each.name] for each in held}
     judge = None
     if judging.embedder is not None and full is not None:
-        of_sets = (drawn[FULL], *(drawer.draw(full, number) for number in sets))
-        first, *further = (embed_pictures(judging.embedder, each.pictures) for each in of_sets)
-        judge = QualityJudge(judging.embedder, calls.prompts, first, further)
+        embed = partial(embed_pictures, judging.embedder)
+        further = [embed(drawer.draw(full, number).pictures) for number in sets]
+        judge = QualityJudge(judging.embedder, calls.prompts, embed(drawn[FULL].pictures), further)
     compared: dict[str, Compared] = {}
     faults = {name: why for name, each in drawn.items() if (why := each.find_fault(name))}
     for case in cases:
