@@ -111,16 +111,16 @@ def list_fits(
     """
     for each in ingredients:
         alone = "nothing else" if each == "mixing" else f"{each} alone"
-        chosen = _choose(INGREDIENTS, each)
+        chosen = _choose("ingredient", INGREDIENTS, each)
         yield f"{plan.name}, mixed, {alone}", chosen.make_start(plan), chosen
     for each in begin if not ingredients else ():
-        begun = _choose(BEGIN, each)(plan)
+        begun = _choose("beginning", BEGIN, each)(plan)
         yield f"{begun.name}, mixed", begun, ALL
 
 
-def _choose(table: Mapping[str, Any], name: str) -> Any:
+def _choose(what: str, table: Mapping[str, Any], name: str) -> Any:
     if name not in table:
-        raise LeansdError(f"no {name!r}{suggest_name(name, table)}")
+        raise LeansdError(f"no {what} {name!r}{suggest_name(name, table)}")
     return table[name]
 
 

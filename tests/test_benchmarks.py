@@ -83,3 +83,9 @@ def test_few_calls_are_measured_with_one_ingredient_at_a_time(
     assert [name for name, told in by_lane.items() if told] == ["turbo, mixed, lanes alone"]
     with pytest.raises(script.LeansdError, match="no ingredient 'carrier'"):
         script.main(plans="turbo", steps=12, calls=12, ingredients="carrier")
+    with pytest.raises(script.LeansdError, match="no beginning 'carrier'"):
+        script.main(plans="turbo", steps=12, calls=12, begin="carrier")
+    script.main(plans="turbo", steps=12, calls=12, iterations=1, begin="plan,steps,lines")
+    keys = len(script.preset("turbo", 12, sampler="dpm++2m").keys)
+    begun = {"turbo, mixed", f"{keys} steps, mixed", f"lines, {keys} calls, mixed"}
+    assert begun <= {each.plan for each in load_records(script.RESULTS)}

@@ -279,7 +279,7 @@ def test_presets_say_who_draws_when() -> None:
     assert list_turns("turns", 8, names=["a", "", "b", "b"]) == "aa..bbbb"
     for options, said in (
         ({"shares": [0.5, 0.2]}, "1 nets and 2 shares"),
-        ({"nets": "ab", "shares": [0.6, 0.6]}, "1.2 in all"),
+        ({"nets": ["a", "b"], "shares": [0.6, 0.6]}, "1.2 in all"),
         ({"shares": [-0.1]}, "between 0 and 1"),
     ):
         with pytest.raises(LeansdError, match=said):
