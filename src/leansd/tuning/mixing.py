@@ -136,9 +136,9 @@ class PlanMixer:
         if len(plan.keys) > most or explain_unfit(plan):
             return None
         nearer: list[tuple[float, Plan]] = []
-        starts = list_starts(plan, self._read(plan).weighed)
+        starts = list_starts(plan, self._read(plan.steps).weighed)
         # The weights of a row are solved for by that of its own output.
-        starts = [each for each in starts if each.keys[-1] < self._read(each).weighed]
+        starts = [each for each in starts if each.keys[-1] < self._read(each.steps).weighed]
         share = 1 / max(1, len(starts))
         for start in starts:
             levels = self.host.respond(start.steps).describe_levels(self.host.tuned)
@@ -152,9 +152,9 @@ class PlanMixer:
         say(f"mixes of {plan.name} {'help' if nearer else 'do not help'}", 0.0)
         return max(nearer, key=lambda each: each[0])[1] if nearer else None
 
-    def _read(self, plan: Plan) -> SamplerMap:
-        """The sampler at a plan's step count."""
-        return read_sampler(self.host.pipe.scheduler, plan.steps)
+    def _read(self, steps: int) -> SamplerMap:
+        """The sampler at a step count."""
+        return read_sampler(self.host.pipe.scheduler, steps)
 
     def _mix(self, start: Plan, say: Say) -> Plan:
         key = f"{start.fingerprint} mixed"
@@ -179,14 +179,14 @@ class PlanMixer:
         return Nearness(**known)
 
     def _fit(self, plan: Plan, say: Say) -> Plan:
-        sampler = self._read(plan)
+        sampler, full = self._read(plan.steps), self._read(self.steps)
         if not self._is_recorded:
             say(f"running {len(self.calls)} more calls in full to fit mixes on", 0.0)
         fit = MixFit(
             self.host.pipe.unet,
             PlanMap.of(plan, sampler, self.host.anatomy),
             self._runs[0][: self._fitted],
-            begin=sampler.begin / self._full.begin,
+            begin=sampler.begin / full.begin,
             config=self.config,
         )
         fit.spending = fit.plan_memory()
@@ -215,10 +215,6 @@ class PlanMixer:
     @property
     def _is_recorded(self) -> bool:
         return "_runs" in vars(self) or (self._file is not None and self._file.exists())
-
-    @cached_property
-    def _full(self) -> SamplerMap:
-        return read_sampler(self.host.pipe.scheduler, self.steps)
 
     @cached_property
     def _runs(self) -> tuple[list[RunStart], Tensor]:

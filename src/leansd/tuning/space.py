@@ -313,9 +313,10 @@ def space_evenly(model: ErrorModel, calls: int, regime: Regime) -> Candidate:
     (action,) = regime.actions
     count, weighed = model.calibration.count, count_weighed(model.calibration.response)
     # What is kept as it is serves the last two steps, lines lead astray there.
-    steps = keysteps.even(count, calls, max(count - 2, calls - 1))
     if action == LINE and calls <= weighed:
         steps = keysteps.short_first(weighed, calls)
+    else:
+        steps = keysteps.even(count, calls, max(count - 2, calls - 1))
     keys = [Key(step) for step in steps]
     empty = Candidate(Proposal((), 0.0, calls * TICKS), model, regime)
     return empty.move(_join(keys, [action] * calls, count))
