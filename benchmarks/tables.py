@@ -36,6 +36,7 @@ TABLES: dict[str, tuple[Callable[[], str], str]] = {
     "presets": (plans.tabulate_presets, "presets"),
     "judged": (nets.tabulate_judged, ""),
     "tuned": (plans.tabulate_tuned, ""),
+    "elsewhere": (plans.tabulate_elsewhere, "untuned"),
     "untuned": (plans.tabulate_untuned, "untuned"),
     "bench": (plans.tabulate_bench, "bench"),
     "flow": (plans.tabulate_flow, "flow"),

@@ -52,12 +52,15 @@ from leansd.evaluation.rivals import (
 from leansd.evaluation.runs import FULL, CallSet, run_calls
 from leansd.evaluation.standings import (
     PREDICTED,
+    SHARED,
+    SINGLE,
     BenchPoint,
     find_contest,
     find_margin,
     rate_point,
     read_front,
     read_points,
+    read_shares,
     read_standings,
     tabulate_margins,
 )
@@ -139,6 +142,26 @@ def test_nobody_is_read_beyond_the_fastest_point():
 def test_speeds_that_no_clock_tells_apart_are_one():
     # Ten calls of thirty and twenty forecasts, beside ten steps.
     assert read_points([BenchPoint("ours", 2.995, 40.0)], 3.0).name == "ours"
+
+
+def test_two_share_the_pictures_by_the_time_they_take():
+    # Half of them in 1/1.5 of the time and half in 1/3 is half of the time for all.
+    slow, fast = BenchPoint("20", 1.5, 36.0), BenchPoint("10", 3.0, 30.0)
+    shared = read_shares([fast, slow], 2.0)
+    assert shared == BenchPoint("20, and 10 for 50%", 2.0, 33.0)
+    assert read_shares([fast, slow, BenchPoint("15", 2.0, 34.0)], 2.0).name == "15"
+    assert read_shares([fast, slow], 1.5) == slow
+    assert read_shares([fast, slow], 3.1) is None
+
+
+def test_ours_share_only_where_rivals_do():
+    ours = [BenchPoint("quality", 1.6, 50.0), BenchPoint("fast", 2.5, 38.0)]
+    rivals = {"fewer": [BenchPoint("20", 1.6, 40.0), BenchPoint("12", 2.5, 30.0)]}
+    alone, together = (find_margin(ours, rivals, 2.0, each) for each in (SINGLE, SHARED))
+    assert alone.ours == ours[1]
+    # 5 of 9 pictures by the faster one: 1/1.6 and 1/2.5 of the time are 1/2 in the mean.
+    assert math.isclose(together.ours.quality, 50 - 12 * 5 / 9)
+    assert math.isclose(together.rival.quality, 40 - 10 * 5 / 9)
 
 
 def test_ours_is_only_what_was_measured():

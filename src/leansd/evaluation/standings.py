@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby, pairwise, permutations
 from typing import Any
 
 from leansd.evaluation.compare import CONVERGED
@@ -85,13 +85,50 @@ def read_front(points: Sequence[BenchPoint], speed: float) -> BenchPoint | None:
     return read_points(front, speed)
 
 
+def read_shares(points: Sequence[BenchPoint], speed: float) -> BenchPoint | None:
+    """The best that two of a family reach together, each drawing a share of the pictures.
+
+    Where many pictures are drawn, their time and their decibels are means by these shares.
+    """
+    alone = read_points(points, speed)
+    found = [alone] if alone is not None else []
+    for slow, fast in permutations(points, 2):
+        if slow.speed < speed < fast.speed:
+            share = (1 / slow.speed - 1 / speed) / (1 / slow.speed - 1 / fast.speed)
+            quality = slow.quality + share * (fast.quality - slow.quality)
+            name = f"{slow.name}, and {fast.name} for {share:.0%}"
+            found.append(BenchPoint(name, speed, quality))
+    return max(found, key=lambda point: point.quality, default=None)
+
+
+Read = Callable[[Sequence[BenchPoint], float], BenchPoint | None]
+"""What a family reaches at a speed."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How ours and rivals are read at a speed."""
+
+    ours: Read
+    rivals: Read
+
+
+SINGLE = Reading(read_points, read_front)
+"""One plan for every picture; rivals are given what lies between their points, ours are not."""
+SHARED = Reading(read_shares, read_shares)
+"""Two for all pictures together, with ours and with rivals."""
+
+
 def find_margin(
-    ours: Sequence[BenchPoint], rivals: Mapping[str, Sequence[BenchPoint]], speed: float
+    ours: Sequence[BenchPoint],
+    rivals: Mapping[str, Sequence[BenchPoint]],
+    speed: float,
+    reading: Reading = SINGLE,
 ) -> Margin:
     """Ours against the best of all rivals, by family, at a speed."""
-    reached = {family: read_front(points, speed) for family, points in rivals.items()}
+    reached = {family: reading.rivals(points, speed) for family, points in rivals.items()}
     there = {family: point for family, point in reached.items() if point is not None}
-    own = read_points(ours, speed)
+    own = reading.ours(ours, speed)
     if not there:
         return Margin(speed, own, None)
     best = max(there, key=lambda family: there[family].quality)
@@ -146,7 +183,11 @@ class Standing:
         return [FULL, *([CONVERGED] if self.list_points(CONVERGED) else [])]
 
     def find_margins(
-        self, reference: str = FULL, speeds: Sequence[float] = SPEEDS, by: str = MEASURED
+        self,
+        reference: str = FULL,
+        speeds: Sequence[float] = SPEEDS,
+        by: str = MEASURED,
+        reading: Reading = SINGLE,
     ) -> list[Margin]:
         """Ours against the best rival at every speed, measured or predicted."""
         points = self.list_points(reference, by)
@@ -155,7 +196,8 @@ class Standing:
             for family, each in points.items()
             if family != OURS and (family not in RIVALS or RIVALS[family].competes)
         }
-        return [find_margin(points.get(OURS, []), rivals, speed) for speed in speeds]
+        own = points.get(OURS, [])
+        return [find_margin(own, rivals, speed, reading) for speed in speeds]
 
 
 def find_contest(record: Record) -> tuple[Any, ...]:
