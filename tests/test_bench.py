@@ -409,7 +409,33 @@ def test_long_contests_look_at_few_calls_one_by_one(pipe, context):
     assert aligned.timesteps.tolist() == there
     aligned.set_timesteps(10)
     assert aligned.timesteps.tolist() != there
+    # DDIM takes no list of times, Karras's spacing none beside its own, pictures begin among them.
     assert not list(RIVALS["aligned"].give(replace(context, contest=CONTEST)))
+    for other in (
+        replace(contest, sampler="dpm++2m-karras"),
+        replace(contest, task="image-to-image", strength=0.6),
+    ):
+        assert not list(RIVALS["aligned"].give(replace(context, contest=other)))
+
+
+def test_plans_and_plain_runs_of_as_many_steps_cost_the_same(context):
+    # Ours may have fewer steps than the full run, as a mix that begins with plain steps has.
+    for strength in (1.0, 0.6):
+        contest = Contest("image-to-image", "ddim", 30, 4.0, strength=strength)
+        context = replace(context, contest=contest)
+        plain = {case.steps: case.cost for case in RIVALS["fewer"].give(context)}
+        # Of 13 steps at strength 0.6 diffusers runs 7, of 30 it runs 18.
+        assert plain[13] == (13 / 30 if strength == 1 else 7 / 18)
+        for steps, cost in plain.items():
+            assert make_case(context, Plan.full(steps), "own", OURS).cost == cost
+
+
+@pytest.mark.parametrize("steps", [20, 30, 50])
+def test_every_contest_goes_down_to_a_quarter_of_the_calls(context, steps):
+    contest = Contest("text-to-image", "ddim", steps, 4.0)
+    context = replace(context, contest=contest, others=("unipc",))
+    for family in ("fewer", "samplers"):
+        assert min(case.cost for case in RIVALS[family].give(context)) <= 0.27
 
 
 def test_own_plans_from_a_folder_are_those_of_the_sampler_and_step_count(tmp_path):

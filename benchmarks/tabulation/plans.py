@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from leansd.evaluation.bench import STRENGTH
 from leansd.evaluation.records import Record, load_records
-from leansd.evaluation.rivals import OURS
+from leansd.evaluation.rivals import CALLS, OURS, Contest
 from leansd.evaluation.runs import FULL
 from leansd.evaluation.standings import (
+    FIELDS,
     MEASURED,
     PREDICTED,
     SHARED,
@@ -223,7 +225,32 @@ def tabulate_bench() -> str:
             ),
         )
     )
-    return f"{circumstances}\n\n" + "\n".join(tables)
+    few = tabulate_few_margins(standings).markdown()
+    parts = [*tables, f"The same in UNet calls, leads over the best rival in dB:\n\n{few}\n"]
+    return f"{circumstances}\n\n" + "\n".join(parts)
+
+
+def tabulate_few_margins(standings: Sequence[Standing]) -> Table:
+    """A row a contest, a column a number of UNet calls; two plans or settings share pictures."""
+    rows: list[tuple[str, ...]] = []
+    for standing in standings:
+        told = {**standing.fields, "strength": read_strength(standing)}
+        full = Contest(**{name: told[name] for name in FIELDS}).count_run(told["steps"])
+        margins = standing.find_margins(
+            speeds=[full / calls for calls in CALLS], by=PREDICTED, reading=SHARED
+        )
+        cells = (
+            "–" if each.value is None else f"{show_margin(each)} ({each.family})"
+            for each in margins
+        )
+        rows.append((standing.title, *cells))
+    return Table(("UNet calls", *(str(calls) for calls in CALLS)), tuple(rows))
+
+
+def read_strength(standing: Standing) -> float:
+    """The share of the steps that run; records do not name the usual one."""
+    usual = STRENGTH if standing.fields["task"] == "image-to-image" else 1.0
+    return standing.fields.get("strength", usual)
 
 
 def tabulate_margins(standings: Sequence[Standing], by: str, reading: Reading) -> Table:

@@ -433,12 +433,7 @@ def time_step(prepared: PreparedContest, settings: BenchSettings) -> float:
             rounds=None,
         )
         spent = time.perf_counter() - start
-    return spent / count_run_steps(prepared.contest)
-
-
-def count_run_steps(contest: Contest) -> float:
-    """The steps that a full run takes."""
-    return contest.steps * contest.strength
+    return spent / prepared.contest.count_run(prepared.contest.steps)
 
 
 def estimate(
@@ -455,7 +450,7 @@ def estimate(
         if has_limit(contest) and name_limit(contest) not in seen:
             share += rounds * settings.converged_steps / contest.steps
             seen.add(name_limit(contest))
-        seconds.append(share * count_run_steps(contest) * step)
+        seconds.append(share * contest.count_run(contest.steps) * step)
     return seconds
 
 

@@ -24,7 +24,7 @@ from leansd.plans.plan import Plan
 from leansd.plans.presets import preset
 from leansd.plans.row import How
 from leansd.runtime.hooks import patch_method
-from leansd.runtime.samplers import make_scheduler
+from leansd.runtime.samplers import SPACINGS, make_scheduler
 
 OURS = "ours"
 
@@ -47,6 +47,14 @@ class Contest:
     guidance: float
     is_long: bool = False
     strength: float = 1.0
+
+    def count_run(self, steps: int) -> int:
+        """How many of so many steps run: of image-to-image the last ones, as diffusers counts."""
+        return max(1, int(steps * self.strength))
+
+    def find_cost(self, steps: int) -> float:
+        """What a run in so many steps computes, as a share of the full run's."""
+        return self.count_run(steps) / self.count_run(self.steps)
 
     def __str__(self) -> str:
         strength = "" if self.strength == 1 else f", strength {self.strength:g}"
@@ -104,10 +112,9 @@ class Rival:
 def make_case(context: RivalContext, plan: Plan, name: str, family: str) -> Case:
     """A plan as a case of the benchmark."""
     plan.resolve(context.anatomy)
-    # Image-to-image runs the last of the steps.
-    run = round(plan.steps * context.contest.strength)
-    calls = compile_plan(plan, context.anatomy).calls[-run:]
-    cost = 1 / predict_speedup(calls, context.anatomy)
+    contest = context.contest
+    calls = compile_plan(plan, context.anatomy).calls[-contest.count_run(plan.steps) :]
+    cost = contest.find_cost(plan.steps) / predict_speedup(calls, context.anatomy)
     return Case(name, plan.steps, plan, family=family, cost=cost)
 
 
@@ -129,10 +136,10 @@ def keep_forwards(module: Any) -> Generator[None]:
 
 SHARES = {
     True: (1.2, 1.4, 1.6, 1.8, 2.0, 2.3, 2.7, 3.2, 4.0),
-    False: (1.4, 1.8, 2.3, 3.2),
+    False: (1.4, 1.8, 2.3, 3.2, 4.0),
 }
 """Times fewer steps, in long contests and in others."""
-OTHER_SHARES = {True: (1.4, 1.8, 2.3, 3.2), False: (1.8, 2.3, 3.2)}
+OTHER_SHARES = {True: (1.4, 1.8, 2.3, 3.2), False: (1.8, 2.3, 3.2, 4.0)}
 """Times fewer steps with other samplers."""
 
 
@@ -152,7 +159,8 @@ def give_fewer(context: RivalContext) -> Iterable[Case]:
     steps = context.contest.steps
     for count in count_fewer(context.contest, SHARES):
         if count != steps:
-            yield Case(f"{count} steps", count, family="fewer", cost=count / steps)
+            cost = context.contest.find_cost(count)
+            yield Case(f"{count} steps", count, family="fewer", cost=cost)
 
 
 def give_others(context: RivalContext) -> Iterable[Case]:
@@ -165,7 +173,7 @@ def give_others(context: RivalContext) -> Iterable[Case]:
                 count,
                 sampler=sampler,
                 family="samplers",
-                cost=count / context.contest.steps,
+                cost=context.contest.find_cost(count),
             )
 
 
@@ -197,11 +205,15 @@ def align_steps(steps: int, blocks: int, alphas: Sequence[float]) -> list[int]:
 
 
 def give_aligned(context: RivalContext) -> Iterable[Case]:
-    """The same sampler in fewer steps at these times, where it takes a list of them."""
+    """The same sampler in fewer steps at these times, where it takes a list of them.
+
+    Whole runs only: image-to-image begins among them, wherever its strength says.
+    """
     contest, blocks = context.contest, context.anatomy.up_blocks
     host = make_scheduler(context.pipe, contest.sampler)
-    takes = inspect.signature(host.set_timesteps).parameters
-    if not contest.is_long or blocks not in ALIGNED or "timesteps" not in takes:
+    takes = "timesteps" in inspect.signature(host.set_timesteps).parameters
+    takes = takes and not any(getattr(host.config, name, False) for name in SPACINGS)
+    if contest.task != "text-to-image" or blocks not in ALIGNED or not takes:
         return
     alphas = host.alphas_cumprod.tolist()
     for count in count_fewer(contest, OTHER_SHARES):
@@ -210,7 +222,7 @@ def give_aligned(context: RivalContext) -> Iterable[Case]:
             count,
             enter=apply_times(align_steps(count, blocks, alphas)),
             family="aligned",
-            cost=count / contest.steps,
+            cost=contest.find_cost(count),
         )
 
 

@@ -24,11 +24,9 @@ class Sampler:
     """Whether it is for models that predict a flow (SD3, FLUX, Sana), not noise."""
 
 
-_EVEN = {
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-}
+SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+"""Settings of a scheduler by which noise levels are not as time steps have them."""
+_EVEN = dict.fromkeys(SPACINGS, False)
 """Noise levels as time steps have them. Plans tuned for one spacing are poor at another."""
 _KARRAS = {**_EVEN, "use_karras_sigmas": True}
 _2M = {"algorithm_type": "dpmsolver++", "solver_order": 2}
