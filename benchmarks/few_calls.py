@@ -93,10 +93,15 @@ def list_plans(names: str, steps: int, sampler: str) -> Iterator[tuple[str, Plan
                 yield f"tuned, {len(plan.keys)} calls", plan
 
 
+def _name_lines(plan: Plan, what: str) -> Plan:
+    return plan.rename(f"{what}, {len(plan.keys)} calls")
+
+
 BEGIN: dict[str, Callable[[Plan], Plan]] = {
     "plan": lambda plan: plan,
     "steps": lambda plan: Plan.full(len(plan.keys), name=f"{len(plan.keys)} steps"),
-    "lines": lambda plan: draw_lines(plan, plan.steps).rename(f"lines, {len(plan.keys)} calls"),
+    "lines": lambda plan: _name_lines(draw_lines(plan, plan.steps)[0], "lines"),
+    "open-lines": lambda plan: _name_lines(draw_lines(plan, plan.steps)[1], "open lines"),
 }
 """Where a fit with all ingredients begins."""
 

@@ -237,12 +237,16 @@ def test_a_fit_begins_with_lines_where_steps_lie_close_and_with_plain_ones_where
     assert all(starts[calls][0] is plan for calls, plan in tuned.items())
     assert [(plan.steps, plan.keys) for plan in starts[5][1:]] == [(5, tuple(range(5)))]
     assert starts[8][1:] == []
-    assert [plan.keys for plan in starts[10][1:]] == [(0, 3, 6, 9, 12, 16, 20, 24, 28, 29)]
+    assert [plan.keys for plan in starts[10][1:]] == [
+        (0, 3, 6, 9, 12, 16, 20, 24, 28, 29),
+        (0, 3, 6, 9, 12, 15, 18, 21, 24, 28),
+    ]
     already = Plan.between(range(15), cut="head", steps=30, how="forecast")
     assert list_starts(already, 30) == [already]
-    (lines,) = starts[15][1:]
-    assert (lines.steps, len(lines.keys), lines.keys[-1]) == (30, 15, 29)
-    assert {row.inherit["head"] for row in lines.rows if not row.is_key} == {"forecast"}
+    ends = [29, 28]
+    for lines, end in zip(starts[15][1:], ends, strict=True):
+        assert (lines.steps, len(lines.keys), lines.keys[-1]) == (30, 15, end)
+        assert {row.inherit["head"] for row in lines.rows if not row.is_key} == {"forecast"}
 
 
 def test_what_ends_with_an_output_of_no_weight_is_left_as_it_is(
@@ -262,7 +266,13 @@ def test_what_ends_with_an_output_of_no_weight_is_left_as_it_is(
     for keys in ([0, 1, 2, 5, 9], [0, 1, 2, 5, 8], [0, 9]):
         plan = Plan.between(keys, cut="head", steps=10)
         assert mixer.improve(plan, lambda text, share: None) is None
-    assert [plan.keys for plan in begun] == [(0, 2, 4, 7, 8), (0, 1, 2, 5, 8), (0, 2, 4, 7, 8)]
+    lines = [(0, 2, 4, 7, 8), (0, 1, 3, 5, 7)]
+    assert [plan.keys for plan in begun] == [*lines, (0, 1, 2, 5, 8), *lines]
+    late = PlanMap.of(
+        Plan.between([0, 9], cut="head", steps=10), read_sampler(scheduler, 10), host.anatomy
+    )
+    with pytest.raises(LeansdError, match="gives the output of step 9 no weight"):
+        MixFit(pipe.unet, late, ())
 
 
 @pytest.mark.parametrize(
@@ -278,7 +288,7 @@ def test_of_mixes_that_gain_by_both_means_the_nearer_are_kept(
     monkeypatch: pytest.MonkeyPatch, by_plan: Any, by_lines: Any, chosen: int | None
 ) -> None:
     plan = Plan.between([0, 1, 2, 5, 9], cut="head", steps=10, name="tuned")
-    mixed = [plan.rename("by plan"), plan.rename("by lines")]
+    mixed = [plan.rename("by plan"), plan.rename("by lines"), plan]
     near = {"tuned": Nearness(40, 35), "by plan": Nearness(*by_plan)}
     near["by lines"] = Nearness(*by_lines)
     host = PipelineHost(make_pipe(), 4, {}, {}, "dpm++2m")

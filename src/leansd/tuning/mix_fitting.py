@@ -176,6 +176,7 @@ class MixFit:
     spending: Spending | None = None
 
     def __post_init__(self) -> None:
+        self.plan.require_weights()
         sampler = self.plan.sampler
         moments = sampler.schedule.timesteps
         assert moments is not None

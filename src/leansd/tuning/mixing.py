@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -77,16 +77,19 @@ def _describe(call: PipelineCall) -> dict[str, Any]:
     }
 
 
-def draw_lines(plan: Plan, weighed: int) -> Plan:
-    """Lines through as many UNet calls at even distances, up to the last that has a weight."""
-    keys = keysteps.short_first(weighed, len(plan.keys))
-    return Plan.between(keys, cut=HEAD, steps=plan.steps, how="forecast")
+def draw_lines(plan: Plan, weighed: int) -> tuple[Plan, Plan]:
+    """Lines through as many UNet calls at even distances: up to the last that has a weight, and
+    closer together with that one made up, too."""
+    calls = len(plan.keys)
+    ended, open_ended = (keysteps.short_first(weighed, count) for count in (calls, calls + 1))
+    draw = partial(Plan.between, cut=HEAD, steps=plan.steps, how="forecast")
+    return draw(ended), draw(open_ended[:-1])
 
 
 def list_starts(plan: Plan, weighed: int) -> list[Plan]:
     """Plans of as many UNet calls that a fit begins with: where it ends hangs on that.
 
-    Beside the plan, lines where they lead over two steps at most and the plan has none, and plain
+    Beside the plan, lines where they lead over three steps at most and the plan has none, and plain
     steps where gaps are so long that nothing leads over them.
 
     Args:
@@ -94,8 +97,8 @@ def list_starts(plan: Plan, weighed: int) -> list[Plan]:
     """
     calls, starts = len(plan.keys), [plan]
     has_lines = any(row.inherit.get(HEAD) == "forecast" for row in plan.rows)
-    if 3 * calls >= plan.steps and calls <= weighed and not has_lines:
-        starts.append(draw_lines(plan, weighed))
+    if 3 * calls >= plan.steps and calls < weighed and not has_lines:
+        starts += draw_lines(plan, weighed)
     starts += [Plan.full(calls)] if 5 * calls <= plan.steps else []
     return starts
 

@@ -175,6 +175,7 @@ class PlanMap:
         Raises:
             LeansdError: the sampler gives some key step's output no weight, so nothing leads there.
         """
+        self.require_weights()
         given = np.zeros((len(self.calls), self._width))
         for call in self.calls:
             if call.index not in self.keys:
@@ -182,11 +183,19 @@ class PlanMap:
         mixes: dict[int, Mix] = {}
         for place, (key, end) in enumerate(zip(self.keys, self.ends, strict=True)):
             weight = self.sampler.response[end, key]
-            if abs(weight) <= LEAST_WEIGHT:
-                raise LeansdError(f"the sampler gives the output of step {key} no weight")
             given[key] = (rows[place] - self._look(given, end)) / weight
             mixes[key] = self._read_mix(given[key], place)
         return mixes
+
+    def require_weights(self) -> None:
+        """Say so where the sampler gives some key step's output no weight.
+
+        Raises:
+            LeansdError: it does.
+        """
+        for key, end in zip(self.keys, self.ends, strict=True):
+            if abs(self.sampler.response[end, key]) <= LEAST_WEIGHT:
+                raise LeansdError(f"the sampler gives the output of step {key} no weight")
 
     def _look(self, given: Matrix, call: int) -> Matrix:
         """The latents before a call, for what the sampler is given at all calls."""
