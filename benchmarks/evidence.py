@@ -63,6 +63,8 @@ ONCE = "--grid 1 --tries 1"
 """The same with hardly any."""
 SPEEDS = "benchmarks/fronts.py --grid 1 --tries 3 --spare 1.0 --results speeds"
 """Plans for what the benchmark compares at, by computing, which presets leave by a call or two."""
+AT_THIRTY = "--speed 1.45 --speed 1.87 --speed 2.65"
+"""Those of 30 steps: 20, 15 and 10 UNet calls."""
 PARTS = {
     "nets": Part(
         (
@@ -167,14 +169,14 @@ PARTS = {
     "bench": Part(
         (
             f"{SPEEDS} --sampler dpm++2m --steps 30 --mixes 96 "
-            "--speed 1.45 --speed 1.87 --speed 2.65 --speed 3.2",
-            f"{SPEEDS} --sampler unipc --sampler euler --steps 30 --mixes 96 "
-            "--speed 1.45 --speed 1.87 --speed 2.65",
-            f"{SPEEDS} --sampler ddim --steps 30 --mixes 96 --speed 1.45 --speed 1.87",
-            f"{SPEEDS} --sampler dpm++2m --steps 20 --mixes 96 "
+            "--speed 1.45 --speed 1.87 --speed 2.3 --speed 2.65 --speed 3.2",
+            f"{SPEEDS} --sampler dpm++2m-karras --sampler unipc --sampler euler --sampler ddim "
+            f"--steps 30 --mixes 96 {AT_THIRTY}",
+            f"{SPEEDS} --sampler dpm++2m --steps 30 --guidance 7.5 --mixes 96 {AT_THIRTY}",
+            f"{SPEEDS} --sampler dpm++2m --sampler euler --sampler ddim --steps 20 --mixes 96 "
             "--speed 1.48 --speed 1.88 --speed 2.75",
-            f"{SPEEDS} --sampler dpm++2m --steps 30 --guidance 7.5 --speed 1.45 --speed 1.87",
-            f"{SPEEDS} --sampler dpm++2m --steps 30 --pictures --speed 1.43 --speed 1.84",
+            f"{SPEEDS} --sampler dpm++2m --steps 30 --pictures "
+            "--speed 1.43 --speed 1.84 --speed 2.6",
             "-m leansd.cli bench --plans benchmarks/results/fronts "
             "--plans benchmarks/results/speeds --count 24",
         ),

@@ -148,7 +148,7 @@ def test_two_share_the_pictures_by_the_time_they_take():
     # Half of them in 1/1.5 of the time and half in 1/3 is half of the time for all.
     slow, fast = BenchPoint("20", 1.5, 36.0), BenchPoint("10", 3.0, 30.0)
     shared = read_shares([fast, slow], 2.0)
-    assert shared == BenchPoint("20, and 10 for 50%", 2.0, 33.0)
+    assert shared == BenchPoint("20 and 10", 2.0, 33.0)
     assert read_shares([fast, slow, BenchPoint("15", 2.0, 34.0)], 2.0).name == "15"
     assert read_shares([fast, slow], 1.5) == slow
     assert read_shares([fast, slow], 3.1) is None
@@ -162,6 +162,14 @@ def test_ours_share_only_where_rivals_do():
     # 5 of 9 pictures by the faster one: 1/1.6 and 1/2.5 of the time are 1/2 in the mean.
     assert math.isclose(together.ours.quality, 50 - 12 * 5 / 9)
     assert math.isclose(together.rival.quality, 40 - 10 * 5 / 9)
+    assert (alone.family, together.family) == ("fewer", "fewer")
+
+
+def test_any_two_rivals_may_share():
+    rivals = {"fewer": [BenchPoint("20", 1.5, 36.0)], "samplers": [BenchPoint("10", 3.0, 30.0)]}
+    margin = find_margin([BenchPoint("mine", 2.0, 40.0)], rivals, 2.0, SHARED)
+    assert (margin.family, margin.rival.quality) == ("fewer + samplers", 33.0)
+    assert find_margin([], rivals, 4.0, SHARED).value is None
 
 
 def test_ours_is_only_what_was_measured():

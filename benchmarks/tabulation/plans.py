@@ -218,8 +218,8 @@ def tabulate_bench() -> str:
                 SINGLE,
             ),
             (
-                "At equal computing over many pictures: two plans or two of a rival's settings "
-                "draw a share each:",
+                "At equal computing over many pictures: two plans draw a share each, and so do any "
+                "two rivals:",
                 PREDICTED,
                 SHARED,
             ),
@@ -231,7 +231,7 @@ def tabulate_bench() -> str:
 
 
 def tabulate_few_margins(standings: Sequence[Standing]) -> Table:
-    """A row a contest, a column a number of UNet calls; two plans or settings share pictures."""
+    """A row a contest, a column a number of UNet calls; two plans, or any two rivals, share."""
     rows: list[tuple[str, ...]] = []
     for standing in standings:
         told = {**standing.fields, "strength": read_strength(standing)}

@@ -86,7 +86,7 @@ def read_front(points: Sequence[BenchPoint], speed: float) -> BenchPoint | None:
 
 
 def read_shares(points: Sequence[BenchPoint], speed: float) -> BenchPoint | None:
-    """The best that two of a family reach together, each drawing a share of the pictures.
+    """The best that two of them reach together, each drawing a share of the pictures.
 
     Where many pictures are drawn, their time and their decibels are means by these shares.
     """
@@ -96,43 +96,53 @@ def read_shares(points: Sequence[BenchPoint], speed: float) -> BenchPoint | None
         if slow.speed < speed < fast.speed:
             share = (1 / slow.speed - 1 / speed) / (1 / slow.speed - 1 / fast.speed)
             quality = slow.quality + share * (fast.quality - slow.quality)
-            name = f"{slow.name}, and {fast.name} for {share:.0%}"
-            found.append(BenchPoint(name, speed, quality))
+            found.append(BenchPoint(f"{slow.name}{SHARES_WITH}{fast.name}", speed, quality))
     return max(found, key=lambda point: point.quality, default=None)
 
 
-Read = Callable[[Sequence[BenchPoint], float], BenchPoint | None]
-"""What a family reaches at a speed."""
+SHARES_WITH = " and "
+"""Between the names of two that share the pictures."""
+Rivals = Mapping[str, Sequence[BenchPoint]]
+"""Points by family."""
+
+
+def find_best(rivals: Rivals, speed: float) -> tuple[str, BenchPoint] | None:
+    """The best family at a speed, given what lies between its points."""
+    reached = {family: read_front(points, speed) for family, points in rivals.items()}
+    there = [(family, point) for family, point in reached.items() if point is not None]
+    return max(there, key=lambda each: each[1].quality, default=None)
+
+
+def find_best_two(rivals: Rivals, speed: float) -> tuple[str, BenchPoint] | None:
+    """The best that any two rivals reach together, of one family or of two."""
+    families = {point.name: family for family, points in rivals.items() for point in points}
+    found = read_shares([point for points in rivals.values() for point in points], speed)
+    if found is None:
+        return None
+    told = dict.fromkeys(families[name] for name in found.name.split(SHARES_WITH))
+    return " + ".join(told), found
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How ours and rivals are read at a speed."""
+    """How ours and the best rival are read at a speed."""
 
-    ours: Read
-    rivals: Read
+    ours: Callable[[Sequence[BenchPoint], float], BenchPoint | None]
+    rival: Callable[[Rivals, float], tuple[str, BenchPoint] | None]
 
 
-SINGLE = Reading(read_points, read_front)
+SINGLE = Reading(read_points, find_best)
 """One plan for every picture; rivals are given what lies between their points, ours are not."""
-SHARED = Reading(read_shares, read_shares)
-"""Two for all pictures together, with ours and with rivals."""
+SHARED = Reading(read_shares, find_best_two)
+"""Two share the pictures, of ours or of all rivals."""
 
 
 def find_margin(
-    ours: Sequence[BenchPoint],
-    rivals: Mapping[str, Sequence[BenchPoint]],
-    speed: float,
-    reading: Reading = SINGLE,
+    ours: Sequence[BenchPoint], rivals: Rivals, speed: float, reading: Reading = SINGLE
 ) -> Margin:
     """Ours against the best of all rivals, by family, at a speed."""
-    reached = {family: reading.rivals(points, speed) for family, points in rivals.items()}
-    there = {family: point for family, point in reached.items() if point is not None}
-    own = reading.ours(ours, speed)
-    if not there:
-        return Margin(speed, own, None)
-    best = max(there, key=lambda family: there[family].quality)
-    return Margin(speed, own, there[best], best)
+    family, rival = reading.rival(rivals, speed) or ("", None)
+    return Margin(speed, reading.ours(ours, speed), rival, family)
 
 
 @dataclass(frozen=True)
