@@ -1,7 +1,7 @@
 """Samplers by short name: a scheduler class of diffusers and the options that make it that one."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,9 +24,9 @@ class Sampler:
     """Whether it is for models that predict a flow (SD3, FLUX, Sana), not noise."""
 
 
-SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+SPACINGS: Sequence[str] = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 """Settings of a scheduler by which noise levels are not as time steps have them."""
-_EVEN = dict.fromkeys(SPACINGS, False)
+_EVEN: Mapping[str, Any] = dict.fromkeys(SPACINGS, False)
 """Noise levels as time steps have them. Plans tuned for one spacing are poor at another."""
 _KARRAS = {**_EVEN, "use_karras_sigmas": True}
 _2M = {"algorithm_type": "dpmsolver++", "solver_order": 2}
