@@ -62,6 +62,7 @@ from leansd.evaluation.standings import (
     read_points,
     read_shares,
     read_standings,
+    tabulate_computing,
     tabulate_margins,
 )
 from leansd.plans.methods import chebyshev
@@ -325,6 +326,7 @@ def test_pictures_are_those_of_the_pipeline_alone_and_times_are_of_every_round(p
     assert [standing.find(f"{n} steps", PREDICTED).value for n in (3, 2, 1)] == [4 / 3, 2, 4]
     (margin,) = standing.find_margins(speeds=(2.0,), by=PREDICTED)
     assert (margin.rival.name, margin.ours) == ("2 steps", None)
+    assert tabulate_computing(standing).rows[1][1].startswith(f"– / {margin.rival.quality:.1f} (")
 
 
 def test_a_package_that_fails_is_left_out_but_ours_must_not_fail(pipe, context):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from leansd.evaluation.bench import STRENGTH
 from leansd.evaluation.records import Record, load_records
@@ -15,12 +16,12 @@ from leansd.evaluation.standings import (
     SHARED,
     SINGLE,
     SPEEDS,
-    Margin,
     Reading,
     Standing,
     read_front,
     read_standings,
     show_margin,
+    summarise_margin,
 )
 from leansd.plans.presets import SPEED_PRESETS
 from leansd.plans.presets.tuned import load_tuned
@@ -38,6 +39,7 @@ FLOW_RIVALS = {
 HEADLINE = ("dpm++2m-karras", "dpm++2m", "ddim")
 """The samplers of the README: the one that people use most, and one of either order."""
 COLUMNS = ("", "speed-up, measured", "predicted", "PSNR to full", "SSIM", "CLIP score (tiny CLIP)")
+MARGINS = ("ours and the best rival, dB to full", *(f"at {speed:g}x" for speed in SPEEDS))
 
 
 def tabulate_presets() -> str:
@@ -262,15 +264,32 @@ def tabulate_margins(standings: Sequence[Standing], by: str, reading: Reading) -
         )
         for standing in standings
     ]
-    columns = ("ours and the best rival, dB to full", *(f"at {speed:g}x" for speed in SPEEDS))
-    return Table(columns, tuple(rows))
+    return Table(MARGINS, tuple(rows))
 
 
-def summarise_margin(margin: Margin) -> str:
-    """Both and the difference, in few words."""
-    ours = "–" if margin.ours is None else f"{margin.ours.quality:.1f}"
-    rival = "–" if margin.rival is None else f"{margin.rival.quality:.1f} ({margin.family})"
-    return f"{ours} / {rival}: {show_margin(margin)}"
+def tabulate_second() -> str:
+    """On the second model: presets as they come and plans tuned there, beside the best rival."""
+    records = load_records(RESULTS / "second.jsonl")
+    full = next(record for record in records if record.plan == FULL)
+    kinds = {"presets": tuple(SPEED_PRESETS), "tuned there": ("tuned",)}
+    rows: list[tuple[str, ...]] = []
+    for standing in read_standings(records):
+        for kind, names in kinds.items():
+            cells = {
+                place: record
+                for place, record in standing.cells.items()
+                if get(record, "family") != OURS or record.plan.startswith(names)
+            }
+            chosen = replace(standing, cells=cells)
+            for told, reading in (("one plan", SINGLE), ("two share", SHARED)):
+                margins = chosen.find_margins(by=PREDICTED, reading=reading)
+                title = f"{standing.title}: {kind}, {told}"
+                rows.append((title, *(summarise_margin(each) for each in margins)))
+    told = (
+        f"Second model, {get(full, 'calls')} pictures in batches of {get(full, 'batch')}; "
+        f"{name_devices(records)}; torch {full.torch}; at equal computing:"
+    )
+    return f"{told}\n\n{Table(MARGINS, tuple(rows)).markdown()}\n"
 
 
 def tabulate_flow() -> str:

@@ -223,6 +223,7 @@ def _give_standings(
         describe_quality,
         list_left_out,
         read_standings,
+        tabulate_computing,
         tabulate_margins,
     )
     from leansd.report.measurements import report_bench
@@ -232,7 +233,11 @@ def _give_standings(
     for standing in standings:
         quality = describe_quality(standing)
         lines = [*([quality] if quality else []), *list_left_out(standing)]
-        shown += [tabulate_margins(standing), *(fill(line, 80) for line in lines)]
+        shown += [
+            tabulate_margins(standing),
+            tabulate_computing(standing),
+            *(fill(line, 80) for line in lines),
+        ]
     return Result(
         facts={**facts, "contests": [_list_margins(each) for each in standings]},
         shown=[*shown, *remarks],

@@ -35,6 +35,7 @@ from leansd.evaluation.standings import (
     describe_quality,
     list_left_out,
     tabulate_all,
+    tabulate_computing,
     tabulate_margins,
 )
 from leansd.report.drawings import Bar, draw_bars
@@ -283,6 +284,7 @@ def _show_contest(standing: Standing) -> list[Section]:
              "kind beats; ours is strong."],
         ),
         Listing(f"{title}: ours and the best rival", tabulate_margins(standing), notes),
+        Listing(f"{title}: the same by what is computed", tabulate_computing(standing)),
         Listing(f"{title}: all contestants", tabulate_all(standing)),
     ]  # fmt: skip
 
@@ -317,6 +319,8 @@ def describe_bench(standing: Standing) -> list[str]:
         "A point counts for every speed up to its own. Between neighbouring points of its front a "
         "rival is taken to reach what lies on the line between them over the logarithm of the "
         "speed; ours is only what was measured.",
+        "By what is computed, there is a second way to read: where many pictures are drawn, two of "
+        "our plans share them, and so do any two rivals.",
         "The converged run is the same sampler in many more steps: who only copies the full run's "
         "own discretisation error gains nothing there. Samplers of other names are rivals as well.",
         f"Model {first.subject}, {get_field(first, 'calls')} pictures in batches of "
