@@ -1,5 +1,6 @@
 """Mixes fitted: a plan as a matrix is what a run does, and the fit brings it nearer."""
 
+import math
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from leansd.errors import LeansdError
 from leansd.evaluation.cost import CostModel
 from leansd.evaluation.runs import CallSet, run_calls
 from leansd.plans.plan import Plan
-from leansd.tuning import Front, mix_fitting, tuner
+from leansd.tuning import Front, mix_fitting, mixing, tuner
 from leansd.tuning.host import PipelineHost
 from leansd.tuning.mix_fitting import FitState, MixConfig, MixFit
 from leansd.tuning.mixing import Nearness, PlanMixer, list_starts
@@ -295,9 +296,31 @@ def test_of_mixes_that_gain_by_both_means_the_nearer_are_kept(
     mixer = PlanMixer(host, MANY * 3, 0, 10, Journal(None, ""))
     rest = iter(mixed)
     monkeypatch.setattr(mixer, "_mix", lambda start, say: next(rest))
+    monkeypatch.setattr(mixer, "_soften", lambda start, mixed: [mixed])
     monkeypatch.setattr(mixer, "_measure", lambda plan: near[plan.name])
     found = mixer.improve(plan, lambda text, share: None)
     assert found is (None if chosen is None else mixed[chosen])
+
+
+def test_less_of_a_fit_is_taken_where_all_of_it_loses_the_hard_pictures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Between two plans whose errors point different ways there is one that beats both."""
+    fit = make_fit(iterations=10)
+    host = PipelineHost(make_pipe(), 4, {"guidance_scale": 3.0}, {}, "dpm++2m")
+    mixer = PlanMixer(host, PROMPTS, 0, STEPS, Journal(None, ""))
+    mixed = fit.run()
+    every = list(mixer._soften(PLAN, mixed))
+    assert every[0] is mixed
+    begun, ended = draw("dpm++2m", PLAN), draw("dpm++2m", mixed)
+    away = [float((draw("dpm++2m", each) - begun).norm()) for each in every]
+    assert away == sorted(away, reverse=True)
+    assert math.isclose(away[2], float((ended - begun).norm()) / 2, rel_tol=0.1)
+    bars = iter([Nearness(40, 35), Nearness(44, 34), Nearness(43, 35), Nearness(42, 36)])
+    monkeypatch.setattr(mixer, "_mix", lambda start, say: mixed)
+    monkeypatch.setattr(mixer, "_measure", lambda plan: next(bars))
+    monkeypatch.setattr(mixing, "list_starts", lambda plan, weighed: [plan])
+    assert mixer.improve(PLAN, lambda text, share: None) == every[2]
 
 
 @pytest.mark.parametrize(

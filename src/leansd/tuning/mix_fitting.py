@@ -17,7 +17,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -322,5 +322,4 @@ class MixFit:
         for place, (part, scale) in enumerate(zip(parts, self._scales, strict=True)):
             weights = self._first[place] + self._spans[place] @ part
             rows[place][self._columns(place)] = weights / scale
-        bare = replace(self.plan, plan=self.plan.plan.correct(dict.fromkeys(self.plan.keys, 0.0)))
-        return bare.plan.mix(bare.find_mixes(rows))
+        return self.plan.lead_to(rows)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -168,6 +168,11 @@ class PlanMap:
         for call in self.calls:
             given[call.index] = self._make_output(call)
         return np.stack([self._look(given, end) for end in self.ends])
+
+    def lead_to(self, rows: Matrix) -> Plan:
+        """The plan with the mixes that lead the latents to these rows [m, 1 + 2 m]."""
+        bare = replace(self, plan=self.plan.correct(dict.fromkeys(self.keys, 0.0)))
+        return bare.plan.mix(bare.find_mixes(rows))
 
     def find_mixes(self, rows: Matrix) -> dict[int, Mix]:
         """The mixes, by step, that lead the latents to these rows [m, 1 + 2 m].
