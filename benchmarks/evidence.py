@@ -170,11 +170,13 @@ PARTS = {
         (
             f"{SPEEDS} --sampler dpm++2m --steps 30 --mixes 96 "
             "--speed 1.45 --speed 1.87 --speed 2.3 --speed 2.65 --speed 3.2",
-            f"{SPEEDS} --sampler dpm++2m-karras --sampler unipc --sampler euler --sampler ddim "
-            f"--steps 30 --mixes 96 {AT_THIRTY}",
-            f"{SPEEDS} --sampler dpm++2m --steps 30 --guidance 7.5 --mixes 96 {AT_THIRTY}",
-            f"{SPEEDS} --sampler dpm++2m --sampler euler --sampler ddim --steps 20 --mixes 96 "
+            f"{SPEEDS} --sampler dpm++2m-karras --sampler unipc --sampler euler --steps 30 "
+            f"--mixes 96 {AT_THIRTY}",
+            f"{SPEEDS} --sampler ddim --steps 30 --mixes 96 --speed 1.45 --speed 1.87",
+            f"{SPEEDS} --sampler dpm++2m --steps 20 --mixes 96 "
             "--speed 1.48 --speed 1.88 --speed 2.75",
+            f"{SPEEDS} --sampler dpm++2m --steps 30 --guidance 7.5 {AT_THIRTY}",
+            f"{SPEEDS} --sampler dpm++2m --steps 30 --guidance 8 {AT_THIRTY}",
             f"{SPEEDS} --sampler dpm++2m --steps 30 --pictures "
             "--speed 1.43 --speed 1.84 --speed 2.6",
             "-m leansd.cli bench --plans benchmarks/results/fronts "
