@@ -29,9 +29,8 @@ from leansd.tuning.run_starts import RunStart, record_starts
 from leansd.tuning.sampler_map import PlanMap, SamplerMap, explain_unfit, read_sampler
 from leansd.tuning.trials import Journal
 
-MOST_CALLS, MOST_SHARE = 12, 0.55
-"""Plans with more UNet calls than both say lose so little that weights fitted to few pictures gain
-nothing."""
+MOST_CALLS, MOST_SHARE = 12, 0.65
+"""Plans with more UNet calls than both say lose little, and their fits take long."""
 FEWEST, FEWEST_PROMPTS = 24, 8
 FRESH = 1_000_000
 """How far off the seeds of these calls are from those of the search."""
