@@ -140,6 +140,8 @@ class PlanMixer:
         most = max(MOST_CALLS, MOST_SHARE * plan.steps)
         if len(plan.keys) > most or explain_unfit(plan):
             return None
+        if not self._is_recorded:
+            say(f"running {len(self.calls)} more calls in full to fit mixes on", 0.0)
         bar = self._measure(plan)
         nearer: list[tuple[float, Plan]] = []
         starts = list_starts(plan, self._read(plan.steps).weighed)
@@ -200,8 +202,6 @@ class PlanMixer:
 
     def _fit(self, plan: Plan, say: Say) -> Plan:
         sampler, full = self._read(plan.steps), self._read(self.steps)
-        if not self._is_recorded:
-            say(f"running {len(self.calls)} more calls in full to fit mixes on", 0.0)
         fit = MixFit(
             self.host.pipe.unet,
             PlanMap.of(plan, sampler, self.host.anatomy),
