@@ -177,8 +177,7 @@ PARTS = {
             "--speed 1.48 --speed 1.88 --speed 2.75",
             f"{SPEEDS} --sampler dpm++2m --steps 30 --guidance 7.5 {AT_THIRTY}",
             f"{SPEEDS} --sampler dpm++2m --steps 30 --guidance 8 {AT_THIRTY}",
-            f"{SPEEDS} --sampler dpm++2m --steps 30 --pictures "
-            "--speed 1.43 --speed 1.84 --speed 2.6",
+            f"{SPEEDS} --sampler dpm++2m --steps 30 --pictures --speed 1.43 --speed 1.84",
             "-m leansd.cli bench --plans benchmarks/results/fronts "
             "--plans benchmarks/results/speeds --count 24",
         ),

@@ -38,7 +38,6 @@ TABLES: dict[str, tuple[Callable[[], str], str]] = {
     "tuned": (plans.tabulate_tuned, ""),
     "elsewhere": (plans.tabulate_elsewhere, "untuned"),
     "untuned": (plans.tabulate_untuned, "untuned"),
-    "second": (plans.tabulate_second, "second"),
     "bench": (plans.tabulate_bench, "bench"),
     "flow": (plans.tabulate_flow, "flow"),
     "comfyui": (plans.tabulate_comfyui, "comfyui"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from leansd.evaluation.bench import STRENGTH
 from leansd.evaluation.records import Record, load_records
@@ -265,31 +264,6 @@ def tabulate_margins(standings: Sequence[Standing], by: str, reading: Reading) -
         for standing in standings
     ]
     return Table(MARGINS, tuple(rows))
-
-
-def tabulate_second() -> str:
-    """On the second model: presets as they come and plans tuned there, beside the best rival."""
-    records = load_records(RESULTS / "second.jsonl")
-    full = next(record for record in records if record.plan == FULL)
-    kinds = {"presets": tuple(SPEED_PRESETS), "tuned there": ("tuned",)}
-    rows: list[tuple[str, ...]] = []
-    for standing in read_standings(records):
-        for kind, names in kinds.items():
-            cells = {
-                place: record
-                for place, record in standing.cells.items()
-                if get(record, "family") != OURS or record.plan.startswith(names)
-            }
-            chosen = replace(standing, cells=cells)
-            for told, reading in (("one plan", SINGLE), ("two share", SHARED)):
-                margins = chosen.find_margins(by=PREDICTED, reading=reading)
-                title = f"{standing.title}: {kind}, {told}"
-                rows.append((title, *(summarise_margin(each) for each in margins)))
-    told = (
-        f"Second model, {get(full, 'calls')} pictures in batches of {get(full, 'batch')}; "
-        f"{name_devices(records)}; torch {full.torch}; at equal computing:"
-    )
-    return f"{told}\n\n{Table(MARGINS, tuple(rows)).markdown()}\n"
 
 
 def tabulate_flow() -> str:
