@@ -5,6 +5,7 @@ import math
 import random
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -65,8 +66,9 @@ from leansd.evaluation.standings import (
     tabulate_computing,
     tabulate_margins,
 )
-from leansd.plans.methods import chebyshev
+from leansd.plans.methods import Mix, chebyshev
 from leansd.plans.plan import Tuned
+
 from leansd.report.measurements import report_bench
 from leansd.report.page import Chart
 from leansd.runtime.clock import read_schedule
@@ -463,6 +465,18 @@ def test_own_plans_from_a_folder_are_those_of_the_sampler_and_step_count(tmp_pat
     )
     assert [plan.name for plan in plans] == ["1.5x", "2x"]  # in 4 steps fast means the full run
     assert "to follow fast all the same give --force" in told[0]
+
+
+def test_plans_with_mixes_sit_out_where_runs_begin_late(tmp_path):
+    """One such plan in a folder must not end a benchmark of many contests."""
+    plan = Plan.between([0, 2], cut="head", steps=4, name="mixed").mix({2: Mix(0.1, (0.5, 0.4))})
+    plan.save(tmp_path / "ddim-4-mixed.json")
+    pictures = replace(CONTEST, task="image-to-image", strength=0.6)
+    told = []
+    choose = partial(choose_plans, [str(tmp_path)], anatomy=ANATOMY, read_front=read_plans)
+    assert [each.name for each in choose(contest=CONTEST)] == ["mixed"]
+    assert choose(contest=pictures, tell=told.append) == ()
+    assert told == ["mixed sits out in image-to-image: it mixes since the first step"]
 
 
 def test_a_front_for_what_a_contest_draws_comes_before_one_for_anything(tmp_path):

@@ -204,8 +204,8 @@ def choose_plans(
     """The plans that are ours in a contest: the speed presets where none are named.
 
     A folder holds plans named SAMPLER-STEPS-GOAL.json, and fronts, SAMPLER-STEPS.json, or those of
-    `name_own_front`; a plan file of another step count sits out, and so does a preset that means
-    the full run.
+    `name_own_front`; a plan file of another step count sits out, and so do a preset that means the
+    full run and, where runs begin late, a plan with mixes.
 
     Args:
         read_front: gives the plans of a front's file.
@@ -231,6 +231,9 @@ def choose_plans(
         # Of its own step count, which a front's plan may have fewer of.
         steps = contest.steps if isinstance(each, Preset) else each.steps
         resolved = resolve_plan(each, replace(context, steps=steps), force=force)
+        if resolved.plan.mixes and contest.strength < 1:
+            tell(f"{resolved.plan.name} sits out in {contest.task}: it mixes since the first step")
+            continue
         for note in resolved.notes:
             tell(note)
         if resolved.plan.name != FULL or not isinstance(each, Preset):
