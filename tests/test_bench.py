@@ -68,7 +68,6 @@ from leansd.evaluation.standings import (
 )
 from leansd.plans.methods import Mix, chebyshev
 from leansd.plans.plan import Tuned
-
 from leansd.report.measurements import report_bench
 from leansd.report.page import Chart
 from leansd.runtime.clock import read_schedule
