@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from leansd.evaluation.bench import STRENGTH
 from leansd.evaluation.records import Record, load_records
 from leansd.evaluation.rivals import CALLS, OURS, Contest
 from leansd.evaluation.runs import FULL
 from leansd.evaluation.standings import (
-    FIELDS,
     MEASURED,
     PREDICTED,
     SHARED,
@@ -235,8 +235,8 @@ def tabulate_few_margins(standings: Sequence[Standing]) -> Table:
     """A row a contest, a column a number of UNet calls; two plans, or any two rivals, share."""
     rows: list[tuple[str, ...]] = []
     for standing in standings:
-        told = {**standing.fields, "strength": read_strength(standing)}
-        full = Contest(**{name: told[name] for name in FIELDS}).count_run(told["steps"])
+        contest = tell_strength(standing.contest)
+        full = contest.count_run(contest.steps)
         margins = standing.find_margins(
             speeds=[full / calls for calls in CALLS], by=PREDICTED, reading=SHARED
         )
@@ -248,10 +248,10 @@ def tabulate_few_margins(standings: Sequence[Standing]) -> Table:
     return Table(("UNet calls", *(str(calls) for calls in CALLS)), tuple(rows))
 
 
-def read_strength(standing: Standing) -> float:
-    """The share of the steps that run; records do not name the usual one."""
-    usual = STRENGTH if standing.fields["task"] == "image-to-image" else 1.0
-    return standing.fields.get("strength", usual)
+def tell_strength(contest: Contest) -> Contest:
+    """The contest with the usual strength of image-to-image, which records do not name."""
+    unnamed = contest.task == "image-to-image" and contest.strength == 1
+    return replace(contest, strength=STRENGTH) if unnamed else contest
 
 
 def tabulate_margins(standings: Sequence[Standing], by: str, reading: Reading) -> Table:

@@ -85,23 +85,31 @@ def read_front(points: Sequence[BenchPoint], speed: float) -> BenchPoint | None:
     return read_points(front, speed)
 
 
-def read_shares(points: Sequence[BenchPoint], speed: float) -> BenchPoint | None:
-    """The best that two of them reach together, each drawing a share of the pictures.
-
-    Where many pictures are drawn, their time and their decibels are means by these shares.
-    """
+def pick_shares(points: Sequence[BenchPoint], speed: float) -> tuple[BenchPoint, ...]:
+    """The one or two that reach most at a speed, each drawing a share of the pictures."""
     alone = read_points(points, speed)
-    found = [alone] if alone is not None else []
-    for slow, fast in permutations(points, 2):
-        if slow.speed < speed < fast.speed:
-            share = (1 / slow.speed - 1 / speed) / (1 / slow.speed - 1 / fast.speed)
-            quality = slow.quality + share * (fast.quality - slow.quality)
-            found.append(BenchPoint(f"{slow.name}{SHARES_WITH}{fast.name}", speed, quality))
-    return max(found, key=lambda point: point.quality, default=None)
+    found = [(alone,)] if alone is not None else []
+    pairs = permutations(points, 2)
+    found += [(slow, fast) for slow, fast in pairs if slow.speed < speed < fast.speed]
+    return max(found, key=lambda parts: mix_points(parts, speed).quality, default=())
 
 
-SHARES_WITH = " and "
-"""Between the names of two that share the pictures."""
+def mix_points(parts: Sequence[BenchPoint], speed: float) -> BenchPoint:
+    """What they reach together: over many pictures, time and decibels are means by the shares."""
+    if len(parts) == 1:
+        return parts[0]
+    slow, fast = parts
+    share = (1 / slow.speed - 1 / speed) / (1 / slow.speed - 1 / fast.speed)
+    quality = slow.quality + share * (fast.quality - slow.quality)
+    return BenchPoint(f"{slow.name} and {fast.name}", speed, quality)
+
+
+def read_shares(points: Sequence[BenchPoint], speed: float) -> BenchPoint | None:
+    """The best that two of them reach together."""
+    parts = pick_shares(points, speed)
+    return mix_points(parts, speed) if parts else None
+
+
 Rivals = Mapping[str, Sequence[BenchPoint]]
 """Points by family."""
 
@@ -115,12 +123,10 @@ def find_best(rivals: Rivals, speed: float) -> tuple[str, BenchPoint] | None:
 
 def find_best_two(rivals: Rivals, speed: float) -> tuple[str, BenchPoint] | None:
     """The best that any two rivals reach together, of one family or of two."""
-    families = {point.name: family for family, points in rivals.items() for point in points}
-    found = read_shares([point for points in rivals.values() for point in points], speed)
-    if found is None:
-        return None
-    told = dict.fromkeys(families[name] for name in found.name.split(SHARES_WITH))
-    return " + ".join(told), found
+    families = {point: family for family, points in rivals.items() for point in points}
+    parts = pick_shares(list(families), speed)
+    told = " + ".join(dict.fromkeys(families[each] for each in parts))
+    return (told, mix_points(parts, speed)) if parts else None
 
 
 @dataclass(frozen=True)
@@ -158,9 +164,13 @@ class Standing:
         return list(dict.fromkeys(name for name, _, _ in self.cells))
 
     @property
+    def contest(self) -> Contest:
+        """As records tell it: those of image-to-image leave the usual strength out."""
+        return Contest(**{name: self.fields[name] for name in FIELDS if name in self.fields})
+
+    @property
     def title(self) -> str:
-        told = {name: self.fields[name] for name in FIELDS if name in self.fields}
-        return str(Contest(**told))
+        return str(self.contest)
 
     @property
     def slug(self) -> str:

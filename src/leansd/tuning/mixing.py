@@ -37,7 +37,7 @@ FRESH = 1_000_000
 SAVED_EVERY = 5
 """Iterations."""
 
-SHARES = (0.75, 0.5, 0.25)
+FIT_SHARES = (0.75, 0.5, 0.25)
 """Of a fit, where all of it gives to easy pictures what it takes from hard ones."""
 
 Say = Callable[[str, float], None]
@@ -182,9 +182,10 @@ class PlanMixer:
         yield mixed
         sampler = self._read(plan.steps)
         begun, ended = (PlanMap.of(each, sampler, self.host.anatomy) for each in (plan, mixed))
-        for share in SHARES:
-            rows = (1 - share) * begun.build_rows() + share * ended.build_rows()
-            yield replace(begun.lead_to(rows), name=mixed.name, tuned=mixed.tuned)
+        first, last = begun.build_rows(), ended.build_rows()
+        for share in FIT_SHARES:
+            softened = begun.lead_to((1 - share) * first + share * last)
+            yield replace(softened, name=mixed.name, tuned=mixed.tuned)
 
     def _measure(self, plan: Plan) -> Nearness:
         """On the pictures that had no part in the fit."""
