@@ -530,6 +530,7 @@ def test_bench_of_the_embedded_model_and_its_resumption(tmp_path, capsys):
     assert said["held"] == 1
     (contest,) = said["contests"]
     assert [margin["reference"] for margin in contest["margins"]] == [FULL] * 3 + [CONVERGED] * 3
+    assert [margin["shared"] for margin in contest["computing"]] == [False] * 3 + [True] * 3
     before = out.read_bytes()
     names = {record.plan for record in load_records(out)}
     assert {"full", "fast", "2 steps", "chebyshev-line 0"} <= names

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from leansd.evaluation.bench import BenchSettings, PreparedContest
     from leansd.evaluation.compare import RunProgress
     from leansd.evaluation.records import Record
-    from leansd.evaluation.standings import Standing
+    from leansd.evaluation.standings import Margin, Standing
 
 app = typer.Typer(add_completion=False)
 CALLS = Calls(count=64, seed=500_000)
@@ -248,22 +248,31 @@ def _give_standings(
 
 
 def _list_margins(standing: "Standing") -> dict[str, Any]:
-    from leansd.evaluation.standings import list_left_out
+    from leansd.evaluation.runs import FULL
+    from leansd.evaluation.standings import PREDICTED, SHARED, SINGLE, list_left_out
 
     return {
         **standing.fields,
         "left_out": list_left_out(standing),
         "margins": [
-            {
-                "speed": margin.speed,
-                "reference": reference,
-                "ours": margin.ours and margin.ours.quality,
-                "plan": margin.ours and margin.ours.name,
-                "rival": margin.rival and margin.rival.quality,
-                "family": margin.family,
-                "margin": margin.value,
-            }
+            {**_describe_margin(margin), "reference": reference}
             for reference in standing.references
             for margin in standing.find_margins(reference)
         ],
+        "computing": [
+            {**_describe_margin(margin), "reference": FULL, "shared": reading is SHARED}
+            for reading in (SINGLE, SHARED)
+            for margin in standing.find_margins(by=PREDICTED, reading=reading)
+        ],
+    }
+
+
+def _describe_margin(margin: "Margin") -> dict[str, Any]:
+    return {
+        "speed": margin.speed,
+        "ours": margin.ours and margin.ours.quality,
+        "plan": margin.ours and margin.ours.name,
+        "rival": margin.rival and margin.rival.quality,
+        "family": margin.family,
+        "margin": margin.value,
     }
