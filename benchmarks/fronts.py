@@ -1,12 +1,12 @@
 """Tunes the embedded model for every sampler and step count; the presets are made of these fronts.
 
-    python benchmarks/fronts.py [--sampler dpm++2m] [--steps 30] [--guidance 8] [--pictures]
+    python benchmarks/fronts.py [--sampler dpm++2m] [--steps 30] [--guidance 8] [--strength 0.6]
 
 Fronts go to `benchmarks/results/fronts/SAMPLER-STEPS.json`, those of another guidance scale than
-the model's own to `SAMPLER-STEPS-gSCALE.json`, those of image-to-image (`--pictures`) to
-`SAMPLER-STEPS-image-to-image.json`; the latter two make no presets. What was tried is kept in
-journals under `runs/fronts`, and the profile that all of them go by, so that a stopped run goes on;
-`--results` names another folder for both.
+the model's own to `SAMPLER-STEPS-gSCALE.json`, those of image-to-image (a strength under 1) to
+`SAMPLER-STEPS-image-to-image[-sSTRENGTH].json`; the latter two make no presets. What was tried is
+kept in journals under `runs/fronts`, and the profile that all of them go by, so that a stopped run
+goes on; `--results` names another folder for both.
 
     python benchmarks/fronts.py --model MODEL --results fronts-of-mine
         --sampler dpm++2m --steps 30 --grid 1 --speed 1.5 --speed 2 --tries 2 --spare 1.03
@@ -30,7 +30,6 @@ from leansd.cli.terminal import hush_libraries
 from leansd.emoji.prompts import THINGS
 from leansd.evaluation.bench import (
     OWN_SETTING,
-    STRENGTH,
     draw_inputs,
     list_settings,
     name_own_front,
@@ -72,15 +71,15 @@ def main(
     speed: Annotated[list[float], typer.Option()] = SPEEDS,
     tries: int = 6,
     spare: Annotated[list[float], typer.Option()] = SPARES,
-    pictures: Annotated[bool, typer.Option("--pictures")] = False,
+    strength: Annotated[float, typer.Option(help="under 1: pictures from pictures")] = 1.0,
     grid: Annotated[list[float], typer.Option(help="step counts, as shares")] = list(GRIDS),  # noqa: B006
     mixes: Annotated[int, typer.Option(help="further runs, to fit mixes of few calls on")] = 0,
     results: Annotated[str, typer.Option(help="another folder, which makes no presets")] = FRONTS,
 ) -> None:
     hush_libraries()
     pipe = load(model)
-    drawer = as_image_to_image(pipe) if pictures else pipe
-    task: Task = "image-to-image" if pictures else "text-to-image"
+    task: Task = "image-to-image" if strength < 1 else "text-to-image"
+    drawer = as_image_to_image(pipe) if strength < 1 else pipe
     start = time.time()
 
     def tell(text: str, share: float = 0.0) -> None:
@@ -88,9 +87,8 @@ def main(
 
     for count in steps:
         for name in sampler:
-            strength = STRENGTH if pictures else 1.0
             contest = Contest(task, name, count, guidance, strength=strength)
-            usual = guidance == GUIDANCE and not pictures
+            usual = guidance == GUIDANCE and strength == 1
             stem = f"{name}-{count}" if usual else name_own_front(contest)
             tell(stem)
             pipe.scheduler = drawer.scheduler = make_scheduler(pipe, name)
