@@ -29,7 +29,7 @@ from leansd.evaluation.cost import CostModel
 from leansd.evaluation.fidelity import psnr
 from leansd.evaluation.runs import CallSet, run_calls
 from leansd.loading import as_image_to_image
-from leansd.plans.anatomy import Anatomy
+from leansd.plans.anatomy import WHOLE, Anatomy
 from leansd.plans.methods import METHODS, weigh
 from leansd.plans.plan import Plan, Tuned
 from leansd.plans.row import NO_CORRECTION, Correction
@@ -37,6 +37,7 @@ from leansd.runtime.clock import lay_out_run, read_schedule
 from leansd.runtime.nets import match_nets
 from leansd.tuning import Front, Point, error_model, tuner
 from leansd.tuning.error_model import (
+    DENOISED,
     HEAD_ACTIONS,
     LINE,
     REUSE,
@@ -50,6 +51,7 @@ from leansd.tuning.error_model import (
 )
 from leansd.tuning.host import PipelineHost, measure_course
 from leansd.tuning.space import (
+    DEEPEST,
     FULL,
     LINES,
     TICKS,
@@ -57,6 +59,7 @@ from leansd.tuning.space import (
     Variant,
     _join,
     allows,
+    list_noisy_regimes,
     list_regimes,
     list_variants,
     measure_deviation,
@@ -466,6 +469,16 @@ def test_regimes_are_those_that_save_time_here(pipe, cost) -> None:
     assert action.cut == f"up{anatomy.up_blocks - 1}.l1"
     assert 0 < cut.actions[action] < TICKS / 2
     assert cut.key_costs == (TICKS,)
+
+
+def test_with_noise_cuts_are_sought_that_save_enough_of_a_step(pipe, cost) -> None:
+    kept, reused, *cuts = list_noisy_regimes(cost, leansd.dissect(pipe.unet))
+    assert (set(kept.actions), set(reused.actions)) == ({DENOISED}, {REUSE})
+    (costs,) = zip(*(regime.actions.values() for regime in cuts), strict=True)
+    assert len(cuts) > 1
+    assert list(costs) == sorted(costs)
+    assert 0 < costs[0] < costs[-1] <= DEEPEST * TICKS
+    assert list_noisy_regimes(cost, WHOLE) == [kept, reused]
 
 
 # -- what key steps run ----------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from leansd.evaluation.runs import PipelineCall, RunOutputs
+from leansd.plans.anatomy import HEAD
 from leansd.plans.methods import METHODS, weigh
 from leansd.plans.row import NO_CORRECTION, Correction, How
 from leansd.tuning.host import Course, Host, SchedulerRun, Seen, Steer, Step
@@ -169,14 +170,14 @@ class Action(NamedTuple):
     """What the steps of a segment do."""
 
     cut: str
-    """What inherits; `head` for the UNet's whole output."""
+    """What inherits; `HEAD` for the UNet's whole output."""
     how: How
 
 
-LINE = Action("head", "forecast")
-HEAD_ACTIONS = (LINE, Action("head", "forecast2"))
-REUSE = Action("head", "reuse")
-DENOISED = Action("head", "denoised")
+LINE = Action(HEAD, "forecast")
+HEAD_ACTIONS = (LINE, Action(HEAD, "forecast2"))
+REUSE = Action(HEAD, "reuse")
+DENOISED = Action(HEAD, "denoised")
 """For samplers that add noise: an output goes stale with every noise, the picture does not."""
 
 
@@ -277,11 +278,11 @@ class ErrorModel:
             return SegmentError(0.0)
         misses: dict[int, np.ndarray] = {}
         for step in between:
-            misses[step] = self._miss(keys, step, action.how, misses)
+            misses[step] = self._miss(keys, step, action, misses)
             change += calibration.response[after, step] * misses[step]
         correct = NO_CORRECTION
         # Of pictures the model would promise too much: the next one answers to what went before.
-        corrects = corrects and METHODS[action.how].of != "denoised"
+        corrects = corrects and not self._keeps_picture(action)
         if corrects and between and end < count:
             remedies = np.stack([self._combine(keys, end, how) for how in CORRECTION_HOWS], axis=1)
             remedies = -remedies
@@ -296,16 +297,24 @@ class ErrorModel:
         change = change * np.sqrt(calibration.error_gain[after])
         return SegmentError(self.square(change), correct, change)
 
+    def _keeps_picture(self, action: Action) -> bool:
+        """Whether an action is held to be wrong by what the picture changes.
+
+        Below a cut every noise is seen, so with a sampler that adds some that is what a cut misses.
+        """
+        is_cut = action.cut != HEAD and self.calibration.adds_noise
+        return is_cut or METHODS[action.how].of == "denoised"
+
     def _miss(
-        self, keys: Sequence[Key], step: int, how: How, misses: Mapping[int, np.ndarray]
+        self, keys: Sequence[Key], step: int, action: Action, misses: Mapping[int, np.ndarray]
     ) -> np.ndarray:
         """By how much what is made at `step` is wrong, in the basis.
 
         Args:
             misses: of the steps before it in the segment, which have moved the sample.
         """
-        if METHODS[how].of != "denoised":
-            made = self._combine(keys, step, how).copy()
+        if not self._keeps_picture(action):
+            made = self._combine(keys, step, action.how).copy()
             made[step] -= 1
             return made
         calibration = self.calibration

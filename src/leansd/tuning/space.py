@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 from leansd.evaluation.cost import CostModel
-from leansd.plans import keysteps
+from leansd.plans import address, keysteps
 from leansd.plans.anatomy import Anatomy
 from leansd.plans.compile import compile_plan
 from leansd.plans.liveness import Call, Net
@@ -46,6 +47,8 @@ TICKS = 16
 """Ticks of a key step that runs the whole UNet, in the dynamic programme's budgets."""
 WORTH = 0.9
 """A step that costs more than this share of a full one is not worth being wrong for."""
+DEEPEST = 0.6
+"""A cut that costs more than this share of a step leaves no speed worth having."""
 HISTORY = 2
 """Key steps that compute guidance before one that forecasts it: a line needs two."""
 
@@ -170,8 +173,31 @@ class Regime:
 
 LINES = Regime({LINE: 0}, coherent=True)
 """Errors of lines change their signs from one to the next where key steps lie evenly."""
-NOISY_REGIMES = (Regime({DENOISED: 0}), Regime({REUSE: 0}))
-"""With samplers that add noise pictures are kept, or outputs as they were."""
+KEPT = Regime({DENOISED: 0})
+"""With samplers that add noise the picture that the last output shows is kept, not the output."""
+
+
+def list_noisy_regimes(cost: CostModel, anatomy: Anatomy) -> list[Regime]:
+    """With samplers that add noise: pictures kept; outputs kept as they were; cuts.
+
+    Whatever lies below a cut sees every noise that is drawn. What the layers above it made changes
+    with the picture, and slowly, so even a deep cut, which costs nearly half of a step, is worth it
+    where little time is to be saved.
+    """
+    found = [KEPT, Regime({REUSE: 0})]
+    for block in reversed(range(anatomy.up_blocks)):
+        layers = {address.get_layer(unit.at) for unit in anatomy.select(f"up{block}.l*")}
+        for layer in sorted(layers, reverse=True):
+            cut = Action(layer, "reuse")
+            ticks = math.ceil(TICKS * _share_cut(cost, anatomy, cut))
+            found += [Regime({cut: ticks})] if 0 < ticks <= DEEPEST * TICKS else []
+    return found
+
+
+def _share_cut(cost: CostModel, anatomy: Anatomy, cut: Action) -> float:
+    """The share of a full call that a call with this cut takes."""
+    plan = Plan.full(4).inherit(cut.cut, at=3, how=cut.how)
+    return _share(cost, compile_plan(plan, anatomy).calls[3])
 
 
 def list_regimes(
@@ -194,8 +220,7 @@ def list_regimes(
     if not anatomy.up_blocks:
         return regimes
     cut = Action(f"up{anatomy.up_blocks - 1}.l1", "forecast")
-    plan = Plan.full(4).inherit(cut.cut, at=3, how=cut.how)
-    above = _share(cost, compile_plan(plan, anatomy).calls[3])
+    above = _share_cut(cost, anatomy, cut)
     if above < WORTH:
         regimes.append(Regime({cut: max(1, round(TICKS * above))}))
     return regimes
@@ -359,7 +384,7 @@ def propose(
     for few, speed in zip(found, speeds, strict=True):
         count = full.count
         calls = min(_count_ticks(whole / speed, count, cost) // TICKS, count)
-        ways = (Regime({DENOISED: 0}),) if full.adds_noise else (Regime({REUSE: 0}), LINES)
+        ways = (KEPT,) if full.adds_noise else (Regime({REUSE: 0}), LINES)
         few += [space_evenly(models[0], calls, way) for way in ways if calls > 1]
     return found
 

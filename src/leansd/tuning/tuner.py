@@ -37,10 +37,9 @@ from leansd.tuning.space import (
     FEWER,
     FINALISTS,
     FULL,
-    NOISY_REGIMES,
     Candidate,
-    Regime,
     Variant,
+    list_noisy_regimes,
     list_regimes,
     list_variants,
     measure_deviation,
@@ -347,8 +346,9 @@ class _Tuner(Tuning):
 
     def propose(self, speeds: Sequence[float]) -> list[list[Candidate]]:
         """What to try for each speed."""
-        regimes: Sequence[Regime] = NOISY_REGIMES
-        if not self.calibrations[0].adds_noise:
+        if self.calibrations[0].adds_noise:
+            regimes = list_noisy_regimes(self.cost, self.host.anatomy)
+        else:
             regimes = list_regimes(self.cost, self.host.anatomy, self.variants)
         whole = self.cost.predict_full_run(self.calibrations[0].count)
 
