@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from tabulation import fleets, incubated, nets, plans
+from tabulation import contests, fleets, incubated, nets, plans
 from tabulation.cells import RESULTS
 
 from leansd.emoji.location import model_folder
@@ -38,8 +38,9 @@ TABLES: dict[str, tuple[Callable[[], str], str]] = {
     "tuned": (plans.tabulate_tuned, ""),
     "elsewhere": (plans.tabulate_elsewhere, "untuned"),
     "untuned": (plans.tabulate_untuned, "untuned"),
-    "bench": (plans.tabulate_bench, "bench"),
-    "flow": (plans.tabulate_flow, "flow"),
+    "second": (contests.tabulate_second, "second"),
+    "bench": (contests.tabulate_bench, "bench"),
+    "flow": (contests.tabulate_flow, "flow"),
     "comfyui": (plans.tabulate_comfyui, "comfyui"),
     "gpu": (plans.tabulate_gpu, "gpu"),
     "overhead": (plans.tabulate_overhead, "overhead"),

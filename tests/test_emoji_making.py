@@ -352,6 +352,12 @@ def test_the_commands_lead_from_a_run_to_a_card(
     assert turbo is not None
     assert 0 < turbo["calls"] < 10
     assert (f"{turbo['calls']} steps", "top1") in cells
+    assert cells["full", "frechet"].value > 0
+    assert (
+        run("plans", "--steps", "10", "--count", "3", "--plans", "fast", "--results", str(records))
+        == 0
+    )
+    assert {each.plan for each in load_records(records)} - {"full"} == {"fast", "3 steps"}
     for name in ("README.md", "grid.png", "neighbours.png", "clip/model.safetensors"):
         assert (begun / "model" / name).is_file()
 

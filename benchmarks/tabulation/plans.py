@@ -1,44 +1,20 @@
-"""Plans against rivals, predictions against clocks, and what the engine costs."""
+"""Presets and few calls, predictions against clocks, and what the engine costs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from leansd.evaluation.bench import STRENGTH
 from leansd.evaluation.records import Record, load_records
-from leansd.evaluation.rivals import CALLS, OURS, Contest
-from leansd.evaluation.runs import FULL
-from leansd.evaluation.standings import (
-    MEASURED,
-    PREDICTED,
-    SHARED,
-    SINGLE,
-    SPEEDS,
-    Reading,
-    Standing,
-    read_front,
-    read_standings,
-    show_margin,
-    summarise_margin,
-)
+from leansd.evaluation.standings import PREDICTED
 from leansd.plans.presets import SPEED_PRESETS
 from leansd.plans.presets.tuned import load_tuned
-from leansd.text import Table
 from leansd.tuning.front import Front
 from tabulation.cells import RESULTS, get, get_number, name_devices, tabulate_ratio
 
-FLOW_RIVALS = {
-    "fewer": "fewer steps",
-    "samplers": "fewer steps of DPM-Solver++ 2M or UniPC",
-    "spectrum": "Spectrum",
-    "taylorseer": "TaylorSeer, evenly spaced",
-    "residual": "EasyCache's reuse, evenly spaced",
-}
 HEADLINE = ("dpm++2m-karras", "dpm++2m", "ddim")
 """The samplers of the README: the one that people use most, and one of either order."""
+JUDGED = ("top1", "lost", "won", "frechet")
 COLUMNS = ("", "speed-up, measured", "predicted", "PSNR to full", "SSIM", "CLIP score (tiny CLIP)")
-MARGINS = ("ours and the best rival, dB to full", *(f"at {speed:g}x" for speed in SPEEDS))
 
 
 def tabulate_presets() -> str:
@@ -94,13 +70,14 @@ def tabulate_judged_plans() -> str:
             f"**{sampler}**, {get(first, 'steps')} steps, guidance {get(first, 'guidance'):g}, "
             f"{get(first, 'pictures')} training captions:\n"
         )
-        parts += ["| | UNet calls | named right | lost | won |", "|---|---|---|---|---|"]
+        head = ("", "UNet calls", "named right", "lost", "won", "Fréchet distance to real pictures")
+        parts += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
         for plan in dict.fromkeys(record.plan for record in chosen):
-            top1, lost, won = (cells[plan, metric] for metric in ("top1", "lost", "won"))
-            name = f"**{plan}**" if plan in SPEED_PRESETS else plan
+            top1, lost, won, apart = (cells[plan, metric] for metric in JUDGED)
+            name = f"**{plan}**" if top1.fingerprint else plan
             parts.append(
                 f"| {name} | {get(top1, 'calls')} | {top1.value:.1%} | {lost.value:.0f} "
-                f"| {won.value:.0f} |"
+                f"| {won.value:.0f} | {apart.value:.2f} |"
             )
         parts.append("")
     return "\n".join(parts)
@@ -198,97 +175,6 @@ def tabulate_row(plan: str, cells: dict[tuple[str, str], Record]) -> str:
         f"{clip.value:.1f}" if clip else "",
     )
     return "| " + " | ".join(columns) + " |"
-
-
-def tabulate_bench() -> str:
-    """For each contest of `leansd bench`: ours and the best rival at the same speed."""
-    records = load_records(RESULTS / "bench.jsonl")
-    full = next(record for record in records if record.plan == "full")
-    circumstances = (
-        f"{full.subject}, {get(full, 'calls')} pictures a contest in batches of "
-        f"{get(full, 'batch')}; {name_devices(records)}; torch {full.torch}:"
-    )
-    standings = read_standings(records)
-    tables = (
-        f"{told}\n\n{tabulate_margins(standings, by, reading).markdown()}\n"
-        for told, by, reading in (
-            ("At equal time, by the clock:", MEASURED, SINGLE),
-            (
-                "At equal computing, by what is computed (adaptive plans left out):",
-                PREDICTED,
-                SINGLE,
-            ),
-            (
-                "At equal computing over many pictures: two plans draw a share each, and so do any "
-                "two rivals:",
-                PREDICTED,
-                SHARED,
-            ),
-        )
-    )
-    few = tabulate_few_margins(standings).markdown()
-    parts = [*tables, f"The same in UNet calls, leads over the best rival in dB:\n\n{few}\n"]
-    return f"{circumstances}\n\n" + "\n".join(parts)
-
-
-def tabulate_few_margins(standings: Sequence[Standing]) -> Table:
-    """A row a contest, a column a number of UNet calls; two plans, or any two rivals, share."""
-    rows: list[tuple[str, ...]] = []
-    for standing in standings:
-        contest = tell_strength(standing.contest)
-        full = contest.count_run(contest.steps)
-        margins = standing.find_margins(
-            speeds=[full / calls for calls in CALLS], by=PREDICTED, reading=SHARED
-        )
-        cells = (
-            "–" if each.value is None else f"{show_margin(each)} ({each.family})"
-            for each in margins
-        )
-        rows.append((standing.title, *cells))
-    return Table(("UNet calls", *(str(calls) for calls in CALLS)), tuple(rows))
-
-
-def tell_strength(contest: Contest) -> Contest:
-    """The contest with the usual strength of image-to-image, which records do not name."""
-    unnamed = contest.task == "image-to-image" and contest.strength == 1
-    return replace(contest, strength=STRENGTH) if unnamed else contest
-
-
-def tabulate_margins(standings: Sequence[Standing], by: str, reading: Reading) -> Table:
-    """A row a contest, a column a speed."""
-    rows = [
-        (
-            standing.title,
-            *(summarise_margin(each) for each in standing.find_margins(by=by, reading=reading)),
-        )
-        for standing in standings
-    ]
-    return Table(MARGINS, tuple(rows))
-
-
-def tabulate_flow() -> str:
-    """Ours on the flow model, and what each rival reaches by as much computing."""
-    records = load_records(RESULTS / "flow.jsonl")
-    full = next(record for record in records if record.plan == "full")
-    parts = [
-        f"Stable Diffusion 3's transformer, {get(full, 'calls')} pictures a contest in batches of "
-        f"{get(full, 'batch')}, dB to the full run; {full.device}; torch {full.torch}:\n"
-    ]
-    for standing in read_standings(records):
-        points = standing.list_points(FULL, PREDICTED)
-        head = (standing.title, "speed-up, measured", "**ours**", *FLOW_RIVALS.values())
-        parts += ["| " + " | ".join(head) + " |", "|---" * 2 + "|---:" * (len(head) - 2) + "|"]
-        for own in points[OURS]:
-            found = [read_front(points.get(name, []), own.speed) for name in FLOW_RIVALS]
-            columns = (
-                f"{round(standing.fields['steps'] / own.speed)} calls",
-                tabulate_ratio(standing.cells[own.name, MEASURED, None]),
-                f"**{own.quality:.1f}**",
-                *("–" if each is None else f"{each.quality:.1f}" for each in found),
-            )
-            parts.append("| " + " | ".join(columns) + " |")
-        parts.append("")
-    return "\n".join(parts)
 
 
 def tabulate_prediction() -> str:

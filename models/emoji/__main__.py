@@ -271,13 +271,19 @@ def plans(
     sampler: Annotated[list[str], typer.Option(help="Repeat for several.")] = ["dpm++2m"],  # noqa: B006
     count: Annotated[int, typer.Option(min=2, help="Training captions to draw.")] = 200,
     steps: Annotated[int, typer.Option(min=2)] = 30,
+    plan: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--plans", help="Presets, files and folders of fronts; the speed presets by default."
+        ),
+    ] = None,
     results: Annotated[Path, typer.Option(help="Records.")] = Path(
         "benchmarks/results/judged-plans.jsonl"
     ),
     data: Data = None,
     threads: Threads = 0,
 ) -> None:
-    """What OUT/judge names in the bundled model's pictures under presets, and in fewer steps."""
+    """What OUT/judge names in the bundled model's pictures under plans, and in fewer steps."""
     import leansd
     from leansd.cli.terminal import follow
     from leansd.evaluation.records import put_records
@@ -290,16 +296,18 @@ def plans(
     _set_threads(threads, "cpu")
     own, pipe = load_judge(out / "judge" / "state.pt"), leansd.load("emoji", device="cpu")
     pipe.set_progress_bar_config(disable=True)
-    pairs = read_pictures(data, out, choose_recipe(recipe).size, print).split.train
-    chosen = [pairs[place] for place in choose_pairs(pairs, count, seed=0)]
+    pictures = read_pictures(data, out, choose_recipe(recipe).size, print)
+    chosen = choose_pairs(pictures.split.train, count, seed=0)
     for each in sampler:
         with follow(each) as bar:
             records = judge_plans(
                 pipe,
                 own,
-                chosen,
+                [pictures.split.train[place] for place in chosen],
+                pictures.train[chosen],
                 sampler=each,
                 steps=steps,
+                sources=plan or (),
                 on_progress=lambda far: bar.count(far.done, far.total, far.case),
             )
         for record in records:
