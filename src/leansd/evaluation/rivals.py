@@ -136,10 +136,10 @@ def keep_forwards(module: Any) -> Generator[None]:
 
 SHARES = {
     True: (1.2, 1.4, 1.6, 1.8, 2.0, 2.3, 2.7, 3.2, 4.0),
-    False: (1.4, 1.8, 2.3, 3.2, 4.0),
+    False: (1.4, 1.8, 2.3, 3.2, 4.0, 5.0, 6.0),
 }
 """Times fewer steps, in long contests and in others."""
-OTHER_SHARES = {True: (1.4, 1.8, 2.3, 3.2), False: (1.8, 2.3, 3.2, 4.0)}
+OTHER_SHARES = {True: (1.4, 1.8, 2.3, 3.2), False: (1.8, 2.3, 3.2, 4.0, 5.0, 6.0)}
 """Times fewer steps with other samplers."""
 
 
