@@ -63,8 +63,17 @@ ONCE = "--grid 1 --tries 1"
 """The same with hardly any."""
 SPEEDS = "benchmarks/fronts.py --grid 1 --tries 3 --spare 1.0 --results speeds"
 """Plans for what the benchmark compares at, by computing, which presets leave by a call or two."""
+ELSEWHERE = (
+    "benchmarks/fronts.py --model runs/second/model --results second-speeds --grid 1 --tries 2 "
+    "--spare 1.0 --steps 30"
+)
+"""The same on the model that no preset was tuned on."""
 AT_THIRTY = "--speed 1.45 --speed 1.87 --speed 2.65"
 """Those of 30 steps: 20, 15 and 10 UNet calls."""
+FEW = "--speed 3.5 --speed 3.9 --speed 4.5"
+"""7, 6 and 5 of 30."""
+AT_TWENTY = "--speed 1.46 --speed 1.83 --speed 2.45 --speed 2.75 --speed 3.15"
+"""Those of 20 steps: 13, 10, 7, 6 and 5 UNet calls."""
 PARTS = {
     "nets": Part(
         (
@@ -111,7 +120,7 @@ PARTS = {
     "fronts of other settings": Part(
         (
             f"benchmarks/fronts.py --sampler dpm++2m --steps 30 --guidance 7.5 {FAST}",
-            f"benchmarks/fronts.py --sampler dpm++2m --steps 30 --pictures {FAST}",
+            f"benchmarks/fronts.py --sampler dpm++2m --steps 30 --strength 0.6 {FAST}",
         ),
         ("fronts/dpm++2m-30-g7.5.json", "fronts/dpm++2m-30-image-to-image.json"),
     ),
@@ -144,7 +153,12 @@ PARTS = {
     ),
     "bulk": Part(("benchmarks/bulk.py",), ("bulk.jsonl",), is_timed=True),
     "judged plans": Part(
-        ("-m models.emoji plans",), ("judged-plans.jsonl",), needs="runs/emoji/judge"
+        (
+            "-m models.emoji plans --plans quality --plans balanced --plans fast --plans turbo "
+            "--plans benchmarks/results/speeds",
+        ),
+        ("judged-plans.jsonl",),
+        needs="runs/emoji/judge",
     ),
     "scale": Part(("benchmarks/scale.py",), ("scale.jsonl",)),
     "untuned": Part(
@@ -157,8 +171,15 @@ PARTS = {
             f"--steps 30 {ONCE} --spare 1.0 --speed 2.65 --speed 3.2",
             "benchmarks/few_calls.py --model runs/second/model --iterations 40 "
             "--plans benchmarks/results/second/dpm++2m-30.json",
+            f"{ELSEWHERE} --sampler dpm++2m --mixes 96 {AT_THIRTY} --speed 3.3 "
+            "--speed 3.75 --speed 4.25 --speed 5.0",
+            f"{ELSEWHERE} --sampler ddim {AT_THIRTY}",
+            "-m leansd.cli bench --model runs/second/model --guidance 4 --sampler ddim "
+            "--sampler dpm++2m --steps 30 --plans quality --plans balanced --plans fast "
+            "--plans turbo --plans benchmarks/results/second-speeds --count 24 "
+            "--out benchmarks/results/second.jsonl --report runs/second/bench",
         ),
-        ("untuned.jsonl",),
+        ("untuned.jsonl", "second.jsonl"),
         is_timed=True,
     ),
     "joint": Part(("benchmarks/joint.py",), ("joint.jsonl",)),
@@ -169,15 +190,19 @@ PARTS = {
     "bench": Part(
         (
             f"{SPEEDS} --sampler dpm++2m --steps 30 --mixes 96 "
-            "--speed 1.45 --speed 1.87 --speed 2.3 --speed 2.65 --speed 3.2",
+            f"--speed 1.45 --speed 1.87 --speed 2.3 --speed 2.65 --speed 3.2 {FEW}",
             f"{SPEEDS} --sampler dpm++2m-karras --sampler unipc --sampler euler --steps 30 "
-            f"--mixes 96 {AT_THIRTY}",
-            f"{SPEEDS} --sampler ddim --steps 30 --mixes 96 --speed 1.45 --speed 1.87",
-            f"{SPEEDS} --sampler dpm++2m --steps 20 --mixes 96 "
-            "--speed 1.48 --speed 1.88 --speed 2.75",
+            f"--mixes 96 {AT_THIRTY} {FEW}",
+            f"{SPEEDS} --sampler ddim --steps 30 --mixes 96 --speed 1.45 --speed 1.87 {FEW}",
+            f"{SPEEDS} --sampler dpm++2m --sampler ddim --sampler euler --steps 20 --mixes 96 "
+            f"{AT_TWENTY}",
+            f"{SPEEDS} --sampler euler-a --sampler dpm++sde --steps 30 "
+            f"--speed 1.45 --speed 1.87 {FEW}",
             f"{SPEEDS} --sampler dpm++2m --steps 30 --guidance 7.5 {AT_THIRTY}",
             f"{SPEEDS} --sampler dpm++2m --steps 30 --guidance 8 {AT_THIRTY}",
-            f"{SPEEDS} --sampler dpm++2m --steps 30 --pictures --speed 1.43 --speed 1.84",
+            f"{SPEEDS} --sampler dpm++2m --steps 30 --strength 0.6 --speed 1.43 --speed 1.84",
+            f"{SPEEDS} --sampler dpm++2m --steps 30 --strength 0.8 --speed 1.42 --speed 1.8 "
+            "--speed 2.45",
             "-m leansd.cli bench --plans benchmarks/results/fronts "
             "--plans benchmarks/results/speeds --count 24",
         ),
