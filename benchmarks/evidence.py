@@ -198,7 +198,7 @@ PARTS = {
             f"{AT_TWENTY}",
             f"{SPEEDS} --sampler euler-a --sampler dpm++sde --steps 30 "
             f"--speed 1.45 --speed 1.87 {FEW}",
-            f"{SPEEDS} --sampler dpm++2m --steps 30 --guidance 7.5 {AT_THIRTY}",
+            f"{SPEEDS} --sampler dpm++2m --steps 30 --guidance 7.5 {AT_THIRTY} {FEW}",
             f"{SPEEDS} --sampler dpm++2m --steps 30 --guidance 8 {AT_THIRTY}",
             f"{SPEEDS} --sampler dpm++2m --steps 30 --strength 0.6 --speed 1.43 --speed 1.84",
             f"{SPEEDS} --sampler dpm++2m --steps 30 --strength 0.8 --speed 1.42 --speed 1.8 "
