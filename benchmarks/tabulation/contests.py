@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from leansd.evaluation.bench import STRENGTH
@@ -40,18 +40,16 @@ def tabulate_bench() -> str:
     """For each contest of `leansd bench`: ours and the best rival at the same speed."""
     records = load_records(RESULTS / "bench.jsonl")
     standings = read_standings(records)
-    parts = (
-        "At equal time, by the clock:",
-        tabulate_margins(standings, MEASURED, SINGLE).markdown(),
-        "At equal computing, by what is computed (adaptive plans left out):",
-        tabulate_margins(standings, PREDICTED, SINGLE).markdown(),
+    tables = {
+        "At equal time, by the clock:": tabulate_margins(standings, MEASURED, SINGLE),
+        "At equal computing, by what is computed (adaptive plans left out):": tabulate_margins(
+            standings, PREDICTED, SINGLE
+        ),
         "At equal computing over many pictures: two plans draw a share each, and so do any two "
-        "rivals:",
-        tabulate_margins(standings, PREDICTED, SHARED).markdown(),
-        "The same in UNet calls, leads over the best rival in dB:",
-        tabulate_few_margins(standings).markdown(),
-    )
-    return "\n\n".join((describe_bench(records), *parts)) + "\n"
+        "rivals:": tabulate_margins(standings, PREDICTED, SHARED),
+        "The same in UNet calls, leads over the best rival in dB:": tabulate_few_margins(standings),
+    }
+    return join_tables(records, tables)
 
 
 def tabulate_second() -> str:
@@ -59,24 +57,24 @@ def tabulate_second() -> str:
     records = load_records(RESULTS / "second.jsonl")
     standings = read_standings(records)
     unfitted = [keep_presets(each) for each in standings]
-    parts = (
-        "The presets, at equal computing:",
-        tabulate_margins(unfitted, PREDICTED, SINGLE).markdown(),
-        "Those and plans tuned there:",
-        tabulate_margins(standings, PREDICTED, SINGLE).markdown(),
+    tables = {
+        "The presets, at equal computing:": tabulate_margins(unfitted, PREDICTED, SINGLE),
+        "Those and plans tuned there:": tabulate_margins(standings, PREDICTED, SINGLE),
         "The same in UNet calls, leads over the best rival in dB, where two plans, or any two "
-        "rivals, draw a share each:",
-        tabulate_few_margins(standings).markdown(),
-    )
-    return "\n\n".join((describe_bench(records), *parts)) + "\n"
+        "rivals, draw a share each:": tabulate_few_margins(standings),
+    }
+    return join_tables(records, tables)
 
 
-def describe_bench(records: Sequence[Record]) -> str:
+def join_tables(records: Sequence[Record], tables: Mapping[str, Table]) -> str:
+    """Under what circumstances was measured, then each table behind what is said of it."""
     full = next(record for record in records if record.plan == FULL)
-    return (
+    circumstances = (
         f"{full.subject}, {get(full, 'calls')} pictures a contest in batches of "
         f"{get(full, 'batch')}; {name_devices(records)}; torch {full.torch}:"
     )
+    parts = (f"{told}\n\n{table.markdown()}" for told, table in tables.items())
+    return "\n\n".join((circumstances, *parts)) + "\n"
 
 
 def keep_presets(standing: Standing) -> Standing:

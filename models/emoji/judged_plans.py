@@ -68,15 +68,13 @@ def judge_plans(
         **stamp(pipe.device), "subject": "emoji", "sampler": sampler, "guidance": guidance,
         "pictures": len(pairs), "seed": seed,
     }  # fmt: skip
-    comparison = list(
-        compare_runs(
-            pipe,
-            list_cases(steps, plans),
-            CallSet(captions, seed, batch=20, settings={"guidance_scale": guidance}),
-            judging=Judging(metrics=()),
-            rounds=None,
-            on_progress=on_progress,
-        )
+    comparison = compare_runs(
+        pipe,
+        list_cases(steps, plans),
+        CallSet(captions, seed, batch=20, settings={"guidance_scale": guidance}),
+        judging=Judging(metrics=()),
+        rounds=None,
+        on_progress=on_progress,
     )
     names = name_pairs(pairs)
     named = [torch.tensor(rank_names(judge, each.pictures, names)) == 0 for each in comparison]

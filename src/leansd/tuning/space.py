@@ -190,7 +190,8 @@ def list_noisy_regimes(cost: CostModel, anatomy: Anatomy) -> list[Regime]:
         for layer in sorted(layers, reverse=True):
             cut = Action(layer, "reuse")
             ticks = math.ceil(TICKS * _share_cut(cost, anatomy, cut))
-            found += [Regime({cut: ticks})] if 0 < ticks <= DEEPEST * TICKS else []
+            if 0 < ticks <= DEEPEST * TICKS:
+                found.append(Regime({cut: ticks}))
     return found
 
 
